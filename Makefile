@@ -1,0 +1,60 @@
+PYTHON ?= python3
+BIN := .venv/bin
+# The second variable pins the build backend where pip is too new for the first to do so.
+PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
+PIP_INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
+# A worker for each core, of one thread: PyTorch's default of a thread for each core, in each worker, is slower.
+PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
+
+.DEFAULT_GOAL := help
+.PHONY: help quickstart install test format lint types contracts check wheel clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
+
+quickstart: .venv/.train ## install, then run the whole pipeline on real images
+	@$(BIN)/mae-deploy quickstart
+
+install: .venv/.installed ## make .venv with everything that development needs
+
+test: .venv/.installed ## run all tests
+	@$(PYTEST)
+
+format: .venv/.installed ## rewrite the sources in the house's format
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format --quiet .
+
+lint: .venv/.installed ## check style and format
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --quiet --check .
+
+types: .venv/.installed ## check types with mypy and pyright
+	@$(BIN)/mypy --no-error-summary
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright
+
+contracts: .venv/.installed ## check which module may import which
+	@$(BIN)/lint-imports --no-logo
+
+check: lint types contracts test ## lint, types, contracts and test: what CI runs
+
+wheel: .venv/.installed ## build dist/*.whl from the source distribution
+	@rm -rf dist
+	@$(PINS) $(BIN)/python -m build --quiet .
+
+clean: ## remove what was built; .venv stays
+	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@find mae_deploy pretrain distill export tests scripts -name __pycache__ -prune -exec rm -rf {} +
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mae-deploy needs Python 3.10 or later; try: make PYTHON=python3.12")'
+	@$(PYTHON) -m venv .venv
+
+.venv/.train: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (PyTorch and its libraries: several GB) ..."
+	@$(PIP_INSTALL) --editable '.[train]'
+	@touch $@
+
+.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+	@echo "Installing into .venv (PyTorch and its libraries: several GB) ..."
+	@$(PIP_INSTALL) --editable '.[dev]'
+	@touch .venv/.train $@

@@ -1,0 +1,1 @@
+"""Distillation of a large MAE encoder into a small student."""

@@ -1,0 +1,1 @@
+"""Export: visible-token graphs in ONNX, the parity gate, and the bundle."""

@@ -1,0 +1,110 @@
+"""A small builder for ONNX graphs: named nodes, named weights, and files that never hold the weights twice in memory.
+
+Graphs are written node by node rather than traced: nothing is left in them that the model does not compute, every
+weight keeps its state-dict name, and a dynamic batch or length needs no shape arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+from onnx import TensorProto, helper
+
+from mae_deploy.errors import CheckFailed
+
+OPSET = 17
+"""The highest that TensorRT 8.6 reads, and the first with LayerNormalization."""
+IR_VERSION = 8
+
+INLINE_LIMIT = 1 << 30
+"""Weights of more bytes go to a file beside the graph (protobuf ends at 2 GiB)."""
+
+_ALIGNMENT = 4096
+
+Dim = int | str
+"""A fixed size, or the name of a dynamic one."""
+
+Array = npt.NDArray[Any]
+
+
+class GraphBuilder:
+    """Collects nodes, weights, inputs and outputs."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._nodes: list[onnx.NodeProto] = []
+        self._weights: dict[str, Array] = {}
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: list[onnx.ValueInfoProto] = []
+
+    def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[Dim]) -> str:
+        """Declare a graph input; returns its name."""
+        self._inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)))
+        return name
+
+    def output(self, name: str, value: str, shape: Sequence[Dim], dtype: npt.DTypeLike = np.float32) -> None:
+        """Declare a graph output: `value` under the name that users see."""
+        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
+        self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)))
+
+    def weight(self, name: str, value: Array) -> str:
+        """Store a constant tensor under a name; returns the name. The same name again must mean the same tensor."""
+        self._weights.setdefault(name, value)
+        return name
+
+    def integers(self, *values: int) -> str:
+        """An int64 constant, shared by all who need the same one."""
+        return self.weight("const/" + "_".join(map(str, values)), np.array(values, np.int64))
+
+    def node(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
+        """Add a node with one output, which carries the node's name."""
+        self._nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+        return name
+
+    def save(self, path: Path) -> list[Path]:
+        """Write the checked graph; returns the files written (the graph, and its weights where they are large).
+
+        Raises:
+            CheckFailed: the ONNX checker or shape inference refuses the graph.
+        """
+        files = [path]
+        used = {name for node in self._nodes for name in node.input}
+        weights = {name: value for name, value in self._weights.items() if name in used}
+        if sum(value.nbytes for value in weights.values()) > INLINE_LIMIT:
+            data = path.with_name(path.name + ".data")
+            tensors = _write_external(data, weights)
+            files.append(data)
+        else:
+            tensors = [_inline(name, value) for name, value in weights.items()]
+        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="mae-deploy")
+        onnx.save_model(model, path)
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise CheckFailed(f"the exported graph is not valid ONNX: {' '.join(str(error).split())}") from error
+        return files
+
+
+def _inline(name: str, value: Array) -> onnx.TensorProto:
+    return helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True)
+
+
+def _write_external(path: Path, weights: dict[str, Array]) -> list[onnx.TensorProto]:
+    """Stream the weights to one aligned file; only one of them is copied at a time."""
+    tensors = []
+    with path.open("wb") as file:
+        for name, value in weights.items():
+            file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
+            offset = file.tell()
+            file.write(memoryview(np.ascontiguousarray(value)).cast("B") if value.size else b"")
+            tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape, data_location=TensorProto.EXTERNAL)
+            for key, entry in (("location", path.name), ("offset", offset), ("length", value.nbytes)):
+                tensor.external_data.add(key=key, value=str(entry))
+            tensors.append(tensor)
+    return tensors

@@ -1,0 +1,133 @@
+"""Checkpoints: `model.safetensors` and a `metadata.json` that says what it is, where it came from and what it may be used for.
+
+Reading the metadata needs no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import CheckFailed, ConfigError, import_optional
+from mae_deploy.files import atomic_path, read_json, sha256, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SCHEMA_VERSION = 1
+WEIGHTS = "model.safetensors"
+METADATA = "metadata.json"
+
+Kind = Literal["mae", "encoder", "classifier"]
+
+OWN_LICENCE = "own"
+"""Trained from nothing on the user's own images: the user decides."""
+UNKNOWN_LICENCE = "unspecified"
+NON_COMMERCIAL = "CC-BY-NC-4.0"
+"""The licence of the weights that the MAE authors released."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Metadata:
+    """Everything about a checkpoint but its tensors."""
+
+    kind: Kind
+    """mae: encoder and decoder; encoder; classifier: encoder and head."""
+    encoder: dict[str, Any]
+    """The encoder's config."""
+    preprocess: dict[str, Any]
+    """Resize, crop and normalisation of its inputs."""
+    decoder: dict[str, Any] | None = None
+    """The decoder's config (mae)."""
+    norm_pix_loss: bool = True
+    """The decoder predicts patches normalised one by one (mae)."""
+    pool: str | None = None
+    """What the head reads, avg or cls (classifier)."""
+    num_classes: int | None = None
+    """Width of the head (classifier)."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in the order of the logits, where known (classifier)."""
+    licence: str = UNKNOWN_LICENCE
+    """What the weights may be used for; derived weights inherit it."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """The stage that wrote it, its config and data fingerprint, and the record of the checkpoint before it under `parent`."""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    """Figures measured when it was written."""
+    step: int = 0
+    """Optimiser steps taken."""
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A checkpoint folder that was found and whose metadata was read."""
+
+    path: Path
+    metadata: Metadata
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state dict, on the CPU.
+
+        Raises:
+            CheckFailed: the weights are damaged.
+        """
+        safetensors = import_optional("safetensors.torch", extra="train")
+        file = self.path / WEIGHTS
+        try:
+            return safetensors.load_file(file)  # type: ignore[no-any-return]
+        except Exception as error:  # safetensors raises its own error type for damaged files
+            raise CheckFailed(f"cannot read {file}: {error}") from error
+
+    def record(self) -> dict[str, Any]:
+        """What a derived checkpoint or bundle keeps of this one: its provenance, metrics and hash."""
+        data = self.metadata
+        return {"path": str(self.path), "sha256": sha256(self.path / WEIGHTS), "kind": data.kind, "metrics": data.metrics, **data.provenance}
+
+
+def save_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
+    """Write `folder` whole or not at all.
+
+    Args:
+        tensors: the state dict.
+    """
+    with atomic_path(folder) as aside:
+        write_checkpoint(aside, tensors, metadata)
+
+
+def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
+    """Write into a folder that the caller renames when everything is in it."""
+    safetensors = import_optional("safetensors.torch", extra="train")
+    folder.mkdir(parents=True, exist_ok=True)
+    safetensors.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    write_json(folder / METADATA, {"schema_version": SCHEMA_VERSION, **to_dict(metadata)})
+
+
+def find_checkpoint(path: Path) -> Path | None:
+    """The checkpoint folder that `path` means: itself, the best or last of a run folder, or the folder of a weights file."""
+    candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last"]
+    if path.name == WEIGHTS:
+        candidates.append(path.parent)
+    return next((folder for folder in candidates if (folder / METADATA).is_file()), None)
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Find a checkpoint of ours and read its metadata.
+
+    Raises:
+        ConfigError: nothing there, or written by a newer version.
+    """
+    folder = find_checkpoint(path)
+    if folder is None:
+        raise ConfigError(f"no checkpoint at {path}", hint="give a run folder, a checkpoint folder or a weights file")
+    data = read_json(folder / METADATA)
+    version = data.pop("schema_version", None) if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise ConfigError(f"{folder / METADATA} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}", hint="upgrade mae-deploy")
+    return Checkpoint(folder, from_dict(Metadata, data, where="metadata."))
+
+
+def inherited_licence(*licences: str) -> str:
+    """The licence of what was derived from all of these: the first that binds."""
+    binding = [licence for licence in licences if licence != OWN_LICENCE]
+    return binding[0] if binding else OWN_LICENCE

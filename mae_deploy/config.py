@@ -1,0 +1,248 @@
+"""Frozen dataclasses are the single source of settings: strict reading, plain writing, help texts.
+
+A field's docstring (the string below it) is its help text. Nested dataclasses are sections.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+
+from mae_deploy.errors import ConfigError, import_optional
+
+C = TypeVar("C")
+
+RECIPES = Path(__file__).parent / "recipes"
+"""The recipes that ship with the package; `--recipe NAME` finds them without a path."""
+
+
+def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argument: bool = False, hidden: bool = False) -> Any:
+    """A dataclass field with its place on the command line.
+
+    Args:
+        default: the default value; left out for a required setting.
+        flag: the option's name where it is not the field's own.
+        argument: a positional argument instead of an option.
+        hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
+    """
+    return dataclasses.field(default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden})
+
+
+def section(cls: type[C], **defaults: Any) -> C:
+    """A nested config whose defaults differ from its class's in this place."""
+    factory = functools.partial(cls, **defaults)
+    return typing.cast(C, dataclasses.field(default_factory=factory, metadata={"defaults": defaults}))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
+    """Build a config dataclass from plain values; unknown keys and wrong types are errors.
+
+    Raises:
+        ConfigError: names the key, the value received and, for a misspelt key, the nearest known one.
+    """
+    kinds = field_types(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise ConfigError(f"unknown setting '{where}{key}'", hint=_nearest(key, list(kinds)))
+        if isinstance(value, dict):
+            value = merge(fields[key].metadata.get("defaults", {}), value)
+        arguments[key] = _coerce(kinds[key], value, f"{where}{key}")
+    missing = [name for name, field in fields.items() if name not in arguments and is_required(field)]
+    if missing:
+        raise ConfigError(f"missing setting '{where}{missing[0]}'")
+    return cls(**arguments)
+
+
+def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`base` with the values of `over` laid on top, section by section."""
+    merged = dict(base)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return merged
+
+
+def read_recipe(name: str | Path) -> dict[str, Any]:
+    """A recipe's settings: a YAML file, or the name of one that ships with the package.
+
+    Raises:
+        ConfigError: no such recipe, or not a mapping of settings.
+    """
+    path = Path(name)
+    if not path.is_file():
+        shipped = RECIPES / f"{name}.yaml"
+        if not shipped.is_file():
+            known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+            raise ConfigError(f"no recipe '{name}'", hint=f"give a YAML file or one of: {', '.join(known)}")
+        path = shipped
+    yaml = import_optional("yaml", extra="train")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of settings, not {type(values).__name__}")
+    return values or {}
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """`section.key=value` of `--set` as a nested mapping; the value is YAML."""
+    key, equals, value = text.partition("=")
+    if not equals or not key:
+        raise ConfigError(f"--set {text}", hint="write it as --set section.key=value")
+    nested: Any = import_optional("yaml", extra="train").safe_load(value)
+    for part in reversed(key.split(".")):
+        nested = {part: nested}
+    return typing.cast(dict[str, Any], nested)
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """The config as plain JSON and YAML values; `from_dict` reads it back."""
+    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+
+
+def to_yaml(config: Any) -> str:
+    """The config as a YAML recipe."""
+    yaml = import_optional("yaml", extra="train")
+    return typing.cast(str, yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def differences(old: Any, new: Any, *, ignore: frozenset[str] = frozenset(), where: str = "") -> list[str]:
+    """The settings in which two configs of one class differ, as 'section.key: old -> new'."""
+    found: list[str] = []
+    for field in dataclasses.fields(old):
+        before, after = getattr(old, field.name), getattr(new, field.name)
+        if field.name in ignore or before == after:
+            continue
+        if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
+            found += differences(before, after, ignore=ignore, where=f"{where}{field.name}.")
+        else:
+            found.append(f"{where}{field.name}: {before} -> {after}")
+    return found
+
+
+# --- types and help --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def field_types(cls: type) -> dict[str, Any]:
+    """Each field's resolved type, in order."""
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+@functools.cache
+def field_docs(cls: type) -> dict[str, str]:
+    """Each field's docstring: the string literal that follows it in the class body."""
+    docs: dict[str, str] = {}
+    body = _class_bodies(cls.__module__)[cls.__name__]
+    for statement, after in zip(body, body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr):
+            docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
+    return docs
+
+
+def is_required(field: dataclasses.Field[Any]) -> bool:
+    """Whether a field has no default."""
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def optional_of(kind: Any) -> tuple[Any, bool]:
+    """`(T, True)` for `T | None`, else `(kind, False)`."""
+    if get_origin(kind) in (Union, types.UnionType):
+        inner = [k for k in get_args(kind) if k is not type(None)]
+        if len(inner) == 1 and len(get_args(kind)) == 2:
+            return inner[0], True
+    return kind, False
+
+
+@functools.cache
+def _class_bodies(module: str) -> dict[str, list[ast.stmt]]:
+    # One parse a module: parsing a class at a time made --help take a second.
+    tree = ast.parse(inspect.getsource(sys.modules[module]))
+    return {node.name: node.body for node in tree.body if isinstance(node, ast.ClassDef)}
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    kind, optional = optional_of(kind)
+    if value is None and optional:
+        return None
+    if dataclasses.is_dataclass(kind):
+        if isinstance(value, kind):  # type: ignore[arg-type]
+            return value
+        if isinstance(value, dict):
+            return from_dict(kind, value, where=f"{where}.")  # type: ignore[arg-type]
+    elif get_origin(kind) is Literal:
+        if value in get_args(kind):
+            return value
+        choices = ", ".join(map(str, get_args(kind)))
+        raise ConfigError(f"{where}: {value!r} is not one of {choices}", hint=_nearest(str(value), [str(c) for c in get_args(kind)]))
+    elif get_origin(kind) is tuple:
+        return _coerce_tuple(get_args(kind), value, where)
+    elif get_origin(kind) is dict and isinstance(value, dict):
+        return value
+    elif kind is Path and isinstance(value, str | Path):
+        return Path(value)
+    elif kind is bool and isinstance(value, bool):
+        return value
+    elif kind is str and isinstance(value, str):
+        return value
+    elif kind in (int, float) and not isinstance(value, bool):
+        # YAML reads 1e-3 as a string; an int field takes 3.0 but not 3.5.
+        try:
+            number = float(value)
+            if kind is float:
+                return number
+            if number == int(number):
+                return int(value) if isinstance(value, int) else int(number)
+        except (TypeError, ValueError, OverflowError):
+            pass
+    raise ConfigError(f"{where}: {value!r} is not {_describe(kind)}")
+
+
+def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
+    if isinstance(value, str):
+        value = [part for part in value.replace(" ", "").split(",") if part]
+    elif not isinstance(value, list | tuple):
+        value = [value]
+    if kinds[-1] is Ellipsis:
+        return tuple(_coerce(kinds[0], item, where) for item in value)
+    if len(value) == 1:  # --image-size 224 is 224,224
+        value = list(value) * len(kinds)
+    if len(value) != len(kinds):
+        raise ConfigError(f"{where}: {','.join(map(str, value))} must be one value or {len(kinds)} separated by commas")
+    return tuple(_coerce(kind, item, where) for kind, item in zip(kinds, value, strict=True))
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return to_dict(value)
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _describe(kind: Any) -> str:
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+
+
+def _nearest(word: str, known: list[str]) -> str | None:
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(known)}"

@@ -1,0 +1,101 @@
+"""Files that are never half written: write aside, flush, rename."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mae_deploy.errors import ConfigError
+
+_ASIDE = ".partial-"
+"""Prefix of what is being written; whatever carries it after a kill is rubbish."""
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a neighbour of `path` to write (a file or a folder); rename it onto `path` if the block succeeds.
+
+    A folder may replace nothing or an empty folder only; a file replaces a file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
+    remove(aside)
+    try:
+        yield aside
+        _flush(aside)
+        os.replace(aside, path)
+    finally:
+        remove(aside)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` in one step."""
+    with atomic_path(path) as aside:
+        aside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as indented JSON in one step."""
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+
+
+def point_link(link: Path, target_name: str) -> None:
+    """Make `link` a relative symlink to its sibling `target_name`, replacing an older link in one step."""
+    aside = link.with_name(f"{_ASIDE}{os.getpid()}-{link.name}")
+    remove(aside)
+    aside.symlink_to(target_name)
+    os.replace(aside, link)
+
+
+def sha256(path: Path) -> str:
+    """The hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a whole folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_partial(folder: Path) -> None:
+    """Delete what a killed process left half written in `folder`."""
+    for path in folder.glob(f"{_ASIDE}*"):
+        remove(path)
+
+
+def refuse_to_overwrite(path: Path, *, hint: str = "choose another --out, or remove it first") -> None:
+    """Raise ConfigError if `path` is a file or a folder with something in it."""
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise ConfigError(f"--out {path} already exists", hint=hint)
+
+
+def _flush(path: Path) -> None:
+    """Push the content to the disk before the rename, so that a power cut cannot leave an empty file."""
+    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())

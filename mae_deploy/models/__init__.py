@@ -1,0 +1,1 @@
+"""Encoder, decoder, classifier, and reading weights made elsewhere."""

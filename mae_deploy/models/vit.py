@@ -1,0 +1,158 @@
+"""The ViT encoder on timm's blocks, and the classifier on top of it.
+
+State-dict names and arithmetic are those of the original MAE implementation and of timm.
+Shapes: B images, C channels, P patch side, N patches, K kept patches, D width.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Literal
+
+import torch
+from timm.layers import trunc_normal_
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.position import sincos_position_embedding
+
+Pool = Literal["avg", "cls"]
+
+LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+
+EXPLICIT_ATTENTION_TOKENS = 65
+"""Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward pass)."""
+
+
+def patchify(images: Tensor, patch_size: int) -> Tensor:
+    """`(B, C, H, W) -> (B, N, P * P * C)`: patches row by row, channels last within a patch."""
+    B, C, H, W = images.shape
+    P = patch_size
+    patches = images.reshape(B, C, H // P, P, W // P, P)
+    return patches.permute(0, 2, 4, 3, 5, 1).reshape(B, (H // P) * (W // P), P * P * C)
+
+
+def unpatchify(patches: Tensor, patch_size: int, grid_size: tuple[int, int]) -> Tensor:
+    """The inverse of `patchify`: `(B, N, P * P * C) -> (B, C, H, W)`."""
+    B, _, width = patches.shape
+    P, (rows, columns) = patch_size, grid_size
+    C = width // (P * P)
+    images = patches.reshape(B, rows, columns, P, P, C).permute(0, 5, 1, 3, 2, 4)
+    return images.reshape(B, C, rows * P, columns * P)
+
+
+def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
+    """Pick tokens by index: `(B, N, D), (B, K) -> (B, K, D)`."""
+    return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
+
+
+class PatchEmbed(nn.Module):
+    """A linear map of flat patches; its weight is kept in the convolution form that every checkpoint has."""
+
+    def __init__(self, config: EncoderConfig) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.width, kernel_size=config.patch, stride=config.patch)
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """`(B, K, P * P * C) -> (B, K, D)`."""
+        return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
+
+
+def transformer_blocks(dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> nn.ModuleList:
+    """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
+    rates = torch.linspace(0, drop_path, depth).tolist()
+    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates)
+
+
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
+    """Apply blocks in turn, with the attention that is faster for this device and length."""
+    fused = tokens.device.type != "cpu" or tokens.shape[1] > EXPLICIT_ATTENTION_TOKENS
+    for block in blocks:
+        block.attn.fused_attn = fused
+        tokens = block(tokens)
+    return tokens
+
+
+class Encoder(nn.Module):
+    """The MAE encoder: all patches, or only those named by `ids_keep`, with a CLS token before them."""
+
+    def __init__(self, config: EncoderConfig, *, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.config = config
+        D = config.width
+        self.patch_embed = PatchEmbed(config)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
+        # A parameter, because fine-tuning may train it; fixed until then.
+        self.pos_embed = nn.Parameter(sincos_position_embedding(D, config.grid_size), requires_grad=False)
+        self.blocks = transformer_blocks(D, config.blocks, config.heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path)
+        self.norm: nn.Module = LayerNorm(D)
+        self._initialise()
+
+    def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Patch embedding plus position of the kept patches, CLS in front: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
+        B, C, H, W = images.shape
+        if (C, H, W) != (self.config.in_chans, *self.config.image_size):
+            raise ValueError(f"the encoder takes {self.config.in_chans}x{self.config.image_size} images, not {(C, H, W)}")
+        patches = patchify(images, self.config.patch)
+        positions = self.pos_embed[:, 1:]
+        if ids_keep is not None:
+            patches = gather_tokens(patches, ids_keep)
+            positions = positions[0][ids_keep]
+        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
+        tokens = self.patch_embed(patches) + positions
+        return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """CLS and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`.
+
+        Args:
+            ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order.
+
+        Raises:
+            ValueError: the images have another size or number of channels.
+        """
+        return self.norm(run_blocks(self.blocks, self.embed(images, ids_keep)))  # type: ignore[no-any-return]
+
+    def _initialise(self) -> None:
+        """As the original: Xavier-uniform linear maps (the patch embedding as one), normal(0.02) tokens."""
+        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        if self.patch_embed.proj.bias is not None:
+            nn.init.zeros_(self.patch_embed.proj.bias)
+        nn.init.normal_(self.cls_token, std=0.02)
+        self.blocks.apply(initialise_linear)
+
+
+def initialise_linear(module: nn.Module) -> None:
+    """Xavier-uniform weight and zero bias of a linear layer; leaves other modules alone."""
+    if isinstance(module, nn.Linear):
+        nn.init.xavier_uniform_(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class Classifier(Encoder):
+    """Encoder and linear head, as the original fine-tunes it.
+
+    `pool="avg"`: mean of the patch tokens, then `fc_norm`, and no norm before it. `pool="cls"`: the CLS token after `norm`.
+    """
+
+    def __init__(self, config: EncoderConfig, *, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0) -> None:
+        super().__init__(config, drop_path=drop_path)
+        self.pool = pool
+        if pool == "avg":
+            self.norm = nn.Identity()
+            self.fc_norm = LayerNorm(config.width)
+        self.head = nn.Linear(config.width, num_classes)
+        trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def forward_pooled(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """What the head reads: `(B, C, H, W), (B, K) -> (B, D)`."""
+        tokens = super().forward(images, ids_keep)
+        return self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == "avg" else tokens[:, 0]  # type: ignore[no-any-return]
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """Logits: `(B, C, H, W), (B, K) -> (B, classes)`."""
+        return self.head(self.forward_pooled(images, ids_keep))  # type: ignore[no-any-return]

@@ -1,0 +1,205 @@
+"""Turn config dataclasses into Typer commands: every field an option, every section a help panel."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, get_origin
+
+import typer
+
+from mae_deploy.config import field_docs, field_types, from_dict, is_required, merge, optional_of, parse_assignment, read_recipe, to_yaml
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import write_text
+
+C = TypeVar("C")
+
+COMMON = "Common"
+"""The help panel of the options that every command has."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Flag:
+    """One config field as the command line shows it."""
+
+    path: tuple[str, ...]
+    """Where its value goes in the nested settings."""
+    name: str
+    """`--image-size`, or the metavar of a positional argument."""
+    kind: Any
+    """The Python type that Typer parses."""
+    panel: str
+    help: str
+    default: str | None
+    argument: bool
+    required: bool
+
+    @property
+    def variable(self) -> str:
+        """The parameter name of the generated function."""
+        return "_".join(self.path)
+
+
+def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", defaults: dict[str, Any] | None = None) -> list[Flag]:
+    """Every option and argument that a config class gives a command, sections flattened."""
+    found: list[Flag] = []
+    kinds, docs = field_types(cls), field_docs(cls)
+    for field in dataclasses.fields(cls):
+        kind, _ = optional_of(kinds[field.name])
+        if dataclasses.is_dataclass(kind):
+            section = (inspect.getdoc(kind) or field.name).splitlines()[0].rstrip(".")
+            found += flags_of(kind, path=(*path, field.name), panel=section, defaults=field.metadata.get("defaults"))  # type: ignore[arg-type]
+            continue
+        if field.metadata.get("hidden"):
+            continue
+        required = is_required(field)
+        default = (defaults or {}).get(field.name, field.default)
+        argument = bool(field.metadata.get("argument"))
+        found.append(
+            Flag(
+                path=(*path, field.name),
+                name=field.metadata.get("flag") or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
+                kind=str if get_origin(kind) is tuple else kind,
+                panel=panel if path else ("Common" if field.name in ("seed", "device") else "Options"),
+                help=docs.get(field.name, ""),
+                default=None if required or default is None else _shown(default),
+                argument=argument,
+                required=required,
+            )
+        )
+    return found
+
+
+def command(app: typer.Typer, config: type[C], *, name: str | None = None, recipes: bool = False) -> Callable[[Callable[[C], Any]], Callable[[C], Any]]:
+    """Register `function(config)` as a command whose options are the fields of `config`.
+
+    The function returns its result as plain data, or as a `Result` that also knows how to show itself.
+
+    Args:
+        recipes: also offer `--recipe`, `--set` and `--dump-config`.
+    """
+
+    def register(function: Callable[[C], Any]) -> Callable[[C], Any]:
+        flags = flags_of(config)
+
+        def run(**given: Any) -> None:
+            as_json: bool = given.pop("as_json")
+            dump: Path | None = given.pop("dump_config", None)
+            values: dict[str, Any] = read_recipe(given["recipe"]) if given.get("recipe") else {}
+            given.pop("recipe", None)
+            for assignment in given.pop("assignments", None) or []:
+                values = merge(values, parse_assignment(assignment))
+            for flag in flags:
+                if (value := given[flag.variable]) is not None:
+                    values = merge(values, _nest(flag.path, value))
+            for flag in flags:
+                if flag.required and not _has(values, flag.path):
+                    raise ConfigError(f"{flag.name} is missing", hint=flag.help)
+            settings = from_dict(config, values)
+            if dump is not None:
+                write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
+                return
+            show(function(settings), as_json=as_json)
+
+        parameters = [_parameter(flag) for flag in flags]
+        if recipes:
+            parameters += _RECIPE_PARAMETERS
+        parameters.append(_JSON_PARAMETER)
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        run.__doc__ = function.__doc__
+        app.command(name or function.__name__)(run)
+        return function
+
+    return register
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What a command found: data for `--json`, something rich can print for people."""
+
+    data: Any
+    view: Any = None
+
+
+def show(result: Any, *, as_json: bool) -> None:
+    """Print a command's result on stdout; everything else that a command says goes to stderr."""
+    result = result if isinstance(result, Result) else Result(result)
+    if as_json:
+        sys.stdout.write(json.dumps(result.data, indent=2, default=str) + "\n")
+        return
+    from rich.console import Console
+
+    console = Console()
+    if result.view is not None:
+        console.print(result.view)
+    elif isinstance(result.data, dict):
+        console.print("\n".join(f"[bold]{key}[/bold]  {_shown(value)}" for key, value in result.data.items()), highlight=False, soft_wrap=True)
+
+
+def _parameter(flag: Flag) -> inspect.Parameter:
+    kind: Any = flag.kind
+    if flag.argument:
+        # Required arguments are checked after the recipe is read, which may name them.
+        info = typer.Argument(metavar=flag.name, help=flag.help, show_default=False)
+    else:
+        names = [flag.name, f"--no-{flag.name[2:]}"] if kind is bool else [flag.name]
+        info = typer.Option(
+            "/".join(names),
+            help=flag.help + (" [required]" if flag.required else ""),
+            rich_help_panel=flag.panel,
+            show_default=flag.default if flag.default is not None else False,
+        )
+    annotation = Annotated[kind | None if not _is_literal(kind) else _optional_literal(kind), info]
+    return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:
+    info = typer.Option(*flags, help=help, rich_help_panel=COMMON, show_default=False)
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+
+
+_RECIPE_PARAMETERS = [
+    _option("recipe", str | None, None, "--recipe", help="Settings from a YAML file, or the name of a recipe that ships with mae-deploy; flags win over it."),
+    _option("assignments", list[str] | None, None, "--set", help="Any setting as section.key=value, those without an option too; may be repeated."),
+    _option("dump_config", Path | None, None, "--dump-config", help="Write the resolved settings as a recipe (- for stdout) and do nothing else."),
+]
+_JSON_PARAMETER = _option("as_json", bool, False, "--json", help="Print the result as JSON on stdout.")
+
+
+def _is_literal(kind: Any) -> bool:
+    return get_origin(kind) is Literal
+
+
+def _optional_literal(kind: Any) -> Any:
+    from typing import Optional
+
+    return Optional[kind]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
+
+
+def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    for part in reversed(path):
+        value = {part: value}
+    return dict(value)
+
+
+def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
+    for part in path:
+        if not isinstance(values, dict) or part not in values:
+            return False
+        values = values[part]
+    return True
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, tuple | list):
+        return ",".join(map(_shown, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,197 @@
+"""A bundle: a folder with a graph, its manifest and golden samples, in which no file is parsed before its hash is checked."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import zipfile
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.files import read_json, sha256
+from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.runtime.manifest import MANIFEST_FILE, Manifest, ModelEntry, TensorEntry, read_preprocess, validate_manifest
+from mae_deploy.runtime.parity import Tolerance
+
+_EXTERNAL_DATA = re.compile(rb"\n\x08location\x12([\x80-\xff]*[\x00-\x7f])")
+"""Where an ONNX file names external data: a protobuf key 'location', then the value's tag and its length as a varint."""
+
+
+class Bundle:
+    """What `mae-deploy export` writes; `Bundle.load` reads it."""
+
+    def __init__(self, path: Path, manifest: Manifest) -> None:
+        self.path = path
+        self.manifest = manifest
+        self._checked: dict[str, Path] = {}
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read the manifest of the bundle in a folder; the other files are read when they are needed.
+
+        Raises:
+            ConfigError: no bundle is there, its manifest is broken, or it needs a newer mae-deploy.
+        """
+        folder = Path(path)
+        if not (folder / MANIFEST_FILE).is_file():
+            raise ConfigError(f"no bundle at {folder}: there is no {MANIFEST_FILE}", hint="a bundle is the folder that 'mae-deploy export' writes")
+        return cls(folder, validate_manifest(read_json(folder / MANIFEST_FILE)))
+
+    @property
+    def model(self) -> ModelEntry:
+        """The encoder's numbers: image and patch size, width, depth, heads."""
+        return self.manifest["model"]
+
+    @property
+    def token_mode(self) -> str:
+        """`full` (every patch) or `visible` (the patches of `ids_keep`)."""
+        return self.manifest["token_mode"]
+
+    @property
+    def fixed_batch(self) -> int | None:
+        """The batch size that the graph is fixed to; None: any."""
+        return self.manifest["batch"]
+
+    @property
+    def fixed_keep(self) -> int | None:
+        """The number of visible patches, K, that the graph is fixed to; None: any, or a full graph."""
+        return self.manifest["keep"]
+
+    @property
+    def num_patches(self) -> int:
+        """Number of patches of an image, N."""
+        return self.manifest["num_patches"]
+
+    @cached_property
+    def preprocess(self) -> Preprocess:
+        """What makes the graph's input of an image."""
+        return read_preprocess(self.manifest["preprocess"])
+
+    @property
+    def inputs(self) -> list[TensorEntry]:
+        """The graph's inputs, in its order."""
+        return self.manifest["graph"]["inputs"]
+
+    @property
+    def input_names(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in its order."""
+        return tuple(entry["name"] for entry in self.inputs)
+
+    @property
+    def output_names(self) -> tuple[str, ...]:
+        """Names of the graph's outputs, in its order."""
+        return tuple(entry["name"] for entry in self.manifest["graph"]["outputs"])
+
+    @property
+    def class_names(self) -> list[str] | None:
+        """Names in the order of the logits, where there are any."""
+        return self.manifest["class_names"]
+
+    @property
+    def licence(self) -> str:
+        """What the weights may be used for."""
+        return self.manifest["licence"]
+
+    @property
+    def tolerance(self) -> Tolerance:
+        """How far an engine's outputs may be from PyTorch's."""
+        return Tolerance(**self.manifest["tolerance"])
+
+    def file(self, name: str) -> Path:
+        """The path of a file of the bundle, after its content has been checked against the manifest (once for each Bundle).
+
+        Raises:
+            CheckFailed: not listed in the manifest, outside of the bundle's folder, missing, or not the file that was exported.
+        """
+        if name not in self._checked:
+            self._checked[name] = self._check(name)
+        return self._checked[name]
+
+    def graph(self) -> Path:
+        """The path of the ONNX graph, after it and all external data that it names have been checked.
+
+        Raises:
+            CheckFailed: as `file`.
+        """
+        name = self.manifest["graph"]["file"]
+        path = self.file(name)
+        for location in _external_data(path):
+            self.file(str(PurePosixPath(name).parent / location))
+        return path
+
+    def check_files(self) -> None:
+        """Check every file that the manifest lists.
+
+        Raises:
+            CheckFailed: as `file`.
+        """
+        for name in self.manifest["files"]:
+            self.file(name)
+
+    def golden(self) -> dict[str, Array]:
+        """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`.
+
+        Raises:
+            CheckFailed: as `file`, or an array is missing or of another length or type than the manifest says.
+        """
+        golden = self.manifest["golden"]
+        path = self.file(golden["file"])
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+        except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:  # a bare .npy is no context manager
+            raise CheckFailed(f"{path} holds no arrays: {error}", hint="export the bundle again") from error
+        for name in (*self.input_names, *self.output_names):
+            if name not in arrays or arrays[name].shape[:1] != (golden["num_samples"],):
+                found = f"has the shape {arrays[name].shape}" if name in arrays else "is missing"
+                raise CheckFailed(f"{path}: '{name}' {found}; the manifest promises {golden['num_samples']} samples", hint="export the bundle again")
+        for entry in self.inputs:
+            if arrays[entry["name"]].dtype != entry["dtype"]:
+                raise CheckFailed(f"{path}: '{entry['name']}' is {arrays[entry['name']].dtype}, not {entry['dtype']}", hint="export the bundle again")
+        return arrays
+
+    def _check(self, name: str) -> Path:
+        entry = self.manifest["files"].get(name)
+        if entry is None:
+            raise CheckFailed(f"'{name}' is not among the files of the bundle {self.path}: {', '.join(self.manifest['files'])}")
+        path = self.path / name
+        if not _is_inside(name, self.path):
+            raise CheckFailed(f"'{name}' is outside of the bundle {self.path}", hint="a bundle's files are inside its folder, and links may not lead out of it")
+        if not path.is_file():
+            raise CheckFailed(f"{path} is missing", hint="copy the whole bundle folder, or export it again")
+        try:
+            found = sha256(path)
+        except OSError as error:
+            raise CheckFailed(f"cannot read {path}: {error.strerror}") from error
+        if found != entry["sha256"]:
+            raise CheckFailed(
+                f"{path} is not the file that was exported: expected SHA-256 {entry['sha256']} ({entry['size']} bytes), "
+                f"found {found} ({path.stat().st_size} bytes)",
+                hint="copy the bundle again, or export it again",
+            )
+        return path
+
+
+def _is_inside(name: str, folder: Path) -> bool:
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        return False
+    try:
+        return (folder / name).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
+        return False
+
+
+def _external_data(graph: Path) -> list[str]:
+    """The file names of external data in an ONNX file, found in its bytes: the device has no ONNX parser of its own."""
+    if graph.stat().st_size == 0:
+        return []
+    names: dict[str, None] = {}
+    with graph.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        for match in _EXTERNAL_DATA.finditer(content):
+            length = sum((byte & 0x7F) << (7 * place) for place, byte in enumerate(match[1]))
+            names[content[match.end() : match.end() + length].decode("utf-8", "replace")] = None
+    return list(names)

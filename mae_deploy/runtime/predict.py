@@ -1,0 +1,166 @@
+"""Features and classes for image files: unreadable ones are reported, and what comes out is written whole or not at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.errors import CheckFailed, ConfigError, import_optional
+from mae_deploy.files import atomic_path
+from mae_deploy.preprocess import Array, UnreadableImage, read_image
+from mae_deploy.runtime.backbone import Backbone, Features
+from mae_deploy.runtime.inputs import Keep
+
+PATHS = "paths"
+"""The column of file names beside the outputs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unreadable:
+    """An image file that was left out."""
+
+    path: Path
+    reason: str
+
+
+class Predictions:
+    """Features of image files, batch by batch: iterate once over `(paths, features)`, then look at `unreadable`."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        paths: Sequence[Path],
+        *,
+        batch_size: int | None = None,
+        keep: Keep | None = None,
+        num_keep: int | None = None,
+        seed: int = 0,
+        outputs: Sequence[str] | None = None,
+    ) -> None:
+        """Read and run `paths` in batches of `batch_size`: by default the graph's fixed batch, or 8.
+
+        Args:
+            keep: as for `Backbone`.
+            num_keep: instead of `keep`, this many patches of each image at random. The choice depends on `seed` and the file's place in `paths`
+                alone: neither the batch size nor an unreadable file changes it.
+
+        Raises:
+            ConfigError: no paths, a batch size below 1, or both `keep` and `num_keep`, or one that the bundle cannot take.
+        """
+        batch_size = (backbone.bundle.fixed_batch or 8) if batch_size is None else batch_size
+        if not paths or batch_size < 1:
+            raise ConfigError(f"nothing to predict: {len(paths)} images in batches of {batch_size}")
+        if num_keep is not None:
+            _check_num_keep(backbone, keep, num_keep)
+        self.unreadable: list[Unreadable] = []
+        self._backbone, self._paths, self._batch_size = backbone, paths, batch_size
+        self._keep, self._num_keep, self._seed, self._outputs = keep, num_keep, seed, outputs
+
+    def __iter__(self) -> Iterator[tuple[list[Path], Features]]:
+        """Yield the paths that could be read and their features.
+
+        Raises:
+            CheckFailed: not one image could be read.
+            ConfigError: `keep` or `outputs` do not fit the bundle.
+        """
+        self.unreadable.clear()
+        preprocess = self._backbone.preprocess
+        batch: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
+        for index, path in enumerate(self._paths):
+            try:
+                batch.append((index, preprocess.crop(read_image(path, preprocess.channels))))
+            except UnreadableImage as error:
+                self.unreadable.append(Unreadable(path, str(error).removeprefix(f"{path}: ")))
+            if batch and (len(batch) == self._batch_size or index == len(self._paths) - 1):
+                yield self._run(batch)
+                batch = []
+        if len(self.unreadable) == len(self._paths):
+            first = self.unreadable[0]
+            raise CheckFailed(f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}")
+
+    def _run(self, batch: list[tuple[int, Array]]) -> tuple[list[Path], Features]:
+        indices = [index for index, _ in batch]
+        images = self._backbone.preprocess.normalise(np.stack([pixels for _, pixels in batch]))
+        keep = self._keep
+        if self._num_keep is not None:
+            keep = np.stack([_random_patches(self._backbone.num_patches, self._num_keep, (self._seed, index)) for index in indices])
+        return [self._paths[index] for index in indices], self._backbone(images, keep, outputs=self._outputs)
+
+
+def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[list[tuple[str, float]]]:
+    """The `k` most likely classes of each row of `logits (B, classes)` with their softmax probabilities, best first.
+
+    Without names a class is its index; with fewer than `k` classes all are given.
+
+    Raises:
+        ConfigError: `k` below 1, or another number of names than classes.
+        CheckFailed: logits that are not finite.
+    """
+    num_classes = logits.shape[-1]
+    if k < 1:
+        raise ConfigError(f"top-k needs k of at least 1, not {k}")
+    if class_names is not None and len(class_names) != num_classes:
+        raise ConfigError(f"{len(class_names)} class names for {num_classes} logits")
+    if not np.isfinite(logits).all():
+        raise CheckFailed("the logits have NaN or infinite values", hint="run 'mae-deploy verify' on the bundle")
+    exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
+    probabilities = exponents / exponents.sum(axis=1, keepdims=True)
+    best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
+    names = class_names if class_names is not None else [str(index) for index in range(num_classes)]
+    return [[(names[int(index)], float(row[index])) for index in order] for row, order in zip(probabilities, best, strict=True)]
+
+
+def write_features(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+    """Write one row for each file name: `paths` and every array `(B, ...)`, as .npz or .parquet.
+
+    In Parquet an axis beyond the first is a fixed-size list.
+
+    Raises:
+        ConfigError: another suffix, an array of another length, or one called `paths`.
+        MissingDependency: Parquet without pyarrow.
+    """
+    writers = {".npz": _write_npz, ".parquet": _write_parquet}
+    if path.suffix not in writers:
+        raise ConfigError(f"cannot write features to {path}", hint=f"known suffixes: {', '.join(writers)}")
+    for name, array in arrays.items():
+        if name == PATHS or array.shape[:1] != (len(names),):
+            raise ConfigError(f"cannot write the output '{name}' of shape {array.shape} beside {len(names)} {PATHS}")
+    writers[path.suffix](path, names, arrays)
+
+
+def _write_npz(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+    with atomic_path(path) as aside, aside.open("wb") as file:
+        columns: dict[str, Any] = {PATHS: np.asarray(names, dtype=np.str_), **arrays}
+        np.savez(file, **columns)
+
+
+def _write_parquet(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
+    arrow, parquet = import_optional("pyarrow", extra="parquet"), import_optional("pyarrow.parquet", extra="parquet")
+    # Parquet's text is UTF-8: a file name in another encoding is shown with replacement characters.
+    columns = {PATHS: arrow.array([os.fsencode(name).decode("utf-8", "replace") for name in names], type=arrow.string())}
+    for name, array in arrays.items():
+        column = arrow.array(array.reshape(-1))
+        for size in reversed(array.shape[1:]):
+            column = arrow.FixedSizeListArray.from_arrays(column, size)
+        columns[name] = column
+    with atomic_path(path) as aside:
+        parquet.write_table(arrow.table(columns), aside)
+
+
+def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> None:
+    fixed = backbone.bundle.fixed_keep
+    if keep is not None:
+        raise ConfigError("keep and num_keep exclude one another")
+    if backbone.bundle.token_mode == "full":
+        raise ConfigError("this bundle's graph takes every patch, so num_keep cannot be used", hint="export with --tokens visible")
+    if not 1 <= num_keep <= backbone.num_patches or num_keep != (fixed or num_keep):
+        raise ConfigError(f"num_keep {num_keep} cannot be used", hint=f"this graph takes {fixed or f'1 to {backbone.num_patches}'} patches")
+
+
+def _random_patches(num_patches: int, num_keep: int, seed: tuple[int, int]) -> Array:
+    return np.random.default_rng(seed).permutation(num_patches)[:num_keep]

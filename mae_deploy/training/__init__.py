@@ -1,0 +1,1 @@
+"""The training loop that pretraining, fine-tuning and distillation share."""

@@ -1,0 +1,58 @@
+"""Top-1 and top-5 on a validation folder, on every process at once."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.nn import functional as F
+
+from mae_deploy.data.dataset import ImageDataset, ImageList
+from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.transforms import Normalise, Transform
+from mae_deploy.errors import CheckFailed
+from mae_deploy.preprocess import Preprocess
+from mae_deploy.progress import console
+
+
+class Evaluator:
+    """Validation of a classifier; images that cannot be read are left out and counted."""
+
+    def __init__(self, images: ImageList, transform: Transform, spec: Preprocess, *, batch_size: int, num_workers: int) -> None:
+        self.dataset = ImageDataset(images, transform, channels=spec.channels, seed=0, replace_unreadable=False)
+        self.spec = spec
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self._reported: set[str] = set()
+
+    @torch.no_grad()
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
+        """Accuracies in per cent and the mean cross-entropy.
+
+        Raises:
+            CheckFailed: not one validation image can be read.
+        """
+        was_training = model.training
+        model.eval()
+        normalise = Normalise(self.spec).to(accelerator.device)
+        totals = torch.zeros(4, dtype=torch.float64, device=accelerator.device)
+        loader = eval_loader(
+            self.dataset, batch_size=self.batch_size, num_workers=self.num_workers, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        for batch in loader:
+            for line in set(batch.unreadable) - self._reported:
+                self._reported.add(line)
+                console.print(f"[yellow]left out of the validation[/yellow] {line}", highlight=False, soft_wrap=True)
+            if len(batch.images) == 0:
+                continue
+            labels = batch.labels.to(accelerator.device)
+            with accelerator.autocast():
+                logits = model(normalise(batch.images.to(accelerator.device))).float()
+            ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels.unsqueeze(1))
+            loss = F.cross_entropy(logits, labels, reduction="sum")
+            totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
+        model.train(was_training)
+        top1, top5, loss, count = accelerator.reduce(totals, "sum").tolist()
+        if count == 0:
+            raise CheckFailed(f"no readable validation image below {self.dataset.images.root}")
+        return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}

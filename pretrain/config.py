@@ -1,0 +1,150 @@
+"""Settings of pretraining, fine-tuning and reconstruction. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_deploy.config import section, setting
+from mae_deploy.data.config import CropConfig, DataConfig
+from mae_deploy.errors import ConfigError
+from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PretrainConfig:
+    """Settings of `mae-deploy pretrain`."""
+
+    data: Path = setting(argument=True)
+    """Folder of unlabelled images, in any tree; any format that Pillow reads."""
+    out: Path
+    """Run folder to write."""
+    resume: bool = False
+    """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
+    mask_ratio: float = 0.75
+    """Share of the patches that the encoder does not see."""
+    norm_pix_loss: bool = True
+    """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
+    pictures_every: int = 20
+    """Epochs between reconstruction pictures; the last epoch always draws one."""
+    seed: int = 0
+    """Seed of weights, data order, augmentation and masks."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    model: EncoderConfig = section(EncoderConfig)
+    decoder: DecoderConfig = section(DecoderConfig)
+    optim: OptimConfig = section(OptimConfig, epochs=800)
+    augment: CropConfig = section(CropConfig)
+    images: DataConfig = section(DataConfig)
+    loop: LoopConfig = section(LoopConfig)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1:
+            raise ConfigError(f"--mask-ratio {self.mask_ratio} must be above 0 and below 1")
+        if int(self.model.num_patches * (1 - self.mask_ratio)) in (0, self.model.num_patches):
+            raise ConfigError(
+                f"--mask-ratio {self.mask_ratio} of {self.model.num_patches} patches leaves nothing to see or nothing to predict",
+                hint="use a smaller --patch-size or another --mask-ratio",
+            )
+        if self.pictures_every < 1:
+            raise ConfigError("--pictures-every must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MixConfig:
+    """Regularisation."""
+
+    drop_path: float = 0.1
+    """Stochastic depth, rising linearly over the blocks."""
+    label_smoothing: float = 0.1
+    """Label smoothing."""
+    mixup: float = 0.8
+    """Mixup alpha; 0 turns it off."""
+    cutmix: float = 1.0
+    """CutMix alpha; 0 turns it off."""
+    reprob: float = 0.25
+    """Probability of random erasing."""
+    auto_augment: str | None = "rand-m9-mstd0.5-inc1"
+    """RandAugment in timm's notation; none turns it off."""
+
+    def __post_init__(self) -> None:
+        if self.auto_augment is not None and self.auto_augment.lower() == "none":
+            object.__setattr__(self, "auto_augment", None)
+        for name in ("drop_path", "label_smoothing", "reprob"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0 and below 1")
+        if self.mixup < 0 or self.cutmix < 0:
+            raise ConfigError("--mixup and --cutmix cannot be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinetuneConfig:
+    """Settings of `mae-deploy finetune`."""
+
+    data: Path = setting(argument=True)
+    """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
+    out: Path
+    """Run folder to write."""
+    init: Path | None = None
+    """Pretrained encoder: a run folder, a checkpoint folder or a weights file."""
+    from_scratch: bool = False
+    """Start from random weights: the baseline, of the network of --init or of --model."""
+    model: str | None = None
+    """The encoder, where --init does not give it (see pretrain --help)."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for another."""
+    patch_size: int | None = None
+    """Side of a patch in pixels, where --init does not give it."""
+    in_chans: int | None = None
+    """Input channels, where --init does not give them."""
+    resume: bool = False
+    """Go on with the run in --out, or start it if it is not there."""
+    pool: Literal["avg", "cls"] = "avg"
+    """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
+    layer_decay: float = 0.65
+    """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
+    seed: int = 0
+    """Seed of the head, data order, augmentation and drop path."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4, min_lr=1e-6, betas=(0.9, 0.999))
+    mix: MixConfig = section(MixConfig)
+    augment: CropConfig = section(CropConfig, min_scale=0.08)
+    images: DataConfig = section(DataConfig)
+    loop: LoopConfig = section(LoopConfig)
+
+    def __post_init__(self) -> None:
+        if self.init is None and not (self.from_scratch and self.model):
+            raise ConfigError("finetune needs --init", hint="give a pretrained run or checkpoint, or --from-scratch with --model for the baseline")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReconstructConfig:
+    """Settings of `mae-deploy reconstruct`."""
+
+    images: Path = setting(argument=True)
+    """An image, or a folder of images."""
+    checkpoint: Path
+    """A pretraining run, checkpoint folder or weights file with a decoder."""
+    out: Path
+    """PNG to write: original, masked and reconstructed, a row for each image."""
+    mask_ratio: float = 0.75
+    """Share of the patches to hide."""
+    num_images: int = 8
+    """Images to draw at most, the first in alphabetical order."""
+    paste_visible: bool = True
+    """Show the visible patches themselves in the reconstruction, as the paper's figures do."""
+    seed: int = 0
+    """Seed of the masks."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mask_ratio < 1 or self.num_images < 1:
+            raise ConfigError("--mask-ratio must be above 0 and below 1, --num-images at least 1")
+        if self.out.suffix.lower() != ".png":
+            raise ConfigError(f"--out {self.out} must end in .png")

@@ -1,0 +1,133 @@
+"""Fine-tuning a pretrained encoder with a linear head, or the same network from scratch (paper, appendix A.1)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mae_deploy.checkpoint import OWN_LICENCE, Metadata
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.data.dataset import ImageDataset, labelled_images
+from mae_deploy.data.transforms import eval_transform, train_transform
+from mae_deploy.errors import ConfigError
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.load import Loaded, read_weights, start_from
+from mae_deploy.models.vit import Classifier
+from mae_deploy.preprocess import Preprocess
+from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
+from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.training.evaluate import Evaluator
+from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.optim import layer_decay_groups
+from mae_deploy.training.run_folder import RunFolder
+
+PAPER_WARMUP = 5.0
+"""Epochs (paper, table 9)."""
+
+
+def run(config: FinetuneConfig) -> dict[str, Any]:
+    """Fine-tune and validate; returns the loop's summary."""
+    loaded = read_weights(config.init) if config.init is not None else None
+    encoder = _encoder_config(config, loaded)
+    base = from_dict(Preprocess, loaded.metadata.preprocess) if loaded is not None else None
+    spec = config.images.preprocess(encoder.image_size, encoder.in_chans, base)
+    train = labelled_images(config.data, "train")
+    assert train.class_names is not None
+    val = labelled_images(config.data, "val", train.class_names)
+    fingerprint = {"train": train.fingerprint(), "val": val.fingerprint()}
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
+
+    transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
+    dataset = ImageDataset(train, transform, channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache)
+    seed_everything(derive_seed(config.seed, "weights"))
+    model = Classifier(encoder, num_classes=len(train.class_names), pool=config.pool, drop_path=config.mix.drop_path)
+    pretrained = loaded if not config.from_scratch else None
+    if pretrained is not None:
+        start_from(model, pretrained)
+    model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
+
+    job = Job(
+        title="from scratch" if pretrained is None else "finetune",
+        model=model,
+        saved=model,
+        groups=layer_decay_groups(model, config.optim.weight_decay, config.layer_decay),
+        dataset=dataset,
+        spec=spec,
+        loss=ClassificationLoss(config.mix, len(train.class_names)),
+        metadata=lambda: Metadata(
+            kind="classifier",
+            encoder=to_dict(encoder),
+            pool=config.pool,
+            num_classes=model.head.out_features,
+            class_names=train.class_names,
+            preprocess=to_dict(spec),
+            licence=pretrained.metadata.licence if pretrained is not None else OWN_LICENCE,
+            provenance={
+                "stage": "finetune",
+                "config": to_dict(config),
+                "data": fingerprint,
+                "parent": pretrained.record if pretrained is not None else None,
+            },
+        ),
+        paper_warmup=PAPER_WARMUP,
+        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
+    )
+    return fit(
+        job,
+        folder,
+        accelerator,
+        optim=config.optim,
+        loop=config.loop,
+        num_workers=config.images.num_workers,
+        max_corrupt=config.images.max_corrupt,
+        seed=config.seed,
+    )
+
+
+class ClassificationLoss:
+    """Cross-entropy with label smoothing, random erasing, mixup and CutMix, all from timm."""
+
+    def __init__(self, mix: MixConfig, num_classes: int) -> None:
+        self.smoothing = mix.label_smoothing
+        self.erase = RandomErasing(mix.reprob, mode="pixel", max_count=1, device="cpu") if mix.reprob > 0 else None
+        mixes = mix.mixup > 0 or mix.cutmix > 0
+        self.mix = Mixup(mixup_alpha=mix.mixup, cutmix_alpha=mix.cutmix, label_smoothing=mix.label_smoothing, num_classes=num_classes) if mixes else None
+
+    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """The loss of one batch: `(B, C, H, W), (B,)` to a scalar."""
+        if self.erase is not None:
+            self.erase.device = images.device
+            images = self.erase(images)
+        if self.mix is None:
+            return {"loss": F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)}
+        return {"loss": self._mixed(model, images, labels)}
+
+    def _mixed(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        assert self.mix is not None
+        if len(images) == 1:
+            return F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)
+        if len(images) % 2:
+            # timm mixes an even batch only: the odd image is mixed with the first.
+            images, labels = torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]])
+        mixed, targets = self.mix(images, labels)
+        return F.cross_entropy(model(mixed), targets)
+
+
+def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderConfig:
+    asked = {"patch_size": config.patch_size, "in_chans": config.in_chans, "image_size": config.image_size}
+    given = {name: value for name, value in asked.items() if value is not None}
+    if loaded is None:
+        return from_dict(EncoderConfig, {"name": config.model, **given})
+    stored = loaded.metadata.encoder
+    for name, value in {**given, "name": config.model}.items():
+        if name != "image_size" and value is not None and value != stored[name]:
+            raise ConfigError(f"--init has {name} {stored[name]}, not {value}", hint="leave the option away, or leave --init away and use --from-scratch")
+    return from_dict(EncoderConfig, {**stored, **given})
+
+

@@ -1,0 +1,51 @@
+"""The wheel and the source distribution carry every module of the four source folders, under one namespace."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+STAGES = ("pretrain", "distill", "export")
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the repository's own files: a `build/` left by an earlier build would put deleted modules into the wheel."""
+    copy = tmp_path_factory.mktemp("sources")
+    for name in repository_files():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, copy / name, follow_symlinks=False)
+    return copy
+
+
+@pytest.mark.parametrize("options", [["--wheel"], []], ids=["from-tree", "from-sdist"])
+def test_wheel_holds_every_module_and_recipe(sources: Path, tmp_path: Path, options: list[str]) -> None:
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), *options, str(sources)]
+    built = subprocess.run(command, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert packed == expected_files()
+
+
+def expected_files() -> set[str]:
+    """Where each source file stands in the wheel."""
+    expected = set()
+    for name in repository_files():
+        folder = name.split("/")[0]
+        if name.endswith((".py", ".yaml", "py.typed")) and folder in ("mae_deploy", *STAGES):
+            expected.add(f"mae_deploy/{name}" if folder in STAGES else name)
+    return expected
+
+
+def repository_files() -> list[str]:
+    """Files that git tracks or would track; a symlink to a folder is one of them."""
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.split("\0")
+    return sorted({name for name in listed if name and ((ROOT / name).is_symlink() or (ROOT / name).is_file())})
