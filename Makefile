@@ -39,7 +39,7 @@ check: lint types contracts test ## lint, types, contracts and test: what CI run
 
 wheel: .venv/.installed ## build dist/*.whl from the source distribution
 	@rm -rf dist
-	@$(PINS) $(BIN)/python -m build --quiet .
+	@$(PINS) $(BIN)/python -m build -qq .
 
 clean: ## remove what was built; .venv stays
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -148,9 +148,7 @@ def _dataset(config: DistillConfig, images: ImageList, spec: Preprocess) -> Imag
 
 def _fit(job: Job, folder: RunFolder, accelerator: Any, config: DistillConfig) -> dict[str, Any]:
     images = config.images
-    return fit(
-        job, folder, accelerator, optim=config.optim, loop=config.loop, num_workers=images.num_workers, max_corrupt=images.max_corrupt, seed=config.seed
-    )
+    return fit(job, folder, accelerator, optim=config.optim, loop=config.loop, num_workers=images.num_workers, max_corrupt=images.max_corrupt, seed=config.seed)
 
 
 def _started(model: M, init: Loaded | None) -> M:

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.load import Loaded, encoder_tensors, load_strict
 from mae_deploy.models.vit import Classifier, Encoder, run_blocks
 

@@ -18,7 +18,6 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.onnx_builder import Dim, GraphBuilder
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.position import interpolate_position_embedding
 
 TokenMode = Literal["full", "visible"]
 
@@ -51,18 +50,16 @@ def available_outputs(metadata: Metadata) -> tuple[str, ...]:
     return ("logits", "pooled") if metadata.pool == "avg" else ("logits", "cls", "tokens", "pooled")
 
 
-def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec, image_size: tuple[int, int] | None = None) -> GraphBuilder:
+def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec) -> GraphBuilder:
     """Write the graph of an encoder or classifier.
 
     Args:
         tensors: the checkpoint's state dict.
-        image_size: another input size than the checkpoint's; position embeddings are interpolated here, never in the graph.
 
     Raises:
         ConfigError: an output that the model does not have, or a K outside 1 to N.
     """
-    stored = from_dict(EncoderConfig, metadata.encoder)
-    config = from_dict(EncoderConfig, {**metadata.encoder, "image_size": image_size or stored.image_size})
+    config = from_dict(EncoderConfig, metadata.encoder)
     names = spec.outputs or available_outputs(metadata)
     for name in names:
         if name not in available_outputs(metadata):
@@ -70,17 +67,15 @@ def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec,
     if spec.keep is not None and not 1 <= spec.keep <= config.num_patches:
         raise ConfigError(f"--tokens visible:{spec.keep}: K must be within 1 and {config.num_patches}")
     weights = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
-    positions = interpolate_position_embedding(tensors["pos_embed"].float(), stored.grid_size, config.grid_size)
-    return _EncoderGraph(config, weights, positions.numpy(), spec).write(metadata, names)
+    return _EncoderGraph(config, weights, spec).write(metadata, names)
 
 
 class _EncoderGraph:
     """Writes one encoder."""
 
-    def __init__(self, config: EncoderConfig, weights: dict[str, Array], positions: Array, spec: GraphSpec) -> None:
+    def __init__(self, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
         self.config = config
         self.weights = weights
-        self.positions = positions
         self.builder = GraphBuilder(config.name)
         self.batch: Dim = spec.batch or "B"
         self.visible = spec.token_mode == "visible"
@@ -107,7 +102,7 @@ class _EncoderGraph:
         # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the table
         # makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
         tokens = b.node("Pad", [patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
-        table = self.positions[0].copy()
+        table = self.weights["pos_embed"][0].copy()
         table[0] += self.weights["cls_token"][0, 0]
         table[1:] += self.weights["patch_embed.proj.bias"]
         b.weight("position_table", table)

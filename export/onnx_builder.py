@@ -16,6 +16,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.runtime.manifest import TensorEntry
 
 OPSET = 17
 """The highest that TensorRT 8.6 reads, and the first with LayerNormalization."""
@@ -66,6 +67,14 @@ class GraphBuilder:
         self._nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
         return name
 
+    def inputs(self) -> list[TensorEntry]:
+        """The inputs as a manifest records them."""
+        return [_entry(info) for info in self._inputs]
+
+    def outputs(self) -> list[TensorEntry]:
+        """The outputs as a manifest records them."""
+        return [_entry(info) for info in self._outputs]
+
     def save(self, path: Path) -> list[Path]:
         """Write the checked graph; returns the files written (the graph, and its weights where they are large).
 
@@ -91,6 +100,12 @@ class GraphBuilder:
         return files
 
 
+def _entry(info: onnx.ValueInfoProto) -> TensorEntry:
+    tensor = info.type.tensor_type
+    dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+    return {"name": info.name, "dtype": dtype, "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]}
+
+
 def _inline(name: str, value: Array) -> onnx.TensorProto:
     return helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True)
 
@@ -102,7 +117,7 @@ def _write_external(path: Path, weights: dict[str, Array]) -> list[onnx.TensorPr
         for name, value in weights.items():
             file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
             offset = file.tell()
-            file.write(memoryview(np.ascontiguousarray(value)).cast("B") if value.size else b"")
+            np.ascontiguousarray(value).tofile(file)
             tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape, data_location=TensorProto.EXTERNAL)
             for key, entry in (("location", path.name), ("offset", offset), ("length", value.nbytes)):
                 tensor.external_data.add(key=key, value=str(entry))

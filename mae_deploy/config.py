@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import sys
 import types
 import typing
@@ -39,7 +40,7 @@ def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argu
 def section(cls: type[C], **defaults: Any) -> C:
     """A nested config whose defaults differ from its class's in this place."""
     factory = functools.partial(cls, **defaults)
-    return typing.cast(C, dataclasses.field(default_factory=factory, metadata={"defaults": defaults}))
+    return dataclasses.field(default_factory=factory, metadata={"defaults": defaults})
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -51,7 +52,7 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
     Raises:
         ConfigError: names the key, the value received and, for a misspelt key, the nearest known one.
     """
-    kinds = field_types(cls)
+    kinds = field_types(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
     for key, value in values.items():
@@ -152,7 +153,7 @@ def field_docs(cls: type) -> dict[str, str]:
     """Each field's docstring: the string literal that follows it in the class body."""
     docs: dict[str, str] = {}
     body = _class_bodies(cls.__module__)[cls.__name__]
-    for statement, after in zip(body, body[1:], strict=False):
+    for statement, after in itertools.pairwise(body):
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr):
             docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
     return docs

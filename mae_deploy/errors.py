@@ -11,9 +11,11 @@ class MaeDeployError(Exception):
 
     exit_code = 1
 
-    def __init__(self, message: str, *, hint: str | None = None) -> None:
+    def __init__(self, message: str, *, hint: str | None = None, result: object = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.result = result
+        """What was found before it failed; a command still prints it."""
 
 
 class CheckFailed(MaeDeployError):
@@ -33,16 +35,18 @@ class MissingDependency(MaeDeployError):
 
 
 def import_optional(module: str, *, extra: str) -> ModuleType:
-    """Import an optional package, or say which extra installs it.
+    """Import an optional package, or a module of ours that needs one, or say which extra installs it.
 
     Raises:
-        MissingDependency: the package is not installed.
+        MissingDependency: a package is not installed, or cannot be loaded.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        name = module.partition(".")[0]
+        name = (error.name or module).partition(".")[0]
+        if name == "mae_deploy":
+            raise
         raise MissingDependency(
-            f"this needs the package '{name}', which cannot be imported ({error})",
+            f"this needs the package '{name}', which cannot be imported ({' '.join(str(error).split())})",
             hint=f"pip install 'mae-deploy[{extra}]'",
         ) from error

@@ -8,12 +8,12 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_origin
+from typing import Annotated, Any, Optional, TypeVar, get_origin
 
 import typer
 
 from mae_deploy.config import field_docs, field_types, from_dict, is_required, merge, optional_of, parse_assignment, read_recipe, to_yaml
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import write_text
 
 C = TypeVar("C")
@@ -103,7 +103,13 @@ def command(app: typer.Typer, config: type[C], *, name: str | None = None, recip
             if dump is not None:
                 write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
                 return
-            show(function(settings), as_json=as_json)
+            try:
+                result = function(settings)
+            except MaeDeployError as error:
+                if error.result is not None:
+                    show(error.result, as_json=as_json)
+                raise
+            show(result, as_json=as_json)
 
         parameters = [_parameter(flag) for flag in flags]
         if recipes:
@@ -150,11 +156,11 @@ def _parameter(flag: Flag) -> inspect.Parameter:
         names = [flag.name, f"--no-{flag.name[2:]}"] if kind is bool else [flag.name]
         info = typer.Option(
             "/".join(names),
-            help=flag.help + (" [required]" if flag.required else ""),
+            help=flag.help + (r" \[required]" if flag.required else "") + (rf" \[default: {flag.default}]" if flag.default is not None else ""),
             rich_help_panel=flag.panel,
-            show_default=flag.default if flag.default is not None else False,
+            show_default=False,
         )
-    annotation = Annotated[kind | None if not _is_literal(kind) else _optional_literal(kind), info]
+    annotation = Annotated[Optional[kind], info]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
     return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
@@ -169,16 +175,6 @@ _RECIPE_PARAMETERS = [
     _option("dump_config", Path | None, None, "--dump-config", help="Write the resolved settings as a recipe (- for stdout) and do nothing else."),
 ]
 _JSON_PARAMETER = _option("as_json", bool, False, "--json", help="Print the result as JSON on stdout.")
-
-
-def _is_literal(kind: Any) -> bool:
-    return get_origin(kind) is Literal
-
-
-def _optional_literal(kind: Any) -> Any:
-    from typing import Optional
-
-    return Optional[kind]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
 
 
 def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:

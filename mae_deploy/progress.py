@@ -43,6 +43,13 @@ def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> 
             bar._printed = float("inf")
         yield bar
         return
-    columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(bar_width=24),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, console=console) as live:
         yield Bar(title, total, done, live, live.add_task(title, total=total, completed=done, note=""))

@@ -129,5 +129,3 @@ def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderCon
         if name != "image_size" and value is not None and value != stored[name]:
             raise ConfigError(f"--init has {name} {stored[name]}, not {value}", hint="leave the option away, or leave --init away and use --from-scratch")
     return from_dict(EncoderConfig, {**stored, **given})
-
-

@@ -11,14 +11,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path
 from mae_deploy.models.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import patchify, unpatchify
-from mae_deploy.config import from_dict
-from mae_deploy.preprocess import Preprocess, UnreadableImage, find_images, read_image
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
 from mae_deploy.pretrain.config import ReconstructConfig
 from mae_deploy.progress import console
 
@@ -83,13 +83,14 @@ def draw_reconstructions(
     return float(output.loss)
 
 
-def _to_pixels(images: Tensor, spec: Preprocess) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _to_pixels(images: Tensor, spec: Preprocess) -> Array:
     """Normalised `(B, 3, C, H, W)` to uint8 `(B, 3, H, W, C)`."""
     values = images.permute(0, 1, 3, 4, 2).cpu().numpy() * np.asarray(spec.std) + np.asarray(spec.mean)
-    return (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    pixels: Array = (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
+    return pixels
 
 
-def _grid(pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> Image.Image:
+def _grid(pixels: Array) -> Image.Image:
     """`(rows, columns, H, W, C)` as one picture with gaps."""
     rows, columns, H, W, C = pixels.shape
     factor = max(1, -(-_MIN_SIDE // min(H, W)))

@@ -77,7 +77,7 @@ class Key(NamedTuple):
     """One draw of one image: its augmentation depends on nothing else, so any worker gives the same sample."""
 
     epoch: int
-    index: int
+    item: int
 
 
 class Sample(NamedTuple):
@@ -124,16 +124,16 @@ class ImageDataset(Dataset[Sample]):
         """Draw one sample; without an image where it, or every one of its would-be replacements, is unreadable."""
         unreadable: list[str] = []
         for offset in range(min(len(self), _REPLACEMENTS) if self.replace_unreadable else 1):
-            index = (key.index + offset) % len(self)
+            index = (key.item + offset) % len(self)
             try:
                 image = self._read(index)
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            seed_everything(derive_seed(self.seed, "augment", key.epoch, key.index))
+            seed_everything(derive_seed(self.seed, "augment", key.epoch, key.item))
             return Sample(self.transform(image), self.images.labels[index], tuple(unreadable))
         # Not raised: an error in a worker process arrives as a page of traceback.
-        return Sample(None, self.images.labels[key.index], tuple(unreadable))
+        return Sample(None, self.images.labels[key.item], tuple(unreadable))
 
     def _read(self, index: int) -> Image.Image:
         if self._cache is None:

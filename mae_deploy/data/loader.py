@@ -22,7 +22,9 @@ class StreamSampler(Sampler[list[Key]]):
         batches_per_epoch: micro-batches of an epoch in each process, at most as many as the samples fill.
     """
 
-    def __init__(self, num_samples: int, batch_size: int, *, batches_per_epoch: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, num_samples: int, batch_size: int, *, batches_per_epoch: int, seed: int, start: int, stop: int, rank: int = 0, world_size: int = 1
+    ) -> None:
         self.num_samples = num_samples
         self.batch_size = batch_size
         self.seed = seed
@@ -57,4 +59,4 @@ def eval_loader(dataset: ImageDataset, *, batch_size: int, num_workers: int, ran
     """Every image once, in order; each process takes its share."""
     keys = [Key(0, index) for index in range(rank, len(dataset), world_size)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers)  # type: ignore[arg-type]
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers)

@@ -42,7 +42,8 @@ class EncoderConfig:
     """Model."""
 
     name: str = setting("vit_base_patch16", flag="--model")
-    """The encoder: vit_{tiny,small,base,large}_patch16, vit_huge_patch14, or for small images vit_tiny_patch{2,4,8}, vit_small_patch{4,8}, vit_micro_patch4, vit_nano_patch4."""
+    """The encoder: vit_{tiny,small,base,large}_patch16, vit_huge_patch14, or for small images vit_tiny_patch{2,4,8},
+    vit_small_patch{4,8}, vit_micro_patch4, vit_nano_patch4."""
     image_size: tuple[int, int] = (224, 224)
     """Input height and width in pixels, H[,W]; each a multiple of the patch size."""
     patch_size: int | None = None

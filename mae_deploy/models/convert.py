@@ -79,9 +79,9 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     names = f"{path.name} {source.settings.get('_name_or_path', '')}"
     licence = options.licence or (NON_COMMERCIAL if _RELEASED.search(names) else UNKNOWN_LICENCE)
     kind = _kind(source.tensors)
-    encoder, reshaped = _encoder_config(source, options)
+    encoder = _encoder_config(source, options)
     decoder = _decoder_config(source, options) if kind == "mae" else None
-    reshaped += _fit_positions(source, encoder, decoder, options)
+    reshaped = _fit_positions(source, encoder, decoder)
     pool = ("avg" if "fc_norm.weight" in source.tensors else "cls") if kind == "classifier" else None
     num_classes = source.tensors["head.weight"].shape[0] if kind == "classifier" else None
     metadata = Metadata(
@@ -114,7 +114,9 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, report)
 
 
-def expected_shapes(encoder: EncoderConfig, decoder: DecoderConfig | None, *, pool: str | None = None, num_classes: int | None = None) -> dict[str, tuple[int, ...]]:
+def expected_shapes(
+    encoder: EncoderConfig, decoder: DecoderConfig | None, *, pool: str | None = None, num_classes: int | None = None
+) -> dict[str, tuple[int, ...]]:
     """The name and shape of every tensor of a model, without building it."""
     D, N, pixels = encoder.width, encoder.num_patches, encoder.patch**2 * encoder.in_chans
     shapes: dict[str, tuple[int, ...]] = {
@@ -244,29 +246,30 @@ def _kind(tensors: dict[str, Tensor]) -> Kind:
     return "classifier" if "head.weight" in tensors else "encoder"
 
 
-def _encoder_config(source: _Source, options: ImportOptions) -> tuple[EncoderConfig, list[str]]:
+def _encoder_config(source: _Source, options: ImportOptions) -> EncoderConfig:
     weight = _tensor(source, "patch_embed.proj.weight", 4)
     D, C, P, _ = weight.shape
     depth = _count(source.tensors, "blocks")
     hidden = _tensor(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
     heads = options.num_heads or source.settings.get("num_attention_heads") or _HEADS.get(D) or max(1, D // 64)
-    size = options.image_size
-    if size is None:
-        stated = source.settings.get("image_size") or source.settings.get("input_size")
-        table = source.tensors.get("pos_embed")
-        if table is None and stated is None:
-            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint="pass --image-size H,W")
-        if table is None:
-            size = (int(stated), int(stated))
-        else:
-            side = math.isqrt(table.shape[1] - 1)
-            if side * side != table.shape[1] - 1:
-                raise ConfigError(f"pos_embed holds {table.shape[1] - 1} patches, which form no square", hint="pass --image-size H,W")
-            size = (side * P, side * P)
+    size = options.image_size or _image_size(source, P)
     shape = Preset(P, D, depth, heads)
     name = next((name for name, preset in PRESETS.items() if preset == shape), f"vit_{D}x{depth}_patch{P}")
-    config = EncoderConfig(name=name, image_size=size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=hidden / D)
-    return config, []
+    return EncoderConfig(name=name, image_size=size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=hidden / D)
+
+
+def _image_size(source: _Source, patch_size: int) -> tuple[int, int]:
+    """The size that the position embeddings were made for, a square."""
+    table = source.tensors.get("pos_embed")
+    if table is None:
+        stated = source.settings.get("image_size") or source.settings.get("input_size")
+        if not isinstance(stated, int):
+            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint="pass --image-size H,W")
+        return stated, stated
+    side = math.isqrt(table.shape[1] - 1)
+    if side * side != table.shape[1] - 1:
+        raise ConfigError(f"pos_embed holds {table.shape[1] - 1} patches, which form no square", hint="pass --image-size H,W")
+    return side * patch_size, side * patch_size
 
 
 def _decoder_config(source: _Source, options: ImportOptions) -> DecoderConfig:
@@ -275,7 +278,7 @@ def _decoder_config(source: _Source, options: ImportOptions) -> DecoderConfig:
     return DecoderConfig(decoder_depth=_count(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
 
 
-def _fit_positions(source: _Source, encoder: EncoderConfig, decoder: DecoderConfig | None, options: ImportOptions) -> list[str]:
+def _fit_positions(source: _Source, encoder: EncoderConfig, decoder: DecoderConfig | None) -> list[str]:
     """Rebuild absent sine-cosine tables, interpolate those of another grid; says what it did."""
     done = []
     tables = [("pos_embed", encoder.width)] + ([("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else [])
@@ -296,8 +299,14 @@ def _fit_positions(source: _Source, encoder: EncoderConfig, decoder: DecoderConf
 def _check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path) -> None:
     missing = [name for name in expected if name not in tensors]
     unexpected = [name for name in tensors if name not in expected]
-    misshapen = [f"{name} {tuple(tensors[name].shape)} instead of {shape}" for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape]
-    problems = [f"{len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}" for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)) if names]
+    misshapen = [
+        f"{name} {tuple(tensors[name].shape)} instead of {shape}" for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape
+    ]
+    problems = [
+        f"{len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
+        if names
+    ]
     if problems:
         raise CheckFailed(f"{file} does not fit: {'; '.join(problems)}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,9 @@ from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 
 E = TypeVar("E", bound=Encoder)
+
+ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+"""First parts of the names of the plain encoder's tensors."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,19 +65,33 @@ def build_model(metadata: Metadata) -> Encoder:
 def load_model(path: Path) -> tuple[Encoder, Loaded]:
     """The model of a checkpoint with its weights, in evaluation mode."""
     loaded = read_weights(path)
-    model = build_model(loaded.metadata)
-    load_strict(model, loaded.tensors)
-    return model.eval(), loaded
+    return model_of(loaded), loaded
 
 
-def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor]) -> None:
+def model_of(loaded: Loaded) -> Encoder:
+    """The model of these weights, in evaluation mode; it shares their memory."""
+    with torch.device("meta"):  # nothing is allocated or initialised that the weights replace
+        model = build_model(loaded.metadata)
+    load_strict(model, loaded.tensors, assign=True)
+    return model.eval()
+
+
+def encoder_of(loaded: Loaded) -> Encoder:
+    """The encoder or classifier of these weights without a decoder, in evaluation mode."""
+    if loaded.metadata.kind != "mae":
+        return model_of(loaded)
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
+    return model_of(Loaded(replace(loaded.metadata, kind="encoder"), tensors, loaded.record))
+
+
+def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
     """Load a state dict that must fit exactly.
 
     Raises:
         CheckFailed: a missing, unexpected or misshapen tensor.
     """
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
         raise CheckFailed(" ".join(str(error).split())) from error
 
@@ -89,8 +106,7 @@ def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
     for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(source, name) != getattr(target, name):
             raise ConfigError(f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has {getattr(target, name)}")
-    encoder = set(Encoder(target).state_dict())
-    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name in encoder}
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
     tensors["pos_embed"] = interpolate_position_embedding(tensors["pos_embed"], source.grid_size, target.grid_size)
     return tensors
 
@@ -102,13 +118,8 @@ def start_from(model: E, loaded: Loaded) -> E:
     """
     own = model.state_dict()
     tensors = {name: tensor for name, tensor in encoder_tensors(loaded, model.config).items() if name in own}
-    missing = [name for name in own if name in encoder_names(model) and name not in tensors]
+    missing = [name for name in own if name.split(".")[0] in ENCODER and name not in tensors]
     if missing:
         raise CheckFailed(f"the checkpoint lacks {len(missing)} tensors of the encoder, {missing[0]} among them")
     model.load_state_dict(tensors, strict=False)
     return model
-
-
-def encoder_names(model: Encoder) -> set[str]:
-    """The names of the model's tensors that belong to the plain encoder."""
-    return {name for name in model.state_dict() if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")}

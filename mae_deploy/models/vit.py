@@ -7,8 +7,9 @@ Shapes: B images, C channels, P patch side, N patches, K kept patches, D width.
 from __future__ import annotations
 
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from timm.layers import trunc_normal_
 from timm.models.vision_transformer import Block
@@ -20,7 +21,7 @@ from mae_deploy.models.position import sincos_position_embedding
 
 Pool = Literal["avg", "cls"]
 
-LayerNorm = partial(nn.LayerNorm, eps=1e-6)
+LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 EXPLICIT_ATTENTION_TOKENS = 65
 """Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward pass)."""
@@ -62,7 +63,7 @@ class PatchEmbed(nn.Module):
 
 def transformer_blocks(dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> nn.ModuleList:
     """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
-    rates = torch.linspace(0, drop_path, depth).tolist()
+    rates = np.linspace(0, drop_path, depth).tolist()
     return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates)
 
 
@@ -70,7 +71,8 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """Apply blocks in turn, with the attention that is faster for this device and length."""
     fused = tokens.device.type != "cpu" or tokens.shape[1] > EXPLICIT_ATTENTION_TOKENS
     for block in blocks:
-        block.attn.fused_attn = fused
+        assert isinstance(block, Block)
+        block.attn.fused_attn = fused  # type: ignore[assignment]
         tokens = block(tokens)
     return tokens
 
@@ -151,7 +153,7 @@ class Classifier(Encoder):
     def forward_pooled(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """What the head reads: `(B, C, H, W), (B, K) -> (B, D)`."""
         tokens = super().forward(images, ids_keep)
-        return self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == "avg" else tokens[:, 0]  # type: ignore[no-any-return]
+        return self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == "avg" else tokens[:, 0]
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Logits: `(B, C, H, W), (B, K) -> (B, classes)`."""

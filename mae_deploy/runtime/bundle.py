@@ -141,7 +141,7 @@ class Bundle:
         golden = self.manifest["golden"]
         path = self.file(golden["file"])
         try:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
         except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:  # a bare .npy is no context manager
             raise CheckFailed(f"{path} holds no arrays: {error}", hint="export the bundle again") from error

@@ -68,6 +68,19 @@ class LoopConfig:
 
 
 DOES_NOT_CHANGE_LOSSES = frozenset(
-    {"data", "out", "resume", "device", "num_workers", "max_corrupt", "cache", "checkpoint_every", "checkpoint_minutes", "keep_checkpoints", "eval_every", "pictures_every"}
+    {
+        "data",
+        "out",
+        "resume",
+        "device",
+        "num_workers",
+        "max_corrupt",
+        "cache",
+        "checkpoint_every",
+        "checkpoint_minutes",
+        "keep_checkpoints",
+        "eval_every",
+        "pictures_every",
+    }
 )
 """Settings that may differ between a run and its resumption."""

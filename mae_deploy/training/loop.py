@@ -19,7 +19,7 @@ from mae_deploy.checkpoint import METADATA, Metadata, open_checkpoint, write_che
 from mae_deploy.data.dataset import Batch, ImageDataset
 from mae_deploy.data.loader import StreamSampler, train_loader
 from mae_deploy.data.transforms import Normalise
-from mae_deploy.errors import CheckFailed
+from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.files import atomic_path, point_link
 from mae_deploy.models.load import load_strict
 from mae_deploy.preprocess import Preprocess
@@ -76,6 +76,8 @@ class Plan:
 
 def make_accelerator(device: Device, precision: Precision, out: Path) -> Accelerator:
     """The distributed engine for this machine, with TensorBoard."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
     AcceleratorState._reset_state()  # an earlier stage in this process may have used another precision
     on_cpu = device == "cpu" or not torch.cuda.is_available()
     if precision == "auto":
@@ -83,7 +85,9 @@ def make_accelerator(device: Device, precision: Precision, out: Path) -> Acceler
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with="tensorboard", project_dir=out)
 
 
-def fit(job: Job, folder: RunFolder, accelerator: Accelerator, *, optim: OptimConfig, loop: LoopConfig, num_workers: int, max_corrupt: int, seed: int) -> dict[str, Any]:
+def fit(
+    job: Job, folder: RunFolder, accelerator: Accelerator, *, optim: OptimConfig, loop: LoopConfig, num_workers: int, max_corrupt: int, seed: int
+) -> dict[str, Any]:
     """Train to the end, from wherever the run folder's last checkpoint is; returns a summary."""
     plan = make_plan(len(job.dataset), optim, world_size=accelerator.num_processes, paper_warmup=job.paper_warmup)
     optimizer = adamw(job.groups, betas=optim.betas)
@@ -118,7 +122,9 @@ def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_war
     steps_per_epoch = batches // accum
     effective = batch_size * accum * world_size
     peak = optim.lr if optim.lr is not None else optim.blr * effective / 256
-    return Plan(batch_size, accum, steps_per_epoch, steps_per_epoch * optim.epochs, peak, resolve_warmup(optim.warmup_epochs, paper=paper_warmup, epochs=optim.epochs))
+    return Plan(
+        batch_size, accum, steps_per_epoch, steps_per_epoch * optim.epochs, peak, resolve_warmup(optim.warmup_epochs, paper=paper_warmup, epochs=optim.epochs)
+    )
 
 
 class _Unreadable:
@@ -185,7 +191,11 @@ class _Runner:
         if metrics:
             window = metrics[-self.plan.steps_per_epoch :]
             rates = sorted(line["images_per_second"] for line in metrics)
-            summary |= {"first_loss": metrics[0]["loss"], "last_loss": sum(line["loss"] for line in window) / len(window), "images_per_second": rates[len(rates) // 2]}
+            summary |= {
+                "first_loss": metrics[0]["loss"],
+                "last_loss": sum(line["loss"] for line in window) / len(window),
+                "images_per_second": rates[len(rates) // 2],
+            }
         if evaluations := read_metrics(self.folder.path, "eval.jsonl"):
             summary |= {**{k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")}, "best_top1": self.state.best}
         return summary
@@ -232,7 +242,10 @@ class _Runner:
                 losses[name] = losses.get(name, torch.zeros((), device=accelerator.device)) + value.detach().float() / accum
         values = {name: value.item() for name, value in zip(losses, accelerator.reduce(torch.stack(list(losses.values())), "mean"), strict=True)}
         if not math.isfinite(values["loss"]):
-            raise CheckFailed(f"the loss is {values['loss']} at step {step + 1}", hint="resume from the last checkpoint with a smaller --blr, --clip-grad 1, or --precision fp32")
+            raise CheckFailed(
+                f"the loss is {values['loss']} at step {step + 1}",
+                hint="resume from the last checkpoint with a smaller --blr, --clip-grad 1, or --precision fp32",
+            )
         if self.optim.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad)
         self.optimizer.step()

@@ -94,7 +94,7 @@ def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]
 
 def environment() -> dict[str, Any]:
     """What this run ran on: versions, machine, command, git revision of the working folder."""
-    packages = {}
+    packages: dict[str, str | None] = {}
     for name in ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors"):
         try:
             packages[name] = metadata.version(name)
@@ -117,7 +117,9 @@ def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
     stored = from_dict(type(config), read_recipe(path / CONFIG))
     changed = differences(stored, config, ignore=DOES_NOT_CHANGE_LOSSES)
     if changed:
-        raise ConfigError(f"--resume with other settings than {path} was started with: {'; '.join(changed)}", hint="repeat the same options, or start a new run with --out")
+        raise ConfigError(
+            f"--resume with other settings than {path} was started with: {'; '.join(changed)}", hint="repeat the same options, or start a new run with --out"
+        )
     before = read_json(path / "data.json")
     if before != data:
         raise ConfigError(f"--resume of {path} with other data: {before} then, {data} now")

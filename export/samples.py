@@ -1,0 +1,81 @@
+"""The images on which parity is proven: the user's own, and a stand-in only where there are none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.errors import ConfigError
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
+from mae_deploy.progress import console
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Preprocessed images, patch indices, and where the images come from."""
+
+    images: Array
+    """float32 `(S, C, H, W)`, normalised."""
+    source: str
+
+
+def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, count: int) -> Samples:
+    """Up to `count` images from a folder, else from the data of the checkpoint, else synthetic ones, which is said aloud.
+
+    Raises:
+        ConfigError: the folder that was asked for has no readable image.
+    """
+    places = [folder] if folder is not None else _data_folders(metadata.provenance)
+    for place in places:
+        if folder is None and not place.is_dir():
+            continue
+        images = _read(place, spec, count)
+        if images:
+            return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {place}")
+        if folder is not None:
+            raise ConfigError(f"no readable image below --samples {folder}")
+    console.print("[yellow]no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones[/yellow]")
+    return Samples(spec.normalise(_synthetic(spec, count)), f"{count} synthetic images with a 1/f spectrum")
+
+
+def visible_patches(num_patches: int, keep: int | None, count: int, seed: int) -> Array:
+    """Random `ids_keep (S, K)`, int64; a quarter of the patches where K is dynamic."""
+    K = keep or max(1, num_patches // 4)
+    rng = np.random.default_rng(seed)
+    return np.stack([rng.permutation(num_patches)[:K] for _ in range(count)]).astype(np.int64)
+
+
+def _data_folders(provenance: dict[str, Any]) -> list[Path]:
+    data = provenance.get("config", {}).get("data")
+    return [Path(data) / "val", Path(data)] if data else []
+
+
+def _read(place: Path, spec: Preprocess, count: int) -> list[Array]:
+    paths = find_images(place)
+    # Spread over the folder, so that not one class alone is seen.
+    order = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(min(count, len(paths)))] if len(paths) > count else paths
+    images: list[Array] = []
+    for path in order:
+        try:
+            images.append(spec.crop(read_image(path, spec.channels)))
+        except UnreadableImage as error:
+            console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
+    return images
+
+
+def _synthetic(spec: Preprocess, count: int) -> Array:
+    """uint8 `(S, H, W, C)` noise with the spectrum of natural images."""
+    rng = np.random.default_rng(0)
+    H, W = spec.image_size
+    frequency = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)[None, :])
+    frequency[0, 0] = 1.0
+    spectrum = np.fft.fft2(rng.standard_normal((count, spec.channels, H, W))) / frequency
+    images = np.fft.ifft2(spectrum).real
+    images -= images.min(axis=(1, 2, 3), keepdims=True)
+    images /= images.max(axis=(1, 2, 3), keepdims=True)
+    pixels: Array = (255 * images).astype(np.uint8).transpose(0, 2, 3, 1)
+    return pixels

@@ -1,0 +1,144 @@
+"""The `mae-deploy` command: one short function a command; the work and its imports are elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+
+from mae_deploy import __version__
+from mae_deploy.commands.config import DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
+from mae_deploy.distill.config import DistillConfig
+from mae_deploy.errors import CheckFailed, MaeDeployError, import_optional
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.options import Result, command
+from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+
+app = typer.Typer(
+    name="mae-deploy",
+    help="From a folder of unlabelled images to a vision backbone on an edge device.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+
+@command(app, QuickstartConfig)
+def quickstart(config: QuickstartConfig) -> Any:
+    """Run the whole pipeline on real handwritten digits: pretrain, fine-tune, distil, export, verify, report."""
+    return _needs_torch("mae_deploy.commands.quickstart").run(config)
+
+
+@command(app, PretrainConfig, recipes=True)
+def pretrain(config: PretrainConfig) -> Any:
+    """Pretrain a masked autoencoder on a folder of unlabelled images."""
+    return _needs_torch("mae_deploy.pretrain.run").run(config)
+
+
+@command(app, FinetuneConfig, recipes=True)
+def finetune(config: FinetuneConfig) -> Any:
+    """Fine-tune a pretrained encoder on labelled images, or train the same network from scratch."""
+    return _needs_torch("mae_deploy.pretrain.finetune").run(config)
+
+
+@command(app, DistillConfig, recipes=True)
+def distill(config: DistillConfig) -> Any:
+    """Distil a pretrained or fine-tuned teacher into a smaller student."""
+    return _needs_torch("mae_deploy.distill.run").run(config)
+
+
+@command(app, ReconstructConfig)
+def reconstruct(config: ReconstructConfig) -> Any:
+    """Draw original, masked and reconstructed images."""
+    return _needs_torch("mae_deploy.pretrain.reconstruct").run(config)
+
+
+@command(app, ImportConfig, name="import")
+def import_(config: ImportConfig) -> Any:
+    """Convert weights of the original MAE, timm or Hugging Face into a checkpoint."""
+    return _needs_torch("mae_deploy.commands.import_weights").run(config)
+
+
+@command(app, ExportConfig, recipes=True)
+def export(config: ExportConfig) -> Any:
+    """Export a checkpoint to a bundle whose graph is proven against PyTorch."""
+    return _needs_torch("mae_deploy.export.run").run(config)
+
+
+@command(app, VerifyConfig)
+def verify(config: VerifyConfig) -> Any:
+    """Prove that a bundle computes on this machine what PyTorch computed; needs no torch."""
+    from mae_deploy.commands.views import verification_table
+    from mae_deploy.runtime.bundle import Bundle
+    from mae_deploy.runtime.verify import verify_bundle
+
+    verification = verify_bundle(Bundle.load(config.bundle), config.engine, device=config.device, threads=config.threads)
+    result = Result(verification.to_dict(), verification_table(verification))
+    if not verification.passed:
+        raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(verification.failures)}", result=result)
+    return result
+
+
+@command(app, PredictConfig)
+def predict(config: PredictConfig) -> Any:
+    """Classify images, or write their features; needs no torch."""
+    from mae_deploy.commands.predict import run
+
+    return run(config)
+
+
+@command(app, InfoConfig)
+def info(config: InfoConfig) -> Any:
+    """Say what a run, checkpoint, weights file or bundle is, where it came from and what it may be used for."""
+    from mae_deploy.commands.info import run
+
+    return run(config)
+
+
+@command(app, DoctorConfig)
+def doctor(config: DoctorConfig) -> Any:
+    """Say what is installed, which engines work here, and what is missing for which command."""
+    from mae_deploy.commands.doctor import run
+
+    return run(config)
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing."""
+    try:
+        app(args=arguments, prog_name="mae-deploy")
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except Exception as error:
+        if os.environ.get("MAE_DEPLOY_DEBUG") == "1":
+            raise
+        return _report(error)
+    return 0
+
+
+def _report(error: Exception) -> int:
+    known = isinstance(error, MaeDeployError)
+    message = " ".join(str(error).split())
+    print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
+    hint = error.hint if isinstance(error, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback"
+    if hint:
+        print(f"hint: {hint}", file=sys.stderr)
+    return error.exit_code if isinstance(error, MaeDeployError) else 1
+
+
+def _needs_torch(module: str) -> Any:
+    return import_optional(module, extra="train")

@@ -1,0 +1,102 @@
+"""`mae-deploy doctor`: what is installed, which engines work here, and what is missing for which command."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+from importlib import metadata, util
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from mae_deploy import __version__
+from mae_deploy.commands.config import DoctorConfig
+from mae_deploy.commands.views import facts_table
+from mae_deploy.options import Result
+
+_TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard")
+
+NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "pretrain": ("train", _TRAIN),
+    "finetune": ("train", _TRAIN),
+    "distill": ("train", _TRAIN),
+    "reconstruct": ("train", ("torch", "timm", "safetensors")),
+    "import": ("train", ("torch", "timm", "safetensors")),
+    "export": ("train", ("torch", "timm", "safetensors", "onnx", "onnxruntime")),
+    "quickstart": ("train", (*_TRAIN, "onnx", "onnxruntime", "sklearn")),
+    "verify": ("", ("onnxruntime",)),
+    "predict": ("", ("onnxruntime",)),
+    "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
+    "info": ("", ()),
+}
+"""The extra and the modules behind each command."""
+
+_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+
+
+def run(_: DoctorConfig) -> Result:
+    """Look at packages, engines and devices; always succeeds."""
+    modules = sorted({"numpy", "PIL", "typer", "rich"} | {module for _, needed in NEEDS.values() for module in needed} | {"tensorrt", "pycuda"})
+    packages = {module: _version(module) for module in modules}
+    commands = {
+        name: {"missing": missing, "install": f"pip install 'mae-deploy[{extra}]'" if extra else "pip install --force-reinstall mae-deploy"}
+        if missing
+        else None
+        for name, (extra, needed) in NEEDS.items()
+        for missing in [[module for module in needed if packages[module] is None]]
+    }
+    machine = {"mae_deploy": __version__, "python": platform.python_version(), "platform": platform.platform(), "nvidia_gpus": _count_gpus()}
+    data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
+    return Result(data, _view(data))
+
+
+def _version(module: str) -> str | None:
+    if util.find_spec(module) is None:
+        return None
+    try:
+        return metadata.version(_DISTRIBUTIONS.get(module, module))
+    except metadata.PackageNotFoundError:
+        return "installed"
+
+
+def _count_gpus() -> int:
+    """GPUs that the NVIDIA driver sees, asked through libcuda: no framework is needed."""
+    count = ctypes.c_int(0)
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+        return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
+    except OSError:
+        return 0
+
+
+def _engines(packages: dict[str, str | None]) -> dict[str, str]:
+    engines = {"onnxruntime": "not installed: pip install onnxruntime", "tensorrt": "not installed: pip install 'mae-deploy[trt]'"}
+    if packages["onnxruntime"] is not None:
+        try:
+            import onnxruntime
+
+            engines["onnxruntime"] = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+        except ImportError as error:
+            engines["onnxruntime"] = f"cannot be imported: {' '.join(str(error).split())}"
+    if packages["tensorrt"] is not None:
+        engines["tensorrt"] = "installed" if packages["pycuda"] is not None else "installed, but pycuda is not: pip install 'mae-deploy[trt]'"
+        if _count_gpus() == 0:
+            engines["tensorrt"] += "; no NVIDIA GPU here"
+    return engines
+
+
+def _view(data: dict[str, Any]) -> Group:
+    commands = Table("command", "state", title="Commands", title_justify="left")
+    for name, problem in data["commands"].items():
+        commands.add_row(
+            name,
+            "[green]ready[/green]"
+            if problem is None
+            else f"[yellow]needs {', '.join(problem['missing'])}[/yellow]: {problem['install']}".replace("[train]", r"\[train]").replace(
+                "[parquet]", r"\[parquet]"
+            ),
+        )
+    packages = {name: version or "-" for name, version in data["packages"].items()}
+    engines = {name: text.replace("[trt]", r"\[trt]") for name, text in data["engines"].items()}
+    return Group(facts_table("Machine", data["machine"]), facts_table("Packages", packages), facts_table("Engines", engines), commands)

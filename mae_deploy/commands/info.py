@@ -1,0 +1,91 @@
+"""`mae-deploy info`: what a run, checkpoint, weights file or bundle is; torch is needed for foreign weights only."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mae_deploy.checkpoint import find_checkpoint, open_checkpoint
+from mae_deploy.commands.config import InfoConfig
+from mae_deploy.commands.views import facts_table
+from mae_deploy.config import to_dict
+from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.files import read_json
+from mae_deploy.options import Result
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.manifest import MANIFEST_FILE
+
+
+def run(config: InfoConfig) -> Result:
+    """Describe a path.
+
+    Raises:
+        ConfigError: nothing that we know is there.
+    """
+    path = config.path
+    if (path / MANIFEST_FILE).is_file():
+        return _bundle(path)
+    if find_checkpoint(path) is not None:
+        return _checkpoint(path)
+    if path.is_file() or (path / "config.json").is_file():
+        convert = import_optional("mae_deploy.models.convert", extra="train")
+        imported = convert.import_weights(path, convert.ImportOptions())
+        return Result(imported.report, facts_table(str(path), imported.report))
+    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume")
+    raise ConfigError(f"{path} is no run, checkpoint, weights file or bundle")
+
+
+def _checkpoint(path: Path) -> Result:
+    checkpoint = open_checkpoint(path)
+    metadata = checkpoint.metadata
+    data = {"type": "run" if (path / "checkpoints").is_dir() else "checkpoint", "path": str(checkpoint.path), **to_dict(metadata)}
+    facts = {
+        "type": data["type"],
+        "checkpoint": checkpoint.path,
+        "kind": metadata.kind,
+        "model": _model(metadata.encoder),
+        "decoder": metadata.decoder or "-",
+        "classes": metadata.num_classes or "-",
+        "steps": metadata.step,
+        "metrics": metadata.metrics or "-",
+        "licence": metadata.licence,
+        "provenance": _lineage(metadata.provenance),
+    }
+    if (path / "environment.json").is_file():
+        data["environment"] = read_json(path / "environment.json")
+    return Result(data, facts_table(str(path), facts))
+
+
+def _bundle(path: Path) -> Result:
+    bundle = Bundle.load(path)
+    manifest: dict[str, Any] = dict(bundle.manifest)
+    facts = {
+        "type": "bundle",
+        "kind": manifest["kind"],
+        "model": _model(manifest["model"]),
+        "tokens": manifest["token_mode"] + (f", K = {manifest['keep']}" if manifest["keep"] else ""),
+        "batch": manifest["batch"] or "dynamic",
+        "precision": manifest["precision"],
+        "outputs": ", ".join(bundle.output_names),
+        "classes": len(bundle.class_names) if bundle.class_names else "-",
+        "engines": len(manifest["engines"]) or "-",
+        "licence": manifest["licence"],
+        "provenance": _lineage(manifest["provenance"].get("checkpoint", {})),
+        "size": f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:.1f} MB",
+    }
+    return Result({"type": "bundle", "path": str(path), **manifest}, facts_table(str(path), facts))
+
+
+def _model(model: dict[str, Any]) -> str:
+    size = "x".join(map(str, (model["in_chans"], *model["image_size"])))
+    return f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks, {model['num_heads']} heads"
+
+
+def _lineage(record: dict[str, Any] | None) -> str:
+    """The stages that led here, the first one last."""
+    stages = []
+    while record:
+        stages.append(str(record.get("stage", "?")) + (f" (teacher: {_lineage(record['teacher'])})" if record.get("teacher") else ""))
+        record = record.get("parent")
+    return " < ".join(stages) or "-"

@@ -1,0 +1,64 @@
+"""`mae-deploy predict`: classes to the terminal, features to a file; torch-free."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.commands.config import PredictConfig
+from mae_deploy.commands.views import prediction_table
+from mae_deploy.errors import ConfigError
+from mae_deploy.options import Result
+from mae_deploy.preprocess import find_images
+from mae_deploy.progress import console, progress
+from mae_deploy.runtime.backbone import Backbone
+from mae_deploy.runtime.predict import Predictions, top_k, write_features
+
+
+def run(config: PredictConfig) -> Result:
+    """Run every image of a folder through a bundle.
+
+    Raises:
+        CheckFailed: no image can be read.
+    """
+    if config.out is not None and config.out.suffix not in (".npz", ".parquet"):
+        raise ConfigError(f"--out {config.out} must end in .npz or .parquet")
+    paths = find_images(config.images)
+    with Backbone.load(config.bundle, config.engine, device=config.device, threads=config.threads) as backbone:
+        names = config.outputs or (backbone.output_names if config.out is not None else _cheap(backbone.output_names))
+        predictions = Predictions(backbone, paths, batch_size=config.batch_size, keep=config.keep, num_keep=config.num_keep, seed=config.seed, outputs=names)
+        read: list[Path] = []
+        parts: dict[str, list[Any]] = {name: [] for name in names}
+        with progress("predict", len(paths)) as bar:
+            for found, features in predictions:
+                read += found
+                for name, array in features.items():
+                    parts[name].append(array)
+                bar.advance(len(found))
+        class_names = backbone.bundle.class_names
+    for broken in predictions.unreadable:
+        console.print(f"[yellow]skipped[/yellow] {broken.path}: {broken.reason}", highlight=False, soft_wrap=True)
+    arrays = {name: np.concatenate(part) for name, part in parts.items()}
+    if config.out is not None:
+        write_features(config.out, [str(path) for path in read], arrays)
+    data = {
+        "images": len(read),
+        "unreadable": [{"path": str(broken.path), "reason": broken.reason} for broken in predictions.unreadable],
+        "outputs": {name: list(array.shape) for name, array in arrays.items()},
+        "out": str(config.out) if config.out is not None else None,
+    }
+    if "logits" not in arrays:
+        return Result(data)
+    ranked = top_k(arrays["logits"], class_names, config.top_k)
+    data["predictions"] = [
+        {"path": str(path), "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes]}
+        for path, classes in zip(read, ranked, strict=True)
+    ]
+    return Result(data, prediction_table(read, ranked))
+
+
+def _cheap(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Where nothing is written, the tokens need not be fetched from the engine."""
+    return ("logits",) if "logits" in names else tuple(name for name in names if name != "tokens") or names

@@ -1,0 +1,41 @@
+"""How results look on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from mae_deploy.runtime.verify import Verification
+
+
+def verification_table(verification: Verification) -> Table:
+    """A row for each output in each check."""
+    table = Table(
+        title=f"{verification.bundle} on {verification.engine} {verification.engine_version} ({verification.device}), {verification.num_samples} samples"
+    )
+    for name in ("check", "output", "cosine", "centred cosine", "max abs", "SQNR dB", "result"):
+        table.add_column(name, justify="left" if name in ("check", "output") else "right")
+    for check in verification.checks:
+        found = check.comparison
+        result = "[red]miss[/red]" if check.failures else "[green]ok[/green]"
+        figures = (f"{found.cosine:.7f}", f"{found.centred_cosine:.7f}", f"{found.max_abs:.2e}", f"{found.sqnr_db:.1f}")
+        table.add_row(check.name, found.name, *figures, result)
+    return table
+
+
+def prediction_table(paths: Sequence[Path], ranked: Sequence[Sequence[tuple[str, float]]]) -> Table:
+    """A row for each image: its most likely classes."""
+    table = Table("image", "classes")
+    for path, classes in zip(paths, ranked, strict=True):
+        table.add_row(str(path), "  ".join(f"{name} {share:.1%}" for name, share in classes))
+    return table
+
+
+def facts_table(title: str, facts: dict[str, object]) -> Table:
+    """Two columns: what, and its value."""
+    table = Table(title=title, show_header=False, title_justify="left")
+    for name, value in facts.items():
+        table.add_row(name, str(value))
+    return table

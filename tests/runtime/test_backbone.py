@@ -1,0 +1,250 @@
+"""The backbone as another program embeds it: images and patches of every kind in, named features out."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.preprocess import Array
+from mae_deploy.runtime import Backbone, Features
+from tests.runtime.tiny_bundle import CLASSES, OUTPUTS, C, D, H, K, N, W, golden_inputs, reference, write_bundle
+
+ATOL = 1e-5
+"""FP32 sums of at most 21 terms in another order."""
+
+
+def photo(height: int = 19, width: int = 23, channels: int = 3, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, channels), dtype=np.uint8)
+
+
+def assert_same(found: Features, expected: dict[str, Array]) -> None:
+    assert list(found) == list(expected)
+    for name, array in expected.items():
+        np.testing.assert_allclose(found[name], array, atol=ATOL, err_msg=name)
+
+
+@pytest.fixture
+def full(full_bundle: Path) -> Backbone:
+    return Backbone.load(full_bundle)
+
+
+@pytest.fixture
+def visible(visible_bundle: Path) -> Backbone:
+    return Backbone.load(visible_bundle, threads=1)
+
+
+# --- images ----------------------------------------------------------------------------------------------------------
+
+
+def test_one_image_comes_back_with_a_batch_axis(full: Backbone) -> None:
+    found = full(photo())
+    assert {name: array.shape for name, array in found.items()} == {"cls": (1, D), "tokens": (1, N, D), "pooled": (1, D), "logits": (1, CLASSES)}
+    assert_same(found, reference(full.preprocess([photo()])))
+
+
+def test_properties(full: Backbone, full_bundle: Path) -> None:
+    assert (full.num_patches, full.output_names, full.bundle.path) == (N, tuple(OUTPUTS), full_bundle)
+    assert full.preprocess is full.bundle.preprocess
+
+
+def test_pixels_reach_the_graph_normalised_and_unresized_where_they_fit(full: Backbone) -> None:
+    """The resize is the identity here, so this does not lean on the code under test."""
+    pixels = photo(H, W)
+    images = (pixels / 255 - [0.4, 0.5, 0.6]) / [0.2, 0.3, 0.4]
+    assert_same(full(pixels), reference(images.transpose(2, 0, 1)[None].astype(np.float32)))
+
+
+def test_grey_and_rgba_arrays(full: Backbone) -> None:
+    grey = photo(channels=1)
+    rgb = np.repeat(grey, 3, axis=2)
+    expected = dict(full(rgb))
+    assert_same(full(grey[:, :, 0]), expected)
+    assert_same(full(grey), expected)
+    assert_same(full(np.concatenate([rgb, np.full_like(grey, 255)], axis=2)), expected)
+
+
+def test_a_batch_equals_its_images(full: Backbone) -> None:
+    images = np.stack([photo(seed=seed) for seed in range(3)])
+    expected = {name: np.concatenate([full(image)[name] for image in images]) for name in OUTPUTS}
+    assert_same(full(images), expected)
+    assert_same(full(list(images)), expected)
+    assert_same(full(tuple(Image.fromarray(image) for image in images)), expected)
+    assert_same(full(full.preprocess(list(images))), expected)
+
+
+def test_a_list_may_mix_sizes_and_kinds(full: Backbone) -> None:
+    small, large = photo(5, 11), photo(41, 17, seed=1)
+    expected = {name: np.concatenate([full(small)[name], full(large)[name]]) for name in OUTPUTS}
+    assert_same(full([Image.fromarray(small), large]), expected)
+
+
+def test_pillow_images_are_turned_upright(full: Backbone, tmp_path: Path) -> None:
+    pixels = photo()
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    Image.fromarray(np.rot90(pixels)).save(tmp_path / "turned.png", exif=exif)
+    with Image.open(tmp_path / "turned.png") as turned:
+        assert_same(full(turned), dict(full(pixels)))
+
+
+def test_a_transposed_float_batch_is_refused(full: Backbone) -> None:
+    with pytest.raises(ConfigError, match=rf"shape \(2, {H}, {W}, {C}\), not \(B, {C}, {H}, {W}\)"):
+        full(np.zeros((2, H, W, C), np.float32))
+
+
+@pytest.mark.parametrize(
+    ("images", "message"),
+    [
+        (np.zeros((C, H, W), np.float32), "float32 images have the shape"),
+        (np.zeros((0, C, H, W), np.float32), "float32 images have the shape"),
+        (np.zeros((1, C, H, W + 2), np.float32), "float32 images have the shape"),
+        (np.zeros((1, C, H, W), np.float64), "images are float64"),
+        (np.zeros((H, W, C), np.int64), "images are int64"),
+        (np.zeros(7, np.uint8), r"images are uint8 \(7,\)"),
+        (np.zeros((1, 1, H, W, C), np.uint8), "images are uint8"),
+        (np.zeros((H, W, 5), np.uint8), r"image 0: .*\(6, 14, 5\)"),
+        (np.zeros((0, 4, 3), np.uint8), r"image 0: no pixels in shape \(0, 4, 3\)"),
+        (np.zeros((0, H, W, C), np.uint8), "there are no images"),
+        ([], "there are no images"),
+        ([photo(), np.zeros((H, W, C), np.float32)], "image 1: .*float32"),
+        ([photo(), "photo.jpg"], "image 1 is of type str"),
+        ("photo.jpg", "images are of type str"),
+        (None, "images are of type NoneType"),
+        (Image.new("F", (3, 4)), "image 0 cannot be decoded: floating-point"),
+    ],
+)
+def test_images_that_cannot_be_taken(full: Backbone, images: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        full(images)
+
+
+def test_a_pillow_image_that_breaks_while_it_is_decoded(full: Backbone, tmp_path: Path) -> None:
+    Image.fromarray(photo(101, 103)).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-2000])
+    with Image.open(tmp_path / "cut.jpg") as cut, pytest.raises(ConfigError, match=r"image 1 cannot be decoded: .*truncated"):
+        full([photo(), cut])
+
+
+# --- patches ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_keep_every_patch_is_used(visible: Backbone) -> None:
+    images = golden_inputs(visible=False)["images"]
+    assert_same(visible(images), reference(images))
+
+
+@pytest.mark.parametrize("kind", ["array", "list", "list of arrays", "uint8"])
+def test_a_row_of_patches_for_each_image(visible: Backbone, kind: str) -> None:
+    inputs = golden_inputs(visible=True)
+    ids = inputs["ids_keep"]
+    keep: Any = {"array": ids, "list": ids.tolist(), "list of arrays": list(ids), "uint8": ids.astype(np.uint8)}[kind]
+    assert_same(visible(inputs["images"], keep), reference(**inputs))
+
+
+def test_the_same_patches_for_every_image(visible: Backbone) -> None:
+    images = golden_inputs(visible=False)["images"]
+    keep = [20, 0, 7]
+    assert_same(visible(images, keep), reference(images, np.array([keep] * len(images))))
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [
+        ([0, N], f"the patch {N}"),
+        ([-1, 2], "the patch -1"),
+        ([3, 1, 3], "the patch 3 twice"),
+        ([[0, 1], [2, 2]], "the patch 2 twice"),
+        ([[0, 1], [2]], "rows of unequal length"),
+        ([0.0, 1.0], "whole numbers, not float64"),
+        ([True, False], "whole numbers, not bool"),
+        (["a"], "whole numbers, not <U1"),
+        ([None], "whole numbers, not object"),
+        ([], r"shape \(2, 0\) for 2 images"),
+        ([[], []], r"shape \(2, 0\) for 2 images"),
+        (3, r"shape \(\) for 2 images"),
+        ([[0, 1]], r"shape \(1, 2\) for 2 images"),
+        ([[0], [1], [2]], r"shape \(3, 1\) for 2 images"),
+        ([[[0]], [[1]]], r"shape \(2, 1, 1\) for 2 images"),
+    ],
+)
+def test_patches_that_cannot_be_taken(visible: Backbone, keep: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        visible(np.zeros((2, C, H, W), np.float32), keep)
+
+
+def test_the_same_patch_in_two_images_is_no_double(visible: Backbone) -> None:
+    assert visible(np.zeros((2, C, H, W), np.float32), [[0, 1], [1, 0]]).tokens.shape == (2, 2, D)
+
+
+def test_a_full_graph_takes_no_patches(full: Backbone) -> None:
+    with pytest.raises(ConfigError, match="takes every patch") as caught:
+        full(photo(), [0, 1])
+    assert "--tokens visible" in (caught.value.hint or "")
+
+
+def test_a_fixed_number_of_patches(tmp_path: Path) -> None:
+    with Backbone.load(write_bundle(tmp_path / "b", keep=K)) as backbone:
+        assert backbone(photo(), range(K) and list(range(K))).tokens.shape == (1, K, D)
+        with pytest.raises(ConfigError, match=f"keep has 3 patches an image, the graph is fixed to {K}"):
+            backbone(photo(), [0, 1, 2])
+        with pytest.raises(ConfigError, match=f"takes {K} of {N} patches") as caught:
+            backbone(photo())
+        assert "pass keep" in (caught.value.hint or "")
+
+
+def test_a_number_fixed_to_all_patches_needs_no_keep(tmp_path: Path) -> None:
+    with Backbone.load(write_bundle(tmp_path / "b", keep=N)) as backbone:
+        assert_same(backbone(photo()), reference(backbone.preprocess([photo()])))
+
+
+# --- batch, outputs, life --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("total", [1, 2, 3, 5])
+@pytest.mark.parametrize("keep", [None, "rows"])
+def test_a_fixed_batch_takes_any_number_of_images(tmp_path: Path, total: int, keep: str | None) -> None:
+    inputs = {name: array[:total] for name, array in golden_inputs(visible=True).items()}
+    with Backbone.load(write_bundle(tmp_path / "b", batch=2)) as backbone:
+        found = backbone(inputs["images"], inputs["ids_keep"] if keep else None)
+    assert_same(found, reference(inputs["images"], inputs["ids_keep"] if keep else None))
+
+
+def test_outputs_by_name(full: Backbone) -> None:
+    assert list(full(photo(), outputs=["pooled"])) == ["pooled"]
+    with pytest.raises(ConfigError, match="no output 'depth'") as caught:
+        full(photo(), outputs=["depth"])
+    assert "cls, tokens, pooled, logits" in (caught.value.hint or "")
+
+
+def test_features_are_attributes(full: Backbone) -> None:
+    features = full(photo())
+    assert features.cls is features["cls"]
+    assert "pooled" in dir(features)
+    with pytest.raises(AttributeError, match="no output 'feature_map'; there are: cls, tokens, pooled, logits"):
+        _ = features.feature_map
+    assert_same(pickle.loads(pickle.dumps(features)), dict(features))
+    assert_same(copy.deepcopy(features), dict(features))
+
+
+def test_closing(full_bundle: Path) -> None:
+    with Backbone.load(str(full_bundle)) as backbone:
+        backbone(photo())
+    backbone.close()
+    with pytest.raises(MaeDeployError, match="closed"):
+        backbone(photo())
+
+
+def test_load_passes_its_arguments_on(full_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown engine 'abacus'"):
+        Backbone.load(full_bundle, "abacus")
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        Backbone.load(full_bundle, device="tpu")
+    with pytest.raises(ConfigError, match="threads"):
+        Backbone.load(full_bundle, threads=0)

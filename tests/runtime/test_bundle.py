@@ -1,0 +1,237 @@
+"""No file of a bundle is used unless it is listed, inside the folder and the one that was exported."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.runtime import Backbone, Bundle, bundle
+from mae_deploy.runtime.manifest import file_entry
+from mae_deploy.runtime.parity import Tolerance
+from mae_deploy.runtime.verify import verify_bundle
+from tests.runtime.tiny_bundle import CLASS_NAMES, SAMPLES, K, N, golden_inputs, reference, rehash, write_bundle
+
+
+def test_properties(tmp_path: Path) -> None:
+    loaded = Bundle.load(write_bundle(tmp_path / "b", batch=2, keep=K))
+    assert (loaded.token_mode, loaded.fixed_batch, loaded.fixed_keep, loaded.num_patches) == ("visible", 2, K, N)
+    assert loaded.input_names == ("images", "ids_keep")
+    assert loaded.output_names == ("cls", "tokens", "pooled", "logits")
+    assert loaded.class_names == CLASS_NAMES
+    assert loaded.licence == "Apache-2.0"
+    assert loaded.tolerance == Tolerance(cosine=0.99999, max_abs=1e-4)
+    assert loaded.model["image_size"] == [6, 14]
+    assert loaded.preprocess.image_size == (6, 14)
+
+
+def test_dynamic_sizes_are_none(full_bundle: Path) -> None:
+    loaded = Bundle.load(str(full_bundle))
+    assert (loaded.token_mode, loaded.fixed_batch, loaded.fixed_keep) == ("full", None, None)
+
+
+@pytest.mark.parametrize("name", ["nowhere", "empty"])
+def test_no_bundle_there(tmp_path: Path, name: str) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match=r"no bundle at .*manifest\.json") as caught:
+        Bundle.load(tmp_path / name)
+    assert "mae-deploy export" in (caught.value.hint or "")
+
+
+def test_a_sound_file_is_hashed_once(visible_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Path] = []
+
+    def sha256(path: Path) -> str:
+        calls.append(path)
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+
+    monkeypatch.setattr(bundle, "sha256", sha256)
+    loaded = Bundle.load(visible_bundle)
+    assert [loaded.file("encoder.onnx") for _ in range(3)] == [visible_bundle / "encoder.onnx"] * 3
+    assert calls == [visible_bundle / "encoder.onnx"]
+
+
+def test_a_changed_file_is_refused_with_both_hashes(visible_bundle: Path) -> None:
+    path = visible_bundle / "encoder.onnx"
+    expected = hashlib.sha256(path.read_bytes()).hexdigest()
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    found = hashlib.sha256(content).hexdigest()
+    with pytest.raises(CheckFailed, match=rf"encoder\.onnx .*{expected}.*{found}"):
+        Bundle.load(visible_bundle).file("encoder.onnx")
+
+
+def test_a_failed_check_is_not_remembered_as_passed(visible_bundle: Path) -> None:
+    (visible_bundle / "encoder.onnx").write_bytes(b"")
+    loaded = Bundle.load(visible_bundle)
+    for _ in range(2):
+        with pytest.raises(CheckFailed, match="0 bytes"):
+            loaded.file("encoder.onnx")
+
+
+def test_a_changed_graph_is_refused_before_the_engine_sees_it(visible_bundle: Path) -> None:
+    (visible_bundle / "encoder.onnx").write_bytes(b"not a graph at all")
+    with pytest.raises(CheckFailed, match="not the file that was exported"):
+        Backbone.load(visible_bundle)
+
+
+def test_a_changed_golden_file_is_refused(visible_bundle: Path) -> None:
+    with (visible_bundle / "golden.npz").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(CheckFailed, match=r"golden\.npz is not the file"):
+        Bundle.load(visible_bundle).golden()
+
+
+def test_a_file_that_is_not_listed(visible_bundle: Path) -> None:
+    (visible_bundle / "extra.bin").write_bytes(b"x")
+    with pytest.raises(CheckFailed, match=r"'extra\.bin' is not among the files"):
+        Bundle.load(visible_bundle).file("extra.bin")
+
+
+def test_a_missing_file(visible_bundle: Path) -> None:
+    (visible_bundle / "golden.npz").unlink()
+    with pytest.raises(CheckFailed, match=r"golden\.npz is missing"):
+        Bundle.load(visible_bundle).check_files()
+
+
+@pytest.mark.parametrize(
+    "form", ["../secret.bin", "sub/../../secret.bin", "{absolute}", "link", "folder/secret.bin", "circle", "nul\0l", "../visible/inside.bin"]
+)
+def test_paths_out_of_the_folder_are_refused_although_their_hash_is_right(tmp_path: Path, form: str) -> None:
+    secret = tmp_path / "outside" / "secret.bin"
+    secret.parent.mkdir()
+    secret.write_bytes(b"secret")
+    shutil.copy(secret, tmp_path / "secret.bin")
+    name = form.format(absolute=secret)
+    path = write_bundle(tmp_path / "visible", change=lambda manifest: manifest["files"].update({name: file_entry(secret)}))
+    (path / "sub").mkdir()
+    (path / "link").symlink_to(secret)
+    (path / "folder").symlink_to(secret.parent)
+    (path / "circle").symlink_to("circle")
+    (path / "inside.bin").write_bytes(b"secret")
+    with pytest.raises(CheckFailed, match="is outside of the bundle"):
+        Bundle.load(path).file(name)
+
+
+def test_a_link_inside_of_the_folder_is_followed(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["files"].update(alias=manifest["files"]["golden.npz"]))
+    (path / "alias").symlink_to("golden.npz")
+    assert Bundle.load(path).file("alias") == path / "alias"
+
+
+def test_a_bundle_behind_a_link_is_a_bundle(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(write_bundle(tmp_path / "b"))
+    Bundle.load(tmp_path / "link").check_files()
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["files"].update({".": manifest["files"]["golden.npz"]}))
+    with pytest.raises(CheckFailed, match="is missing"):
+        Bundle.load(path).file(".")
+
+
+# --- external data ---------------------------------------------------------------------------------------------------
+
+
+def test_external_data_is_checked_with_the_graph(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", external="encoder.onnx.data")
+    loaded = Bundle.load(path)
+    assert loaded.graph() == path / "encoder.onnx"
+    content = bytearray((path / "encoder.onnx.data").read_bytes())
+    content[0] ^= 1
+    (path / "encoder.onnx.data").write_bytes(content)
+    with pytest.raises(CheckFailed, match=r"encoder\.onnx\.data is not the file that was exported"):
+        Backbone.load(path)
+    with pytest.raises(CheckFailed, match=r"encoder\.onnx\.data is not the file that was exported"):
+        verify_bundle(Bundle.load(path))
+
+
+def test_external_data_that_the_manifest_does_not_list(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", external="encoder.onnx.data", change=lambda manifest: manifest["files"].pop("encoder.onnx.data"))
+    with pytest.raises(CheckFailed, match=r"'encoder\.onnx\.data' is not among the files"):
+        Backbone.load(path)
+
+
+def test_external_data_with_a_name_longer_than_one_varint_byte(tmp_path: Path) -> None:
+    name = "w" * 131
+    path = write_bundle(tmp_path / "b", external=name)
+    Bundle.load(path).graph()
+    (path / name).unlink()
+    with pytest.raises(CheckFailed, match=rf"{name} is missing"):
+        Bundle.load(path).graph()
+
+
+def test_external_data_outside_of_the_bundle(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", external="near-by.data")
+    graph = path / "encoder.onnx"
+    graph.write_bytes(graph.read_bytes().replace(b"near-by.data", b"../near.data"))
+    shutil.move(path / "near-by.data", tmp_path / "near.data")
+    (path / "near-by.data").write_bytes(b"")
+    rehash(path)
+    with pytest.raises(CheckFailed, match=r"'\.\./near\.data' is not among the files"):
+        Backbone.load(path)
+
+
+# --- golden samples --------------------------------------------------------------------------------------------------
+
+
+def test_golden_samples(visible_bundle: Path) -> None:
+    golden = Bundle.load(visible_bundle).golden()
+    inputs = golden_inputs(visible=True)
+    expected = {**inputs, **reference(**inputs)}
+    assert set(golden) == set(expected)
+    for name, array in expected.items():
+        np.testing.assert_array_equal(golden[name], array, strict=True)
+
+
+def write_golden(path: Path, **changes: Any) -> Bundle:
+    """Replace arrays of the golden file (None leaves one out) and make the hash right again."""
+    with np.load(path / "golden.npz") as archive:
+        arrays: dict[str, Any] = {name: archive[name] for name in archive.files}
+    arrays = {name: array for name, array in {**arrays, **changes}.items() if array is not None}
+    np.savez(path / "golden.npz", **arrays)
+    rehash(path)
+    return Bundle.load(path)
+
+
+@pytest.mark.parametrize("name", ["images", "ids_keep", "tokens"])
+def test_a_golden_array_is_missing(visible_bundle: Path, name: str) -> None:
+    with pytest.raises(CheckFailed, match=f"'{name}' is missing"):
+        write_golden(visible_bundle, **{name: None}).golden()
+
+
+def test_a_golden_array_of_another_length(visible_bundle: Path) -> None:
+    with pytest.raises(CheckFailed, match=rf"'cls' has the shape \(2, 3\).*{SAMPLES} samples"):
+        write_golden(visible_bundle, cls=np.zeros((2, 3), np.float32)).golden()
+
+
+def test_a_golden_input_of_another_type(visible_bundle: Path) -> None:
+    with pytest.raises(CheckFailed, match="'ids_keep' is int32, not int64"):
+        write_golden(visible_bundle, ids_keep=golden_inputs(visible=True)["ids_keep"].astype(np.int32)).golden()
+
+
+def test_golden_pickles_are_refused(visible_bundle: Path) -> None:
+    with pytest.raises(CheckFailed, match="holds no arrays"):
+        write_golden(visible_bundle, cls=np.array([{}] * SAMPLES, dtype=object)).golden()
+
+
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"no archive"])
+def test_a_golden_file_that_is_no_archive(visible_bundle: Path, content: bytes) -> None:
+    (visible_bundle / "golden.npz").write_bytes(content)
+    rehash(visible_bundle)
+    with pytest.raises(CheckFailed, match="holds no arrays"):
+        Bundle.load(visible_bundle).golden()
+
+
+def test_a_golden_file_that_is_one_bare_array(visible_bundle: Path) -> None:
+    with (visible_bundle / "golden.npz").open("wb") as file:
+        np.save(file, np.zeros(SAMPLES))
+    rehash(visible_bundle)
+    with pytest.raises(CheckFailed, match="holds no arrays"):
+        Bundle.load(visible_bundle).golden()

@@ -1,0 +1,213 @@
+"""Engines by name, what ONNX Runtime refuses as one line, and chunks of a fixed batch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
+from mae_deploy.preprocess import Array
+from mae_deploy.runtime import Bundle, onnxruntime_engine
+from mae_deploy.runtime.engine import Engine, check_outputs, run_in_chunks
+from mae_deploy.runtime.registry import load_engine
+from tests.runtime.tiny_bundle import golden_inputs, reference, rehash, write_bundle
+
+
+@pytest.mark.parametrize("name", ["auto", "onnx", "onnxruntime"])
+def test_onnxruntime_has_three_names(full_bundle: Path, name: str) -> None:
+    with load_engine(Bundle.load(full_bundle), name) as engine:
+        assert (engine.name, engine.version, engine.device) == ("onnxruntime", onnxruntime.__version__, "cpu")
+
+
+def test_an_unknown_engine(full_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown engine 'tflite'") as caught:
+        load_engine(Bundle.load(full_bundle), "tflite")
+    assert caught.value.hint == "known: auto, onnx, onnxruntime"
+
+
+@pytest.mark.parametrize("name", ["trt", "tensorrt"])
+def test_a_bundle_without_a_tensorrt_engine_says_so(full_bundle: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match="has no TensorRT engine") as caught:
+        load_engine(Bundle.load(full_bundle), name)
+    assert "onnxruntime" in (caught.value.hint or "")
+
+
+def test_a_tensorrt_engine_of_a_later_version(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["engines"].append({"file": "engines/a.plan"}))
+    with pytest.raises(ConfigError, match="1 TensorRT engines, which this version of mae-deploy cannot run"):
+        load_engine(Bundle.load(path), "trt")
+
+
+@pytest.mark.parametrize("threads", [0, -1])
+def test_threads(full_bundle: Path, threads: int) -> None:
+    with pytest.raises(ConfigError, match=f"not {threads}"):
+        load_engine(Bundle.load(full_bundle), threads=threads)
+
+
+def test_options_reach_the_session(full_bundle: Path) -> None:
+    engine = onnxruntime_engine.OnnxRuntimeEngine(Bundle.load(full_bundle), threads=3)
+    options = engine._session.get_session_options()
+    assert options.intra_op_num_threads == 3
+    assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+
+
+def test_an_unknown_device(full_bundle: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown device 'tpu'"):
+        load_engine(Bundle.load(full_bundle), device="tpu")
+
+
+def test_cuda_that_is_not_there(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingDependency, match="cannot use CUDA") as caught:
+        load_engine(Bundle.load(full_bundle), device="cuda")
+    assert "onnxruntime-gpu" in (caught.value.hint or "")
+    with load_engine(Bundle.load(full_bundle), device="auto") as engine:
+        assert engine.device == "cpu"
+
+
+def test_cuda_that_is_built_in_but_does_not_start(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """ONNX Runtime itself falls back to the CPU without an error; a user who asked for CUDA must learn of it."""
+    session = onnxruntime.InferenceSession
+
+    def fall_back(path: str, options: object, providers: list[Any]) -> Any:
+        assert providers[0] == ("CUDAExecutionProvider", {"use_tf32": "0"})
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
+    with pytest.raises(MissingDependency, match="did not start"):
+        load_engine(Bundle.load(full_bundle), device="cuda")
+
+
+def test_without_onnxruntime(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match="ONNX Runtime cannot be imported") as caught:
+        load_engine(Bundle.load(full_bundle))
+    assert caught.value.hint == "pip install onnxruntime"
+
+
+def one_line(error: MaeDeployError) -> bool:
+    return "\n" not in str(error) and len(str(error)) > 20
+
+
+def test_a_broken_graph_with_the_right_hash(full_bundle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    for content in (b"", b"not a graph", (full_bundle / "encoder.onnx").read_bytes()[:-100]):
+        (full_bundle / "encoder.onnx").write_bytes(content)
+        rehash(full_bundle)
+        with pytest.raises(MaeDeployError, match=r"ONNX Runtime cannot load .*encoder\.onnx") as caught:
+            load_engine(Bundle.load(full_bundle))
+        assert one_line(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_graph_that_is_not_the_manifest_s(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["graph"]["outputs"].pop())
+    with pytest.raises(CheckFailed, match=r"logits.*its manifest says"):
+        load_engine(Bundle.load(path))
+
+
+def test_inputs_that_the_graph_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with load_engine(Bundle.load(write_bundle(tmp_path / "b", batch=2, token_mode="full"))) as engine:
+        for images in (np.zeros((3, 3, 6, 14), np.float32), np.zeros((2, 3, 6, 14), np.float64), np.zeros((2, 3, 6), np.float32)):
+            with pytest.raises(MaeDeployError, match="ONNX Runtime failed") as caught:
+                engine.run({"images": images})
+            assert one_line(caught.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_indices_out_of_range_are_an_error_of_ours(visible_bundle: Path) -> None:
+    inputs = golden_inputs(visible=True)
+    inputs["ids_keep"][0, 0] = 1000
+    with load_engine(Bundle.load(visible_bundle)) as engine, pytest.raises(MaeDeployError, match="ONNX Runtime failed"):
+        engine.run(inputs)
+
+
+@pytest.mark.parametrize("names", [[], ["images"], ["images", "keep"], ["images", "ids_keep", "mask"]])
+def test_inputs_by_other_names(visible_bundle: Path, names: list[str]) -> None:
+    with load_engine(Bundle.load(visible_bundle)) as engine, pytest.raises(ConfigError, match="takes the inputs images, ids_keep"):
+        engine.run({name: np.zeros(3) for name in names})
+
+
+def test_outputs_are_the_named_ones_in_order(visible_bundle: Path) -> None:
+    inputs = golden_inputs(visible=True)
+    with load_engine(Bundle.load(visible_bundle)) as engine:
+        found = engine.run(inputs, ["pooled", "cls"])
+    assert list(found) == ["pooled", "cls"]
+    for name, array in found.items():
+        np.testing.assert_allclose(array, reference(**inputs)[name], atol=1e-5)  # FP32 sums in another order
+
+
+def test_closing(full_bundle: Path) -> None:
+    with load_engine(Bundle.load(full_bundle)) as engine:
+        pass
+    engine.close()
+    with pytest.raises(MaeDeployError, match="closed"):
+        engine.run(golden_inputs(visible=False))
+
+
+@pytest.mark.parametrize(("wanted", "message"), [(["depth"], "no output 'depth'"), ([], "no output was asked for"), (["cls", "x", "y"], "no output 'x, y'")])
+def test_unknown_outputs(wanted: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        check_outputs(wanted, ["cls", "tokens"])
+    assert caught.value.hint == "this graph has: cls, tokens"
+
+
+def test_outputs_without_doubles_and_all_by_default() -> None:
+    assert check_outputs(["b", "a", "b"], ["a", "b", "c"]) == ("b", "a")
+    assert check_outputs("cls", ["cls", "l"]) == ("cls",)
+    assert check_outputs(None, ["a", "b"]) == ("a", "b")
+
+
+class Recorder(Engine):
+    """Returns its input, and remembers the batches."""
+
+    name = version = device = "recorder"
+    input_names = output_names = ("x",)
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        self.batches.append(inputs["x"][:, 0].tolist())
+        return {"x": inputs["x"] * 10}
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("batch", "total", "batches"),
+    [
+        (None, 7, [[0, 1, 2, 3, 4, 5, 6]]),
+        (3, 7, [[0, 1, 2], [3, 4, 5], [6, 6, 6]]),
+        (3, 6, [[0, 1, 2], [3, 4, 5]]),
+        (5, 2, [[0, 1, 1, 1, 1]]),
+        (1, 2, [[0], [1]]),
+    ],
+)
+def test_chunks(batch: int | None, total: int, batches: list[list[int]]) -> None:
+    engine = Recorder()
+    x = np.arange(total * 2).reshape(total, 2) // 2
+    np.testing.assert_array_equal(run_in_chunks(engine, {"x": x}, batch=batch)["x"], x * 10, strict=True)
+    assert engine.batches == batches
+
+
+def test_onnxruntime_is_imported_when_an_engine_loads_and_torch_never(visible_bundle: Path) -> None:
+    probe = f"""
+import sys
+from mae_deploy.runtime import Backbone, benchmark, onnxruntime_engine, predict, verify
+assert "onnxruntime" not in sys.modules
+backbone = Backbone.load({str(visible_bundle)!r})
+assert "onnxruntime" in sys.modules
+assert verify.verify_bundle(backbone.bundle).passed
+assert not {{"torch", "onnx", "timm", "yaml", "mae_deploy.config"}} & set(sys.modules), sorted(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -1,0 +1,232 @@
+"""Image files to features: unreadable ones are left out and named, and features are written whole."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
+from mae_deploy.preprocess import Array, read_image
+from mae_deploy.runtime import Backbone
+from mae_deploy.runtime.predict import Predictions, top_k, write_features
+from tests.runtime.tiny_bundle import D, K, N, write_bundle
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> list[Path]:
+    """Seven files; the third is empty, the last is no image."""
+    rng = np.random.default_rng(0)
+    paths = [tmp_path / f"photo-{index}.png" for index in range(7)]
+    for index, path in enumerate(paths):
+        Image.fromarray(rng.integers(0, 256, (17 + index, 23, 3), dtype=np.uint8)).save(path)
+    paths[2].write_bytes(b"")
+    paths[6].write_text("no image")
+    return paths
+
+
+def collect(predictions: Predictions, output: str = "cls") -> tuple[list[Path], Array, list[int]]:
+    paths: list[Path] = []
+    arrays = []
+    for names, features in predictions:
+        assert len(names) == len(features[output])
+        paths += names
+        arrays.append(features[output])
+    return paths, np.concatenate(arrays), [len(array) for array in arrays]
+
+
+@pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5]), (None, [5])])
+def test_readable_images_come_in_batches_and_in_order(full_bundle: Path, photos: list[Path], batch_size: int | None, sizes: list[int]) -> None:
+    backbone = Backbone.load(full_bundle)
+    predictions = Predictions(backbone, photos, batch_size=batch_size)
+    paths, found, lengths = collect(predictions)
+    readable = [photos[index] for index in (0, 1, 3, 4, 5)]
+    assert (paths, lengths) == (readable, sizes)
+    np.testing.assert_allclose(found, np.concatenate([backbone(read_image(path)).cls for path in readable]), atol=1e-6)
+    assert [bad.path for bad in predictions.unreadable] == [photos[2], photos[6]]
+    assert predictions.unreadable[0].reason == "the file is empty"
+    assert "cannot identify" in predictions.unreadable[1].reason
+
+
+def test_a_fixed_batch_is_the_default_batch_size(tmp_path: Path, photos: list[Path]) -> None:
+    predictions = Predictions(Backbone.load(write_bundle(tmp_path / "b", token_mode="full", batch=3)), photos)
+    assert collect(predictions)[2] == [3, 2]
+
+
+def test_a_second_pass_starts_again(full_bundle: Path, photos: list[Path]) -> None:
+    predictions = Predictions(Backbone.load(full_bundle), photos)
+    assert collect(predictions)[0] == collect(predictions)[0]
+    assert len(predictions.unreadable) == 2
+
+
+def test_a_floating_point_image_is_reported_not_fatal(full_bundle: Path, photos: list[Path]) -> None:
+    Image.new("F", (9, 9)).save(photos[0].with_suffix(".tiff"))
+    predictions = Predictions(Backbone.load(full_bundle), [photos[0].with_suffix(".tiff"), photos[1], photos[0].with_name("gone.png")])
+    assert collect(predictions)[0] == [photos[1]]
+    assert ["floating-point" in bad.reason for bad in predictions.unreadable] == [True, False]
+
+
+def test_no_readable_image_at_all(full_bundle: Path, photos: list[Path]) -> None:
+    with pytest.raises(CheckFailed, match=r"none of 2 images could be read; the first: .*photo-2\.png: the file is empty"):
+        list(Predictions(Backbone.load(full_bundle), [photos[2], photos[6]]))
+
+
+def test_given_patches_are_kept(visible_bundle: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(visible_bundle)
+    _, found, _ = collect(Predictions(backbone, photos[:2], keep=[5, 0]), "tokens")
+    np.testing.assert_allclose(found[1], backbone(read_image(photos[1]), [5, 0]).tokens[0], atol=1e-6)
+
+
+def test_random_patches_depend_on_seed_and_place_only(visible_bundle: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(visible_bundle)
+    runs = [collect(Predictions(backbone, photos, num_keep=K, batch_size=size), "tokens")[1] for size in (1, 3)]
+    assert runs[0].shape == (5, K, D)
+    np.testing.assert_allclose(runs[0], runs[1], atol=1e-6)
+    mended = photos[2]
+    Image.new("RGB", (9, 9)).save(mended)
+    np.testing.assert_allclose(np.delete(collect(Predictions(backbone, photos, num_keep=K), "tokens")[1], 2, axis=0), runs[0], atol=1e-6)
+    other = collect(Predictions(backbone, photos, num_keep=K, seed=1), "tokens")[1]
+    assert not np.allclose(np.delete(other, 2, axis=0), runs[0], atol=1e-3)
+
+
+def test_random_patches_differ_by_image(visible_bundle: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(visible_bundle)
+    _, tokens, _ = collect(Predictions(backbone, [photos[0]] * 2, num_keep=K), "tokens")
+    assert not np.allclose(tokens[0], tokens[1], atol=1e-3)
+
+
+def test_all_patches_in_another_order_give_the_same_mean(visible_bundle: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(visible_bundle)
+    every = collect(Predictions(backbone, photos[:1]), "pooled")[1]
+    np.testing.assert_allclose(collect(Predictions(backbone, photos[:1], num_keep=N), "pooled")[1], every, atol=1e-6)
+
+
+@pytest.mark.parametrize(("num_keep", "keep", "message"), [(0, None, "num_keep 0"), (N + 1, None, f"num_keep {N + 1}"), (2, [0, 1], "exclude one another")])
+def test_numbers_of_patches_that_cannot_be_taken(visible_bundle: Path, photos: list[Path], num_keep: int, keep: list[int] | None, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Predictions(Backbone.load(visible_bundle), photos, keep=keep, num_keep=num_keep)
+
+
+def test_a_fixed_number_of_patches_binds(tmp_path: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "b", keep=K))
+    assert collect(Predictions(backbone, photos, num_keep=K), "tokens")[1].shape == (5, K, D)
+    with pytest.raises(ConfigError, match="num_keep 3 cannot be used") as caught:
+        Predictions(backbone, photos, num_keep=3)
+    assert caught.value.hint == f"this graph takes {K} patches"
+
+
+def test_a_full_graph_takes_no_number_of_patches(full_bundle: Path, photos: list[Path]) -> None:
+    with pytest.raises(ConfigError, match="takes every patch"):
+        Predictions(Backbone.load(full_bundle), photos, num_keep=K)
+
+
+def test_outputs_are_chosen(full_bundle: Path, photos: list[Path]) -> None:
+    assert [list(features) for _, features in Predictions(Backbone.load(full_bundle), photos, outputs=["pooled"])] == [["pooled"]]
+
+
+@pytest.mark.parametrize(("paths", "batch_size"), [(0, 1), (1, 0), (1, -3)])
+def test_nothing_to_do(full_bundle: Path, photos: list[Path], paths: int, batch_size: int) -> None:
+    with pytest.raises(ConfigError, match="nothing to predict"):
+        Predictions(Backbone.load(full_bundle), photos[:paths], batch_size=batch_size)
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+def test_top_k_is_sorted_softmax() -> None:
+    logits = np.log(np.array([[0.1, 0.7, 0.2], [0.5, 0.2, 0.3]], np.float32)) + 1000
+    first, second = top_k(logits, ["ant", "bee", "cat"], 2)
+    assert [name for name, _ in first] == ["bee", "cat"]
+    assert [name for name, _ in second] == ["ant", "cat"]
+    assert [share for _, share in first] == pytest.approx([0.7, 0.2], abs=1e-3)  # the offset of 1000 costs float32 its digits
+
+
+def test_top_k_without_names_or_with_few_classes() -> None:
+    assert [name for name, _ in top_k(np.array([[0.0, 2.0, 1.0]]), None, 7)[0]] == ["1", "2", "0"]
+
+
+def test_top_k_sums_to_one() -> None:
+    assert sum(share for _, share in top_k(np.random.default_rng(0).normal(size=(1, 11)), None, 11)[0]) == pytest.approx(1)
+
+
+def test_top_k_errors() -> None:
+    logits = np.zeros((2, 3))
+    with pytest.raises(ConfigError, match="k of at least 1"):
+        top_k(logits, None, 0)
+    with pytest.raises(ConfigError, match="2 class names for 3 logits"):
+        top_k(logits, ["a", "b"], 1)
+    logits[1, 1] = np.nan
+    with pytest.raises(CheckFailed, match="NaN"):
+        top_k(logits, None, 1)
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+NAMES = ["a/ä.png", "b.png", "c.png"]
+
+
+def arrays() -> dict[str, Array]:
+    rng = np.random.default_rng(0)
+    return {"score": rng.normal(size=3), "cls": rng.normal(size=(3, 5)).astype(np.float32), "tokens": rng.normal(size=(3, 2, 7)).astype(np.float32)}
+
+
+def test_npz(tmp_path: Path) -> None:
+    write_features(tmp_path / "new" / "features.npz", NAMES, arrays())
+    with np.load(tmp_path / "new" / "features.npz", allow_pickle=False) as archive:
+        assert archive["paths"].tolist() == NAMES
+        assert set(archive.files) == {"paths", "score", "cls", "tokens"}
+        for name, array in arrays().items():
+            np.testing.assert_array_equal(archive[name], array, strict=True)
+    assert os.listdir(tmp_path / "new") == ["features.npz"]
+
+
+def test_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    write_features(tmp_path / "features.parquet", [*NAMES[:2], os.fsdecode(b"\xff.png")], arrays())
+    table = parquet.read_table(tmp_path / "features.parquet")
+    assert table.column_names == ["paths", "score", "cls", "tokens"]
+    assert table["paths"].to_pylist() == [*NAMES[:2], "\ufffd.png"]
+    assert re.fullmatch(r"fixed_size_list<.*float.*>\[5\]", str(table.schema.field("cls").type))
+    for name, array in arrays().items():
+        np.testing.assert_array_equal(np.array(table[name].to_pylist(), dtype=array.dtype), array)
+
+
+def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(MissingDependency, match="pyarrow") as caught:
+        write_features(tmp_path / "features.parquet", NAMES, arrays())
+    assert "mae-deploy[parquet]" in (caught.value.hint or "")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["features.csv", "features", "features.NPY"])
+def test_other_suffixes(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ConfigError, match=name) as caught:
+        write_features(tmp_path / name, NAMES, arrays())
+    assert caught.value.hint == "known suffixes: .npz, .parquet"
+
+
+@pytest.mark.parametrize(("name", "rows"), [("cls", 2), ("paths", 3)])
+def test_arrays_that_do_not_fit(tmp_path: Path, name: str, rows: int) -> None:
+    with pytest.raises(ConfigError, match=f"'{name}' of shape"):
+        write_features(tmp_path / "features.npz", NAMES, {name: np.zeros((rows, 4))})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_features(tmp_path / "features.npz", NAMES, arrays())
+    before = (tmp_path / "features.npz").read_bytes()
+
+    def break_off(file: object, **_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(np, "savez", break_off)
+    with pytest.raises(OSError, match="disk full"):
+        write_features(tmp_path / "features.npz", NAMES[:1], {"cls": np.zeros((1, 2))})
+    assert (tmp_path / "features.npz").read_bytes() == before
+    assert os.listdir(tmp_path) == ["features.npz"]
