@@ -25,6 +25,11 @@ class FeatureDistiller(nn.Module):
         self.block = block
         self.feature_weight = feature_weight
         self.pixel_weight = pixel_weight
+        if pixel_weight == 0:
+            # What lies behind the tap gets no gradient, which would stall distributed training.
+            for part in (student.blocks[block:], student.norm, student.decoder_embed, student.decoder_blocks, student.decoder_norm, student.decoder_pred):
+                part.requires_grad_(False)
+            student.mask_token.requires_grad_(False)
 
     def forward(self, images: Tensor, masking: Masking, features: Tensor) -> dict[str, Tensor]:
         """Both losses and their weighted sum.

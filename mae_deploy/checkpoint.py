@@ -128,6 +128,6 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def inherited_licence(*licences: str) -> str:
-    """The licence of what was derived from all of these: the first that binds."""
-    binding = [licence for licence in licences if licence != OWN_LICENCE]
-    return binding[0] if binding else OWN_LICENCE
+    """The licence of what was derived from all of these: every one that binds, as an SPDX expression."""
+    parts = dict.fromkeys(part for licence in licences for part in licence.split(" AND "))
+    return " AND ".join(part for part in parts if part != OWN_LICENCE) or OWN_LICENCE

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -125,7 +126,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 130
     except Exception as error:
         if os.environ.get("MAE_DEPLOY_DEBUG") == "1":
-            raise
+            traceback.print_exc()
         return _report(error)
     return 0
 

@@ -11,6 +11,7 @@ import difflib
 import functools
 import inspect
 import itertools
+import math
 import sys
 import types
 import typing
@@ -104,7 +105,11 @@ def parse_assignment(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text}", hint="write it as --set section.key=value")
-    nested: Any = import_optional("yaml", extra="train").safe_load(value)
+    yaml = import_optional("yaml", extra="train")
+    try:
+        nested: Any = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML", hint="quote what YAML reads as its own, such as --set 'key=\"[\"'") from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return typing.cast(dict[str, Any], nested)
@@ -208,7 +213,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         # YAML reads 1e-3 as a string; an int field takes 3.0 but not 3.5.
         try:
             number = float(value)
-            if kind is float:
+            if kind is float and not math.isnan(number):
                 return number
             if number == int(number):
                 return int(value) if isinstance(value, int) else int(number)

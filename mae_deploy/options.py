@@ -139,12 +139,14 @@ def show(result: Any, *, as_json: bool) -> None:
         sys.stdout.write(json.dumps(result.data, indent=2, default=str) + "\n")
         return
     from rich.console import Console
+    from rich.markup import escape
 
     console = Console()
     if result.view is not None:
         console.print(result.view)
     elif isinstance(result.data, dict):
-        console.print("\n".join(f"[bold]{key}[/bold]  {_shown(value)}" for key, value in result.data.items()), highlight=False, soft_wrap=True)
+        lines = (f"[bold]{key}[/bold]  {escape(_shown(value))}" for key, value in result.data.items())
+        console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
 def _parameter(flag: Flag) -> inspect.Parameter:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageOps
 
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 
 Array = npt.NDArray[Any]
 
@@ -21,6 +22,9 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """The Pillow mode for each number of channels that image files can hold."""
+
+_LONGEST = 100
+"""Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels would take gigabytes."""
 
 _RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
 
@@ -53,11 +57,17 @@ class Preprocess:
             raise ConfigError(f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}")
 
     def crop(self, image: Image.Image) -> Array:
-        """Resize so that the crop covers `image_size`, and cut out the centre: uint8 `(H, W, C)`."""
+        """Resize so that the crop covers `image_size`, and cut out the centre: uint8 `(H, W, C)`.
+
+        For a square, to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates with.
+        """
         height, width = self.image_size
-        image = to_mode(image, self.channels)
-        scale = max(height / image.height, width / image.width) / self.crop_pct
-        size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))
+        image = _without_far_ends(to_mode(image, self.channels))
+        covered = int(height / self.crop_pct), int(width / self.crop_pct)
+        if covered[0] * image.width >= covered[1] * image.height:
+            size = (int(covered[0] * image.width / image.height), covered[0])
+        else:
+            size = (covered[1], int(covered[1] * image.height / image.width))
         if size != image.size:
             image = image.resize(size, _RESAMPLING[self.interpolation])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
@@ -79,30 +89,41 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     """Read an image file upright (EXIF) in the mode of `channels`.
 
     Raises:
-        UnreadableImage: empty, cut short, not an image, or a bomb.
+        UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb.
     """
     try:
-        with Image.open(path) as image:
-            image.load()
-            return to_mode(ImageOps.exif_transpose(image), channels)
-    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, Image.DecompressionBombError) as error:
-        # Pillow's plug-ins raise all of these on broken files.
+        with warnings.catch_warnings():
+            # Pillow warns of large files and of damaged metadata that it then does without.
+            warnings.simplefilter("ignore")
+            with Image.open(path) as image:
+                image.load()
+                return to_mode(ImageOps.exif_transpose(image), channels)
+    except MaeDeployError:
+        raise
+    except Exception as error:
+        # Not a list of types: on damaged files, Pillow's plug-ins raise nearly all that Python has.
         reason = "the file is empty" if os.path.exists(path) and os.path.getsize(path) == 0 else " ".join(str(error).split())
         raise UnreadableImage(f"{path}: {reason}") from error
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 8 bits and to the mode of `channels`; 16-bit values are scaled, not clipped."""
+    """Convert to 8 bits and to the mode of `channels`; 16-bit values are scaled, not clipped.
+
+    Raises:
+        UnreadableImage: pixels with no fixed range.
+    """
     if channels not in MODES:
         raise ConfigError(f"image files hold 1, 3 or 4 channels, not {channels}")
     mode = MODES[channels]
     if image.mode == mode:
         return image
     if image.mode.startswith("I"):
-        # "I;16", and "I" as Pillow reads some 16-bit PNGs: convert("RGB") would clip everything above 255 to white.
+        # "I;16", and "I" as Pillow reads some 16-bit files: convert("RGB") would clip everything above 255 to white.
         values = np.asarray(image).astype(np.int64)
-        divisor = 257 if image.mode != "I" or values.max(initial=0) > 255 else 1
-        image = Image.fromarray(np.clip(values // divisor, 0, 255).astype(np.uint8))
+        if values.min() < 0 or values.max() > 65535:
+            raise UnreadableImage("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
+        divisor = 257 if image.mode != "I" or values.max() > 255 else 1
+        image = Image.fromarray((values // divisor).astype(np.uint8))
     elif image.mode == "F":
         raise UnreadableImage("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
     elif image.mode == "P":
@@ -143,9 +164,24 @@ def find_images(root: Path) -> list[Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
+    entered: set[tuple[int, int]] = set()
     for folder, folders, files in os.walk(root, followlinks=True):
+        # A link may lead to a folder that was walked already, or back up: each is entered once.
+        here = os.stat(folder)
+        if (here.st_dev, here.st_ino) in entered:
+            folders.clear()
+            continue
+        entered.add((here.st_dev, here.st_ino))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from (Path(folder) / name for name in files if not name.startswith("."))
+
+
+def _without_far_ends(image: Image.Image) -> Image.Image:
+    width, height = (min(side, _LONGEST * min(image.size)) for side in image.size)
+    if (width, height) == image.size:
+        return image
+    left, top = (image.width - width) // 2, (image.height - height) // 2
+    return image.crop((left, top, left + width, top + height))
 
 
 def _image_suffixes() -> frozenset[str]:

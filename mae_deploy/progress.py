@@ -8,11 +8,17 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
 console = Console(stderr=True)
 """Where everything but results goes."""
 
 _LINE_SECONDS = 15.0
+
+
+def notice(label: str, text: str) -> None:
+    """A line with a yellow label; the text may hold anything, such as a file name that looks like markup."""
+    console.print(Text.assemble((label, "yellow"), " ", text), soft_wrap=True)
 
 
 class Bar:

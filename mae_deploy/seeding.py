@@ -7,9 +7,17 @@ import zlib
 
 import numpy as np
 
+from mae_deploy.errors import ConfigError
+
 
 def derive_seed(seed: int, purpose: str, *counters: int) -> int:
-    """A 63-bit seed for one purpose and one place in a run: the same arguments always give the same seed."""
+    """A 63-bit seed for one purpose and one place in a run: the same arguments always give the same seed.
+
+    Raises:
+        ConfigError: the seed is negative.
+    """
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} must be at least 0")
     entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *counters])
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 

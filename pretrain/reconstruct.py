@@ -20,7 +20,7 @@ from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import patchify, unpatchify
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
 from mae_deploy.pretrain.config import ReconstructConfig
-from mae_deploy.progress import console
+from mae_deploy.progress import notice
 
 _GAP = 4
 _MIN_SIDE = 96
@@ -48,7 +48,7 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
             images.append(read_image(path, spec.channels))
         except UnreadableImage as error:
             skipped.append(str(error))
-            console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
+            notice("skipped", str(error))
     if not images:
         raise ConfigError(f"no readable image at {config.images}")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -37,7 +38,8 @@ class ImageList:
         """Number of files and a hash of their names, sizes and labels: tells two data sets apart without reading them."""
         digest = hashlib.sha256()
         for path, label in zip(self.paths, self.labels, strict=True):
-            digest.update(f"{path.relative_to(self.root).as_posix()}\0{path.stat().st_size}\0{label}\n".encode())
+            size = path.stat().st_size if path.exists() else -1  # a broken link: whoever reads it reports it
+            digest.update(b"%b\0%d\0%d\n" % (os.fsencode(path.relative_to(self.root).as_posix()), size, label))
         return {"images": len(self.paths), "sha256": digest.hexdigest()}
 
 

@@ -9,7 +9,6 @@ import argparse
 import math
 import pickle
 import re
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,11 @@ from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Pres
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.preprocess import default_preprocess
 
-_RELEASED = re.compile(r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|facebook[/_-]+vit-mae|vit_(base|large|huge)_patch1[46]_224[._]mae")
+_RELEASED = re.compile(r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae")
 """File and repository names of the released, non-commercial weights and their re-uploads."""
+
+_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
+"""What the weights in a Hugging Face model folder are called; the folder has the model's name."""
 
 _HEADS = {preset.embed_dim: preset.num_heads for preset in PRESETS.values()}
 
@@ -76,14 +78,13 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     """
     file = _weights_file(path)
     source = _read(file)
-    names = f"{path.name} {source.settings.get('_name_or_path', '')}"
-    licence = options.licence or (NON_COMMERCIAL if _RELEASED.search(names) else UNKNOWN_LICENCE)
+    licence = options.licence or (NON_COMMERCIAL if _RELEASED.search(_published_names(file, source)) else UNKNOWN_LICENCE)
     kind = _kind(source.tensors)
     encoder = _encoder_config(source, options)
     decoder = _decoder_config(source, options) if kind == "mae" else None
     reshaped = _fit_positions(source, encoder, decoder)
     pool = ("avg" if "fc_norm.weight" in source.tensors else "cls") if kind == "classifier" else None
-    num_classes = source.tensors["head.weight"].shape[0] if kind == "classifier" else None
+    num_classes = _tensor(source, "head.weight", 2).shape[0] if kind == "classifier" else None
     metadata = Metadata(
         kind=kind,
         encoder=to_dict(encoder),
@@ -145,12 +146,19 @@ def expected_shapes(
 
 def _weights_file(path: Path) -> Path:
     if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
+        for name in _MODEL_FILES:
             if (path / name).is_file():
                 return path / name
     if not path.is_file():
         raise ConfigError(f"no weights at {path}", hint="give a .pth, .pt, .bin or .safetensors file, or a Hugging Face model folder")
     return path
+
+
+def _published_names(file: Path, source: _Source) -> str:
+    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder and the config's."""
+    folders = file.absolute().parts[:-1]
+    own = folders[-1] if file.name in _MODEL_FILES else file.name
+    return " ".join([own, *(name for name in folders if name.startswith("models--")), str(source.settings.get("_name_or_path", ""))])
 
 
 def _read(file: Path) -> _Source:
@@ -192,9 +200,9 @@ def _read_pickle(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        reason = f"it wants to run {found.group(1)}" if found else "it holds more than tensors and plain values"
+        reason = f"it wants to run {found.group(1)}" if found else "it is damaged, or holds more than tensors and plain values"
         raise CheckFailed(f"refused to unpickle {file}: {reason}", hint="convert it to .safetensors where you trust it") from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
         raise CheckFailed(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
@@ -223,6 +231,8 @@ _HF_NAMES = [
 
 
 def _from_hugging_face(tensors: dict[str, Tensor], config: dict[str, Any]) -> _Source:
+    if (activation := config.get("hidden_act", "gelu")) != "gelu":
+        raise CheckFailed(f"the model's activation is {activation}, a ViT of ours has gelu")
     renamed: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         target = name
@@ -238,6 +248,8 @@ def _from_hugging_face(tensors: dict[str, Tensor], config: dict[str, Any]) -> _S
 
 
 # --- shapes ----------------------------------------------------------------------------------------------------------
+
+_GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
 
 
 def _kind(tensors: dict[str, Tensor]) -> Kind:
@@ -260,15 +272,15 @@ def _encoder_config(source: _Source, options: ImportOptions) -> EncoderConfig:
 
 def _image_size(source: _Source, patch_size: int) -> tuple[int, int]:
     """The size that the position embeddings were made for, a square."""
-    table = source.tensors.get("pos_embed")
-    if table is None:
+    if "pos_embed" not in source.tensors:
         stated = source.settings.get("image_size") or source.settings.get("input_size")
         if not isinstance(stated, int):
-            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint="pass --image-size H,W")
+            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint=_GIVE_SIZE)
         return stated, stated
-    side = math.isqrt(table.shape[1] - 1)
-    if side * side != table.shape[1] - 1:
-        raise ConfigError(f"pos_embed holds {table.shape[1] - 1} patches, which form no square", hint="pass --image-size H,W")
+    N = _tensor(source, "pos_embed", 3).shape[1] - 1
+    side = math.isqrt(N)
+    if side * side != N:
+        raise ConfigError(f"pos_embed holds {N} patches, which form no square", hint=_GIVE_SIZE)
     return side * patch_size, side * patch_size
 
 
@@ -283,15 +295,14 @@ def _fit_positions(source: _Source, encoder: EncoderConfig, decoder: DecoderConf
     done = []
     tables = [("pos_embed", encoder.width)] + ([("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else [])
     for name, width in tables:
-        table = source.tensors.get(name)
-        if table is None:
+        if name not in source.tensors:
             source.tensors[name] = sincos_position_embedding(width, encoder.grid_size)
             done.append(f"{name}: absent, rebuilt as the fixed sine-cosine table")
-        elif table.shape[1] != 1 + encoder.num_patches:
-            side = math.isqrt(table.shape[1] - 1)
-            if side * side != table.shape[1] - 1:
-                raise ConfigError(f"{name} holds {table.shape[1] - 1} patches, {encoder.image_size} needs {encoder.num_patches}")
-            source.tensors[name] = interpolate_position_embedding(table.float(), (side, side), encoder.grid_size)
+        elif (N := _tensor(source, name, 3).shape[1] - 1) != encoder.num_patches:
+            side = math.isqrt(N)
+            if side * side != N:
+                raise ConfigError(f"{name} holds {N} patches, {encoder.image_size} needs {encoder.num_patches}")
+            source.tensors[name] = interpolate_position_embedding(source.tensors[name].float(), (side, side), encoder.grid_size)
             done.append(f"{name}: interpolated from {side}x{side} to {encoder.grid_size[0]}x{encoder.grid_size[1]} patches")
     return done
 

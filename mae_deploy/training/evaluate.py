@@ -12,7 +12,7 @@ from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.transforms import Normalise, Transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.preprocess import Preprocess
-from mae_deploy.progress import console
+from mae_deploy.progress import notice
 
 
 class Evaluator:
@@ -42,7 +42,7 @@ class Evaluator:
         for batch in loader:
             for line in set(batch.unreadable) - self._reported:
                 self._reported.add(line)
-                console.print(f"[yellow]left out of the validation[/yellow] {line}", highlight=False, soft_wrap=True)
+                notice("left out of the validation", line)
             if len(batch.images) == 0:
                 continue
             labels = batch.labels.to(accelerator.device)

@@ -19,11 +19,11 @@ from mae_deploy.checkpoint import METADATA, Metadata, open_checkpoint, write_che
 from mae_deploy.data.dataset import Batch, ImageDataset
 from mae_deploy.data.loader import StreamSampler, train_loader
 from mae_deploy.data.transforms import Normalise
-from mae_deploy.errors import CheckFailed, MissingDependency
+from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.files import atomic_path, point_link
 from mae_deploy.models.load import load_strict
 from mae_deploy.preprocess import Preprocess
-from mae_deploy.progress import Bar, console, progress
+from mae_deploy.progress import Bar, console, notice, progress
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
 from mae_deploy.training.optim import ParamGroup, adamw
@@ -91,9 +91,11 @@ def fit(
     """Train to the end, from wherever the run folder's last checkpoint is; returns a summary."""
     plan = make_plan(len(job.dataset), optim, world_size=accelerator.num_processes, paper_warmup=job.paper_warmup)
     optimizer = adamw(job.groups, betas=optim.betas)
-    state = Progress()
+    state = Progress(processes=accelerator.num_processes)
     if folder.last is not None:
         state = load_progress(folder.last / STATE)
+        if state.processes != accelerator.num_processes:
+            raise ConfigError(f"--resume on {accelerator.num_processes} process(es) of a run on {state.processes}", hint="start as many as before")
         load_strict(job.saved, open_checkpoint(folder.last).tensors())
         load_rest(folder.last / STATE, job.model)
     model, prepared = accelerator.prepare(job.model, optimizer)
@@ -113,7 +115,13 @@ def fit(
 
 
 def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_warmup: float) -> Plan:
-    """Batch size, steps and learning rate; a data set smaller than one batch makes the batch smaller, and says so."""
+    """Batch size, steps and learning rate; a data set smaller than one batch makes the batch smaller, and says so.
+
+    Raises:
+        ConfigError: not even one image for each process.
+    """
+    if num_images < world_size:
+        raise ConfigError(f"{num_images} image(s) cannot be shared among {world_size} processes")
     batch_size = min(optim.batch_size, max(1, num_images // world_size))
     if batch_size < optim.batch_size:
         console.print(f"[yellow]{num_images} images do not fill a batch of {optim.batch_size} on {world_size} process(es): using {batch_size}[/yellow]")
@@ -133,17 +141,23 @@ class _Unreadable:
     def __init__(self, folder: RunFolder, limit: int) -> None:
         self.path = folder.path / "unreadable.txt"
         self.limit = limit
-        self.seen = set(self.path.read_text(encoding="utf-8").splitlines()) if self.path.is_file() else set()
+        self.seen = self._listed()
 
     def report(self, lines: tuple[str, ...]) -> None:
+        if not self.seen.issuperset(lines):
+            self.seen = self._listed()  # another process may have met them before
         for line in lines:
             if line not in self.seen:
                 self.seen.add(line)
-                with self.path.open("a", encoding="utf-8") as file:
+                with self.path.open("a", encoding="utf-8", errors="surrogateescape") as file:
                     file.write(line + "\n")
-                console.print(f"[yellow]skipped[/yellow] {line}", highlight=False, soft_wrap=True)
+                notice("skipped", line)
         if len(self.seen) > self.limit:
             raise CheckFailed(f"{len(self.seen)} unreadable images, listed in {self.path}", hint=f"mend them, or allow more than --max-corrupt {self.limit}")
+
+    def _listed(self) -> set[str]:
+        # File names are bytes; those that are no UTF-8 are kept as they are.
+        return set(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if self.path.is_file() else set()
 
 
 @dataclass(slots=True)
@@ -183,6 +197,7 @@ class _Runner:
                 if due or top1 is not None or time.monotonic() - saved > 60 * self.loop.checkpoint_minutes:
                     self._save(top1)
                     saved = time.monotonic()
+        accelerator.wait_for_everyone()
 
     def summary(self) -> dict[str, Any]:
         """First and last loss, images seen, and the last and best evaluation."""
@@ -244,7 +259,7 @@ class _Runner:
         if not math.isfinite(values["loss"]):
             raise CheckFailed(
                 f"the loss is {values['loss']} at step {step + 1}",
-                hint="resume from the last checkpoint with a smaller --blr, --clip-grad 1, or --precision fp32",
+                hint="start a new run with a smaller --blr, --clip-grad 1, or --precision fp32",
             )
         if self.optim.clip_grad is not None:
             accelerator.clip_grad_norm_(self.model.parameters(), self.optim.clip_grad)
@@ -273,7 +288,7 @@ class _Runner:
         return found["top1"]
 
     def _save(self, top1: float | None) -> None:
-        """Write `step-N` aside, rename it, then move `last` and `best`."""
+        """Write `step-N` aside, rename it, then move `best` and `last`; the other processes go on: each has a clock of its own, and they need not agree."""
         accelerator, folder, state = self.accelerator, self.folder, self.state
         is_best = top1 is not None and (state.best is None or top1 > state.best)
         if is_best:
@@ -293,4 +308,3 @@ class _Runner:
                 point_link(folder.checkpoints / "best", target.name)
             point_link(folder.checkpoints / "last", target.name)
             folder.prune(self.loop.keep_checkpoints)
-        accelerator.wait_for_everyone()

@@ -44,7 +44,7 @@ class RunFolder:
             ConfigError: the folder holds something and `resume` was not asked for, or what is resumed differs.
         """
         folder = cls(path)
-        if not resume:
+        if write and not resume:  # the other processes may come here when the main one has begun to write
             refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out")
         if resume and (path / CONFIG).is_file():
             _check_same_run(path, config, data)
@@ -78,11 +78,12 @@ class RunFolder:
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints and the one that `best` points to."""
+        """Delete all but the newest `keep` checkpoints and those that `best` and `last` point to."""
         steps = sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
-        best = self.checkpoints / "best"
+        # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a newer one.
+        pointed_to = {link.resolve() for name in ("best", "last") if (link := self.checkpoints / name).exists()}
         for folder in steps[:-keep]:
-            if not (best.exists() and folder.samefile(best)):
+            if folder.resolve() not in pointed_to:
                 remove(folder)
 
 

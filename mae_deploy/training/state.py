@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ class Progress:
     """Best value of the metric that picks the best checkpoint."""
     scaler: dict[str, Any] | None = None
     """State of the fp16 loss scaler."""
+    processes: int = 1
+    """Processes that share each batch; another number would see the data in another order."""
 
 
 def save_state(folder: Path, groups: list[ParamGroup], optimizer: torch.optim.Optimizer, progress: Progress) -> None:
@@ -36,7 +39,7 @@ def save_state(folder: Path, groups: list[ParamGroup], optimizer: torch.optim.Op
         for key, value in optimizer.state[parameter].items():
             tensors[f"{name}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     save_file(tensors, folder / "optimizer.safetensors")
-    write_json(folder / "progress.json", {"step": progress.step, "best": progress.best, "scaler": progress.scaler})
+    write_json(folder / "progress.json", dataclasses.asdict(progress))
 
 
 def load_progress(folder: Path) -> Progress:
