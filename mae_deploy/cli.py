@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mae_deploy import __version__
-from mae_deploy.commands.config import DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
+from mae_deploy.commands.config import BenchmarkConfig, DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import CheckFailed, MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
@@ -88,6 +88,14 @@ def verify(config: VerifyConfig) -> Any:
 def predict(config: PredictConfig) -> Any:
     """Classify images, or write their features; needs no torch."""
     from mae_deploy.commands.predict import run
+
+    return run(config)
+
+
+@command(app, BenchmarkConfig)
+def benchmark(config: BenchmarkConfig) -> Any:
+    """Time bundles in turns: medians, percentiles, and the ratio to the first; needs no torch."""
+    from mae_deploy.commands.benchmark import run
 
     return run(config)
 

@@ -8,7 +8,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, get_origin
+from typing import Annotated, Any, Optional, TypeVar, get_args, get_origin
 
 import typer
 
@@ -63,7 +63,7 @@ def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", d
             Flag(
                 path=(*path, field.name),
                 name=field.metadata.get("flag") or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
-                kind=str if get_origin(kind) is tuple else kind,
+                kind=_typer_kind(kind, argument),
                 panel=panel if path else ("Common" if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
                 default=None if required or default is None else _shown(default),
@@ -164,6 +164,13 @@ def _parameter(flag: Flag) -> inspect.Parameter:
         )
     annotation = Annotated[Optional[kind], info]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
     return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _typer_kind(kind: Any, argument: bool) -> Any:
+    """Typer reads a comma-separated tuple as text, but several positional arguments as a list."""
+    if get_origin(kind) is not tuple:
+        return kind
+    return list[get_args(kind)[0]] if argument else str  # type: ignore[misc]
 
 
 def _option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:

@@ -40,10 +40,10 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     assert train.class_names is not None
     val = labelled_images(config.data, "val", train.class_names)
     fingerprint = {"train": train.fingerprint(), "val": val.fingerprint()}
+    transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
     accelerator = make_accelerator(config.device, config.loop.precision, config.out)
     folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
-    transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
     dataset = ImageDataset(train, transform, channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache)
     seed_everything(derive_seed(config.seed, "weights"))
     model = Classifier(encoder, num_classes=len(train.class_names), pool=config.pool, drop_path=config.mix.drop_path)

@@ -85,6 +85,36 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """Settings of `mae-deploy benchmark`."""
+
+    bundles: tuple[Path, ...] = setting(argument=True)
+    """Bundle folders; they are timed in turns, and compared with the first."""
+    keep_ratio: float = 0.25
+    """Share of the patches given to visible bundles without a fixed K."""
+    batch_size: int = 1
+    """Images a call; a fixed batch of a bundle wins."""
+    repeats: int = 30
+    """Timed rounds."""
+    warmup: int = 5
+    """Rounds before them that are not timed."""
+    engine: str = "auto"
+    """auto, or onnxruntime (onnx)."""
+    threads: int | None = None
+    """CPU threads of the engine; default: one for each core."""
+    seed: int = 0
+    """Seed of the random images and patches."""
+    device: Device = "cpu"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.keep_ratio <= 1:
+            raise ConfigError(f"--keep-ratio {self.keep_ratio} must be above 0 and at most 1")
+        if self.batch_size < 1 or self.repeats < 1 or self.warmup < 0:
+            raise ConfigError("--batch-size and --repeats must be at least 1, --warmup at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class InfoConfig:
     """Settings of `mae-deploy info`."""
 

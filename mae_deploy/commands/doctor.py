@@ -28,6 +28,7 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "verify": ("", ("onnxruntime",)),
     "predict": ("", ("onnxruntime",)),
     "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
+    "benchmark": ("", ("onnxruntime",)),
     "info": ("", ()),
 }
 """The extra and the modules behind each command."""

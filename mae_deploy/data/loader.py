@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Sampler
@@ -52,11 +54,16 @@ class StreamSampler(Sampler[list[Key]]):
 
 def train_loader(dataset: ImageDataset, sampler: StreamSampler, *, num_workers: int, pin_memory: bool) -> DataLoader[Sample]:
     """A loader over the rest of the run."""
-    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, num_workers=num_workers, pin_memory=pin_memory)
+    return DataLoader(dataset, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **_workers(num_workers))
 
 
 def eval_loader(dataset: ImageDataset, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader[Sample]:
     """Every image once, in order; each process takes its share."""
     keys = [Key(0, index) for index in range(rank, len(dataset), world_size)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
-    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=num_workers)
+    return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **_workers(num_workers))
+
+
+def _workers(num_workers: int) -> dict[str, Any]:
+    # Python 3.14 no longer forks by default; each worker would spend seconds on importing torch, for each evaluation anew.
+    return {"num_workers": num_workers, "multiprocessing_context": "fork" if num_workers > 0 and sys.platform == "linux" else None}

@@ -49,8 +49,12 @@ def tiny_classifier(pool: Pool, config: EncoderConfig = ENCODER, seed: int = 0) 
     return fill(Classifier(config, num_classes=CLASSES, pool=pool), seed)
 
 
-def random_images(config: EncoderConfig = ENCODER, batch: int = 3, seed: int = 1) -> Tensor:
-    return torch.randn(batch, config.in_chans, *config.image_size, generator=torch.Generator().manual_seed(seed))
+def random_tensor(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def random_images(config: EncoderConfig = ENCODER, batch: int = 3) -> Tensor:
+    return random_tensor(batch, config.in_chans, *config.image_size)
 
 
 def metadata_of(model: Encoder, **more: Any) -> Metadata:
