@@ -57,9 +57,7 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
         raise ConfigError(f"--mask-ratio {settings.mask_ratio} of {encoder.num_patches} patches leaves nothing to see")
     images = unlabelled_images(config.data)
     data = images.fingerprint()
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
-    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
-    features = FeatureTeacher(teacher, encoder.grid_size, settings.teacher_block).to(accelerator.device)
+    features = FeatureTeacher(teacher, encoder.grid_size, settings.teacher_block)
     seed_everything(derive_seed(config.seed, "weights"))
     student = _started(MaskedAutoencoder(encoder, config.decoder), init)
     model = FeatureDistiller(
@@ -69,6 +67,9 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
         feature_weight=settings.feature_weight,
         pixel_weight=settings.pixel_weight,
     )
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
+    features.to(accelerator.device)
 
     def loss(model: nn.Module, images: Tensor, _: Tensor) -> dict[str, Tensor]:
         masking = random_masking(torch.rand(len(images), encoder.num_patches, device=images.device), settings.mask_ratio)
@@ -104,12 +105,12 @@ def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec
         raise ConfigError(f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.metadata.num_classes}")
     extra = unlabelled_images(settings.unlabelled) if settings.unlabelled is not None else None
     data = {"train": train.fingerprint(), "val": val.fingerprint(), "unlabelled": extra.fingerprint() if extra else None}
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
-    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
-    expert.to(accelerator.device)
     seed_everything(derive_seed(config.seed, "weights"))
     student = _started(Classifier(encoder, num_classes=len(train.class_names), pool=settings.pool, drop_path=settings.drop_path), init)
     student.pos_embed.requires_grad_(True)
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
+    expert.to(accelerator.device)
 
     def loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         logits = model(images)

@@ -38,10 +38,9 @@ class FeatureTeacher:
         # What lies behind the tap is never run.
         del self.model.blocks[self.block :]
 
-    def to(self, device: torch.device) -> FeatureTeacher:
+    def to(self, device: torch.device) -> None:
         """Move the encoder."""
         self.model.to(device)
-        return self
 
     @torch.no_grad()
     def __call__(self, images: Tensor, ids_keep: Tensor) -> Tensor:
@@ -63,10 +62,9 @@ class LogitsTeacher:
         load_strict(self.model, loaded.tensors)
         self.model.requires_grad_(False).eval()
 
-    def to(self, device: torch.device) -> LogitsTeacher:
+    def to(self, device: torch.device) -> None:
         """Move the classifier."""
         self.model.to(device)
-        return self
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:

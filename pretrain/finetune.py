@@ -41,9 +41,6 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     val = labelled_images(config.data, "val", train.class_names)
     fingerprint = {"train": train.fingerprint(), "val": val.fingerprint()}
     transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
-    folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
-
     dataset = ImageDataset(train, transform, channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache)
     seed_everything(derive_seed(config.seed, "weights"))
     model = Classifier(encoder, num_classes=len(train.class_names), pool=config.pool, drop_path=config.mix.drop_path)
@@ -51,6 +48,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     if pretrained is not None:
         start_from(model, pretrained)
     model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
     job = Job(
         title="from scratch" if pretrained is None else "finetune",

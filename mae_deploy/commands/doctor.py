@@ -98,6 +98,6 @@ def _view(data: dict[str, Any]) -> Group:
                 "[parquet]", r"\[parquet]"
             ),
         )
-    packages = {name: version or "-" for name, version in data["packages"].items()}
-    engines = {name: text.replace("[trt]", r"\[trt]") for name, text in data["engines"].items()}
+    packages: dict[str, object] = {name: version or "-" for name, version in data["packages"].items()}
+    engines: dict[str, object] = {name: text.replace("[trt]", r"\[trt]") for name, text in data["engines"].items()}
     return Group(facts_table("Machine", data["machine"]), facts_table("Packages", packages), facts_table("Engines", engines), commands)

@@ -30,7 +30,8 @@ def run(config: InfoConfig) -> Result:
     if path.is_file() or (path / "config.json").is_file():
         convert = import_optional("mae_deploy.models.convert", extra="train")
         imported = convert.import_weights(path, convert.ImportOptions())
-        return Result(imported.report, facts_table(str(path), imported.report))
+        report = {"type": "weights", **imported.report}
+        return Result(report, facts_table(str(path), report))
     if (path / "config.yaml").is_file():
         raise ConfigError(f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume")
     raise ConfigError(f"{path} is no run, checkpoint, weights file or bundle")
@@ -82,10 +83,10 @@ def _model(model: dict[str, Any]) -> str:
     return f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks, {model['num_heads']} heads"
 
 
-def _lineage(record: dict[str, Any] | None) -> str:
-    """The stages that led here, the first one last."""
+def _lineage(record: Any) -> str:
+    """The stages that led here, the first one last; `-` where a bundle made elsewhere keeps no record of ours."""
     stages = []
-    while record:
+    while isinstance(record, dict) and record:
         stages.append(str(record.get("stage", "?")) + (f" (teacher: {_lineage(record['teacher'])})" if record.get("teacher") else ""))
         record = record.get("parent")
     return " < ".join(stages) or "-"

@@ -32,7 +32,7 @@ from mae_deploy.runtime.verify import verify_bundle
 
 NUM_UNLABELLED = 1400
 LABELS_PER_CLASS = 5
-STUDENT = "vit_nano_patch4"
+STUDENT = {"student": "vit_nano_patch4", "patch_size": 8}
 FINETUNE = "quickstart-finetune"
 
 BUNDLES = {
@@ -63,7 +63,7 @@ def run(config: QuickstartConfig) -> Result:
     _say("1/6 pretraining: a masked autoencoder on 1,400 digits without labels")
     mae = pretrain.run(_recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common))
     _say("2/6 feature distillation: a smaller student, still without labels")
-    teacher = {"teacher": out / "pretrain", "student": STUDENT}
+    teacher = {"teacher": out / "pretrain", **STUDENT}
     distill.run(_recipe(DistillConfig, "quickstart-distill-features", data=images, out=out / "distill-features", objective="features", **teacher, **common))
     _say(f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from scratch")
     top1 = _few_labels(config, images)
@@ -137,7 +137,7 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
         found["teacher"].append(finetune.run(_recipe(FinetuneConfig, FINETUNE, out=teacher, **finetuning))["top1"])
         scratch = _recipe(FinetuneConfig, FINETUNE, out=out / f"scratch-{seed}", from_scratch=True, **finetuning)
         found["teacher_from_scratch"].append(finetune.run(scratch)["top1"])
-        logits = {"teacher": teacher, "student": STUDENT, "init": out / "distill-features", "objective": "logits", "logits": {"unlabelled": images}}
+        logits = {"teacher": teacher, **STUDENT, "init": out / "distill-features", "objective": "logits", "logits": {"unlabelled": images}}
         found["student"].append(distill.run(_recipe(DistillConfig, "quickstart-distill-logits", out=student, **logits, **common))["top1"])
         alone = _recipe(FinetuneConfig, FINETUNE, out=out / f"student-scratch-{seed}", init=out / "distill-features", from_scratch=True, **common)
         found["student_from_scratch"].append(finetune.run(alone)["top1"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -52,7 +54,8 @@ class Evaluator:
             loss = F.cross_entropy(logits, labels, reduction="sum")
             totals += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
         model.train(was_training)
-        top1, top5, loss, count = accelerator.reduce(totals, "sum").tolist()
+        summed: Any = accelerator.reduce(totals, "sum")
+        top1, top5, loss, count = summed.tolist()
         if count == 0:
             raise CheckFailed(f"no readable validation image below {self.dataset.images.root}")
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}

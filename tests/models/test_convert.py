@@ -24,14 +24,14 @@ from mae_deploy.models.convert import Imported, ImportOptions, expected_shapes, 
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool
-from tests.models.tiny_models import CLASSES, DECODER, ENCODER, HEADS, SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
+from tests.models.tiny_models import CLASSES, DECODER, HEADS, SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
 
 OPTIONS = ImportOptions(num_heads=5, decoder_num_heads=3)
 
 
 def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(tensors) == set(expected)
-    assert [name for name, tensor in tensors.items() if not torch.equal(tensor, expected[name])] == []
+    assert [name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])] == []
 
 
 def encoder_of(imported: Imported) -> EncoderConfig:
@@ -122,6 +122,13 @@ def test_heads_and_name_come_from_the_preset_of_that_width(tmp_path: Path) -> No
     nano = EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))
     save_file(Encoder(nano).state_dict(), tmp_path / "nano.safetensors")
     assert encoder_of(import_weights(tmp_path / "nano.safetensors", ImportOptions())) == nano
+
+
+def test_vit_huge_has_heads_of_80(tmp_path: Path) -> None:
+    # Every other preset's heads are 64 wide, which is what is assumed of an unknown width.
+    config = EncoderConfig(name="vit_1280x1_patch14", image_size=(14, 14), patch_size=14, embed_dim=1280, depth=1, num_heads=16)
+    save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in expected_shapes(config, None).items()}, tmp_path / "huge.safetensors")
+    assert encoder_of(import_weights(tmp_path / "huge.safetensors", ImportOptions())) == config
 
 
 def test_norm_pix_loss_given_wins_over_the_files(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, tiny_classifier, tiny_encoder, tiny_mae, write_original
 
-MODELS = {
+MODELS: dict[str, Callable[[], Encoder]] = {
     "encoder": tiny_encoder,
     "mae": tiny_mae,
     "avg": lambda: tiny_classifier("avg"),

@@ -109,9 +109,9 @@ def test_decoder_starts_as_in_the_paper() -> None:
 
 
 def test_normalised_target_by_hand() -> None:
-    target = grey_mae(norm_pix_loss=True).target(grey_image((0, 2, 4, 6), (5, 5, 5, 5), (-1, 1, 1, -1)))
-    # Means 3, 5, 0; unbiased variances 20/3, 0, 4/3; the constant patch does not divide by zero.
-    first, third = 1 / math.sqrt(20 / 3 + 1e-6), 1 / math.sqrt(4 / 3 + 1e-6)
+    target = grey_mae(norm_pix_loss=True).target(grey_image((0, 2, 4, 6), (5, 5, 5, 5), (-1e-3, 1e-3, 1e-3, -1e-3)))
+    # Means 3, 5, 0; unbiased variances 20/3, 0, 4/3 of a millionth, where the epsilon inside the root counts; the constant patch does not divide by zero.
+    first, third = 1 / math.sqrt(20 / 3 + 1e-6), 1e-3 / math.sqrt(4e-6 / 3 + 1e-6)
     expected = [[-3 * first, -first, first, 3 * first], [0] * 4, [-third, third, third, -third]]
     # float32 rounding of numbers near 1.
     assert target[0].tolist() == [pytest.approx(row, rel=0, abs=1e-6) for row in expected]

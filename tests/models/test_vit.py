@@ -173,7 +173,7 @@ def test_drop_path_rises_linearly() -> None:
 
 def test_linear_layers_start_xavier_uniform() -> None:
     torch.manual_seed(0)
-    encoder = Encoder(replace(ENCODER, name="wider", embed_dim=60))
+    encoder = Encoder(replace(ENCODER, name="wider", embed_dim=40))
     layers = {name: module for name, module in encoder.blocks.named_modules() if isinstance(module, nn.Linear)}
     assert len(layers) == 2 * 4
     for name, layer in layers.items():
@@ -182,7 +182,7 @@ def test_linear_layers_start_xavier_uniform() -> None:
         assert not layer.bias.any()
     # The patch embedding as if it were linear: 12 inputs, not the convolution's own fan.
     proj = encoder.patch_embed.proj
-    bound = math.sqrt(6 / (2 * 2 * 3 + 60))
+    bound = math.sqrt(6 / (2 * 2 * 3 + 40))
     assert 0.99 * bound < proj.weight.abs().max().item() <= bound
 
 
@@ -208,7 +208,12 @@ def test_every_norm_has_the_originals_epsilon() -> None:
 @pytest.mark.parametrize(
     ("name", "image_size", "parameters"),
     # 12 D² + 13 D a block, (P² C + 1) D for patches, 2 D for the final norm, D for CLS and (N + 1) D for positions.
-    [("vit_base_patch16", 224, 85_798_656), ("vit_large_patch16", 224, 303_301_632), ("vit_huge_patch14", 224, 630_764_800), ("vit_tiny_patch4", 32, 5_360_832)],
+    [
+        ("vit_base_patch16", 224, 85_798_656),
+        ("vit_large_patch16", 224, 303_301_632),
+        ("vit_huge_patch14", 224, 630_764_800),
+        ("vit_tiny_patch4", 32, 5_360_832),
+    ],
 )
 def test_presets_have_the_papers_size(name: str, image_size: int, parameters: int) -> None:
     with torch.device("meta"):

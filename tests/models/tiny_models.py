@@ -25,7 +25,7 @@ SQUARE = replace(ENCODER, image_size=(10, 10))
 DECODER = DecoderConfig(decoder_depth=1, decoder_embed_dim=12, decoder_num_heads=3)
 HEADS = {"num_heads": 5, "decoder_num_heads": 3}
 """What a weights file does not say about these."""
-CLASSES = 7
+CLASSES = 11
 
 
 def fill(model: M, seed: int = 0) -> M:
@@ -59,7 +59,11 @@ def random_images(config: EncoderConfig = ENCODER, batch: int = 3) -> Tensor:
 
 def metadata_of(model: Encoder, **more: Any) -> Metadata:
     """The metadata that goes with a model."""
-    common: dict[str, Any] = {"encoder": to_dict(model.config), "preprocess": to_dict(default_preprocess(model.config.image_size, model.config.in_chans)), **more}
+    common: dict[str, Any] = {
+        "encoder": to_dict(model.config),
+        "preprocess": to_dict(default_preprocess(model.config.image_size, model.config.in_chans)),
+        **more,
+    }
     if isinstance(model, MaskedAutoencoder):
         return Metadata(kind="mae", decoder=to_dict(model.decoder_config), norm_pix_loss=model.norm_pix_loss, **common)
     if isinstance(model, Classifier):
@@ -71,7 +75,10 @@ def write_original(path: Path, tensors: dict[str, Tensor], *, legacy: bool = Fal
     """A `.pth` as the original training script writes it, its arguments an `argparse.Namespace`."""
     content = {
         "model": tensors,
-        "optimizer": {"state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}}, "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95), "params": [0]}]},
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.zeros(2)}},
+            "param_groups": [{"lr": 1e-3, "betas": (0.9, 0.95), "params": [0]}],
+        },
         "epoch": 3,
         "scaler": {"scale": 65536.0, "growth_factor": 2.0, "_growth_tracker": 0},
         "args": argparse.Namespace(**arguments),

@@ -156,7 +156,7 @@ def test_an_encoder_alone(tmp_path: Path) -> None:
 
 
 def test_a_vit_classifier(tmp_path: Path) -> None:
-    theirs = fill(ViTForImageClassification(ViTConfig(**SIZES, num_labels=7)))
+    theirs = fill(ViTForImageClassification(ViTConfig(**{**SIZES, "num_labels": 7})))
     theirs.save_pretrained(tmp_path / "model")
     imported = import_weights(tmp_path / "model", ImportOptions())
     ours = model_of(Loaded(imported.metadata, imported.tensors, {}))

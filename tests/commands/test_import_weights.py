@@ -1,0 +1,123 @@
+"""`mae-deploy import` as it is typed: a checkpoint of ours and a report, or one line and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_deploy.checkpoint import open_checkpoint
+from mae_deploy.cli import main
+from mae_deploy.models.load import load_model
+from mae_deploy.models.vit import Classifier
+from tests.models.tiny_models import CLASSES, ENCODER, SQUARE, random_images, tiny_classifier, tiny_encoder, tiny_mae, write_original
+
+HEADS = ["--num-heads", "5", "--decoder-num-heads", "3"]
+
+
+def test_an_original_checkpoint_becomes_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, out = tmp_path / "mae_pretrain_vit_base.pth", tmp_path / "deep" / "checkpoint"
+    model = tiny_mae(SQUARE, norm_pix_loss=False)
+    write_original(source, model.state_dict(), norm_pix_loss=False)
+    assert main(["import", str(source), "--out", str(out), *HEADS, "--json"]) == 0
+    captured = capsys.readouterr()
+    report = json.loads(captured.out)
+    assert captured.err == ""
+    assert (report["source"], report["out"], report["kind"], report["licence"]) == (str(source), str(out), "mae", "CC-BY-NC-4.0")
+    assert (report["tensors"], report["missing"], report["unexpected"], report["reshaped"]) == (len(model.state_dict()), [], [], [])
+    read, loaded = load_model(out)
+    assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in model.state_dict().items())
+    assert (loaded.metadata.licence, loaded.metadata.norm_pix_loss) == ("CC-BY-NC-4.0", False)
+    assert loaded.record["source"] == "mae_pretrain_vit_base.pth"
+
+
+def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    source = write_original(tmp_path / "weights.pth", tiny_mae(SQUARE).state_dict())
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, "--image-size", "6,14"]) == 0
+    printed = capsys.readouterr().out
+    for expected in ("original or timm", "pos_embed: interpolated from 5x5 to 3x7 patches", "unspecified", "vit_20x2_patch2"):
+        assert expected in printed, expected
+
+
+def test_a_classifier_runs_after_import(tmp_path: Path) -> None:
+    model, images = tiny_classifier("avg"), random_images()
+    source = write_original(tmp_path / "finetuned.pth", model.state_dict())
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, "--image-size", "6,10", "--license", "MIT"]) == 0
+    read, loaded = load_model(tmp_path / "out")
+    assert isinstance(read, Classifier)
+    with torch.no_grad():
+        assert torch.equal(read(images), model(images))
+    assert (loaded.metadata.licence, loaded.metadata.num_classes) == ("MIT", CLASSES)
+
+
+@pytest.mark.parametrize(("flag", "expected"), [((), False), (("--norm-pix-loss",), True), (("--no-norm-pix-loss",), False)])
+def test_norm_pix_loss(tmp_path: Path, flag: tuple[str, ...], expected: bool) -> None:
+    source = write_original(tmp_path / "weights.pth", tiny_mae(SQUARE).state_dict(), norm_pix_loss=False)
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, *flag]) == 0
+    assert open_checkpoint(tmp_path / "out").metadata.norm_pix_loss is expected
+
+
+def test_ours_imports_ours(tmp_path: Path) -> None:
+    source = write_original(tmp_path / "weights.pth", tiny_mae(SQUARE).state_dict())
+    assert main(["import", str(source), "--out", str(tmp_path / "one"), *HEADS]) == 0
+    assert main(["import", str(tmp_path / "one"), "--out", str(tmp_path / "two"), *HEADS]) == 0
+    one, two = (open_checkpoint(tmp_path / name).tensors() for name in ("one", "two"))
+    assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
+
+
+class RunsOnUnpickling:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (f"echo run > '{self.marker}'",)
+
+
+def test_code_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, marker = tmp_path / "evil.pth", tmp_path / "marker"
+    torch.save({"model": tiny_encoder(SQUARE).state_dict(), "args": RunsOnUnpickling(marker)}, source)
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 1
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: refused to unpickle {source}: it wants to run {os.name}.system"
+    assert hint.startswith("hint: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"evil.pth"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num-heads", "5"], "which form no square"),
+        (["--image-size", "6,10", "--num-heads", "3"], "embed_dim 20 must be a multiple of 4 and of num_heads 3"),
+        (["--image-size", "6,11", "--num-heads", "5"], "image size 6x11 is not a multiple of the patch size 2"),
+        (["--image-size", "6,10", "--num-heads", "5", "--decoder-num-heads", "5"], "decoder_embed_dim 12"),
+    ],
+)
+def test_options_that_do_not_fit_the_file(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_original(tmp_path / "weights.pth", tiny_mae(ENCODER).state_dict())
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *arguments]) == 2
+    assert said in capsys.readouterr().err.splitlines()[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = {**tiny_encoder(SQUARE).state_dict(), "gamma_1": torch.zeros(3)}
+    del tensors["norm.bias"]
+    source = write_original(tmp_path / "weights.pth", tensors)
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 1
+    assert capsys.readouterr().err == f"error: {source} does not fit: 1 missing: norm.bias; 1 unexpected: gamma_1\n"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = write_original(tmp_path / "weights.pth", tiny_encoder(SQUARE).state_dict())
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("kept")
+    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 2
+    assert capsys.readouterr().err.startswith(f"error: --out {tmp_path / 'out'} already exists\n")
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]

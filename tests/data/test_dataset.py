@@ -1,0 +1,178 @@
+"""A sample depends on the seed, the epoch and the file and on nothing else; broken files are named, not fatal."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mae_deploy.data.config import CropConfig
+from mae_deploy.data.dataset import UNLABELLED, ImageDataset, ImageList, Key, Sample, collate, labelled_images, unlabelled_images
+from mae_deploy.data.transforms import train_transform
+from mae_deploy.errors import ConfigError
+from mae_deploy.preprocess import default_preprocess
+from tests.data.image_folders import spoil, write_classes, write_noise
+
+
+def dataset_of(images: ImageList, *, seed: int = 3, replace_unreadable: bool = True, cache: bool = False) -> ImageDataset:
+    transform = train_transform(default_preprocess((10, 15)), CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
+    return ImageDataset(images, transform, channels=3, seed=seed, replace_unreadable=replace_unreadable, cache=cache)
+
+
+def image_of(sample: Sample) -> Tensor:
+    assert sample.image is not None
+    return sample.image
+
+
+# --- samples ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_sample_depends_on_seed_epoch_and_item_alone(images: Path) -> None:
+    found = unlabelled_images(images)
+    dataset = dataset_of(found)
+    first = image_of(dataset[Key(2, 5)])
+    assert (first.shape, first.dtype) == ((3, 10, 15), torch.uint8)
+    random.seed(99)
+    np.random.seed(99)
+    torch.manual_seed(99)
+    _ = dataset[Key(0, 1)]
+    assert torch.equal(image_of(dataset[Key(2, 5)]), first)
+    assert torch.equal(image_of(dataset_of(found, cache=True)[Key(2, 5)]), first)
+    assert not torch.equal(image_of(dataset[Key(3, 5)]), first)
+    assert not torch.equal(image_of(dataset[Key(2, 6)]), first)
+    assert not torch.equal(image_of(dataset_of(found, seed=4)[Key(2, 5)]), first)
+
+
+def test_the_cache_keeps_what_it_decoded(images: Path) -> None:
+    found = unlabelled_images(images)
+    dataset = dataset_of(found, cache=True)
+    first = image_of(dataset[Key(0, 5)])
+    found.paths[5].unlink()
+    assert torch.equal(image_of(dataset[Key(0, 5)]), first)
+    assert dataset_of(found, cache=True)[Key(0, 5)].unreadable != ()
+
+
+def test_in_training_the_next_readable_image_takes_the_place(images: Path) -> None:
+    found = unlabelled_images(images)
+    labels = tuple(range(100, 111))
+    found = ImageList(found.root, found.paths, labels)
+    broken = [spoil(found.paths[10]), spoil(found.paths[0])]
+    sample = dataset_of(found)[Key(0, 10)]
+    assert sample.label == 101
+    assert [line.partition(":")[0] for line in sample.unreadable] == [str(path) for path in broken]
+    assert image_of(sample).shape == (3, 10, 15)
+
+
+def test_in_evaluation_it_is_left_out(images: Path) -> None:
+    found = unlabelled_images(images)
+    spoil(found.paths[3])
+    dataset = dataset_of(found, replace_unreadable=False)
+    assert dataset[Key(0, 3)].image is None
+    batch = collate([dataset[Key(0, index)] for index in range(2, 6)])
+    assert batch.images.shape == (3, 3, 10, 15)
+    assert torch.equal(batch.images[1], image_of(dataset[Key(0, 4)]))
+    assert batch.labels.tolist() == [UNLABELLED] * 3
+    assert len(batch.unreadable) == 1
+
+
+def test_all_unreadable(images: Path) -> None:
+    found = unlabelled_images(images)
+    for path in found.paths:
+        spoil(path)
+    sample = dataset_of(found)[Key(0, 3)]
+    assert sample.image is None
+    assert len(sample.unreadable) == 11
+    batch = collate([sample])
+    assert (len(batch.images), len(batch.labels), len(batch.unreadable)) == (0, 0, 11)
+
+
+# --- lists of files --------------------------------------------------------------------------------------------------
+
+
+def test_unlabelled_images_of_a_tree_and_of_one_file(images: Path) -> None:
+    found = unlabelled_images(images)
+    assert found.root == images
+    assert [path.relative_to(images).as_posix() for path in found.paths] == [f"a/{n:02d}.png" for n in range(7)] + [f"b/{n:02d}.png" for n in range(7, 11)]
+    assert found.labels == (UNLABELLED,) * 11
+    one = unlabelled_images(images / "a" / "03.png")
+    assert (one.root, one.paths) == (images / "a", (images / "a" / "03.png",))
+
+
+def test_labels_follow_the_class_names(tmp_path: Path) -> None:
+    write_classes(tmp_path, train=3)
+    (tmp_path / "train" / ".hidden").mkdir()
+    (tmp_path / "train" / "README.txt").touch()
+    train = labelled_images(tmp_path, "train")
+    assert train.class_names == ("dark", "light")
+    assert train.labels == (0, 0, 0, 1, 1, 1)
+    assert [path.parent.name for path in train.paths] == ["dark"] * 3 + ["light"] * 3
+    assert labelled_images(tmp_path, "train", ("light", "other", "dark")).labels == (2, 2, 2, 0, 0, 0)
+
+
+def test_a_class_without_validation_images_keeps_its_number(tmp_path: Path) -> None:
+    write_noise(tmp_path / "val" / "light", 2)
+    val = labelled_images(tmp_path, "val", ("dark", "light"))
+    assert (val.labels, val.class_names) == ((1, 1), ("dark", "light"))
+
+
+def test_labelled_data_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no class folders in .*train") as caught:
+        labelled_images(tmp_path, "train")
+    assert caught.value.hint is not None
+    assert "DATA/train/<class>" in caught.value.hint
+    write_noise(tmp_path / "train", 1)
+    with pytest.raises(ConfigError, match="no class folders"):
+        labelled_images(tmp_path, "train")
+    (tmp_path / "train" / "dark").mkdir()
+    with pytest.raises(ConfigError, match=r"no images below .*dark"):
+        labelled_images(tmp_path, "train")
+
+
+def test_a_class_that_training_did_not_have(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    write_noise(tmp_path / "val" / "grey", 1)
+    with pytest.raises(ConfigError, match="grey is not one of the 2 classes: dark, light"):
+        labelled_images(tmp_path, "val", ("dark", "light"))
+
+
+# --- fingerprint -----------------------------------------------------------------------------------------------------
+
+
+def test_the_fingerprint_sees_names_sizes_and_labels(images: Path) -> None:
+    found = unlabelled_images(images)
+    before = found.fingerprint()
+    assert before["images"] == 11
+    assert unlabelled_images(images).fingerprint() == before
+    assert ImageList(found.root, found.paths, (0,) * 11).fingerprint() != before
+    moved = images / "a" / "0.png"
+    found.paths[0].rename(moved)
+    renamed = unlabelled_images(images).fingerprint()
+    assert renamed != before
+    moved.rename(found.paths[0])
+    assert unlabelled_images(images).fingerprint() == before
+    with found.paths[0].open("ab") as file:
+        file.write(b"\0")
+    assert unlabelled_images(images).fingerprint() != before
+
+
+def test_the_fingerprint_does_not_depend_on_the_place(tmp_path: Path) -> None:
+    write_noise(tmp_path / "here", 2)
+    write_noise(tmp_path / "there" / "deep", 2)
+    assert unlabelled_images(tmp_path / "here").fingerprint() == unlabelled_images(tmp_path / "there" / "deep").fingerprint()
+
+
+def test_the_fingerprint_of_broken_links_and_odd_names(tmp_path: Path) -> None:
+    """Both are reported when they are read; a crash before the first step would hide which file it was."""
+    write_noise(tmp_path, 1)
+    before = unlabelled_images(tmp_path).fingerprint()
+    (tmp_path / "gone.png").symlink_to("nowhere.png")
+    Image.new("L", (1, 1)).save(tmp_path / os.fsdecode(b"\xff.png"))
+    after = unlabelled_images(tmp_path).fingerprint()
+    assert after["images"] == 3
+    assert after["sha256"] != before["sha256"]

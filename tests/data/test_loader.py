@@ -1,0 +1,80 @@
+"""One stream of batches: every start gives the tail of the same stream, and processes share each batch out among themselves."""
+
+from __future__ import annotations
+
+from itertools import chain
+from pathlib import Path
+
+import pytest
+import torch
+
+from mae_deploy.data.config import CropConfig
+from mae_deploy.data.dataset import Batch, ImageDataset, Key, unlabelled_images
+from mae_deploy.data.loader import StreamSampler, eval_loader, train_loader
+from mae_deploy.data.transforms import eval_transform, train_transform
+from mae_deploy.preprocess import default_preprocess
+from tests.data.image_folders import SIZE
+
+SAMPLES, BATCH, PER_EPOCH, EPOCHS = 23, 3, 7, 4
+"""Two samples of each epoch do not fill a batch."""
+
+
+def stream(start: int = 0, *, batch_size: int = BATCH, rank: int = 0, world_size: int = 1, per_epoch: int = PER_EPOCH, seed: int = 0) -> StreamSampler:
+    return StreamSampler(SAMPLES, batch_size, batches_per_epoch=per_epoch, seed=seed, start=start, stop=EPOCHS * per_epoch, rank=rank, world_size=world_size)
+
+
+@pytest.mark.parametrize("start", range(EPOCHS * PER_EPOCH + 1))
+def test_every_start_gives_the_tail_of_the_same_stream(start: int) -> None:
+    whole = list(stream())
+    assert len(whole) == EPOCHS * PER_EPOCH
+    assert list(stream(start)) == whole[start:]
+    assert len(stream(start)) == len(whole) - start
+
+
+def test_an_epoch_has_each_sample_at_most_once_and_its_own_order() -> None:
+    batches = list(stream())
+    orders = []
+    for epoch in range(EPOCHS):
+        keys = list(chain.from_iterable(batches[epoch * PER_EPOCH : (epoch + 1) * PER_EPOCH]))
+        assert {key.epoch for key in keys} == {epoch}
+        orders.append([key.item for key in keys])
+        assert len(set(orders[-1])) == len(keys) == PER_EPOCH * BATCH
+        assert set(orders[-1]) <= set(range(SAMPLES))
+    assert len({tuple(order) for order in orders}) == EPOCHS
+    # The two left out are not the same in each epoch.
+    assert len({frozenset(range(SAMPLES)) - frozenset(order) for order in orders}) > 1
+
+
+def test_the_seed_changes_the_order() -> None:
+    assert list(stream(seed=0)) == list(stream(seed=0)) != list(stream(seed=1))
+
+
+def test_processes_share_out_each_global_batch() -> None:
+    """Three processes with batches of 2 see together what one sees with batches of 6."""
+    shares = [list(stream(batch_size=2, rank=rank, world_size=3, per_epoch=3)) for rank in range(3)]
+    together = [list(chain.from_iterable(batches)) for batches in zip(*shares, strict=True)]
+    assert together == list(stream(batch_size=6, per_epoch=3))
+    assert all(len(set(batch)) == 6 for batch in together)
+
+
+def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
+    def batches(num_workers: int) -> list[Batch]:
+        spec = default_preprocess((10, 15))
+        transform = train_transform(spec, CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
+        dataset = ImageDataset(unlabelled_images(images), transform, channels=3, seed=5, replace_unreadable=True)
+        sampler = StreamSampler(len(dataset), 5, batches_per_epoch=2, seed=5, start=1, stop=4)
+        return list(train_loader(dataset, sampler, num_workers=num_workers, pin_memory=False))
+
+    alone, shared = batches(0), batches(2)
+    assert len(alone) == len(shared) == 3
+    assert all(torch.equal(a.images, b.images) for a, b in zip(alone, shared, strict=True))
+
+
+def test_evaluation_takes_each_image_once_in_order(images: Path) -> None:
+    found = unlabelled_images(images)
+    dataset = ImageDataset(found, eval_transform(default_preprocess(SIZE)), channels=3, seed=0, replace_unreadable=False)
+    alone = torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0)])
+    assert torch.equal(alone, torch.stack([image for index in range(11) if (image := dataset[Key(0, index)].image) is not None]))
+    shares = [torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0, rank=rank, world_size=3)]) for rank in range(3)]
+    assert [len(share) for share in shares] == [4, 4, 3]
+    assert all(torch.equal(share, alone[rank::3]) for rank, share in enumerate(shares))

@@ -1,0 +1,31 @@
+"""Folders of small images to train on, and a pretrained network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mae_deploy.pretrain.run import run as pretrain
+from tests.data.image_folders import write_classes, write_noise
+from tests.training.tiny_runs import pretraining
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Eleven images: two batches of five, and one that each epoch leaves out."""
+    write_noise(tmp_path / "images", 11)
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """A dark and a light class, six images each to train on and three to validate with."""
+    return write_classes(tmp_path / "classes")
+
+
+@pytest.fixture
+def pretrained(images: Path, tmp_path: Path) -> Path:
+    """A run folder: 15x10 pixels, 3x2 patches, 12 wide, 2 blocks."""
+    pretrain(pretraining(images, tmp_path / "pretrained"))
+    return tmp_path / "pretrained"

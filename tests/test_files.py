@@ -1,0 +1,159 @@
+"""Files appear whole or not at all, and nothing is left beside them."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+
+import pytest
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import atomic_path, point_link, read_json, refuse_to_overwrite, remove, remove_partial, sha256, write_json, write_text
+
+
+def names(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def test_a_file_appears_when_the_block_ends(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "down" / "file.txt"
+    with atomic_path(target) as aside:
+        aside.write_text("whole")
+        assert aside.parent == target.parent, "a rename is atomic within one file system only"
+        assert not target.exists()
+    assert target.read_text() == "whole"
+    assert names(target.parent) == {"file.txt"}
+
+
+def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
+    with atomic_path(tmp_path / "folder") as aside:
+        (aside / "inner").mkdir(parents=True)
+        (aside / "inner" / "a.txt").write_text("a")
+        assert not (tmp_path / "folder").exists()
+    assert (tmp_path / "folder" / "inner" / "a.txt").read_text() == "a"
+    assert names(tmp_path) == {"folder"}
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
+def test_a_failure_leaves_what_was_there(tmp_path: Path, kind: str, error: type[BaseException]) -> None:
+    target = tmp_path / "target"
+    target.write_text("old")
+
+    def write_half(aside: Path) -> None:
+        if kind == "folder":
+            aside.mkdir()
+            (aside / "half").write_text("half")
+        elif kind == "file":
+            aside.write_text("half")
+        raise error
+
+    with pytest.raises(error), atomic_path(target) as aside:
+        write_half(aside)
+    assert target.read_text() == "old"
+    assert names(tmp_path) == {"target"}
+
+
+def test_a_full_folder_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old").write_text("old")
+    with pytest.raises(OSError, match="folder"), atomic_path(tmp_path / "folder") as aside:
+        aside.mkdir()
+    assert names(tmp_path) == {"folder"}
+    assert names(tmp_path / "folder") == {"old"}
+
+
+def test_an_empty_folder_is_replaced(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    with atomic_path(tmp_path / "folder") as aside:
+        aside.mkdir()
+        (aside / "new").write_text("new")
+    assert names(tmp_path / "folder") == {"new"}
+
+
+def test_rubbish_of_the_same_process_is_overwritten(tmp_path: Path) -> None:
+    rubbish = tmp_path / f".partial-{os.getpid()}-file"
+    rubbish.mkdir()
+    (rubbish / "x").write_text("x")
+    write_text(tmp_path / "file", "new")
+    assert names(tmp_path) == {"file"}
+
+
+def test_rubbish_of_killed_processes_is_removed(tmp_path: Path) -> None:
+    (tmp_path / ".partial-1-file").write_text("half")
+    (tmp_path / ".partial-2-folder").mkdir()
+    (tmp_path / ".partial-2-folder" / "half").write_text("half")
+    (tmp_path / "kept.partial").write_text("whole")
+    remove_partial(tmp_path)
+    assert names(tmp_path) == {"kept.partial"}
+
+
+def test_text_and_json_are_replaced(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    write_text(file, "früher")
+    assert file.read_text(encoding="utf-8") == "früher"
+    write_json(file, {"path": tmp_path, "numbers": [1, 0.1, None]})
+    assert read_json(file) == {"path": str(tmp_path), "numbers": [1, 0.1, None]}
+    assert file.read_bytes().endswith(b"}\n")
+
+
+@pytest.mark.parametrize("content", [None, b"", b"{", b"\xff"])
+def test_json_that_cannot_be_read(tmp_path: Path, content: bytes | None) -> None:
+    file = tmp_path / "a.json"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"cannot read .*a\.json"):
+        read_json(file)
+
+
+def test_a_link_is_moved_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("step-3", "step-7"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "name").write_text(name)
+    link = tmp_path / "last"
+    point_link(link, "step-3")
+    assert os.readlink(link) == "step-3", "relative, so that a run folder can be moved"
+    seen = []
+    replace = os.replace
+
+    def watched(source: Path, target: Path) -> None:
+        seen.append((target / "name").read_text())  # until the rename, the old link is there
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    point_link(link, "step-7")
+    assert seen == ["step-3"]
+    assert (link / "name").read_text() == "step-7"
+    assert names(tmp_path) == {"step-3", "step-7", "last"}
+
+
+def test_a_link_to_a_folder_is_removed_without_the_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "file").write_text("kept")
+    point_link(tmp_path / "link", "folder")
+    remove(tmp_path / "link")
+    assert names(tmp_path) == {"folder"}
+    assert names(tmp_path / "folder") == {"file"}
+    remove(tmp_path / "folder")
+    remove(tmp_path / "folder")
+    assert names(tmp_path) == set()
+
+
+def test_refuse_to_overwrite(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    refuse_to_overwrite(tmp_path / "absent")
+    refuse_to_overwrite(tmp_path / "empty")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").write_text("")
+    for path in (tmp_path / "full", tmp_path / "full" / "file"):
+        with pytest.raises(ConfigError, match=r"--out .* already exists") as caught:
+            refuse_to_overwrite(path, hint="use another")
+        assert caught.value.hint == "use another"
+
+
+@pytest.mark.parametrize("size", [0, 3, (1 << 22) + 7])
+def test_sha256(tmp_path: Path, size: int) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    (tmp_path / "file").write_bytes(content[:size])
+    assert sha256(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()

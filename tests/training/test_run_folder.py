@@ -1,0 +1,184 @@
+"""The run folder refuses to be another run, forgets what no checkpoint has seen, and never deletes what it needs."""
+
+from __future__ import annotations
+
+import json
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_deploy.config import from_dict, read_recipe
+from mae_deploy.data.config import DataConfig
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import point_link
+from mae_deploy.pretrain.config import PretrainConfig
+from mae_deploy.training.config import LoopConfig
+from mae_deploy.training.run_folder import RunFolder, read_metrics
+from tests.training.tiny_runs import optim, pretraining
+
+DATA = {"images": 11, "sha256": "abc"}
+
+
+def config_of(tmp_path: Path, **more: Any) -> PretrainConfig:
+    return pretraining(tmp_path / "images", tmp_path / "run", **more)
+
+
+def opened(tmp_path: Path) -> RunFolder:
+    return RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=False)
+
+
+def write_checkpoint_folder(folder: RunFolder, step: int) -> None:
+    state = folder.checkpoints / f"step-{step}" / "state"
+    state.mkdir(parents=True)
+    (state / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+def steps_in(folder: RunFolder) -> set[str]:
+    return {path.name for path in folder.checkpoints.iterdir() if not path.is_symlink()}
+
+
+# --- opening ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_starts_with_its_config_data_and_environment(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    assert from_dict(PretrainConfig, read_recipe(folder.path / "config.yaml")) == config_of(tmp_path)
+    assert json.loads((folder.path / "data.json").read_text(encoding="utf-8")) == DATA
+    found = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
+    assert set(found) == {"mae_deploy", "python", "platform", "processor", "threads", "gpus", "packages", "command", "git_revision"}
+    assert found["packages"]["torch"] == metadata.version("torch")
+    assert folder.last is None
+
+
+def test_a_folder_with_something_in_it_is_refused_without_resume(tmp_path: Path) -> None:
+    opened(tmp_path)
+    before = (tmp_path / "run" / "config.yaml").stat().st_mtime_ns
+    with pytest.raises(ConfigError, match="already exists") as caught:
+        opened(tmp_path)
+    assert caught.value.hint is not None
+    assert "--resume" in caught.value.hint
+    assert (tmp_path / "run" / "config.yaml").stat().st_mtime_ns == before
+
+
+def test_an_empty_folder_is_no_run(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    assert opened(tmp_path).path == tmp_path / "run"
+
+
+def test_only_the_main_process_writes_and_refuses(tmp_path: Path) -> None:
+    """The others come when the main one has begun to write into the same folder."""
+    RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=False, write=False)
+    assert not (tmp_path / "run").exists()
+    opened(tmp_path)
+    RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=False, write=False)
+
+
+def test_resume_starts_what_a_kill_left_before_the_config(tmp_path: Path) -> None:
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "data.json").write_text('{"images": 7}', encoding="utf-8")
+    RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True)
+    assert json.loads((tmp_path / "run" / "data.json").read_text(encoding="utf-8")) == DATA
+
+
+def test_resume_removes_what_a_kill_left_half_written(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    (folder.path / ".partial-123-config.yaml").touch()
+    (folder.checkpoints / ".partial-123-step-7" / "state").mkdir(parents=True)
+    (folder.checkpoints / ".partial-123-last").symlink_to("step-7")
+    RunFolder.open(folder.path, config_of(tmp_path), DATA, resume=True)
+    assert list(folder.path.rglob(".partial-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"mask_ratio": 0.5}, ["mask_ratio: 0.75 -> 0.5"]),
+        ({"seed": 1}, ["seed: 0 -> 1"]),
+        ({"optim": optim(epochs=5, clip_grad=1.0)}, ["optim.epochs: 2 -> 5", "optim.clip_grad: None -> 1.0"]),
+        ({"images": DataConfig(num_workers=0, mean=(0.1, 0.2, 0.3))}, ["images.mean: None -> (0.1, 0.2, 0.3)"]),
+        ({"loop": LoopConfig(precision="fp32")}, ["loop.precision: auto -> fp32"]),
+    ],
+)
+def test_resume_with_other_settings_names_them(tmp_path: Path, change: dict[str, Any], named: list[str]) -> None:
+    opened(tmp_path)
+    with pytest.raises(ConfigError, match="--resume with other settings") as caught:
+        RunFolder.open(tmp_path / "run", config_of(tmp_path, **change), DATA, resume=True)
+    assert all(text in str(caught.value) for text in named)
+    assert str(caught.value).count("->") == len(named)
+
+
+def test_resume_may_change_what_does_not_change_the_losses(tmp_path: Path) -> None:
+    opened(tmp_path)
+    loop = LoopConfig(checkpoint_every=3, checkpoint_minutes=1.0, keep_checkpoints=2, eval_every=2)
+    changed = config_of(tmp_path, images=DataConfig(num_workers=2, max_corrupt=7, cache=True), loop=loop, pictures_every=3, resume=True)
+    RunFolder.open(tmp_path / "run", changed, DATA, resume=True)
+    # What is written is what now holds.
+    assert from_dict(PretrainConfig, read_recipe(tmp_path / "run" / "config.yaml")) == changed
+
+
+def test_resume_with_other_data_names_it(tmp_path: Path) -> None:
+    opened(tmp_path)
+    with pytest.raises(ConfigError, match=r"with other data: .*'images': 11.*then, .*'images': 12.* now"):
+        RunFolder.open(tmp_path / "run", config_of(tmp_path), {"images": 12, "sha256": "abc"}, resume=True)
+
+
+# --- metrics ---------------------------------------------------------------------------------------------------------
+
+
+def test_steps_that_no_checkpoint_has_seen_are_forgotten(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for step in range(1, 6):
+        folder.append("metrics.jsonl", {"step": step, "loss": 0.1 * step})
+    folder.append("eval.jsonl", {"step": 2, "top1": 50.0})
+    folder.append("eval.jsonl", {"step": 4, "top1": 60.0})
+    with (folder.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write('{"step": 2')
+    folder.forget_after(3)
+    assert read_metrics(folder.path) == [{"step": step, "loss": 0.1 * step} for step in (1, 2, 3)]
+    assert read_metrics(folder.path, "eval.jsonl") == [{"step": 2, "top1": 50.0}]
+    folder.forget_after(0)
+    assert read_metrics(folder.path) == []
+
+
+def test_metrics_of_a_run_that_has_none(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    folder.forget_after(0)
+    assert read_metrics(folder.path) == []
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+def test_last_is_a_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write_checkpoint_folder(folder, 5)
+    assert folder.last is None
+    point_link(folder.checkpoints / "last", "step-5")
+    assert folder.last == folder.checkpoints / "last"
+    point_link(folder.checkpoints / "last", "step-6")
+    assert folder.last is None
+
+
+def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for step in (9, 10, 2, 100):  # by number, not by name
+        write_checkpoint_folder(folder, step)
+    point_link(folder.checkpoints / "last", "step-100")
+    point_link(folder.checkpoints / "best", "step-2")
+    folder.prune(2)
+    assert steps_in(folder) == {"step-2", "step-10", "step-100"}
+    folder.prune(1)
+    assert steps_in(folder) == {"step-2", "step-100"}
+
+
+def test_last_is_kept_where_it_is_not_the_newest(tmp_path: Path) -> None:
+    """Killed between the writing of step 8 and the move of `last`, resumed from step 4, and a timed checkpoint at step 6."""
+    folder = opened(tmp_path)
+    for step in (4, 8, 6):
+        write_checkpoint_folder(folder, step)
+    point_link(folder.checkpoints / "last", "step-6")
+    folder.prune(1)
+    assert steps_in(folder) == {"step-6", "step-8"}
+    assert folder.last is not None
