@@ -25,6 +25,9 @@ IR_VERSION = 8
 INLINE_LIMIT = 1 << 30
 """Weights of more bytes go to a file beside the graph (protobuf ends at 2 GiB)."""
 
+_LARGE = 1024
+"""Bytes from which a constant may go to that file."""
+
 _ALIGNMENT = 4096
 
 Dim = int | str
@@ -84,12 +87,15 @@ class GraphBuilder:
         files = [path]
         used = {name for node in self._nodes for name in node.input}
         weights = {name: value for name, value in self._weights.items() if name in used}
-        if sum(value.nbytes for value in weights.values()) > INLINE_LIMIT:
+        # Shapes and other small constants stay in the graph, where shape inference can read them.
+        large = {name: value for name, value in weights.items() if value.nbytes >= _LARGE}
+        tensors = [_inline(name, value) for name, value in weights.items() if name not in large]
+        if sum(value.nbytes for value in large.values()) > INLINE_LIMIT:
             data = path.with_name(path.name + ".data")
-            tensors = _write_external(data, weights)
+            tensors += _write_external(data, large)
             files.append(data)
         else:
-            tensors = [_inline(name, value) for name, value in weights.items()]
+            tensors += [_inline(name, value) for name, value in large.items()]
         graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, tensors)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="mae-deploy")
         onnx.save_model(model, path)

@@ -9,6 +9,8 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from rich.table import Table
+from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
@@ -23,8 +25,9 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.load import Loaded, encoder_of, read_weights
 from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.options import Result
 from mae_deploy.preprocess import Array, Preprocess
-from mae_deploy.progress import console, progress
+from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import run_in_chunks
 from mae_deploy.runtime.manifest import GOLDEN_FILE, GRAPH_FILE, IDS_KEEP, IMAGES, MANIFEST_FILE, SCHEMA_VERSION, Manifest, ModelEntry, file_entry
@@ -38,7 +41,7 @@ TOLERANCE = Tolerance(cosine=0.99999, max_abs=1e-4)
 _GOLDEN = 8
 
 
-def run(config: ExportConfig) -> dict[str, Any]:
+def run(config: ExportConfig) -> Result:
     """Export a checkpoint to a bundle; nothing is left behind unless every output meets its tolerance.
 
     Raises:
@@ -70,7 +73,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
             write_json(aside / MANIFEST_FILE, manifest)
             files = {name: entry["size"] for name, entry in bundle.manifest["files"].items()}
     _say_licence(loaded.metadata.licence)
-    return {
+    data = {
         "out": str(config.out),
         "tokens": config.tokens,
         "precision": config.precision,
@@ -79,6 +82,7 @@ def run(config: ExportConfig) -> dict[str, Any]:
         "licence": loaded.metadata.licence,
         "files": files,
     }
+    return Result(data, _view(data))
 
 
 def _resized(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
@@ -143,6 +147,16 @@ def _prove(bundle: Bundle, inputs: dict[str, Array], expected: dict[str, Array])
     return verification, [_figures(comparison) for comparison in comparisons]
 
 
+def _view(data: dict[str, Any]) -> Table:
+    table = Table(title=Text(f"{data['out']}: {data['tokens']} tokens, {data['precision']}, parity with PyTorch on {data['samples']}"), title_justify="left")
+    for name in ("output", "cosine", "centred cosine", "max abs", "SQNR dB"):
+        table.add_column(name, justify="left" if name == "output" else "right")
+    for row in data["parity"]:
+        noise = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
+        table.add_row(row["name"], f"{row['cosine']:.7f}", f"{row['centred_cosine']:.7f}", f"{row['max_abs']:.2e}", noise)
+    return table
+
+
 def _figures(comparison: Comparison) -> dict[str, Any]:
     return {key: value for key, value in comparison.to_dict().items() if key != "reason"}
 
@@ -154,7 +168,7 @@ def _device(config: ExportConfig) -> str:
 
 
 def _say_licence(licence: str) -> None:
-    if licence == NON_COMMERCIAL:
-        console.print(f"[yellow]licence: {licence}: these weights derive from a non-commercial release, and so does this bundle[/yellow]")
-    elif licence == UNKNOWN_LICENCE:
-        console.print("[yellow]licence: unspecified; pass --license to 'mae-deploy import' to record what these weights may be used for[/yellow]")
+    if NON_COMMERCIAL in licence:
+        notice("licence:", f"{licence}: these weights derive from a non-commercial release, and so does this bundle")
+    elif UNKNOWN_LICENCE in licence:
+        notice("licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for")

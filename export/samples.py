@@ -11,7 +11,7 @@ import numpy as np
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
-from mae_deploy.progress import console
+from mae_deploy.progress import notice
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +38,7 @@ def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, coun
             return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {place}")
         if folder is not None:
             raise ConfigError(f"no readable image below --samples {folder}")
-    console.print("[yellow]no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones[/yellow]")
+    notice("no images at hand:", "parity is checked on synthetic ones; pass --samples FOLDER for real ones")
     return Samples(spec.normalise(_synthetic(spec, count)), f"{count} synthetic images with a 1/f spectrum")
 
 
@@ -63,7 +63,7 @@ def _read(place: Path, spec: Preprocess, count: int) -> list[Array]:
         try:
             images.append(spec.crop(read_image(path, spec.channels)))
         except UnreadableImage as error:
-            console.print(f"[yellow]skipped[/yellow] {error}", highlight=False, soft_wrap=True)
+            notice("skipped", str(error))
     return images
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from mae_deploy.commands.config import BenchmarkConfig
 from mae_deploy.errors import ConfigError
@@ -60,5 +61,5 @@ def _table(rows: list[dict[str, Any]]) -> Table:
     table = Table("bundle", "tokens", "patches", "batch", "median ms", "p95 ms", "images/s", "ratio")
     for row in rows:
         figures = (f"{row['p50_ms']:.2f}", f"{row['p95_ms']:.2f}", f"{row['images_per_second']:.1f}", f"{row['ratio']:.3f}")
-        table.add_row(row["bundle"], row["tokens"], str(row["patches"]), str(row["batch"]), *figures)
+        table.add_row(Text(row["bundle"], overflow="fold"), row["tokens"], str(row["patches"]), str(row["batch"]), *figures)
     return table

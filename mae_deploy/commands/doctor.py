@@ -9,6 +9,7 @@ from typing import Any
 
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
@@ -90,14 +91,7 @@ def _engines(packages: dict[str, str | None]) -> dict[str, str]:
 def _view(data: dict[str, Any]) -> Group:
     commands = Table("command", "state", title="Commands", title_justify="left")
     for name, problem in data["commands"].items():
-        commands.add_row(
-            name,
-            "[green]ready[/green]"
-            if problem is None
-            else f"[yellow]needs {', '.join(problem['missing'])}[/yellow]: {problem['install']}".replace("[train]", r"\[train]").replace(
-                "[parquet]", r"\[parquet]"
-            ),
-        )
-    packages: dict[str, object] = {name: version or "-" for name, version in data["packages"].items()}
-    engines: dict[str, object] = {name: text.replace("[trt]", r"\[trt]") for name, text in data["engines"].items()}
-    return Group(facts_table("Machine", data["machine"]), facts_table("Packages", packages), facts_table("Engines", engines), commands)
+        state = Text("ready", "green") if problem is None else Text(f"needs {', '.join(problem['missing'])}: {problem['install']}", "yellow")
+        commands.add_row(name, state)
+    packages = {name: version or "-" for name, version in data["packages"].items()}
+    return Group(facts_table("Machine", data["machine"]), facts_table("Packages", packages), facts_table("Engines", data["engines"]), commands)

@@ -12,7 +12,7 @@ from mae_deploy.commands.views import prediction_table
 from mae_deploy.errors import ConfigError
 from mae_deploy.options import Result
 from mae_deploy.preprocess import find_images
-from mae_deploy.progress import console, progress
+from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.predict import Predictions, top_k, write_features
 
@@ -39,7 +39,7 @@ def run(config: PredictConfig) -> Result:
                 bar.advance(len(found))
         class_names = backbone.bundle.class_names
     for broken in predictions.unreadable:
-        console.print(f"[yellow]skipped[/yellow] {broken.path}: {broken.reason}", highlight=False, soft_wrap=True)
+        notice("skipped", f"{broken.path}: {broken.reason}")
     arrays = {name: np.concatenate(part) for name, part in parts.items()}
     if config.out is not None:
         write_features(config.out, [str(path) for path in read], arrays)

@@ -106,8 +106,8 @@ def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:
     order = np.random.default_rng(0).permutation(len(labels))
     unlabelled, test = order[:NUM_UNLABELLED], order[NUM_UNLABELLED:]
     if not (folder / "unlabelled").is_dir():
-        examples = [next(index for index in test if labels[index] == digit) for digit in range(8)]
-        for name, indices in {"examples": examples, "val": test, "unlabelled": unlabelled}.items():
+        examples: list[int] = [next(index for index in test if labels[index] == digit) for digit in range(8)]
+        for name, indices in (("examples", examples), ("val", test.tolist()), ("unlabelled", unlabelled.tolist())):
             remove(folder / name)
             with atomic_path(folder / name) as aside:
                 for index in indices:

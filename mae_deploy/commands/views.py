@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.table import Table
+from rich.text import Text
 
 from mae_deploy.runtime.verify import Verification
 
@@ -29,13 +30,13 @@ def prediction_table(paths: Sequence[Path], ranked: Sequence[Sequence[tuple[str,
     """A row for each image: its most likely classes."""
     table = Table("image", "classes")
     for path, classes in zip(paths, ranked, strict=True):
-        table.add_row(str(path), "  ".join(f"{name} {share:.1%}" for name, share in classes))
+        table.add_row(Text(str(path), overflow="fold"), Text("  ".join(f"{name} {share:.1%}" for name, share in classes)))
     return table
 
 
-def facts_table(title: str, facts: dict[str, object]) -> Table:
-    """Two columns: what, and its value."""
-    table = Table(title=title, show_header=False, title_justify="left")
+def facts_table(title: str, facts: Mapping[str, object]) -> Table:
+    """Two columns: what, and its value. Values are shown as they are: a path may hold brackets."""
+    table = Table(title=Text(title), show_header=False, title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, str(value))
+        table.add_row(name, Text(str(value), overflow="fold"))
     return table

@@ -120,8 +120,6 @@ class Encoder(nn.Module):
     def _initialise(self) -> None:
         """As the original: Xavier-uniform linear maps (the patch embedding as one), normal(0.02) tokens."""
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
-        if self.patch_embed.proj.bias is not None:
-            nn.init.zeros_(self.patch_embed.proj.bias)
         nn.init.normal_(self.cls_token, std=0.02)
         self.blocks.apply(initialise_linear)
 

@@ -23,7 +23,7 @@ from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.files import atomic_path, point_link
 from mae_deploy.models.load import load_strict
 from mae_deploy.preprocess import Preprocess
-from mae_deploy.progress import Bar, console, notice, progress
+from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
 from mae_deploy.training.optim import ParamGroup, adamw
@@ -124,7 +124,7 @@ def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_war
         raise ConfigError(f"{num_images} image(s) cannot be shared among {world_size} processes")
     batch_size = min(optim.batch_size, max(1, num_images // world_size))
     if batch_size < optim.batch_size:
-        console.print(f"[yellow]{num_images} images do not fill a batch of {optim.batch_size} on {world_size} process(es): using {batch_size}[/yellow]")
+        notice("batch size:", f"{num_images} images do not fill {optim.batch_size} on {world_size} process(es): using {batch_size}")
     batches = num_images // (batch_size * world_size)
     accum = min(optim.accum_iter, batches)
     steps_per_epoch = batches // accum
