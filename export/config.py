@@ -42,10 +42,12 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         mode, colon, keep = self.tokens.partition(":")
-        if mode not in ("full", "visible") or (colon and (mode == "full" or not keep.isdigit() or int(keep) < 1)):
+        if mode not in ("full", "visible") or (colon and (mode == "full" or not keep.isdecimal() or int(keep) < 1)):
             raise ConfigError(f"--tokens {self.tokens}", hint="write full, visible, or visible:K such as visible:49")
-        if self.batch != "dynamic" and not (self.batch.isdigit() and int(self.batch) >= 1):
+        if self.batch != "dynamic" and not (self.batch.isdecimal() and int(self.batch) >= 1):
             raise ConfigError(f"--batch {self.batch}", hint="a number of at least 1, or dynamic")
+        if self.outputs is not None and len(set(self.outputs)) < len(self.outputs):
+            raise ConfigError(f"--outputs {','.join(self.outputs)} names an output twice")
         if self.num_samples < 1:
             raise ConfigError(f"--num-samples {self.num_samples} must be at least 1")
 

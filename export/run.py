@@ -50,14 +50,14 @@ def run(config: ExportConfig) -> Result:
     refuse_to_overwrite(config.out)
     with progress("export", 4) as bar:
         loaded = _resized(read_weights(config.checkpoint), config.image_size)
+        graph_spec = GraphSpec(token_mode=config.token_mode, keep=config.keep, batch=config.fixed_batch, outputs=config.outputs)
+        graph = build_graph(loaded.metadata, loaded.tensors, graph_spec)
+        bar.advance(1, "graph built")
         spec = from_dict(Preprocess, loaded.metadata.preprocess)
         samples = read_samples(config.samples, loaded.metadata, spec, config.num_samples)
         inputs = {IMAGES: samples.images}
         if config.token_mode == "visible":
             inputs[IDS_KEEP] = visible_patches(loaded.encoder_config.num_patches, config.keep, len(samples.images), config.seed)
-        graph_spec = GraphSpec(token_mode=config.token_mode, keep=config.keep, batch=config.fixed_batch, outputs=config.outputs)
-        graph = build_graph(loaded.metadata, loaded.tensors, graph_spec)
-        bar.advance(1, "graph written")
         names = config.outputs or available_outputs(loaded.metadata)
         expected = reference_outputs(encoder_of(loaded), samples.images, inputs.get(IDS_KEEP), names, _device(config))
         bar.advance(1, "PyTorch reference computed")

@@ -29,15 +29,13 @@ def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, coun
     Raises:
         ConfigError: the folder that was asked for has no readable image.
     """
-    places = [folder] if folder is not None else _data_folders(metadata.provenance)
-    for place in places:
-        if folder is None and not place.is_dir():
-            continue
-        images = _read(place, spec, count)
-        if images:
+    if folder is not None:
+        if images := _read(find_images(folder), spec, count):
+            return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {folder}")
+        raise ConfigError(f"no readable image below --samples {folder}")
+    for place in _data_folders(metadata.provenance):
+        if images := _read(_images_left(place), spec, count):
             return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {place}")
-        if folder is not None:
-            raise ConfigError(f"no readable image below --samples {folder}")
     notice("no images at hand:", "parity is checked on synthetic ones; pass --samples FOLDER for real ones")
     return Samples(spec.normalise(_synthetic(spec, count)), f"{count} synthetic images with a 1/f spectrum")
 
@@ -54,12 +52,21 @@ def _data_folders(provenance: dict[str, Any]) -> list[Path]:
     return [Path(data) / "val", Path(data)] if data else []
 
 
-def _read(place: Path, spec: Preprocess, count: int) -> list[Array]:
-    paths = find_images(place)
-    # Spread over the folder, so that not one class alone is seen.
-    order = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(min(count, len(paths)))] if len(paths) > count else paths
+def _images_left(place: Path) -> list[Path]:
+    """What is still there of the data of a checkpoint."""
+    try:
+        return find_images(place)
+    except ConfigError:
+        return []
+
+
+def _read(paths: list[Path], spec: Preprocess, count: int) -> list[Array]:
+    # Spread over the folder, so that not one class alone is seen; the others stand in for files that cannot be read.
+    spread = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)] if len(paths) > count else paths
     images: list[Array] = []
-    for path in order:
+    for path in dict.fromkeys([*spread, *paths]):
+        if len(images) == count:
+            break
         try:
             images.append(spec.crop(read_image(path, spec.channels)))
         except UnreadableImage as error:

@@ -83,6 +83,7 @@ FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int
     "YCbCr TIFF": (lambda: flat("YCbCr"), "a.tif", {}, COLOUR, JPEG),
     "16-bit PNG": (sixteen_bit, "a.png", {}, (200,) * 3, 0),
     "16-bit PNG, dark": (lambda: sixteen_bit(3 * 257), "a.png", {}, (3,) * 3, 0),
+    "16-bit PNG between two grey levels": (lambda: sixteen_bit(51456), "a.png", {}, (200,) * 3, 0),  # 255/65535 of it is 200.2
     "16-bit TIFF": (sixteen_bit, "a.tiff", {}, (200,) * 3, 0),
     "16-bit TIFF, big-endian": (lambda: sixteen_bit(mode="I;16B"), "a.tiff", {}, (200,) * 3, 0),
     "16-bit PGM": (sixteen_bit, "a.pgm", {}, (200,) * 3, 0),
@@ -343,6 +344,11 @@ def test_settings_that_do_not_go_together() -> None:
         Preprocess(image_size=(5, 5), channels=1)
     with pytest.raises(ConfigError, match="'lanczos' is not one of bicubic, bilinear, nearest"):
         Preprocess(image_size=(5, 5), interpolation="lanczos")
+
+
+def test_a_palette_image_of_the_callers_is_converted_without_a_warning() -> None:
+    image = palette(transparency=b"\x00\x7f")
+    np.testing.assert_array_equal(Preprocess(image_size=(7, 13), crop_pct=1.0).crop(image), np.broadcast_to(COLOUR, (7, 13, 3)))
 
 
 # --- finding files ---------------------------------------------------------------------------------------------------

@@ -9,7 +9,8 @@ import numpy as np
 
 from mae_deploy.commands.config import PredictConfig
 from mae_deploy.commands.views import prediction_table
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.options import Result
 from mae_deploy.preprocess import find_images
 from mae_deploy.progress import notice, progress
@@ -22,9 +23,11 @@ def run(config: PredictConfig) -> Result:
 
     Raises:
         CheckFailed: no image can be read.
+        ConfigError: `out` is there already, or of no kind that we write.
+        MissingDependency: Parquet without pyarrow.
     """
-    if config.out is not None and config.out.suffix not in (".npz", ".parquet"):
-        raise ConfigError(f"--out {config.out} must end in .npz or .parquet")
+    if config.out is not None:
+        _check_out(config.out)
     paths = find_images(config.images)
     with Backbone.load(config.bundle, config.engine, device=config.device, threads=config.threads) as backbone:
         names = config.outputs or (backbone.output_names if config.out is not None else _cheap(backbone.output_names))
@@ -57,6 +60,15 @@ def run(config: PredictConfig) -> Result:
         for path, classes in zip(read, ranked, strict=True)
     ]
     return Result(data, prediction_table(read, ranked))
+
+
+def _check_out(path: Path) -> None:
+    """Say what would stop the writing of features before an hour is spent on computing them."""
+    if path.suffix not in (".npz", ".parquet"):
+        raise ConfigError(f"--out {path} must end in .npz or .parquet")
+    refuse_to_overwrite(path)
+    if path.suffix == ".parquet":
+        import_optional("pyarrow", extra="parquet")
 
 
 def _cheap(names: tuple[str, ...]) -> tuple[str, ...]:

@@ -13,9 +13,8 @@ from mae_deploy.runtime.verify import Verification
 
 def verification_table(verification: Verification) -> Table:
     """A row for each output in each check."""
-    table = Table(
-        title=f"{verification.bundle} on {verification.engine} {verification.engine_version} ({verification.device}), {verification.num_samples} samples"
-    )
+    engine = f"{verification.engine} {verification.engine_version} ({verification.device})"
+    table = Table(title=Text(f"{verification.bundle} on {engine}, {verification.num_samples} samples"))
     for name in ("check", "output", "cosine", "centred cosine", "max abs", "SQNR dB", "result"):
         table.add_column(name, justify="left" if name in ("check", "output") else "right")
     for check in verification.checks:

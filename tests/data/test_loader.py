@@ -57,6 +57,7 @@ def test_processes_share_out_each_global_batch() -> None:
     assert all(len(set(batch)) == 6 for batch in together)
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
 def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
     def batches(num_workers: int) -> list[Batch]:
         spec = default_preprocess((10, 15))

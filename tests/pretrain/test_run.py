@@ -86,6 +86,29 @@ def test_other_channels_and_sizes(images: Path, tmp_path: Path, channels: int, s
         assert picture.mode == {1: "L", 3: "RGB", 4: "RGBA"}[channels]
 
 
+def test_a_folder_as_people_have_them(images: Path, tmp_path: Path) -> None:
+    """Every kind of file in one tree, some of them broken: the run says which, and goes on with the others."""
+    folder = images / "albums" / "2024"
+    folder.mkdir(parents=True)
+    with Image.open(images / "00.png") as photo:
+        photo.convert("L").save(folder / "grey.JPG")
+        photo.convert("CMYK").save(folder / "print.jpg")
+        photo.convert("P").save(folder / "palette.gif")
+        photo.convert("RGBA").save(folder / "cut-out.webp")
+        photo.resize((1, 1)).save(folder / "pixel.bmp")
+        photo.resize((997, 2)).save(folder / "strip.png")
+    Image.fromarray(np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)).save(folder / "scan.tiff")
+    spoil(images / "03.png")
+    (folder / "empty.jpg").touch()
+    (folder / "notes.jpg").write_text("no image", encoding="utf-8")
+    (folder / "gone.png").symlink_to("nowhere.png")
+    (folder / "readme.txt").write_text("no image, and not called one", encoding="utf-8")
+    summary = run(pretraining(images, tmp_path / "run", optim=optim(epochs=5)))
+    assert summary["steps"] == 5 * 4  # of 21 files that are called images
+    listed = (tmp_path / "run" / "unreadable.txt").read_text(encoding="utf-8").splitlines()
+    assert sorted(Path(line.partition(": ")[0]).name for line in listed) == ["03.png", "empty.jpg", "gone.png", "notes.jpg"]
+
+
 def test_position_embeddings_stay_fixed(images: Path, tmp_path: Path) -> None:
     run(pretraining(images, tmp_path / "run"))
     tensors = open_checkpoint(tmp_path / "run").tensors()

@@ -50,6 +50,10 @@ class Trained:
     def losses(self) -> list[float]:
         return [line["loss"] for line in read_metrics(self.folder.path)]
 
+    def first_moment(self) -> Tensor:
+        """Of the weights, as AdamW had it at the last checkpoint."""
+        return load_file(self.folder.checkpoints / "last" / "state" / "optimizer.safetensors")["weight/exp_avg"]
+
     @property
     def best(self) -> Path:
         return self.folder.checkpoints / "best"
@@ -63,18 +67,22 @@ def train(
     *,
     loss: Loss = squared_error,
     resume: bool = False,
+    weight_scale: float = 1.0,
     **more: Any,
 ) -> Trained:
-    """Train one linear layer; `more` goes into the job."""
+    """Train one linear layer, its weight at a scale of the learning rate; `more` goes into the job."""
     torch.manual_seed(0)
     model = nn.Linear(105, 1)
     found = unlabelled_images(images)
     dataset = ImageDataset(found, train_transform(SPEC, CropConfig()), channels=3, seed=0, replace_unreadable=True)
+    groups = decay_groups(model, 0.05)
+    assert groups[0]["names"] == ["weight"]
+    groups[0]["lr_scale"] = weight_scale
     job = Job(
         title="train",
         model=model,
         saved=model,
-        groups=decay_groups(model, 0.05),
+        groups=groups,
         dataset=dataset,
         spec=SPEC,
         loss=loss,
@@ -108,7 +116,7 @@ def test_accumulation_counts_as_batch() -> None:
 def test_a_set_smaller_than_a_batch_makes_the_batch_smaller_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     plan = make_plan(7, OptimConfig(epochs=3, batch_size=64, accum_iter=4), world_size=2, paper_warmup=1)
     assert (plan.batch_size, plan.accum_iter, plan.steps_per_epoch, plan.total_steps) == (3, 1, 1, 3)
-    assert "7 images do not fill a batch of 64 on 2 process(es): using 3" in capsys.readouterr().err
+    assert "7 images do not fill 64 on 2 process(es): using 3" in capsys.readouterr().err
 
 
 def test_fewer_images_than_processes() -> None:
@@ -195,6 +203,19 @@ def test_accumulated_gradients_are_those_of_the_big_batch(images: Path, tmp_path
     assert parts.losses == pytest.approx(whole.losses, rel=1e-5)
     torch.testing.assert_close(parts.model.weight, whole.model.weight, rtol=0, atol=1e-6)
     assert whole.losses != [whole.losses[0]] * 3
+    # AdamW does not see the gradient's scale; clipping would.
+    torch.testing.assert_close(parts.first_moment(), whole.first_moment(), rtol=1e-4, atol=1e-6)
+
+
+def test_each_group_learns_at_its_scale_of_the_rate(images: Path, tmp_path: Path) -> None:
+    """AdamW's first steps are as long as the learning rate; the very first one here has none."""
+    torch.manual_seed(0)
+    before = nn.Linear(105, 1)
+    done = train(images, tmp_path / "run", optim(epochs=1, lr=1e-3), weight_scale=0.25)
+    # The moments of two gradients make a step that is near the rate, and decay takes a 20,000th.
+    with torch.no_grad():
+        assert 0.9e-3 < float((done.model.bias - before.bias).abs()) < 1.1e-3
+        assert 0.2e-3 < float((done.model.weight - before.weight).abs().median()) < 0.3e-3
 
 
 def test_the_gradient_is_clipped_to_the_norm(images: Path, tmp_path: Path) -> None:

@@ -1,0 +1,196 @@
+"""`mae-deploy verify` as it is typed: 0 for what was exported, 1 for anything else, and what was found is printed either way."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import numpy_helper
+
+from mae_deploy.cli import main
+from tests.runtime.tiny_bundle import rehash, write_bundle
+from tests.test_cli import TRAINING, run_without
+
+CHECKS = ("golden", "run again", "permuted ids_keep", "sample alone")
+OUTPUTS = ("cls", "tokens", "pooled")
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    """An exported encoder of its own, in a folder whose name is no valid markup."""
+    return Path(shutil.copytree(exported / "encoder", tmp_path / "a[" / "x]"))
+
+
+def perturb(bundle: Path, weight: str = "blocks.1.mlp.fc2.weight", by: float = 0.01) -> None:
+    """Change one number of one weight, and make the hashes right again."""
+    model = onnx.load(bundle / "encoder.onnx")
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == weight)
+    values = numpy_helper.to_array(tensor).copy()
+    values.flat[3] += by
+    tensor.CopyFrom(numpy_helper.from_array(values, weight))
+    onnx.save(model, bundle / "encoder.onnx")
+    rehash(bundle)
+
+
+def rows(printed: str) -> list[list[str]]:
+    """The cells of a printed table."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
+
+
+# --- what was exported -----------------------------------------------------------------------------------------------
+
+
+def test_what_was_exported_passes(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["verify", str(bundle)]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    # The title is broken to the width of the table.
+    title = f"{bundle} on onnxruntime {onnxruntime.__version__} (cpu), 8 samples"
+    assert "".join(title.split()) in "".join(captured.out.split())
+    found = rows(captured.out)
+    assert [row[:2] for row in found] == [[check, output] for check in CHECKS for output in OUTPUTS]
+    assert {row[-1] for row in found} == {"ok"}
+
+
+def test_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(bundle), "--json", "--threads", "1"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    found = json.loads(captured.out)
+    assert (found["passed"], found["bundle"], found["num_samples"], found["failures"]) == (True, str(bundle), 8, [])
+    assert [(row["check"], row["name"]) for row in found["outputs"]] == [("golden", output) for output in OUTPUTS]
+    # Three orders of magnitude inside the tolerance: float32's own noise.
+    assert all(row["passed"] and row["cosine"] > 0.999999 and row["max_abs"] < 1e-5 for row in found["outputs"])
+    assert len(found["invariances"]) == (len(CHECKS) - 1) * len(OUTPUTS)
+
+
+def test_without_the_training_packages(bundle: Path) -> None:
+    done = run_without(TRAINING, "verify", str(bundle), "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["passed"] is True
+
+
+# --- files that are not what was exported ----------------------------------------------------------------------------
+
+
+def never(*_: Any, **__: Any) -> None:
+    pytest.fail("a file was parsed before its hash was checked")
+
+
+@pytest.mark.parametrize("name", ["encoder.onnx", "golden.npz"])
+def test_a_tampered_file_is_1_before_anything_is_parsed(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", never)
+    monkeypatch.setattr(np, "load", never)
+    assert main(["verify", str(bundle)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    error, hint = captured.err.splitlines()
+    assert error.startswith(f"error: {bundle / name} is not the file that was exported: expected SHA-256 ")
+    assert hint == "hint: copy the bundle again, or export it again"
+
+
+def test_the_spies_stand_where_files_are_parsed(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+
+    def watch(module: Any, name: str) -> None:
+        original = getattr(module, name)
+
+        def spy(*given: Any, **named: Any) -> Any:
+            seen.append(name)
+            return original(*given, **named)
+
+        monkeypatch.setattr(module, name, spy)
+
+    watch(onnxruntime, "InferenceSession")
+    watch(np, "load")
+    assert main(["verify", str(bundle)]) == 0
+    assert seen == ["InferenceSession", "load"]
+
+
+def test_a_missing_file(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "golden.npz").unlink()
+    assert main(["verify", str(bundle)]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {bundle / 'golden.npz'} is missing\nhint: ")
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema_version": 99}'])
+def test_a_broken_manifest(bundle: Path, content: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (bundle / "manifest.json").write_text(content)
+    assert main(["verify", str(bundle)]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("error: ")
+    assert len(captured.err.splitlines()) <= 2
+
+
+# --- graphs that compute something else ------------------------------------------------------------------------------
+
+
+def test_other_weights_under_the_right_hash(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    perturb(bundle)
+    assert main(["verify", str(bundle)]) == 1
+    captured = capsys.readouterr()
+    results = {(row[0], row[1]): row[-1] for row in rows(captured.out)}
+    assert {output for check, output in results if check == "golden" and results[check, output] == "miss"} == set(OUTPUTS)
+    assert {result for (check, _), result in results.items() if check != "golden"} == {"ok"}
+    assert captured.err.startswith(f"error: {bundle} misses parity: golden: cls: ")
+    assert len(captured.err.splitlines()) == 1
+
+
+def test_a_miss_in_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    perturb(bundle)
+    assert main(["verify", str(bundle), "--json"]) == 1
+    captured = capsys.readouterr()
+    found = json.loads(captured.out)
+    assert found["passed"] is False
+    assert [row["passed"] for row in found["outputs"]] == [False] * 3
+    assert all(failure in captured.err for failure in found["failures"])
+
+
+def test_not_a_number_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(write_bundle(tmp_path / "bundle", flaw="nan")), "--json"]) == 1
+
+    def refuse(constant: str) -> None:
+        pytest.fail(f"{constant} is no JSON")
+
+    found = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert {row["max_abs"] for row in found["outputs"]} == {None}
+    assert "NaN or infinite" in found["outputs"][0]["reason"]
+
+
+# --- usage -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--engine", "abacus"], 2, "unknown engine 'abacus'"),
+        (["--engine", "trt"], 2, "has no TensorRT engine"),
+        (["--threads", "0"], 2, "threads must be at least 1, not 0"),
+        (["--device", "cuda"], 3, "this ONNX Runtime cannot use CUDA"),
+    ],
+)
+def test_what_cannot_be_done_here(
+    bundle: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    assert main(["verify", str(bundle), *arguments]) == code
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err.splitlines()[0]
+
+
+def test_no_bundle_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(tmp_path / "a[/x]")]) == 2
+    assert capsys.readouterr().err.startswith(f"error: no bundle at {tmp_path / 'a[/x]'}: there is no manifest.json\n")

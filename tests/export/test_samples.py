@@ -1,0 +1,124 @@
+"""Which images parity is proven on: those that were asked for, those of the checkpoint, and a stand-in that is said aloud."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.errors import ConfigError
+from mae_deploy.export.samples import Samples, read_samples, visible_patches
+from mae_deploy.preprocess import Array, Preprocess, find_images, read_image
+from tests.data.image_folders import spoil, write_noise
+from tests.models.tiny_models import metadata_of, tiny_encoder
+
+SPEC = Preprocess(image_size=(6, 10))
+
+
+def trained_on(data: Path | None) -> Metadata:
+    """A checkpoint's metadata, as a run writes it or, for None, as an import does."""
+    provenance: dict[str, Any] = {"stage": "import"} if data is None else {"stage": "pretrain", "config": {"data": str(data)}}
+    return metadata_of(tiny_encoder(), provenance=provenance)
+
+
+def pixels_of(*paths: Path) -> Array:
+    return SPEC.normalise(np.stack([SPEC.crop(read_image(path)) for path in paths]))
+
+
+def samples(folder: Path | None, data: Path | None = None, count: int = 4) -> Samples:
+    return read_samples(folder, trained_on(data), SPEC, count)
+
+
+def test_a_small_folder_is_taken_whole(tmp_path: Path) -> None:
+    write_noise(tmp_path / "images", 3)
+    found = samples(tmp_path / "images")
+    np.testing.assert_array_equal(found.images, pixels_of(*find_images(tmp_path / "images")))
+    assert found.images.dtype == np.float32
+    assert found.source == f"3 images of {tmp_path / 'images'}"
+
+
+def test_one_image_will_do(tmp_path: Path) -> None:
+    write_noise(tmp_path, 2)
+    found = samples(tmp_path / "01.png")
+    np.testing.assert_array_equal(found.images, pixels_of(tmp_path / "01.png"))
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (2, [0, 10]), (4, [0, 3, 7, 10]), (10, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10])])
+def test_of_a_large_folder_some_from_first_to_last(tmp_path: Path, count: int, chosen: list[int]) -> None:
+    write_noise(tmp_path, 11)
+    found = samples(tmp_path, count=count)
+    np.testing.assert_array_equal(found.images, pixels_of(*(tmp_path / f"{index:02d}.png" for index in chosen)))
+
+
+def test_other_images_stand_in_for_broken_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_noise(tmp_path, 11)
+    spoil(tmp_path / "03.png")
+    spoil(tmp_path / "10.png")
+    found = samples(tmp_path)
+    np.testing.assert_array_equal(found.images, pixels_of(*(tmp_path / name for name in ("00.png", "07.png", "01.png", "02.png"))))
+    assert found.source == f"4 images of {tmp_path}"
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [f"skipped {tmp_path / name}" for name in ("03.png", "10.png")]
+
+
+def test_a_folder_that_was_asked_for_must_have_a_readable_image(tmp_path: Path) -> None:
+    write_noise(tmp_path / "images", 2)
+    write_noise(tmp_path / "data", 2)
+    for path in find_images(tmp_path / "images"):
+        spoil(path)
+    with pytest.raises(ConfigError, match=f"no readable image below --samples {tmp_path / 'images'}"):
+        samples(tmp_path / "images", tmp_path / "data")
+    with pytest.raises(ConfigError, match="no such file or folder"):
+        samples(tmp_path / "nowhere", tmp_path / "data")
+
+
+@pytest.mark.parametrize("split", ["val", ""])
+def test_the_data_of_the_checkpoint(tmp_path: Path, split: str) -> None:
+    write_noise(tmp_path / "train", 2)
+    write_noise(tmp_path / split, 3, first=5)
+    found = samples(None, tmp_path)
+    assert found.source == (f"3 images of {tmp_path / 'val'}" if split else f"4 images of {tmp_path}")
+    assert len(found.images) == (3 if split else 4)
+
+
+def test_a_val_folder_without_images_is_passed_over(tmp_path: Path) -> None:
+    (tmp_path / "val").mkdir()
+    write_noise(tmp_path / "train", 2)
+    assert samples(None, tmp_path).source == f"2 images of {tmp_path}"
+
+
+@pytest.mark.parametrize("data", ["moved away", "emptied", None])
+def test_a_stand_in_is_said_aloud(tmp_path: Path, data: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "emptied").mkdir()
+    found = samples(None, None if data is None else tmp_path / data, count=5)
+    assert found.source == "5 synthetic images with a 1/f spectrum"
+    assert capsys.readouterr().err == "no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones\n"
+    assert (found.images.shape, found.images.dtype.name) == ((5, 3, 6, 10), "float32")
+
+
+def test_the_stand_in_looks_like_images() -> None:
+    spec = Preprocess(image_size=(64, 96), channels=1, mean=(0.0,), std=(1.0,))
+    images = read_samples(None, trained_on(None), spec, 3).images
+    assert images.min(axis=(1, 2, 3)).tolist() == [0, 0, 0]
+    assert images.max(axis=(1, 2, 3)).tolist() == pytest.approx([1, 1, 1])
+    assert np.abs(images[0] - images[1]).max() > 0.1
+    # Smooth, as noise is not: neighbours differ by far less than pixels anywhere (for white noise the ratio is 1.4).
+    assert np.diff(images, axis=3).std() < 0.7 * images.std()
+    again = read_samples(None, trained_on(None), spec, 3).images
+    np.testing.assert_array_equal(again, images)
+
+
+@pytest.mark.parametrize(("keep", "length"), [(None, 3), (1, 1), (7, 7), (15, 15)])
+def test_visible_patches(keep: int | None, length: int) -> None:
+    ids = visible_patches(15, keep, 11, seed=0)
+    assert (ids.shape, ids.dtype.name) == ((11, length), "int64")
+    assert all(len(set(row)) == length and 0 <= min(row) and max(row) < 15 for row in ids.tolist())
+    assert len({tuple(row) for row in ids.tolist()}) > 1
+    np.testing.assert_array_equal(ids, visible_patches(15, keep, 11, seed=0))
+    assert (ids != visible_patches(15, keep, 11, seed=1)).any()
+
+
+def test_at_least_one_patch_is_visible() -> None:
+    assert visible_patches(2, None, 3, seed=0).shape == (3, 1)

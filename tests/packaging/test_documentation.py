@@ -1,0 +1,158 @@
+"""What the documentation shows works: its programs run, its command lines parse, its settings load, and no command is left out."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from mae_deploy import cli
+from mae_deploy.cli import main
+from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+OPTIONS: dict[str, list[str]] = json.loads((ROOT / "tests" / "command_options.json").read_text())
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+INLINE = re.compile(r"`([^`\n]+)`")
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [text for found, text in FENCE.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def inline_code(page: Path) -> list[str]:
+    return INLINE.findall(FENCE.sub("", page.read_text(encoding="utf-8")))
+
+
+def command_lines(page: Path) -> list[list[str]]:
+    """The arguments of every `mae-deploy …`, and of `… -m mae_deploy …`, in a page's shell blocks."""
+    found = []
+    for line in "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        for program in ("mae-deploy", "mae_deploy"):
+            if program in words:
+                found.append(words[words.index(program) + 1 :])
+    return found
+
+
+PROGRAMS = [(page, text) for page in PAGES for text in blocks(page, "python")]
+COMMANDS = [(page, line) for page in PAGES for line in command_lines(page)]
+RECIPES = [(page, text) for page in PAGES for text in blocks(page, "yaml")]
+
+
+def identity(value: object) -> str:
+    return value.name if isinstance(value, Path) else " ".join(value)[:60] if isinstance(value, list) else ""
+
+
+def test_something_was_found() -> None:
+    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md"}
+    assert {line[0] for _, line in COMMANDS} >= {"pretrain", "finetune", "distill", "reconstruct", "import", "export", "verify", "predict", "info", "doctor"}
+    assert len(RECIPES) >= 1
+
+
+# --- programs --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bundles that the documentation speaks of, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    write_bundle(Path("bundles/visible"))
+    write_bundle(Path("bundles/classifier"), token_mode="full")
+
+
+@pytest.mark.usefixtures("bundles")
+@pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=identity)
+def test_programs_run(page: Path, program: str) -> None:
+    exec(compile(program, str(page), "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
+
+
+@pytest.mark.usefixtures("bundles")
+def test_what_the_readmes_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks(ROOT / "README.md", "python")
+    assert len([line for line in program.splitlines() if line.strip()]) < 10
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out == f"(1, {D}) (1, {N}, {D})\n(1, {D}) (1, 4, {D})\n"
+
+
+@pytest.mark.usefixtures("bundles")
+def test_what_the_classifiers_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    (program,) = blocks(ROOT / "docs" / "bundles.md", "python")
+    exec(compile(program, "bundles.md", "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
+    assert re.fullmatch(rf"\[\d+\] {re.escape(str(CLASS_NAMES))}\n", capsys.readouterr().out)
+
+
+# --- command lines ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each command was asked to do; nothing is done, but `verify`, which runs for real."""
+    asked: list[Any] = []
+    monkeypatch.setattr(cli, "_needs_torch", lambda _: SimpleNamespace(run=asked.append))
+    for name in ("predict", "benchmark", "info", "doctor"):
+        monkeypatch.setattr(f"mae_deploy.commands.{name}.run", asked.append)
+    return asked
+
+
+@pytest.mark.usefixtures("bundles")
+@pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identity)
+def test_command_lines_are_understood(page: Path, line: list[str], configs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(line) == 0, capsys.readouterr().err
+    assert len(configs) == (0 if line[0] == "verify" else 1)
+    if "--recipe" in OPTIONS[line[0]]:
+        capsys.readouterr()
+        assert main([*line, "--dump-config", "-"]) == 0
+        settings = yaml.safe_load(capsys.readouterr().out)
+        assert settings["out"] == line[line.index("--out") + 1]
+    assert len(configs) <= 1, "--dump-config runs nothing"
+
+
+@pytest.mark.usefixtures("bundles")
+@pytest.mark.parametrize("line", [["verify", "bundles/nowhere"], ["predict", "bundles/visible"], ["export", "runs/a", "--outt", "b"], ["finetune", "a"]])
+def test_a_wrong_line_would_be_noticed(line: list[str], configs: list[Any]) -> None:
+    assert main(line) == 2
+    assert configs == []
+
+
+@pytest.mark.parametrize(("page", "text"), RECIPES, ids=identity)
+def test_settings_load_as_a_recipe(page: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe.yaml").write_text(text)
+    assert main(["pretrain", "photos", "--out", "run", "--recipe", str(tmp_path / "recipe.yaml"), "--dump-config", "-"]) == 0
+    dumped, given = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(text)
+    for section, values in given.items():
+        assert {key: dumped[section][key] for key in values} == values
+
+
+# --- names -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("page", PAGES, ids=identity)
+def test_commands_and_options_that_are_named_exist(page: Path) -> None:
+    known = {form for options in OPTIONS.values() for option in options for form in option.split("/")} | {"--help", "--version"}
+    for code in inline_code(page):
+        words = code.split()
+        if words[0] == "mae-deploy" and len(words) > 1 and not words[1].startswith("-"):
+            assert words[1] in OPTIONS, code
+            own = {form for option in OPTIONS[words[1]] for form in option.split("/")}
+            assert {word for word in words if word.startswith("--")} <= own, code
+        if words[0].startswith("--"):
+            assert words[0].split("=")[0] in known, code
+
+
+def test_every_command_is_in_the_table() -> None:
+    table = re.findall(r"^\| `(\w+)[^`]*` \|", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert sorted(table) == sorted(OPTIONS)
+    for row in re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE):
+        command, *words = row.split()
+        own = {form for option in OPTIONS.get(command, []) for form in option.split("/")}
+        assert {word for word in words if word.startswith("--")} <= own, row
