@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -109,7 +110,8 @@ def command(app: typer.Typer, config: type[C], *, name: str | None = None, recip
                 if error.result is not None:
                     show(error.result, as_json=as_json)
                 raise
-            show(result, as_json=as_json)
+            if os.environ.get("RANK", "0") == "0":  # under torchrun, one process of all speaks
+                show(result, as_json=as_json)
 
         parameters = [_parameter(flag) for flag in flags]
         if recipes:

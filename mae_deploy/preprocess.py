@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
 from collections.abc import Iterator, Sequence
@@ -95,7 +96,7 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
         with warnings.catch_warnings():
             # Pillow warns of large files and of damaged metadata that it then does without.
             warnings.simplefilter("ignore")
-            with Image.open(path) as image:
+            with Image.open(path, formats=_formats()) as image:
                 image.load()
                 return to_mode(ImageOps.exif_transpose(image), channels)
     except MaeDeployError:
@@ -184,9 +185,15 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
     return image.crop((left, top, left + width, top + height))
 
 
-def _image_suffixes() -> frozenset[str]:
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a file that nobody checked."""
     Image.init()
-    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in Image.OPEN and name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR"))
+    return tuple(name for name in Image.OPEN if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "EPS"))
+
+
+def _image_suffixes() -> frozenset[str]:
+    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in _formats())
 
 
 def default_preprocess(image_size: tuple[int, int], channels: int = 3) -> Preprocess:
