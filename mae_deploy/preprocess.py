@@ -193,7 +193,8 @@ def _formats() -> tuple[str, ...]:
 
 
 def _image_suffixes() -> frozenset[str]:
-    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in _formats())
+    formats = _formats()
+    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in formats)
 
 
 def default_preprocess(image_size: tuple[int, int], channels: int = 3) -> Preprocess:
