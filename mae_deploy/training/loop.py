@@ -80,6 +80,8 @@ def make_accelerator(device: Device, precision: Precision, out: Path) -> Acceler
         raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
     AcceleratorState._reset_state()  # an earlier stage in this process may have used another precision
     on_cpu = device == "cpu" or not torch.cuda.is_available()
+    if precision == "fp16" and on_cpu:
+        raise MissingDependency("--precision fp16 needs a CUDA device", hint="use --precision bf16 or fp32")
     if precision == "auto":
         precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, log_with="tensorboard", project_dir=out)
