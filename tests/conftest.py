@@ -1,4 +1,4 @@
-"""Folders of small images to train on, and a pretrained network."""
+"""Folders of small images to train on, and a pretrained network, for every stage's tests."""
 
 from __future__ import annotations
 
