@@ -58,7 +58,7 @@ def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
     arguments: dict[str, Any] = {}
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"unknown setting '{where}{key}'", hint=_nearest(key, list(kinds)))
+            raise ConfigError(f"unknown setting '{where}{key}'", hint=nearest(key, list(kinds)))
         if isinstance(value, dict):
             value = merge(fields[key].metadata.get("defaults", {}), value)
         arguments[key] = _coerce(kinds[key], value, f"{where}{key}")
@@ -143,6 +143,12 @@ def differences(old: Any, new: Any, *, ignore: frozenset[str] = frozenset(), whe
     return found
 
 
+def nearest(word: str, known: list[str]) -> str:
+    """A hint for a name that is not known: the nearest one that is, else all of them."""
+    match = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(known)}"
+
+
 # --- types and help --------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +204,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if value in get_args(kind):
             return value
         choices = ", ".join(map(str, get_args(kind)))
-        raise ConfigError(f"{where}: {value!r} is not one of {choices}", hint=_nearest(str(value), [str(c) for c in get_args(kind)]))
+        raise ConfigError(f"{where}: {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)]))
     elif get_origin(kind) is tuple:
         return _coerce_tuple(get_args(kind), value, where)
     elif get_origin(kind) is dict and isinstance(value, dict):
@@ -247,8 +253,3 @@ def _plain(value: Any) -> Any:
 def _describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
     return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
-
-
-def _nearest(word: str, known: list[str]) -> str | None:
-    match = difflib.get_close_matches(word, known, n=1)
-    return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(known)}"

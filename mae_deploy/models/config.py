@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from mae_deploy.config import setting
+from mae_deploy.config import nearest, setting
 from mae_deploy.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ class EncoderConfig:
         preset = PRESETS.get(self.name)
         if preset is None:
             if None in (self.patch_size, self.embed_dim, self.depth, self.num_heads):
-                raise ConfigError(f"unknown model '{self.name}'", hint=f"known: {', '.join(PRESETS)}")
+                raise ConfigError(f"unknown model '{self.name}'", hint=nearest(self.name, list(PRESETS)))
         else:
             # The frozen config holds the numbers themselves, so that a checkpoint does not depend on a table.
             for field in dataclasses.fields(Preset):

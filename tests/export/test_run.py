@@ -23,10 +23,11 @@ from mae_deploy.export import onnx_builder
 from mae_deploy.export import run as export
 from mae_deploy.export.graph import GraphSpec, build_graph
 from mae_deploy.export.onnx_builder import GraphBuilder
+from mae_deploy.export.reference import reference_outputs
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.preprocess import default_preprocess, find_images, read_image
+from mae_deploy.preprocess import Array, default_preprocess, find_images, read_image
 from mae_deploy.runtime import Backbone, Bundle
 from mae_deploy.runtime.manifest import validate_manifest
 from mae_deploy.runtime.verify import verify_bundle
@@ -338,6 +339,21 @@ def test_a_wrong_graph_is_1_and_leaves_nothing(
     assert "golden: tokens: max_abs" in error
     assert hint.startswith("hint: nothing was written; ")
     assert left_in(place) == set()
+
+
+def test_every_sample_is_judged_not_the_golden_ones_alone(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off_in_the_tenth(*arguments: Any) -> dict[str, Array]:
+        expected = reference_outputs(*arguments)
+        expected["pooled"][9, 3] += 1e-3
+        return expected
+
+    checkpoint = encoder(tmp_path / "checkpoint")
+    monkeypatch.setattr(export, "reference_outputs", off_in_the_tenth)
+    assert run(checkpoint, tmp_path / "place" / "bundle", "--samples", photos) == 1
+    assert "misses parity with PyTorch: pooled: max_abs 0.001 is above 0.0001\n" in capsys.readouterr().err
+    assert left_in(tmp_path / "place") == set()
 
 
 def refuse(*_: Any, **__: Any) -> None:
