@@ -39,6 +39,10 @@ TOLERANCE = Tolerance(cosine=0.99999, max_abs=1e-4)
 """FP32 against FP32: two orders of summation over the same numbers differ by a few 1e-6."""
 
 _GOLDEN = 8
+"""Samples that go into the bundle; also how many are run at a time."""
+
+_EXTREME = 2
+"""Samples that are also run with one patch and with all of them, where K is dynamic."""
 
 
 def run(config: ExportConfig) -> Result:
@@ -59,12 +63,14 @@ def run(config: ExportConfig) -> Result:
         if config.token_mode == "visible":
             inputs[IDS_KEEP] = visible_patches(loaded.encoder_config.num_patches, config.keep, len(samples.images), config.seed)
         names = config.outputs or available_outputs(loaded.metadata)
-        expected = reference_outputs(encoder_of(loaded), samples.images, inputs.get(IDS_KEEP), names, _device(config))
+        model, device = encoder_of(loaded), _device(config)
+        expected = reference_outputs(model, samples.images, inputs.get(IDS_KEEP), names, device)
+        extremes = [(few, reference_outputs(model, few[IMAGES], few[IDS_KEEP], names, device)) for few in _extremes(config, loaded, samples)]
         bar.advance(1, "PyTorch reference computed")
         with atomic_path(config.out) as aside:
             bundle = _write_bundle(aside, config, loaded, samples, graph, inputs, expected)
             bar.advance(1, "bundle written")
-            verification, ladder = _prove(bundle, inputs, expected)
+            verification, ladder = _prove(bundle, inputs, expected, extremes)
             bar.advance(1, "proven")
             manifest = cast(dict[str, Any], bundle.manifest)
             manifest["parity"] = {
@@ -132,13 +138,28 @@ def _write_bundle(
     return Bundle.load(folder)
 
 
-def _prove(bundle: Bundle, inputs: dict[str, Array], expected: dict[str, Array]) -> tuple[Verification, list[dict[str, Any]]]:
-    """All samples against PyTorch, and the invariances on the golden ones."""
+def _extremes(config: ExportConfig, loaded: Loaded, samples: Samples) -> list[dict[str, Array]]:
+    """Inputs for the smallest and the largest K of a graph that leaves K open."""
+    if config.token_mode != "visible" or config.keep is not None:
+        return []
+    images, N = samples.images[:_EXTREME], loaded.encoder_config.num_patches
+    return [{IMAGES: images, IDS_KEEP: visible_patches(N, K, len(images), config.seed)} for K in (1, N)]
+
+
+def _prove(
+    bundle: Bundle, inputs: dict[str, Array], expected: dict[str, Array], extremes: list[tuple[dict[str, Array], dict[str, Array]]]
+) -> tuple[Verification, list[dict[str, Any]]]:
+    """All samples against PyTorch, a few at both ends of K, and the invariances on the golden ones."""
     with load_engine(bundle) as engine:
-        found = run_in_chunks(engine, inputs, batch=bundle.fixed_batch)
-        comparisons = [compare(expected[name], found[name], name) for name in bundle.output_names]
+
+        def judge(inputs: dict[str, Array], expected: dict[str, Array]) -> list[Comparison]:
+            found = run_in_chunks(engine, inputs, batch=bundle.fixed_batch or _GOLDEN)
+            return [compare(expected[name], found[name], name) for name in bundle.output_names]
+
+        comparisons = judge(inputs, expected)
+        at_the_ends = [comparison for pair in extremes for comparison in judge(*pair)]
         verification = verify_engine(bundle, engine)
-    failures = [failure for comparison in comparisons for failure in comparison.failures(TOLERANCE)] + verification.failures
+    failures = [failure for comparison in comparisons + at_the_ends for failure in comparison.failures(TOLERANCE)] + verification.failures
     if failures:
         raise CheckFailed(
             f"the exported graph misses parity with PyTorch: {'; '.join(failures)}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -24,6 +25,9 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A folder may replace nothing or an empty folder only; a file replaces a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f"{_ASIDE}*-{glob.escape(path.name)}"):
+        if not _is_running(left.name.removeprefix(_ASIDE).partition("-")[0]):
+            remove(left)
     aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
     try:
@@ -92,6 +96,17 @@ def refuse_to_overwrite(path: Path, *, hint: str = "choose another --out, or rem
     """Raise ConfigError if `path` is a file or a folder with something in it."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(f"--out {path} already exists", hint=hint)
+
+
+def _is_running(process: str) -> bool:
+    """Whether a process of this number is at work here."""
+    try:
+        os.kill(int(process), 0)
+    except PermissionError:
+        return True
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def _flush(path: Path) -> None:

@@ -35,6 +35,15 @@ def test_a_folder_appears_when_the_block_ends(tmp_path: Path) -> None:
     assert names(tmp_path) == {"folder"}
 
 
+def test_what_a_killed_process_left_goes_and_what_a_running_one_writes_stays(tmp_path: Path) -> None:
+    ended = 2**22 + 1  # above the highest process number that Linux gives
+    for process in (ended, os.getppid()):
+        (tmp_path / f".partial-{process}-file.txt").write_text("half")
+    (tmp_path / f".partial-{ended}-other.txt").write_text("another file's")
+    write_text(tmp_path / "file.txt", "whole")
+    assert names(tmp_path) == {"file.txt", f".partial-{os.getppid()}-file.txt", f".partial-{ended}-other.txt"}
+
+
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 @pytest.mark.parametrize("kind", ["file", "folder", "nothing"])
 def test_a_failure_leaves_what_was_there(tmp_path: Path, kind: str, error: type[BaseException]) -> None:

@@ -41,9 +41,9 @@ _LATENCY_BATCHES = (1, 16)
 BUNDLES = {
     "encoder-full": ("pretrain", "full"),
     "encoder-visible": ("pretrain", "visible"),
-    "student": ("distill-logits-*", "full"),
+    "student": ("distill-logits-{seed}", "full"),
 }
-"""Each bundle's run (the first that matches) and its token mode."""
+"""Each bundle's run (of the first seed) and its token mode."""
 
 DATASET = {
     "name": "Optical Recognition of Handwritten Digits (scikit-learn load_digits)",
@@ -73,7 +73,7 @@ def run(config: QuickstartConfig) -> Result:
     _say(f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from scratch")
     top1 = _few_labels(config, images)
     _say("4/6 export to ONNX, proven against PyTorch")
-    parity = _export(out)
+    parity = _export(config)
     _say("5/6 latency of the full and of the visible-token graph, in turns")
     latency = _latency(out)
     _say("6/6 reconstruction pictures and the report")
@@ -149,14 +149,15 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
     return {name: {"mean": statistics.mean(values), "min": min(values), "max": max(values), "by_seed": values} for name, values in found.items()}
 
 
-def _export(out: Path) -> dict[str, Any]:
+def _export(config: QuickstartConfig) -> dict[str, Any]:
     """Write and verify the bundles; the worst figures of each."""
+    out = config.out
     parity: dict[str, Any] = {}
     for name, (run_name, tokens) in BUNDLES.items():
         path = out / "bundles" / name
         remove(path)
-        found = sorted(out.glob(run_name))[0]
-        export.run(ExportConfig(checkpoint=found, out=path, tokens=tokens, samples=out / "data" / "val"))
+        checkpoint = out / run_name.format(seed=config.seeds[0])
+        export.run(ExportConfig(checkpoint=checkpoint, out=path, tokens=tokens, samples=out / "data" / "val"))
         verification = verify_bundle(Bundle.load(path))
         parity[name] = {
             "passed": verification.passed,

@@ -356,6 +356,22 @@ def test_every_sample_is_judged_not_the_golden_ones_alone(
     assert left_in(tmp_path / "place") == set()
 
 
+@pytest.mark.parametrize("wrong_at", [1, "all"])
+def test_a_dynamic_k_is_judged_at_both_its_ends(
+    tmp_path: Path, photos: Path, wrong_at: int | str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def off_at_one_end(model: Encoder, images: Array, ids_keep: Array, *rest: Any) -> dict[str, Array]:
+        expected = reference_outputs(model, images, ids_keep, *rest)
+        if ids_keep.shape[1] == (model.config.num_patches if wrong_at == "all" else wrong_at):
+            expected["pooled"][0, 3] += 1e-3
+        return expected
+
+    checkpoint = encoder(tmp_path / "checkpoint")
+    monkeypatch.setattr(export, "reference_outputs", off_at_one_end)
+    assert run(checkpoint, tmp_path / "place" / "bundle", "--samples", photos, "--tokens", "visible") == 1
+    assert "misses parity with PyTorch: pooled: max_abs 0.001 is above 0.0001\n" in capsys.readouterr().err
+
+
 def refuse(*_: Any, **__: Any) -> None:
     raise onnx.checker.ValidationError("Bad node spec\nfor node 3")
 
