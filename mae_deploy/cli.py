@@ -129,9 +129,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         app(args=arguments, prog_name="mae-deploy")
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     except Exception as error:
         if os.environ.get("MAE_DEPLOY_DEBUG") == "1":
             traceback.print_exc()

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from mae_deploy import __version__
-from mae_deploy.config import differences, from_dict, read_recipe, to_dict, to_yaml
+from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
 from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
@@ -140,5 +140,3 @@ def _step_of(line: str) -> int | None:
     except (ValueError, KeyError, TypeError):
         return None
 
-
-__all__ = ["CONFIG", "STATE", "RunFolder", "environment", "read_metrics", "to_dict"]
