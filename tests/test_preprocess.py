@@ -80,7 +80,7 @@ FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int
     "1-bit TIFF, black": (lambda: Image.new("1", SIZE, 0), "a.tif", {"compression": "group4"}, (0,) * 3, 0),
     "CMYK JPEG": (lambda: flat("CMYK"), "a.jpg", {"quality": 95}, COLOUR, JPEG),
     "CMYK TIFF": (lambda: flat("CMYK"), "a.tif", {}, COLOUR, 0),
-    "YCbCr TIFF": (lambda: flat("YCbCr"), "a.tif", {}, COLOUR, JPEG),
+    "YCbCr TIFF": (lambda: flat("YCbCr"), "a.tif", {"compression": "tiff_lzw"}, COLOUR, JPEG),
     "16-bit PNG": (sixteen_bit, "a.png", {}, (200,) * 3, 0),
     "16-bit PNG, dark": (lambda: sixteen_bit(3 * 257), "a.png", {}, (3,) * 3, 0),
     "16-bit PNG between two grey levels": (lambda: sixteen_bit(51456), "a.png", {}, (200,) * 3, 0),  # 255/65535 of it is 200.2
