@@ -65,7 +65,7 @@ def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", d
                 path=(*path, field.name),
                 name=field.metadata.get("flag") or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
                 kind=_typer_kind(kind, argument),
-                panel=panel if path else ("Common" if field.name in ("seed", "device") else "Options"),
+                panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
                 default=None if required or default is None else _shown(default),
                 argument=argument,
