@@ -1,12 +1,14 @@
 """The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
 
-Shapes: B images, C channels, P patch side, N patches, K kept patches, T = 1 + K tokens, D width.
+Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width.
 """
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
@@ -16,14 +18,25 @@ from torch import Tensor
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.onnx_builder import Dim, GraphBuilder
-from mae_deploy.models.config import EncoderConfig
+from mae_deploy.export.arithmetic import FLOAT32, Island, Precision, Typing, arithmetic
+from mae_deploy.export.blocks import BlockWriter
+from mae_deploy.export.onnx_builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
+from mae_deploy.export.pyramid import write_pyramid
+from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.pyramid import LEVELS
+from mae_deploy.preprocess import Preprocess
 
-TokenMode = Literal["full", "visible"]
+TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+Images = Literal["float32", "float16", "uint8"]
+Pixels = Literal["target", "normalised", "image"]
 
 Array = npt.NDArray[Any]
 
-_EPSILON = 1e-6
+_MASKED = {"float32": -1e30, "float16": -6e4}
+"""Added to the scores of padded tokens; the softmax makes it exactly 0."""
+
+_PIXEL_EPSILON = 1e-6
+"""Added to a patch's variance, as in the original's loss."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -31,151 +44,344 @@ class GraphSpec:
     """Which graph to write."""
 
     token_mode: TokenMode
-    """full: all patches; visible: those named by the input `ids_keep`."""
+    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct: encoder and decoder."""
     keep: int | None = None
-    """Fixed number of kept patches; None leaves it dynamic (visible)."""
+    """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
     batch: int | None = None
     """Fixed batch; None leaves it dynamic."""
     outputs: tuple[str, ...] | None = None
-    """Output names; None takes all that the model has."""
+    """Output names; None takes the model's own (see `default_outputs`)."""
+    images: Images = "float32"
+    """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
+    features: Images = "float32"
+    """Type of the outputs: float32 or float16."""
+    pixels: Pixels = "target"
+    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to 1."""
+    precision: Precision = "fp32"
+    typing: Typing = "weak"
+    """See `export.arithmetic`."""
+    fp32_ops: tuple[Island, ...] = ()
+    """Operators kept in FP32 in an FP16 graph."""
+    quantized: Mapping[str, float | None] = field(default_factory=dict)
+    """Linear maps in INT8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run time."""
+    attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Attention in INT8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    pyramid: Mapping[str, Array] | None = None
+    """Weights of a simple feature pyramid, for the outputs p2 to p5."""
 
 
-def available_outputs(metadata: Metadata) -> tuple[str, ...]:
+def block_tensor(index: int) -> str:
+    """The graph's name of the tokens after encoder block `index`, `(B, 1 + K, D)` or their rows, `(B * (1 + K), D)`."""
+    return f"blocks.{index}/mlp_residual"
+
+
+def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
     """What a model can give.
 
     A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its head reads.
     """
-    if metadata.kind != "classifier":
-        return ("cls", "tokens", "pooled")
-    return ("logits", "pooled") if metadata.pool == "avg" else ("logits", "cls", "tokens", "pooled")
+    blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
+    inner = (*(LEVELS if pyramid else ()), *blocks)
+    if metadata.kind == "classifier" and metadata.pool == "avg":
+        return ("logits", "pooled", *inner)
+    names = ("logits",) if metadata.kind == "classifier" else ()
+    names = (*names, "cls", "tokens", "pooled", "feature_map", *inner)
+    return ("pixels", *names) if token_mode == "reconstruct" else names
+
+
+def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple[str, ...]:
+    """What a graph gives unless other outputs are asked for."""
+    if token_mode == "reconstruct":
+        return ("pixels",)
+    return tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
 
 
 def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec) -> GraphBuilder:
-    """Write the graph of an encoder or classifier.
+    """Write the graph of an encoder, classifier or autoencoder.
 
     Args:
         tensors: the checkpoint's state dict.
 
     Raises:
-        ConfigError: an output that the model does not have, or a K outside 1 to N.
+        ConfigError: an output that the model does not have, a K outside 1 to N, or a mode that needs a decoder without one.
     """
     config = from_dict(EncoderConfig, metadata.encoder)
-    names = spec.outputs or available_outputs(metadata)
+    if spec.token_mode == "reconstruct" and metadata.kind != "mae":
+        raise ConfigError(f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+    known = available_outputs(metadata, spec.token_mode, pyramid=spec.pyramid is not None)
+    names = spec.outputs or default_outputs(metadata, spec.token_mode)
     for name in names:
-        if name not in available_outputs(metadata):
-            raise ConfigError(f"this model has no output '{name}'", hint=f"it has {', '.join(available_outputs(metadata))}")
+        if name not in known:
+            hint = "pass --pyramid with it" if name in LEVELS else f"it has {', '.join(known)}"
+            raise ConfigError(f"this model has no output '{name}'", hint=hint)
     if spec.keep is not None and not 1 <= spec.keep <= config.num_patches:
-        raise ConfigError(f"--tokens visible:{spec.keep}: K must be within 1 and {config.num_patches}")
+        raise ConfigError(f"--tokens {spec.token_mode}:{spec.keep}: K must be within 1 and {config.num_patches}")
     weights = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
-    return _EncoderGraph(config, weights, spec).write(metadata, names)
+    return _Graph(metadata, config, weights, spec).write(names)
 
 
-class _EncoderGraph:
-    """Writes one encoder."""
+class _Graph:
+    """Writes one graph: patches, positions, blocks, norm, outputs."""
 
-    def __init__(self, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
-        self.config = config
-        self.weights = weights
-        self.builder = GraphBuilder(config.name)
+    def __init__(self, metadata: Metadata, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
+        self.metadata, self.config, self.weights, self.spec = metadata, config, weights, spec
+        typed_scales = spec.precision == "int8" and spec.typing == "strong"
+        self.builder = GraphBuilder(config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET)
+        self.arithmetic = arithmetic(spec.precision, spec.typing, spec.fp32_ops)
         self.batch: Dim = spec.batch or "B"
-        self.visible = spec.token_mode == "visible"
+        self.visible = spec.token_mode != "full"
         self.keep: Dim = (spec.keep or "K") if self.visible else config.num_patches
+        self.averaged = metadata.kind == "classifier" and metadata.pool == "avg"
+        self.ragged = spec.token_mode == "ragged"
+        self.padding: str | None = None
+        """See `BlockWriter`."""
+        self.places = ""
+        """Row of the position table for every token, int64 `(B, T)`: 1 + the patch, 0 for CLS and for padding."""
 
-    def write(self, metadata: Metadata, names: tuple[str, ...]) -> GraphBuilder:
+    def write(self, names: tuple[str, ...]) -> GraphBuilder:
         """Embedding, blocks, norm and the outputs asked for."""
-        tokens = self._embed()
+        patches = self._patches()
+        tokens = self.builder.cast(self._embed(patches), self.arithmetic.of("residual"))
+        D = self.config.width
+        writer = self._block_writer(self.keep, self.padding)
+        rows = writer.rows(tokens, D, "blocks/rows")
+        inner = []
         for index in range(self.config.blocks):
-            tokens = self._block(tokens, f"blocks.{index}")
-        if "norm.weight" in self.weights:
-            tokens = self._layer_norm(tokens, "norm")
-        self._outputs(tokens, metadata, names)
+            rows = writer.block(rows, f"blocks.{index}", self.config.heads)
+            inner.append(rows)
+        assert inner[-1] == block_tensor(len(inner) - 1)
+        values = self._inner(writer, inner, names)
+        if len(values) < len(names):
+            tokens = self._after(writer, inner, -1)
+            if "norm.weight" in self.weights and not self.averaged:
+                tokens = writer.layer_norm(tokens, "norm", dtype=FLOAT32)
+            values |= self._features(writer, tokens, names)
+            if "pixels" in names:
+                values["pixels"] = self._reconstruct(tokens, patches), [self.batch, self.config.num_patches, self.config.patch_dim]
+        for name in names:
+            self.builder.output(name, *values[name], dtype=self.spec.features)
         return self.builder
 
-    def _embed(self) -> str:
-        """Patches, CLS as patch 0, the kept ones gathered, one linear map, one table of positions: `(B, T, D)`."""
+    def _block_writer(self, num_patches: Dim, padding: str | None = None) -> BlockWriter:
+        """A writer of blocks on this many patches and a CLS token."""
+        B, T = (size if isinstance(size, int) else -1 for size in (self.batch, num_patches))
+        return BlockWriter(
+            self.builder,
+            self.weights,
+            self.arithmetic,
+            quantized=self.spec.quantized,
+            attention_scales=self.spec.attention_scales,
+            padding=padding,
+            sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
+        )
+
+    # --- images to tokens ------------------------------------------------------------------------------------------------
+
+    def _patches(self) -> str:
+        """All patches, row by row, channels last within a patch: FP32 `(B, N, P * P * C)`."""
         b, c = self.builder, self.config
-        P, C, (rows, columns), N = c.patch, c.in_chans, c.grid_size, c.num_patches
-        images = b.input("images", np.float32, [self.batch, C, *c.image_size])
-        grid = b.node("Reshape", [images, b.integers(0, C, rows, P, columns, P)], "patchify/grid")
-        grid = b.node("Transpose", [grid], "patchify/transpose", perm=[0, 2, 4, 3, 5, 1])
-        patches = b.node("Reshape", [grid, b.integers(0, N, P * P * C)], "patchify/patches")
+        P, C, (rows, columns) = c.patch, c.in_chans, c.grid_size
+        H, W = c.image_size
+        if self.spec.images == "uint8":
+            images = b.cast(b.input("images", np.uint8, [self.batch, H, W, C]), FLOAT32)
+            shape, perm = (0, rows, P, columns, P, C), [0, 1, 3, 2, 4, 5]
+        else:
+            images = b.cast(b.input("images", self.spec.images, [self.batch, C, H, W]), FLOAT32)
+            shape, perm = (0, C, rows, P, columns, P), [0, 2, 4, 3, 5, 1]
+        grid = b.node("Reshape", [images, b.integers(*shape)], "patchify/grid")
+        grid = b.node("Transpose", [grid], "patchify/transpose", perm=perm)
+        return b.node("Reshape", [grid, b.integers(0, c.num_patches, c.patch_dim)], "patchify/patches")
+
+    def _embed(self, patches: str) -> str:
+        """CLS as patch 0, the kept ones gathered, one linear map, one table of positions: FP32 `(B, T, D)`."""
+        b = self.builder
         # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the table
         # makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
         tokens = b.node("Pad", [patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
+        kernel, bias = self._patch_kernel()
         table = self.weights["pos_embed"][0].copy()
         table[0] += self.weights["cls_token"][0, 0]
-        table[1:] += self.weights["patch_embed.proj.bias"]
-        b.weight("position_table", table)
+        table[1:] += bias
+        positions = b.weight("position_table", table)
         if self.visible:
-            ids_keep = b.input("ids_keep", np.int64, [self.batch, self.keep])
-            ids = b.node("Add", [ids_keep, b.integers(1)], "ids/shift")
-            ids = b.node("Pad", [ids, b.integers(0, 1, 0, 0)], "ids/cls")
+            ids = self._token_ids()
             index = b.node("Unsqueeze", [ids, b.integers(2)], "ids/index")
             tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
-            positions = b.node("Gather", ["position_table", ids], "keep/positions", axis=0)
-        else:
-            positions = "position_table"
-        kernel = self.weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(P * P * C, c.width)
+            positions = b.node("Gather", [positions, ids], "keep/positions", axis=0)
         tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernel)], "patch_embed/MatMul")
         return b.node("Add", [tokens, positions], "patch_embed/Add")
 
-    def _block(self, tokens: str, name: str) -> str:
-        """Pre-norm attention and MLP with their residuals: `(B, T, D) -> (B, T, D)`."""
+    def _patch_kernel(self) -> tuple[Array, Array]:
+        """Weight `(P * P * C, D)` and bias `(D,)` of the patch embedding; with uint8 images, the normalisation folded in.
+
+        `W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))`: exact but for rounding.
+        """
+        c = self.config
+        kernel = self.weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(c.patch_dim, c.width)
+        bias = self.weights["patch_embed.proj.bias"]
+        if self.spec.images != "uint8":
+            return kernel, bias
+        mean, std = self._statistics()
+        folded = kernel.astype(np.float64)
+        bias = bias - (mean / std) @ folded
+        return (folded / (255 * std[:, None])).astype(np.float32), bias.astype(np.float32)
+
+    def _statistics(self) -> tuple[Array, Array]:
+        """Mean and standard deviation for each value of a patch, `(P * P * C,)`, float64."""
+        preprocess = from_dict(Preprocess, self.metadata.preprocess)
+        mean, std = (np.tile(np.asarray(values, np.float64), self.config.patch**2) for values in (preprocess.mean, preprocess.std))
+        return mean, std
+
+    def _token_ids(self) -> str:
+        """The inputs that name the patches, as `places`."""
         b = self.builder
-        attention = self._attention(self._layer_norm(tokens, f"{name}.norm1"), f"{name}.attn")
-        tokens = b.node("Add", [tokens, attention], f"{name}/attn_residual")
-        hidden = self._gelu(self._linear(self._layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp.gelu")
-        return b.node("Add", [tokens, self._linear(hidden, f"{name}.mlp.fc2")], f"{name}/mlp_residual")
+        kept = b.input("ids_keep", np.int64, [self.batch, self.keep])
+        if self.ragged:
+            real = self._real(kept)
+            # Padding may hold anything: it becomes copies of CLS, which read no pixel and can widen no range of values.
+            kept = b.node("Where", [real, kept, b.scalar(-1, np.int64)], "ids/safe")
+            self.padding = self._mask(real)
+        self.places = b.node("Pad", [b.node("Add", [kept, b.integers(1)], "ids/shift"), b.integers(0, 1, 0, 0)], "ids/cls")
+        return self.places
 
-    def _attention(self, tokens: str, name: str) -> str:
-        """`softmax(q k^T) v` written out, the scale folded into q's weights: `(B, T, D) -> (B, T, D)`."""
-        b, c = self.builder, self.config
-        H, d = c.heads, c.width // c.heads
-        weight, bias = self.weights[f"{name}.qkv.weight"], self.weights[f"{name}.qkv.bias"]
-        scale = np.ones(3 * c.width, np.float32)
-        scale[: c.width] = 1 / math.sqrt(d)
-        qkv = self._linear(tokens, f"{name}.qkv", weight * scale[:, None], bias * scale)
-        qkv = b.node("Reshape", [qkv, b.integers(0, 0, 3, H, d)], f"{name}/heads")
-        qkv = b.node("Transpose", [qkv], f"{name}/qkv_first", perm=[2, 0, 3, 1, 4])
-        q, k, v = (b.node("Gather", [qkv, b.weight(f"const/index_{i}", np.array(i, np.int64))], f"{name}/{part}", axis=0) for i, part in enumerate("qkv"))
-        k = b.node("Transpose", [k], f"{name}/k_transposed", perm=[0, 1, 3, 2])
-        scores = b.node("Softmax", [b.node("MatMul", [q, k], f"{name}/qk")], f"{name}/softmax", axis=-1)
-        mixed = b.node("Transpose", [b.node("MatMul", [scores, v], f"{name}/av")], f"{name}/heads_last", perm=[0, 2, 1, 3])
-        return self._linear(b.node("Reshape", [mixed, b.integers(0, 0, c.width)], f"{name}/merged"), f"{name}.proj")
-
-    def _linear(self, value: str, name: str, weight: Array | None = None, bias: Array | None = None) -> str:
+    def _real(self, kept: str) -> str:
+        """Which entries of `ids_keep` are real: bool `(B, K)`, position < num_keep."""
         b = self.builder
-        weight = self.weights[f"{name}.weight"] if weight is None else weight
-        bias = self.weights[f"{name}.bias"] if bias is None else bias
-        product = b.node("MatMul", [value, b.weight(f"{name}.weight", weight.T)], f"{name}/MatMul")
-        return b.node("Add", [product, b.weight(f"{name}.bias", bias)], f"{name}/Add")
+        num_keep = b.cast(b.input("num_keep", np.int64, [self.batch]), FLOAT32)
+        num_keep = b.node("Unsqueeze", [num_keep, b.integers(1)], "padding/num_keep")
+        if isinstance(self.keep, int):
+            ordinals = b.weight("padding/ordinals", np.arange(1, self.keep + 1, dtype=np.float32)[None])
+        else:  # 1, 2, … K without shape arithmetic: a running sum of ones
+            ones = b.cast(b.node("Equal", [kept, kept], "padding/ones"), FLOAT32)
+            ordinals = b.node("CumSum", [ones, b.scalar(1, np.int64)], "padding/ordinals")
+        return b.node("LessOrEqual", [ordinals, num_keep], "padding/real")
 
-    def _layer_norm(self, value: str, name: str) -> str:
+    def _mask(self, real: str) -> str:
+        """What keeps padding out of attention: FP32 `(B, 1, 1, T)`, 0 where a token is real, very negative where it is padding."""
         b = self.builder
-        scale, bias = (b.weight(f"{name}.{part}", self.weights[f"{name}.{part}"]) for part in ("weight", "bias"))
-        return b.node("LayerNormalization", [value, scale, bias], f"{name}/LayerNormalization", axis=-1, epsilon=_EPSILON)
+        tokens = b.node("Pad", [b.cast(real, FLOAT32), b.integers(0, 1, 0, 0), b.scalar(1.0)], "padding/tokens")
+        masked = b.scalar(_MASKED[self.arithmetic.of("softmax").name])
+        bias = b.node("Mul", [b.node("Sub", [b.scalar(1.0), tokens], "padding/absent"), masked], "padding/bias")
+        return b.node("Unsqueeze", [bias, b.integers(1, 2)], "padding/scores")
 
-    def _gelu(self, value: str, name: str) -> str:
-        """The exact form, which engines know and fuse: `0.5 x (1 + erf(x / sqrt 2))`."""
+    @cached_property
+    def _real_rows(self) -> str:
+        """FP32 `(B, T, 1)`: 1 where a token is real, 0 where it is padding."""
+        return self.builder.node("Unsqueeze", ["padding/tokens", self.builder.integers(2)], "padding/rows")
+
+    # --- tokens to outputs -----------------------------------------------------------------------------------------------
+
+    def _after(self, writer: BlockWriter, blocks: list[str], index: int) -> str:
+        """FP32 tokens after a block, `(B, T, D)`."""
+        index %= len(blocks)
+        return self.builder.cast(writer.tokens(blocks[index], self.config.width, f"blocks.{index}/tokens"), FLOAT32)
+
+    def _inner(self, writer: BlockWriter, blocks: list[str], names: tuple[str, ...]) -> dict[str, tuple[str, list[Dim]]]:
+        """What is asked for of the tokens before the final norm: `block_I` and the pyramid."""
         b = self.builder
-        root, one, half = (b.weight(f"const/{label}", np.array(number, np.float32)) for label, number in (("sqrt2", math.sqrt(2)), ("one", 1.0), ("half", 0.5)))
-        erf = b.node("Erf", [b.node("Div", [value, root], f"{name}/scaled")], f"{name}/erf")
-        product = b.node("Mul", [value, b.node("Add", [erf, one], f"{name}/shifted")], f"{name}/product")
-        return b.node("Mul", [product, half], f"{name}/half")
+        values: dict[str, tuple[str, list[Dim]]] = {}
+        for name in names:
+            if match := re.fullmatch(r"block_(\d+)", name):
+                values[name] = self._patch_tokens(self._after(writer, blocks, int(match[1])), name), [self.batch, self.keep, self.config.width]
+        if levels := [name for name in names if name in LEVELS]:
+            assert self.spec.pyramid is not None
+            last = self._feature_map(self._after(writer, blocks, -1), "last_block")  # ViTDet's encoder has no final norm
+            values |= write_pyramid(b, last, self.spec.pyramid, self.config.grid_size, self.batch, levels)
+        return values
 
-    def _outputs(self, tokens: str, metadata: Metadata, names: tuple[str, ...]) -> None:
+    def _features(self, writer: BlockWriter, tokens: str, names: tuple[str, ...]) -> dict[str, tuple[str, list[Dim]]]:
         """Only what was asked for, and what that needs."""
         b, B, D = self.builder, self.batch, self.config.width
-        averaged = metadata.kind == "classifier" and metadata.pool == "avg"
         values: dict[str, tuple[str, list[Dim]]] = {}
-        if "cls" in names or ("logits" in names and not averaged):
-            values["cls"] = b.node("Gather", [tokens, b.weight("const/index_0", np.array(0, np.int64))], "outputs/cls", axis=1), [B, D]
-        if "tokens" in names or "pooled" in names or ("logits" in names and averaged):
-            patches = b.node("Slice", [tokens, b.integers(1), b.integers(np.iinfo(np.int64).max), b.integers(1)], "outputs/tokens")
-            pooled = b.node("ReduceMean", [patches], "outputs/mean", axes=[1], keepdims=0) if "pooled" in names or averaged else ""
-            values["tokens"] = patches, [B, self.keep, D]
-            values["pooled"] = self._layer_norm(pooled, "fc_norm") if averaged else pooled, [B, D]
+        wanted = {*names, *({"pooled" if self.averaged else "cls"} if "logits" in names else ())}
+        if "cls" in wanted:
+            values["cls"] = b.node("Gather", [tokens, b.scalar(0, np.int64)], "outputs/cls", axis=1), [B, D]
+        if wanted & {"tokens", "pooled"}:
+            values["tokens"] = self._patch_tokens(tokens, "tokens"), [B, self.keep, D]
+        if "pooled" in wanted:
+            pooled = self._mean(values["tokens"][0])
+            values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
         if "logits" in names:
-            values["logits"] = self._linear(values["pooled" if averaged else "cls"][0], "head"), [B, metadata.num_classes or 0]
-        for name in names:
-            b.output(name, *values[name])
+            values["logits"] = writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head"), [B, self.metadata.num_classes or 0]
+        if "feature_map" in names:
+            values["feature_map"] = self._feature_map(tokens, "tokens"), [B, D, *self.config.grid_size]
+        return values
+
+    def _patch_tokens(self, tokens: str, name: str) -> str:
+        """Without CLS, `(B, K, D)`; padded rows are zero."""
+        b = self.builder
+        if self.ragged:
+            tokens = b.node("Mul", [tokens, self._real_rows], f"outputs/{name}/real")
+        return self._without_cls(tokens, f"outputs/{name}")
+
+    def _without_cls(self, tokens: str, name: str) -> str:
+        b = self.builder
+        return b.node("Slice", [tokens, b.integers(1), b.integers(np.iinfo(np.int64).max), b.integers(1)], name)
+
+    def _mean(self, patch_tokens: str) -> str:
+        """Mean over the real patches: `(B, K, D) -> (B, D)`."""
+        b = self.builder
+        if not self.ragged:
+            return b.mean(patch_tokens, 1, "outputs/mean")
+        total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "outputs/sum", keepdims=0)
+        return b.node("Div", [total, "padding/num_keep"], "outputs/mean")
+
+    def _feature_map(self, tokens: str, name: str) -> str:
+        """Tokens at their places in the grid, zeros where a patch is not visible: `(B, T, D) -> (B, D, H', W')`."""
+        b, c = self.builder, self.config
+        patches = self._without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
+        columns = b.node("Transpose", [patches], f"maps/{name}/channels_first", perm=[0, 2, 1])
+        return b.node("Reshape", [columns, b.integers(0, c.width, *c.grid_size)], f"maps/{name}")
+
+    def _placed(self, tokens: str) -> str:
+        """Tokens at their rows of the position table, zeros elsewhere: `(B, T, D) -> (B, 1 + N, D)`.
+
+        A product with one-hot rows: it needs no shape arithmetic, is exact, and costs less than one linear map of one block.
+        """
+        return self.builder.node("MatMul", [self._one_hot, tokens], f"{tokens}/placed")
+
+    @cached_property
+    def _one_hot(self) -> str:
+        """Which token is at which row of the position table: FP32 `(B, 1 + N, T)`."""
+        b = self.builder
+        rows = b.weight("places/rows", np.arange(1 + self.config.num_patches, dtype=np.int64)[None, :, None])
+        columns = b.node("Unsqueeze", [self.places, b.integers(1)], "places/columns")
+        return b.cast(b.node("Equal", [rows, columns], "places/equal"), FLOAT32)
+
+    def _reconstruct(self, latent: str, patches: str) -> str:
+        """The decoder: every patch's pixels from the latent of the visible ones, FP32 `(B, N, P * P * C)`."""
+        b, weights = self.builder, self.weights
+        decoder = from_dict(DecoderConfig, self.metadata.decoder or {})
+        writer = self._block_writer(self.config.num_patches)
+        # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed, and the table has the rest.
+        mask_token = weights["mask_token"][0, 0]
+        visible = writer.fp32_linear(latent, "decoder_embed", bias=weights["decoder_embed.bias"] - mask_token)
+        table = b.weight("decoder_table", weights["decoder_pos_embed"][0] + mask_token)
+        tokens = b.cast(b.node("Add", [self._placed(visible), table], "decoder/tokens"), self.arithmetic.of("residual"))
+        rows = writer.rows(tokens, decoder.decoder_embed_dim, "decoder_blocks/rows")
+        for index in range(decoder.decoder_depth):
+            rows = writer.block(rows, f"decoder_blocks.{index}", decoder.decoder_num_heads)
+        # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the graph has Q/DQ.
+        tokens = writer.layer_norm(writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32)
+        return self._pixels(writer.fp32_linear(self._without_cls(tokens, "decoder/patches"), "decoder_pred"), patches)
+
+    def _pixels(self, pixels: str, patches: str) -> str:
+        """From the decoder's target to the space asked for; each patch's mean and variance are those of the input image."""
+        b, (mean, std) = self.builder, self._statistics()
+        if self.spec.pixels == "target":
+            return pixels
+        per_value = [b.weight(f"pixels/{name}", values.astype(np.float32)) for name, values in (("mean", mean), ("std", std))]
+        if self.metadata.norm_pix_loss:
+            if self.spec.images == "uint8":
+                patches = b.node("Div", [patches, b.scalar(255.0)], "pixels/unit")
+                patches = b.node("Div", [b.node("Sub", [patches, per_value[0]], "pixels/shifted"), per_value[1]], "pixels/normalised")
+            n = self.config.patch_dim
+            centre = b.mean(patches, 2, "pixels/centre", keepdims=True)
+            away = b.node("Sub", [patches, centre], "pixels/away")
+            spread = b.mean(b.node("Mul", [away, away], "pixels/squares"), 2, "pixels/spread", keepdims=True)
+            variance = b.node("Mul", [spread, b.scalar(n / (n - 1))], "pixels/variance")
+            deviation = b.node("Sqrt", [b.node("Add", [variance, b.scalar(_PIXEL_EPSILON)], "pixels/floored")], "pixels/deviation")
+            pixels = b.node("Add", [b.node("Mul", [pixels, deviation], "pixels/scaled"), centre], "pixels/restored")
+        if self.spec.pixels == "image":
+            pixels = b.node("Add", [b.node("Mul", [pixels, per_value[1]], "pixels/contrast"), per_value[0]], "pixels/image")
+        return pixels

@@ -20,7 +20,12 @@ from mae_deploy.runtime.manifest import TensorEntry
 
 OPSET = 17
 """The highest that TensorRT 8.6 reads, and the first with LayerNormalization."""
-IR_VERSION = 8
+
+OPSET_TYPED_SCALES = 19
+"""The first whose QuantizeLinear takes FP16, with FP16 scales: INT8 in an FP16 graph."""
+
+_IR_VERSIONS = {OPSET: 8, OPSET_TYPED_SCALES: 9}
+"""The file format's version that came with each opset."""
 
 INLINE_LIMIT = 1 << 30
 """Weights of more bytes go to a file beside the graph (protobuf ends at 2 GiB)."""
@@ -36,39 +41,78 @@ Dim = int | str
 Array = npt.NDArray[Any]
 
 
-class GraphBuilder:
-    """Collects nodes, weights, inputs and outputs."""
+_RESULT_TYPES: dict[str, np.dtype[Any]] = {
+    "QuantizeLinear": np.dtype(np.int8),
+    "DynamicQuantizeLinear": np.dtype(np.uint8),
+    "MatMulInteger": np.dtype(np.int32),
+    "Equal": np.dtype(np.bool_),
+    "LessOrEqual": np.dtype(np.bool_),
+}
+"""Of operators whose result is not of the type of their first input; see also `_result_type`."""
 
-    def __init__(self, name: str) -> None:
+
+class GraphBuilder:
+    """Collects nodes, weights, inputs and outputs, and knows every value's type."""
+
+    def __init__(self, name: str, *, opset: int = OPSET) -> None:
         self.name = name
-        self._nodes: list[onnx.NodeProto] = []
+        self.opset = opset
+        self.types: dict[str, np.dtype[Any]] = {}
+        self._nodes: dict[str, onnx.NodeProto] = {}
         self._weights: dict[str, Array] = {}
         self._inputs: list[onnx.ValueInfoProto] = []
         self._outputs: list[onnx.ValueInfoProto] = []
 
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[Dim]) -> str:
         """Declare a graph input; returns its name."""
+        self.types[name] = np.dtype(dtype)
         self._inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)))
         return name
 
     def output(self, name: str, value: str, shape: Sequence[Dim], dtype: npt.DTypeLike = np.float32) -> None:
-        """Declare a graph output: `value` under the name that users see."""
-        self._nodes.append(helper.make_node("Identity", [value], [name], name=f"output/{name}"))
-        self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)))
+        """Declare a graph output: `value` under the name that users see, in `dtype`."""
+        dtype = np.dtype(dtype)
+        attributes: dict[str, Any] = {} if self.types[value] == dtype else {"to": helper.np_dtype_to_tensor_dtype(dtype)}
+        self._nodes[f"output/{name}"] = helper.make_node("Cast" if attributes else "Identity", [value], [name], name=f"output/{name}", **attributes)
+        self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), list(shape)))
 
     def weight(self, name: str, value: Array) -> str:
         """Store a constant tensor under a name; returns the name. The same name again must mean the same tensor."""
         self._weights.setdefault(name, value)
+        self.types[name] = value.dtype
         return name
 
     def integers(self, *values: int) -> str:
-        """An int64 constant, shared by all who need the same one."""
+        """An int64 vector, shared by all who need the same one."""
         return self.weight("const/" + "_".join(map(str, values)), np.array(values, np.int64))
 
-    def node(self, op: str, inputs: Sequence[str], name: str, **attributes: Any) -> str:
-        """Add a node with one output, which carries the node's name."""
-        self._nodes.append(helper.make_node(op, list(inputs), [name], name=name, **attributes))
+    def scalar(self, value: float, dtype: npt.DTypeLike = np.float32) -> str:
+        """A scalar constant, shared by all who need the same one."""
+        dtype = np.dtype(dtype)
+        return self.weight(f"const/{dtype.name}/{value!r}", np.array(value, dtype))
+
+    def node(self, op: str, inputs: Sequence[str], name: str, *, extra_outputs: Sequence[str] = (), **attributes: Any) -> str:
+        """Add a node whose first output carries the node's name; returns that. The same name again means the same node."""
+        node = helper.make_node(op, list(inputs), [name, *extra_outputs], name=name, **attributes)
+        assert self._nodes.setdefault(name, node) == node, f"two nodes are named {name}"
+        self.types[name] = self._result_type(op, inputs, attributes)
+        if op == "DynamicQuantizeLinear":
+            self.types |= dict(zip(extra_outputs, (np.dtype(np.float32), np.dtype(np.uint8)), strict=True))
         return name
+
+    def cast(self, value: str, dtype: npt.DTypeLike) -> str:
+        """The value in another type: one Cast for all who need it, none where it has that type."""
+        dtype = np.dtype(dtype)
+        name = f"{value}/{dtype.name}"
+        if self.types[value] == dtype:
+            return value
+        return name if name in self.types else self.node("Cast", [value], name, to=helper.np_dtype_to_tensor_dtype(dtype))
+
+    def mean(self, value: str, axis: int, name: str, *, keepdims: bool = False) -> str:
+        """The mean along an axis; from opset 18 on, ReduceMean takes the axes as an input."""
+        if self.opset < 18:
+            return self.node("ReduceMean", [value], name, axes=[axis], keepdims=int(keepdims))
+        return self.node("ReduceMean", [value, self.integers(axis)], name, keepdims=int(keepdims))
 
     def inputs(self) -> list[TensorEntry]:
         """The inputs as a manifest records them."""
@@ -85,7 +129,7 @@ class GraphBuilder:
             CheckFailed: the ONNX checker or shape inference refuses the graph.
         """
         files = [path]
-        used = {name for node in self._nodes for name in node.input}
+        used = {name for node in self._nodes.values() for name in node.input}
         weights = {name: value for name, value in self._weights.items() if name in used}
         # Shapes and other small constants stay in the graph, where shape inference can read them.
         large = {name: value for name, value in weights.items() if value.nbytes >= _LARGE}
@@ -96,14 +140,21 @@ class GraphBuilder:
             files.append(data)
         else:
             tensors += [_inline(name, value) for name, value in large.items()]
-        graph = helper.make_graph(self._nodes, self.name, self._inputs, self._outputs, tensors)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="mae-deploy")
+        graph = helper.make_graph(list(self._nodes.values()), self.name, self._inputs, self._outputs, tensors)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=_IR_VERSIONS[self.opset], producer_name="mae-deploy")
         onnx.save_model(model, path)
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise CheckFailed(f"the exported graph is not valid ONNX: {' '.join(str(error).split())}") from error
         return files
+
+    def _result_type(self, op: str, inputs: Sequence[str], attributes: dict[str, Any]) -> np.dtype[Any]:
+        if op == "Cast":
+            return np.dtype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
+        if op in ("DequantizeLinear", "Where"):  # the scale's; that of the values chosen from
+            return self.types[inputs[1]]
+        return _RESULT_TYPES.get(op, self.types[inputs[0]])
 
 
 def _entry(info: onnx.ValueInfoProto) -> TensorEntry:

@@ -2,40 +2,141 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.preprocess import Array
+from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.pyramid import SimpleFeaturePyramid
+from mae_deploy.models.vit import Classifier, Encoder, patchify
+from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 
 _BATCH = 8
 
 
-@torch.no_grad()
-def reference_outputs(model: Encoder, images: Array, ids_keep: Array | None, names: tuple[str, ...], device: str) -> dict[str, Array]:
-    """The named outputs in float32.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Reference:
+    """A model, and what beyond its own outputs a graph may give."""
 
-    Args:
-        images: float32 `(S, C, H, W)`, normalised.
-        ids_keep: int64 `(S, K)`, or None for all patches.
-    """
-    model = model.to(device).eval()
-    found: dict[str, list[Array]] = {name: [] for name in names}
-    for first in range(0, len(images), _BATCH):
-        batch = torch.from_numpy(images[first : first + _BATCH]).to(device)
-        ids = torch.from_numpy(ids_keep[first : first + _BATCH]).to(device) if ids_keep is not None else None
-        for name, value in _outputs(model, batch, ids).items():
-            if name in found:
-                found[name].append(value.float().cpu().numpy())
-    return {name: np.concatenate(values) for name, values in found.items()}
+    model: Encoder
+    """Encoder, classifier, or autoencoder where `pixels` are asked for; in evaluation mode."""
+    preprocess: Preprocess
+    pyramid: SimpleFeaturePyramid | None = None
+    pixels: str = "target"
+    """See `export.graph.GraphSpec.pixels`."""
+    device: str = "cpu"
+
+    @torch.no_grad()
+    def outputs(self, inputs: dict[str, Array], names: tuple[str, ...]) -> dict[str, Array]:
+        """The named outputs, float32 `(S, ...)`.
+
+        Args:
+            inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are seen; `num_keep`, int64 `(S,)`,
+                where the rows of `ids_keep` are padded: each image is then run alone with its own patches, and padded rows are zero.
+        """
+        self._place()
+        found: dict[str, list[Array]] = {name: [] for name in names}
+        for images, ids in self._batches(inputs):
+            values = self._values(images, ids, names)
+            for name in names:
+                found[name].append(_padded(name, values[name].float().cpu().numpy(), inputs))
+        return {name: np.concatenate(values) for name, values in found.items()}
+
+    @torch.no_grad()
+    def blocks(self, inputs: dict[str, Array], num_samples: int, num_tokens: int) -> Array:
+        """Tokens after every block, CLS first: float32 `(S, L, T, D)` for the first samples and at most so many tokens that every sample has."""
+        self._place()
+        few = {name: array[:num_samples] for name, array in inputs.items()}
+        least = 1 + int(few[NUM_KEEP].min()) if NUM_KEEP in few else num_tokens
+        found = []
+        for images, ids in self._batches(few):
+            with _tapped(self.model) as inner:
+                Encoder.forward(self.model, images, ids)
+            found.append(torch.stack(inner, dim=1)[:, :, : min(num_tokens, least)].float().cpu().numpy())
+        return np.concatenate(found)
+
+    def _place(self) -> None:
+        self.model.to(self.device).eval()
+        if self.pyramid is not None:
+            self.pyramid.to(self.device).eval()
+
+    def _batches(self, inputs: dict[str, Array]) -> Iterator[tuple[Tensor, Tensor | None]]:
+        images, ids_keep, num_keep = (torch.from_numpy(inputs[name]) if name in inputs else None for name in (IMAGES, IDS_KEEP, NUM_KEEP))
+        assert images is not None
+        step = 1 if num_keep is not None else _BATCH
+        for first in range(0, len(images), step):
+            ids = ids_keep[first : first + step] if ids_keep is not None else None
+            if ids is not None and num_keep is not None:
+                ids = ids[:, : int(num_keep[first])]
+            yield images[first : first + step].to(self.device), ids.to(self.device) if ids is not None else None
+
+    def _values(self, images: Tensor, ids_keep: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+        model = self.model
+        with _tapped(model) as inner:
+            tokens = Encoder.forward(model, images, ids_keep)
+        values = {"cls": tokens[:, 0], "tokens": tokens[:, 1:], "pooled": tokens[:, 1:].mean(dim=1)}
+        values |= {f"block_{index}": block[:, 1:] for index, block in enumerate(inner)}
+        if isinstance(model, Classifier):
+            if model.pool == "avg":
+                values["pooled"] = model.fc_norm(values["pooled"])
+            values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
+        values["feature_map"] = _feature_map(tokens[:, 1:], ids_keep, model.config.grid_size)
+        if self.pyramid is not None:
+            values |= self.pyramid(_feature_map(inner[-1][:, 1:], ids_keep, model.config.grid_size))
+        if "pixels" in names:
+            assert isinstance(model, MaskedAutoencoder) and ids_keep is not None
+            values["pixels"] = self._pixels(model, images, model.forward_decoder(tokens, restoring(ids_keep, model.config.num_patches)))
+        return values
+
+    def _pixels(self, model: MaskedAutoencoder, images: Tensor, pixels: Tensor) -> Tensor:
+        if self.pixels != "target" and model.norm_pix_loss:
+            variance, mean = torch.var_mean(patchify(images, model.config.patch), dim=-1, keepdim=True)
+            pixels = pixels * (variance + 1e-6).sqrt() + mean
+        if self.pixels == "image":
+            mean, std = (pixels.new_tensor(values).repeat(model.config.patch**2) for values in (self.preprocess.mean, self.preprocess.std))
+            pixels = pixels * std + mean
+        return pixels
 
 
-def _outputs(model: Encoder, images: Tensor, ids_keep: Tensor | None) -> dict[str, Tensor]:
-    tokens = Encoder.forward(model, images, ids_keep)
-    values = {"cls": tokens[:, 0], "tokens": tokens[:, 1:], "pooled": tokens[:, 1:].mean(dim=1)}
-    if isinstance(model, Classifier):
-        if model.pool == "avg":
-            values["pooled"] = model.fc_norm(values["pooled"])
-        values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
-    return values
+@contextmanager
+def _tapped(model: Encoder) -> Iterator[list[Tensor]]:
+    """Collect what every encoder block gives, `(B, T, D)` each."""
+    inner: list[Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        inner.append(output)
+
+    hooks = [block.register_forward_hook(keep) for block in model.blocks]
+    try:
+        yield inner
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _feature_map(tokens: Tensor, ids_keep: Tensor | None, grid_size: tuple[int, int]) -> Tensor:
+    """Tokens at their places, zeros elsewhere: `(B, K, D) -> (B, D, H', W')`."""
+    B, _, D = tokens.shape
+    H, W = grid_size
+    placed = tokens if ids_keep is None else tokens.new_zeros(B, H * W, D).scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, D), tokens)
+    return placed.transpose(1, 2).reshape(B, D, H, W)
+
+
+def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:
+    """`ids_restore (B, N)` of a shuffle that begins with `ids_keep` (the order of the masked patches means nothing)."""
+    masked = torch.ones(len(ids_keep), num_patches, dtype=torch.bool, device=ids_keep.device).scatter(1, ids_keep, False)
+    rest = masked.nonzero()[:, 1].reshape(len(ids_keep), -1)
+    return torch.cat([ids_keep, rest], dim=1).argsort(dim=1)
+
+
+def _padded(name: str, value: Array, inputs: dict[str, Array]) -> Array:
+    """Rows of a ragged batch filled up with zeros to the padded length."""
+    if NUM_KEEP not in inputs or not (name == "tokens" or name.startswith("block_")):
+        return value
+    missing = inputs[IDS_KEEP].shape[1] - value.shape[1]
+    return np.pad(value, ((0, 0), (0, missing), (0, 0)))

@@ -10,17 +10,21 @@ import numpy as np
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
+from mae_deploy.export.config import Range
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
 from mae_deploy.progress import notice
+from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
 
 
 @dataclass(frozen=True, slots=True)
 class Samples:
-    """Preprocessed images, patch indices, and where the images come from."""
+    """Cropped images, and where they come from."""
 
-    images: Array
-    """float32 `(S, C, H, W)`, normalised."""
+    pixels: Array
+    """uint8 `(S, H, W, C)`."""
     source: str
+    paths: tuple[Path, ...] = ()
+    """The files, where there are any."""
 
 
 def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, count: int) -> Samples:
@@ -31,20 +35,37 @@ def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, coun
     """
     if folder is not None:
         if images := _read(find_images(folder), spec, count):
-            return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {folder}")
+            return Samples(np.stack(list(images.values())), f"{len(images)} images of {folder}", tuple(images))
         raise ConfigError(f"no readable image below --samples {folder}")
     for place in _data_folders(metadata.provenance):
         if images := _read(_images_left(place), spec, count):
-            return Samples(spec.normalise(np.stack(images)), f"{len(images)} images of {place}")
+            return Samples(np.stack(list(images.values())), f"{len(images)} images of {place}", tuple(images))
     notice("no images at hand:", "parity is checked on synthetic ones; pass --samples FOLDER for real ones")
-    return Samples(spec.normalise(_synthetic(spec, count)), f"{count} synthetic images with a 1/f spectrum")
+    return Samples(_synthetic(spec, count), f"{count} synthetic images with a 1/f spectrum")
 
 
-def visible_patches(num_patches: int, keep: int | None, count: int, seed: int) -> Array:
-    """Random `ids_keep (S, K)`, int64; a quarter of the patches where K is dynamic."""
-    K = keep or max(1, num_patches // 4)
+def spread_first(paths: list[Path], count: int) -> list[Path]:
+    """First `count` paths spread over all, so that not one class alone is seen; then the others, which stand in for files that cannot be read."""
+    spread = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)] if len(paths) > count else paths
+    return list(dict.fromkeys([*spread, *paths]))
+
+
+def token_inputs(mode: str, num_patches: int, keep: Range, count: int, seed: int) -> dict[str, Array]:
+    """Random `ids_keep (S, K)`, int64, with K = opt of `keep`; in ragged mode padded to its max, with `num_keep (S,)` from its min to its max.
+
+    The padding of a ragged batch holds garbage on purpose: it must not matter.
+    """
     rng = np.random.default_rng(seed)
-    return np.stack([rng.permutation(num_patches)[:K] for _ in range(count)]).astype(np.int64)
+    least, usual, most = keep
+    if mode != "ragged":
+        return {IDS_KEEP: np.stack([rng.permutation(num_patches)[:usual] for _ in range(count)]).astype(np.int64)}
+    lengths = rng.integers(least if least < most else 1, most, size=count, endpoint=True)
+    lengths[0] = most
+    lengths[-1] = least if least < most or count == 1 else 1
+    ids = rng.integers(np.iinfo(np.int64).min, np.iinfo(np.int64).max, size=(count, most))
+    for row, length in zip(ids, lengths, strict=True):
+        row[:length] = rng.permutation(num_patches)[:length]
+    return {IDS_KEEP: ids, NUM_KEEP: lengths.astype(np.int64)}
 
 
 def _data_folders(provenance: dict[str, Any]) -> list[Path]:
@@ -60,15 +81,13 @@ def _images_left(place: Path) -> list[Path]:
         return []
 
 
-def _read(paths: list[Path], spec: Preprocess, count: int) -> list[Array]:
-    # Spread over the folder, so that not one class alone is seen; the others stand in for files that cannot be read.
-    spread = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)] if len(paths) > count else paths
-    images: list[Array] = []
-    for path in dict.fromkeys([*spread, *paths]):
+def _read(paths: list[Path], spec: Preprocess, count: int) -> dict[Path, Array]:
+    images: dict[Path, Array] = {}
+    for path in spread_first(paths, count):
         if len(images) == count:
             break
         try:
-            images.append(spec.crop(read_image(path, spec.channels)))
+            images[path] = spec.crop(read_image(path, spec.channels))
         except UnreadableImage as error:
             notice("skipped", str(error))
     return images

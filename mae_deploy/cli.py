@@ -13,9 +13,9 @@ import typer
 from mae_deploy import __version__
 from mae_deploy.commands.config import BenchmarkConfig, DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
 from mae_deploy.distill.config import DistillConfig
-from mae_deploy.errors import CheckFailed, MaeDeployError, import_optional
+from mae_deploy.errors import MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.options import Result, command
+from mae_deploy.options import command
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
 
 app = typer.Typer(
@@ -73,15 +73,9 @@ def export(config: ExportConfig) -> Any:
 @command(app, VerifyConfig)
 def verify(config: VerifyConfig) -> Any:
     """Prove that a bundle computes on this machine what PyTorch computed; needs no torch."""
-    from mae_deploy.commands.views import verification_table
-    from mae_deploy.runtime.bundle import Bundle
-    from mae_deploy.runtime.verify import verify_bundle
+    from mae_deploy.commands.verify import run
 
-    verification = verify_bundle(Bundle.load(config.bundle), config.engine, device=config.device, threads=config.threads)
-    result = Result(verification.to_dict(), verification_table(verification))
-    if not verification.passed:
-        raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(verification.failures)}", result=result)
-    return result
+    return run(config)
 
 
 @command(app, PredictConfig)
@@ -94,7 +88,7 @@ def predict(config: PredictConfig) -> Any:
 
 @command(app, BenchmarkConfig)
 def benchmark(config: BenchmarkConfig) -> Any:
-    """Time bundles in turns: medians, percentiles, and the ratio to the first; needs no torch."""
+    """Compare bundles, engines, numbers of patches and batch sizes on this machine, timed in turns; needs no torch."""
     from mae_deploy.commands.benchmark import run
 
     return run(config)

@@ -73,9 +73,12 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     visible = command("export", "runs/student", "--out", "bundles/visible", "--tokens", "visible", "--num-samples", 5)
     assert (visible["samples"], visible["licence"]) == ("5 images of photos", "own")
     command("export", "runs/mae", "--out", "bundles/visible-2", "--tokens", "visible:2", "--batch", 1, "--samples", "photos")
+    pixels = command("export", "runs/mae", "--out", "bundles/decoder", "--tokens", "reconstruct", "--pixels", "image", "--precision", "fp16")
+    assert (pixels["samples"], [row["name"] for row in pixels["parity"]]) == ("11 images of photos", ["pixels"])
 
     # Verify and run.
-    for name, outputs in (("classifier", ["logits", "pooled"]), ("visible", ["cls", "tokens", "pooled"]), ("visible-2", ["cls", "tokens", "pooled"])):
+    tokens = ["cls", "tokens", "pooled"]
+    for name, outputs in (("classifier", ["logits", "pooled"]), ("visible", tokens), ("visible-2", tokens), ("decoder", ["pixels"])):
         verified = command("verify", f"bundles/{name}")
         assert verified["passed"] is True
         assert [row["name"] for row in verified["outputs"]] == outputs
@@ -88,9 +91,9 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     assert written["outputs"] == {"cls": [11, 64], "tokens": [11, 2, 64], "pooled": [11, 64]}
     with np.load("features.npz") as archive:
         assert archive["paths"].tolist() == [f"photos/{number:02d}.png" for number in range(11)]
-    rows = main(["benchmark", "bundles/classifier", "bundles/visible", "--repeats", "2", "--warmup", "0", "--json"])
+    rows = main(["benchmark", "bundles/classifier", "bundles/visible", "--repeats", "2", "--warmup", "0", "--no-probe", "--json"])
     assert rows == 0
-    assert [row["patches"] for row in json.loads(capsys.readouterr().out)] == [6, 1]
+    assert [row["patches"] for row in json.loads(capsys.readouterr().out)["rows"]] == [6, 1]
 
     # Whoever holds the bundle knows where it came from.
     record = command("info", "bundles/classifier")["provenance"]["checkpoint"]

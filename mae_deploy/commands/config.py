@@ -15,9 +15,11 @@ class ImportConfig:
     """Settings of `mae-deploy import`."""
 
     source: Path = setting(argument=True, flag="SRC")
-    """Weights of the original implementation (.pth), timm or Hugging Face (.safetensors, .bin, or a model folder)."""
+    """Weights of the original implementation (.pth), timm or Hugging Face (.safetensors, .bin, .pth, or a model folder)."""
     out: Path
     """Checkpoint folder to write."""
+    model: str | None = None
+    """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what config.json or the tensors say."""
     image_size: tuple[int, int] | None = None
     """Height and width, H[,W]; needed where the patches form no square; for another grid the position embeddings are interpolated."""
     num_heads: int | None = None
@@ -40,10 +42,14 @@ class VerifyConfig:
 
     bundle: Path = setting(argument=True)
     """Bundle folder."""
+    layers: bool = False
+    """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
     engine: str = "auto"
-    """auto, or onnxruntime (onnx)."""
+    """onnxruntime (onnx) or openvino (ov); auto: the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
-    """CPU threads of the engine; default: one for each core."""
+    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
     """Not used: the golden samples are fixed."""
     device: Device = "cpu"
@@ -65,15 +71,17 @@ class PredictConfig:
     outputs: tuple[str, ...] | None = None
     """Outputs to compute, by name; default: all."""
     keep: tuple[int, ...] | None = None
-    """Patches that the encoder sees, row-major indices separated by commas (visible bundles); default: all."""
+    """Patches that the encoder sees, row-major indices separated by commas (visible, ragged and reconstruct bundles); default: all."""
     num_keep: int | None = None
     """See this many patches of each image instead, drawn at random."""
     batch_size: int | None = None
     """Images at a time; default: the graph's fixed batch, or 8."""
     engine: str = "auto"
-    """auto, or onnxruntime (onnx)."""
+    """onnxruntime (onnx) or openvino (ov); auto: the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
-    """CPU threads of the engine; default: one for each core."""
+    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
     """Seed of --num-keep."""
     device: Device = "cpu"
@@ -89,29 +97,53 @@ class BenchmarkConfig:
     """Settings of `mae-deploy benchmark`."""
 
     bundles: tuple[Path, ...] = setting(argument=True)
-    """Bundle folders; they are timed in turns, and compared with the first."""
-    keep_ratio: float = 0.25
-    """Share of the patches given to visible bundles without a fixed K."""
-    batch_size: int = 1
-    """Images a call; a fixed batch of a bundle wins."""
+    """Bundle folders; everything is timed in turns, and compared with the first row."""
+    against: tuple[Path, ...] | None = None
+    """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
+    engine: tuple[str, ...] = ("auto",)
+    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), or auto: the one on which a bundle was proven, where it is installed."""
+    keep: tuple[int, ...] | None = None
+    """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
+    keep_ratio: tuple[float, ...] | None = None
+    """The same as shares of the patches; may be given beside --keep."""
+    batch_size: tuple[int, ...] | None = None
+    """Images a call, separated by commas; default: 1, or what a bundle is fixed to."""
+    images: Path | None = None
+    """Folder of images for the cosine with all patches, and for top-1 where they lie in folders named by class; default: the golden samples."""
+    num_images: int = 128
+    """At most this many of them, spread over the folder."""
+    probe: bool = True
+    """Measure load time and peak memory, each row in a fresh process."""
+    out: Path | None = None
+    """Folder to write the report to: benchmark.json, .md and .png."""
     repeats: int = 30
     """Timed rounds."""
     warmup: int = 5
     """Rounds before them that are not timed."""
-    engine: str = "auto"
-    """auto, or onnxruntime (onnx)."""
     threads: int | None = None
-    """CPU threads of the engine; default: one for each core."""
+    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
     """Seed of the random images and patches."""
     device: Device = "cpu"
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.keep_ratio <= 1:
-            raise ConfigError(f"--keep-ratio {self.keep_ratio} must be above 0 and at most 1")
-        if self.batch_size < 1 or self.repeats < 1 or self.warmup < 0:
-            raise ConfigError("--batch-size and --repeats must be at least 1, --warmup at least 0")
+        if min(self.keep or (1,)) < 1:
+            raise ConfigError(f"--keep {min(self.keep or ())} must be at least 1")
+        for ratio in self.keep_ratio or ():
+            if not 0 < ratio <= 1:
+                raise ConfigError(f"--keep-ratio {ratio:g} must be above 0 and at most 1")
+        if min(self.repeats, self.num_images, *(self.batch_size or ())) < 1 or self.warmup < 0:
+            raise ConfigError("--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0")
+        if not self.engine:
+            raise ConfigError("--engine needs at least one engine")
+
+    @property
+    def keeps(self) -> tuple[int | float, ...]:
+        """Counts (int) and shares (float) of the patches."""
+        return (*(self.keep or ()), *(self.keep_ratio or ())) or (0.25,)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

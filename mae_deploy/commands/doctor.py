@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import platform
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -30,9 +32,16 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "predict": ("", ("onnxruntime",)),
     "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
     "benchmark": ("", ("onnxruntime",)),
+    "export --engine openvino": ("train,openvino", ("torch", "timm", "safetensors", "onnx", "openvino")),
+    "predict --engine openvino": ("openvino", ("openvino",)),
     "info": ("", ()),
 }
 """The extra and the modules behind each command."""
+
+CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve")
+"""What makes INT8 (vnni, amx_int8, asimddp, i8mm) and BF16 fast on a CPU, under the names that Linux has for it."""
+
+_CPUINFO = Path("/proc/cpuinfo")
 
 _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
 
@@ -48,7 +57,14 @@ def run(_: DoctorConfig) -> Result:
         for name, (extra, needed) in NEEDS.items()
         for missing in [[module for module in needed if packages[module] is None]]
     }
-    machine = {"mae_deploy": __version__, "python": platform.python_version(), "platform": platform.platform(), "nvidia_gpus": _count_gpus()}
+    machine = {
+        "mae_deploy": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_cores": os.cpu_count(),
+        "cpu_features": _cpu_features(),
+        "nvidia_gpus": _count_gpus(),
+    }
     data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
     return Result(data, _view(data))
 
@@ -72,20 +88,47 @@ def _count_gpus() -> int:
         return 0
 
 
-def _engines(packages: dict[str, str | None]) -> dict[str, str]:
-    engines = {"onnxruntime": "not installed: pip install onnxruntime", "tensorrt": "not installed: pip install 'mae-deploy[trt]'"}
-    if packages["onnxruntime"] is not None:
-        try:
-            import onnxruntime
+def _cpu_features() -> list[str] | None:
+    """Those of `CPU_FEATURES` that this CPU has; None where the system does not say."""
+    try:
+        flags = {flag for line in _CPUINFO.read_text().splitlines() if line.lower().startswith(("flags", "features")) for flag in line.split()}
+    except OSError:
+        return None
+    return [feature for feature in CPU_FEATURES if feature in flags]
 
-            engines["onnxruntime"] = ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
-        except ImportError as error:
-            engines["onnxruntime"] = f"cannot be imported: {' '.join(str(error).split())}"
+
+def _engines(packages: dict[str, str | None]) -> dict[str, str]:
+    engines = {
+        "onnxruntime": "not installed: pip install onnxruntime",
+        "openvino": "not installed: pip install 'mae-deploy[openvino]'",
+        "tensorrt": "not installed: pip install 'mae-deploy[trt]'",
+    }
+    for name, describe in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
+        if packages[name] is not None:
+            try:
+                engines[name] = describe()
+            except (ImportError, RuntimeError) as error:
+                engines[name] = f"cannot be loaded: {' '.join(str(error).split())}"
     if packages["tensorrt"] is not None:
         engines["tensorrt"] = "installed" if packages["pycuda"] is not None else "installed, but pycuda is not: pip install 'mae-deploy[trt]'"
         if _count_gpus() == 0:
             engines["tensorrt"] += "; no NVIDIA GPU here"
     return engines
+
+
+def _onnxruntime() -> str:
+    import onnxruntime
+
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+
+
+def _openvino() -> str:
+    """The CPU as OpenVINO names it, and the precisions that it computes in."""
+    import openvino
+
+    core = openvino.Core()
+    capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(name for name in ('FP32', 'FP16', 'BF16', 'INT8') if name in capabilities)}"
 
 
 def _view(data: dict[str, Any]) -> Group:
@@ -94,4 +137,5 @@ def _view(data: dict[str, Any]) -> Group:
         state = Text("ready", "green") if problem is None else Text(f"needs {', '.join(problem['missing'])}: {problem['install']}", "yellow")
         commands.add_row(name, state)
     packages = {name: version or "-" for name, version in data["packages"].items()}
-    return Group(facts_table("Machine", data["machine"]), facts_table("Packages", packages), facts_table("Engines", data["engines"]), commands)
+    machine = {**data["machine"], "cpu_features": " ".join(data["machine"]["cpu_features"] or "-")}
+    return Group(facts_table("Machine", machine), facts_table("Packages", packages), facts_table("Engines", data["engines"]), commands)

@@ -17,10 +17,12 @@ def run(config: ImportConfig) -> Result:
     """Convert, check, write; returns the report.
 
     Raises:
+        ConfigError: the model computes something that our encoder does not.
         CheckFailed: the file is damaged, carries code, or is not exactly a ViT that we know.
     """
     refuse_to_overwrite(config.out)
     options = ImportOptions(
+        model=config.model,
         image_size=config.image_size,
         num_heads=config.num_heads,
         decoder_num_heads=config.decoder_num_heads,

@@ -15,6 +15,12 @@ from mae_deploy.options import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 
+_IMAGES = {
+    "float32": "float32, normalised before the graph",
+    "float16": "float16, normalised before the graph",
+    "uint8": "uint8, normalised in the graph",
+}
+
 
 def run(config: InfoConfig) -> Result:
     """Describe a path.
@@ -67,7 +73,11 @@ def _bundle(path: Path) -> Result:
         "model": _model(manifest["model"]),
         "tokens": manifest["token_mode"] + (f", K = {manifest['keep']}" if manifest["keep"] else ""),
         "batch": manifest["batch"] or "dynamic",
-        "precision": manifest["precision"],
+        "proven for": ", ".join(_proven(name, numbers) for name, numbers in manifest["profile"].items()),
+        "proven on": manifest["engine"],
+        "precision": f"{manifest['precision']}, {'in the types of the graph' if manifest['typing'] == 'strong' else 'chosen by the engine'}",
+        "quantization": _scalars(manifest["quantization"] or {}),
+        "images": _IMAGES[bundle.image_dtype],
         "outputs": ", ".join(bundle.output_names),
         "classes": len(bundle.class_names) if bundle.class_names else "-",
         "engines": len(manifest["engines"]) or "-",
@@ -76,6 +86,17 @@ def _bundle(path: Path) -> Result:
         "size": f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:.1f} MB",
     }
     return Result({"type": "bundle", "path": str(path), **manifest}, facts_table(str(path), facts))
+
+
+def _proven(size: str, numbers: list[int]) -> str:
+    """A range of the profile: `B = 8`, or `K = 1 to 196, usually 49`."""
+    least, usual, most = numbers
+    return f"{size} = {least}" if least == most else f"{size} = {least} to {most}, usually {usual}"
+
+
+def _scalars(record: dict[str, Any]) -> str:
+    """What a record says in single values; its lists and tables are in `--json`."""
+    return ", ".join(f"{name} {value}" for name, value in record.items() if isinstance(value, str | int | float)) or "-"
 
 
 def _model(model: dict[str, Any]) -> str:

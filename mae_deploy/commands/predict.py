@@ -15,6 +15,7 @@ from mae_deploy.options import Result
 from mae_deploy.preprocess import find_images
 from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
+from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.predict import Predictions, top_k, write_features
 
 
@@ -29,16 +30,19 @@ def run(config: PredictConfig) -> Result:
     if config.out is not None:
         _check_out(config.out)
     paths = find_images(config.images)
-    with Backbone.load(config.bundle, config.engine, device=config.device, threads=config.threads) as backbone:
-        names = config.outputs or (backbone.output_names if config.out is not None else _cheap(backbone.output_names))
+    with Backbone.load(config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity) as backbone:
+        names = config.outputs or (backbone.output_names if config.out is not None else _cheap(backbone.bundle))
         predictions = Predictions(backbone, paths, batch_size=config.batch_size, keep=config.keep, num_keep=config.num_keep, seed=config.seed, outputs=names)
         read: list[Path] = []
-        parts: dict[str, list[Any]] = {name: [] for name in names}
+        shapes: dict[str, list[int]] = {}
+        parts: dict[str, list[Any]] = {name: [] for name in names if config.out is not None or name == "logits"}
         with progress("predict", len(paths)) as bar:
             for found, features in predictions:
                 read += found
                 for name, array in features.items():
-                    parts[name].append(array)
+                    shapes[name] = [len(read), *array.shape[1:]]
+                    if name in parts:
+                        parts[name].append(array)
                 bar.advance(len(found))
         class_names = backbone.bundle.class_names
     for broken in predictions.unreadable:
@@ -49,7 +53,7 @@ def run(config: PredictConfig) -> Result:
     data = {
         "images": len(read),
         "unreadable": [{"path": str(broken.path), "reason": broken.reason} for broken in predictions.unreadable],
-        "outputs": {name: list(array.shape) for name, array in arrays.items()},
+        "outputs": shapes,
         "out": str(config.out) if config.out is not None else None,
     }
     if "logits" not in arrays:
@@ -71,6 +75,7 @@ def _check_out(path: Path) -> None:
         import_optional("pyarrow", extra="parquet")
 
 
-def _cheap(names: tuple[str, ...]) -> tuple[str, ...]:
-    """Where nothing is written, the tokens need not be fetched from the engine."""
-    return ("logits",) if "logits" in names else tuple(name for name in names if name != "tokens") or names
+def _cheap(bundle: Bundle) -> tuple[str, ...]:
+    """Where nothing is written, what is larger than a vector need not be fetched from the engine; without vectors, one output stands for all."""
+    vectors = tuple(entry["name"] for entry in bundle.manifest["graph"]["outputs"] if len(entry["shape"]) == 2)
+    return ("logits",) if "logits" in vectors else vectors or bundle.output_names[:1]

@@ -8,6 +8,7 @@ from pathlib import Path
 from rich.table import Table
 from rich.text import Text
 
+from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.verify import Verification
 
 
@@ -22,6 +23,18 @@ def verification_table(verification: Verification) -> Table:
         result = "[red]miss[/red]" if check.failures else "[green]ok[/green]"
         figures = (f"{found.cosine:.7f}", f"{found.centred_cosine:.7f}", f"{found.max_abs:.2e}", f"{found.sqnr_db:.1f}")
         table.add_row(check.name, found.name, *figures, result)
+    return table
+
+
+def layers_table(report: LayerReport) -> Table:
+    """A row for each block; the one where precision is lost is marked."""
+    table = Table(title=Text(f"after each block, {report.num_tokens} tokens of {report.num_samples} samples"))
+    for name in ("block", "cosine", "centred cosine", "SQNR dB", "drop dB", "max abs", "peak |x|", ""):
+        table.add_column(name, justify="right" if name else "left")
+    for layer in report.layers:
+        found, drop = layer.comparison, "-" if layer.drop_db is None else f"{layer.drop_db:.1f}"
+        figures = (f"{found.cosine:.7f}", f"{found.centred_cosine:.7f}", f"{found.sqnr_db:.1f}", drop, f"{found.max_abs:.2e}", f"{layer.peak:.4g}")
+        table.add_row(str(layer.block), *figures, "[red]here[/red]" if layer is report.lost_at else "")
     return table
 
 

@@ -112,6 +112,11 @@ class EncoderConfig:
         """Number of patches, N."""
         return self.grid_size[0] * self.grid_size[1]
 
+    @property
+    def patch_dim(self) -> int:
+        """Values of a patch, P * P * C."""
+        return self.patch**2 * self.in_chans
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderConfig:

@@ -1,34 +1,32 @@
-"""Read weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`.
+"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`.
 
-Target names are the original's. Reading is strict and never runs code that a file carries.
+Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
 """
 
 from __future__ import annotations
 
-import argparse
 import math
-import pickle
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, Kind, Metadata
 from mae_deploy.config import to_dict
-from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.files import read_json, sha256
+from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Preset
-from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
+from mae_deploy.models.hugging_face import from_hugging_face, is_hugging_face
+from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.models.timm_models import from_timm, has_timm_config
+from mae_deploy.models.weight_files import MODEL_FILES, Source, check_names, count_blocks, find_weights, read_source, tensor_of
 from mae_deploy.preprocess import default_preprocess
 
 _RELEASED = re.compile(r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae")
 """File and repository names of the released, non-commercial weights and their re-uploads."""
 
-_MODEL_FILES = ("model.safetensors", "pytorch_model.bin")
-"""What the weights in a Hugging Face model folder are called; the folder has the model's name."""
+_GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
 
 _HEADS = {preset.embed_dim: preset.num_heads for preset in PRESETS.values()}
 
@@ -37,6 +35,8 @@ _HEADS = {preset.embed_dim: preset.num_heads for preset in PRESETS.values()}
 class ImportOptions:
     """What a weights file does not say about itself."""
 
+    model: str | None = None
+    """timm's name of the model, with or without a tag; default: the one in config.json, else a plain ViT is read from the tensors."""
     image_size: tuple[int, int] | None = None
     """Height and width; needed where the patches form no square, or to interpolate the position embeddings."""
     num_heads: int | None = None
@@ -58,33 +58,23 @@ class Imported:
     report: dict[str, Any]
 
 
-@dataclass(slots=True)
-class _Source:
-    """A weights file as it was found."""
-
-    tensors: dict[str, Tensor]
-    layout: str
-    settings: dict[str, Any] = field(default_factory=dict)
-    """The training arguments or config that came with it."""
-    renamed: int = 0
-
-
 def import_weights(path: Path, options: ImportOptions) -> Imported:
     """Convert foreign weights.
 
     Raises:
-        ConfigError: no such file, or a needed option is missing.
+        ConfigError: no such file, a needed option is missing, or the model computes something that ours does not.
         CheckFailed: the file is damaged, carries code, or its tensors are not exactly those of a ViT that we know.
     """
-    file = _weights_file(path)
-    source = _read(file)
-    licence = options.licence or (NON_COMMERCIAL if _RELEASED.search(_published_names(file, source)) else UNKNOWN_LICENCE)
+    source = _convert(read_source(find_weights(path), average=options.model is not None), options)
     kind = _kind(source.tensors)
-    encoder = _encoder_config(source, options)
+    made_for = _made_for(source, options.image_size)
+    encoder = _encoder_config(source, options.image_size or made_for, options.num_heads)
     decoder = _decoder_config(source, options) if kind == "mae" else None
-    reshaped = _fit_positions(source, encoder, decoder)
-    pool = ("avg" if "fc_norm.weight" in source.tensors else "cls") if kind == "classifier" else None
-    num_classes = _tensor(source, "head.weight", 2).shape[0] if kind == "classifier" else None
+    reshaped = _fit_positions(source, made_for, encoder, decoder)
+    pool = _pool(source) if kind == "classifier" else None
+    num_classes = tensor_of(source, "head.weight", 2).shape[0] if kind == "classifier" else None
+    preprocess = replace(source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size)
+    provenance = {"stage": "import", "source": source.file.name, "source_sha256": source.sha256, "layout": source.layout}
     metadata = Metadata(
         kind=kind,
         encoder=to_dict(encoder),
@@ -93,26 +83,44 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         pool=pool,
         num_classes=num_classes,
         class_names=_class_names(source.settings, num_classes),
-        preprocess=to_dict(default_preprocess(encoder.image_size, encoder.in_chans)),
-        licence=licence,
-        provenance={"stage": "import", "source": file.name, "source_sha256": sha256(file), "layout": source.layout},
+        preprocess=to_dict(preprocess),
+        licence=options.licence or _licence(source),
+        provenance={**provenance, **({"architecture": source.architecture} if source.architecture else {})},
     )
-    _check_names(source.tensors, expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes), file)
-    report = {
-        "source": str(file),
+    hint = "if it is a timm model, say which: --model NAME" if source.layout == "original or timm" else None
+    check_names(source.tensors, expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes), source.file, hint=hint)
+    return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, _report(source, metadata, encoder, reshaped))
+
+
+def _convert(source: Source, options: ImportOptions) -> Source:
+    """The weights under the original's names, by whichever layout they have."""
+    if options.model is not None or has_timm_config(source):
+        return from_timm(source, options.model)
+    if is_hugging_face(source):
+        return from_hugging_face(source)
+    stated = source.settings.get("image_size") or source.settings.get("input_size")
+    return replace(source, image_size=(stated, stated)) if isinstance(stated, int) else source
+
+
+def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped: list[str]) -> dict[str, Any]:
+    return {
+        "source": str(source.file),
         "layout": source.layout,
-        "kind": kind,
+        "architecture": source.architecture,
+        "kind": metadata.kind,
         "model": encoder.name,
         "image_size": list(encoder.image_size),
         "tensors": len(source.tensors),
         "parameters": sum(tensor.numel() for tensor in source.tensors.values()),
         "renamed": source.renamed,
+        "folded": source.folded,
+        "dropped": source.dropped,
         "reshaped": reshaped,
         "missing": [],
         "unexpected": [],
-        "licence": licence,
+        "notes": source.notes,
+        "licence": metadata.licence,
     }
-    return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, report)
 
 
 def expected_shapes(
@@ -141,115 +149,19 @@ def expected_shapes(
     return shapes
 
 
-# --- reading files ---------------------------------------------------------------------------------------------------
+# --- what the file says ----------------------------------------------------------------------------------------------
 
 
-def _weights_file(path: Path) -> Path:
-    if path.is_dir():
-        for name in _MODEL_FILES:
-            if (path / name).is_file():
-                return path / name
-    if not path.is_file():
-        raise ConfigError(f"no weights at {path}", hint="give a .pth, .pt, .bin or .safetensors file, or a Hugging Face model folder")
-    return path
+def _licence(source: Source) -> str:
+    return NON_COMMERCIAL if _RELEASED.search(_published_names(source)) else source.licence or UNKNOWN_LICENCE
 
 
-def _published_names(file: Path, source: _Source) -> str:
-    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder and the config's."""
-    folders = file.absolute().parts[:-1]
-    own = folders[-1] if file.name in _MODEL_FILES else file.name
-    return " ".join([own, *(name for name in folders if name.startswith("models--")), str(source.settings.get("_name_or_path", ""))])
-
-
-def _read(file: Path) -> _Source:
-    settings: dict[str, Any] = {}
-    config = file.with_name("config.json")
-    if config.is_file():
-        settings = read_json(config)
-    if file.suffix == ".safetensors":
-        content: Any = _read_safetensors(file)
-    else:
-        content = _read_pickle(file)
-        if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):
-            settings = {**vars(content["args"]), **settings}
-    for key in ("model", "state_dict", "model_state"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckFailed(f"{file} holds no state dict of tensors")
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in content.items()}
-    if any("embeddings.patch_embeddings" in name for name in tensors):
-        return _from_hugging_face(tensors, settings)
-    return _Source(tensors, "original or timm", settings)
-
-
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise CheckFailed(f"cannot read {file}: {error}") from error
-
-
-def _read_pickle(file: Path) -> Any:
-    # The original's checkpoints carry their argparse.Namespace; nothing else but tensors and plain values is let in.
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        reason = f"it wants to run {found.group(1)}" if found else "it is damaged, or holds more than tensors and plain values"
-        raise CheckFailed(f"refused to unpickle {file}: {reason}", hint="convert it to .safetensors where you trust it") from error
-    except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
-        raise CheckFailed(f"cannot read {file}: {' '.join(str(error).split())}") from error
-
-
-# --- Hugging Face ----------------------------------------------------------------------------------------------------
-
-_HF_NAMES = [
-    (r"^(vit\.)?embeddings\.cls_token$", "cls_token"),
-    (r"^(vit\.)?embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(vit\.)?embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
-    (r"^(vit\.)?layernorm\.", "norm."),
-    (r"^(vit\.)?(encoder\.layer|layers)\.", "blocks."),
-    (r"^classifier\.", "head."),
-    (r"^decoder\.(mask_token|decoder_pos_embed)$", r"\1"),
-    (r"^decoder\.(decoder_embed|decoder_norm|decoder_pred)\.", r"\1."),
-    (r"^decoder\.(decoder_layers|decoder_encoder\.layer)\.", "decoder_blocks."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"\.(intermediate\.dense|mlp\.fc1)\.", ".mlp.fc1."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.(output\.dense|mlp\.fc2)\.", ".mlp.fc2."),
-    (r"\.attention\.(attention\.)?(query|q_proj)\.", ".attn.q."),
-    (r"\.attention\.(attention\.)?(key|k_proj)\.", ".attn.k."),
-    (r"\.attention\.(attention\.)?(value|v_proj)\.", ".attn.v."),
-]
-"""Names as transformers 4 and 5 write them, to the original's; query, key and value are joined afterwards."""
-
-
-def _from_hugging_face(tensors: dict[str, Tensor], config: dict[str, Any]) -> _Source:
-    if (activation := config.get("hidden_act", "gelu")) != "gelu":
-        raise CheckFailed(f"the model's activation is {activation}, a ViT of ours has gelu")
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        target = name
-        for pattern, replacement in _HF_NAMES:
-            target = re.sub(pattern, replacement, target)
-        renamed[target] = tensor
-    for name in [name for name in renamed if ".attn.q." in name]:
-        parts = [renamed.pop(name.replace(".attn.q.", f".attn.{part}."), None) for part in "qkv"]
-        if any(part is None for part in parts):
-            raise CheckFailed(f"{name} lacks its key or value")
-        renamed[name.replace(".attn.q.", ".attn.qkv.")] = torch.cat([part for part in parts if part is not None])
-    return _Source(renamed, "Hugging Face", config, renamed=len(tensors))
-
-
-# --- shapes ----------------------------------------------------------------------------------------------------------
-
-_GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
+def _published_names(source: Source) -> str:
+    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder, the config's and timm's."""
+    folders = source.file.absolute().parts[:-1]
+    own = folders[-1] if source.file.name in MODEL_FILES else source.file.name
+    cached = [name for name in folders if name.startswith("models--")]
+    return " ".join([own, *cached, str(source.settings.get("_name_or_path", "")), source.architecture or ""])
 
 
 def _kind(tensors: dict[str, Tensor]) -> Kind:
@@ -258,80 +170,68 @@ def _kind(tensors: dict[str, Tensor]) -> Kind:
     return "classifier" if "head.weight" in tensors else "encoder"
 
 
-def _encoder_config(source: _Source, options: ImportOptions) -> EncoderConfig:
-    weight = _tensor(source, "patch_embed.proj.weight", 4)
-    D, C, P, _ = weight.shape
-    depth = _count(source.tensors, "blocks")
-    hidden = _tensor(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
-    heads = options.num_heads or source.settings.get("num_attention_heads") or _HEADS.get(D) or max(1, D // 64)
-    size = options.image_size or _image_size(source, P)
+def _pool(source: Source) -> str:
+    return source.pool or ("avg" if "fc_norm.weight" in source.tensors else "cls")
+
+
+def _patch_size(source: Source) -> int:
+    rows, columns = tensor_of(source, "patch_embed.proj.weight", 4).shape[2:]
+    if rows != columns or rows < 1:
+        raise ConfigError(f"the patches are {rows}x{columns} pixels, those of our encoder are square")
+    return int(rows)
+
+
+def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """The image size of the position embeddings: the stated one or the asked one where the number of patches fits, else a square."""
+    P = _patch_size(source)
+    table = next((name for name in ("pos_embed", "decoder_pos_embed") if name in source.tensors), None)
+    if table is None:
+        size = asked or source.image_size
+        if size is None:
+            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint=_GIVE_SIZE)
+        return size
+    N = tensor_of(source, table, 3).shape[1] - 1
+    square = math.isqrt(max(N, 0)) * P
+    for size in (source.image_size, asked, (square, square)):
+        if size is not None and (size[0] // P) * (size[1] // P) == N:
+            return size
+    raise ConfigError(f"{table} holds {N} patches, which form no square{f' and not {asked[0]}x{asked[1]} pixels' if asked else ''}", hint=_GIVE_SIZE)
+
+
+def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int | None) -> EncoderConfig:
+    D, C, P, _ = tensor_of(source, "patch_embed.proj.weight", 4).shape
+    depth = count_blocks(source.tensors, "blocks")
+    hidden = tensor_of(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
+    if source.architecture and num_heads not in (None, source.num_heads):
+        raise ConfigError(f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out")
+    heads = num_heads or source.num_heads or _HEADS.get(D) or max(1, D // 64)
     shape = Preset(P, D, depth, heads)
     name = next((name for name, preset in PRESETS.items() if preset == shape), f"vit_{D}x{depth}_patch{P}")
-    return EncoderConfig(name=name, image_size=size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=hidden / D)
+    ratio = hidden / D
+    if int(D * ratio) != hidden:  # rounding, as with 5 / 3 * 3
+        ratio = math.nextafter(ratio, math.inf)
+    return EncoderConfig(name=name, image_size=image_size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=ratio)
 
 
-def _image_size(source: _Source, patch_size: int) -> tuple[int, int]:
-    """The size that the position embeddings were made for, a square."""
-    if "pos_embed" not in source.tensors:
-        stated = source.settings.get("image_size") or source.settings.get("input_size")
-        if not isinstance(stated, int):
-            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint=_GIVE_SIZE)
-        return stated, stated
-    N = _tensor(source, "pos_embed", 3).shape[1] - 1
-    side = math.isqrt(N)
-    if side * side != N:
-        raise ConfigError(f"pos_embed holds {N} patches, which form no square", hint=_GIVE_SIZE)
-    return side * patch_size, side * patch_size
+def _decoder_config(source: Source, options: ImportOptions) -> DecoderConfig:
+    width = tensor_of(source, "decoder_embed.weight", 2).shape[0]
+    heads = options.decoder_num_heads or source.decoder_num_heads or max(1, width // 32)
+    return DecoderConfig(decoder_depth=count_blocks(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
 
 
-def _decoder_config(source: _Source, options: ImportOptions) -> DecoderConfig:
-    width = _tensor(source, "decoder_embed.weight", 2).shape[0]
-    heads = options.decoder_num_heads or source.settings.get("decoder_num_attention_heads") or max(1, width // 32)
-    return DecoderConfig(decoder_depth=_count(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
-
-
-def _fit_positions(source: _Source, encoder: EncoderConfig, decoder: DecoderConfig | None) -> list[str]:
+def _fit_positions(source: Source, made_for: tuple[int, int], encoder: EncoderConfig, decoder: DecoderConfig | None) -> list[str]:
     """Rebuild absent sine-cosine tables, interpolate those of another grid; says what it did."""
     done = []
+    old, new = (made_for[0] // encoder.patch, made_for[1] // encoder.patch), encoder.grid_size
     tables = [("pos_embed", encoder.width)] + ([("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else [])
     for name, width in tables:
         if name not in source.tensors:
-            source.tensors[name] = sincos_position_embedding(width, encoder.grid_size)
+            source.tensors[name] = sincos_position_embedding(width, new)
             done.append(f"{name}: absent, rebuilt as the fixed sine-cosine table")
-        elif (N := _tensor(source, name, 3).shape[1] - 1) != encoder.num_patches:
-            side = math.isqrt(N)
-            if side * side != N:
-                raise ConfigError(f"{name} holds {N} patches, {encoder.image_size} needs {encoder.num_patches}")
-            source.tensors[name] = interpolate_position_embedding(source.tensors[name].float(), (side, side), encoder.grid_size)
-            done.append(f"{name}: interpolated from {side}x{side} to {encoder.grid_size[0]}x{encoder.grid_size[1]} patches")
+        elif (table := tensor_of(source, name, 3)).shape[1] == 1 + old[0] * old[1] and old != new:
+            source.tensors[name] = source.resample(table.float(), old, new)
+            done.append(f"{name}: interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
     return done
-
-
-def _check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path) -> None:
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {shape}" for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise CheckFailed(f"{file} does not fit: {'; '.join(problems)}")
-
-
-def _tensor(source: _Source, name: str, dims: int) -> Tensor:
-    tensor = source.tensors.get(name)
-    if tensor is None or tensor.ndim != dims:
-        found = ", ".join(list(source.tensors)[:4])
-        raise CheckFailed(f"not a ViT: no tensor '{name}' with {dims} dimensions (found {found} …)")
-    return tensor
-
-
-def _count(tensors: dict[str, Tensor], prefix: str) -> int:
-    return len({match.group(1) for name in tensors if (match := re.match(rf"{prefix}\.(\d+)\.", name))})
 
 
 def _class_names(settings: dict[str, Any], num_classes: int | None) -> tuple[str, ...] | None:

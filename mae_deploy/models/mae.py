@@ -39,7 +39,7 @@ class MaskedAutoencoder(Encoder):
         self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(D, config.grid_size), requires_grad=False)
         self.decoder_blocks = transformer_blocks(D, decoder.decoder_depth, decoder.decoder_num_heads)
         self.decoder_norm = LayerNorm(D)
-        self.decoder_pred = nn.Linear(D, config.patch**2 * config.in_chans)
+        self.decoder_pred = nn.Linear(D, config.patch_dim)
         nn.init.normal_(self.mask_token, std=0.02)
         for module in (self.decoder_embed, self.decoder_blocks, self.decoder_pred):
             module.apply(initialise_linear)

@@ -7,14 +7,11 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array, Preprocess
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, check_outputs, run_in_chunks
-from mae_deploy.runtime.inputs import Images, Keep, image_batch, keep_batch
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
+from mae_deploy.runtime.engine import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_batch, token_batch
+from mae_deploy.runtime.manifest import IMAGES
 from mae_deploy.runtime.registry import load_engine
 
 if TYPE_CHECKING:
@@ -42,16 +39,22 @@ class Backbone:
         self.engine = engine
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], engine: str = "auto", *, device: str = "cpu", threads: int | None = None) -> Backbone:
-        """Load the bundle in a folder; `threads` is how many the engine uses on a CPU, None for one for each core.
+    def load(
+        cls, path: str | os.PathLike[str], engine: str = "auto", *, device: str = "cpu", threads: int | None = None, affinity: Sequence[int] | None = None
+    ) -> Backbone:
+        """Load the bundle in a folder; see `EngineOptions` for device, threads and affinity.
+
+        Args:
+            engine: auto, onnxruntime or openvino; auto is the one on which the bundle was proven, where it is installed, else onnxruntime.
 
         Raises:
-            ConfigError: no bundle, a broken or newer one, or an unknown engine or device.
+            ConfigError: no bundle, a broken or newer one, an unknown engine or device, or a core that is not there.
             CheckFailed: a file of the bundle is not what was exported.
             MissingDependency: the engine's package or its device is absent.
         """
         bundle = Bundle.load(path)
-        return cls(bundle, load_engine(bundle, engine, device=device, threads=threads))
+        options = EngineOptions(device=device, threads=threads, affinity=None if affinity is None else tuple(affinity))
+        return cls(bundle, load_engine(bundle, engine, options))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -68,24 +71,27 @@ class Backbone:
         """What a call returns unless it names `outputs`."""
         return self.bundle.output_names
 
-    def __call__(self, images: Images, keep: Keep | None = None, *, outputs: Sequence[str] | None = None) -> Features:
-        """Features of one image or of many, always with the batch as the first axis.
+    def __call__(self, images: Images, keep: Keep | None = None, *, num_keep: NumKeep | None = None, outputs: Sequence[str] | None = None) -> Features:
+        """Features of one image or of many, always with the batch as the first axis, in the graph's own type.
 
         Args:
             images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images of any sizes,
-                or float32 `(B, C, H, W)` that is normalised already and has the graph's size.
-            keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles exported with `--tokens visible`.
-                None keeps all. `tokens` come back in the order of `keep`.
+                or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size (not where the graph normalises).
+            keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles exported with
+                `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of unequal length, and give back
+                `tokens` of the longest, zero where a row has ended. None keeps all. `tokens` come back in the order of `keep`.
+            num_keep: `(B,)`: only so many indices of each row of `keep (B, K)` are real, the others may be anything; for ragged bundles.
             outputs: names of the outputs to compute; None for all.
 
         Raises:
             ConfigError: images, indices or outputs that this bundle cannot take.
             MaeDeployError: the engine fails or is closed.
         """
-        names = check_outputs(outputs, self.output_names)
-        batch = image_batch(images, self.preprocess)
-        inputs = {IMAGES: batch, **self._token_inputs(keep, len(batch))}
-        return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))
+        return self._run(image_batch(images, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
+
+    def run_cropped(self, pixels: Array, keep: Keep | None = None, *, num_keep: NumKeep | None = None, outputs: Sequence[str] | None = None) -> Features:
+        """As a call, for images that `preprocess.crop` made: uint8 `(B, H, W, C)`, neither resized nor cropped again."""
+        return self._run(pixel_batch(pixels, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
     def close(self) -> None:
         """Free the engine; closing twice does nothing."""
@@ -97,14 +103,7 @@ class Backbone:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _token_inputs(self, keep: Keep | None, batch: int) -> dict[str, Array]:
-        fixed = self.bundle.fixed_keep
-        if self.bundle.token_mode == "full":
-            if keep is not None:
-                raise ConfigError("this bundle's graph takes every patch, so keep cannot be used", hint="export with --tokens visible")
-            return {}
-        if keep is None:
-            if fixed not in (None, self.num_patches):
-                raise ConfigError(f"this bundle's graph takes {fixed} of {self.num_patches} patches", hint=f"pass keep, the indices of {fixed} patches")
-            keep = np.arange(self.num_patches)
-        return {IDS_KEEP: keep_batch(keep, batch, self.num_patches, fixed)}
+    def _run(self, images: Array, keep: Keep | None, num_keep: NumKeep | None, outputs: Sequence[str] | None) -> Features:
+        names = check_outputs(outputs, self.output_names)
+        inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
+        return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))

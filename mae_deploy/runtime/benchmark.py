@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
+from typing import TypeVar
 
 import numpy as np
 
 from mae_deploy.errors import ConfigError
+
+K = TypeVar("K", bound=Hashable)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,8 +40,13 @@ class Timing:
 
 
 def measure(
-    functions: Mapping[str, Callable[[], object]], *, repeats: int = 20, warmup: int = 3, clock: Callable[[], float] = time.perf_counter
-) -> dict[str, Timing]:
+    functions: Mapping[K, Callable[[], object]],
+    *,
+    repeats: int = 20,
+    warmup: int = 3,
+    clock: Callable[[], float] = time.perf_counter,
+    after_call: Callable[[], object] | None = None,
+) -> dict[K, Timing]:
     """Time functions in turns, A B C A B C …, so that what slows the machine for a while slows all of them alike.
 
     Args:
@@ -46,19 +54,19 @@ def measure(
         repeats: timed rounds.
         warmup: rounds before them, not timed.
         clock: gives seconds.
+        after_call: called after every call, warm-up included, while the clock stands; shows progress.
 
     Raises:
         ConfigError: no functions, no repeats, or a negative warm-up.
     """
     if not functions or repeats < 1 or warmup < 0:
         raise ConfigError(f"nothing to time: {len(functions)} functions, {repeats} repeats, {warmup} warm-up rounds")
-    for _ in range(warmup):
-        for function in functions.values():
-            function()
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(repeats):
+    seconds: dict[K, list[float]] = {name: [] for name in functions}
+    for _ in range(warmup + repeats):
         for name, function in functions.items():
             start = clock()
             function()
             seconds[name].append(clock() - start)
-    return {name: Timing(tuple(values)) for name, values in seconds.items()}
+            if after_call is not None:
+                after_call()
+    return {name: Timing(tuple(values[warmup:])) for name, values in seconds.items()}

@@ -14,7 +14,7 @@ import numpy as np
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
 from mae_deploy.preprocess import Array, Preprocess
-from mae_deploy.runtime.manifest import MANIFEST_FILE, Manifest, ModelEntry, TensorEntry, read_preprocess, validate_manifest
+from mae_deploy.runtime.manifest import BLOCKS, IMAGES, MANIFEST_FILE, Manifest, ModelEntry, TensorEntry, TokenMode, read_preprocess, validate_manifest
 from mae_deploy.runtime.parity import Tolerance
 
 _EXTERNAL_DATA = re.compile(rb"\n\x08location\x12([\x80-\xff]*[\x00-\x7f])")
@@ -47,9 +47,23 @@ class Bundle:
         return self.manifest["model"]
 
     @property
-    def token_mode(self) -> str:
-        """`full` (every patch) or `visible` (the patches of `ids_keep`)."""
+    def token_mode(self) -> TokenMode:
+        """`full` (every patch), `visible` (K patches of each image), `ragged` (of each image its own number), `reconstruct` (K patches to all pixels)."""
         return self.manifest["token_mode"]
+
+    @property
+    def precision(self) -> str:
+        """In what the graph computes: fp32, fp16, bf16 or int8."""
+        return self.manifest["precision"]
+
+    @property
+    def arithmetic(self) -> str:
+        """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was proven so."""
+        quantization = self.manifest["quantization"] or {}
+        if self.precision == "int8":
+            return "int8-bf16" if quantization.get("rest") == "bf16" else "int8"
+        weak_bf16 = self.manifest["typing"] == "weak" and self.manifest["engine"] == "openvino"
+        return "fp32" if self.precision == "bf16" and not weak_bf16 else self.precision
 
     @property
     def fixed_batch(self) -> int | None:
@@ -58,8 +72,21 @@ class Bundle:
 
     @property
     def fixed_keep(self) -> int | None:
-        """The number of visible patches, K, that the graph is fixed to; None: any, or a full graph."""
+        """The K of `ids_keep (B, K)` that the graph is fixed to; None: any, or a full graph."""
         return self.manifest["keep"]
+
+    @property
+    def keep_range(self) -> tuple[int, int]:
+        """The smallest and the largest number of an image's patches for which the graph was proven; N and N for a full graph."""
+        smallest, _, largest = self.manifest["profile"].get("K", [self.num_patches] * 3)
+        if self.token_mode == "ragged" and self.fixed_keep is not None:  # the rows have one length, what is real in them is free
+            smallest = 1
+        return smallest, largest
+
+    @property
+    def image_dtype(self) -> str:
+        """float32 or float16: `(B, C, H, W)`, normalised; uint8: `(B, H, W, C)`, which the graph normalises."""
+        return next(entry["dtype"] for entry in self.inputs if entry["name"] == IMAGES)
 
     @property
     def num_patches(self) -> int:
@@ -85,6 +112,11 @@ class Bundle:
     def output_names(self) -> tuple[str, ...]:
         """Names of the graph's outputs, in its order."""
         return tuple(entry["name"] for entry in self.manifest["graph"]["outputs"])
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The graph's tensors after each encoder block; empty where the golden samples do not cover them."""
+        return tuple(self.manifest["graph"]["blocks"])
 
     @property
     def class_names(self) -> list[str] | None:
@@ -119,7 +151,7 @@ class Bundle:
         """
         name = self.manifest["graph"]["file"]
         path = self.file(name)
-        for location in _external_data(path):
+        for location in external_data(path):
             self.file(str(PurePosixPath(name).parent / location))
         return path
 
@@ -133,7 +165,7 @@ class Bundle:
             self.file(name)
 
     def golden(self) -> dict[str, Array]:
-        """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`.
+        """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`, and `blocks` (see `GoldenEntry`).
 
         Raises:
             CheckFailed: as `file`, or an array is missing or of another length or type than the manifest says.
@@ -152,6 +184,10 @@ class Bundle:
         for entry in self.inputs:
             if arrays[entry["name"]].dtype != entry["dtype"]:
                 raise CheckFailed(f"{path}: '{entry['name']}' is {arrays[entry['name']].dtype}, not {entry['dtype']}", hint="export the bundle again")
+        shape: tuple[int, ...] = arrays[BLOCKS].shape if BLOCKS in arrays else ()
+        if self.blocks and not (len(shape) == 4 and 1 <= shape[0] <= golden["num_samples"] and shape[1::2] == (len(self.blocks), self.model["embed_dim"])):
+            found = f"has the shape {shape}" if shape else "is missing"
+            raise CheckFailed(f"{path}: '{BLOCKS}' {found}; the manifest promises {len(self.blocks)} blocks", hint="export the bundle again")
         return arrays
 
     def _check(self, name: str) -> Path:
@@ -185,7 +221,7 @@ def _is_inside(name: str, folder: Path) -> bool:
         return False
 
 
-def _external_data(graph: Path) -> list[str]:
+def external_data(graph: Path) -> list[str]:
     """The file names of external data in an ONNX file, found in its bytes: the device has no ONNX parser of its own."""
     if graph.stat().st_size == 0:
         return []

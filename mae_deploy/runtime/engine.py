@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -11,13 +13,38 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array
+from mae_deploy.runtime.affinity import bound_to
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Where an engine computes."""
+
+    device: str = "cpu"
+    """auto, cpu or cuda (ONNX Runtime only)."""
+    threads: int | None = None
+    """CPU threads; None: one for each core, or for each of `affinity`."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine's threads, and the calling thread during a run, are bound to; None: any. Linux only."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {self.threads}")
+        cores = self.affinity
+        if cores is not None and (not cores or len(set(cores)) < len(cores) or min(cores) < 0):
+            raise ConfigError(f"affinity must name CPU cores, each once, not '{','.join(map(str, cores))}'", hint="e.g. 0,1: the first two")
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads; None leaves the choice to the engine."""
+        return len(self.affinity) if self.threads is None and self.affinity is not None else self.threads
+
+
 class Engine(ABC):
-    """A loaded graph; a context manager that closes it."""
+    """A loaded graph; a context manager that closes it, safe to call from several threads."""
 
     name: str
     """As `load_engine` and the command line know it."""
@@ -26,6 +53,23 @@ class Engine(ABC):
     device: str
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
+    """Those of the graph, then the taps."""
+
+    def __init__(self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()) -> None:
+        """Load an ONNX file, with its external data.
+
+        Args:
+            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the engine compute in BF16 what the graph has
+                in FP32, int8-bf16 also does so beside the products in INT8.
+            taps: names of inner tensors that are returned as further outputs.
+
+        Raises:
+            ConfigError: a device that this engine has not, or a core that is not there.
+            MissingDependency: the engine's package or its device is absent.
+            MaeDeployError: the engine refuses the graph, or a tap is no tensor of it.
+        """
+        self._affinity = options.affinity
+        self._load(graph, options, precision, tuple(taps))
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph once on `inputs`, each `(B, ...)` under its name, and return the named outputs, or all.
@@ -36,7 +80,13 @@ class Engine(ABC):
         """
         if set(inputs) != set(self.input_names):
             raise ConfigError(f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}")
-        return self._run(inputs, check_outputs(outputs, self.output_names))
+        names = check_outputs(outputs, self.output_names)
+        with bound_to(self._affinity):
+            return self._run(inputs, names)
+
+    @abstractmethod
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
+        """Set the public attributes, and start the engine's threads while the calling thread is bound to the cores: they inherit that."""
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]: ...

@@ -10,24 +10,30 @@ from PIL import Image, ImageOps
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, from_array
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, TOKEN_INPUTS
 
 Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
 Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
+NumKeep: TypeAlias = "Array | Sequence[int]"
 
 _ACCEPTED = "images are uint8 (H, W), (H, W, C) or (B, H, W, C), a list of such arrays or of Pillow images, or normalised float32 (B, C, H, W)"
 
 
-def image_batch(images: Images, preprocess: Preprocess) -> Array:
-    """Any accepted form of images as the graph's input, float32 `(B, C, H, W)`.
+def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") -> Array:
+    """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`.
 
     A uint8 array of three axes is one image `(H, W, C)`; a batch of grey images is `(B, H, W, 1)`. Pillow images are turned upright (EXIF).
+
+    Args:
+        dtype: what the graph takes. With uint8 the graph normalises, and no floating-point work is done here.
 
     Raises:
         ConfigError: no images, another type, dtype or shape, or a Pillow image that cannot be decoded.
     """
     if isinstance(images, np.ndarray):
-        if images.dtype == np.float32:
-            return _normalised(images, preprocess)
+        if images.dtype in (np.float32, np.float16):
+            return _normalised(images, preprocess, dtype)
         if images.dtype != np.uint8 or images.ndim not in (2, 3, 4):
             raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_ACCEPTED)
         images = list(images) if images.ndim == 4 else [images]
@@ -37,42 +43,116 @@ def image_batch(images: Images, preprocess: Preprocess) -> Array:
         raise ConfigError(f"images are of type {type(images).__name__}", hint=_ACCEPTED)
     if not images:
         raise ConfigError("there are no images", hint="give at least one")
-    return preprocess.normalise(np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]))
+    return pixel_batch(np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]), preprocess, dtype)
 
 
-def keep_batch(keep: Keep, batch: int, num_patches: int, fixed_keep: int | None) -> Array:
-    """Indices of the visible patches as the graph's input, int64 `(B, K)`; `(K,)` is meant for every image.
+def pixel_batch(pixels: Array, preprocess: Preprocess, dtype: str) -> Array:
+    """Images that are cropped already, uint8 `(B, H, W, C)`, as the graph's input of this dtype."""
+    return pixels if dtype == "uint8" else preprocess.normalise(pixels).astype(dtype, copy=False)
+
+
+def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, batch: int) -> dict[str, Array]:
+    """The visible patches as the graph's inputs beside the images: none, `ids_keep`, or `ids_keep` and `num_keep`.
+
+    Args:
+        keep: see `Backbone`; None keeps every patch.
+        num_keep: how many indices of each row of a padded `keep` are real.
+        batch: number of images, B.
 
     Raises:
-        ConfigError: not whole numbers, rows of unequal length or for another number of images, an index out of range or twice, or not the graph's fixed K.
+        ConfigError: patches that the graph cannot take.
     """
-    ids = _as_integers(keep)
-    if ids.ndim == 1:
-        ids = np.broadcast_to(ids, (batch, len(ids)))
-    if ids.ndim != 2 or len(ids) != batch or ids.shape[1] == 0:
+    mode, (least, most) = bundle.token_mode, bundle.keep_range
+    if num_keep is not None and mode != "ragged":
+        raise ConfigError(f"num_keep cannot be used with token mode '{mode}'", hint="export with --tokens ragged")
+    if mode == "full":
+        if keep is not None:
+            raise ConfigError("this bundle's graph takes every patch, so keep cannot be used", hint="export with --tokens visible")
+        return {}
+    if keep is None:
+        if num_keep is not None:
+            raise ConfigError("num_keep without keep", hint="pass keep, the padded indices (B, K)")
+        if most < bundle.num_patches:
+            number = f"{most}" if least == most else f"{least} to {most}"
+            raise ConfigError(f"this bundle's graph takes {number} of {bundle.num_patches} patches", hint=f"pass keep, the indices of {number} patches")
+        keep = np.arange(bundle.num_patches)
+    if num_keep is not None:
+        ids, lengths = _given_rows(keep, num_keep, batch)
+    else:
+        ids, lengths = _padded_rows(keep, batch, ragged=mode == "ragged", length=bundle.fixed_keep)
+    _check_lengths(ids.shape[1], lengths, bundle)
+    _check_patches(ids, lengths, bundle.num_patches)
+    inputs = {IDS_KEEP: np.ascontiguousarray(ids, dtype=np.int64), NUM_KEEP: lengths}
+    return {name: inputs[name] for name in TOKEN_INPUTS[mode]}
+
+
+def _given_rows(keep: Keep, num_keep: NumKeep, batch: int) -> tuple[Array, Array]:
+    """Rows that the caller padded, and how many of each are real: `(B, K)` and `(B,)`; the padding may hold anything."""
+    ids, lengths = _as_integers(keep, "keep"), _as_integers(num_keep, "num_keep")
+    if ids.ndim != 2 or len(ids) != batch or lengths.shape != (batch,):
         raise ConfigError(
-            f"keep has the shape {ids.shape} for {batch} images", hint="give (K,) indices for every image, or (B, K), a row for each; K is at least 1"
+            f"keep has the shape {ids.shape} and num_keep {lengths.shape} for {batch} images", hint="with num_keep (B,), keep is (B, K): a padded row for each"
         )
-    if fixed_keep is not None and ids.shape[1] != fixed_keep:
-        raise ConfigError(f"keep has {ids.shape[1]} patches an image, the graph is fixed to {fixed_keep}", hint="export with --tokens visible for any number")
-    outside = ids[(ids < 0) | (ids >= num_patches)]
+    outside = lengths[(lengths < 1) | (lengths > ids.shape[1])]
+    if outside.size:
+        raise ConfigError(f"num_keep has {outside[0]} for rows of {ids.shape[1]}", hint="each is at least 1 and at most the length of the rows")
+    return ids, lengths.astype(np.int64)
+
+
+def _padded_rows(keep: Keep, batch: int, *, ragged: bool, length: int | None) -> tuple[Array, Array]:
+    """A row for each image, padded with 0 to `length` or to the longest: `(B, K)` and how many of each are real `(B,)`."""
+    if not _is_uneven(keep):
+        ids = _as_integers(keep, "keep")
+        rows = [ids] * batch if ids.ndim == 1 else list(ids) if ids.ndim == 2 else []
+        shape = f"the shape {ids.shape}"
+    elif not ragged:
+        raise ConfigError("keep has rows of unequal length", hint="give every image the same number of patches, or export with --tokens ragged")
+    else:
+        rows = [_as_integers(row, "keep") for row in keep]
+        shape = f"{len(rows)} rows"
+    if len(rows) != batch or any(row.ndim != 1 or not row.size for row in rows):
+        raise ConfigError(f"keep has {shape} for {batch} images", hint="give (K,) indices for every image, or a row for each; K is at least 1")
+    lengths = np.array([len(row) for row in rows], np.int64)
+    longest = int(lengths.max())
+    ids = np.zeros((batch, max(longest, length or 0) if ragged else longest), np.int64)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return ids, lengths
+
+
+def _check_lengths(width: int, lengths: Array, bundle: Bundle) -> None:
+    """Whether the graph was proven for rows of this width and for these numbers of patches in them."""
+    fixed, (least, most) = bundle.fixed_keep, bundle.keep_range
+    if fixed is not None and width != fixed:
+        raise ConfigError(f"keep has {width} patches an image, the graph is fixed to {fixed}", hint=f"export with --tokens {bundle.token_mode} for any number")
+    for number in (width, int(lengths.min())):
+        if not least <= number <= most:
+            raise ConfigError(f"keep has {number} patches an image, the graph was proven for {least} to {most}", hint="export with another --profile K")
+
+
+def _check_patches(ids: Array, lengths: Array, num_patches: int) -> None:
+    real = np.arange(ids.shape[1]) < lengths[:, None]
+    outside = ids[real & ((ids < 0) | (ids >= num_patches))]
     if outside.size:
         raise ConfigError(f"keep has the patch {outside[0]}", hint=f"patches are 0 to {num_patches - 1}, row by row from the top left")
-    ordered = np.sort(ids, axis=1)
+    ordered = np.sort(np.where(real, ids.astype(np.int64), np.arange(-ids.shape[1], 0)), axis=1)  # in padding, numbers that differ
     twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if twice.size:
         raise ConfigError(f"keep has the patch {twice[0]} twice for one image", hint="list each patch once")
-    return np.ascontiguousarray(ids, dtype=np.int64)
 
 
-def _normalised(images: Array, preprocess: Preprocess) -> Array:
+def _normalised(images: Array, preprocess: Preprocess, dtype: str) -> Array:
     height, width = preprocess.image_size
+    if dtype == "uint8":
+        raise ConfigError(
+            f"images are {images.dtype} {images.shape}, and this bundle's graph normalises them itself", hint="give the pixels as they are, uint8 (B, H, W, C)"
+        )
     if images.ndim != 4 or images.shape[1:] != (preprocess.channels, height, width) or len(images) == 0:
         raise ConfigError(
-            f"float32 images have the shape {images.shape}, not (B, {preprocess.channels}, {height}, {width})",
-            hint="float32 is taken as normalised already; give uint8 for images of any size",
+            f"{images.dtype} images have the shape {images.shape}, not (B, {preprocess.channels}, {height}, {width})",
+            hint=f"{images.dtype} is taken as normalised already; give uint8 for images of any size",
         )
-    return np.ascontiguousarray(images)
+    return np.ascontiguousarray(images, dtype=dtype)
 
 
 def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
@@ -91,11 +171,21 @@ def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
     raise ConfigError(f"image {index} is of type {type(image).__name__}", hint=_ACCEPTED)
 
 
-def _as_integers(keep: Keep) -> Array:
+def _is_uneven(keep: Keep) -> bool:
+    """Whether it is a list of rows of which two differ in length."""
+    if isinstance(keep, np.ndarray):
+        return False
     try:
-        ids = np.asarray(keep)
-    except ValueError as error:  # NumPy's word for rows of unequal length
-        raise ConfigError("keep has rows of unequal length", hint="give every image the same number of patches") from error
-    if ids.size and ids.dtype.kind not in "iu":
-        raise ConfigError(f"keep must be whole numbers, not {ids.dtype}")
-    return ids
+        return len({len(row) for row in keep}) > 1  # type: ignore[arg-type]  # numbers have no length
+    except TypeError:
+        return False
+
+
+def _as_integers(values: Any, name: str) -> Array:
+    try:
+        numbers = np.asarray(values)
+    except ValueError as error:  # NumPy's word for lists that form no array
+        raise ConfigError(f"{name} is no list of whole numbers", hint="give (K,) indices for every image, or a row for each") from error
+    if numbers.size and numbers.dtype.kind not in "iu":
+        raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}")
+    return numbers

@@ -4,26 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypedDict, Union, get_args, get_origin
+from typing import Any, Literal, TypedDict
 
 from mae_deploy import __version__
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import sha256
 from mae_deploy.preprocess import Preprocess
+from mae_deploy.runtime.json_types import check, check_keys
 from mae_deploy.runtime.parity import Tolerance
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 GRAPH_FILE = "encoder.onnx"
 GOLDEN_FILE = "golden.npz"
 
 IMAGES = "images"
 IDS_KEEP = "ids_keep"
-INPUTS = {"full": {IMAGES: "float32"}, "visible": {IMAGES: "float32", IDS_KEEP: "int64"}}
-"""The inputs and their dtypes that a graph of each token mode has."""
+NUM_KEEP = "num_keep"
+
+Dim = int | str
+"""A fixed size, or the name of a dynamic one."""
+
+TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+
+TOKEN_INPUTS: dict[str, tuple[str, ...]] = {"full": (), "visible": (IDS_KEEP,), "ragged": (IDS_KEEP, NUM_KEEP), "reconstruct": (IDS_KEEP,)}
+"""What a graph of each token mode takes beside the images; all int64."""
+
+BLOCKS = "blocks"
+"""The array of the golden file that holds PyTorch's tokens after each block."""
+
+_BLOCK_OUTPUT = re.compile(r"block_(0|[1-9]\d*)")
 
 
 class ModelEntry(TypedDict):
@@ -45,7 +57,7 @@ class TensorEntry(TypedDict):
 
     name: str
     dtype: str
-    shape: list[str | int]
+    shape: list[Dim]
     """A name stands for a dynamic size: `["B", 3, 224, 224]`."""
 
 
@@ -55,11 +67,17 @@ class GraphEntry(TypedDict):
     file: str
     opset: int
     inputs: list[TensorEntry]
+    """`images` is float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`, which the graph normalises."""
     outputs: list[TensorEntry]
+    blocks: list[str]
+    """The graph's tensors after each encoder block, `(B, 1 + K, D)` or `(B * (1 + K), D)`; empty where the golden file has no `blocks`."""
 
 
 class GoldenEntry(TypedDict):
-    """Sample inputs with PyTorch's FP32 outputs, as an npz under the graph's own names for inputs and outputs."""
+    """Sample inputs with PyTorch's FP32 outputs, as an npz under the graph's own names for inputs and outputs.
+
+    `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS first) after each of L blocks for the first S' samples.
+    """
 
     file: str
     source: str
@@ -74,19 +92,15 @@ class FileEntry(TypedDict):
     size: int
 
 
-class ToleranceBase(TypedDict):
-    """What every output must meet; see `mae_deploy.runtime.parity.Tolerance`."""
+class ToleranceEntry(TypedDict, total=False):
+    """What every output must meet; see `mae_deploy.runtime.parity.Tolerance`. What is null or absent is not judged."""
 
-    cosine: float
-    max_abs: float
-
-
-class ToleranceEntry(ToleranceBase, total=False):
-    """Further limits, where the precision asks for them."""
-
-    centred_cosine: float
-    sqnr_db: float
-    top1_agreement: float
+    cosine: float | None
+    max_abs: float | None
+    max_relative: float | None
+    centred_cosine: float | None
+    sqnr_db: float | None
+    top1_agreement: float | None
 
 
 class Manifest(TypedDict):
@@ -98,15 +112,25 @@ class Manifest(TypedDict):
     """ISO 8601, UTC."""
     kind: Literal["encoder", "classifier", "mae"]
     model: ModelEntry
+    decoder: dict[str, Any] | None
+    """Depth, width and heads of the decoder of a `reconstruct` graph."""
     class_names: list[str] | None
     """In the order of the logits."""
-    token_mode: Literal["full", "visible"]
+    token_mode: TokenMode
     num_patches: int
     batch: int | None
     """None: dynamic."""
     keep: int | None
-    """The fixed K of a visible graph; None: dynamic, or a full graph."""
-    precision: str
+    """The fixed K of `ids_keep (B, K)`; None: dynamic, or a full graph."""
+    profile: dict[str, list[int]]
+    """Smallest, usual and largest B and K for which the graph was proven; a full graph has no K."""
+    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    typing: Literal["weak", "strong"]
+    """strong: the types in the graph say what is computed in what; weak: the engine is told the precision."""
+    engine: Literal["onnxruntime", "openvino"]
+    """On which the bundle was proven."""
+    quantization: dict[str, Any] | None
+    """How INT8 was chosen: policy, layers, calibration; None in other precisions."""
     graph: GraphEntry
     preprocess: dict[str, Any]
     """The fields of `mae_deploy.preprocess.Preprocess`."""
@@ -119,6 +143,11 @@ class Manifest(TypedDict):
     """Engines built from the graph; empty without."""
     files: dict[str, FileEntry]
     """Every file but the manifest, by its POSIX path inside the bundle."""
+
+
+def follows_keep(name: str) -> bool:
+    """Whether an output is `(B, K, D)`, a row for each patch of `ids_keep` in its order."""
+    return name == "tokens" or _BLOCK_OUTPUT.fullmatch(name) is not None
 
 
 def file_entry(path: Path) -> FileEntry:
@@ -137,7 +166,7 @@ def read_preprocess(values: dict[str, Any]) -> Preprocess:
     unknown = [name for name in values if name not in names]
     if unknown:
         raise ConfigError(f"manifest: unknown preprocessing '{unknown[0]}'", hint="the bundle needs a newer mae-deploy: pip install --upgrade mae-deploy")
-    _check_keys(values, {name: hints[name] for name in names}, frozenset(names), "preprocess.")
+    check_keys(values, {name: hints[name] for name in names}, frozenset(names), "preprocess.")
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Preprocess(**fields)
 
@@ -157,9 +186,9 @@ def validate_manifest(value: Any) -> Manifest:
             f"manifest: schema version {version!r}; mae-deploy {__version__} reads version {SCHEMA_VERSION}",
             hint="pip install --upgrade mae-deploy" if newer else "export the bundle again",
         )
-    _check(value, Manifest, "")
+    check(value, Manifest, "")
     manifest = typing.cast(Manifest, value)
-    for problem in (_model_problem, _graph_problem, _files_problem, _tolerance_problem):
+    for problem in (_model_problem, _sizes_problem, _graph_problem, _outputs_problem, _files_problem, _tolerance_problem):
         if message := problem(manifest):
             raise ConfigError(f"manifest: {message}", hint="export the bundle again")
     return manifest
@@ -175,30 +204,98 @@ def _model_problem(manifest: Manifest) -> str | None:
         return f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of {patch}"
     if list(preprocess.image_size) != size or preprocess.channels != model["in_chans"]:
         return f"preprocess makes {preprocess.channels} x {preprocess.image_size}, the model takes {model['in_chans']} x {size}"
-    if manifest["batch"] is not None and manifest["batch"] < 1:
-        return f"batch {manifest['batch']} is less than 1"
-    keep = manifest["keep"]
-    if keep is not None and (manifest["token_mode"] != "visible" or not 1 <= keep <= num_patches):
-        return f"keep {keep} does not fit token mode '{manifest['token_mode']}' with {num_patches} patches"
+    if (manifest["precision"] == "int8") != (manifest["quantization"] is not None):
+        return f"precision {manifest['precision']} {'without' if manifest['quantization'] is None else 'with'} a record of quantization"
+    return None
+
+
+def _sizes_problem(manifest: Manifest) -> str | None:
+    mode, num_patches, profile = manifest["token_mode"], manifest["num_patches"], manifest["profile"]
+    fixed = {"B": manifest["batch"], "K": manifest["keep"]}
+    if fixed["B"] is not None and fixed["B"] < 1:
+        return f"batch {fixed['B']} is less than 1"
+    if fixed["K"] is not None and (mode == "full" or not 1 <= fixed["K"] <= num_patches):
+        return f"keep {fixed['K']} does not fit token mode '{mode}' with {num_patches} patches"
+    sizes = {"B"} if mode == "full" else {"B", "K"}
+    if set(profile) != sizes:
+        return f"the profile of token mode '{mode}' is of {', '.join(sorted(sizes))}, not of {', '.join(profile) or 'nothing'}"
+    for name, numbers in profile.items():
+        if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
+            return f"the profile {numbers} of {name} is not a smallest, usual and largest size"
+        if fixed[name] is not None and set(numbers) != {fixed[name]}:
+            return f"the profile {numbers} of {name} does not fit its fixed size {fixed[name]}"
+    if "K" in profile and profile["K"][2] > num_patches:
+        return f"the profile {profile['K']} of K has more than {num_patches} patches"
     return None
 
 
 def _graph_problem(manifest: Manifest) -> str | None:
-    model, mode = manifest["model"], manifest["token_mode"]
-    inputs = {entry["name"]: entry for entry in manifest["graph"]["inputs"]}
-    found = {name: entry["dtype"] for name, entry in inputs.items()}
-    if found != INPUTS[mode]:
-        return f"a graph of token mode '{mode}' has the inputs {INPUTS[mode]}, not {found}"
-    if inputs[IMAGES]["shape"][1:] != [model["in_chans"], *model["image_size"]]:
-        return f"the input shape {inputs[IMAGES]['shape']} does not fit {model['in_chans']} x {model['image_size']}"
-    names = [entry["name"] for entry in manifest["graph"]["outputs"]]
+    model, mode, graph = manifest["model"], manifest["token_mode"], manifest["graph"]
+    inputs = {entry["name"]: entry for entry in graph["inputs"]}
+    names = (IMAGES, *TOKEN_INPUTS[mode])
+    if len(graph["inputs"]) != len(names) or set(inputs) != set(names):
+        return f"a graph of token mode '{mode}' has the inputs {', '.join(names)}, not {', '.join(entry['name'] for entry in graph['inputs'])}"
+    C, (H, W) = model["in_chans"], model["image_size"]
+    B: Dim = manifest["batch"] or "B"
+    layouts: dict[str, list[Dim]] = {"float32": [B, C, H, W], "float16": [B, C, H, W], "uint8": [B, H, W, C]}
+    wanted = {IDS_KEEP: ("int64", [B, manifest["keep"] or "K"]), NUM_KEEP: ("int64", [B])}
+    for name, entry in inputs.items():
+        dtype, shape = wanted.get(name) or (entry["dtype"], layouts.get(entry["dtype"], []))
+        if entry["dtype"] != dtype or not _fits(entry["shape"], shape):
+            return f"the input {name} is {entry['dtype']} {entry['shape']}, not {dtype} {shape}" if shape else f"the input {name} cannot be {entry['dtype']}"
+    blocks = graph["blocks"]
+    if blocks and (len(blocks) != model["depth"] or len(set(blocks)) != len(blocks)):
+        return f"graph.blocks has {len(set(blocks))} names for {model['depth']} blocks"
+    return None
+
+
+def _outputs_problem(manifest: Manifest) -> str | None:
+    entries, model = manifest["graph"]["outputs"], manifest["model"]
+    inputs = [entry["name"] for entry in manifest["graph"]["inputs"]]
+    names = [entry["name"] for entry in entries]
     if not names or len({*names, *inputs}) != len(names) + len(inputs):
         return f"the outputs {names} must be at least one name, each once and none of an input"
-    for entry in manifest["graph"]["outputs"]:
-        classes = manifest["class_names"]
-        if entry["name"] == "logits" and classes is not None and entry["shape"][-1:] != [len(classes)]:
-            return f"logits have the shape {entry['shape']} for {len(classes)} class names"
+    for entry in entries:
+        block = _BLOCK_OUTPUT.fullmatch(entry["name"])
+        if block is not None and int(block[1]) >= model["depth"]:
+            return f"there is no {entry['name']} in {model['depth']} blocks"
+        shape = _output_shape(manifest, entry["name"])
+        if shape is not None and not _fits(entry["shape"], shape):
+            return f"the output {entry['name']} has the shape {entry['shape']}, not {shape}"
+        if entry["dtype"] not in ("float32", "float16"):
+            return f"the output {entry['name']} is {entry['dtype']}, not float32 or float16"
     return None
+
+
+def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
+    """The shape of an output whose name this version knows; a word stands for a size that is not."""
+    model = manifest["model"]
+    B: Dim = manifest["batch"] or "B"
+    K: Dim = manifest["num_patches"] if manifest["token_mode"] == "full" else manifest["keep"] or "K"
+    P, C, D = model["patch_size"], model["in_chans"], model["embed_dim"]
+    if follows_keep(name):
+        return [B, K, D]
+    classes = manifest["class_names"]
+    grid = [side // P for side in model["image_size"]]
+    shapes: dict[str, list[Dim]] = {
+        "cls": [B, D],
+        "pooled": [B, D],
+        "logits": [B, "classes" if classes is None else len(classes)],
+        "feature_map": [B, D, *grid],
+        "pixels": [B, manifest["num_patches"], P * P * C],
+        **{level: [B, "channels", "height", "width"] for level in ("p2", "p3", "p4", "p5")},
+    }
+    return shapes.get(name)
+
+
+def _fits(found: list[Dim], wanted: list[Dim]) -> bool:
+    """Whether a shape is the wanted one: a dynamic B or K has a name, every other size is a number."""
+    if len(found) != len(wanted):
+        return False
+    return all(
+        isinstance(size, str) if name in ("B", "K") else isinstance(size, int) and size >= 1 and (isinstance(name, str) or size == name)
+        for size, name in zip(found, wanted, strict=True)
+    )
 
 
 def _files_problem(manifest: Manifest) -> str | None:
@@ -219,45 +316,3 @@ def _tolerance_problem(manifest: Manifest) -> str | None:
         return f"unknown tolerance '{unknown[0]}'"
     Tolerance(**manifest["tolerance"])
     return None
-
-
-# --- types -----------------------------------------------------------------------------------------------------------
-
-
-def _check_keys(value: Any, hints: dict[str, Any], required: frozenset[str], where: str) -> None:
-    for name, kind in hints.items():
-        if name in value:
-            _check(value[name], kind, where + name)
-        elif name in required:
-            raise ConfigError(f"manifest: '{where}{name}' is missing", hint="export the bundle again")
-
-
-def _check(value: Any, kind: Any, where: str) -> None:
-    """Raise ConfigError unless the JSON value is of the annotated kind."""
-    if typing.is_typeddict(kind) and isinstance(value, dict):
-        _check_keys(value, typing.get_type_hints(kind), kind.__required_keys__, f"{where}." if where else "")
-    elif get_origin(kind) is list and isinstance(value, list):
-        for index, item in enumerate(value):
-            _check(item, get_args(kind)[0], f"{where}[{index}]")
-    elif get_origin(kind) is dict and isinstance(value, dict):
-        for key, item in value.items():
-            _check(item, get_args(kind)[1], f"{where}['{key}']")
-    elif not _is_plain(value, kind):
-        wanted = re.sub(r"<class '(\w+)'>|mae_deploy\.runtime\.manifest\.|typing\.", r"\1", str(kind)).replace("NoneType", "null")
-        raise ConfigError(f"manifest: '{where}' must be {wanted}, not {value!r:.80}", hint="export the bundle again")
-
-
-def _is_plain(value: Any, kind: Any) -> bool:
-    origin, arguments = get_origin(kind), get_args(kind)
-    if origin in (Union, types.UnionType):
-        return any(_is_plain(value, option) for option in arguments)
-    if origin is list:
-        return isinstance(value, list) and all(_is_plain(item, arguments[0]) for item in value)
-    if origin is tuple:  # JSON has lists only
-        kinds = arguments[:1] * len(value) if isinstance(value, list) and arguments[-1] is Ellipsis else arguments
-        return isinstance(value, list) and len(value) == len(kinds) and all(map(_is_plain, value, kinds))
-    if origin is Literal:
-        return isinstance(value, str) and value in arguments
-    if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
-    return kind is Any or (kind in (str, bool, type(None)) and isinstance(value, kind))

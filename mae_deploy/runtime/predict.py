@@ -85,11 +85,11 @@ class Predictions:
 
     def _run(self, batch: list[tuple[int, Array]]) -> tuple[list[Path], Features]:
         indices = [index for index, _ in batch]
-        images = self._backbone.preprocess.normalise(np.stack([pixels for _, pixels in batch]))
+        pixels = np.stack([pixels for _, pixels in batch])
         keep = self._keep
         if self._num_keep is not None:
             keep = np.stack([_random_patches(self._backbone.num_patches, self._num_keep, (self._seed, index)) for index in indices])
-        return [self._paths[index] for index in indices], self._backbone(images, keep, outputs=self._outputs)
+        return [self._paths[index] for index in indices], self._backbone.run_cropped(pixels, keep, outputs=self._outputs)
 
 
 def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[list[tuple[str, float]]]:
@@ -153,13 +153,13 @@ def _write_parquet(path: Path, names: Sequence[str], arrays: Mapping[str, Array]
 
 
 def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> None:
-    fixed = backbone.bundle.fixed_keep
+    least, most = backbone.bundle.keep_range
     if keep is not None:
         raise ConfigError("keep and num_keep exclude one another")
     if backbone.bundle.token_mode == "full":
         raise ConfigError("this bundle's graph takes every patch, so num_keep cannot be used", hint="export with --tokens visible")
-    if not 1 <= num_keep <= backbone.num_patches or num_keep != (fixed or num_keep):
-        raise ConfigError(f"num_keep {num_keep} cannot be used", hint=f"this graph takes {fixed or f'1 to {backbone.num_patches}'} patches")
+    if not least <= num_keep <= most:
+        raise ConfigError(f"num_keep {num_keep} cannot be used", hint=f"this graph takes {most if least == most else f'{least} to {most}'} patches")
 
 
 def _random_patches(num_patches: int, num_keep: int, seed: tuple[int, int]) -> Array:

@@ -1,114 +1,372 @@
-"""`mae-deploy benchmark` as it is typed: what is timed, in which order, and what the figures mean."""
+"""`mae-deploy benchmark` as it is typed: what is timed, fed with what, in which order, what is left out, and what the figures mean."""
 
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Mapping
+from importlib import util
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper
 
 from mae_deploy.cli import main
 from mae_deploy.commands import benchmark
+from mae_deploy.errors import MaeDeployError, MissingDependency
 from mae_deploy.preprocess import Array
-from mae_deploy.runtime import Backbone
+from mae_deploy.runtime import benchmark as runtime_benchmark
+from mae_deploy.runtime import probe, registry
 from mae_deploy.runtime.benchmark import Timing
-from tests.runtime.tiny_bundle import N, write_bundle
+from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from tests.runtime.tiny_bundle import CLASSES, DEPTH, C, D, H, N, P, W, write_bundle
 from tests.test_cli import TRAINING, run_without
 
-FEW = ("--repeats", "3", "--warmup", "1")
+FEW = ("--repeats", "2", "--warmup", "1", "--no-probe")
+
+FLOPS_OF_5 = 2 * (5 * P * P * C * D + DEPTH * (6 * 12 * D * D + 2 * 6 * 6 * D) + D * CLASSES)
+"""5 patches of 12 numbers to 13; for 6 tokens of 13 the maps of a block (12 D²) and its two products; the head."""
+
+Call = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def measured(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> list[dict[str, Any]]:
-    assert main(["benchmark", *map(str, arguments), "--json"]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    rows: list[dict[str, Any]] = json.loads(captured.out)
-    return rows
+def measured(*arguments: str | Path) -> list[str]:
+    return ["benchmark", *map(str, arguments), *FEW, "--json"]
 
 
 @pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[int, ...], tuple[int, ...] | None]]:
-    """Bundle, shape of the images and of `keep` of every call of a backbone."""
-    seen: list[tuple[str, tuple[int, ...], tuple[int, ...] | None]] = []
-    original = Backbone.__call__
+def run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, Any]]:
+    """The report of a benchmark, and what it said on stderr as `said`."""
 
-    def call(self: Backbone, images: Array, keep: Array | None = None, **more: Any) -> Any:
-        seen.append((self.bundle.path.name, images.shape, None if keep is None else keep.shape))
-        return original(self, images, keep, **more)
+    def call(*arguments: str | Path) -> dict[str, Any]:
+        assert main(measured(*arguments)) == 0
+        captured = capsys.readouterr()
+        report: dict[str, Any] = json.loads(captured.out)
+        return {**report, "said": captured.err}
 
-    monkeypatch.setattr(Backbone, "__call__", call)
+    return call
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Call]]:
+    """The graph's folder, and type and shape of every input, of every call that is timed."""
+    seen: list[tuple[str, Call]] = []
+    original = runtime_benchmark.measure
+    loaded: dict[int, str] = {}
+    load, work = OnnxRuntimeEngine._load, OnnxRuntimeEngine._run
+    recording = [False]
+
+    def spy_load(self: OnnxRuntimeEngine, graph: Path, *given: Any) -> None:
+        loaded[id(self)] = graph.parent.name
+        load(self, graph, *given)
+
+    def spy_run(self: OnnxRuntimeEngine, inputs: Mapping[str, Array], outputs: Any) -> dict[str, Array]:
+        if recording[0] and "x" not in inputs:
+            seen.append((loaded[id(self)], {name: (str(array.dtype), array.shape) for name, array in inputs.items()}))
+        return work(self, inputs, outputs)
+
+    def measure(*given: Any, **named: Any) -> Any:
+        recording[0] = True
+        try:
+            return original(*given, **named)
+        finally:
+            recording[0] = False
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "_load", spy_load)
+    monkeypatch.setattr(OnnxRuntimeEngine, "_run", spy_run)
+    monkeypatch.setattr(benchmark, "measure", measure)
     return seen
 
 
-def test_two_bundles_take_turns(exported: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    first, second = exported / "classifier", exported / "encoder"
-    rows = measured(capsys, first, second, *FEW)
-    assert calls == [("classifier", (1, 3, 6, 10), None), ("encoder", (1, 3, 6, 10), (1, 3))] * 4, "four rounds, the first of them not timed"
-    assert [(row["bundle"], row["tokens"], row["patches"], row["batch"], row["engine"], row["calls"]) for row in rows] == [
-        (str(first), "full", 15, 1, "onnxruntime", 3),
-        (str(second), "visible", 3, 1, "onnxruntime", 3),
+def stranger(path: Path, *, images: list[Any] | None = None, ids: list[Any] | None = None, dtype: int = TensorProto.FLOAT, more: Any = None) -> Path:
+    """Somebody else's graph: the sum of each image, and where there are any the sum of the patch numbers; their inputs have their own names."""
+    inputs = [helper.make_tensor_value_info("pixel values", dtype, images or ["n", C, H, W])]
+    nodes = [helper.make_node("ReduceSum", ["pixel values"], ["total"], keepdims=0)]
+    outputs = [helper.make_tensor_value_info("total", dtype, [])]
+    if ids is not None:
+        inputs.append(helper.make_tensor_value_info("visible", TensorProto.INT64, ids))
+        nodes.append(helper.make_node("ReduceSum", ["visible"], ["numbers"], keepdims=0))
+        outputs.append(helper.make_tensor_value_info("numbers", TensorProto.INT64, []))
+    body = helper.make_graph(nodes, "stranger", [*inputs, *([more] if more is not None else [])], outputs)
+    path.parent.mkdir(exist_ok=True)
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    return path
+
+
+def keys(report: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
+    return [tuple(row[name] for name in names) for row in report["rows"]]
+
+
+# --- which rows there are --------------------------------------------------------------------------------------------
+
+
+def test_every_combination_takes_its_turn(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+    full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible")
+    report = run(full, visible, "--keep", "3,21", "--keep-ratio", "0.5,0.001", "--batch-size", "2,1")
+    images, ids = {batch: ("float32", (batch, C, H, W)) for batch in (1, 2)}, {(b, k): ("int64", (b, k)) for b in (1, 2) for k in (1, 3, 10, 21)}
+    one_round: list[tuple[str, Call]] = [("full", {"images": images[2]}), ("full", {"images": images[1]})]
+    one_round += [("visible", {"images": images[b], "ids_keep": ids[b, k]}) for b in (2, 1) for k in (3, 21, 10, 1)]
+    assert calls == one_round * 3, "three rounds, the first of them not timed"
+    expected = [(str(full), "full", b, N) for b in (2, 1)] + [(str(visible), "visible", b, k) for b in (2, 1) for k in (3, 21, 10, 1)]
+    assert keys(report, "graph", "tokens", "batch", "patches") == expected
+    assert {(row["calls"], row["engine"], row["device"], row["precision"]) for row in report["rows"]} == {(2, "onnxruntime", "cpu", "fp32")}
+    assert report["left_out"] == []
+    for row in report["rows"]:
+        assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["max_ms"]
+
+
+def test_defaults_are_one_image_and_a_quarter_of_the_patches(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    assert keys(run(write_bundle(tmp_path / "visible")), "batch", "patches") == [(1, N // 4)]
+
+
+def test_what_a_graph_fixes_is_its_own_and_other_batches_are_left_out(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    fixed, free = write_bundle(tmp_path / "fixed", batch=2, keep=4), write_bundle(tmp_path / "free", profile_keep=(2, 4, 9))
+    assert keys(run(fixed, free), "batch", "patches") == [(2, 4), (1, 5)]
+    report = run(fixed, free, "--batch-size", "1,2", "--keep", "9,10,1,30")
+    assert keys(report, "batch", "patches") == [(2, 4), (1, 9), (2, 9)]
+    outside = [{"row": f"{free}, batch {b}, {k} patches", "why": "the graph takes 2 to 9 patches"} for b in (1, 2) for k in (10, 1, 30)]
+    assert report["left_out"] == [{"row": f"{fixed}, batch 1, 4 patches", "why": "the graph takes 2 images a call"}, *outside]
+    assert f"left out: {fixed}, batch 1, 4 patches: the graph takes 2 images a call\n" in report["said"]
+    assert report["said"].count("left out: ") == 7
+
+
+def test_every_form_of_graph_gets_what_it_takes(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+    ragged = write_bundle(tmp_path / "ragged", token_mode="ragged")
+    pixels = write_bundle(tmp_path / "pixels", token_mode="reconstruct", outputs=["pixels"])
+    byte = write_bundle(tmp_path / "byte", token_mode="full", images="uint8")
+    half = write_bundle(tmp_path / "half", images="float16", features="float16", precision="fp16")
+    report = run(ragged, pixels, byte, half, "--keep", "5", "--batch-size", "3")
+    assert calls[:4] == [
+        ("ragged", {"images": ("float32", (3, C, H, W)), "ids_keep": ("int64", (3, 5)), "num_keep": ("int64", (3,))}),
+        ("pixels", {"images": ("float32", (3, C, H, W)), "ids_keep": ("int64", (3, 5))}),
+        ("byte", {"images": ("uint8", (3, H, W, C))}),
+        ("half", {"images": ("float16", (3, C, H, W)), "ids_keep": ("int64", (3, 5))}),
     ]
-    assert all(0 < row["min_ms"] <= row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["max_ms"] for row in rows)
-    assert rows[0]["ratio"] == 1
+    assert keys(report, "tokens", "precision") == [("ragged", "fp32"), ("reconstruct", "fp32"), ("full", "fp32"), ("visible", "fp16")]
+    assert [row["cosine"] is None for row in report["rows"]] == [False, True, False, False]
+    assert [row["gflops"] is None for row in report["rows"]] == [False, True, False, False], "nobody says how large the decoder is"
 
 
-def test_the_figures_by_hand(exported: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    durations = {"classifier": (0.004, 0.002, 0.008), "encoder": (0.001, 0.003, 0.001)}
+# --- somebody else's graphs ------------------------------------------------------------------------------------------
 
-    def measure(functions: Mapping[str, Callable[[], object]], *, repeats: int, warmup: int) -> dict[str, Timing]:
-        assert (repeats, warmup) == (30, 5)
-        return {name: Timing(durations[Path(name).name]) for name in functions}
+
+def test_somebody_elses_graphs(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    free = stranger(tmp_path / "free" / "a.onnx", images=["n", None, None, None], ids=["n", "k"])
+    fixed = stranger(tmp_path / "fixed" / "b.onnx", images=[2, 1, 5, 8], dtype=TensorProto.FLOAT16, ids=[2, 6])
+    whole = stranger(tmp_path / "whole" / "c.onnx")
+    report = run(bundle, "--against", f"{free},{fixed},{whole}", "--keep", "4,7", "--batch-size", "1,2")
+    timed = [row for row in calls[: len(calls) // 3] if row[0] != "bundle"]
+    every = {b: ("float32", (b, C, H, W)) for b in (1, 2)}
+    assert timed == [
+        *(("free", {"pixel values": every[b], "visible": ("int64", (b, k))}) for b in (1, 2) for k in (4, 7)),
+        ("fixed", {"pixel values": ("float16", (2, 1, 5, 8)), "visible": ("int64", (2, 6))}),
+        *(("whole", {"pixel values": every[b]}) for b in (1, 2)),
+    ]
+    others = [row for row in report["rows"] if row["graph"] != str(bundle)]
+    assert [row["patches"] for row in others] == [4, 7, 4, 7, 6, None, None]
+    assert {(row["tokens"], row["precision"], row["cosine"], row["top1"], row["gflop_per_image"], row["gflops"], row["gemm_share"]) for row in others} == {
+        (None,) * 7
+    }
+    assert [row["size_bytes"] for row in others] == [path.stat().st_size for path in (free, free, free, free, fixed, whole, whole)]
+    assert report["left_out"] == [{"row": f"{fixed}, batch 1, 6 patches", "why": "the graph takes 2 images a call"}]
+
+
+def test_size_is_that_of_the_graph_and_the_weights_beside_it(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    bundle, other = write_bundle(tmp_path / "bundle"), tmp_path / "other.onnx"
+    onnx.save(onnx.load(bundle / "encoder.onnx"), other, save_as_external_data=True, location="my weights", size_threshold=500)
+    sizes = [row["size_bytes"] for row in run(bundle, "--against", other)["rows"]]
+    assert sizes == [(bundle / "encoder.onnx").stat().st_size, other.stat().st_size + (tmp_path / "my weights").stat().st_size]
+    assert (tmp_path / "my weights").stat().st_size > 500
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ({"more": ("scale", TensorProto.FLOAT, [1])}, "nothing is known to feed the input 'scale' with, float32 (1)"),
+        ({"more": ("again", TensorProto.FLOAT, ["n", 3, 2, 2])}, "nothing is known to feed the input 'again' with, float32 (n, 3, 2, 2)"),
+        ({"ids": ["n", "k"], "more": ("ids", TensorProto.INT32, ["n", "k"])}, "nothing is known to feed the input 'ids' with, int32 (n, k)"),
+        ({"images": ["n", 12]}, "nothing is known to feed the input 'pixel values' with, float32 (n, 12)"),
+    ],
+)
+def test_an_input_that_nothing_is_known_of(tmp_path: Path, made: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    more = made.pop("more", None)
+    path = stranger(tmp_path / "a.onnx", more=helper.make_tensor_value_info(*more) if more else None, **made)
+    assert main(measured(write_bundle(tmp_path / "bundle"), "--against", path)) == 2
+    assert capsys.readouterr().err.splitlines()[0] == f"error: {path}: {said}"
+
+
+def test_a_graph_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "k"])
+    body = helper.make_graph([helper.make_node("Identity", ["ids"], ["y"])], "g", [ids], [helper.make_tensor_value_info("y", TensorProto.INT64, ["n", "k"])])
+    onnx.save(helper.make_model(body), tmp_path / "a.onnx")
+    assert main(measured(write_bundle(tmp_path / "bundle"), "--against", tmp_path / "a.onnx")) == 2
+    assert f"{tmp_path / 'a.onnx'}: no input takes images" in capsys.readouterr().err
+
+
+def test_a_graph_that_refuses_its_inputs_is_left_out(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    # The batch is written into a Reshape, though the input leaves it open.
+    shape = helper.make_node("Constant", [], ["shape"], value=helper.make_tensor("s", TensorProto.INT64, [2], [1, C * H * W]))
+    body = helper.make_graph(
+        [shape, helper.make_node("Reshape", ["images", "shape"], ["y"])],
+        "g",
+        [helper.make_tensor_value_info("images", TensorProto.FLOAT, ["n", C, H, W])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, C * H * W])],
+    )
+    onnx.save(helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), tmp_path / "a.onnx")
+    report = run(write_bundle(tmp_path / "bundle"), "--against", tmp_path / "a.onnx", "--batch-size", "1,2")
+    assert keys(report, "graph", "batch")[2:] == [(str(tmp_path / "a.onnx"), 1)]
+    (left_out,) = report["left_out"]
+    assert left_out["row"] == f"{tmp_path / 'a.onnx'} on onnxruntime, batch 2"
+    assert left_out["why"].startswith("ONNX Runtime failed: ")
+
+
+# --- engines ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(util.find_spec("openvino") is None, reason="needs OpenVINO")
+def test_two_engines(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    bundle, other = write_bundle(tmp_path / "bundle"), stranger(tmp_path / "a.onnx")
+    report = run(bundle, "--engine", "auto,ov,onnxruntime", "--against", other, "--keep", "4,21")
+    expected = [(str(bundle), "onnxruntime", 4), (str(bundle), "onnxruntime", N), (str(bundle), "openvino", 4), (str(bundle), "openvino", N)]
+    assert keys(report, "graph", "engine", "patches") == [*expected, (str(other), "onnxruntime", None), (str(other), "openvino", None)]
+    assert list(report["gemm_gflops"]) == list(report["machine"]["engines"]) == ["onnxruntime", "openvino"]
+    assert report["rows"][0]["cosine"] == pytest.approx(report["rows"][2]["cosine"], abs=1e-5)
+    assert [row["speedup_over_full"] == 1 for row in report["rows"]] == [False, True, False, True, False, False]
+
+
+def test_an_engine_that_is_not_there_is_left_out(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def absent() -> Any:
+        raise MissingDependency("no OpenVINO here", hint="install it")
+
+    monkeypatch.setitem(registry.ENGINES, "openvino", absent)
+    bundle = write_bundle(tmp_path / "bundle")
+    report = run(bundle, "--engine", "openvino,onnxruntime")
+    assert keys(report, "engine") == [("onnxruntime",)]
+    assert report["left_out"] == [{"row": f"{bundle} on openvino", "why": "no OpenVINO here"}]
+    assert main(measured(bundle, "--engine", "openvino")) == 3
+    assert capsys.readouterr().err == "error: no OpenVINO here\nhint: install it\n"
+
+
+def test_threads_and_cores_reach_the_engines(tmp_path: Path, run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[Any, ...]] = []
+    original = onnxruntime.InferenceSession
+
+    def session(path: str, options: Any, **more: Any) -> Any:
+        seen.append((Path(path).name, options.intra_op_num_threads))
+        return original(path, options, **more)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    machine = run(write_bundle(tmp_path / "bundle"), "--threads", "1")["machine"]
+    assert seen == [("encoder.onnx", 1), ("products.onnx", 1)]
+    assert (machine["threads"], machine["affinity"]) == (1, None)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int, int | None], tuple[float, ...]]:
+    """Put durations by folder, batch and K in; the products take 2 ms, all others 1 ms."""
+    durations: dict[tuple[str, int, int | None], tuple[float, ...]] = {}
+
+    def measure(functions: Mapping[Any, Callable[[], object]], *, repeats: int, warmup: int, after_call: Any) -> dict[Any, Timing]:
+        def seconds(row: Any) -> tuple[float, ...]:
+            return (0.002,) if isinstance(row, str) else durations.get((row.subject.graph.parent.name, row.batch, row.keep), (0.001,))
+
+        return {row: Timing(seconds(row)) for row in functions}
 
     monkeypatch.setattr(benchmark, "measure", measure)
-    monkeypatch.setenv("COLUMNS", "300")
-    arguments: list[str | Path] = [exported / "classifier", exported / "encoder", "--batch-size", "5", "--keep-ratio", "0.5"]
-    full, visible = measured(capsys, *arguments)
-    assert (full["p50_ms"], full["images_per_second"], full["ratio"]) == pytest.approx((4, 5 / 0.004, 1))
-    assert (visible["p50_ms"], visible["images_per_second"], visible["ratio"]) == pytest.approx((1, 5 / 0.001, 0.25))
-    assert (visible["patches"], visible["batch"]) == (7, 5)
-    assert main(["benchmark", *map(str, arguments)]) == 0
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    # The 95th percentile of three lies nine tenths of the way from the second to the third.
-    assert lines == [
-        [str(exported / "classifier"), "full", "15", "5", "4.00", "7.60", "1250.0", "1.000"],
-        [str(exported / "encoder"), "visible", "7", "5", "1.00", "2.80", "5000.0", "0.250"],
+    return durations
+
+
+def test_the_figures_by_hand(tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]) -> None:
+    stopwatch |= {("full", 2, None): (0.004, 0.002, 0.008), ("visible", 2, 5): (0.001, 0.003, 0.001), ("visible", 4, 5): (0.0015,)}
+    report = run(write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible"), "--keep", "5", "--batch-size", "2,4")
+    full, _, visible, more = report["rows"]
+    assert (full["p50_ms"], full["images_per_second"], full["ratio"], full["speedup_over_full"]) == pytest.approx((4, 2 / 0.004, 1, 1))
+    assert full["p95_ms"] == pytest.approx(7.6), "nine tenths of the way from the second to the third"
+    assert (visible["p50_ms"], visible["images_per_second"], visible["ratio"], visible["speedup_over_full"]) == pytest.approx((1, 2 / 0.001, 0.25, 4))
+    assert (more["ratio"], more["speedup_over_full"]) == pytest.approx((0.1875, 2 / 3)), "of an image; and over the full row of the same batch size"
+    assert visible["gflop_per_image"] == pytest.approx(FLOPS_OF_5 / 1e9)
+    assert visible["gflops"] == pytest.approx(2 * FLOPS_OF_5 / 0.001 / 1e9)
+    gemm = 4 * 2 * 768**3 / 0.002 / 1e9
+    assert report["gemm_gflops"] == pytest.approx({"onnxruntime": gemm})
+    assert visible["gemm_share"] == pytest.approx(visible["gflops"] / gemm)
+
+
+def test_full_is_a_row_of_its_kind(tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]) -> None:
+    def wider(manifest: dict[str, Any]) -> None:
+        manifest["model"] = {**manifest["model"], "name": "other"}
+
+    bundles = [
+        write_bundle(tmp_path / "visible"),
+        write_bundle(tmp_path / "int8", precision="int8"),
+        write_bundle(tmp_path / "pixels", token_mode="reconstruct", outputs=["pixels"]),
+        write_bundle(tmp_path / "model", change=wider),
+        write_bundle(tmp_path / "fixed", keep=4),
     ]
+    other = stranger(tmp_path / "other" / "a.onnx", ids=["n", "k"])
+    for index, name in enumerate(("visible", "int8", "pixels", "model", "fixed", "other"), start=2):
+        stopwatch[name, 1, N] = (0.001 * index,)
+    arguments: list[Any] = [*bundles, "--against", other, "--keep", "3,21"]
+    found = run(*arguments)["rows"]
+    assert [row["speedup_over_full"] for row in found] == pytest.approx([2, 1, 3, 1, 4, 1, 5, 1, 2, 7, 1]), "each graph's own K = N; the fixed one's kin"
+    stopwatch["full", 1, None] = (0.009,)
+    found = run(*arguments, write_bundle(tmp_path / "full", token_mode="full"))["rows"]
+    assert [row["speedup_over_full"] for row in found[:2]] == pytest.approx([9, 4.5]), "a full graph of the model is a better yardstick than K = N"
+    assert run(bundles[4])["rows"][0]["speedup_over_full"] is None
 
 
-def test_what_a_bundle_fixes_wins(tmp_path: Path, calls: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
-    bundle = write_bundle(tmp_path / "bundle", batch=2, keep=4)
-    (row,) = measured(capsys, bundle, "--batch-size", "7", "--keep-ratio", "1", *FEW)
-    assert (row["batch"], row["patches"]) == (2, 4)
-    assert set(calls) == {("bundle", (2, 3, 6, 14), (2, 4))}
+def test_load_time_and_memory_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    good, other = write_bundle(tmp_path / "good", token_mode="full"), stranger(tmp_path / "a.onnx")
+    arguments = ["benchmark", str(good), "--against", str(other), "--repeats", "1", "--warmup", "0", "--json"]
+    assert main(arguments) == 0
+    for row in json.loads(capsys.readouterr().out)["rows"]:
+        assert row["load_seconds"] > 0
+        assert row["peak_mib"] is None or row["peak_mib"] > 10
+
+    def fails(graph: Path, *_: Any, **__: Any) -> probe.Probe:
+        if graph == other:
+            raise MaeDeployError("killed")
+        return probe.Probe(load_seconds=1.5, peak_mib=None)
+
+    monkeypatch.setattr(benchmark, "probe_graph", fails)
+    assert main(arguments) == 0
+    captured = capsys.readouterr()
+    assert keys(json.loads(captured.out), "load_seconds", "peak_mib") == [(1.5, None), (None, None)]
+    assert f"no load time and memory: {other} on onnxruntime, batch 1: killed\n" in captured.err
 
 
-@pytest.mark.parametrize(("ratio", "patches"), [("1", N), ("0.5", N // 2), ("0.001", 1)])
-def test_the_share_of_the_patches(tmp_path: Path, ratio: str, patches: int, capsys: pytest.CaptureFixture[str]) -> None:
-    (row,) = measured(capsys, write_bundle(tmp_path / "bundle"), "--keep-ratio", ratio, *FEW)
-    assert row["patches"] == patches
-
-
-def test_a_path_that_looks_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "300")
-    bundle = write_bundle(tmp_path / "a[" / "x]")
-    assert main(["benchmark", str(bundle), *FEW]) == 0
-    assert str(bundle) in capsys.readouterr().out
+# --- mistakes --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("names", "more", "said"),
     [
-        (["a", "a"], [], "a bundle is named twice: a, a"),
-        (["a", "./a/"], [], "a bundle is named twice: a, a"),
+        (["a", "a"], [], "a graph is named twice: a, a"),
+        (["a", "./a/"], [], "a graph is named twice: a, a"),
+        (["a"], ["--against", "b.onnx,b.onnx"], "a graph is named twice: a, b.onnx, b.onnx"),
         ([], [], "BUNDLES is missing"),
         (["a", "nowhere"], [], "no bundle at nowhere: there is no manifest.json"),
-        (["a"], ["--keep-ratio", "0"], "--keep-ratio 0.0 must be above 0 and at most 1"),
-        (["a"], ["--keep-ratio", "1.5"], "--keep-ratio 1.5 must be above 0 and at most 1"),
-        (["a"], ["--repeats", "0"], "--batch-size and --repeats must be at least 1, --warmup at least 0"),
-        (["a"], ["--batch-size", "0"], "--batch-size and --repeats must be at least 1, --warmup at least 0"),
+        (["a"], ["--against", "nowhere.onnx"], "no ONNX file at nowhere.onnx"),
+        (["a"], ["--against", "a/manifest.json"], "a/manifest.json is no ONNX model (field type 3)"),
+        (["a"], ["--keep", "0,3"], "--keep 0 must be at least 1"),
+        (["a"], ["--keep-ratio", "0"], "--keep-ratio 0 must be above 0 and at most 1"),
+        (["a"], ["--keep-ratio", "0.5,1.5"], "--keep-ratio 1.5 must be above 0 and at most 1"),
+        (["a"], ["--repeats", "0"], "--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0"),
+        (["a"], ["--batch-size", "1,0"], "--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0"),
         (["a"], ["--engine", "abacus"], "unknown engine 'abacus'"),
+        (["a"], ["--engine", ","], "--engine needs at least one engine"),
+        (["a"], ["--threads", "0"], "threads must be at least 1, not 0"),
+        (["a"], ["--keep", "22"], "nothing is left to time: a, batch 1, 22 patches: the graph takes 1 to 21 patches"),
+        (["a"], ["--images", "nowhere"], "no such file or folder: nowhere"),
+        (["a"], ["--out", "a"], "--out a already exists"),
     ],
 )
 def test_mistakes_are_2(
@@ -126,13 +384,59 @@ def test_a_tampered_bundle_is_not_timed(tmp_path: Path, capsys: pytest.CaptureFi
     bundle = write_bundle(tmp_path / "bundle")
     with (bundle / "encoder.onnx").open("ab") as file:
         file.write(b"\0")
-    assert main(["benchmark", str(bundle), *FEW]) == 1
+    assert main(measured(bundle)) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "is not the file that was exported" in captured.err
 
 
-def test_without_the_training_packages(exported: Path) -> None:
-    done = run_without(TRAINING, "benchmark", str(exported / "classifier"), str(exported / "encoder"), *FEW, "--json")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert len(json.loads(done.stdout)) == 2
+def test_without_the_training_packages(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    done = run_without((*TRAINING, "matplotlib", "openvino"), "benchmark", str(bundle), "--repeats", "1", "--out", str(tmp_path / "report"), "--json")
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["rows"]) == 1
+    assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["benchmark.json", "benchmark.md"]
+    assert "no picture: this needs the package 'matplotlib'" in done.stderr
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def test_the_report_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_bundle(Path("a[/x]"), keep=4, batch=2)
+    write_bundle(Path("b"), token_mode="full")
+    arguments = ["benchmark", "a[/x]", "b", "--batch-size", "1,2", "--repeats", "2", "--warmup", "1", "--no-probe"]
+    assert main([*arguments, "--out", "report/one", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    folder = Path("report/one")
+    assert sorted(path.name for path in folder.iterdir()) == ["benchmark.json", "benchmark.md", "benchmark.png"]
+    assert json.loads((folder / "benchmark.json").read_text()) == report
+    assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
+    assert shlex.split(report["command"]) == ["mae-deploy", "benchmark", "a[/x]", "b", *arguments[3:5], "--no-probe", "--out", "report/one", *arguments[5:9]]
+    text = (folder / "benchmark.md").read_text()
+    assert report["command"] in text
+    assert "![accuracy and latency against patches](benchmark.png)" in text
+    assert "- a[/x], batch 1, 4 patches: the graph takes 2 images a call" in text
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| 1 |")]
+    first = report["rows"][0]
+    assert cells[0][:6] == ["1", "a[/x]", "fp32", "onnxruntime", "2", "4"]
+    assert cells[0][6:10] == [f"{first['p50_ms']:.2f}", f"{first['p95_ms']:.2f}", f"{first['p99_ms']:.2f}", f"{first['images_per_second']:.1f}"]
+    assert main([*arguments, "--out", "report/one"]) == 2, "nothing is overwritten"
+
+
+def test_the_tables_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stopwatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    stopwatch |= {("full", 2, None): (0.004, 0.002, 0.008), ("x]", 2, 5): (0.001, 0.003, 0.001)}
+    full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "a[" / "x]")
+    assert main(["benchmark", str(full), str(visible), "--keep", "5", "--batch-size", "2", *FEW]) == 0
+    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
+    assert lines[:2] == [
+        ["1", str(full), "fp32", "onnxruntime", "2", str(N), "4.00", "7.60", "7.92", "500.0", "1.00", "1.000"],
+        ["2", str(visible), "fp32", "onnxruntime", "2", "5", "1.00", "2.80", "2.96", "2000.0", "4.00", "0.250"],
+    ]
+    # No column for load time and memory, which nobody measured, nor for top-1, for which there are no labels.
+    rate, share = 2 * FLOPS_OF_5 / 1e6, 2 * FLOPS_OF_5 / 1e6 / (4 * 2 * 768**3 / 0.002 / 1e9)
+    size = (visible / "encoder.onnx").stat().st_size / 1e6
+    assert lines[3][:5] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f} %", f"{size:.2f}"]
+    assert [line[5:] for line in lines[2:]] == [["1.0000"], [f"{float(lines[3][5]):.4f}"]]

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +13,9 @@ import typer
 
 from mae_deploy import __version__
 from mae_deploy.cli import app, main
-from mae_deploy.commands.doctor import NEEDS
+from mae_deploy.commands import doctor
+from mae_deploy.commands.config import DoctorConfig
+from mae_deploy.commands.doctor import CPU_FEATURES, NEEDS
 from tests.test_cli import TRAINING, run_without
 
 
@@ -27,6 +31,49 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert set(found["commands"]) == set(NEEDS)
     assert found["commands"]["pretrain"] is None
     assert isinstance(found["machine"]["nvidia_gpus"], int)
+    assert found["machine"]["cpu_cores"] == os.cpu_count()
+
+
+def test_openvino_says_in_which_precisions_it_computes(capsys: pytest.CaptureFixture[str]) -> None:
+    openvino = pytest.importorskip("openvino")
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["openvino"] == metadata.version("openvino")
+    core = openvino.Core()
+    name, _, precisions = found["engines"]["openvino"].rpartition(": ")
+    assert name == core.get_property("CPU", "FULL_DEVICE_NAME")
+    assert precisions.startswith("FP32")
+    assert set(precisions.split(", ")) == {"FP32", "FP16", "BF16", "INT8"} & set(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+
+
+def test_an_engine_that_is_installed_and_does_not_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("openvino")
+
+    def fail() -> str:
+        raise RuntimeError("no plugin\nfor the CPU")
+
+    monkeypatch.setattr(doctor, "_openvino", fail)
+    assert main(["doctor", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["engines"]["openvino"] == "cannot be loaded: no plugin for the CPU"
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "features"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\nprocessor\t: 1\nflags\t\t: fpu avx2", ["avx2", "avx512f", "avx512_vnni"]),
+        ("processor\t: 0\nFeatures\t: fp asimd i8mm asimddp\n", ["asimddp", "i8mm"]),
+        ("processor : 0\n", []),
+        (None, None),
+    ],
+    ids=["x86", "Arm", "neither", "not Linux"],
+)
+def test_features_of_the_cpu(cpuinfo: str | None, features: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if cpuinfo is not None:
+        (tmp_path / "cpuinfo").write_text(cpuinfo)
+    monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
+    found = doctor.run(DoctorConfig())
+    assert found.data["machine"]["cpu_features"] == features
+    assert set(features or []) <= set(CPU_FEATURES)
 
 
 def test_every_command_is_listed() -> None:
@@ -35,7 +82,7 @@ def test_every_command_is_listed() -> None:
 
 
 def test_without_the_training_packages() -> None:
-    done = run_without(TRAINING, "doctor", "--json")
+    done = run_without((*TRAINING, "openvino"), "doctor", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["packages"]["torch"] is None
@@ -43,6 +90,8 @@ def test_without_the_training_packages() -> None:
     pretrain = found["commands"]["pretrain"]
     assert set(pretrain["missing"]) == set(NEEDS["pretrain"][1])
     assert pretrain["install"] == "pip install 'mae-deploy[train]'"
+    assert found["engines"]["openvino"] == "not installed: pip install 'mae-deploy[openvino]'"
+    assert found["commands"]["predict --engine openvino"] == {"missing": ["openvino"], "install": "pip install 'mae-deploy[openvino]'"}
     assert [name for name, problem in found["commands"].items() if problem is None] == ["verify", "predict", "predict --out FILE.parquet", "benchmark", "info"]
 
 

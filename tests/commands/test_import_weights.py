@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 
 from mae_deploy.checkpoint import open_checkpoint
@@ -110,8 +111,20 @@ def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path: Path, capsys: p
     del tensors["norm.bias"]
     source = write_original(tmp_path / "weights.pth", tensors)
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 1
-    assert capsys.readouterr().err == f"error: {source} does not fit: 1 missing: norm.bias; 1 unexpected: gamma_1\n"
+    error, hint = capsys.readouterr().err.splitlines()
+    assert error == f"error: {source} does not fit: 1 missing: norm.bias; 1 unexpected: gamma_1"
+    assert hint == "hint: if it is a timm model, say which: --model NAME"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_model_by_timms_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # All that is built in and refused by name: tests/parity/test_timm_vit.py.
+    theirs = timm.create_model("test_vit", num_classes=CLASSES)
+    torch.save({"state_dict": theirs.state_dict()}, tmp_path / "weights.pth.tar")
+    assert main(["import", str(tmp_path / "weights.pth.tar"), "--out", str(tmp_path / "out"), "--model", "test_vit", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["layout"], report["architecture"], report["kind"]) == ("timm", "test_vit", "classifier")
+    assert open_checkpoint(tmp_path / "out").metadata.preprocess["mean"] == [0.5, 0.5, 0.5]
 
 
 def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -74,6 +74,20 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert expected in printed, expected
 
 
+def test_what_a_bundle_was_proven_for(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_bundle(tmp_path / "bundle", token_mode="ragged", batch=2, precision="int8", images="uint8", profile_keep=(2, 5, 9))
+    printed = " ".join(shown(bundle, capsys, monkeypatch).split())
+    for expected in (
+        "ragged",
+        "B = 2, K = 2 to 9, usually 5",
+        "onnxruntime",
+        "int8, chosen by the engine",
+        "policy dynamic",
+        "uint8, normalised in the graph",
+    ):
+        assert expected in printed, expected
+
+
 def test_a_bundle_without_a_record_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert info(write_bundle(tmp_path / "bundle"), capsys)["provenance"] == {"checkpoint": "none"}
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.preprocess import find_images, read_image
-from mae_deploy.runtime import Backbone
+from mae_deploy.preprocess import Array, find_images, read_image
+from mae_deploy.runtime import Backbone, Features
 from mae_deploy.runtime.predict import top_k
 from tests.data.image_folders import spoil
 from tests.export.tiny_exports import CLASS_NAMES
@@ -90,6 +90,30 @@ def test_an_encoder_without_out_gives_shapes_and_leaves_the_tokens_where_they_ar
     assert found == {"images": 5, "unreadable": [], "outputs": {"cls": [5, 20], "pooled": [5, 20]}, "out": None}
     assert main(["predict", str(exported / "encoder"), str(photos)]) == 0
     assert "outputs  cls 5,20, pooled 5,20\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fetched"),
+    [
+        (("tokens", "block_0", "cls", "feature_map", "pixels"), {"cls": [5, 13]}),
+        (("pixels",), {"pixels": [5, 21, 12]}),
+        (("feature_map", "tokens"), {"feature_map": [5, 13, 3, 7]}),
+    ],
+)
+def test_large_outputs_are_neither_fetched_nor_kept_where_nothing_is_written(
+    tmp_path: Path, photos: Path, outputs: tuple[str, ...], fetched: dict[str, list[int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(tmp_path / "bundle", token_mode="reconstruct", outputs=outputs)
+    asked: list[tuple[str, ...]] = []
+    run = Backbone.run_cropped
+
+    def spy(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Features:
+        asked.append(outputs)
+        return run(backbone, pixels, keep, outputs=outputs)
+
+    monkeypatch.setattr(Backbone, "run_cropped", spy)
+    assert predict(capsys, bundle, photos, "--num-keep", "4")["outputs"] == fetched
+    assert asked == [tuple(fetched)]
 
 
 def test_npz(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,6 +21,7 @@ from mae_deploy.config import from_dict, merge, read_recipe
 from mae_deploy.preprocess import Array
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.engine import EngineOptions
 from mae_deploy.runtime.verify import verify_bundle
 from mae_deploy.training import loop
 
@@ -88,7 +89,7 @@ def test_the_bundles_are_there_and_pass(finished: tuple[Path, dict[str, Any]]) -
     assert set(report["parity"]) == set(report["size_bytes"]) == {path.name for path in (out / "bundles").iterdir()} == set(quickstart.BUNDLES)
     for name, parity in report["parity"].items():
         bundle = Bundle.load(out / "bundles" / name)
-        verification = verify_bundle(bundle, threads=1)
+        verification = verify_bundle(bundle, options=EngineOptions(threads=1))
         assert verification.passed
         assert parity["passed"] is True
         # Verified a second time on the same machine: the same figures but for the order of threads.

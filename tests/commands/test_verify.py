@@ -14,6 +14,7 @@ import pytest
 from onnx import numpy_helper
 
 from mae_deploy.cli import main
+from mae_deploy.runtime.layers import LayerReport
 from tests.runtime.tiny_bundle import rehash, write_bundle
 from tests.test_cli import TRAINING, run_without
 
@@ -167,6 +168,62 @@ def test_not_a_number_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     found = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert {row["max_abs"] for row in found["outputs"]} == {None}
     assert "NaN or infinite" in found["outputs"][0]["reason"]
+
+
+# --- block by block --------------------------------------------------------------------------------------------------
+
+
+def test_layers(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert main(["verify", str(bundle), "--layers"]) == 0
+    printed = capsys.readouterr().out
+    blocks = [row for row in rows(printed) if len(row) == 8]
+    assert [row[0] for row in blocks] == ["0", "1"]
+    assert blocks[0][4] == "-"
+    assert all(float(row[3]) > 80 and not row[-1] for row in blocks)
+    assert printed.splitlines()[-1] == "no block is below 80 dB"
+    assert len(rows(printed)) == len(CHECKS) * len(OUTPUTS) + len(blocks)
+
+
+def test_the_block_that_loses_precision_is_named(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    perturb(bundle, "blocks.1.mlp.fc2.weight")
+    assert main(["verify", str(bundle), "--layers"]) == 1
+    captured = capsys.readouterr()
+    assert [row[-1] for row in rows(captured.out) if len(row) == 8] == ["", "here"]
+    assert captured.out.splitlines()[-1].startswith("precision is lost in block 1, the first below 80 dB: ")
+    assert "precision is lost" not in captured.err, "the exit code is that of the outputs"
+
+
+def test_layers_in_json_without_the_training_packages(bundle: Path) -> None:
+    perturb(bundle, "blocks.0.mlp.fc2.weight")
+    done = run_without(TRAINING, "verify", str(bundle), "--layers", "--json")
+    assert done.returncode == 1
+    layers = json.loads(done.stdout)["layers"]
+    assert (layers["lost_at"], layers["floor_db"], layers["num_samples"]) == (0, 80, 2)
+    assert [row["block"] for row in layers["blocks"]] == [0, 1]
+    assert {"cosine", "centred_cosine", "sqnr_db", "max_abs", "peak", "drop_db"} <= set(layers["blocks"][0])
+
+
+def test_a_block_that_overflows_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_bundle(tmp_path / "bundle", flaw="block")
+    assert main(["verify", str(path), "--layers", "--json"]) == 1
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["layers"]["blocks"][1]["peak"] is None
+    assert "precision is lost in block 1: the output has " in captured.err
+
+
+def test_a_block_that_overflows_is_1_although_the_outputs_pass(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerReport, "broken", property(lambda report: report.layers[1]))
+    assert main(["verify", str(bundle), "--layers"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {bundle} misses parity: ")
+
+
+def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write_bundle(tmp_path / "bundle", change=lambda manifest: manifest["graph"].update(blocks=[]))
+    assert main(["verify", str(path)]) == 0
+    assert main(["verify", str(path), "--layers"]) == 2
+    assert capsys.readouterr().err == f"error: the bundle {path} holds no outputs of its blocks\nhint: export the bundle again\n"
 
 
 # --- usage -----------------------------------------------------------------------------------------------------------

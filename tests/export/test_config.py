@@ -2,22 +2,45 @@
 
 from __future__ import annotations
 
+import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.config import ExportConfig, Int8Config, Range
 
 
 def settings(**more: Any) -> ExportConfig:
     return ExportConfig(checkpoint=Path("checkpoint"), out=Path("bundle"), **more)
 
 
+def int8(**more: Any) -> dict[str, Any]:
+    """Settings of an INT8 export."""
+    return {"precision": "int8", "int8": Int8Config(**more)}
+
+
+DATA = Path("images")
+
+
+# --- tokens and sizes ------------------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize(
     ("tokens", "mode", "keep"),
-    [("full", "full", None), ("visible", "visible", None), ("visible:1", "visible", 1), ("visible:49", "visible", 49), ("visible:049", "visible", 49)],
+    [
+        ("full", "full", None),
+        ("visible", "visible", None),
+        ("visible:1", "visible", 1),
+        ("visible:49", "visible", 49),
+        ("visible:049", "visible", 49),
+        ("ragged", "ragged", None),
+        ("ragged:120", "ragged", 120),
+        ("reconstruct", "reconstruct", None),
+        ("reconstruct:49", "reconstruct", 49),
+    ],
 )
 def test_tokens(tokens: str, mode: str, keep: int | None) -> None:
     config = settings(tokens=tokens)
@@ -25,12 +48,16 @@ def test_tokens(tokens: str, mode: str, keep: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "tokens", ["", "bogus", "Full", "full:", "full:49", "visible:", "visible:0", "visible:-3", "visible:3.0", "visible:x", "visible:²", "visible:4:9"]
+    "tokens",
+    [
+        *("", "bogus", "Full", ":3", "pixels", "full:", "full:49", "ragged:", "reconstruct:0"),
+        *("visible:", "visible:0", "visible:-3", "visible:3.0", "visible:x", "visible:²", "visible:4:9"),
+    ],
 )
 def test_tokens_that_mean_nothing(tokens: str) -> None:
-    with pytest.raises(ConfigError, match=f"--tokens {tokens}") as caught:
+    with pytest.raises(ConfigError, match=f"^--tokens {tokens}$") as caught:
         settings(tokens=tokens)
-    assert caught.value.hint == "write full, visible, or visible:K such as visible:49"
+    assert caught.value.hint == "write full, visible, ragged or reconstruct, or visible:K such as visible:49"
 
 
 @pytest.mark.parametrize(("batch", "fixed"), [("dynamic", None), ("1", 1), ("17", 17)])
@@ -44,11 +71,212 @@ def test_batches_that_mean_nothing(batch: str) -> None:
         settings(batch=batch)
 
 
+@pytest.mark.parametrize(
+    ("more", "num_patches", "ranges"),
+    [
+        ({}, 196, {"B": (1, 8, 32)}),
+        ({"batch": "3"}, 196, {"B": (3, 3, 3)}),
+        ({"tokens": "visible"}, 196, {"B": (1, 8, 32), "K": (1, 49, 196)}),
+        ({"tokens": "ragged"}, 3, {"B": (1, 8, 32), "K": (1, 1, 3)}),
+        ({"tokens": "reconstruct:49", "batch": "5"}, 196, {"B": (5, 5, 5), "K": (49, 49, 49)}),
+        ({"tokens": "visible", "profile": "K:20,49,100"}, 196, {"B": (1, 8, 32), "K": (20, 49, 100)}),
+        ({"tokens": "visible", "profile": "K:20,49,196 B:2,2,7"}, 196, {"B": (2, 2, 7), "K": (20, 49, 196)}),
+        ({"tokens": "visible", "batch": "4", "profile": "K:5,5,5"}, 15, {"B": (4, 4, 4), "K": (5, 5, 5)}),
+        ({"tokens": "visible:7", "profile": " B:1,1,2 "}, 15, {"B": (1, 1, 2), "K": (7, 7, 7)}),
+    ],
+)
+def test_ranges(more: dict[str, Any], num_patches: int, ranges: dict[str, Range]) -> None:
+    assert settings(**more).ranges(num_patches) == ranges
+
+
+@pytest.mark.parametrize("more", [{"tokens": "visible:16"}, {"tokens": "ragged", "profile": "K:1,2,16"}])
+def test_more_patches_than_the_image_has(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="K 16 is more than the 15 patches of this model"):
+        settings(**more).ranges(15)
+
+
+@pytest.mark.parametrize(
+    "profile",
+    ["K", "K:1,2", "K:1,2,3,4", "K:3,2,1", "K:2,1,3", "K:0,1,2", "K:1, 2,3", "N:1,2,3", "K:1,2,3 K:1,2,3", "K:1,2,x", "K:-1,2,3", "K:1,2,3;B:1,2,3"],
+)
+def test_profiles_that_mean_nothing(profile: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--profile {re.escape(profile)}$") as caught:
+        settings(tokens="visible", profile=profile)
+    assert caught.value.hint == "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'"
+
+
+@pytest.mark.parametrize(("more", "name"), [({"batch": "3", "profile": "B:1,2,3"}, "B"), ({"tokens": "visible:4", "profile": "K:1,2,3 B:1,2,3"}, "K")])
+def test_a_range_for_what_is_fixed(more: dict[str, Any], name: str) -> None:
+    with pytest.raises(ConfigError, match=f"gives a range for {name}, which is fixed"):
+        settings(**{"tokens": "visible", **more})
+
+
+def test_a_range_of_k_where_all_patches_are_seen() -> None:
+    with pytest.raises(ConfigError, match="a graph of all patches has no K"):
+        settings(profile="K:1,2,3")
+
+
+# --- outputs and types -----------------------------------------------------------------------------------------------
+
+
 def test_an_output_named_twice() -> None:
     with pytest.raises(ConfigError, match="--outputs cls,pooled,cls names an output twice"):
         settings(outputs=("cls", "pooled", "cls"))
 
 
+@pytest.mark.parametrize("layers", [(3, 5, 3), (-1,), (0, -2)])
+def test_blocks_that_there_are_not(layers: tuple[int, ...]) -> None:
+    with pytest.raises(ConfigError, match=f"--layers {','.join(map(str, layers))} must be block numbers from 0, each once"):
+        settings(layers=layers)
+
+
+@pytest.mark.parametrize("layers", [None, (), (0,), (11, 3)])
+def test_blocks(layers: tuple[int, ...] | None) -> None:
+    assert settings(layers=layers).layers == layers
+
+
 def test_no_samples_at_all() -> None:
     with pytest.raises(ConfigError, match="--num-samples 0 must be at least 1"):
         settings(num_samples=0)
+
+
+@pytest.mark.parametrize("threads", [0, -2])
+def test_no_threads_at_all(threads: int) -> None:
+    """Said before PyTorch has worked for minutes."""
+    with pytest.raises(ConfigError, match=f"--threads {threads} must be at least 1"):
+        settings(threads=threads)
+    assert settings(threads=1).threads == 1
+
+
+def test_a_seed_that_numpy_does_not_take() -> None:
+    with pytest.raises(ConfigError, match="--seed -1 must be at least 0"):
+        settings(seed=-1)
+
+
+@pytest.mark.parametrize(("more", "count"), [({}, 32), (int8(), 128), ({"num_samples": 5}, 5), ({**int8(), "num_samples": 5}, 5)])
+def test_how_many_samples(more: dict[str, Any], count: int) -> None:
+    assert settings(**more).sample_count == count
+
+
+@pytest.mark.parametrize("field", ["images", "features"])
+@pytest.mark.parametrize("more", [{}, {"precision": "bf16"}, int8()])
+def test_halves_in_or_out_of_another_precision(field: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"--images and --features float16 need --precision fp16, not {more.get('precision', 'fp32')}"):
+        settings(**{field: "float16"}, **more)
+    assert getattr(settings(**{field: "float16"}, precision="fp16"), field) == "float16"
+
+
+@pytest.mark.parametrize("pixels", ["normalised", "image"])
+def test_pixels_without_a_decoder(pixels: str) -> None:
+    with pytest.raises(ConfigError, match=f"--pixels {pixels} needs --tokens reconstruct"):
+        settings(tokens="visible", pixels=pixels)
+    assert settings(tokens="reconstruct:3", pixels=pixels).pixels == pixels
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+STATIC = {"quantization": "static", "calib_data": DATA}
+
+
+@pytest.mark.parametrize(
+    ("more", "typing", "islands"),
+    [
+        ({}, "weak", ()),
+        ({"precision": "fp16"}, "strong", ("softmax",)),
+        ({"precision": "fp16", "typing": "weak"}, "weak", ()),
+        ({"precision": "fp16", "fp32_ops": ()}, "strong", ()),
+        ({"precision": "fp16", "fp32_ops": ("gelu", "norm")}, "strong", ("gelu", "norm")),
+        ({"precision": "bf16"}, "weak", ()),
+        ({"precision": "bf16", "typing": "strong", "engine": "openvino"}, "strong", ()),
+        (int8(), "weak", ()),
+        ({**int8(**STATIC), "typing": "strong"}, "strong", ("softmax",)),
+    ],
+)
+def test_typing_and_islands(more: dict[str, Any], typing: str, islands: tuple[str, ...]) -> None:
+    config = settings(**more)
+    assert (config.resolved_typing, config.islands) == (typing, islands)
+
+
+def test_bf16_arithmetic_where_there_is_none() -> None:
+    with pytest.raises(ConfigError, match="ONNX Runtime has no BF16 arithmetic on the CPU") as caught:
+        settings(precision="bf16", typing="strong")
+    assert caught.value.hint is not None
+    assert "--engine openvino" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("more", "policy"),
+    [
+        (int8(), "dynamic"),
+        (int8(calib_data=DATA), "dynamic"),
+        (int8(**STATIC), "static"),
+        ({**int8(calib_data=DATA), "engine": "openvino"}, "static"),
+        ({**int8(calib_data=DATA), "typing": "strong"}, "static"),
+        ({**int8(quantization="dynamic"), "engine": "openvino"}, "dynamic"),
+    ],
+)
+def test_the_faster_int8_of_an_engine(more: dict[str, Any], policy: str) -> None:
+    assert settings(**more).policy == policy
+
+
+@pytest.mark.parametrize("more", [int8(quantization="static"), {**int8(), "engine": "openvino"}, {**int8(), "typing": "strong"}])
+def test_static_int8_needs_images(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="static INT8 needs --calib-data") as caught:
+        settings(**more)
+    assert caught.value.hint == "a folder of at least 128 images like those that the model will see"
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{**int8(quantization="dynamic", calib_data=DATA), "typing": "strong"}, int8(quantization="dynamic", int8_attention=True), int8(int8_attention=True)],
+)
+def test_what_dynamic_int8_has_not(more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match="dynamic INT8 has neither strong typing nor INT8 attention"):
+        settings(**more)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("more", [{"calib_data": DATA}, {"max_drop": 1.0}, {"search": False}])
+def test_settings_of_int8_in_another_precision(precision: str, more: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"settings of INT8 are given with --precision {precision}"):
+        settings(precision=precision, int8=Int8Config(**more))
+
+
+def test_what_is_learned_from_images_needs_some() -> None:
+    with pytest.raises(ConfigError, match=r"^--bias-correction needs --calib-data$"):
+        settings(**int8(bias_correction=True))
+    assert settings(**int8(bias_correction=True, calib_data=DATA)).int8.bias_correction
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "limits"),
+    [
+        ("calib_images", 127, "at least 128"),
+        ("calib_percentile", 49, "within 50 and 100"),
+        ("calib_percentile", 100.1, "within 50 and 100"),
+        ("smooth_alpha", -0.1, "within 0 and 1"),
+        ("smooth_alpha", 1.1, "within 0 and 1"),
+        ("max_drop", -0.5, "at least 0 and below 100"),
+        ("max_drop", 100, "at least 0 and below 100"),
+        ("min_cosine", 1.1, "above 0 and at most 1"),
+        ("min_cosine", 0, "above 0 and at most 1"),
+        ("min_cosine", math.nan, "above 0 and at most 1"),
+        ("min_sqnr", -1, "at least 0"),
+        ("max_latency", 0, "above 0"),
+        ("max_latency", math.nan, "above 0"),
+    ],
+)
+def test_numbers_out_of_range(name: str, value: float, limits: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} {value:g} must be {limits}$"):
+        Int8Config(**{name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("calib_images", 128), ("calib_percentile", 50), ("calib_percentile", 100), ("smooth_alpha", 0), ("smooth_alpha", 1)),
+        *(("max_drop", 0), ("max_drop", 99.9), ("min_cosine", 1), ("min_sqnr", 0), ("max_latency", 0.01)),
+    ],
+)
+def test_numbers_at_the_end_of_their_range(name: str, value: float) -> None:
+    assert getattr(Int8Config(**{name: value}), name) == value  # type: ignore[arg-type]

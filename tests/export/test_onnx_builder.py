@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export import onnx_builder
-from mae_deploy.export.onnx_builder import GraphBuilder
+from mae_deploy.export.onnx_builder import OPSET, OPSET_TYPED_SCALES, GraphBuilder
 from mae_deploy.preprocess import Array
 from tests.export.tiny_exports import SavedGraph, open_session, run_session
 
@@ -84,6 +84,107 @@ def test_a_constant_that_is_asked_for_twice_is_stored_once(tmp_path: Path) -> No
     assert {name: numpy_helper.to_array(tensor).tolist() for name, tensor in saved.weights.items()} == {"const/0_2_3": [0, 2, 3], "const/0_3_2": [0, 3, 2]}
     assert all(tensor.data_type == TensorProto.INT64 for tensor in saved.weights.values())
     assert [array.shape for array in saved(x=np.zeros((5, 6), np.float32)).values()] == [(5, 2, 3), (5, 3, 2), (5, 2, 3)]
+
+
+def test_scalars_are_shared_by_value_and_type() -> None:
+    b = GraphBuilder("g")
+    names = [b.scalar(1.0), b.scalar(1.0, np.float32), b.scalar(1.0, np.float16), b.scalar(1, np.int64), b.scalar(0.5), b.scalar(0.5)]
+    assert len(set(names)) == 4
+    assert names[0] == names[1]
+    assert names[4] == names[5]
+    assert [b.types[name].name for name in names[1:5]] == ["float32", "float16", "int64", "float32"]
+
+
+def test_a_scalar_has_no_dimension(tmp_path: Path) -> None:
+    b = GraphBuilder("g")
+    x = b.input("x", np.float16, ["B", 3])
+    b.output("y", b.node("Mul", [x, b.scalar(0.1, np.float16)], "tenth"), ["B", 3], np.float16)
+    saved = SavedGraph(b, tmp_path)
+    [constant] = (numpy_helper.to_array(tensor) for tensor in saved.weights.values())
+    assert (constant.shape, constant.dtype.name, float(constant)) == ((), "float16", float(np.float16(0.1)))
+    np.testing.assert_array_equal(saved(x=np.full((2, 3), 3, np.float16))["y"], np.full((2, 3), np.float16(3) * np.float16(0.1)))
+
+
+def test_a_node_that_is_asked_for_twice_is_there_once(tmp_path: Path) -> None:
+    b = GraphBuilder("g")
+    x = b.input("x", np.float32, ["B", 3])
+    assert b.node("Add", [x, x], "sum") == b.node("Add", [x, x], "sum") == "sum"
+    with pytest.raises(AssertionError, match="sum"):
+        b.node("Mul", [x, x], "sum")
+    b.output("y", "sum", ["B", 3])
+    assert [node.op_type for node in SavedGraph(b, tmp_path).model.graph.node] == ["Add", "Identity"]
+
+
+# --- types -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_type_of_every_value_is_known(tmp_path: Path) -> None:
+    """As shape inference finds it afterwards: the builder decides by it what to cast."""
+    b = GraphBuilder("g")
+    x = b.input("x", np.float32, ["B", 6])
+    half = b.cast(x, np.float16)
+    scale, zero = b.scalar(0.25, np.float32), b.scalar(0, np.int8)
+    rounded = b.node("QuantizeLinear", [x, scale, zero], "rounded")
+    again = b.node("DequantizeLinear", [rounded, scale, zero], "again")
+    dynamic = b.node("DynamicQuantizeLinear", [x], "dynamic", extra_outputs=("dynamic/scale", "dynamic/zero"))
+    b.node("MatMulInteger", [dynamic, b.weight("integers", np.ones((6, 2), np.int8)), "dynamic/zero"], "product")
+    same = b.node("Equal", [x, again], "same")
+    b.node("LessOrEqual", [half, half], "less")
+    chosen = b.node("Where", [same, half, b.scalar(0.0, np.float16)], "chosen")
+    b.output("y", chosen, ["B", 6])
+    b.save(tmp_path / "graph.onnx")
+    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "graph.onnx"), check_type=True, strict_mode=True).graph.value_info
+    found = {entry.name: helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type).name for entry in inferred}
+    assert {name: b.types[name].name for name in found} == found
+    assert found == {
+        "x/float16": "float16",
+        "rounded": "int8",
+        "again": "float32",
+        "dynamic": "uint8",
+        "dynamic/scale": "float32",
+        "dynamic/zero": "uint8",
+        "product": "int32",
+        "same": "bool",
+        "less": "bool",
+        "chosen": "float16",
+    }
+
+
+def test_one_cast_for_all_who_need_it(tmp_path: Path) -> None:
+    b = GraphBuilder("g")
+    x = b.input("x", np.float32, ["B", 3])
+    assert b.cast(x, np.float32) == x
+    first, second = b.cast(x, np.float16), b.cast(x, "float16")
+    assert first == second != x
+    assert b.cast(first, np.float32) != x, "what was lost stays lost"
+    b.output("y", b.node("Add", [first, second], "sum"), ["B", 3])
+    saved = SavedGraph(b, tmp_path)
+    assert [node.op_type for node in saved.model.graph.node] == ["Cast", "Cast", "Add", "Cast"]
+    np.testing.assert_array_equal(saved(x=np.array([[0.1, 1, 2049]], np.float32))["y"], 2 * np.array([[0.1, 1, 2049]], np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("dtype", "operator"), [(np.float32, "Identity"), (np.float16, "Cast")])
+def test_an_output_in_the_type_asked_for(tmp_path: Path, dtype: type, operator: str) -> None:
+    b = GraphBuilder("g")
+    b.output("y", b.input("x", np.float32, ["B", 3]), ["B", 3], dtype)
+    saved = SavedGraph(b, tmp_path)
+    assert [node.op_type for node in saved.model.graph.node] == [operator]
+    assert saved(x=np.array([[0.1, 1, 2]], np.float32))["y"].tolist() == np.array([[0.1, 1, 2]], dtype).tolist()
+    assert b.outputs() == [{"name": "y", "dtype": np.dtype(dtype).name, "shape": ["B", 3]}]
+
+
+@pytest.mark.parametrize("keepdims", [False, True])
+@pytest.mark.parametrize("opset", [OPSET, OPSET_TYPED_SCALES])
+def test_a_mean_in_every_opset(tmp_path: Path, opset: int, keepdims: bool) -> None:
+    """Its axes are an attribute before opset 18 and an input from there on."""
+    b = GraphBuilder("g", opset=opset)
+    x = b.input("x", np.float32, ["B", 3, 5])
+    b.output("y", b.mean(x, 1, "mean", keepdims=keepdims), ["B", 1, 5] if keepdims else ["B", 5])
+    values = np.random.default_rng(0).normal(size=(2, 3, 5)).astype(np.float32)
+    saved = SavedGraph(b, tmp_path)
+    np.testing.assert_allclose(saved(x=values)["y"], values.mean(axis=1, keepdims=keepdims), rtol=0, atol=1e-6)
+    assert [(entry.domain, entry.version) for entry in saved.model.opset_import] == [("", opset)]
+    assert saved.model.ir_version == {17: 8, 19: 9}[opset]
 
 
 def test_one_node_may_give_several_outputs(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pickle
 import re
@@ -21,6 +22,7 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig
 from mae_deploy.models.convert import Imported, ImportOptions, expected_shapes, import_weights
+from mae_deploy.models.load import Loaded, model_of
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool
@@ -57,15 +59,19 @@ def test_a_pretraining_checkpoint(tmp_path: Path, legacy: bool) -> None:
     assert imported.report == {
         "source": str(file),
         "layout": "original or timm",
+        "architecture": None,
         "kind": "mae",
         "model": "vit_20x2_patch2",
         "image_size": [10, 10],
         "tensors": len(tensors),
         "parameters": sum(tensor.numel() for tensor in tensors.values()),
         "renamed": 0,
+        "folded": [],
+        "dropped": [],
         "reshaped": [],
         "missing": [],
         "unexpected": [],
+        "notes": [],
         "licence": UNKNOWN_LICENCE,
     }
 
@@ -122,6 +128,15 @@ def test_heads_and_name_come_from_the_preset_of_that_width(tmp_path: Path) -> No
     nano = EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))
     save_file(Encoder(nano).state_dict(), tmp_path / "nano.safetensors")
     assert encoder_of(import_weights(tmp_path / "nano.safetensors", ImportOptions())) == nano
+
+
+def test_an_mlp_whose_ratio_is_no_exact_number(tmp_path: Path) -> None:
+    # 44 * (49 / 44) is 48.999… in floating point: the MLP would be built one narrower.
+    tensors = tiny_encoder(replace(SQUARE, embed_dim=44, num_heads=11, mlp_ratio=math.nextafter(49 / 44, 2))).state_dict()
+    assert (tensors["blocks.0.mlp.fc1.weight"].shape[0], int(44 * (49 / 44))) == (49, 48)
+    save_file(tensors, tmp_path / "odd.safetensors")
+    imported = import_weights(tmp_path / "odd.safetensors", ImportOptions(num_heads=11))
+    assert_same(model_of(Loaded(imported.metadata, imported.tensors, {})).state_dict(), tensors)
 
 
 def test_vit_huge_has_heads_of_80(tmp_path: Path) -> None:
@@ -181,6 +196,18 @@ def test_another_image_size_interpolates_both_tables(tmp_path: Path) -> None:
     assert imported.metadata.preprocess["image_size"] == [6, 14]
 
 
+def test_a_decoders_table_tells_the_size_where_the_encoders_is_absent(tmp_path: Path) -> None:
+    tensors = tiny_mae(SQUARE).state_dict()
+    file = write_original(tmp_path / "checkpoint.pth", {name: tensor for name, tensor in tensors.items() if name != "pos_embed"})
+    assert_same(import_weights(file, OPTIONS).tensors, {**tensors, "pos_embed": sincos_position_embedding(20, (5, 5))})
+
+
+def test_patches_that_form_both_a_square_and_the_asked_size_are_taken_as_asked(tmp_path: Path) -> None:
+    tensors = tiny_encoder(replace(SQUARE, image_size=(8, 8))).state_dict()
+    file = write_original(tmp_path / "checkpoint.pth", tensors)
+    assert_same(import_weights(file, replace(OPTIONS, image_size=(4, 16))).tensors, tensors)
+
+
 def test_a_size_that_is_no_multiple_of_the_patch(tmp_path: Path) -> None:
     file = write_original(tmp_path / "checkpoint.pth", tiny_encoder(SQUARE).state_dict())
     with pytest.raises(ConfigError, match="7x10 is not a multiple of the patch size 2"):
@@ -213,6 +240,7 @@ def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
         (put("decoder_pos_embed", 26), "no tensor 'decoder_pos_embed' with 3 dimensions"),
         (put("head.weight"), r"1 unexpected: head\.weight$"),
         (drop("patch_embed.proj.weight"), r"not a ViT: no tensor 'patch_embed\.proj\.weight' with 4 dimensions"),
+        (drop("patch_embed.proj.bias"), r"1 missing: patch_embed\.proj\.bias$"),
         (put("patch_embed.proj.weight", 20, 12), r"not a ViT: no tensor 'patch_embed\.proj\.weight' with 4 dimensions"),
         (drop("blocks.0.mlp.fc1.weight"), r"not a ViT: no tensor 'blocks\.0\.mlp\.fc1\.weight'"),
         (drop("decoder_embed.weight"), r"not a ViT: no tensor 'decoder_embed\.weight'"),
@@ -440,8 +468,16 @@ def test_an_attention_without_its_key(tmp_path: Path) -> None:
 
 def test_another_activation_is_refused(tmp_path: Path) -> None:
     # Nothing in the tensors would show it, and every output would be wrong.
-    with pytest.raises(CheckFailed, match="activation is relu"):
+    with pytest.raises(ConfigError, match="hidden_act relu"):
         import_weights(write_hugging_face(tmp_path / "model", hugging_face_classifier(), hidden_act="relu"), ImportOptions())
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_settings_without_names(tmp_path: Path, name: str) -> None:
+    folder = write_hugging_face(tmp_path / "model", hugging_face_classifier())
+    (folder / name).write_text("[3]")
+    with pytest.raises(ConfigError, match=rf"{name} holds no settings by name"):
+        import_weights(folder, ImportOptions())
 
 
 def test_a_config_that_is_not_json(tmp_path: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.preprocess import Array
+from mae_deploy.preprocess import Array, Preprocess
 from mae_deploy.runtime import Backbone, Features
-from tests.runtime.tiny_bundle import CLASSES, OUTPUTS, C, D, H, K, N, W, golden_inputs, reference, write_bundle
+from tests.runtime.tiny_bundle import CLASSES, OUTPUTS, C, D, H, K, N, P, W, golden_inputs, reference, write_bundle
 
 ATOL = 1e-5
 """FP32 sums of at most 21 terms in another order."""
@@ -166,7 +166,7 @@ def test_the_same_patches_for_every_image(visible: Backbone) -> None:
         ([True, False], "whole numbers, not bool"),
         (["a"], "whole numbers, not <U1"),
         ([None], "whole numbers, not object"),
-        ([], r"shape \(2, 0\) for 2 images"),
+        ([], r"shape \(0,\) for 2 images"),
         ([[], []], r"shape \(2, 0\) for 2 images"),
         (3, r"shape \(\) for 2 images"),
         ([[0, 1]], r"shape \(1, 2\) for 2 images"),
@@ -202,6 +202,179 @@ def test_a_fixed_number_of_patches(tmp_path: Path) -> None:
 def test_a_number_fixed_to_all_patches_needs_no_keep(tmp_path: Path) -> None:
     with Backbone.load(write_bundle(tmp_path / "b", keep=N)) as backbone:
         assert_same(backbone(photo()), reference(backbone.preprocess([photo()])))
+
+
+@pytest.mark.parametrize("keep", [[0], range(10), None])
+def test_a_number_of_patches_outside_of_the_profile(tmp_path: Path, keep: Any) -> None:
+    with Backbone.load(write_bundle(tmp_path / "b", profile_keep=(2, 4, 9))) as backbone:
+        assert backbone(photo(), range(9)).tokens.shape == (1, 9, D)
+        with pytest.raises(ConfigError, match="proven for 2 to 9" if keep is not None else f"takes 2 to 9 of {N} patches"):
+            backbone(photo(), keep)
+
+
+def test_reconstruction_takes_patches_or_all(tmp_path: Path) -> None:
+    images, ids = golden_inputs(visible=True).values()
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="reconstruct", outputs=("pixels",))) as backbone:
+        assert_same(backbone(images, ids), reference(images, ids, outputs=("pixels",)))
+        assert_same(backbone(images), reference(images, outputs=("pixels",)))
+        assert backbone(photo(), [3, 1]).pixels.shape == (1, N, P * P * C)
+
+
+# --- rows of unequal length ------------------------------------------------------------------------------------------
+
+ROWS = [[20, 3, 7], [0], [5, 4, 3, 2, 1, 0], [8, 9], list(range(N))]
+
+
+def ragged_reference(images: Array, rows: list[list[int]], length: int | None = None) -> dict[str, Array]:
+    lengths = np.array([len(row) for row in rows])
+    ids = np.full((len(rows), length or max(lengths)), -1)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return reference(images, ids, lengths)
+
+
+@pytest.fixture
+def ragged(tmp_path: Path) -> Backbone:
+    return Backbone.load(write_bundle(tmp_path / "ragged", token_mode="ragged"))
+
+
+@pytest.mark.parametrize("kind", ["lists", "arrays", "tuple of mixed"])
+def test_every_image_has_its_own_number_of_patches(ragged: Backbone, kind: str) -> None:
+    images = golden_inputs(visible=False)["images"]
+    keep: Any = {"lists": ROWS, "arrays": [np.array(row, np.uint8) for row in ROWS], "tuple of mixed": (np.array(ROWS[0]), *ROWS[1:])}[kind]
+    assert_same(ragged(images, keep), ragged_reference(images, ROWS))
+
+
+def test_a_ragged_image_is_what_it_is_alone(ragged: Backbone) -> None:
+    images = golden_inputs(visible=False)["images"]
+    together = ragged(images, ROWS)
+    for index, row in enumerate(ROWS):
+        alone = ragged(images[index : index + 1], row)
+        np.testing.assert_allclose(together.tokens[index, : len(row)], alone.tokens[0], atol=ATOL)
+        assert not together.tokens[index, len(row) :].any()
+        np.testing.assert_allclose(together.cls[index], alone.cls[0], atol=ATOL)
+
+
+@pytest.mark.parametrize("keep", [[20, 0, 7], np.array([[20, 0, 7]] * 5), None])
+def test_a_ragged_graph_takes_even_rows_one_row_and_none(ragged: Backbone, keep: Any) -> None:
+    images = golden_inputs(visible=False)["images"]
+    assert_same(ragged(images, keep), ragged_reference(images, [list(range(N)) if keep is None else [20, 0, 7]] * 5))
+
+
+def test_padded_rows_of_the_caller_may_hold_anything(ragged: Backbone) -> None:
+    images = golden_inputs(visible=False)["images"][:3]
+    keep = np.array([[20, 3, 7, -5], [0, 2**63 - 1, 0, -(2**63)], [5, 4, 5, 5]])
+    rows = [[20, 3, 7], [0], [5, 4]]
+    assert_same(ragged(images, keep, num_keep=[3, 1, 2]), ragged_reference(images, rows, length=4))
+    assert_same(ragged(images, keep.astype(np.uint64), num_keep=np.array([3, 1, 2], np.int8)), ragged_reference(images, rows, length=4))
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_a_fixed_padded_length(tmp_path: Path, batch: int | None) -> None:
+    images, rows = golden_inputs(visible=False)["images"], [row[:6] for row in ROWS]
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="ragged", keep=8, batch=batch)) as backbone:
+        assert_same(backbone(images, rows), ragged_reference(images, rows, length=8))
+        assert_same(backbone(images, [3, 1]), ragged_reference(images, [[3, 1]] * 5, length=8))
+        with pytest.raises(ConfigError, match="keep has 21 patches an image, the graph is fixed to 8") as caught:
+            backbone(images, ROWS)
+        assert caught.value.hint == "export with --tokens ragged for any number"
+        with pytest.raises(ConfigError, match="keep has 7 patches an image, the graph is fixed to 8"):
+            backbone(images, np.zeros((5, 7), int), num_keep=[1] * 5)
+        with pytest.raises(ConfigError, match=f"takes 1 to 8 of {N} patches"):
+            backbone(images)
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_keep", "message"),
+    [
+        ([[0, 1], [1]], None, "1 patches an image, the graph was proven for 2 to 9"),
+        ([[0, 1], list(range(10))], None, "10 patches an image, the graph was proven for 2 to 9"),
+        ([[0, 1], []], None, "keep has 2 rows for 2 images"),
+        ([[0, 1], [2, 3, 4], [5, 6]], None, "keep has 3 rows for 2 images"),
+        ([[0, 1], [2, 3, N]], None, f"the patch {N}"),
+        ([[0, 1, 1], [2, 3]], None, "the patch 1 twice"),
+        ([[0, 1], [2.5, 3, 4]], None, "whole numbers, not float64"),
+        ([[0, 1], [[2], [3], [4]]], None, "keep has 2 rows for 2 images"),
+        ([[0, 1], 2], None, "no list of whole numbers"),
+        ([[0, 1, -1], [2, 3, -1]], [3, 2], "the patch -1"),
+        ([[0, 1, 0], [2, 3, -1]], [3, 2], "the patch 0 twice"),
+        ([[0, 1, 9], [2, 3, 9]], [4, 2], "num_keep has 4 for rows of 3"),
+        ([[0, 1, 9], [2, 3, 9]], [0, 2], "num_keep has 0 for rows of 3"),
+        ([[0, 1, 9], [2, 3, 9]], [1, 2], "1 patches an image, the graph was proven for 2 to 9"),
+        ([[0, 1, 9], [2, 3, 9]], [2], r"num_keep \(1,\) for 2 images"),
+        ([[0, 1, 9], [2, 3, 9]], 2, r"num_keep \(\) for 2 images"),
+        ([[0, 1, 9], [2, 3, 9]], [2.0, 2.0], "num_keep must be whole numbers, not float64"),
+        ([[0, 1, 9], [2, 3]], [2, 2], "keep is no list of whole numbers"),
+        ([0, 1, 9], [2, 2], r"keep has the shape \(3,\)"),
+        ([[0] * 10] * 2, [2, 2], "10 patches an image, the graph was proven for 2 to 9"),
+        (None, [2, 2], "num_keep without keep"),
+    ],
+)
+def test_ragged_patches_that_cannot_be_taken(tmp_path: Path, keep: Any, num_keep: Any, message: str) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "b", token_mode="ragged", profile_keep=(2, 4, 9)))
+    with pytest.raises(ConfigError, match=message):
+        backbone(np.zeros((2, C, H, W), np.float32), keep, num_keep=num_keep)
+
+
+def test_other_graphs_name_the_ragged_mode(visible: Backbone, full: Backbone) -> None:
+    images = np.zeros((2, C, H, W), np.float32)
+    for backbone, keep, num_keep in ((visible, [[0, 1], [2]], None), (visible, [[0, 1], [2, 3]], [1, 2]), (full, None, [1, 2])):
+        with pytest.raises(ConfigError) as caught:
+            backbone(images, keep, num_keep=num_keep)
+        assert "--tokens ragged" in (caught.value.hint or "")
+
+
+# --- images in the form of the graph ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("images", ["float16", "uint8"])
+def test_graphs_that_take_other_images(tmp_path: Path, images: str, full: Backbone) -> None:
+    batch = [photo(seed=seed) for seed in range(3)]
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="full", images=images, batch=2)) as backbone:
+        found = backbone(batch)
+        # Normalised values of up to 3 have 1e-3 in float16.
+        assert all(np.abs(found[name] - array).max() < (1e-5 if images == "uint8" else 2e-2) for name, array in full(batch).items())
+        pixels = np.stack([full.preprocess.crop(Image.fromarray(image)) for image in batch])
+        assert_same(backbone.run_cropped(pixels), dict(found))
+
+
+def test_a_graph_of_uint8_gets_the_pixels_untouched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object) -> None:
+        pytest.fail("pixels were normalised")
+
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="full", images="uint8")) as backbone:
+        seen: list[Array] = []
+        run = backbone.engine.run
+
+        def spy(inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+            seen.append(inputs["images"])
+            return run(inputs, outputs)
+
+        monkeypatch.setattr(backbone.engine, "run", spy)
+        monkeypatch.setattr(Preprocess, "normalise", never)
+        backbone(photo(H, W))
+        np.testing.assert_array_equal(seen[0], photo(H, W)[None], strict=True)
+        for dtype in (np.float32, np.float16):
+            with pytest.raises(ConfigError, match="this bundle's graph normalises them itself") as caught:
+                backbone(np.zeros((1, C, H, W), dtype))
+            assert "uint8" in (caught.value.hint or "")
+
+
+def test_normalised_images_of_either_precision(tmp_path: Path, full: Backbone) -> None:
+    images = golden_inputs(visible=False)["images"]
+    halves = images.astype(np.float16)
+    assert_same(full(halves), reference(halves))
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="full", images="float16")) as backbone:
+        assert_same(backbone(images), reference(halves))
+        assert_same(backbone(halves), reference(halves))
+        with pytest.raises(ConfigError, match="float16 images have the shape"):
+            backbone(halves[0])
+
+
+@pytest.mark.parametrize("batch", [None, 2])
+def test_half_precision_outputs_stay_so(tmp_path: Path, batch: int | None) -> None:
+    with Backbone.load(write_bundle(tmp_path / "b", token_mode="ragged", features="float16", batch=batch)) as backbone:
+        assert {array.dtype for array in backbone([photo()] * 3, [[0], [1, 2], [3]]).values()} == {np.dtype(np.float16)}
 
 
 # --- batch, outputs, life --------------------------------------------------------------------------------------------

@@ -22,8 +22,12 @@ def test_candidates_take_turns_and_warm_up_untimed() -> None:
 
         return run
 
-    timings = measure({"a": candidate("a"), "b": candidate("b")}, repeats=3, warmup=1, clock=lambda: now[0])
-    assert "".join(calls) == "abababab"
+    def after_call() -> None:
+        calls.append(".")
+        now[0] += 1000  # showing progress is not timed
+
+    timings = measure({"a": candidate("a"), "b": candidate("b")}, repeats=3, warmup=1, clock=lambda: now[0], after_call=after_call)
+    assert "".join(calls) == "a.b." * 4
     assert list(timings["a"].seconds) == [1, 2, 6]
     assert list(timings["b"].seconds) == [4, 4, 4]
     assert timings["a"].median == 2

@@ -15,7 +15,20 @@ from mae_deploy.runtime import Backbone, Bundle, bundle
 from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.parity import Tolerance
 from mae_deploy.runtime.verify import verify_bundle
-from tests.runtime.tiny_bundle import CLASS_NAMES, SAMPLES, K, N, golden_inputs, reference, rehash, write_bundle
+from tests.runtime.tiny_bundle import (
+    BLOCK_TENSORS,
+    CLASS_NAMES,
+    DEPTH,
+    SAMPLES,
+    D,
+    K,
+    N,
+    golden_inputs,
+    reference,
+    reference_blocks,
+    rehash,
+    write_bundle,
+)
 
 
 def test_properties(tmp_path: Path) -> None:
@@ -25,14 +38,23 @@ def test_properties(tmp_path: Path) -> None:
     assert loaded.output_names == ("cls", "tokens", "pooled", "logits")
     assert loaded.class_names == CLASS_NAMES
     assert loaded.licence == "Apache-2.0"
-    assert loaded.tolerance == Tolerance(cosine=0.99999, max_abs=1e-4)
+    assert loaded.tolerance == Tolerance(cosine=0.99999, max_abs=1e-4, max_relative=1e-5)
+    assert (loaded.precision, loaded.image_dtype, loaded.keep_range, loaded.blocks) == ("fp32", "float32", (K, K), tuple(BLOCK_TENSORS))
     assert loaded.model["image_size"] == [6, 14]
     assert loaded.preprocess.image_size == (6, 14)
 
 
 def test_dynamic_sizes_are_none(full_bundle: Path) -> None:
     loaded = Bundle.load(str(full_bundle))
-    assert (loaded.token_mode, loaded.fixed_batch, loaded.fixed_keep) == ("full", None, None)
+    assert (loaded.token_mode, loaded.fixed_batch, loaded.fixed_keep, loaded.keep_range) == ("full", None, None, (N, N))
+
+
+@pytest.mark.parametrize(
+    ("token_mode", "keep", "expected"), [("visible", None, (2, 9)), ("ragged", None, (2, 9)), ("visible", 5, (5, 5)), ("ragged", 5, (1, 5))]
+)
+def test_the_numbers_of_patches_that_an_image_may_have(tmp_path: Path, token_mode: str, keep: int | None, expected: tuple[int, int]) -> None:
+    loaded = Bundle.load(write_bundle(tmp_path / "b", token_mode=token_mode, keep=keep, profile_keep=(2, 4, 9)))
+    assert loaded.keep_range == expected
 
 
 @pytest.mark.parametrize("name", ["nowhere", "empty"])
@@ -184,7 +206,7 @@ def test_external_data_outside_of_the_bundle(tmp_path: Path) -> None:
 def test_golden_samples(visible_bundle: Path) -> None:
     golden = Bundle.load(visible_bundle).golden()
     inputs = golden_inputs(visible=True)
-    expected = {**inputs, **reference(**inputs)}
+    expected = {**inputs, **reference(**inputs), "blocks": reference_blocks(**{name: array[:2] for name, array in inputs.items()})}
     assert set(golden) == set(expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(golden[name], array, strict=True)
@@ -214,6 +236,18 @@ def test_a_golden_array_of_another_length(visible_bundle: Path) -> None:
 def test_a_golden_input_of_another_type(visible_bundle: Path) -> None:
     with pytest.raises(CheckFailed, match="'ids_keep' is int32, not int64"):
         write_golden(visible_bundle, ids_keep=golden_inputs(visible=True)["ids_keep"].astype(np.int32)).golden()
+
+
+@pytest.mark.parametrize("shape", [None, (2, DEPTH + 1, 3, D), (2, DEPTH, 3, D + 1), (SAMPLES + 1, DEPTH, 3, D), (2, DEPTH, D)])
+def test_golden_block_outputs_that_are_not_those_of_the_manifest(visible_bundle: Path, shape: tuple[int, ...] | None) -> None:
+    with pytest.raises(CheckFailed, match=r"'blocks' (is missing|has the shape).*promises 2 blocks"):
+        write_golden(visible_bundle, blocks=None if shape is None else np.zeros(shape, np.float32)).golden()
+
+
+def test_a_bundle_may_have_no_block_outputs(tmp_path: Path) -> None:
+    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["graph"].update(blocks=[]))
+    assert write_golden(path, blocks=None).blocks == ()
+    Bundle.load(path).golden()
 
 
 def test_golden_pickles_are_refused(visible_bundle: Path) -> None:

@@ -1,4 +1,4 @@
-"""Engines by name, what ONNX Runtime refuses as one line, and chunks of a fixed batch."""
+"""Engines by name, their options, what ONNX Runtime refuses as one line, and chunks of a fixed batch."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.preprocess import Array
 from mae_deploy.runtime import Bundle, onnxruntime_engine
-from mae_deploy.runtime.engine import Engine, check_outputs, run_in_chunks
-from mae_deploy.runtime.registry import load_engine
-from tests.runtime.tiny_bundle import golden_inputs, reference, rehash, write_bundle
+from mae_deploy.runtime.engine import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.runtime.registry import load_engine, open_graph
+from tests.runtime.tiny_bundle import OUTPUTS, golden_inputs, reference, rehash, write_bundle
 
 
 @pytest.mark.parametrize("name", ["auto", "onnx", "onnxruntime"])
@@ -29,7 +29,50 @@ def test_onnxruntime_has_three_names(full_bundle: Path, name: str) -> None:
 def test_an_unknown_engine(full_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown engine 'tflite'") as caught:
         load_engine(Bundle.load(full_bundle), "tflite")
-    assert caught.value.hint == "known: auto, onnx, onnxruntime"
+    assert caught.value.hint == "known: auto, onnx, ov, onnxruntime, openvino"
+
+
+def write_proven_on_openvino(path: Path) -> Bundle:
+    return Bundle.load(write_bundle(path, token_mode="full", change=lambda manifest: manifest.update(engine="openvino")))
+
+
+def test_auto_is_the_engine_on_which_the_bundle_was_proven(tmp_path: Path) -> None:
+    pytest.importorskip("openvino")
+    bundle = write_proven_on_openvino(tmp_path / "b")
+    with load_engine(bundle) as engine:
+        assert (engine.name, engine.device) == ("openvino", "cpu")
+    with load_engine(bundle, "onnx") as engine:
+        assert engine.name == "onnxruntime"
+
+
+def test_auto_without_the_engine_s_package_or_device_is_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = write_proven_on_openvino(tmp_path / "b")
+    with pytest.raises(MissingDependency, match="this ONNX Runtime cannot use CUDA"):
+        load_engine(bundle, options=EngineOptions(device="cuda"))
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with load_engine(bundle) as engine:
+        assert engine.name == "onnxruntime"
+    with pytest.raises(MissingDependency, match="needs the package 'openvino'") as caught:
+        load_engine(bundle, "openvino")
+    assert caught.value.hint == "pip install 'mae-deploy[openvino]'"
+
+
+@pytest.mark.parametrize("name", ["auto", "onnx"])
+def test_a_bare_graph(visible_bundle: Path, name: str) -> None:
+    inputs = golden_inputs(visible=True)
+    with open_graph(visible_bundle / "encoder.onnx", name) as engine:
+        assert (engine.name, engine.input_names, engine.output_names) == ("onnxruntime", ("images", "ids_keep"), tuple(OUTPUTS))
+        np.testing.assert_allclose(engine.run(inputs)["cls"], reference(**inputs)["cls"], atol=1e-5)
+
+
+def test_a_bare_graph_that_cannot_be_opened(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no ONNX file at .*nothing"):
+        open_graph(tmp_path / "nothing")
+    (tmp_path / "text").write_text("text")
+    with pytest.raises(MaeDeployError, match=r"ONNX Runtime cannot load .*text"):
+        open_graph(tmp_path / "text")
+    with pytest.raises(ConfigError, match="unknown engine 'trt'"):
+        open_graph(tmp_path / "text", "trt")
 
 
 @pytest.mark.parametrize("name", ["trt", "tensorrt"])
@@ -46,13 +89,25 @@ def test_a_tensorrt_engine_of_a_later_version(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("threads", [0, -1])
-def test_threads(full_bundle: Path, threads: int) -> None:
+def test_threads(threads: int) -> None:
     with pytest.raises(ConfigError, match=f"not {threads}"):
-        load_engine(Bundle.load(full_bundle), threads=threads)
+        EngineOptions(threads=threads)
+
+
+@pytest.mark.parametrize(("affinity", "shown"), [((), "''"), ((0, 1, 0), "'0,1,0'"), ((-1,), "'-1'")])
+def test_an_affinity_that_names_no_cores(affinity: tuple[int, ...], shown: str) -> None:
+    with pytest.raises(ConfigError, match=f"not {shown}"):
+        EngineOptions(affinity=affinity)
+
+
+def test_the_number_of_threads() -> None:
+    assert EngineOptions().num_threads is None
+    assert EngineOptions(affinity=(3, 5)).num_threads == 2
+    assert EngineOptions(affinity=(3, 5), threads=7).num_threads == 7
 
 
 def test_options_reach_the_session(full_bundle: Path) -> None:
-    engine = onnxruntime_engine.OnnxRuntimeEngine(Bundle.load(full_bundle), threads=3)
+    engine = onnxruntime_engine.OnnxRuntimeEngine(full_bundle / "encoder.onnx", EngineOptions(threads=3))
     options = engine._session.get_session_options()
     assert options.intra_op_num_threads == 3
     assert options.graph_optimization_level == onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -60,15 +115,15 @@ def test_options_reach_the_session(full_bundle: Path) -> None:
 
 def test_an_unknown_device(full_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown device 'tpu'"):
-        load_engine(Bundle.load(full_bundle), device="tpu")
+        load_engine(Bundle.load(full_bundle), options=EngineOptions(device="tpu"))
 
 
 def test_cuda_that_is_not_there(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
     with pytest.raises(MissingDependency, match="cannot use CUDA") as caught:
-        load_engine(Bundle.load(full_bundle), device="cuda")
+        load_engine(Bundle.load(full_bundle), options=EngineOptions(device="cuda"))
     assert "onnxruntime-gpu" in (caught.value.hint or "")
-    with load_engine(Bundle.load(full_bundle), device="auto") as engine:
+    with load_engine(Bundle.load(full_bundle), options=EngineOptions(device="auto")) as engine:
         assert engine.device == "cpu"
 
 
@@ -83,7 +138,7 @@ def test_cuda_that_is_built_in_but_does_not_start(full_bundle: Path, monkeypatch
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
     with pytest.raises(MissingDependency, match="did not start"):
-        load_engine(Bundle.load(full_bundle), device="cuda")
+        load_engine(Bundle.load(full_bundle), options=EngineOptions(device="cuda"))
 
 
 def test_without_onnxruntime(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,7 +226,7 @@ class Recorder(Engine):
     name = version = device = "recorder"
     input_names = output_names = ("x",)
 
-    def __init__(self) -> None:
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         self.batches: list[list[int]] = []
 
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -193,19 +248,19 @@ class Recorder(Engine):
     ],
 )
 def test_chunks(batch: int | None, total: int, batches: list[list[int]]) -> None:
-    engine = Recorder()
+    engine = Recorder(Path(), EngineOptions())
     x = np.arange(total * 2).reshape(total, 2) // 2
     np.testing.assert_array_equal(run_in_chunks(engine, {"x": x}, batch=batch)["x"], x * 10, strict=True)
     assert engine.batches == batches
 
 
-def test_onnxruntime_is_imported_when_an_engine_loads_and_torch_never(visible_bundle: Path) -> None:
+def test_an_engine_s_package_is_imported_when_it_loads_and_torch_never(visible_bundle: Path) -> None:
     probe = f"""
 import sys
-from mae_deploy.runtime import Backbone, benchmark, onnxruntime_engine, predict, verify
-assert "onnxruntime" not in sys.modules
+from mae_deploy.runtime import Backbone, benchmark, onnxruntime_engine, openvino_engine, predict, verify
+assert not {{"onnxruntime", "openvino"}} & set(sys.modules)
 backbone = Backbone.load({str(visible_bundle)!r})
-assert "onnxruntime" in sys.modules
+assert "onnxruntime" in sys.modules and "openvino" not in sys.modules
 assert verify.verify_bundle(backbone.bundle).passed
 assert not {{"torch", "onnx", "timm", "yaml", "mae_deploy.config"}} & set(sys.modules), sorted(sys.modules)
 """

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.manifest import Manifest, read_preprocess, validate_manifest
-from tests.runtime.tiny_bundle import write_bundle
+from mae_deploy.runtime.manifest import Manifest, follows_keep, read_preprocess, validate_manifest
+from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, write_bundle
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def test_a_nested_key_is_needed(valid: dict[str, Any]) -> None:
         validate_manifest(changed(valid, "model", {key: value for key, value in valid["model"].items() if key != "embed_dim"}))
 
 
-@pytest.mark.parametrize("version", [None, 0, True, "1", 1.0])
+@pytest.mark.parametrize("version", [None, 0, 1, True, "2", 2.0])
 def test_no_schema_version_that_is_known(valid: dict[str, Any], version: Any) -> None:
     with pytest.raises(ConfigError, match="schema version") as caught:
         validate_manifest({**valid, "schema_version": version})
@@ -59,8 +59,8 @@ def test_no_schema_version_that_is_known(valid: dict[str, Any], version: Any) ->
 
 
 def test_a_newer_schema_asks_for_an_upgrade(valid: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="schema version 2") as caught:
-        validate_manifest({"schema_version": 2})
+    with pytest.raises(ConfigError, match="schema version 3") as caught:
+        validate_manifest({"schema_version": 3})
     assert caught.value.hint is not None
     assert "--upgrade" in caught.value.hint
 
@@ -82,8 +82,17 @@ def test_not_a_mapping(value: Any) -> None:
         ("model/mlp_ratio", "4", r"'model\.mlp_ratio' must be float"),
         ("model/image_size", [6, "14"], r"'model\.image_size\[1\]' must be int"),
         ("class_names", [1], "'class_names' must be"),
-        ("token_mode", "ragged", "'token_mode' must be .*'full', 'visible'.*'ragged'"),
+        ("token_mode", "masked", "'token_mode' must be .*'full', 'visible', 'ragged', 'reconstruct'.*'masked'"),
         ("token_mode", [], "'token_mode' must be"),
+        ("precision", "fp8", "'precision' must be .*'fp8'"),
+        ("typing", "loose", "'typing' must be"),
+        ("engine", "tensorrt", "'engine' must be"),
+        ("quantization", "int8", r"'quantization' must be dict\[str, Any\] \| null"),
+        ("profile", None, "'profile' must be"),
+        ("profile/B", 4, r"profile\['B'\]' must be list\[int\]"),
+        ("profile/K", [4, "4", 4], r"profile\['K'\]\[1\]' must be int"),
+        ("graph/blocks", "block", r"'graph\.blocks' must be list\[str\]"),
+        ("tolerance/sqnr_db", "30", r"'tolerance\.sqnr_db' must be float \| null"),
         ("batch", "2", "'batch' must be int | null"),
         ("graph/outputs/1", "tokens", r"'graph\.outputs\[1\]' must be"),
         ("graph/inputs/0/shape", [None], r"'graph\.inputs\[0\]\.shape\[0\]' must be"),
@@ -95,7 +104,7 @@ def test_not_a_mapping(value: Any) -> None:
         ("preprocess/image_size", [6, 14, 3], r"'preprocess\.image_size' must be"),
         ("preprocess/interpolation", "cubic", "interpolation 'cubic'"),
         ("preprocess/padding", 3, "unknown preprocessing 'padding'"),
-        ("tolerance/cosine", "high", r"'tolerance\.cosine' must be float"),
+        ("tolerance/cosine", "high", r"'tolerance\.cosine' must be float \| null"),
     ],
 )
 def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) -> None:
@@ -113,22 +122,51 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
         ("model/patch_size", 4, "multiples of the patch size 4"),
         ("preprocess/image_size", [14, 6], "preprocess makes"),
         ("batch", 0, "batch 0"),
+        ("batch", 3, r"the profile \[1, 8, 32\] of B does not fit its fixed size 3"),
         ("keep", 22, "keep 22"),
         ("keep", 0, "keep 0"),
+        ("keep", 5, r"the profile \[4, 4, 4\] of K does not fit its fixed size 5"),
         ("token_mode", "full", "keep 4 does not fit token mode 'full'"),
+        ("token_mode", "ragged", "has the inputs images, ids_keep, num_keep, not images, ids_keep"),
+        ("profile", {"B": [1, 8, 32]}, "the profile of token mode 'visible' is of B, K, not of B"),
+        ("profile", {"B": [1, 8, 32], "K": [4, 4, 4], "H": [1, 1, 1]}, "not of B, K, H"),
+        ("profile/B", [1, 8], "is not a smallest, usual and largest size"),
+        ("profile/B", [0, 8, 32], "is not a smallest, usual and largest size"),
+        ("profile/B", [8, 1, 32], "is not a smallest, usual and largest size"),
+        ("precision", "int8", "precision int8 without a record of quantization"),
+        ("quantization", {"policy": "static"}, "precision fp32 with a record of quantization"),
         ("graph/inputs/1/name", "keep", "has the inputs"),
-        ("graph/inputs/0/dtype", "float16", "has the inputs"),
-        ("graph/inputs/0/shape", ["B", 6, 14, 3], "input shape"),
+        ("graph/inputs/1/dtype", "int32", "the input ids_keep is int32"),
+        ("graph/inputs/1/shape", ["B", "K"], r"the input ids_keep is int64 \['B', 'K'\], not int64 \['B', 4\]"),
+        ("graph/inputs/0/dtype", "float64", "the input images cannot be float64"),
+        ("graph/inputs/0/dtype", "uint8", r"the input images is uint8 \['B', 3, 6, 14\], not uint8 \['B', 6, 14, 3\]"),
+        ("graph/inputs/0/shape", ["B", 6, 14, 3], "the input images is float32"),
+        ("graph/inputs/0/shape", [1, 3, 6, 14], r"the input images is float32 \[1, 3, 6, 14\], not float32 \['B', 3, 6, 14\]"),
+        ("graph/inputs/0/shape", ["B", 3, 6], "the input images is float32"),
         ("graph/outputs", [], "outputs"),
         ("graph/outputs/0/name", "tokens", "outputs"),
         ("graph/outputs/0/name", "images", "outputs"),
-        ("class_names", ["one"], "1 class names"),
+        ("graph/outputs/0/name", "block_2", "there is no block_2 in 2 blocks"),
+        ("graph/outputs/0/name", "block_1", r"the output block_1 has the shape \['B', 13\], not \['B', 4, 13\]"),
+        ("graph/outputs/0/name", "feature_map", r"the output feature_map has the shape .*, not \['B', 13, 3, 7\]"),
+        ("graph/outputs/0/name", "pixels", r"the output pixels has the shape .*, not \['B', 21, 12\]"),
+        ("graph/outputs/0/name", "p3", r"the output p3 has the shape .*, not \['B', 'channels', 'height', 'width'\]"),
+        ("graph/outputs/0/shape", ["B", 14], "the output cls has the shape"),
+        ("graph/outputs/1/shape", ["B", "K", 13], r"the output tokens has the shape .*, not \['B', 4, 13\]"),
+        ("graph/outputs/3/shape", ["B", "classes"], "the output logits has the shape"),
+        ("graph/outputs/0/dtype", "float64", "the output cls is float64"),
+        ("graph/blocks", ["one"], "graph.blocks has 1 names for 2 blocks"),
+        ("graph/blocks", ["one", "one"], "graph.blocks has 1 names for 2 blocks"),
+        ("model/depth", 3, "graph.blocks has 2 names for 3 blocks"),
+        ("class_names", ["one"], r"the output logits has the shape \['B', 11\], not \['B', 1\]"),
         ("graph/file", "other.onnx", r"graph\.file 'other\.onnx' is not listed"),
         ("golden/file", "other.npz", r"golden\.file 'other\.npz' is not listed"),
         ("golden/num_samples", 0, "num_samples 0"),
         ("files/encoder.onnx/sha256", "AB" * 32, "is no SHA-256"),
         ("files/encoder.onnx/sha256", "ab" * 31, "is no SHA-256"),
         ("tolerance/colour", 1.0, "unknown tolerance 'colour'"),
+        ("tolerance", {}, "no measure judges every output"),
+        ("tolerance", {"top1_agreement": 0.99, "cosine": None}, "no measure judges every output"),
         ("tolerance/max_abs", float("inf"), "max_abs inf"),
         ("tolerance/max_abs", float("nan"), "max_abs nan"),
         ("tolerance/cosine", -1, "cosine -1"),
@@ -137,6 +175,40 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
 def test_contradictions(valid: dict[str, Any], key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate_manifest(changed(valid, key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("graph/inputs/0/dtype", "float16"),
+        ("graph/outputs/0/dtype", "float16"),
+        ("graph/outputs/0/name", "embedding"),
+        ("graph/blocks", []),
+        ("tolerance", {"sqnr_db": 30, "cosine": None}),
+        ("class_names", None),
+    ],
+)
+def test_what_is_left_open(valid: dict[str, Any], key: str, value: Any) -> None:
+    validate_manifest(changed(valid, key, value))
+
+
+@pytest.mark.parametrize("token_mode", ["full", "visible", "ragged", "reconstruct"])
+@pytest.mark.parametrize(("batch", "keep", "images"), [(None, None, "uint8"), (2, 4, "float32")])
+def test_every_token_mode_is_valid(tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, images: str) -> None:
+    keep = None if token_mode == "full" else keep
+    path = write_bundle(tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep, images=images, outputs=(*OUTPUTS, *MORE_OUTPUTS))
+    assert validate_manifest(json.loads((path / "manifest.json").read_text()))["token_mode"] == token_mode
+
+
+def test_a_profile_of_more_patches_than_there_are(valid: dict[str, Any]) -> None:
+    loose = changed(changed(valid, "keep", None), "profile/K", [1, 4, 22])
+    with pytest.raises(ConfigError, match=r"the profile \[1, 4, 22\] of K has more than 21 patches"):
+        validate_manifest(loose)
+
+
+@pytest.mark.parametrize(("name", "follows"), [("tokens", True), ("block_0", True), ("block_11", True), ("cls", False), ("block_", False), ("block_01", False)])
+def test_which_outputs_follow_ids_keep(name: str, follows: bool) -> None:
+    assert follows_keep(name) == follows
 
 
 def test_whole_numbers_are_numbers(valid: dict[str, Any]) -> None:

@@ -10,11 +10,11 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array
-from mae_deploy.runtime.parity import Comparison, Tolerance, compare
+from mae_deploy.runtime.parity import TOLERANCES, Comparison, Tolerance, compare
 from tests.runtime.tiny_bundle import N, golden_inputs, reference
 
 B, S, D = 5, 7, 13
-FP32 = Tolerance()
+FP32 = TOLERANCES["fp32"]
 
 
 def features(seed: int = 0, shape: tuple[int, ...] = (B, S, D)) -> Array:
@@ -51,7 +51,17 @@ def test_top1_is_for_logits_only() -> None:
     assert agreeing.top1_agreement == 1
     shifted = compare(features(shape=(B, D)), np.roll(features(shape=(B, D)), 1, axis=1), "logits")
     assert shifted.top1_agreement == 0
-    assert "logits: top1_agreement 0 is below 0.99" in shifted.failures(Tolerance(cosine=1e-9, max_abs=1e9, top1_agreement=0.99))
+    assert shifted.failures(Tolerance(cosine=1e-9, top1_agreement=0.99))[1:] == ["logits: top1_agreement 0 is below 0.8"]
+
+
+@pytest.mark.parametrize(
+    ("samples", "differ", "limit", "passes"), [(8, 1, 0.99, True), (8, 2, 0.99, False), (8, 1, 1, False), (300, 3, 0.99, True), (300, 4, 0.99, False)]
+)
+def test_one_of_few_samples_may_have_another_class(samples: int, differ: int, limit: float, passes: bool) -> None:
+    expected = np.tile([2.0, 1.0], (samples, 1))
+    found = expected.copy()
+    found[:differ] = [1.0, 2.0]
+    assert compare(expected, found, "logits").passes(Tolerance(max_abs=1, top1_agreement=limit)) == passes
 
 
 def test_float32_rounding_passes() -> None:
@@ -205,11 +215,104 @@ def test_a_comparison_without_measures_passes_nothing() -> None:
     assert len(Comparison(name="cls").failures(Tolerance(cosine=1e-9, max_abs=1e9))) == 2
 
 
-@pytest.mark.parametrize(("cosine", "max_abs"), [(0, 1), (1.1, 1), (math.nan, 1), (1, -1), (1, math.inf), (1, math.nan)])
-def test_tolerances_that_judge_nothing_are_refused(cosine: float, max_abs: float) -> None:
-    with pytest.raises(ConfigError, match="tolerance"):
-        Tolerance(cosine=cosine, max_abs=max_abs)
+@pytest.mark.parametrize(
+    ("name", "limit"),
+    [
+        *(("cosine", limit) for limit in (0, 1.1, math.nan)),
+        *(("centred_cosine", limit) for limit in (-1, 1.1)),
+        *(("max_abs", limit) for limit in (-1, math.inf, math.nan)),
+        ("max_relative", -1),
+        ("sqnr_db", math.inf),
+        ("top1_agreement", 0),
+    ],
+)
+def test_limits_that_judge_nothing_are_refused(name: str, limit: float) -> None:
+    with pytest.raises(ConfigError, match=f"tolerance: {name} {limit}"):
+        Tolerance(**{"max_abs": 1.0, name: limit})
+
+
+def test_a_tolerance_must_judge_every_output() -> None:
+    for limits in ({}, {"top1_agreement": 0.99}):
+        with pytest.raises(ConfigError, match="no measure judges every output"):
+            Tolerance(**limits)
 
 
 def test_a_tolerance_is_written_without_what_it_does_not_judge() -> None:
-    assert Tolerance(sqnr_db=30).to_dict() == {"cosine": 0.99999, "max_abs": 1e-4, "sqnr_db": 30}
+    assert Tolerance(sqnr_db=30, max_abs=0).to_dict() == {"sqnr_db": 30, "max_abs": 0}
+
+
+@pytest.mark.parametrize(("scale", "error", "passes"), [(1500, 1e-3, True), (1500, 2e-2, False), (1e-6, 1e-7, True), (1, 2e-4, False)])
+def test_an_absolute_and_a_relative_limit_must_both_be_missed(scale: float, error: float, passes: bool) -> None:
+    """The error is far below 1e-5 of 1,500, where float32 ends at 1e-4; and far below 1e-4 where the values are tiny."""
+    expected = np.array([[scale, scale / 2]])
+    result = compare(expected, expected + error * np.array([1, 0]), "block_3")
+    assert (result.failures(Tolerance(max_abs=1e-4, max_relative=1e-5)) == []) == passes
+    if not passes:
+        assert result.failures(Tolerance(max_abs=1e-4, max_relative=1e-5)) == [
+            f"block_3: max_abs {error:.3g} is above 0.0001 and max_relative {error / scale:.3g} is above 1e-05"
+        ]
+
+
+# --- padding and flat samples ----------------------------------------------------------------------------------------
+
+
+def ragged_tokens(lengths: tuple[int, ...] = (7, 1, 4, 3, 7)) -> tuple[Array, Array]:
+    """Tokens `(B, S, D)` with zeros behind each row's end, and which of them are real."""
+    real = np.arange(S) < np.array(lengths)[:, None]
+    return (features() + 1) * real[..., None], real
+
+
+def test_padding_does_not_flatter_the_centred_cosine() -> None:
+    """One token of one sample is garbage, and six are zero on both sides: less a mean they would still agree."""
+    expected, _ = ragged_tokens()
+    found = expected.copy()
+    found[1, 0] = features(9)[1, 0]
+    alone = compare(expected[:, :1], found[:, :1], "tokens")
+    assert compare(expected, found, "tokens").centred_cosine == pytest.approx(alone.centred_cosine, abs=0.02)
+    assert alone.centred_cosine < 0.5
+
+
+def test_noise_in_padding_is_judged() -> None:
+    expected, real = ragged_tokens()
+    noisy = compare(expected, np.where(real[..., None], expected, 0.5), "tokens")
+    assert noisy.centred_cosine < 0.9
+    assert not noisy.passes(FP32)
+
+
+def test_longer_padding_changes_no_measure() -> None:
+    expected, real = ragged_tokens()
+    found = expected + 0.01 * features(3) * real[..., None]
+    padding = ((0, 0), (0, 5), (0, 0))
+    plain, longer = compare(expected, found, "tokens"), compare(np.pad(expected, padding), np.pad(found, padding), "tokens")
+    for measure in ("cosine", "centred_cosine", "max_abs", "max_relative", "sqnr_db"):
+        assert getattr(longer, measure) == pytest.approx(getattr(plain, measure), rel=1e-12), measure
+
+
+def test_rows_that_one_sample_alone_has_are_left_out_of_the_centred_cosine() -> None:
+    """Less the mean, which is that sample's own row, nothing but noise would be left of them."""
+    expected, real = ragged_tokens((7, 2, 2, 2, 2))
+    found = expected + 0.03 * features(3) * real[..., None]
+    shared = compare(expected[:, :2], found[:, :2], "tokens").centred_cosine
+    assert compare(expected, found, "tokens").centred_cosine == pytest.approx(shared, rel=1e-12)
+    assert shared > 0.995
+
+
+@pytest.mark.parametrize("engine", ["right", "collapsed"])
+def test_a_sample_near_the_mean_is_judged_as_if_it_stood_farther_off(engine: str) -> None:
+    """Two classes, and one image at the border between them: what INT8 leaves of its distance to the mean is noise."""
+    expected = np.array([[3.0, -3.0], [-3.1, 3.0], [2.9, -3.1], [-2.8, 3.1], [0.02, -0.01]])
+    noise = 0.03 * np.random.default_rng(0).normal(size=expected.shape) * 3
+    found = expected + noise if engine == "right" else np.broadcast_to(expected.mean(axis=0), expected.shape)
+    result = compare(expected, found, "logits")
+    centred = expected[4] - expected.mean(axis=0), found[4] - expected.mean(axis=0)
+    own = centred[0] @ centred[1] / max(1e-9, np.linalg.norm(centred[0]) * np.linalg.norm(centred[1]))
+    assert own < 0.9
+    assert (result.centred_cosine > 0.995) == (engine == "right")
+    assert result.centred_cosine > 0.995 or result.centred_cosine < 0.1
+
+
+def test_a_sample_that_leaves_the_mean_is_found() -> None:
+    expected = np.array([[3.0, -3.0], [-3.0, 3.0], [3.0, 3.0], [-3.0, -3.0], [0.0, 0.01]])
+    found = expected.copy()
+    found[4] = [2.0, 2.0]
+    assert compare(expected, found, "cls").centred_cosine < 0.8

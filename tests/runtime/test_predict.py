@@ -15,7 +15,7 @@ from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.preprocess import Array, read_image
 from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.predict import Predictions, top_k, write_features
-from tests.runtime.tiny_bundle import D, K, N, write_bundle
+from tests.runtime.tiny_bundle import C, D, K, N, P, write_bundle
 
 
 @pytest.fixture
@@ -118,6 +118,39 @@ def test_a_fixed_number_of_patches_binds(tmp_path: Path, photos: list[Path]) -> 
     with pytest.raises(ConfigError, match="num_keep 3 cannot be used") as caught:
         Predictions(backbone, photos, num_keep=3)
     assert caught.value.hint == f"this graph takes {K} patches"
+
+
+def test_a_number_of_patches_outside_of_the_profile(tmp_path: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "b", profile_keep=(2, 4, 9)))
+    with pytest.raises(ConfigError, match="num_keep 1 cannot be used") as caught:
+        Predictions(backbone, photos, num_keep=1)
+    assert caught.value.hint == "this graph takes 2 to 9 patches"
+
+
+@pytest.mark.parametrize("fixed", [None, 8])
+def test_a_ragged_graph_sees_as_many_patches_of_every_image(tmp_path: Path, photos: list[Path], fixed: int | None) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "b", token_mode="ragged", keep=fixed))
+    _, found, _ = collect(Predictions(backbone, photos, num_keep=3), "tokens")
+    assert found.shape == (5, fixed or 3, D)
+    assert (found != 0).any(axis=2).tolist() == [[True] * 3 + [False] * (found.shape[1] - 3)] * 5
+    _, kept, _ = collect(Predictions(backbone, photos, keep=[20, 1]), "cls")
+    np.testing.assert_allclose(kept[0], backbone(read_image(photos[0]), [20, 1]).cls[0], atol=1e-6)
+    with pytest.raises(ConfigError, match=f"num_keep {N + 1}"):
+        Predictions(backbone, photos, num_keep=N + 1)
+
+
+def test_a_reconstruction_from_random_patches(tmp_path: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "b", token_mode="reconstruct", outputs=("pixels",)))
+    assert collect(Predictions(backbone, photos, num_keep=K), "pixels")[1].shape == (5, N, P * P * C)
+
+
+def test_pixels_are_cropped_once_for_a_graph_that_normalises(tmp_path: Path, photos: list[Path], full_bundle: Path) -> None:
+    """A second crop would cut the border off again."""
+    settings = {"token_mode": "full", "preprocess": {"crop_pct": 0.6}}
+    inside, outside = (Backbone.load(write_bundle(tmp_path / images, images=images, **settings)) for images in ("uint8", "float32"))  # type: ignore[arg-type]
+    expected = collect(Predictions(outside, photos))[1]
+    np.testing.assert_allclose(collect(Predictions(inside, photos))[1], expected, atol=1e-5)
+    np.testing.assert_allclose(expected[0], inside(read_image(photos[0])).cls[0], atol=1e-5)
 
 
 def test_a_full_graph_takes_no_number_of_patches(full_bundle: Path, photos: list[Path]) -> None:

@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import onnxruntime
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.preprocess import Array
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.verify import Verification, verify_bundle
-from tests.runtime.tiny_bundle import OUTPUTS, SAMPLES, K, write_bundle
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.invariances import other_lengths, samples_alone, variations
+from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.verify import Verification, verify_bundle, verify_engine
+from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, SAMPLES, K, N, write_bundle
+
+EVERY_OUTPUT = (*OUTPUTS, *MORE_OUTPUTS)
 
 
 def checks(result: Verification) -> list[str]:
@@ -25,6 +33,11 @@ def failed(result: Verification) -> set[str]:
 @pytest.mark.parametrize(
     ("token_mode", "batch", "keep", "expected"),
     [
+        ("ragged", None, None, ["golden", "run again", "permuted ids_keep", "other padding", "longer padding", "sample alone", "other lengths"]),
+        ("ragged", 3, None, ["golden", "run again", "permuted ids_keep", "other padding", "longer padding", "other neighbours", "other lengths"]),
+        ("ragged", None, 6, ["golden", "run again", "permuted ids_keep", "other padding", "sample alone", "other lengths"]),
+        ("ragged", 1, 6, ["golden", "run again", "permuted ids_keep", "other padding", "other lengths"]),
+        ("reconstruct", None, None, ["golden", "run again", "permuted ids_keep", "sample alone"]),
         ("visible", None, None, ["golden", "run again", "permuted ids_keep", "sample alone"]),
         ("visible", None, 2, ["golden", "run again", "permuted ids_keep", "sample alone"]),
         ("visible", 2, K, ["golden", "run again", "permuted ids_keep", "other neighbours"]),
@@ -36,13 +49,50 @@ def failed(result: Verification) -> set[str]:
     ],
 )
 def test_what_was_exported_passes(tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, expected: list[str]) -> None:
-    path = write_bundle(tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep)
-    result = verify_bundle(Bundle.load(path), threads=1)
+    path = write_bundle(tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep, outputs=EVERY_OUTPUT)
+    result = verify_bundle(Bundle.load(path), options=EngineOptions(threads=1))
     assert result.failures == []
     assert result.passed
+    assert result.outputs_pass
     assert checks(result) == expected
-    assert [check.comparison.name for check in result.outputs] == list(OUTPUTS)
-    assert len(result.invariances) == len(OUTPUTS) * (len(expected) - 1)
+    assert [check.comparison.name for check in result.outputs] == list(EVERY_OUTPUT)
+    assert len(result.invariances) == len(EVERY_OUTPUT) * (len(expected) - 1)
+
+
+@pytest.mark.parametrize("images", ["uint8", "float16"])
+def test_images_in_the_form_of_the_graph(tmp_path: Path, images: str) -> None:
+    assert verify_bundle(Bundle.load(write_bundle(tmp_path / "b", images=images))).failures == []
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("fp16", None), ("bf16", 10), ("int8", 8)])
+@pytest.mark.parametrize("token_mode", ["full", "ragged"])
+def test_lower_precisions_meet_their_own_tolerance(tmp_path: Path, token_mode: str, precision: str, bits: int | None) -> None:
+    features = "float16" if precision == "fp16" else "float32"
+    result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b", token_mode=token_mode, precision=precision, bits=bits, features=features)))
+    assert result.failures == []
+    assert any(check.comparison.max_abs > 1e-4 for check in result.outputs)
+    # Compared with PyTorch in every form; only a second run is compared with the first.
+    assert {check.name for check in result.checks if check.comparison.sqnr_db == math.inf} == {"run again"}
+    assert "other lengths" not in checks(result)
+
+
+def test_a_second_run_must_repeat_the_first_whatever_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise of 1e-3 is far inside of INT8's tolerance."""
+    bundle, rng = Bundle.load(write_bundle(tmp_path / "b", token_mode="full", precision="int8")), np.random.default_rng(0)
+    with load_engine(bundle) as engine:
+        run = engine.run
+
+        def noisy(inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
+            return {name: array + rng.normal(scale=1e-3, size=array.shape) for name, array in run(inputs, outputs).items()}
+
+        monkeypatch.setattr(engine, "run", noisy)
+        assert failed(verify_engine(bundle, engine)) == {"run again"}
+
+
+def test_too_few_bits_miss_the_tolerance_in_every_form(tmp_path: Path) -> None:
+    result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b", precision="int8", bits=4)))
+    assert failed(result) == {"golden", "permuted ids_keep", "sample alone"}
+    assert not result.outputs_pass
 
 
 def test_the_record_is_plain_json(visible_bundle: Path) -> None:
@@ -50,7 +100,7 @@ def test_the_record_is_plain_json(visible_bundle: Path) -> None:
     assert record["passed"] is True
     assert (record["engine"], record["engine_version"], record["device"]) == ("onnxruntime", onnxruntime.__version__, "cpu")
     assert record["num_samples"] == SAMPLES
-    assert record["tolerance"] == {"cosine": 0.99999, "max_abs": 1e-4}
+    assert record["tolerance"] == {"cosine": 0.99999, "max_abs": 1e-4, "max_relative": 1e-5}
     assert {row["name"]: row["passed"] for row in record["outputs"]} == dict.fromkeys(OUTPUTS, True)
     assert all(row["max_abs"] < 1e-5 and row["check"] == "golden" for row in record["outputs"])
     assert record["failures"] == []
@@ -72,13 +122,51 @@ def test_patches_off_by_one_fail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flaw", "broken"),
-    [("batch", {"sample alone"}), ("order", {"permuted ids_keep"})],
+    [("batch", {"permuted ids_keep", "sample alone"}), ("order", {"permuted ids_keep"})],  # samples are permuted differently
 )
 def test_a_broken_invariance_fails_although_the_golden_outputs_agree(tmp_path: Path, flaw: str, broken: set[str]) -> None:
     result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b", flaw=flaw, golden_of_graph=True)))
     assert failed(result) == broken
     assert not result.passed
+    assert result.outputs_pass
     assert {check.comparison.name for check in result.invariances if check.failures} == set(OUTPUTS)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("keep", [None, 6])
+def test_padding_that_is_read_fails(tmp_path: Path, keep: int | None, precision: str) -> None:
+    path = write_bundle(tmp_path / "b", token_mode="ragged", keep=keep, flaw="padding", golden_of_graph=True, precision=precision)
+    assert "other padding" in failed(verify_bundle(Bundle.load(path)))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_padding_that_is_counted_fails(tmp_path: Path, precision: str) -> None:
+    """The mean is over the padded length: what the padding holds does not matter, how long it is does."""
+    path = write_bundle(tmp_path / "b", token_mode="ragged", flaw="length", golden_of_graph=True, precision=precision)
+    result = verify_bundle(Bundle.load(path))
+    assert failed(result) == {"longer padding", "sample alone", "other lengths"} - ({"other lengths"} if precision == "int8" else set())
+
+
+def test_a_ragged_graph_is_proven_for_lengths_that_the_golden_samples_have_not(tmp_path: Path) -> None:
+    bundle = Bundle.load(write_bundle(tmp_path / "b", token_mode="ragged", profile_keep=(2, 4, 17)))
+    golden = bundle.golden()
+    inputs = {name: golden[name] for name in bundle.input_names}
+    others = other_lengths(bundle, inputs)
+    assert others["num_keep"].tolist() == [2, 6, 10, 13, 17]
+    assert others["ids_keep"].shape == (SAMPLES, 17)
+    for ids, length in zip(others["ids_keep"], others["num_keep"], strict=True):
+        assert len({*ids[:length].tolist()} & {*range(N)}) == length
+    assert {-1, 2**63 - 1, -(2**63)} <= {*others["ids_keep"].ravel().tolist()}
+    assert [part["ids_keep"].shape for part in samples_alone(bundle, others)] == [(1, length) for length in (2, 6, 10, 13, 17)]
+
+
+def test_padding_grows_no_longer_than_the_profile(tmp_path: Path) -> None:
+    """The golden rows have 8 entries."""
+    for most, width in ((9, 9), (21, 11)):
+        bundle = Bundle.load(write_bundle(tmp_path / str(most), token_mode="ragged", profile_keep=(1, 4, most)))
+        golden = bundle.golden()
+        (longer,) = (v for v in variations(bundle, {name: golden[name] for name in bundle.input_names}) if v.name == "longer padding")
+        assert longer.parts[0]["ids_keep"].shape == (SAMPLES, width)
 
 
 def test_a_fixed_batch_whose_samples_influence_one_another_fails(tmp_path: Path) -> None:

@@ -1,0 +1,209 @@
+"""What one export works with, resolved once: weights, images, patches, and PyTorch's outputs to be met."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import ConfigError, MissingDependency, import_optional
+from mae_deploy.export.arithmetic import arithmetic
+from mae_deploy.export.calibrate import CalibrationImages
+from mae_deploy.export.config import ExportConfig, Range
+from mae_deploy.export.graph import GraphSpec, available_outputs, build_graph, default_outputs
+from mae_deploy.export.onnx_builder import GraphBuilder
+from mae_deploy.export.quantize import attention_obstacle
+from mae_deploy.export.reference import Reference
+from mae_deploy.export.samples import Samples, read_samples, token_inputs
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.load import Loaded, encoder_of, model_of, read_weights
+from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.models.pyramid import LEVELS, Pyramid, load_pyramid, pyramid_sizes, random_pyramid
+from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
+
+_EXTREME = 2
+"""Samples that are also run with the smallest and the largest K, where K is dynamic."""
+
+Arrays = dict[str, Array]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """One export."""
+
+    config: ExportConfig
+    loaded: Loaded
+    """The weights, at the size asked for."""
+    preprocess: Preprocess
+    samples: Samples
+    ranges: dict[str, Range]
+    names: tuple[str, ...]
+    """Outputs, in order."""
+    pyramid: Pyramid | None
+    calib_images: CalibrationImages | None
+    """For the ranges of INT8."""
+    trials: list[tuple[Arrays, Arrays]] = field(default_factory=list)
+    """Inputs and PyTorch's outputs: all samples first, then a few at the ends of K. Images are normalised float32 here."""
+
+    @cached_property
+    def reference(self) -> Reference:
+        """PyTorch's side."""
+        model = model_of(self.loaded) if self.config.token_mode == "reconstruct" else encoder_of(self.loaded)
+        pyramid = self.pyramid.module if self.pyramid is not None else None
+        return Reference(model=model, preprocess=self.preprocess, pyramid=pyramid, pixels=self.config.pixels, device=resolved_device(self.config.device))
+
+    @property
+    def _pyramid_weights(self) -> Arrays | None:
+        return None if self.pyramid is None else {name: tensor.cpu().numpy() for name, tensor in self.pyramid.module.state_dict().items()}
+
+    def graph(self, *, precision: str | None = None, **changes: Any) -> GraphBuilder:
+        """The graph in the precision asked for or in another, with other parts of its spec."""
+        config = self.config
+        precision = precision or config.precision
+        spec = GraphSpec(
+            token_mode=config.token_mode,
+            keep=config.keep,
+            batch=config.fixed_batch,
+            outputs=self.names,
+            images=config.images if precision == config.precision else "uint8" if config.images == "uint8" else "float32",
+            features=config.features if precision == config.precision else "float32",
+            pixels=config.pixels,
+            pyramid=self._pyramid_weights,
+        )
+        if precision == config.precision:
+            spec = replace(spec, precision=config.precision, typing=config.resolved_typing, fp32_ops=config.islands)
+        return build_graph(self.loaded.metadata, self.loaded.tensors, replace(spec, **changes))
+
+    def as_graph_takes(self, inputs: Arrays) -> Arrays:
+        """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels."""
+        if self.config.images == "uint8":
+            return {**inputs, IMAGES: self.samples.pixels[: len(inputs[IMAGES])]}
+        return {**inputs, IMAGES: inputs[IMAGES].astype(self.config.images, copy=False)}
+
+
+def prepare(config: ExportConfig) -> Job:
+    """Read the checkpoint and the images; everything that can be wrong with the settings is said here, before anything is computed.
+
+    Raises:
+        ConfigError: a setting that this model cannot have.
+        MissingDependency: the engine's package is absent.
+    """
+    if config.engine == "openvino":
+        import_optional("openvino", extra="openvino")
+    arithmetic(config.precision, config.resolved_typing, config.islands)
+    loaded = _resized(read_weights(config.checkpoint), config.image_size)
+    spec = from_dict(Preprocess, loaded.metadata.preprocess)
+    encoder = loaded.encoder_config
+    names = output_names(config, loaded)
+    ranges = config.ranges(encoder.num_patches)
+    return Job(
+        config=config,
+        loaded=loaded,
+        preprocess=spec,
+        ranges=ranges,
+        names=names,
+        pyramid=_pyramid(config, encoder),
+        calib_images=_calib_images(config, encoder, ranges, names, spec),
+        samples=read_samples(config.samples, loaded.metadata, spec, config.sample_count),
+    )
+
+
+def compute_reference(job: Job) -> None:
+    """Run PyTorch on all samples, and on a few at the ends of K; fills `job.trials`."""
+    images = job.preprocess.normalise(job.samples.pixels)
+    for inputs in [{IMAGES: images, **_chosen(job, len(images))}, *_extremes(job, images)]:
+        job.trials.append((inputs, job.reference.outputs(inputs, job.names)))
+
+
+def output_names(config: ExportConfig, loaded: Loaded) -> tuple[str, ...]:
+    """The outputs in order: those asked for, the blocks of --layers, the levels of --pyramid."""
+    metadata = loaded.metadata
+    if config.token_mode == "reconstruct" and metadata.kind != "mae":
+        raise ConfigError(f"--tokens {config.tokens} needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+    names = list(config.outputs or default_outputs(metadata, config.token_mode))
+    names += [f"block_{index}" for index in config.layers or ()]
+    names += LEVELS if config.pyramid is not None and not set(LEVELS) & set(names) else ()
+    known = available_outputs(metadata, config.token_mode, pyramid=config.pyramid is not None)
+    for name in names:
+        if name not in known:
+            hint = "pass --pyramid with it" if name in LEVELS and config.pyramid is None else f"it has {_summary(known)}"
+            raise ConfigError(f"this model has no output '{name}' with --tokens {config.tokens}", hint=hint)
+    return tuple(dict.fromkeys(names))
+
+
+def resolved_device(device: str) -> str:
+    """cpu or cuda.
+
+    Raises:
+        MissingDependency: cuda was asked for and is not there.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("--device cuda, but torch sees no CUDA device")
+    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
+
+
+def _summary(names: Sequence[str]) -> str:
+    blocks = [name for name in names if name.startswith("block_")]
+    return ", ".join([*(name for name in names if name not in blocks), f"block_0 to {blocks[-1]}"])
+
+
+def _chosen(job: Job, count: int) -> Arrays:
+    if job.config.token_mode == "full":
+        return {}
+    return token_inputs(job.config.token_mode, job.loaded.encoder_config.num_patches, job.ranges["K"], count, job.config.seed)
+
+
+def _extremes(job: Job, images: Array) -> list[Arrays]:
+    """Inputs for the smallest and the largest K of a graph that leaves K open."""
+    if "K" not in job.ranges or job.config.keep is not None:
+        return []
+    few, N = images[:_EXTREME], job.loaded.encoder_config.num_patches
+    found = []
+    for K in dict.fromkeys((job.ranges["K"][0], job.ranges["K"][2])):
+        inputs = {IMAGES: few, **token_inputs("visible", N, (K, K, K), len(few), job.config.seed)}
+        if job.config.token_mode == "ragged":
+            inputs[NUM_KEEP] = np.full(len(few), K, np.int64)
+        assert inputs[IDS_KEEP].shape[1] == K
+        found.append(inputs)
+    return found
+
+
+def _calib_images(config: ExportConfig, encoder: EncoderConfig, ranges: dict[str, Range], names: tuple[str, ...], spec: Preprocess) -> CalibrationImages | None:
+    """The images of --calib-data, once it is clear that INT8 can be had as asked for."""
+    int8 = config.int8
+    if int8.max_drop is not None and "logits" not in names:
+        raise ConfigError("--max-drop judges logits, which this graph does not give", hint="--min-sqnr and --min-cosine judge features")
+    if int8.int8_attention:
+        K = ranges["K"][2] if "K" in ranges else encoder.num_patches
+        if obstacle := attention_obstacle(encoder.width // encoder.heads, 1 + K):
+            raise ConfigError(f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic")
+    return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
+
+
+def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
+    if config.pyramid is None:
+        return None
+    pyramid_sizes(encoder.grid_size)
+    return random_pyramid(encoder.width, config.seed) if config.pyramid == "random" else load_pyramid(Path(config.pyramid), encoder.width)
+
+
+def _resized(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
+    """The same weights for another input size, the position embeddings interpolated once and for all."""
+    if image_size is None or image_size == loaded.encoder_config.image_size:
+        return loaded
+    source = loaded.encoder_config
+    target = from_dict(EncoderConfig, {**loaded.metadata.encoder, "image_size": image_size})
+    tensors = dict(loaded.tensors)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in tensors:
+            tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
+    preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
+    metadata = replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess)
+    return Loaded(metadata, tensors, loaded.record)

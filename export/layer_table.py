@@ -1,0 +1,115 @@
+"""The table of a quantised model's Linears, as JSON and as a picture."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mae_deploy.errors import import_optional
+from mae_deploy.export.activations import ActivationStats
+from mae_deploy.files import atomic_path, write_json
+
+_COLOURS = {"int8": "#3b78b5"}
+_HIGHER = "#d98c3a"
+
+_ROW_INCHES = 0.17
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LayerRow:
+    """One Linear."""
+
+    layer: str
+    macs_share: float
+    """Its share of the multiply-accumulates of all Linears in the table."""
+    noise_db: float
+    """Noise over signal of the worst output when it alone is in INT8, in dB."""
+    precision: str
+    """int8, or the precision that it is left in."""
+    scale: float | None = None
+    """Of its input; None where the range is found at run time."""
+    absmax: float | None = None
+    """Of its input on the calibration images; None without calibration."""
+    outlier_ratio: float | None = None
+    """absmax over root mean square."""
+
+
+def table_rows(
+    noise: Mapping[str, float],
+    cost: Mapping[str, float],
+    scales: Mapping[str, float | None],
+    stats: Mapping[str, ActivationStats],
+    chosen: Collection[str],
+    *,
+    otherwise: str = "fp32",
+) -> list[LayerRow]:
+    """A row for each Linear.
+
+    Args:
+        noise: as `export.sensitivity.sensitivities` gives it.
+        cost: multiply-accumulates, in any unit.
+        stats: of the inputs as they are quantised; empty without calibration.
+        chosen: the Linears in INT8; the others are in the precision `otherwise`.
+    """
+    total = math.fsum(cost.values())
+    return [
+        LayerRow(
+            layer=name,
+            macs_share=cost[name] / total,
+            noise_db=10 * math.log10(ratio) if ratio > 0 else -math.inf,
+            precision="int8" if name in chosen else otherwise,
+            scale=scales[name],
+            absmax=float(stats[name].absmax.max()) if name in stats else None,
+            outlier_ratio=stats[name].outlier_ratio if name in stats else None,
+        )
+        for name, ratio in noise.items()
+    ]
+
+
+def write_table(stem: Path, rows: Sequence[LayerRow]) -> list[Path]:
+    """Write `stem.json` and `stem.png`; returns both.
+
+    Raises:
+        MissingDependency: matplotlib is not installed; nothing is written.
+    """
+    figures = import_optional("matplotlib.figure", extra="plot")
+    files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".png")]
+    write_json(files[0], [_plain(row) for row in rows])
+    with atomic_path(files[1]) as aside:
+        _picture(figures, rows).savefig(aside, format="png", dpi=110)
+    return files
+
+
+def _plain(row: LayerRow) -> dict[str, Any]:
+    """JSON has no infinity: no noise at all is null."""
+    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(row).items()}
+
+
+def _picture(figures: Any, rows: Sequence[LayerRow]) -> Any:
+    """Bars of noise and of cost, a line for each Linear from top to bottom."""
+    figure = figures.Figure(figsize=(10, 1.4 + _ROW_INCHES * len(rows)), layout="constrained")
+    noise, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    places = range(len(rows))
+    colours = [_COLOURS.get(row.precision, _HIGHER) for row in rows]
+    finite = [row.noise_db for row in rows if math.isfinite(row.noise_db)]
+    floor = math.floor(min(finite, default=0.0)) - 5
+    noise.barh(places, [max(row.noise_db, floor) - floor for row in rows], left=floor, color=colours, height=0.8)
+    cost.barh(places, [100 * row.macs_share for row in rows], color=colours, height=0.8)
+    noise.set_yticks(places, [f"{row.layer}  {row.precision}" for row in rows], fontsize=6.5)
+    noise.set_ylim(len(rows) - 0.4, -0.6)
+    noise.set_xlabel("noise over signal of the worst output, this Linear alone in INT8, dB")
+    cost.set_xlabel("multiply-accumulates, %")
+    for axes in (noise, cost):
+        axes.xaxis.grid(True, linewidth=0.4)
+        axes.set_axisbelow(True)
+    figure.suptitle("INT8 by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10)
+    return figure
+
+
+def _tally(rows: Sequence[LayerRow]) -> dict[str, int]:
+    """How many Linears are in which precision."""
+    names = [row.precision for row in rows]
+    return {name: names.count(name) for name in dict.fromkeys(names)}

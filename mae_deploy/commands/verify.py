@@ -1,0 +1,43 @@
+"""`mae-deploy verify`: proof on this machine, and where it fails; torch-free."""
+
+from __future__ import annotations
+
+from rich.console import Group
+from rich.text import Text
+
+from mae_deploy.commands.config import VerifyConfig
+from mae_deploy.commands.views import layers_table, verification_table
+from mae_deploy.errors import CheckFailed
+from mae_deploy.options import Result
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.layers import LayerReport, trace_layers
+from mae_deploy.runtime.verify import Verification, verify_bundle
+
+
+def run(config: VerifyConfig) -> Result:
+    """Verify a bundle; with `layers`, also compare the tokens after every block.
+
+    Raises:
+        CheckFailed: a file is not what was exported, an output misses its tolerance, or a block gives what is no number.
+        ConfigError: no bundle, an engine that cannot do this, or `layers` of a bundle without block outputs.
+        MissingDependency: the engine's package or its device is absent.
+    """
+    bundle = Bundle.load(config.bundle)
+    options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
+    verification = verify_bundle(bundle, config.engine, options)
+    layers = trace_layers(bundle, config.engine, options, outputs_pass=verification.outputs_pass) if config.layers else None
+    result = _result(verification, layers)
+    failures = verification.failures
+    if layers is not None and layers.broken is not None:
+        failures.append(layers.conclusion)
+    if failures:
+        raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
+    return result
+
+
+def _result(verification: Verification, layers: LayerReport | None) -> Result:
+    data, table = verification.to_dict(), verification_table(verification)
+    if layers is None:
+        return Result(data, table)
+    return Result({**data, "layers": layers.to_dict()}, Group(table, layers_table(layers), Text(layers.conclusion)))

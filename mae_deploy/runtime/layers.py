@@ -1,0 +1,149 @@
+"""Where precision is lost: the tokens after every block of a bundle's graph against PyTorch's, without torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.preprocess import Array
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.manifest import BLOCKS, IMAGES, NUM_KEEP
+from mae_deploy.runtime.parity import Comparison, compare
+from mae_deploy.runtime.registry import load_engine
+
+FLOOR_DB = 80.0
+"""The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of summation."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerDrift:
+    """The output of one block against PyTorch's."""
+
+    block: int
+    """From 0."""
+    comparison: Comparison
+    """Each token of each sample is one row: the cosines are those of the worst row, centred on the mean over all rows."""
+    peak: float
+    """The engine's largest magnitude; float16 ends at 65,504. NaN or infinite where a value is."""
+    drop_db: float | None
+    """By how much the SQNR is below that of the block before; None for the first block, and where one of the two is not finite."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        figures = {name: value for name, value in self.comparison.to_dict().items() if name not in ("name", "top1_agreement")}
+        return {"block": self.block, **figures, "peak": self.peak if math.isfinite(self.peak) else None, "drop_db": self.drop_db}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class LayerReport:
+    """The result of `trace_layers`."""
+
+    layers: tuple[LayerDrift, ...]
+    floor_db: float
+    """The least SQNR after a block."""
+    outputs_pass: bool
+    """Whether the graph's outputs meet their tolerance."""
+    num_samples: int
+    num_tokens: int
+
+    @property
+    def broken(self) -> LayerDrift | None:
+        """The first block whose output cannot be compared: NaN, infinity or another shape."""
+        return next((layer for layer in self.layers if layer.comparison.reason is not None), None)
+
+    @property
+    def lost_at(self) -> LayerDrift | None:
+        """Where precision is lost: the first block that is broken or below the floor.
+
+        Without one, the block that loses most against the block before, if the outputs miss their tolerance all the same; None if they meet it.
+        """
+        below = next((layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None)  # NaN is below
+        losing = [layer for layer in self.layers if layer.drop_db is not None and layer.drop_db > 0]
+        if below is not None or self.outputs_pass or not losing:
+            return below
+        return max(losing, key=lambda layer: layer.drop_db or 0.0)
+
+    @property
+    def conclusion(self) -> str:
+        """One line that names the block."""
+        lost, above = self.lost_at, f"no block is below {self.floor_db:g} dB"
+        if lost is not None and lost.comparison.reason is not None:
+            return f"precision is lost in block {lost.block}: {lost.comparison.reason}"
+        if lost is not None and lost.comparison.sqnr_db < self.floor_db:
+            return f"precision is lost in block {lost.block}, the first below {self.floor_db:g} dB: {lost.comparison.sqnr_db:.1f} dB"
+        if self.outputs_pass:
+            return above
+        loss = "after the last block" if lost is None else f"after the blocks, or in block {lost.block}, which loses most: {lost.drop_db:.1f} dB"
+        return f"{above}, but the outputs miss their tolerance: precision is lost {loss}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "floor_db": self.floor_db,
+            "num_samples": self.num_samples,
+            "num_tokens": self.num_tokens,
+            "lost_at": None if self.lost_at is None else self.lost_at.block,
+            "conclusion": self.conclusion,
+            "blocks": [layer.to_dict() for layer in self.layers],
+        }
+
+
+def trace_layers(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, outputs_pass: bool) -> LayerReport:
+    """Run the golden samples that have PyTorch's block outputs, and compare the tokens after every block.
+
+    The engine is loaded once more, with every block as a further output: what it fuses across blocks elsewhere, it does not fuse here.
+
+    Args:
+        outputs_pass: whether `verify_bundle` found the outputs right; decides which block is named where all are above the floor.
+
+    Raises:
+        ConfigError: the bundle holds no block outputs, or this engine cannot show inner tensors.
+        CheckFailed: a file is not what was exported.
+        MissingDependency: the engine's package or its device is absent.
+        MaeDeployError: the engine refuses the graph or the samples.
+    """
+    if not bundle.blocks:
+        raise ConfigError(f"the bundle {bundle.path} holds no outputs of its blocks", hint="export the bundle again")
+    golden = bundle.golden()
+    expected_SLTD = golden[BLOCKS]
+    S, _, T, _ = expected_SLTD.shape
+    with load_engine(bundle, engine, options, taps=bundle.blocks) as loaded:
+        inputs = {name: golden[name][:S] for name in bundle.input_names}
+        found = _run(loaded, inputs, bundle)
+    layers: list[LayerDrift] = []
+    for block, name in enumerate(bundle.blocks):
+        comparison = compare(_rows(expected_SLTD[:, block]), _rows(found[name][:, :T]), name)
+        peak = float(np.abs(_real(found[name], inputs).astype(np.float64)).max())
+        if comparison.reason is None and not math.isfinite(peak):
+            comparison = Comparison(name=name, reason=f"NaN or infinite values behind the first {T} tokens")
+        drop = (layers[-1].comparison.sqnr_db if layers else math.nan) - comparison.sqnr_db
+        layers.append(LayerDrift(block=block, comparison=comparison, peak=peak, drop_db=drop if math.isfinite(drop) else None))
+    floor = bundle.tolerance.sqnr_db
+    return LayerReport(layers=tuple(layers), floor_db=FLOOR_DB if floor is None else floor, outputs_pass=outputs_pass, num_samples=S, num_tokens=T)
+
+
+def _run(engine: Engine, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
+    """The tokens of the samples after every block, `(S, 1 + K, D)`, also of graphs that work on rows, `(B * (1 + K), D)`."""
+    S = len(inputs[IMAGES])
+    batch = bundle.fixed_batch or S
+    order = np.arange(-(-S // batch) * batch) % S  # a fixed batch is filled up with the first samples again
+    chunks = [engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks) for first in range(0, len(order), batch)]
+    return {name: np.concatenate([chunk[name].reshape(batch, -1, bundle.model["embed_dim"]) for chunk in chunks])[:S] for name in bundle.blocks}
+
+
+def _real(tokens: Array, inputs: Mapping[str, Array]) -> Array:
+    """CLS and the patches that are no padding, of all samples: `(S, T, D) -> (rows, D)`."""
+    if NUM_KEEP not in inputs:
+        return _rows(tokens)
+    return np.concatenate([row[: 1 + int(length)] for row, length in zip(tokens, inputs[NUM_KEEP], strict=True)])
+
+
+def _rows(tokens: Array) -> Array:
+    """`(S, T, D) -> (S * T, D)`."""
+    return tokens.reshape(-1, tokens.shape[-1])

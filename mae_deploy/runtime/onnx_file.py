@@ -1,0 +1,177 @@
+"""As much of the ONNX file format as a device needs, without the onnx package: what a graph takes, and a graph of matrix products.
+
+The format is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a list of fields, each a number with an integer or with bytes.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.runtime.manifest import TensorEntry
+
+_INTEGER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
+"""How protobuf stores a field's value."""
+
+# Field numbers of onnx.proto, by message.
+_MODEL_IR_VERSION, MODEL_GRAPH, _MODEL_OPSET = 1, 7, 8
+_OPSET_VERSION = 2
+GRAPH_NODE, GRAPH_NAME, _GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR = 1, 2, 4
+_INITIALIZER_DIMS, _INITIALIZER_TYPE, _INITIALIZER_NAME, _INITIALIZER_BYTES = 1, 2, 8, 9
+VALUE_NAME, _VALUE_TYPE = 1, 2
+_TYPE_TENSOR = 1
+_TENSOR_TYPE, _TENSOR_SHAPE = 1, 2
+_SHAPE_DIM = 1
+_DIM_SIZE, _DIM_NAME = 1, 2
+
+_FLOAT = 1
+_DTYPES = {_FLOAT: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+
+
+def read_inputs(path: Path) -> list[TensorEntry]:
+    """Name, type and shape of every input of the graph in an ONNX file, of any size: the weights are skipped.
+
+    Raises:
+        ConfigError: no such file, or it is no ONNX model.
+    """
+    if not path.is_file():
+        raise ConfigError(f"no ONNX file at {path}")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            return _inputs(_Message(content, 0, len(content)))
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{path} is no ONNX model ({error})") from error
+
+
+def write_products(path: Path, size: int, length: int) -> None:
+    """Write a graph that multiplies its input `x`, float32 `(size, size)`, `length` times by a constant matrix of that shape.
+
+    The matrix keeps the scale of what it multiplies: no value overflows or becomes so small that it slows the processor.
+    """
+    weight = np.random.default_rng(0).standard_normal((size, size), np.float32) / np.float32(size**0.5)
+    initializer = encode(_INITIALIZER_DIMS, size) * 2 + encode(_INITIALIZER_TYPE, _FLOAT) + encode(_INITIALIZER_NAME, b"w")
+    values = [b"x", *(b"y%d" % index for index in range(length))]
+    graph = b"".join(encode(GRAPH_NODE, encode_node(b"MatMul", [before, b"w"], after)) for before, after in pairwise(values))
+    graph += encode(GRAPH_NAME, b"products")
+    graph += encode(_GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, weight.tobytes()))
+    graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size)))
+    path.write_bytes(encode_model(graph))
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+class _Message:
+    """A protobuf message, a stretch of a file."""
+
+    def __init__(self, content: mmap.mmap, start: int, stop: int) -> None:
+        if stop > len(content):
+            raise ValueError("it is cut short")
+        self._content, self._start, self._stop = content, start, stop
+
+    def fields(self) -> Iterator[tuple[int, int | _Message]]:
+        """Number and value of each field: an integer, or a stretch of bytes."""
+        at = self._start
+        while at < self._stop:
+            key, at = self._integer(at)
+            kind = key & 7
+            if kind == _INTEGER:
+                value, at = self._integer(at)
+                yield key >> 3, value
+            elif kind == _BYTES:
+                length, at = self._integer(at)
+                yield key >> 3, _Message(self._content, at, at + length)
+                at += length
+            elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+                at += 8 if kind == _EIGHT_BYTES else 4
+            else:
+                raise ValueError(f"field type {kind}")
+
+    def messages(self, number: int) -> list[_Message]:
+        """The fields of this number that hold bytes."""
+        return [value for found, value in self.fields() if found == number and isinstance(value, _Message)]
+
+    def message(self, number: int) -> _Message:
+        """The last of them, as protobuf wants it."""
+        found = self.messages(number)
+        if not found:
+            raise ValueError(f"field {number} is missing")
+        return found[-1]
+
+    def integer(self, number: int) -> int:
+        """The last integer of this number; 0 without one."""
+        return ([value for found, value in self.fields() if found == number and isinstance(value, int)] or [0])[-1]
+
+    def text(self) -> str:
+        """The bytes as text."""
+        return self._content[self._start : self._stop].decode()
+
+    def _integer(self, at: int) -> tuple[int, int]:
+        """A varint and where it ends: seven bits a byte, the lowest first, all but the last with the eighth bit set."""
+        value = place = 0
+        while True:
+            byte = self._content[at]
+            value |= (byte & 0x7F) << place
+            at, place = at + 1, place + 7
+            if byte < 0x80:
+                return value, at
+
+
+def _inputs(model: _Message) -> list[TensorEntry]:
+    graph = model.message(MODEL_GRAPH)
+    weights = {tensor.message(_INITIALIZER_NAME).text() for tensor in graph.messages(_GRAPH_INITIALIZER)}
+    entries = [_tensor_entry(value) for value in graph.messages(GRAPH_INPUT)]
+    return [entry for entry in entries if entry["name"] not in weights]  # older files list the weights among the inputs
+
+
+def _tensor_entry(value: _Message) -> TensorEntry:
+    tensor = value.message(_VALUE_TYPE).message(_TYPE_TENSOR)
+    number = tensor.integer(_TENSOR_TYPE)
+    shape = [_size(dim) for dim in tensor.message(_TENSOR_SHAPE).messages(_SHAPE_DIM)]
+    return {"name": value.message(VALUE_NAME).text(), "dtype": _DTYPES.get(number, f"type {number}"), "shape": shape}
+
+
+def _size(dim: _Message) -> int | str:
+    """A fixed size, or the name of a dynamic one."""
+    names = dim.messages(_DIM_NAME)
+    return dim.integer(_DIM_SIZE) or (names[-1].text() if names else "?")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def encode_model(graph: bytes) -> bytes:
+    """A whole file, of opset 17."""
+    return encode(_MODEL_IR_VERSION, 8) + encode(_MODEL_OPSET, encode(_OPSET_VERSION, 17)) + encode(MODEL_GRAPH, graph)
+
+
+def encode_node(operator: bytes, inputs: Sequence[bytes], output: bytes) -> bytes:
+    """A node without attributes."""
+    return b"".join(encode(_NODE_INPUT, name) for name in inputs) + encode(_NODE_OUTPUT, output) + encode(_NODE_OPERATOR, operator)
+
+
+def encode_value(name: bytes, kind: int, shape: Sequence[int]) -> bytes:
+    """An input or output; `kind` is the number that onnx.proto gives the type of its elements."""
+    sizes = b"".join(encode(_SHAPE_DIM, encode(_DIM_SIZE, size)) for size in shape)
+    return encode(VALUE_NAME, name) + encode(_VALUE_TYPE, encode(_TYPE_TENSOR, encode(_TENSOR_TYPE, kind) + encode(_TENSOR_SHAPE, sizes)))
+
+
+def encode(number: int, value: int | bytes) -> bytes:
+    """One field of a message."""
+    if isinstance(value, int):
+        return _varint(number << 3 | _INTEGER) + _varint(value)
+    return _varint(number << 3 | _BYTES) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    found = bytearray()
+    while value >= 0x80:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])

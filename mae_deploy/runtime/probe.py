@@ -1,0 +1,82 @@
+"""What a graph costs from nothing: load time and peak memory of a process that loads it, runs it and does nothing else."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from mae_deploy.errors import MaeDeployError
+from mae_deploy.preprocess import Array
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.registry import open_graph
+
+_TIMEOUT = 900.0
+"""Seconds after which a process is given up."""
+
+_INPUTS = "inputs.npz"
+_STATUS = Path("/proc/self/status")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Probe:
+    """What one process found."""
+
+    load_seconds: float
+    """From the file to an engine that can run, without the import of the engine's package."""
+    peak_mib: float | None
+    """The most memory that the process held, Python and the engine's package included; None where the system does not say."""
+
+
+def probe_graph(graph: Path, engine: str, options: EngineOptions, inputs: Mapping[str, Array], *, precision: str = "fp32") -> Probe:
+    """Load an ONNX file and run it once on `inputs`, in a process of its own.
+
+    Args:
+        engine: the name of an engine, not `auto`.
+
+    Raises:
+        MaeDeployError: the process cannot be started, fails, or does not end.
+    """
+    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+        np.savez(Path(folder) / _INPUTS, *inputs.values())
+        request = {"graph": str(graph.absolute()), "engine": engine, "options": dataclasses.asdict(options), "precision": precision, "inputs": list(inputs)}
+        command = [sys.executable, "-m", __name__, folder, json.dumps(request)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
+            if done.returncode == 0:
+                return Probe(**json.loads(done.stdout.splitlines()[-1]))
+        except (OSError, subprocess.SubprocessError, ValueError, TypeError, IndexError) as error:
+            raise MaeDeployError(f"a process of its own fails: {' '.join(str(error).split())}") from error
+    said = done.stderr.strip().splitlines()
+    raise MaeDeployError(f"a process of its own ends with {done.returncode}: {said[-1] if said else 'it says nothing'}")
+
+
+def peak_memory() -> float | None:
+    """The most memory that this process ever held, in MiB; None where the system does not say (Linux does)."""
+    # Not getrusage: its maximum survives exec, so that a child of a large process would report its parent's.
+    lines = _STATUS.read_text().splitlines() if _STATUS.is_file() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def _measure(folder: Path, graph: str, engine: str, options: dict[str, object], precision: str, inputs: list[str]) -> Probe:
+    with np.load(folder / _INPUTS) as archive:
+        arrays = {name: archive[f"arr_{index}"] for index, name in enumerate(inputs)}
+    importlib.import_module(engine)
+    settings = EngineOptions(**options)  # type: ignore[arg-type]
+    start = time.perf_counter()
+    with open_graph(Path(graph), engine, settings, precision=precision) as loaded:
+        load_seconds = time.perf_counter() - start
+        loaded.run(arrays)
+    return Probe(load_seconds=load_seconds, peak_mib=peak_memory())
+
+
+if __name__ == "__main__":
+    print(json.dumps(dataclasses.asdict(_measure(Path(sys.argv[1]), **json.loads(sys.argv[2])))))
