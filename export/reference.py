@@ -89,7 +89,8 @@ class Reference:
         if self.pyramid is not None:
             values |= self.pyramid(_feature_map(inner[-1][:, 1:], ids_keep, model.config.grid_size))
         if "pixels" in names:
-            assert isinstance(model, MaskedAutoencoder) and ids_keep is not None
+            assert isinstance(model, MaskedAutoencoder)
+            assert ids_keep is not None
             values["pixels"] = self._pixels(model, images, model.forward_decoder(tokens, restoring(ids_keep, model.config.num_patches)))
         return values
 

@@ -65,8 +65,8 @@ class Judge:
             CheckFailed: not one image can be read.
         """
         found = {}
-        # Graphs that can be given every patch come first: they may be the reference of those that cannot.
-        for row in sorted(rows, key=lambda row: not row.subject.takes_all):
+        # Graphs that can be given every patch come first, those in FP32 before the others: they may be the reference of the rest.
+        for row in sorted(rows, key=lambda row: (not row.subject.takes_all, row.subject.precision != "fp32")):
             bundle = row.subject.bundle
             found[row] = self._accuracy(row.loaded, row.keep, bundle) if bundle is not None else Accuracy()
             after_row()
@@ -83,14 +83,12 @@ class Judge:
         )
 
     def _reference(self, loaded: Loaded, bundle: Bundle, features: str) -> Array | None:
-        """The features of all patches: of the graph itself, else of another one of the same weights, precision, engine and images."""
+        """The features of all patches: by the first graph of the same weights and images that can be given them, in FP32 where there is one."""
         subject = loaded.subject
-        shared = (_weights(bundle), bundle.precision, loaded.engine.name, features, hashlib.sha256(self._pixels(bundle).tobytes()).hexdigest())
-        if not subject.takes_all:
-            return self._references.get(shared)
-        own = self._run(loaded, subject.num_patches if subject.keep is not None else None, bundle)[features]
-        self._references.setdefault(shared, own)
-        return own
+        shared = (_weights(bundle), features, hashlib.sha256(self._pixels(bundle).tobytes()).hexdigest())
+        if shared not in self._references and subject.takes_all:
+            self._references[shared] = self._run(loaded, subject.num_patches if subject.keep is not None else None, bundle)[features]
+        return self._references.get(shared)
 
     def _run(self, loaded: Loaded, keep: int | None, bundle: Bundle) -> dict[str, Array]:
         """Features and logits of all images, as far as the graph has them."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -55,11 +56,14 @@ LATENCY = (
     Column("batch", "batch"),
     Column("patches", "patches"),
     Column("p50 ms", "p50_ms", "{:.2f}"),
+    Column("ratio", "ratio", "{:.3f}"),
+)
+THROUGHPUT = (
+    Column("#", "number"),
     Column("p95 ms", "p95_ms", "{:.2f}"),
     Column("p99 ms", "p99_ms", "{:.2f}"),
     Column("images/s", "images_per_second", "{:.1f}"),
     Column("× over full", "speedup_over_full", "{:.2f}"),
-    Column("ratio", "ratio", "{:.3f}"),
 )
 COST = (
     Column("#", "number"),
@@ -76,7 +80,7 @@ _TEXT = ("graph", "precision", "engine")
 
 
 def report_view(report: dict[str, Any]) -> Group:
-    """Two tables for the terminal: how long it takes; what it needs and is worth."""
+    """Tables for the terminal, narrow enough for 80 characters: how long it takes; what it needs and is worth."""
     return Group(*(_rich(title, columns, report) for title, columns in _tables(report)))
 
 
@@ -110,7 +114,7 @@ def markdown(report: dict[str, Any], *, picture: bool) -> str:
 _NOTES = """Rows took turns, round by round; times are of the engine alone, without reading, cropping and normalising. "× over full" compares with all
 patches in the same precision, batch size and engine; "ratio" is the time of an image over that of row 1. GFLOP are of one image; "of GEMM" is the share of
 the rate at which the same engine multiplied FP32 matrices in this run, which INT8 and BF16 may exceed. Load time and peak memory are those of a fresh
-process for each row. The cosine is that of the features with those of all patches on the same engine, its mean over {images}.
+process for each row. The cosine is that of the features with those of all patches, by the FP32 graph where there is one, its mean over {images}.
 """
 
 
@@ -119,7 +123,7 @@ process for each row. The cosine is that of the features with those of all patch
 
 def _tables(report: dict[str, Any]) -> list[tuple[str, list[Column]]]:
     """Titles and columns, without the columns in which nothing stands."""
-    tables = (("Latency", LATENCY), ("Cost and accuracy", COST))
+    tables = (("Latency", LATENCY), ("Tail and throughput", THROUGHPUT), ("Cost and accuracy", COST))
     return [(title, [column for column in columns if any(column.cell(row) != "-" for row in _numbered(report))]) for title, columns in tables]
 
 
@@ -128,7 +132,7 @@ def _numbered(report: dict[str, Any]) -> list[Row]:
 
 
 def _rich(title: str, columns: list[Column], report: dict[str, Any]) -> Table:
-    table = Table(title=title, title_justify="left")
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         table.add_column(column.title, justify="left" if column.key in _TEXT else "right", overflow="fold")
     for row in _numbered(report):
@@ -222,10 +226,10 @@ def plot(path: Path, rows: list[Row]) -> None:
     all_axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (title, key, value) in zip(all_axes, panels, strict=True):
         for index, (name, series) in enumerate(series_by_name.items()):
-            style = {"color": f"C{index % 10}", "label": name}
+            style = {"color": f"C{index % 10}", "marker": "os^v"[index // 10 % 4], "label": name}
             points = sorted((row["patches"], value(row)) for row in series if row["patches"] is not None and row[key] is not None)
             if points:
-                axes.plot(*zip(*points, strict=True), marker="o", **style)
+                axes.plot(*zip(*points, strict=True), **style)
             elif series[0][key] is not None:  # somebody else's graph of whole images: it does not say how many patches those have
                 axes.axhline(value(series[0]), linestyle=":", **style)
         axes.set(title=title, xlabel="patches kept")

@@ -59,8 +59,8 @@ class Engine(ABC):
         """Load an ONNX file, with its external data.
 
         Args:
-            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the engine compute in BF16 what the graph has
-                in FP32, int8-bf16 also does so beside the products in INT8.
+            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the engine compute in BF16 what the graph
+                has in FP32, int8-bf16 also does so beside the products in INT8.
             taps: names of inner tensors that are returned as further outputs.
 
         Raises:

@@ -420,8 +420,8 @@ def test_the_report_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert "- a[/x], batch 1, 4 patches: the graph takes 2 images a call" in text
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| 1 |")]
     first = report["rows"][0]
-    assert cells[0][:6] == ["1", "a[/x]", "fp32", "onnxruntime", "2", "4"]
-    assert cells[0][6:10] == [f"{first['p50_ms']:.2f}", f"{first['p95_ms']:.2f}", f"{first['p99_ms']:.2f}", f"{first['images_per_second']:.1f}"]
+    assert cells[0] == ["1", "a[/x]", "fp32", "onnxruntime", "2", "4", f"{first['p50_ms']:.2f}", "1.000"]
+    assert cells[1][:4] == ["1", f"{first['p95_ms']:.2f}", f"{first['p99_ms']:.2f}", f"{first['images_per_second']:.1f}"]
     assert main([*arguments, "--out", "report/one"]) == 2, "nothing is overwritten"
 
 
@@ -430,13 +430,15 @@ def test_the_tables_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixtur
     stopwatch |= {("full", 2, None): (0.004, 0.002, 0.008), ("x]", 2, 5): (0.001, 0.003, 0.001)}
     full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "a[" / "x]")
     assert main(["benchmark", str(full), str(visible), "--keep", "5", "--batch-size", "2", *FEW]) == 0
-    lines = [[cell.strip() for cell in line.strip("│").split("│")] for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
-    assert lines[:2] == [
-        ["1", str(full), "fp32", "onnxruntime", "2", str(N), "4.00", "7.60", "7.92", "500.0", "1.00", "1.000"],
-        ["2", str(visible), "fp32", "onnxruntime", "2", "5", "1.00", "2.80", "2.96", "2000.0", "4.00", "0.250"],
+    lines = [line.split() for line in capsys.readouterr().out.splitlines() if line.strip()[:1] in ("1", "2")]
+    assert lines[:4] == [
+        ["1", str(full), "fp32", "onnxruntime", "2", str(N), "4.00", "1.000"],
+        ["2", str(visible), "fp32", "onnxruntime", "2", "5", "1.00", "0.250"],
+        ["1", "7.60", "7.92", "500.0", "1.00"],
+        ["2", "2.80", "2.96", "2000.0", "4.00"],
     ]
     # No column for load time and memory, which nobody measured, nor for top-1, for which there are no labels.
     rate, share = 2 * FLOPS_OF_5 / 1e6, 2 * FLOPS_OF_5 / 1e6 / (4 * 2 * 768**3 / 0.002 / 1e9)
     size = (visible / "encoder.onnx").stat().st_size / 1e6
-    assert lines[3][:5] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f} %", f"{size:.2f}"]
-    assert [line[5:] for line in lines[2:]] == [["1.0000"], [f"{float(lines[3][5]):.4f}"]]
+    assert lines[5][:6] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f}", "%", f"{size:.2f}"]
+    assert [line[6:] for line in lines[4:]] == [["1.0000"], [f"{float(lines[5][6]):.4f}"]]

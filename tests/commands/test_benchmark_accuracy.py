@@ -87,8 +87,19 @@ def test_a_graph_that_cannot_take_all_patches_is_compared_with_one_of_the_same_w
     assert cosines(run(fixed, few, full, "--keep", "6")) == [expected, expected, 1]
     assert cosines(run(fixed, few, "--keep", "6")) == [None, None]
     assert cosines(run(fixed, write_bundle(tmp_path / "stranger", token_mode="full", change=other_weights))) == [None, 1]
-    assert cosines(run(fixed, write_bundle(tmp_path / "int8", token_mode="full", precision="int8"))) == [None, 1]
+    assert cosines(run(fixed, write_bundle(tmp_path / "int8", token_mode="full", precision="int8"))) == [expected, 1]
     assert cosines(run(fixed, write_bundle(tmp_path / "byte", token_mode="full", images="uint8"))) == [None, 1], "other golden images"
+
+
+def test_the_features_of_fp32_are_what_all_are_compared_with(tmp_path: Path, run: Callable[..., Report]) -> None:
+    coarse, fine = write_bundle(tmp_path / "coarse", token_mode="full", precision="int8", bits=2), write_bundle(tmp_path / "fine")
+    alone = cosines(run(coarse))
+    assert alone == [1]
+    for bundles in ((coarse, fine), (fine, coarse)):
+        found = dict(zip(bundles, cosines(run(*bundles, "--keep", str(N))), strict=True))
+        assert found[fine] == pytest.approx(1)
+        assert found[coarse] is not None
+        assert found[coarse] < 0.9999
 
 
 def test_every_graph_sees_the_photos_as_it_takes_them(tmp_path: Path, labelled: Path, run: Callable[..., Report]) -> None:

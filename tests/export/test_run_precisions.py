@@ -143,7 +143,7 @@ def test_uint8_images(exports: Exports) -> None:
     exports.passed("--images", "uint8", "--tokens", "visible")
     bundle = Bundle.load(exports.out)
     golden = bundle.golden()
-    assert (golden["images"].dtype, golden["images"].shape) == (np.uint8, (8, 6, 10, 3))
+    assert (golden["images"].dtype.name, golden["images"].shape) == ("uint8", (8, 6, 10, 3))
     np.testing.assert_array_equal(golden["images"], np.stack([bundle.preprocess.crop(read_image(path)) for path in find_images(exports.photos)[:8]]))
     for engine in installed():
         exports.verified("--engine", engine)
@@ -211,18 +211,18 @@ def test_a_random_pyramid_is_that_of_the_seed(exports: Exports) -> None:
     found = []
     for number, seed in enumerate((0, 0, 1)):
         exports.out = exports.out.with_name(f"bundle-{number}")
-        exports.passed("--pyramid", "random", "--outputs", "p2,p5", seed=seed)
+        exports.passed("--pyramid", "random", "--outputs", "p4,p5", "--num-samples", 2, seed=seed)
         with Backbone.load(exports.out, threads=1) as backbone:
             found.append(backbone(unseen()))
-    assert {name: array.shape for name, array in found[0].items()} == {"p2": (3, 256, 12, 20), "p5": (3, 256, 1, 2)}
-    np.testing.assert_array_equal(found[0]["p2"], found[1]["p2"])
-    assert (found[0]["p2"] != found[2]["p2"]).any()
+    assert {name: array.shape for name, array in found[0].items()} == {"p4": (3, 256, 3, 5), "p5": (3, 256, 1, 2)}
+    np.testing.assert_array_equal(found[0]["p4"], found[1]["p4"])
+    assert (found[0]["p4"] != found[2]["p4"]).any()
     assert exports.manifest["provenance"]["pyramid"] == {"source": "random", "seed": 1}
     assert exports.manifest["licence"] == "own"
 
 
 def test_a_trained_pyramid(exports: Exports, tmp_path: Path) -> None:
-    pyramid = fill(SimpleFeaturePyramid(CONFIG.embed_dim, 7))
+    pyramid = fill(SimpleFeaturePyramid(CONFIG.width, 7))
     save_file({f"backbone.{name}": tensor for name, tensor in pyramid.state_dict().items()}, tmp_path / "detector.safetensors")
     exports.passed("--pyramid", tmp_path / "detector.safetensors", "--layers", "1")
     assert [entry["name"] for entry in exports.manifest["graph"]["outputs"]] == ["cls", "tokens", "pooled", "block_1", "p2", "p3", "p4", "p5"]
@@ -273,8 +273,9 @@ def test_a_profile_holds_at_run_time(exports: Exports, tokens: str) -> None:
     assert main(["predict", str(exports.out), str(exports.photos), "--num-keep", "10", "--threads", "1"]) == 2
 
 
-@pytest.mark.parametrize("tokens", ["full", "visible:5", "ragged:5", "reconstruct:5"])
-@pytest.mark.parametrize("precision", ["fp16", "dynamic"])
+@pytest.mark.parametrize(
+    ("tokens", "precision"), [("full", "dynamic"), ("visible:5", "fp16"), ("visible:5", "dynamic"), ("ragged:5", "dynamic"), ("reconstruct:5", "dynamic")]
+)
 def test_a_batch_fixed_to_more_than_the_samples(exports: Exports, robust: Path, tokens: str, precision: str) -> None:
     exports.passed("--tokens", tokens, "--batch", 13, *PRECISIONS[precision], *quantized(precision, robust))
     manifest = exports.manifest
@@ -301,8 +302,7 @@ def test_another_image_size_interpolates_the_positions_of_the_decoder_too(export
     np.testing.assert_allclose(golden["pixels"], expected["pixels"], atol=1e-4)
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (4, "RGBA")])
-@pytest.mark.parametrize("images", ["float32", "uint8"])
+@pytest.mark.parametrize(("channels", "mode", "images"), [(1, "L", "uint8"), (4, "RGBA", "float32"), (4, "RGBA", "uint8")])
 def test_other_channels(exports: Exports, tmp_path: Path, channels: int, mode: str, images: str) -> None:
     config = replace(CONFIG, in_chans=channels)
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", robust_mae(config))
@@ -310,8 +310,7 @@ def test_other_channels(exports: Exports, tmp_path: Path, channels: int, mode: s
     with Image.open(exports.photos / "000.png") as image:
         assert image.mode == mode
     exports.passed("--images", images, "--tokens", "reconstruct:5", "--pixels", "image")
-    for engine in installed():
-        exports.verified("--engine", engine)
+    exports.verified()
     exports.out = exports.out.with_name("ragged")
     exports.passed("--images", images, "--tokens", "ragged")
     golden = Bundle.load(exports.out).golden()

@@ -1,0 +1,367 @@
+"""INT8 through `mae-deploy export`: what it records, what it searches for, and what it refuses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mae_deploy.export import int8
+from mae_deploy.models.vit import Encoder
+from mae_deploy.preprocess import default_preprocess, read_image
+from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.benchmark import Timing
+from tests.data.image_folders import spoil
+from tests.export.outlier_models import plant_outliers
+from tests.export.robust_exports import CONFIG, Exports, robust_classifier, robust_mae, settled, write_blots
+from tests.export.stream_outliers import plant_stream_outliers
+from tests.export.tiny_exports import CLASS_NAMES, random_pixels, read_graph, write_checkpoint
+from tests.models.tiny_models import tiny_encoder
+
+INT8 = ("--precision", "int8", "--max-latency", 1000)
+"""At any speed: graphs of this size gain nothing."""
+
+LINEARS = [f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+LATENCY = r"it takes \d+\.\d\d of FP32's latency, \d+\.\d\d against \d+\.\d\d ms"
+
+
+@pytest.fixture
+def calibrated(robust: Path) -> tuple[object, ...]:
+    """Static INT8 with 128 images."""
+    return (*INT8, "--quantization", "static", "--calib-data", robust / "calibration")
+
+
+def record_of(exports: Exports) -> dict[str, Any]:
+    found: dict[str, Any] = exports.manifest["quantization"]
+    return found
+
+
+def operators(exports: Exports) -> set[str]:
+    return {node.op_type for node in read_graph(exports.out / "encoder.onnx").graph.node}
+
+
+# --- the record ------------------------------------------------------------------------------------------------------
+
+
+def test_dynamic_is_the_default_and_needs_no_images(exports: Exports) -> None:
+    result = exports.passed(*INT8)
+    record = record_of(exports)
+    timing = record.pop("latency_ms")
+    assert record.pop("latency_ratio") == pytest.approx(timing["int8"] / timing["fp32"])
+    assert record == {
+        "policy": "dynamic",
+        "rest": "fp32",
+        "smooth_alpha": 0.5,
+        "linears": 8,
+        "quantized": dict.fromkeys(LINEARS),
+        "attention": [],
+    }
+    assert {key: result["quantization"][key] for key in record} == record
+    assert result["quantization"]["text"].startswith("8 of 8 Linears in INT8 (dynamic), ")
+    assert {"DynamicQuantizeLinear", "MatMulInteger"} < operators(exports)
+    assert exports.manifest["tolerance"] == {"cosine": 0.995, "centred_cosine": 0.995, "sqnr_db": 30, "top1_agreement": 0.99}
+    assert {path.name for path in exports.out.iterdir()} == {"manifest.json", "encoder.onnx", "golden.npz"}
+
+
+def test_static_ranges_are_recorded_with_what_they_come_from(exports: Exports, robust: Path, calibrated: tuple[object, ...]) -> None:
+    exports.passed(*calibrated)
+    record = record_of(exports)
+    scales, calibration = record["quantized"], record["calibration"]
+    assert (record["policy"], list(scales)) == ("static", LINEARS)
+    assert all(scale > 0 for scale in scales.values())
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((robust / "calibration").iterdir())]
+    assert calibration["images_sha256"] == hashlib.sha256("".join(digests).encode()).hexdigest()
+    assert calibration["scales_sha256"] == hashlib.sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()
+    assert (calibration["num_images"], calibration["method"]) == (128, "mse")
+    assert {"QuantizeLinear", "DequantizeLinear"} < operators(exports)
+    assert "DynamicQuantizeLinear" not in operators(exports)
+
+
+def test_openvino_takes_static_ranges(exports: Exports, robust: Path) -> None:
+    code, said = exports(*INT8, "--engine", "openvino")
+    assert (code, said.splitlines()[0]) == (2, "error: static INT8 needs --calib-data")
+    pytest.importorskip("openvino")
+    exports.passed(*INT8, "--engine", "openvino", "--calib-data", robust / "calibration")
+    assert (record_of(exports)["policy"], record_of(exports)["rest"]) == ("static", "bf16")
+    assert Bundle.load(exports.out).arithmetic == "int8-bf16"
+
+
+def test_on_openvino_the_rest_is_fp32_where_bf16_misses_the_budget(exports: Exports, robust: Path, tmp_path: Path) -> None:
+    """Of this model, BF16 alone leaves less than is wanted of what tells images apart."""
+    pytest.importorskip("openvino")
+    exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder())
+    exports.passed(*INT8, "--engine", "openvino", "--calib-data", robust / "calibration")
+    assert record_of(exports)["rest"] == "fp32"
+    assert 0 < len(record_of(exports)["quantized"]) < 8
+    assert exports.verified()["engine"] == "openvino"
+
+
+def test_a_budget_of_ones_own_is_what_verify_judges_by(exports: Exports) -> None:
+    exports.passed(*INT8, "--min-sqnr", 12.5, "--min-cosine", 0.9)
+    assert exports.manifest["tolerance"] == {"cosine": 0.9, "centred_cosine": 0.9, "sqnr_db": 12.5, "top1_agreement": 0.99}
+    assert exports.verified()["tolerance"]["sqnr_db"] == 12.5
+
+
+# --- calibration -----------------------------------------------------------------------------------------------------
+
+
+def test_calibration_is_kept_for_the_next_export_and_nowhere_else(
+    exports: Exports, calibrated: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "home").mkdir()
+    records, graphs = [], []
+    for number, more in enumerate(((), (), ("--calib-method", "minmax"), ("--seed", 1, "--tokens", "visible"))):
+        exports.out = exports.out.with_name(str(number))
+        exports.passed(*calibrated, *more)
+        records.append(record_of(exports)["calibration"])
+        graphs.append((exports.out / "encoder.onnx").read_bytes())
+    assert [record["cached"] for record in records] == [False, True, True, False]
+    assert graphs[0] == graphs[1]
+    assert records[0]["scales_sha256"] == records[1]["scales_sha256"] != records[2]["scales_sha256"]
+    assert len(list((tmp_path / "cache" / "mae-deploy" / "calibration").iterdir())) == 2
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+def test_methods_choose_other_ranges(exports: Exports, calibrated: tuple[object, ...]) -> None:
+    found = {}
+    for method, more in (("mse", ()), ("minmax", ()), ("percentile", ("--calib-percentile", 90)), ("entropy", ())):
+        exports.out = exports.out.with_name(method)
+        exports.passed(*calibrated, "--calib-method", method, *more, "--min-sqnr", 5, "--min-cosine", 0.5)
+        assert record_of(exports)["calibration"]["method"] == method
+        found[method] = record_of(exports)["quantized"]
+    for name in LINEARS:
+        assert found["percentile"][name] < found["minmax"][name]
+        assert found["mse"][name] <= found["minmax"][name]
+    assert len({json.dumps(scales) for scales in found.values()}) == 4
+
+
+def test_calibration_helps_dynamic_ranges_to_smooth(exports: Exports, robust: Path) -> None:
+    exports.passed(*INT8)
+    alone = (exports.out / "encoder.onnx").read_bytes()
+    exports.out = exports.out.with_name("calibrated")
+    exports.passed(*INT8, "--calib-data", robust / "calibration", "--bias-correction")
+    record = record_of(exports)
+    assert (record["policy"], record["calibration"]["method"], record["calibration"]["num_images"]) == ("dynamic", None, 128)
+    assert (exports.out / "encoder.onnx").read_bytes() != alone
+
+
+def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated: tuple[object, ...]) -> None:
+    weights = []
+    for number, more in enumerate(((), ("--bias-correction",))):
+        exports.out = exports.out.with_name(str(number))
+        exports.passed(*calibrated, *more)
+        weights.append({tensor.name: tensor.raw_data for tensor in read_graph(exports.out / "encoder.onnx").graph.initializer})
+    assert {name for name in weights[0] if weights[0][name] != weights[1][name]} == {f"{name}.bias" for name in LINEARS}
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (("--quantization", "static"), "static INT8 needs --calib-data"),
+        (("--typing", "strong"), "static INT8 needs --calib-data"),
+        (("--quantization", "dynamic", "--typing", "strong"), "dynamic INT8 has neither strong typing nor INT8 attention"),
+        (("--int8-attention",), "dynamic INT8 has neither strong typing nor INT8 attention"),
+        (("--bias-correction",), "--bias-correction needs --calib-data"),
+        (("--calib-data", "nowhere"), "no such file or folder: nowhere"),
+        (("--calib-images", 127), "--calib-images 127 must be at least 128"),
+        (("--calib-percentile", 49), "--calib-percentile 49 must be within 50 and 100"),
+        (("--smooth-alpha", 1.5), "--smooth-alpha 1.5 must be within 0 and 1"),
+        (("--max-latency", 0), "--max-latency 0 must be above 0"),
+        (("--min-cosine", 0), "--min-cosine 0 must be above 0 and at most 1"),
+        (("--min-sqnr", -1), "--min-sqnr -1 must be at least 0"),
+        (("--max-drop", 100), "--max-drop 100 must be at least 0 and below 100"),
+        (("--max-drop", 1), "--max-drop judges logits, which this graph does not give"),
+        (("--fp32-ops", "gelu"), "--fp32-ops gelu: with --precision int8 --typing weak these are FP32 already"),
+        (("--images", "float16"), "--images and --features float16 need --precision fp16, not int8"),
+    ],
+    ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_mistake_is_2_before_anything_is_computed(exports: Exports, more: tuple[object, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_deploy.export.run.compute_reference", lambda _: pytest.fail("it was computed"))
+    code, message = exports("--precision", "int8", *more)
+    assert (code, message.splitlines()[0]) == (2, f"error: {said}")
+    assert exports.left == set()
+
+
+def test_too_few_images_are_counted(exports: Exports, robust: Path, tmp_path: Path) -> None:
+    few = Path(shutil.copytree(robust / "calibration", tmp_path / "few"))
+    (few / "100.png").unlink()
+    code, said = exports(*INT8, "--calib-data", few)
+    assert (code, said.splitlines()) == (
+        2,
+        [
+            f"error: only 127 images below --calib-data {few}; calibration needs at least 128",
+            "hint: add images like those that the model will see; they need no labels",
+        ],
+    )
+    shutil.copy(robust / "calibration" / "100.png", few)
+    spoil(few / "104.png")
+    code, said = exports(*INT8, "--calib-data", few)
+    assert (code, said.splitlines()[0]) == (2, f"error: only 127 readable images below --calib-data {few}; calibration needs at least 128")
+    assert exports.left == set()
+
+
+def test_int8_attention_needs_a_shape_that_is_fused(exports: Exports, calibrated: tuple[object, ...]) -> None:
+    code, said = exports(*calibrated, "--int8-attention")
+    assert (code, said.splitlines()[0]) == (
+        2,
+        "error: --int8-attention: the head dimension is 8; INT8 attention is fused for 16, 32, 64 only",
+    )
+
+
+# --- the search ------------------------------------------------------------------------------------------------------
+
+
+def test_a_budget_that_all_in_int8_misses_gives_a_mix(exports: Exports, calibrated: tuple[object, ...]) -> None:
+    exports.passed(*calibrated, "--no-search")
+    everything = min(row["sqnr_db"] for row in exports.manifest["parity"]["onnx-int8"]["outputs"])
+    floor = math.ceil(everything) + 2
+    exports.out = exports.out.with_name("mix")
+    result = exports.passed(*calibrated, "--min-sqnr", floor)
+    manifest, chosen = exports.manifest, record_of(exports)["quantized"]
+    assert 0 < len(chosen) < 8
+    assert min(row["sqnr_db"] for row in result["parity"]) >= floor
+    assert set(manifest["files"]) == {"encoder.onnx", "golden.npz", "sensitivity.json", "sensitivity.png"}
+    for name, entry in manifest["files"].items():
+        assert entry["sha256"] == hashlib.sha256((exports.out / name).read_bytes()).hexdigest()
+    rows = json.loads((exports.out / "sensitivity.json").read_text())
+    assert {row["layer"]: row["precision"] for row in rows} == {name: "int8" if name in chosen else "fp32" for name in LINEARS}
+    assert sum(row["macs_share"] for row in rows) == pytest.approx(1)
+    assert (exports.out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
+    # What is left in FP32 are Linears as they were.
+    graph = read_graph(exports.out / "encoder.onnx").graph
+    high = {node.name.removesuffix("/Gemm").removesuffix("/MatMul") for node in graph.node if node.name.endswith(("/Gemm", "/MatMul"))}
+    stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
+    for name in LINEARS:
+        assert name in high
+        assert stored[f"{name}.weight"] == (3 if name in chosen else 1), "int8 or float"
+    assert exports.verified()["failures"] == []
+
+
+def test_without_a_mix_it_is_rejected_with_both_figures_and_the_table(exports: Exports) -> None:
+    code, said = exports(*INT8, "--min-sqnr", 90)
+    error, hint = said.splitlines()
+    assert code == 1
+    assert error.startswith("error: INT8 is rejected: no mix of INT8 and higher precision meets the budget; all 8 Linears in INT8: cls: sqnr_db ")
+    assert re.search(rf"sqnr_db \d+\.\d+ is below 90; .*; {LATENCY}$", error)
+    assert hint.startswith("hint: export fp32 or bf16, or give the budget that you can accept: --min-sqnr, ")
+    assert hint.endswith(f"; the layers are in {exports.out.with_name('bundle-sensitivity.json')}")
+    assert exports.left == {"bundle-sensitivity.json", "bundle-sensitivity.png"}
+    rows = json.loads(exports.out.with_name("bundle-sensitivity.json").read_text())
+    assert {row["layer"]: row["precision"] for row in rows} == dict.fromkeys(LINEARS, "fp32")
+
+
+def test_without_a_search_all_or_nothing(exports: Exports) -> None:
+    code, said = exports(*INT8, "--min-sqnr", 90, "--no-search")
+    error, hint = said.splitlines()
+    assert code == 1
+    assert re.fullmatch(rf"error: INT8 is rejected: all 8 Linears in INT8: cls: sqnr_db .*; {LATENCY}", error)
+    assert hint.startswith("hint: leave out --no-search, export fp32 ")
+    assert exports.left == set()
+
+
+def test_what_is_not_faster_is_rejected_with_both_figures(exports: Exports) -> None:
+    code, said = exports("--precision", "int8", "--max-latency", 1e-9)
+    assert code == 1
+    figures = r"it is not faster \(cls: SQNR \d\d\.\d dB, centred cosine 0\.99\d+\)"
+    assert re.fullmatch(rf"error: INT8 is rejected: {figures}; {LATENCY}", said.splitlines()[0])
+    assert exports.left == set()
+
+
+def test_by_default_it_must_be_faster_than_fp32(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    fp32 = Timing((2e-3,))
+    for seconds, code in ((2.001e-3, 1), (2e-3, 1), (1.5e-3, 0)):
+        monkeypatch.setattr(int8, "measure", lambda *_, seconds=seconds, **__: {"fp32": fp32, "int8": Timing((seconds,))})
+        assert exports("--precision", "int8")[0] == code
+    record = record_of(exports)
+    assert (record["latency_ratio"], record["latency_ms"]) == (pytest.approx(0.75), {"fp32": 2, "int8": 1.5})
+
+
+def test_the_misses_of_golden_samples_and_of_both_ends_of_k_count(exports: Exports) -> None:
+    code, said = exports(*INT8, "--min-sqnr", 60, "--no-search", "--tokens", "visible")
+    assert code == 1
+    for where in ("", "golden: ", "K=1: ", "K=15: "):
+        assert f" {where}tokens: sqnr_db " in said
+
+
+# --- outliers --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "static"])
+def test_smoothing_repairs_outlier_channels(exports: Exports, robust: Path, tmp_path: Path, policy: str) -> None:
+    """LayerNorm weights times 60 in two channels, the columns behind them over 60: PyTorch's outputs are the same."""
+    model = robust_mae()
+    model.load_state_dict(plant_outliers(model.state_dict(), 60))
+    exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
+    arguments = (*INT8, "--quantization", policy, *(("--calib-data", robust / "calibration") if policy == "static" else ()), "--no-search")
+    exports.passed(*arguments)
+    assert len(record_of(exports)["quantized"]) == 8
+    assert exports.verified("--layers")["failures"] == []
+    exports.out = exports.out.with_name("plain")
+    code, said = exports(*arguments, "--no-smooth-quant")
+    assert code == 1
+    noise = re.search(r"cls: sqnr_db (\d+\.\d+) is below 30", said)
+    assert noise is not None
+    assert float(noise[1]) < 20
+    assert exports.left == {"bundle"}
+
+
+@pytest.mark.parametrize("policy", ["dynamic", "static"])
+def test_outliers_in_the_residual_stream_cost_few_linears(exports: Exports, robust: Path, tmp_path: Path, policy: str) -> None:
+    """Two channels of every token are some 300, a hundred times the others."""
+    images = torch.from_numpy(default_preprocess(CONFIG.image_size).normalise(random_pixels(CONFIG, 8)))
+    model = plant_stream_outliers(settled(lambda: Encoder(CONFIG)), images, {3: 300.0, 17: -150.0})
+    exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
+    exports.passed(*INT8, "--quantization", policy, *(("--calib-data", robust / "calibration") if policy == "static" else ()))
+    assert len(record_of(exports)["quantized"]) >= 6
+    assert exports.verified("--layers")["failures"] == []
+
+
+# --- classes ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def labelled(robust: Path, tmp_path: Path) -> Path:
+    """Images in folders named by the class that PyTorch gives them: its own accuracy is 100 %."""
+    model, preprocess = robust_classifier(), default_preprocess(CONFIG.image_size)
+    for path in sorted(write_blots(tmp_path / "unsorted", 32, first=300).iterdir()):
+        with torch.no_grad():
+            logits = model(torch.from_numpy(preprocess([read_image(path)])))
+        folder = tmp_path / "labelled" / CLASS_NAMES[int(logits.argmax())]
+        folder.mkdir(parents=True, exist_ok=True)
+        path.rename(folder / path.name)
+    return tmp_path / "labelled"
+
+
+def test_where_labels_are_known_accuracy_is_judged(exports: Exports, robust: Path, labelled: Path) -> None:
+    exports.checkpoint, exports.photos = robust / "classifier", labelled
+    accuracy = exports.passed(*INT8, "--max-drop", 5)["accuracy"]
+    assert accuracy["fp32"] == 100
+    assert accuracy["int8"] >= 95
+    assert "top1_agreement" not in exports.manifest["tolerance"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_drop_beyond_the_budget_is_refused(exports: Exports, labelled: Path, tmp_path: Path, known: bool) -> None:
+    """One channel so large that INT8 leaves nothing of the others, and nobody smooths it."""
+    model = robust_classifier()
+    model.load_state_dict(plant_outliers(model.state_dict(), 3000))
+    exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model, class_names=CLASS_NAMES)
+    exports.photos = labelled if known else exports.photos
+    code, said = exports(*INT8, "--min-sqnr", 0, "--min-cosine", 0.001, "--max-drop", 5, "--no-smooth-quant", "--no-search")
+    expected = r"top-1 is (\d+\.\d\d), (\d+\.\d\d) points below FP32's 100\.00; --max-drop 5" if known else r"logits: top1_agreement (0\.\d+) is below 0\.9"
+    found = re.search(expected, said)
+    assert code == 1
+    assert found is not None, said
+    assert float(found[1]) < 95
+    assert exports.left == set()
