@@ -128,6 +128,43 @@ def test_threads_take_turns(visible_bundle: Path) -> None:
             np.testing.assert_allclose(found["tokens"], reference(**inputs)["tokens"], atol=TOLERANCE)
 
 
+# --- shapes that come again ------------------------------------------------------------------------------------------
+
+
+def test_shapes_that_come_twice_in_a_row_get_a_graph_of_their_own(tmp_path: Path) -> None:
+    samples = golden_inputs(visible=True)
+    few = {name: array[:2] for name, array in samples.items()}
+    with load(write_bundle(tmp_path / "b")) as engine:
+        special: dict[Any, Any] = engine._special  # type: ignore[attr-defined]
+        for inputs in (samples, few, samples, few):
+            engine.run(inputs)
+        assert special == {}
+        for _ in range(3):
+            found = engine.run(few)
+        assert list(special) == [tuple(few[name].shape for name in engine.input_names)]
+        assert not special[next(iter(special))].get_compiled_model().inputs[0].partial_shape.is_dynamic
+        for name, expected in reference(**few).items():
+            np.testing.assert_allclose(found[name], expected, atol=TOLERANCE)
+        for _ in range(3):
+            assert engine.run(samples)["cls"].shape == (SAMPLES, D)
+        assert len(special) == 2
+        assert engine.run(few)["cls"].shape == (2, D)
+
+
+def test_so_do_four_shapes_of_a_small_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples = golden_inputs(visible=True, keep=6)
+    path = write_bundle(tmp_path / "b", external="encoder.onnx.data")
+    size = sum((path / name).stat().st_size for name in ("encoder.onnx", "encoder.onnx.data"))
+    for limit, expected in ((size - 1, 0), (size, 4)):
+        monkeypatch.setattr("mae_deploy.runtime.openvino_engine._SPECIAL_BYTES", limit)
+        with load(path) as engine:
+            for keep in (1, 2, 3, 4, 5, 6):
+                for _ in range(2):
+                    found = engine.run({**samples, "ids_keep": samples["ids_keep"][:, :keep]})
+                assert found["tokens"].shape == (SAMPLES, keep, D)
+            assert len(engine._special) == expected  # type: ignore[attr-defined]
+
+
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
