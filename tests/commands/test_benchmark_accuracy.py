@@ -98,8 +98,7 @@ def test_the_features_of_fp32_are_what_all_are_compared_with(tmp_path: Path, run
     for bundles in ((coarse, fine), (fine, coarse)):
         found = dict(zip(bundles, cosines(run(*bundles, "--keep", str(N))), strict=True))
         assert found[fine] == pytest.approx(1)
-        assert found[coarse] is not None
-        assert found[coarse] < 0.9999
+        assert (found[coarse] or 1) < 0.9999
 
 
 def test_every_graph_sees_the_photos_as_it_takes_them(tmp_path: Path, labelled: Path, run: Callable[..., Report]) -> None:
