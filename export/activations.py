@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.histogram import LEVELS, Histogram, Method
-from mae_deploy.export.quantize import AttentionScales, linear_of
+from mae_deploy.export.quantize import FP8, INT8, AttentionScales, Rounding, linear_of
 
 Array = npt.NDArray[Any]
 
@@ -83,13 +83,14 @@ class ActivationStats:
         return Histogram(np.diff(cumulative), limit)
 
 
-def activation_scales(stats: Mapping[str, ActivationStats], method: Method = "mse", percentile: float = 99.99) -> dict[str, float]:
-    """For each Linear the scale of its input, `x ≈ integer * scale`: the threshold over 127."""
-    thresholds = {name: entry.histogram().threshold(method, percentile) for name, entry in stats.items()}
-    return {name: _scale(threshold) for name, threshold in thresholds.items()}
+def activation_scales(stats: Mapping[str, ActivationStats], method: Method = "mse", percentile: float = 99.99, rounding: Rounding = INT8) -> dict[str, float]:
+    """For each Linear the scale of its input, `x ≈ stored * scale`: the threshold over 127; for FP8, whose step grows with the number, the largest over 448."""
+    if rounding is FP8:
+        return {name: float(rounding.scales(entry.absmax.max())) for name, entry in stats.items()}
+    return {name: float(rounding.scales(entry.histogram().threshold(method, percentile))) for name, entry in stats.items()}
 
 
-def attention_scales(model: nn.Module, absmax: Mapping[str, Array], divisors: Mapping[str, Array]) -> dict[str, AttentionScales]:
+def attention_scales(model: nn.Module, absmax: Mapping[str, Array], divisors: Mapping[str, Array], rounding: Rounding = INT8) -> dict[str, AttentionScales]:
     """For each attention the scales of q, k and v, by their largest magnitudes: to clip them gains nothing beside the rounding of the softmax.
 
     Args:
@@ -100,14 +101,8 @@ def attention_scales(model: nn.Module, absmax: Mapping[str, Array], divisors: Ma
     for name, values in absmax.items():
         q, k, v = values.reshape(3, -1)
         parts = q * cast(Attention, model.get_submodule(name)).scale, k, v / divisors.get(f"{name}.proj", 1.0)
-        found[name] = cast(AttentionScales, tuple(_scale(float(part.max())) for part in parts))
+        found[name] = cast(AttentionScales, tuple(float(rounding.scales(part.max())) for part in parts))
     return found
-
-
-def _scale(threshold: float) -> float:
-    """1 where there is nothing but zeros, or what float32 cannot tell from them."""
-    scale = threshold / (LEVELS - 1)
-    return scale if scale >= np.finfo(np.float32).tiny else 1.0
 
 
 class Observer:

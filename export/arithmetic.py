@@ -14,7 +14,7 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError
 
-Precision = Literal["fp32", "fp16", "bf16", "int8"]
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Typing = Literal["weak", "strong"]
 Island = Literal["softmax", "gelu", "norm", "residual"]
 
@@ -52,12 +52,14 @@ def arithmetic(precision: Precision, typing: Typing, islands: tuple[Island, ...]
     precision, which halves the file. Strong: the types in the graph say what is computed in what.
 
     Raises:
-        ConfigError: `islands` in a graph that has no lower precision to keep them from.
+        ConfigError: `islands` in a graph that has no lower precision to keep them from, or weak FP8.
     """
     strong = typing == "strong"
-    if precision == "bf16" and strong:  # eight bits of mantissa are too few for the residual stream
-        chosen = Arithmetic(stored=BFLOAT16, product=BFLOAT16)
-    elif strong and precision in ("fp16", "int8"):
+    if precision == "fp8" and not strong:
+        raise ConfigError("--precision fp8 --typing weak: FP8 is a type in the graph", hint="leave --typing out")
+    if precision == "bf16" and strong:  # eight bits of mantissa are too few for the residual stream: FP32 but for the products, unless islands say what is
+        chosen = Arithmetic(stored=BFLOAT16, product=BFLOAT16, stream=BFLOAT16 if islands else FLOAT32, islands=frozenset(islands))
+    elif strong and precision in ("fp16", "int8", "fp8"):
         chosen = Arithmetic(stored=FLOAT16, product=FLOAT16, stream=FLOAT16, islands=frozenset(islands))
     else:
         chosen = Arithmetic(stored=FLOAT32 if precision == "int8" else _TYPES[precision])

@@ -14,14 +14,11 @@ import numpy.typing as npt
 
 from mae_deploy.export.arithmetic import FLOAT32, Arithmetic, DType
 from mae_deploy.export.onnx_builder import GraphBuilder
-from mae_deploy.export.quantize import quantize_weight
+from mae_deploy.export.quantize import INT8, Rounding, quantize_weight
 
 Array = npt.NDArray[Any]
 
 _EPSILON = 1e-6
-
-_SOFTMAX_SCALE = 1 / 127
-"""Probabilities are at most 1."""
 
 
 class BlockWriter:
@@ -31,6 +28,8 @@ class BlockWriter:
         padding: added to the scores of attention, FP32 `(B, 1, 1, T)`: 0 where a token is real, very negative where it is padding.
         sizes: B and T, one of which may be -1 for a dynamic size. The blocks then work on rows, `(B * T, D)`, where a linear map is one Gemm:
             3 % faster on ONNX Runtime (docs/results/cpu.md). None where both are dynamic: rows could not be told apart without shape arithmetic.
+        rounding: in which eight-bit type the `quantized` Linears multiply.
+        stores_rounded: whether static weights are stored in that type; else in FP32 with a QuantizeLinear behind them, as TensorRT 8 needs them.
     """
 
     def __init__(
@@ -43,6 +42,8 @@ class BlockWriter:
         attention_scales: Mapping[str, tuple[float, float, float]] | None = None,
         padding: str | None = None,
         sizes: tuple[int, int] | None = None,
+        rounding: Rounding = INT8,
+        stores_rounded: bool = True,
     ) -> None:
         self.builder = builder
         self.weights = weights
@@ -51,6 +52,8 @@ class BlockWriter:
         self.attention_scales = attention_scales or {}
         self.padding = padding
         self.sizes = sizes
+        self.rounding = rounding
+        self.stores_rounded = stores_rounded
 
     def rows(self, tokens: str, dim: int, name: str) -> str:
         """What the blocks work on: `(B, T, D) -> (B * T, D)`, or the tokens as they are where there are no rows."""
@@ -94,13 +97,13 @@ class BlockWriter:
         qkv = b.node("Reshape", [qkv, b.integers(*(self.sizes or (0, 0)), 3, num_heads, d)], f"{name}/heads")
         qkv = b.node("Transpose", [qkv], f"{name}/qkv_first", perm=[2, 0, 3, 1, 4])
         q, k, v = (b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv"))
-        if name in self.attention_scales:
-            q, k, v = (self._round_trip(value, scale, value) for value, scale in zip((q, k, v), self.attention_scales[name], strict=True))
         k = b.node("Transpose", [k], f"{name}/k_transposed", perm=[0, 1, 3, 2])
+        if name in self.attention_scales:  # behind the Transpose: TensorRT fuses attention whose products read DequantizeLinear directly
+            q, k, v = (self._round_trip(value, scale, value) for value, scale in zip((q, k, v), self.attention_scales[name], strict=True))
         scores = b.node("MatMul", [b.cast(q, dtype), b.cast(k, dtype)], f"{name}/qk")
         shares = b.cast(self._softmax(scores, name), dtype)
         if name in self.attention_scales:
-            shares = self._round_trip(shares, _SOFTMAX_SCALE, shares)
+            shares = self._round_trip(shares, self.rounding.softmax_scale, shares)
         mixed = b.node("MatMul", [shares, b.cast(v, dtype)], f"{name}/av")
         mixed = b.node("Transpose", [b.cast(mixed, self.arithmetic.stream)], f"{name}/heads_last", perm=[0, 2, 1, 3])
         merged = b.node("Reshape", [mixed, b.integers(0, 0, D) if self.sizes is None else b.integers(-1, D)], f"{name}/merged")
@@ -144,12 +147,15 @@ class BlockWriter:
         return b.node("Add", [b.cast(product, types.stream), b.weight(f"{name}.bias", bias.astype(types.stream))], f"{name}/Add")
 
     def _static_product(self, value: str, scale: float, weight: Array, name: str) -> str:
-        """Explicit Q/DQ: activations per tensor, weights per output channel, both symmetric int8 with zero points of 0."""
+        """Explicit Q/DQ: activations per tensor, weights per output channel (FP8: per tensor), both symmetric with zero points of 0."""
         b = self.builder
-        integers, scales = quantize_weight(weight, f"{name}.weight")
-        zeros = b.weight(f"{name}.weight_zero", np.zeros(len(scales), np.int8))
-        scales_name = b.weight(f"{name}.weight_scale", scales.astype(b.types[value]))
-        stored = b.node("DequantizeLinear", [b.weight(f"{name}.weight", integers.T), scales_name, zeros], f"{name}/weight", axis=1)
+        rounded, scales = quantize_weight(weight, f"{name}.weight", self.rounding)
+        constants = [b.weight(f"{name}.weight_scale", scales.astype(b.types[value])), b.weight(f"{name}.weight_zero", np.zeros(scales.shape, rounded.dtype))]
+        stored = b.weight(f"{name}.weight", (rounded if self.stores_rounded else weight).T)
+        axis: dict[str, Any] = {"axis": 1} if self.rounding.per_channel else {}
+        if not self.stores_rounded:
+            stored = b.node("QuantizeLinear", [stored, *constants], f"{name}/weight_quantized", **axis)
+        stored = b.node("DequantizeLinear", [stored, *constants], f"{name}/weight", **axis)
         return b.node("MatMul", [self._round_trip(value, scale, f"{name}/input"), stored], f"{name}/MatMul")
 
     def _dynamic_product(self, value: str, weight: Array, name: str) -> str:
@@ -168,6 +174,6 @@ class BlockWriter:
     def _round_trip(self, value: str, scale: float, name: str) -> str:
         """QuantizeLinear and DequantizeLinear: the engine fuses what lies between two of them."""
         b = self.builder
-        constants = [b.scalar(scale, b.types[value]), b.scalar(0, np.int8)]
+        constants = [b.scalar(scale, b.types[value]), b.scalar(0, self.rounding.dtype)]
         rounded = b.node("QuantizeLinear", [value, *constants], f"{name}/quantized")
         return b.node("DequantizeLinear", [rounded, *constants], f"{name}/dequantized")

@@ -22,6 +22,7 @@ from mae_deploy.export.arithmetic import FLOAT32, Island, Precision, Typing, ari
 from mae_deploy.export.blocks import BlockWriter
 from mae_deploy.export.onnx_builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
 from mae_deploy.export.pyramid import write_pyramid
+from mae_deploy.export.quantize import INT8, ROUNDINGS
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.preprocess import Preprocess
@@ -32,7 +33,7 @@ Pixels = Literal["target", "normalised", "image"]
 
 Array = npt.NDArray[Any]
 
-_MASKED = {"float32": -1e30, "float16": -6e4}
+_MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
 """Added to the scores of padded tokens; the softmax makes it exactly 0."""
 
 _PIXEL_EPSILON = 1e-6
@@ -63,9 +64,13 @@ class GraphSpec:
     fp32_ops: tuple[Island, ...] = ()
     """Operators kept in FP32 in an FP16 graph."""
     quantized: Mapping[str, float | None] = field(default_factory=dict)
-    """Linear maps in INT8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run time."""
+    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run time."""
     attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Attention in INT8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    stores_rounded: bool = True
+    """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
+    emulates_bf16: bool = False
+    """Whether BF16 arithmetic is written as FP32 arithmetic that is rounded; see `GraphBuilder`."""
     pyramid: Mapping[str, Array] | None = None
     """Weights of a simple feature pyramid, for the outputs p2 to p5."""
 
@@ -125,8 +130,8 @@ class _Graph:
 
     def __init__(self, metadata: Metadata, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
         self.metadata, self.config, self.weights, self.spec = metadata, config, weights, spec
-        typed_scales = spec.precision == "int8" and spec.typing == "strong"
-        self.builder = GraphBuilder(config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET)
+        typed_scales = spec.precision in ROUNDINGS and spec.typing == "strong"
+        self.builder = GraphBuilder(config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET, emulates_bf16=spec.emulates_bf16)
         self.arithmetic = arithmetic(spec.precision, spec.typing, spec.fp32_ops)
         self.batch: Dim = spec.batch or "B"
         self.visible = spec.token_mode != "full"
@@ -173,6 +178,8 @@ class _Graph:
             attention_scales=self.spec.attention_scales,
             padding=padding,
             sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
+            rounding=ROUNDINGS.get(self.spec.precision, INT8),
+            stores_rounded=self.spec.stores_rounded,
         )
 
     # --- images to tokens ------------------------------------------------------------------------------------------------

@@ -1,4 +1,8 @@
-"""INT8: which Linears, with which ranges, and whether the result is worth having; all of it measured on the engine that will run it."""
+"""INT8 and FP8: which Linears, with which ranges, and whether the result is worth having.
+
+All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is judged on ONNX Runtime here; whether
+its engine is faster than one in FP16 is measured once, on the device (`runtime.engine_build`).
+"""
 
 from __future__ import annotations
 
@@ -18,8 +22,8 @@ from mae_deploy.export.calibrate import Calibration, calibrate
 from mae_deploy.export.job import Job
 from mae_deploy.export.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.export.onnx_builder import GraphBuilder
-from mae_deploy.export.proof import engine_name, judge, tolerance_of
-from mae_deploy.export.quantize import AttentionScales, eligible_linears, macs_per_token
+from mae_deploy.export.proof import judge, judging_engine, tolerance_of
+from mae_deploy.export.quantize import ROUNDINGS, AttentionScales, eligible_linears, macs_per_token
 from mae_deploy.export.sensitivity import Verdict, choose, sensitivities
 from mae_deploy.export.smoothing import assumed_absmax, bias_corrections, correct_biases, smooth, smoothed_stats, smoothing_divisors
 from mae_deploy.files import remove
@@ -49,8 +53,8 @@ class Int8Plan:
     attention: dict[str, AttentionScales]
     rows: list[LayerRow]
     """The per-layer table; empty where no search was needed."""
-    latency: tuple[Timing, Timing]
-    """Of FP32 and INT8."""
+    latency: tuple[Timing, Timing] | None
+    """Of FP32 and INT8; None where the device has to be asked."""
     num_linears: int
     facts: dict[str, Any]
     """Policy, smoothing and calibration, for the manifest."""
@@ -59,29 +63,22 @@ class Int8Plan:
         """The graph to ship."""
         return self.job.graph(quantized=self.quantized, attention_scales=self.attention)
 
-    @property
-    def ratio(self) -> float:
-        """INT8's latency as a share of FP32's."""
-        return self.latency[1].ratio(self.latency[0])
-
     def summary(self) -> dict[str, Any]:
         """For the command's result."""
-        text = (
-            f"{len(self.quantized)} of {self.num_linears} Linears in INT8 ({self.facts['policy']}), "
-            f"{self.ratio:.2f} of FP32's latency ({1000 * self.latency[1].median:.1f} against {1000 * self.latency[0].median:.1f} ms)"
-        )
-        return {"text": text, **self.record()}
+        record = self.record()
+        text = f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()} ({self.facts['policy']})"
+        if self.latency is not None:
+            milliseconds = record["latency_ms"]
+            text += f", {record['latency_ratio']:.2f} of FP32's latency ({milliseconds['int8']:.1f} against {milliseconds['fp32']:.1f} ms)"
+        return {"text": text, **record}
 
     def record(self) -> dict[str, Any]:
         """For the manifest."""
-        return {
-            **self.facts,
-            "linears": self.num_linears,
-            "quantized": dict(self.quantized),
-            "attention": list(self.attention),
-            "latency_ratio": self.ratio,
-            "latency_ms": {"fp32": 1000 * self.latency[0].median, "int8": 1000 * self.latency[1].median},
-        }
+        found = {**self.facts, "linears": self.num_linears, "quantized": dict(self.quantized), "attention": list(self.attention)}
+        if self.latency is not None:
+            found["latency_ratio"] = self.latency[1].ratio(self.latency[0])
+            found["latency_ms"] = {name: 1000 * timing.median for name, timing in zip(("fp32", "int8"), self.latency, strict=True)}
+        return found
 
     def write_table(self, folder: Path) -> list[Path]:
         """The per-layer table beside the graph, where a search made one."""
@@ -89,7 +86,7 @@ class Int8Plan:
 
 
 def plan_int8(job: Job, folder: Path) -> Int8Plan:
-    """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster than FP32.
+    """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster than FP32, if that can be known here.
 
     Args:
         folder: for graphs that are only tried; they are removed again.
@@ -110,15 +107,14 @@ def plan_int8(job: Job, folder: Path) -> Int8Plan:
     if not verdict.passes:
         chosen, failures = None, "; ".join(attempt.failures)
         if job.config.int8.search:
-            notice("INT8:", f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix that meets it")
+            notice(f"{attempt.name}:", f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix that meets it")
             chosen, rows = attempt.search()
     if chosen is None:
-        none = "no mix of INT8 and higher precision meets the budget; " if job.config.int8.search else ""
-        raise attempt.rejected(rows, f"{none}all {len(everything)} Linears in INT8: {failures}", everything)
+        none = f"no mix of {attempt.name} and higher precision meets the budget; " if job.config.int8.search else ""
+        raise attempt.rejected(rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything))
     timings = attempt.time(chosen)
-    ratio = timings[1].ratio(timings[0])
-    if not ratio < job.config.int8.max_latency:
-        raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", chosen, timings)
+    if timings is not None and not timings[1].ratio(timings[0]) < job.config.int8.max_latency:
+        raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", timings)
     return Int8Plan(
         job=attempt.job_for(chosen),
         quantized={name: attempt.scales[name] for name in attempt.names if name in chosen},
@@ -131,11 +127,12 @@ def plan_int8(job: Job, folder: Path) -> Int8Plan:
 
 
 class _Attempt:
-    """Tries sets of Linears in INT8 on the real engine."""
+    """Tries sets of Linears in eight bits on the engine that judges them."""
 
     def __init__(self, job: Job, folder: Path) -> None:
         int8 = job.config.int8
         self.config, self.folder = job.config, folder
+        self.name, self.rounding = job.config.precision.upper(), ROUNDINGS[job.config.precision]
         self.tolerance = tolerance_of(job)
         self.names = eligible_linears(job.reference.model)
         self.static = job.config.policy == "static"
@@ -146,12 +143,13 @@ class _Attempt:
         self.job = _with_tensors(job, smooth(job.loaded.tensors, divisors))
         self.scales: dict[str, float | None] = dict.fromkeys(self.names)
         if self.static:
-            self.scales |= activation_scales(self.stats, int8.calib_method, int8.calib_percentile)
-        self.corrections = bias_corrections(self.job.loaded.tensors, self.stats) if int8.bias_correction else {}
+            self.scales |= activation_scales(self.stats, int8.calib_method, int8.calib_percentile, self.rounding)
+        self.corrections = bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
         self.attention: dict[str, AttentionScales] = {}
         if int8.int8_attention and calibration:
-            self.attention = attention_scales(job.reference.model, calibration.attention_absmax, divisors)
-        self.rest = "fp16" if self.config.resolved_typing == "strong" else "bf16" if self.config.engine == "openvino" else "fp32"
+            self.attention = attention_scales(job.reference.model, calibration.attention_absmax, divisors, self.rounding)
+        halves = self.config.resolved_typing == "strong" or self.config.engine == "trt"
+        self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
         """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
         self.facts = _facts(job, calibration, self.scales)
         self.failures: list[str] = []
@@ -160,7 +158,7 @@ class _Attempt:
     def judge(self, chosen: frozenset[str]) -> Verdict:
         """Build this set's graph and compare its outputs with PyTorch's."""
         with ExitStack() as stack:
-            engine = self._engine(stack, self.job_for(chosen).graph(quantized=self._quantized(chosen), attention_scales=self.attention_for(chosen)), "int8")
+            engine = self._engine(stack, self._graph(chosen), self.config.precision)
             comparisons, failures, _ = judge(self.job, engine, self.tolerance)
         self._figures[chosen] = comparisons
         above = -max(self._deficit(comparison) for comparison in comparisons)
@@ -171,23 +169,22 @@ class _Attempt:
         """The fastest mix that meets the budget, or None, and the per-layer table."""
         model, N = self.job.reference.model, self.job.loaded.encoder_config.num_patches
         few = {name: array[:_SENSITIVITY_SAMPLES] for name, array in self.job.trials[0][0].items()}
-        noise = sensitivities(model, self.scales, few, attention=self.attention, corrections=self.corrections)
+        noise = sensitivities(model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding)
         K = self.job.ranges["K"][1] if "K" in self.job.ranges else N
         tokens = {name: 1 + (N if name.startswith("decoder_") else K) for name in self.names}
         cost = {name: float(macs_per_token(model, name) * tokens[name]) for name in self.names}
         chosen = choose(noise, cost, self.judge)
-        return chosen, table_rows(noise, cost, self.scales, self.stats, chosen or frozenset(), otherwise=self.rest)
+        return chosen, table_rows(noise, cost, self.scales, self.stats, chosen or frozenset(), precision=self.config.precision, otherwise=self.rest)
 
-    def time(self, chosen: frozenset[str]) -> tuple[Timing, Timing]:
-        """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed."""
+    def time(self, chosen: frozenset[str]) -> tuple[Timing, Timing] | None:
+        """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for TensorRT, which the device times."""
+        if self.config.engine == "trt":
+            return None
         inputs, _ = self.job.trials[0]
         samples = np.arange(self.config.fixed_batch or 1) % len(self.job.samples.pixels)  # a batch may be larger than what there is
         batch = {name: array[samples] for name, array in self.job.as_graph_takes(inputs).items()}
         with ExitStack() as stack:
-            graphs = {
-                "fp32": self.job.graph(precision="fp32"),
-                "int8": self.job_for(chosen).graph(quantized=self._quantized(chosen), attention_scales=self.attention_for(chosen)),
-            }
+            graphs = {"fp32": self.job.in_precision("fp32").graph(), "int8": self._graph(chosen)}
             engines = {name: self._engine(stack, graph, name) for name, graph in graphs.items()}
             timings = measure({name: partial(engine.run, batch) for name, engine in engines.items()}, repeats=_ROUNDS)
         return timings["fp32"], timings["int8"]
@@ -199,7 +196,7 @@ class _Attempt:
         return _with_tensors(self.job, correct_biases(self.job.loaded.tensors, self.corrections, sorted(chosen)))
 
     def attention_for(self, chosen: frozenset[str]) -> dict[str, AttentionScales]:
-        """Attention in INT8 where both its Linears are."""
+        """Attention in eight bits where both its Linears are."""
         return {name: scales for name, scales in self.attention.items() if {f"{name}.qkv", f"{name}.proj"} <= chosen}
 
     def accuracy(self, chosen: frozenset[str]) -> str:
@@ -207,25 +204,29 @@ class _Attempt:
         worst = max(self._figures[chosen], key=self._deficit)
         return f"{worst.name}: SQNR {worst.sqnr_db:.1f} dB, centred cosine {worst.centred_cosine:.5f}"
 
-    def rejected(self, rows: list[LayerRow], why: str, chosen: frozenset[str], timings: tuple[Timing, Timing] | None = None) -> CheckFailed:
+    def rejected(self, rows: list[LayerRow], why: str, timings: tuple[Timing, Timing] | None) -> CheckFailed:
         """With both figures, and the per-layer table left beside `--out`."""
-        fp32, int8 = timings or self.time(chosen)
+        if timings is not None:
+            fp32, int8 = timings
+            why += f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against {1000 * fp32.median:.2f} ms"
         table = write_table(self.config.out.with_name(f"{self.config.out.name}-sensitivity"), rows) if rows else []
+        other = "fp16 (--prefer fp16)" if self.config.engine == "trt" else "fp32 or bf16"
         return CheckFailed(
-            f"INT8 is rejected: {why}; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against {1000 * fp32.median:.2f} ms",
+            f"{self.name} is rejected: {why}",
             hint=("" if self.config.int8.search else "leave out --no-search, ")
-            + "export fp32 or bf16, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop, --max-latency"
+            + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop, --max-latency"
             + (f"; the layers are in {table[0]}" if table else ""),
         )
 
-    def _quantized(self, chosen: frozenset[str]) -> dict[str, float | None]:
-        return {name: scale for name, scale in self.scales.items() if name in chosen}
+    def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
+        quantized = {name: scale for name, scale in self.scales.items() if name in chosen}
+        return self.job_for(chosen).graph(quantized=quantized, attention_scales=self.attention_for(chosen))
 
     def _engine(self, stack: ExitStack, graph: GraphBuilder, precision: str) -> Engine:
         files = graph.save(self.folder / f"tried-{precision}.onnx")
         options = EngineOptions(threads=self.config.threads)
         arithmetic = "int8-bf16" if precision == "int8" and self.rest == "bf16" else precision
-        engine = stack.enter_context(open_graph(files[0], engine_name(self.config.engine), options, precision=arithmetic))
+        engine = stack.enter_context(open_graph(files[0], judging_engine(self.config.engine), options, precision=arithmetic))
         for file in files:  # the engine has read them
             remove(file)
         return engine
@@ -258,7 +259,8 @@ def _facts(job: Job, calibration: Calibration | None, scales: dict[str, float | 
     int8 = job.config.int8
     facts: dict[str, Any] = {"policy": job.config.policy, "smooth_alpha": int8.smooth_alpha if int8.smooth_quant else None}
     if calibration is not None:  # dynamic ranges need no method: it only smooths and corrects
-        facts["calibration"] = {"method": int8.calib_method if job.config.policy == "static" else None, **calibration.record(scales)}
+        method = None if job.config.policy == "dynamic" else "minmax" if job.config.precision == "fp8" else int8.calib_method
+        facts["calibration"] = {"method": method, **calibration.record(scales)}
     return facts
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,7 +15,7 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.export.arithmetic import arithmetic
 from mae_deploy.export.calibrate import CalibrationImages
-from mae_deploy.export.config import ExportConfig, Range
+from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph import GraphSpec, available_outputs, build_graph, default_outputs
 from mae_deploy.export.onnx_builder import GraphBuilder
 from mae_deploy.export.quantize import attention_obstacle
@@ -26,10 +26,12 @@ from mae_deploy.models.load import Loaded, encoder_of, model_of, read_weights
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.pyramid import LEVELS, Pyramid, load_pyramid, pyramid_sizes, random_pyramid
 from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.runtime.deepstream import check_feeding
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
+from mae_deploy.runtime.tensorrt_options import Profile, Range
 
 _EXTREME = 2
-"""Samples that are also run with the smallest and the largest K, where K is dynamic."""
+"""Samples that are also run with every other K that a profile names, where K is dynamic."""
 
 Arrays = dict[str, Array]
 
@@ -48,9 +50,9 @@ class Job:
     """Outputs, in order."""
     pyramid: Pyramid | None
     calib_images: CalibrationImages | None
-    """For the ranges of INT8."""
+    """For the ranges of INT8 and FP8."""
     trials: list[tuple[Arrays, Arrays]] = field(default_factory=list)
-    """Inputs and PyTorch's outputs: all samples first, then a few at the ends of K. Images are normalised float32 here."""
+    """Inputs and PyTorch's outputs: all samples first, then a few at each other K of the profiles. Images are normalised float32 here."""
 
     @cached_property
     def reference(self) -> Reference:
@@ -63,23 +65,33 @@ class Job:
     def _pyramid_weights(self) -> Arrays | None:
         return None if self.pyramid is None else {name: tensor.cpu().numpy() for name, tensor in self.pyramid.module.state_dict().items()}
 
-    def graph(self, *, precision: str | None = None, **changes: Any) -> GraphBuilder:
-        """The graph in the precision asked for or in another, with other parts of its spec."""
+    @property
+    def profiles(self) -> list[Profile]:
+        """The sizes of each optimisation profile."""
+        return self.config.profiles(self.loaded.encoder_config.num_patches)
+
+    def graph(self, **changes: Any) -> GraphBuilder:
+        """The graph that is asked for, or one with other parts of its spec."""
         config = self.config
-        precision = precision or config.precision
         spec = GraphSpec(
             token_mode=config.token_mode,
             keep=config.keep,
             batch=config.fixed_batch,
             outputs=self.names,
-            images=config.images if precision == config.precision else "uint8" if config.images == "uint8" else "float32",
-            features=config.features if precision == config.precision else "float32",
+            images=config.images,
+            features=config.features,
             pixels=config.pixels,
             pyramid=self._pyramid_weights,
+            precision=config.stored_precision,
+            typing=config.resolved_typing,
+            fp32_ops=config.islands,
+            stores_rounded=config.engine != "trt" or config.resolved_typing == "strong",
         )
-        if precision == config.precision:
-            spec = replace(spec, precision=config.precision, typing=config.resolved_typing, fp32_ops=config.islands)
         return build_graph(self.loaded.metadata, self.loaded.tensors, replace(spec, **changes))
+
+    def in_precision(self, precision: Literal["fp32", "fp16"]) -> Job:
+        """The same job without eight bits."""
+        return replace(self, config=self.config.in_precision(precision))
 
     def as_graph_takes(self, inputs: Arrays) -> Arrays:
         """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels."""
@@ -99,7 +111,11 @@ def prepare(config: ExportConfig) -> Job:
         import_optional("openvino", extra="openvino")
     arithmetic(config.precision, config.resolved_typing, config.islands)
     loaded = _resized(read_weights(config.checkpoint), config.image_size)
+    if config.one_std:
+        loaded = _with_one_std(loaded)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
+    if config.deepstream is not None:
+        check_feeding(config.token_mode, config.images, spec, loaded.metadata.class_names)
     encoder = loaded.encoder_config
     names = output_names(config, loaded)
     ranges = config.ranges(encoder.num_patches)
@@ -116,7 +132,7 @@ def prepare(config: ExportConfig) -> Job:
 
 
 def compute_reference(job: Job) -> None:
-    """Run PyTorch on all samples, and on a few at the ends of K; fills `job.trials`."""
+    """Run PyTorch on all samples, and on a few at each other K of the profiles; fills `job.trials`."""
     images = job.preprocess.normalise(job.samples.pixels)
     for inputs in [{IMAGES: images, **_chosen(job, len(images))}, *_extremes(job, images)]:
         job.trials.append((inputs, job.reference.outputs(inputs, job.names)))
@@ -161,12 +177,15 @@ def _chosen(job: Job, count: int) -> Arrays:
 
 
 def _extremes(job: Job, images: Array) -> list[Arrays]:
-    """Inputs for the smallest and the largest K of a graph that leaves K open."""
+    """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are not run with it anyway."""
     if "K" not in job.ranges or job.config.keep is not None:
         return []
     few, N = images[:_EXTREME], job.loaded.encoder_config.num_patches
+    seen = {job.ranges["K"][1]}
+    if job.config.token_mode == "ragged" and job.config.engine == "trt":  # rows of the samples are as long as the largest K
+        seen = set()
     found = []
-    for K in dict.fromkeys((job.ranges["K"][0], job.ranges["K"][2])):
+    for K in sorted({K for profile in job.profiles for K in profile["K"]} - seen):
         inputs = {IMAGES: few, **token_inputs("visible", N, (K, K, K), len(few), job.config.seed)}
         if job.config.token_mode == "ragged":
             inputs[NUM_KEEP] = np.full(len(few), K, np.int64)
@@ -207,3 +226,13 @@ def _resized(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
     preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
     metadata = replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess)
     return Loaded(metadata, tensors, loaded.record)
+
+
+def _with_one_std(loaded: Loaded) -> Loaded:
+    """The same function of an image, its channels all divided by the mean of their standard deviations: `W (x / std) = (W s / std) (x / s)`."""
+    std = torch.tensor(from_dict(Preprocess, loaded.metadata.preprocess).std, dtype=torch.float64)
+    shared = std.mean()
+    kernel = loaded.tensors["patch_embed.proj.weight"]
+    folded = (kernel.double() * (shared / std)[:, None, None]).to(kernel.dtype)
+    metadata = replace(loaded.metadata, preprocess={**loaded.metadata.preprocess, "std": [shared.item()] * len(std)})
+    return Loaded(metadata, {**loaded.tensors, "patch_embed.proj.weight": folded}, loaded.record)

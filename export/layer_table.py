@@ -12,7 +12,7 @@ from mae_deploy.errors import import_optional
 from mae_deploy.export.activations import ActivationStats
 from mae_deploy.files import atomic_path, write_json
 
-_COLOURS = {"int8": "#3b78b5"}
+_COLOURS = {"int8": "#3b78b5", "fp8": "#3b78b5"}
 _HIGHER = "#d98c3a"
 
 _ROW_INCHES = 0.17
@@ -26,9 +26,9 @@ class LayerRow:
     macs_share: float
     """Its share of the multiply-accumulates of all Linears in the table."""
     noise_db: float
-    """Noise over signal of the worst output when it alone is in INT8, in dB."""
+    """Noise over signal of the worst output when it alone is in eight bits, in dB."""
     precision: str
-    """int8, or the precision that it is left in."""
+    """int8 or fp8, or the precision that it is left in."""
     scale: float | None = None
     """Of its input; None where the range is found at run time."""
     absmax: float | None = None
@@ -44,6 +44,7 @@ def table_rows(
     stats: Mapping[str, ActivationStats],
     chosen: Collection[str],
     *,
+    precision: str = "int8",
     otherwise: str = "fp32",
 ) -> list[LayerRow]:
     """A row for each Linear.
@@ -52,7 +53,7 @@ def table_rows(
         noise: as `export.sensitivity.sensitivities` gives it.
         cost: multiply-accumulates, in any unit.
         stats: of the inputs as they are quantised; empty without calibration.
-        chosen: the Linears in INT8; the others are in the precision `otherwise`.
+        chosen: the Linears in eight bits, in `precision`; the others are in the precision `otherwise`.
     """
     total = math.fsum(cost.values())
     return [
@@ -60,7 +61,7 @@ def table_rows(
             layer=name,
             macs_share=cost[name] / total,
             noise_db=10 * math.log10(ratio) if ratio > 0 else -math.inf,
-            precision="int8" if name in chosen else otherwise,
+            precision=precision if name in chosen else otherwise,
             scale=scales[name],
             absmax=float(stats[name].absmax.max()) if name in stats else None,
             outlier_ratio=stats[name].outlier_ratio if name in stats else None,
@@ -100,12 +101,12 @@ def _picture(figures: Any, rows: Sequence[LayerRow]) -> Any:
     cost.barh(places, [100 * row.macs_share for row in rows], color=colours, height=0.8)
     noise.set_yticks(places, [f"{row.layer}  {row.precision}" for row in rows], fontsize=6.5)
     noise.set_ylim(len(rows) - 0.4, -0.6)
-    noise.set_xlabel("noise over signal of the worst output, this Linear alone in INT8, dB")
+    noise.set_xlabel("noise over signal of the worst output, this Linear alone in eight bits, dB")
     cost.set_xlabel("multiply-accumulates, %")
     for axes in (noise, cost):
         axes.xaxis.grid(True, linewidth=0.4)
         axes.set_axisbelow(True)
-    figure.suptitle("INT8 by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10)
+    figure.suptitle("Precision by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10)
     return figure
 
 

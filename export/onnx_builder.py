@@ -16,13 +16,14 @@ import onnx
 from onnx import TensorProto, helper
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.export.arithmetic import BFLOAT16, FLOAT32
 from mae_deploy.runtime.manifest import TensorEntry
 
 OPSET = 17
 """The highest that TensorRT 8.6 reads, and the first with LayerNormalization."""
 
 OPSET_TYPED_SCALES = 19
-"""The first whose QuantizeLinear takes FP16, with FP16 scales: INT8 in an FP16 graph."""
+"""The first whose QuantizeLinear takes FP16, with FP16 scales, and gives FP8: eight bits in an FP16 graph."""
 
 _IR_VERSIONS = {OPSET: 8, OPSET_TYPED_SCALES: 9}
 """The file format's version that came with each opset."""
@@ -42,7 +43,6 @@ Array = npt.NDArray[Any]
 
 
 _RESULT_TYPES: dict[str, np.dtype[Any]] = {
-    "QuantizeLinear": np.dtype(np.int8),
     "DynamicQuantizeLinear": np.dtype(np.uint8),
     "MatMulInteger": np.dtype(np.int32),
     "Equal": np.dtype(np.bool_),
@@ -54,9 +54,15 @@ _RESULT_TYPES: dict[str, np.dtype[Any]] = {
 class GraphBuilder:
     """Collects nodes, weights, inputs and outputs, and knows every value's type."""
 
-    def __init__(self, name: str, *, opset: int = OPSET) -> None:
+    def __init__(self, name: str, *, opset: int = OPSET, emulates_bf16: bool = False) -> None:
+        """Begin an empty graph.
+
+        Args:
+            emulates_bf16: compute in FP32 what is BF16, and round the result to BF16: for engines that store BF16 and do not compute in it.
+        """
         self.name = name
         self.opset = opset
+        self.emulates_bf16 = emulates_bf16
         self.types: dict[str, np.dtype[Any]] = {}
         self._nodes: dict[str, onnx.NodeProto] = {}
         self._weights: dict[str, Array] = {}
@@ -93,6 +99,9 @@ class GraphBuilder:
 
     def node(self, op: str, inputs: Sequence[str], name: str, *, extra_outputs: Sequence[str] = (), **attributes: Any) -> str:
         """Add a node whose first output carries the node's name; returns that. The same name again means the same node."""
+        if self.emulates_bf16 and op != "Cast" and any(self.types[value] == BFLOAT16 for value in inputs):
+            wide = [self.cast(value, FLOAT32) if self.types[value] == BFLOAT16 else value for value in inputs]
+            return self.cast(self.node(op, wide, f"{name}/wide", **attributes), BFLOAT16, name=name)
         node = helper.make_node(op, list(inputs), [name, *extra_outputs], name=name, **attributes)
         assert self._nodes.setdefault(name, node) == node, f"two nodes are named {name}"
         self.types[name] = self._result_type(op, inputs, attributes)
@@ -100,10 +109,10 @@ class GraphBuilder:
             self.types |= dict(zip(extra_outputs, (np.dtype(np.float32), np.dtype(np.uint8)), strict=True))
         return name
 
-    def cast(self, value: str, dtype: npt.DTypeLike) -> str:
+    def cast(self, value: str, dtype: npt.DTypeLike, *, name: str | None = None) -> str:
         """The value in another type: one Cast for all who need it, none where it has that type."""
         dtype = np.dtype(dtype)
-        name = f"{value}/{dtype.name}"
+        name = name or f"{value}/{dtype.name}"
         if self.types[value] == dtype:
             return value
         return name if name in self.types else self.node("Cast", [value], name, to=helper.np_dtype_to_tensor_dtype(dtype))
@@ -154,6 +163,8 @@ class GraphBuilder:
             return np.dtype(helper.tensor_dtype_to_np_dtype(attributes["to"]))
         if op in ("DequantizeLinear", "Where"):  # the scale's; that of the values chosen from
             return self.types[inputs[1]]
+        if op == "QuantizeLinear":  # the zero point's
+            return self.types[inputs[2]]
         return _RESULT_TYPES.get(op, self.types[inputs[0]])
 
 

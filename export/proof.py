@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
@@ -13,7 +17,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.parity import TOLERANCES, Comparison, Tolerance, compare
-from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.registry import load_engine, open_graph
 from mae_deploy.runtime.verify import Verification, verify_engine
 
 GOLDEN = 8
@@ -37,9 +41,14 @@ class Proof:
         return [{key: value for key, value in comparison.to_dict().items() if key != "reason"} for comparison in self.comparisons]
 
 
-def engine_name(engine: Literal["onnx", "openvino"]) -> Literal["onnxruntime", "openvino"]:
+def engine_name(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino", "tensorrt"]:
     """The runtime's name of `--engine`."""
-    return "onnxruntime" if engine == "onnx" else engine
+    return {"onnx": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}[engine]  # type: ignore[return-value]
+
+
+def judging_engine(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino"]:
+    """The engine that graphs are judged on: their own, but a graph for TensorRT, which builds for minutes, on ONNX Runtime."""
+    return "openvino" if engine == "openvino" else "onnxruntime"
 
 
 def tolerance_of(job: Job) -> Tolerance:
@@ -55,15 +64,35 @@ def tolerance_of(job: Job) -> Tolerance:
 
 
 def prove(job: Job, bundle: Bundle, tolerance: Tolerance) -> Proof:
-    """Run everything on the engine that the bundle is made for."""
-    with load_engine(bundle, engine_name(job.config.engine), EngineOptions(threads=job.config.threads)) as engine:
+    """Run everything on the engine that graphs of this bundle are judged on."""
+    with _judging(job, bundle) as engine:
         comparisons, failures, accuracy = judge(job, engine, tolerance)
         verification = verify_engine(bundle, engine)
     return Proof(comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures)))
 
 
-def judge(job: Job, engine: Engine, tolerance: Tolerance) -> tuple[list[Comparison], list[str], tuple[float, float] | None]:
-    """Against PyTorch: each output over all samples, over the golden ones alone and at the ends of K, every miss, and the accuracies."""
+@contextmanager
+def _judging(job: Job, bundle: Bundle) -> Iterator[Engine]:
+    """The bundle's graph; where its products are BF16, which ONNX Runtime's CPU has not got, one that computes the same of rounded numbers."""
+    name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
+    if not job.config.emulates_bf16:
+        with load_engine(bundle, name, options) as engine:
+            yield engine
+        return
+    with TemporaryDirectory() as folder:
+        files = job.graph(emulates_bf16=True).save(Path(folder) / "emulated.onnx")
+        with open_graph(files[0], name, options) as engine:
+            yield engine
+
+
+def judge(
+    job: Job, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
+) -> tuple[list[Comparison], list[str], tuple[float, float] | None]:
+    """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles, every miss, and the accuracies.
+
+    Args:
+        batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is judged; default: the fixed batch, or 8.
+    """
     comparisons: list[Comparison] = []
     failures: list[str] = []
     accuracy = None
@@ -73,14 +102,18 @@ def judge(job: Job, engine: Engine, tolerance: Tolerance) -> tuple[list[Comparis
             comparisons.append(compare(expected[name], found[name], name))
             failures.extend(where + failure for failure in comparisons[-1].failures(tolerance))
 
-    for inputs, expected in job.trials:
-        found = run_in_chunks(engine, job.as_graph_takes(inputs), batch=job.config.fixed_batch or GOLDEN, outputs=job.names)
-        if comparisons:
-            judge_one(f"K={inputs[IDS_KEEP].shape[1]}: ", expected, found)
-            continue
-        judge_one("", expected, found)
-        judge_one("golden: ", *({name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (expected, found)))  # centred on a mean of their own
-        accuracy = _accuracy(job, expected, found)
+    for trial, (inputs, expected) in enumerate(job.trials):
+        K = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+        for batch in [job.config.fixed_batch or GOLDEN] if batches is None else batches(K):
+            found = run_in_chunks(engine, job.as_graph_takes(inputs), batch=batch, outputs=job.names)
+            where = "" if batches is None else f"B={batch}: "
+            if trial > 0:
+                judge_one(f"{where}K={K}: ", expected, found)
+                continue
+            judge_one(where, expected, found)
+            few = ({name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (expected, found))
+            judge_one(f"{where}golden: ", *few)  # centred on a mean of their own
+            accuracy = accuracy or _accuracy(job, expected, found)
     if accuracy is not None and job.config.int8.max_drop is not None and accuracy[0] - accuracy[1] > job.config.int8.max_drop:
         failures.append(
             f"top-1 is {accuracy[1]:.2f}, {accuracy[0] - accuracy[1]:.2f} points below FP32's {accuracy[0]:.2f}; --max-drop {job.config.int8.max_drop:g}"

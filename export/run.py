@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
@@ -13,16 +14,20 @@ from rich.text import Text
 from mae_deploy import __version__
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_licence
 from mae_deploy.config import to_dict
+from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph import block_tensor
 from mae_deploy.export.int8 import Int8Plan, plan_int8
 from mae_deploy.export.job import Job, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN, Proof, engine_name, prove, refuse, tolerance_of
-from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json
+from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
+from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
 from mae_deploy.options import Result
-from mae_deploy.progress import notice, progress
+from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, IMAGES, MANIFEST_FILE, SCHEMA_VERSION, Manifest, ModelEntry, file_entry
+from mae_deploy.runtime.registry import TENSORRT
+from mae_deploy.runtime.serving import refuse_to_serve_over, write_for_servers
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
 """How much of every block's output goes into the bundle for `verify --layers`."""
@@ -33,46 +38,101 @@ def run(config: ExportConfig) -> Result:
 
     Raises:
         CheckFailed: the graph does not compute what PyTorch computes, or INT8 is slower or less accurate than its budget.
+        MissingDependency: the engine's package or its device is absent.
     """
     refuse_to_overwrite(config.out)
-    with progress("export", 4) as bar:
+    refuse_to_serve_over(config.out, triton=config.triton, deepstream=config.deepstream)
+    if builds := config.engine == "trt" and config.build:
+        require_tensorrt(config)
+    with progress("export", 4 + builds) as bar:
         job = prepare(config)
         bar.advance(1, "checkpoint and images read")
         compute_reference(job)
         bar.advance(1, "PyTorch reference computed")
         with atomic_path(config.out) as aside:
-            aside.mkdir()
-            plan = plan_int8(job, aside) if config.precision == "int8" else None
-            bundle = _write_bundle(aside, job, plan)
-            bar.advance(1, "bundle written")
-            proof = prove(job, bundle, bundle.tolerance)
-            if proof.failures:
-                raise refuse(job, proof.failures)
-            bar.advance(1, "proven")
-            _record(aside, bundle, job, proof)
-            files = {name: entry["size"] for name, entry in bundle.manifest["files"].items()}
-    licence = bundle.licence
-    _say_licence(licence)
-    data = {
+            rejected: dict[str, str] = {}
+            try:
+                made = _make(aside, job, bar)
+            except CheckFailed as error:
+                if config.int8.prefer is None:
+                    raise
+                rejected = {"rejected": str(error)}
+                notice("FP16:", f"is exported in its place: {error}")
+                remove(aside)
+                made = _make(aside, job.in_precision("fp16"), bar)
+            files = {name: entry["size"] for name, entry in made.bundle.manifest["files"].items()}
+    _say_licence(made.bundle.licence)
+    served = _serve(config)
+    data = {**_data(made), **rejected, **({"served": served} if served else {}), "files": files}
+    return Result(data, _view(data))
+
+
+def _serve(config: ExportConfig) -> dict[str, str]:
+    """Write the new bundle for the servers that are asked for: its engine, where one was built, else its graph."""
+    bundle = Bundle.load(config.out)
+    engine = next(iter(bundle.manifest["engines"]), None)
+    written = write_for_servers(bundle, engine, triton=config.triton, deepstream=config.deepstream)
+    for server, folder in written.items():
+        notice(f"{server}:", f"written to {folder}")
+    return written
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Made:
+    """A bundle that was proven."""
+
+    job: Job
+    bundle: Bundle
+    plan: Int8Plan | None
+    proof: Proof
+    device: DeviceProof | None
+    """Of TensorRT's engine."""
+
+
+def _make(folder: Path, job: Job, bar: Bar) -> _Made:
+    """Write a bundle and prove it; for TensorRT also build its engine, unless that is left to the device."""
+    folder.mkdir()
+    plan = plan_int8(job, folder) if job.config.quantized else None
+    bundle = _write_bundle(folder, job, plan)
+    bar.advance(1, "bundle written")
+    proof = prove(job, bundle, bundle.tolerance)
+    if proof.failures:
+        raise refuse(job, proof.failures)
+    _record(bundle, job, proof)
+    bar.advance(1, "proven")
+    device = None
+    if job.config.engine == "trt" and job.config.build:
+        device = build_and_gate(job, bundle)
+        _record_device(bundle, device)
+        bar.advance(1, "engine built")
+    return _Made(job=job, bundle=bundle, plan=plan, proof=proof, device=device)
+
+
+def _data(made: _Made) -> dict[str, Any]:
+    """What the command reports."""
+    config, proof, plan, device = made.job.config, made.proof, made.plan, made.device
+    accuracy = device.accuracy if device is not None else proof.accuracy
+    return {
         "out": str(config.out),
         "tokens": config.tokens,
         "precision": config.precision,
         "typing": config.resolved_typing,
         "engine": engine_name(config.engine),
-        "parity": proof.figures(),
-        "samples": job.samples.source,
-        **({"accuracy": {"fp32": proof.accuracy[0], config.precision: proof.accuracy[1]}} if proof.accuracy is not None else {}),
-        **({"quantization": plan.summary()} if plan is not None else {}),
-        "licence": licence,
-        "files": files,
+        "parity": device.record()["outputs"] if device is not None else proof.figures(),
+        "samples": made.job.samples.source,
+        **({"accuracy": {"fp32": accuracy[0], config.precision: accuracy[1]}} if accuracy is not None else {}),
+        **({"quantization": {**plan.summary(), **(made.bundle.manifest["quantization"] or {})}} if plan is not None else {}),
+        **({"built": device.summary()} if device is not None else {}),
+        "licence": made.bundle.licence,
     }
-    return Result(data, _view(data))
 
 
 def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
     config, loaded = job.config, job.loaded
     graph = plan.graph() if plan is not None else job.graph()
     files = graph.save(folder / GRAPH_FILE)
+    if config.engine == "trt" and plan is not None:
+        files += job.in_precision("fp16").graph().save(folder / BASELINE_FILE)
     golden = _golden(job)
     with (folder / GOLDEN_FILE).open("wb") as file:
         np.savez_compressed(file, **golden)
@@ -107,7 +167,7 @@ def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
         "licence": metadata.licence if job.pyramid is None else inherited_licence(metadata.licence, job.pyramid.licence),
         "tolerance": cast(Any, tolerance_of(job).to_dict()),
         "parity": {},
-        "quantization": plan.record() if plan is not None else None,
+        "quantization": _quantization(config, plan) if plan is not None else None,
         "golden": {"file": GOLDEN_FILE, "source": job.samples.source, "num_samples": len(golden[IMAGES])},
         "engines": [],
         "files": {path.name: file_entry(path) for path in [*files, folder / GOLDEN_FILE, *reports]},
@@ -123,19 +183,38 @@ def _golden(job: Job) -> dict[str, Any]:
     return {**job.as_graph_takes(inputs), **expected, BLOCKS: blocks}
 
 
-def _record(folder: Path, bundle: Bundle, job: Job, proof: Proof) -> None:
+def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:
+    """The manifest's record; of TensorRT, what its engine is to be compared with."""
+    return plan.record() if config.engine != "trt" else {**plan.record(), "baseline": BASELINE_FILE, "speed": SPEED_LEFT}
+
+
+def _record(bundle: Bundle, job: Job, proof: Proof) -> None:
     """Put what was proven into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
-    manifest = cast(dict[str, Any], bundle.manifest)
-    figures = {**verification, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
-    manifest["parity"] = {f"onnx-{job.config.precision}": figures}
-    write_json(folder / MANIFEST_FILE, manifest)
+    emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}
+    figures = {**verification, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
+    bundle.manifest["parity"] = {f"onnx-{job.config.precision}": figures}
+    write_json(bundle.path / MANIFEST_FILE, bundle.manifest)
+
+
+def _record_device(bundle: Bundle, device: DeviceProof) -> None:
+    """Put into the manifest what was measured of the engine."""
+    manifest = bundle.manifest
+    manifest["parity"][f"tensorrt-{device.built.entry['precision']}"] = device.record()
+    if manifest["quantization"] is not None:
+        manifest["quantization"] |= device.speed()
+    write_json(bundle.path / MANIFEST_FILE, manifest)
 
 
 def _view(data: dict[str, Any]) -> Table:
     title = f"{data['out']}: {data['tokens']} tokens, {data['precision']} on {data['engine']}, parity with PyTorch on {data['samples']}"
     if "quantization" in data:
         title += f"\n{data['quantization']['text']}"
+    if "built" in data:
+        title += f"\n{data['built']['text']}"
+    elif data["engine"] == TENSORRT:
+        title += f"\nno engine was built: mae-deploy build-engine {data['out']} does that on the device"
+        title += f"; {SPEED_LEFT}" if "quantization" in data else ""
     table = Table(title=Text(title), title_justify="left")
     for name in ("output", "cosine", "centred cosine", "max abs", "SQNR dB", "top-1"):
         table.add_column(name, justify="left" if name == "output" else "right")

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mae_deploy.export.quantize import AttentionScales, fake_quantized
+from mae_deploy.export.quantize import INT8, AttentionScales, Rounding, fake_quantized
 from mae_deploy.export.reference import restoring
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier, Encoder, run_blocks
@@ -38,8 +38,9 @@ def sensitivities(
     *,
     attention: Mapping[str, AttentionScales] | None = None,
     corrections: Mapping[str, Tensor] | None = None,
+    rounding: Rounding = INT8,
 ) -> dict[str, float]:
-    """For each Linear noise over signal, in energy, of the worst output when it alone is in INT8.
+    """For each Linear noise over signal, in energy, of the worst output when it alone is in eight bits.
 
     The outputs are CLS and patch tokens, `pooled` and `logits` of a classifier, and pixels if there are Linears of a decoder. A run begins with the
     block of its Linear, at what the FP32 blocks before it gave.
@@ -64,7 +65,7 @@ def sensitivities(
                 signal[output] += _energy(value)
             for name, scale in scales.items():
                 products = {key: value for key, value in (attention or {}).items() if name == f"{key}.qkv"}
-                with fake_quantized(model, {name: scale}, products, corrections=corrections):
+                with fake_quantized(model, {name: scale}, products, corrections=corrections, rounding=rounding):
                     found = run.outputs(len(model.blocks) if name.startswith("decoder_") else int(name.split(".")[1]))
                 for output, value in expected.items():
                     noise[name, output] += _energy(found[output] - value)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.export.activations import ActivationStats
-from mae_deploy.export.quantize import rounded_weight
+from mae_deploy.export.quantize import INT8, Rounding, rounded_weight
 
 Array = npt.NDArray[Any]
 
@@ -90,7 +90,7 @@ def smoothed_stats(stats: Mapping[str, ActivationStats], divisors: Divisors) -> 
     return {**stats, **{name: stats[name].divided_by(divisor) for name, divisor in divisors.items()}}
 
 
-def bias_corrections(tensors: Mapping[str, Tensor], stats: Mapping[str, ActivationStats]) -> dict[str, Tensor]:
+def bias_corrections(tensors: Mapping[str, Tensor], stats: Mapping[str, ActivationStats], rounding: Rounding = INT8) -> dict[str, Tensor]:
     """For each Linear what its rounded weights take from its output on average, `(W - W_rounded) E[x]`, `(O,)`.
 
     Args:
@@ -102,7 +102,7 @@ def bias_corrections(tensors: Mapping[str, Tensor], stats: Mapping[str, Activati
     found = {}
     for name, entry in stats.items():
         weight = tensors[f"{name}.weight"]
-        lost = (weight - rounded_weight(weight, f"{name}.weight")).double() @ torch.from_numpy(entry.mean)
+        lost = (weight - rounded_weight(weight, f"{name}.weight", rounding)).double() @ torch.from_numpy(entry.mean)
         found[name] = lost.to(weight.dtype)
     return found
 

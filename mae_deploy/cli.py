@@ -11,7 +11,16 @@ from typing import Annotated, Any
 import typer
 
 from mae_deploy import __version__
-from mae_deploy.commands.config import BenchmarkConfig, DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
+from mae_deploy.commands.config import (
+    BenchmarkConfig,
+    BuildEngineConfig,
+    DoctorConfig,
+    ImportConfig,
+    InfoConfig,
+    PredictConfig,
+    QuickstartConfig,
+    VerifyConfig,
+)
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
@@ -68,6 +77,14 @@ def import_(config: ImportConfig) -> Any:
 def export(config: ExportConfig) -> Any:
     """Export a checkpoint to a bundle whose graph is proven against PyTorch."""
     return _needs_torch("mae_deploy.export.run").run(config)
+
+
+@command(app, BuildEngineConfig, name="build-engine")
+def build_engine(config: BuildEngineConfig) -> Any:
+    """Build a TensorRT engine on this machine's GPU, prove it and add it to a bundle; needs no torch."""
+    from mae_deploy.commands.build_engine import run
+
+    return run(config)
 
 
 @command(app, VerifyConfig)

@@ -92,10 +92,10 @@ def remove_partial(folder: Path) -> None:
         remove(path)
 
 
-def refuse_to_overwrite(path: Path, *, hint: str = "choose another --out, or remove it first") -> None:
-    """Raise ConfigError if `path` is a file or a folder with something in it."""
+def refuse_to_overwrite(path: Path, *, option: str = "--out", hint: str | None = None) -> None:
+    """Raise ConfigError if `path`, which an option asks for, is a file or a folder with something in it."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ConfigError(f"--out {path} already exists", hint=hint)
+        raise ConfigError(f"{option} {path} already exists", hint=hint or f"choose another {option}, or remove it first")
 
 
 def _is_running(process: str) -> bool:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageOps
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+
+if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
+    from PIL import Image
+    from typing_extensions import TypeIs
 
 Array = npt.NDArray[Any]
 
@@ -27,7 +31,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 _LONGEST = 100
 """Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels would take gigabytes."""
 
-_RESAMPLING = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR, "nearest": Image.Resampling.NEAREST}
+_INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
 
 class UnreadableImage(Exception):
@@ -54,14 +58,16 @@ class Preprocess:
     def __post_init__(self) -> None:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ConfigError(f"mean and std need one value for each of {self.channels} channels, not {len(self.mean)} and {len(self.std)}")
-        if self.interpolation not in _RESAMPLING:
-            raise ConfigError(f"interpolation {self.interpolation!r} is not one of {', '.join(_RESAMPLING)}")
+        if self.interpolation not in _INTERPOLATIONS:
+            raise ConfigError(f"interpolation {self.interpolation!r} is not one of {', '.join(_INTERPOLATIONS)}")
 
     def crop(self, image: Image.Image) -> Array:
         """Resize so that the crop covers `image_size`, and cut out the centre: uint8 `(H, W, C)`.
 
         For a square, to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates with.
         """
+        from PIL import Image
+
         height, width = self.image_size
         image = _without_far_ends(to_mode(image, self.channels))
         covered = int(height / self.crop_pct), int(width / self.crop_pct)
@@ -70,7 +76,7 @@ class Preprocess:
         else:
             size = (covered[1], int(covered[1] * image.height / image.width))
         if size != image.size:
-            image = image.resize(size, _RESAMPLING[self.interpolation])
+            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
         left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
         pixels = np.asarray(image.crop((left, top, left + width, top + height)))
         return pixels.reshape(height, width, self.channels)
@@ -83,7 +89,13 @@ class Preprocess:
 
     def __call__(self, images: Sequence[Image.Image | Array]) -> Array:
         """Images of any size, as Pillow images or uint8 arrays `(H, W)` or `(H, W, C)`, to float32 `(B, C, H, W)`."""
-        return self.normalise(np.stack([self.crop(image if isinstance(image, Image.Image) else from_array(image)) for image in images]))
+        return self.normalise(np.stack([self.crop(image if is_image(image) else from_array(image)) for image in images]))
+
+
+def is_image(value: object) -> TypeIs[Image.Image]:
+    """Whether it is a Pillow image; whoever has one has imported Pillow."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(value, pillow.Image)
 
 
 def read_image(path: Path, channels: int = 3) -> Image.Image:
@@ -92,6 +104,8 @@ def read_image(path: Path, channels: int = 3) -> Image.Image:
     Raises:
         UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb.
     """
+    from PIL import Image, ImageOps
+
     try:
         with warnings.catch_warnings():
             # Pillow warns of large files and of damaged metadata that it then does without.
@@ -113,6 +127,8 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     Raises:
         UnreadableImage: pixels with no fixed range.
     """
+    from PIL import Image
+
     if channels not in MODES:
         raise ConfigError(f"image files hold 1, 3 or 4 channels, not {channels}")
     mode = MODES[channels]
@@ -139,6 +155,8 @@ def from_array(pixels: Array) -> Image.Image:
     Raises:
         ConfigError: another dtype or shape.
     """
+    from PIL import Image
+
     pixels = np.asarray(pixels)
     if pixels.ndim == 3 and pixels.shape[2] == 1:
         pixels = pixels[:, :, 0]
@@ -188,11 +206,15 @@ def _without_far_ends(image: Image.Image) -> Image.Image:
 @functools.cache
 def _formats() -> tuple[str, ...]:
     """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a file that nobody checked."""
+    from PIL import Image
+
     Image.init()
     return tuple(name for name in Image.OPEN if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "EPS"))
 
 
 def _image_suffixes() -> frozenset[str]:
+    from PIL import Image
+
     formats = _formats()
     return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in formats)
 

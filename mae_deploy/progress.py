@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -59,3 +59,20 @@ def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> 
     )
     with Progress(*columns, console=console) as live:
         yield Bar(title, total, done, live, live.add_task(title, total=total, completed=done, note=""))
+
+
+@contextmanager
+def percentage(title: str) -> Iterator[Callable[[str, float], None]]:
+    """A bar of per cent, moved by calls with what is being done and the share of it all, from 0 to 1; full at the end."""
+    with progress(title, 100) as bar:
+        done = 0
+
+        def report(note: str, share: float) -> None:
+            nonlocal done
+            steps = int(100 * share) - done
+            done += steps
+            bar.advance(steps, note)
+
+        yield report
+        if done < 100:
+            bar.advance(100 - done)

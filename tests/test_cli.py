@@ -32,17 +32,31 @@ class Without(PathFinder):
         return None if name.partition(".")[0] in {absent!r} else super().find_spec(name, path, target)
 
 sys.meta_path = [Without if finder is PathFinder else finder for finder in sys.meta_path]
-from mae_deploy.cli import main
-sys.exit(main(sys.argv[1:]))
+{program}
 """
-"""The command line in a Python that lacks some packages."""
+"""A program in a Python that lacks some packages."""
+
+COMMAND = "from mae_deploy.cli import main; sys.exit(main(sys.argv[1:]))"
+
+EMBEDDED = """
+import numpy as np
+from mae_deploy.runtime import Backbone, Bundle
+
+bundle = Bundle.load(sys.argv[1])
+with Backbone(bundle, Backbone.load(bundle.path).engine) as backbone:
+    images = bundle.golden()["images"]
+    assert backbone(images).cls.shape[0] == len(images)
+    assert backbone.run_cropped(np.zeros((2, *bundle.preprocess.image_size, bundle.preprocess.channels), np.uint8)).cls.shape[0] == 2
+"""
+"""Nothing here needs more than NumPy and ONNX Runtime."""
 
 TRAINING = ("torch", "torchvision", "timm", "safetensors", "yaml", "accelerate", "tensorboard", "onnx", "transformers", "sklearn")
 
 
-def run_without(absent: tuple[str, ...], *arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def run_without(absent: tuple[str, ...], *arguments: str, cwd: Path | None = None, program: str = COMMAND) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
-    return subprocess.run([sys.executable, "-c", WITHOUT.format(absent=set(absent)), *arguments], capture_output=True, text=True, cwd=cwd, env=environment)
+    command = [sys.executable, "-c", WITHOUT.format(absent=set(absent), program=program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -214,6 +228,12 @@ def test_a_missing_package_is_3_and_names_the_extra(arguments: list[str], packag
         f"error: this needs the package '{package}', which cannot be imported (No module named '{package}')\nhint: pip install 'mae-deploy[{extra}]'\n"
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_runtime_needs_numpy_and_an_engine(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle")
+    done = run_without((*TRAINING, "PIL", "rich", "typer", "openvino", "tensorrt"), str(bundle), program=EMBEDDED)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_device_without_torch_verifies_describes_and_predicts(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from mae_deploy import progress as module
-from mae_deploy.progress import notice, progress
+from mae_deploy.progress import notice, percentage, progress
 
 
 def test_a_log_file_gets_a_line_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:
@@ -28,6 +28,27 @@ def test_and_one_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: p
             bar.advance()
     # After more than 15 seconds each; a second a step is left for each step that is left.
     assert capsys.readouterr().err == "train  16/1000    984 s left\ntrain  32/1000    968 s left\n"
+
+
+@pytest.mark.parametrize("shares", [(0.25, 0.999), (0.25, 1.0), ()])
+def test_a_percentage_is_full_at_the_end(shares: tuple[float, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with percentage("build") as report:
+        for share in shares:
+            report("tactics", share)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("build  100/100 ")
+
+
+def test_a_percentage_of_what_failed_is_not_full(capsys: pytest.CaptureFixture[str]) -> None:
+    def fail() -> None:
+        with percentage("build") as report:
+            report("tactics", 0.5)
+            raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        fail()
+    assert capsys.readouterr().err == ""
 
 
 def test_other_processes_say_nothing(capsys: pytest.CaptureFixture[str]) -> None:

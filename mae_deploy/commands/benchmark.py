@@ -26,7 +26,7 @@ from mae_deploy.runtime.engine import Engine, EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.probe import Probe, probe_graph
-from mae_deploy.runtime.registry import load_engine, open_graph
+from mae_deploy.runtime.registry import DEFAULT, TENSORRT, load_engine, open_graph
 
 _GEMM_SIZE, _GEMM_LENGTH = 768, 4
 """Side of the matrices whose product is the machine's yardstick, and products a call: several, so that the call itself costs nothing."""
@@ -101,8 +101,9 @@ class _Plan:
             self._left_out += outside
             self._errors += [ConfigError(f"nothing is left to time: {combination.row}: {combination.why}") for combination in outside]
             if found:
-                # Somebody else's file runs on the engines that the bundles run on.
-                engines = self._config.engine if subject.bundle is not None else dict.fromkeys(row.loaded.engine.name for row in rows)
+                # Somebody else's file runs on the engines that the bundles run on and that read files.
+                others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT)
+                engines = self._config.engine if subject.bundle is not None else others or [DEFAULT]
                 candidates = [Row(loaded, batch, keep) for loaded in self._load(subject, list(engines)) for batch, keep in found]
                 rows += [row for row in candidates if self._runs(row)]
         if not rows:
@@ -146,7 +147,9 @@ def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: Engi
     with progress("load time and memory", len(rows)) as bar:
         for row in rows:
             try:
-                found[row] = probe_graph(row.subject.graph, row.loaded.engine.name, options, inputs[row], precision=row.subject.arithmetic)
+                subject, name = row.subject, row.loaded.engine.name
+                bundle = None if subject.bundle is None else subject.bundle.path
+                found[row] = probe_graph(subject.graph, name, options, inputs[row], precision=subject.arithmetic, bundle=bundle)
             except MaeDeployError as error:
                 notice("no load time and memory:", f"{row.label}: {error}")
             bar.advance()
@@ -154,13 +157,13 @@ def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: Engi
 
 
 def _open_gemms(rows: Sequence[Row], options: EngineOptions, stack: ExitStack) -> dict[str, Callable[[], object]]:
-    """Products of FP32 matrices on each engine of the run, by its name."""
+    """Products of FP32 matrices on each engine of the run, by its name; not on TensorRT, which opens no bare graphs."""
     x = np.random.default_rng(0).standard_normal((_GEMM_SIZE, _GEMM_SIZE), np.float32)
     found: dict[str, Callable[[], object]] = {}
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
         path = Path(folder) / "products.onnx"
         write_products(path, _GEMM_SIZE, _GEMM_LENGTH)
-        for name in dict.fromkeys(row.loaded.engine.name for row in rows):
+        for name in dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT):
             found[name] = partial(stack.enter_context(open_graph(path, name, options)).run, {"x": x})
     return found
 
@@ -175,7 +178,7 @@ def _figures(
     return {
         "graph": subject.name,
         "tokens": subject.token_mode,
-        "precision": subject.precision,
+        "precision": row.precision,
         "engine": engine.name,
         "device": engine.device,
         "batch": row.batch,
@@ -186,7 +189,7 @@ def _figures(
         "speedup_over_full": None if full is None else timings[full].ratio(timing),
         "gflop_per_image": None if flops is None else flops / 1e9,
         "gflops": gflops,
-        "gemm_share": None if gflops is None else gflops / gemm_rates[engine.name],
+        "gemm_share": None if gflops is None or engine.name not in gemm_rates else gflops / gemm_rates[engine.name],
         "load_seconds": probe.load_seconds if probe is not None else None,
         "peak_mib": probe.peak_mib if probe is not None else None,
         "size_bytes": subject.size_bytes,
@@ -197,12 +200,12 @@ def _figures(
 
 def _full_row(row: Row, rows: Sequence[Row]) -> Row | None:
     """The row of all patches on the same engine, in the same precision and batch size: of a full graph of the model, else of the graph itself."""
-    own = (row.loaded.engine.name, row.subject.precision, row.batch)
+    own = (row.loaded.engine.name, row.precision, row.batch)
     found = [
         other
         for other in rows
         if other.patches == other.subject.num_patches
-        and (other.loaded.engine.name, other.subject.precision, other.batch) == own
+        and (other.loaded.engine.name, other.precision, other.batch) == own
         and row.subject.same_network(other.subject)
     ]
     return min(found, key=lambda other: (other.subject.token_mode != "full", other.subject is not row.subject), default=None)

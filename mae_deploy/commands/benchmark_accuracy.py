@@ -66,7 +66,7 @@ class Judge:
         """
         found = {}
         # Graphs that can be given every patch come first, those in FP32 before the others: they may be the reference of the rest.
-        for row in sorted(rows, key=lambda row: (not row.subject.takes_all, row.subject.precision != "fp32")):
+        for row in sorted(rows, key=lambda row: (not row.loaded.takes_all, row.loaded.precision != "fp32")):
             bundle = row.subject.bundle
             found[row] = self._accuracy(row.loaded, row.keep, bundle) if bundle is not None else Accuracy()
             after_row()
@@ -86,7 +86,7 @@ class Judge:
         """The features of all patches: by the first graph of the same weights and images that can be given them, in FP32 where there is one."""
         subject = loaded.subject
         shared = (_weights(bundle), features, hashlib.sha256(self._pixels(bundle).tobytes()).hexdigest())
-        if shared not in self._references and subject.takes_all:
+        if shared not in self._references and loaded.takes_all:
             self._references[shared] = self._run(loaded, subject.num_patches if subject.keep is not None else None, bundle)[features]
         return self._references.get(shared)
 
@@ -100,13 +100,14 @@ class Judge:
     def _compute(self, loaded: Loaded, keep: int | None, bundle: Bundle, names: Sequence[str]) -> dict[str, Array]:
         subject, pixels = loaded.subject, self._pixels(bundle)
         ids_keep = None if keep is None else random_patches(subject.num_patches, keep, len(pixels), self._seed)
-        batch = subject.batch[0] if subject.batch is not None else _CHUNK
+        size = subject.batch[0] if subject.batch is not None else _CHUNK
+        batch = None if loaded.engine.sizes else size  # None: what the engine's profiles hold
         parts = []
-        for start in range(0, len(pixels), batch):
-            images = pixels[start : start + batch]
+        for start in range(0, len(pixels), size):
+            images = pixels[start : start + size]
             if self._photos is not None:
                 images = pixel_batch(images, bundle.preprocess, bundle.image_dtype)
-            inputs = subject.feed(images, None if ids_keep is None else ids_keep[start : start + batch])
+            inputs = subject.feed(images, None if ids_keep is None else ids_keep[start : start + len(images)])
             parts.append(run_in_chunks(loaded.engine, inputs, batch=batch, outputs=names))
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 

@@ -21,6 +21,8 @@ from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.files import atomic_path, write_json, write_text
 from mae_deploy.options import flags_of
 from mae_deploy.progress import notice
+from mae_deploy.runtime.cuda import gpus
+from mae_deploy.runtime.registry import TENSORRT
 
 JSON_FILE, MARKDOWN_FILE, PLOT_FILE = "benchmark.json", "benchmark.md", "benchmark.png"
 
@@ -157,9 +159,10 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
     return {
         "CPU": ", ".join([machine["cpu"], *machine["instructions"]]),
         "threads": threads,
+        **({"GPU": machine["gpu"]} if machine["gpu"] else {}),
         "system": machine["system"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "GEMM, FP32": ", ".join(f"{engine} {rate:.0f} GFLOP/s" for engine, rate in report["gemm_gflops"].items()),
+        "GEMM, FP32": ", ".join(f"{engine} {rate:.0f} GFLOP/s" for engine, rate in report["gemm_gflops"].items()) or "-",
         "date": report["created"],
     }
 
@@ -182,6 +185,7 @@ def describe_machine(config: BenchmarkConfig, engines: dict[str, str]) -> dict[s
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
+        "gpu": ", ".join(f"{gpu.name}, CUDA {gpu.driver}" for gpu in gpus()[:1]) if TENSORRT in engines else None,
         "engines": engines,
     }
 

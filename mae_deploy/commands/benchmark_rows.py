@@ -15,6 +15,7 @@ from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.engine import Engine
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
+from mae_deploy.runtime.registry import TENSORRT
 
 Limits = tuple[int, int]
 
@@ -84,6 +85,18 @@ class Loaded:
     subject: Subject
     engine: Engine
 
+    @property
+    def precision(self) -> str | None:
+        """What is computed in; None where nobody says."""
+        # TensorRT may build a graph in another than its own.
+        return self.engine.precision if self.engine.name == TENSORRT else self.subject.precision
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether the engine can be given every patch; one of TensorRT takes what it was built for."""
+        ranges = [profile["K"] for profile in self.engine.sizes if "K" in profile]
+        return self.subject.takes_all and (not ranges or any(most >= self.subject.num_patches for _, _, most in ranges))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Row:
@@ -98,6 +111,11 @@ class Row:
     def subject(self) -> Subject:
         """The graph."""
         return self.loaded.subject
+
+    @property
+    def precision(self) -> str | None:
+        """What is computed in; None where nobody says."""
+        return self.loaded.precision
 
     @property
     def patches(self) -> int | None:

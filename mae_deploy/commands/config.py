@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
-from mae_deploy.config import setting
+from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
+from mae_deploy.runtime.manifest import QUANTIZED
+from mae_deploy.runtime.tensorrt_options import BuildOptions, read_profiles
 from mae_deploy.training.config import Device
 
 
@@ -45,7 +48,8 @@ class VerifyConfig:
     layers: bool = False
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
     engine: str = "auto"
-    """onnxruntime (onnx) or openvino (ov); auto: the one on which the bundle was proven, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on which the
+    bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -54,6 +58,34 @@ class VerifyConfig:
     """Not used: the golden samples are fixed."""
     device: Device = "cpu"
     """auto, cpu or cuda."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildEngineConfig:
+    """Settings of `mae-deploy build-engine`."""
+
+    bundle: Path = setting(argument=True)
+    """Bundle folder; the engine is added to it."""
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
+    """Arithmetic of the engine; default: the bundle's. An FP32 bundle with weak typing can also be built in fp16 and bf16, an INT8 or FP8 bundle in fp16."""
+    profile: str | None = None
+    """Smallest, usual and largest sizes to build for, such as 'B:1,8,32 K:20,49,196', several separated by ';'; default: those of the export."""
+    prefer: Literal["fp16"] | None = None
+    """fp16: keep FP16 where INT8 or FP8 is not faster, or misses its accuracy budget, instead of an error."""
+    triton: Path | None = None
+    """Also write the engine to this model repository of Triton Inference Server, under the bundle's name."""
+    deepstream: Path | None = None
+    """Also write the engine to this folder with configurations for DeepStream; for bundles of all patches."""
+    build: BuildOptions = section(BuildOptions)
+    seed: int = 0
+    """Not used: the golden samples are fixed."""
+    device: Device = "auto"
+    """Not used: the engine is built for the first GPU."""
+
+    def __post_init__(self) -> None:
+        read_profiles(self.profile)
+        if self.prefer is not None and self.precision not in (None, *QUANTIZED):
+            raise ConfigError(f"--prefer {self.prefer} has no meaning with --precision {self.precision}", hint="it is for int8 and fp8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,7 +109,8 @@ class PredictConfig:
     batch_size: int | None = None
     """Images at a time; default: the graph's fixed batch, or 8."""
     engine: str = "auto"
-    """onnxruntime (onnx) or openvino (ov); auto: the one on which the bundle was proven, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on which the
+    bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -101,7 +134,8 @@ class BenchmarkConfig:
     against: tuple[Path, ...] | None = None
     """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
     engine: tuple[str, ...] = ("auto",)
-    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), or auto: the one on which a bundle was proven, where it is installed."""
+    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle has an engine for this machine,
+    else the one on which it was proven, where it is installed."""
     keep: tuple[int, ...] | None = None
     """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
     keep_ratio: tuple[float, ...] | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import platform
 from importlib import metadata, util
@@ -16,9 +15,14 @@ from rich.text import Text
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.views import facts_table
+from mae_deploy.errors import MissingDependency
 from mae_deploy.options import Result
+from mae_deploy.runtime.cuda import gpus, require_gpu
 
 _TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard")
+
+_PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
+"""Either gives TensorRT its memory."""
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pretrain": ("train", _TRAIN),
@@ -32,6 +36,9 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "predict": ("", ("onnxruntime",)),
     "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
     "benchmark": ("", ("onnxruntime",)),
+    "build-engine": ("trt", ("onnxruntime", "tensorrt", _PYCUDA)),
+    "export --engine trt": ("train,trt", ("torch", "timm", "safetensors", "onnx", "onnxruntime", "tensorrt", _PYCUDA)),
+    "predict --engine trt": ("trt", ("tensorrt", _PYCUDA)),
     "export --engine openvino": ("train,openvino", ("torch", "timm", "safetensors", "onnx", "openvino")),
     "predict --engine openvino": ("openvino", ("openvino",)),
     "info": ("", ()),
@@ -43,19 +50,19 @@ CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "am
 
 _CPUINFO = Path("/proc/cpuinfo")
 
-_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
+_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", _CUDA_BINDINGS: "cuda-bindings"}
 
 
 def run(_: DoctorConfig) -> Result:
     """Look at packages, engines and devices; always succeeds."""
-    modules = sorted({"numpy", "PIL", "typer", "rich"} | {module for _, needed in NEEDS.values() for module in needed} | {"tensorrt", "pycuda"})
+    modules = sorted({"numpy", "PIL", "typer", "rich"} | {module for _, needed in NEEDS.values() for module in needed} | {_CUDA_BINDINGS})
     packages = {module: _version(module) for module in modules}
     commands = {
         name: {"missing": missing, "install": f"pip install 'mae-deploy[{extra}]'" if extra else "pip install --force-reinstall mae-deploy"}
         if missing
         else None
         for name, (extra, needed) in NEEDS.items()
-        for missing in [[module for module in needed if packages[module] is None]]
+        for missing in [[module for module in needed if packages[module] is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])]]
     }
     machine = {
         "mae_deploy": __version__,
@@ -63,29 +70,23 @@ def run(_: DoctorConfig) -> Result:
         "platform": platform.platform(),
         "cpu_cores": os.cpu_count(),
         "cpu_features": _cpu_features(),
-        "nvidia_gpus": _count_gpus(),
+        "nvidia_gpus": len(gpus()),
+        "gpus": [f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}, CUDA {gpu.driver}" for gpu in gpus()],
     }
     data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
     return Result(data, _view(data))
 
 
 def _version(module: str) -> str | None:
-    if util.find_spec(module) is None:
+    try:
+        if util.find_spec(module) is None:
+            return None
+    except ModuleNotFoundError:  # the package around it
         return None
     try:
         return metadata.version(_DISTRIBUTIONS.get(module, module))
     except metadata.PackageNotFoundError:
         return "installed"
-
-
-def _count_gpus() -> int:
-    """GPUs that the NVIDIA driver sees, asked through libcuda: no framework is needed."""
-    count = ctypes.c_int(0)
-    try:
-        driver = ctypes.CDLL("libcuda.so.1")
-        return count.value if driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 else 0
-    except OSError:
-        return 0
 
 
 def _cpu_features() -> list[str] | None:
@@ -110,10 +111,20 @@ def _engines(packages: dict[str, str | None]) -> dict[str, str]:
             except (ImportError, RuntimeError) as error:
                 engines[name] = f"cannot be loaded: {' '.join(str(error).split())}"
     if packages["tensorrt"] is not None:
-        engines["tensorrt"] = "installed" if packages["pycuda"] is not None else "installed, but pycuda is not: pip install 'mae-deploy[trt]'"
-        if _count_gpus() == 0:
-            engines["tensorrt"] += "; no NVIDIA GPU here"
+        engines["tensorrt"] = _tensorrt(packages)
     return engines
+
+
+def _tensorrt(packages: dict[str, str | None]) -> str:
+    """Where it computes, or what it lacks; the package itself is not imported."""
+    backend = next((name for name in (_PYCUDA, _CUDA_BINDINGS) if packages[name] is not None), None)
+    if backend is None:
+        return f"{packages['tensorrt']}, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'"
+    try:
+        gpu = require_gpu()
+    except MissingDependency as error:
+        return f"{packages['tensorrt']} with {backend}, but {error}"
+    return f"{packages['tensorrt']} with {backend} on {gpu.name}"
 
 
 def _onnxruntime() -> str:
@@ -124,9 +135,9 @@ def _onnxruntime() -> str:
 
 def _openvino() -> str:
     """The CPU as OpenVINO names it, and the precisions that it computes in."""
-    import openvino
+    from mae_deploy.runtime.openvino_engine import openvino_core
 
-    core = openvino.Core()
+    core = openvino_core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(name for name in ('FP32', 'FP16', 'BF16', 'INT8') if name in capabilities)}"
 
@@ -138,4 +149,5 @@ def _view(data: dict[str, Any]) -> Group:
         commands.add_row(name, state)
     packages = {name: version or "-" for name, version in data["packages"].items()}
     machine = {**data["machine"], "cpu_features": " ".join(data["machine"]["cpu_features"] or "-")}
+    machine["gpus"] = "\n".join(machine["gpus"]) or "-"
     return Group(facts_table("Machine", machine), facts_table("Packages", packages), facts_table("Engines", data["engines"]), commands)

@@ -7,7 +7,7 @@ from typing import Any
 
 from mae_deploy.checkpoint import find_checkpoint, open_checkpoint
 from mae_deploy.commands.config import InfoConfig
-from mae_deploy.commands.views import facts_table
+from mae_deploy.commands.views import engine_summary, facts_table
 from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
@@ -80,7 +80,7 @@ def _bundle(path: Path) -> Result:
         "images": _IMAGES[bundle.image_dtype],
         "outputs": ", ".join(bundle.output_names),
         "classes": len(bundle.class_names) if bundle.class_names else "-",
-        "engines": len(manifest["engines"]) or "-",
+        "engines": "\n".join(map(engine_summary, manifest["engines"])) or "-",
         "licence": manifest["licence"],
         "provenance": _lineage(manifest["provenance"].get("checkpoint", {})),
         "size": f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:.1f} MB",

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mae_deploy.runtime.layers import LayerReport
+from mae_deploy.runtime.manifest import EngineEntry
 from mae_deploy.runtime.verify import Verification
 
 
@@ -52,3 +53,10 @@ def facts_table(title: str, facts: Mapping[str, object]) -> Table:
     for name, value in facts.items():
         table.add_row(name, Text(str(value), overflow="fold"))
     return table
+
+
+def engine_summary(entry: EngineEntry) -> str:
+    """One line on a TensorRT engine: precision, version, GPU, sizes and latency."""
+    profiles = "; ".join(" ".join(f"{name}:{','.join(map(str, sizes))}" for name, sizes in profile.items()) for profile in entry["profiles"])
+    latency = "" if entry["latency_ms"] is None else f", {entry['latency_ms']:.2f} ms"
+    return f"{entry['precision']}, TensorRT {entry['tensorrt']}, {entry['gpu']}, {profiles}{latency}"

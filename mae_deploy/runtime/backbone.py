@@ -40,12 +40,21 @@ class Backbone:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], engine: str = "auto", *, device: str = "cpu", threads: int | None = None, affinity: Sequence[int] | None = None
+        cls,
+        path: str | os.PathLike[str],
+        engine: str = "auto",
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        affinity: Sequence[int] | None = None,
+        build: bool = False,
     ) -> Backbone:
         """Load the bundle in a folder; see `EngineOptions` for device, threads and affinity.
 
         Args:
-            engine: auto, onnxruntime or openvino; auto is the one on which the bundle was proven, where it is installed, else onnxruntime.
+            engine: auto, onnxruntime, openvino or tensorrt; auto is TensorRT where the bundle has an engine for this machine, else the one on which the
+                bundle was proven, where it is installed, else onnxruntime.
+            build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which takes minutes.
 
         Raises:
             ConfigError: no bundle, a broken or newer one, an unknown engine or device, or a core that is not there.
@@ -54,7 +63,7 @@ class Backbone:
         """
         bundle = Bundle.load(path)
         options = EngineOptions(device=device, threads=threads, affinity=None if affinity is None else tuple(affinity))
-        return cls(bundle, load_engine(bundle, engine, options))
+        return cls(bundle, load_engine(bundle, engine, options, build=build))
 
     @property
     def preprocess(self) -> Preprocess:

@@ -41,6 +41,11 @@ class Bundle:
             raise ConfigError(f"no bundle at {folder}: there is no {MANIFEST_FILE}", hint="a bundle is the folder that 'mae-deploy export' writes")
         return cls(folder, validate_manifest(read_json(folder / MANIFEST_FILE)))
 
+    def reload(self) -> None:
+        """Read the manifest again, after an engine was added; every file is checked anew."""
+        self.manifest = type(self).load(self.path).manifest
+        self._checked.clear()
+
     @property
     def model(self) -> ModelEntry:
         """The encoder's numbers: image and patch size, width, depth, heads."""
@@ -53,7 +58,7 @@ class Bundle:
 
     @property
     def precision(self) -> str:
-        """In what the graph computes: fp32, fp16, bf16 or int8."""
+        """In what the graph computes: fp32, fp16, bf16, int8 or fp8."""
         return self.manifest["precision"]
 
     @property
@@ -64,6 +69,11 @@ class Bundle:
             return "int8-bf16" if quantization.get("rest") == "bf16" else "int8"
         weak_bf16 = self.manifest["typing"] == "weak" and self.manifest["engine"] == "openvino"
         return "fp32" if self.precision == "bf16" and not weak_bf16 else self.precision
+
+    @property
+    def baseline(self) -> str | None:
+        """The file of the FP16 graph that an INT8 or FP8 graph for TensorRT is compared with; None without."""
+        return (self.manifest["quantization"] or {}).get("baseline")
 
     @property
     def fixed_batch(self) -> int | None:
@@ -143,13 +153,13 @@ class Bundle:
             self._checked[name] = self._check(name)
         return self._checked[name]
 
-    def graph(self) -> Path:
-        """The path of the ONNX graph, after it and all external data that it names have been checked.
+    def graph(self, name: str | None = None) -> Path:
+        """The path of the ONNX graph, or of another one by the name of its file, after it and all external data that it names have been checked.
 
         Raises:
             CheckFailed: as `file`.
         """
-        name = self.manifest["graph"]["file"]
+        name = name or self.manifest["graph"]["file"]
         path = self.file(name)
         for location in external_data(path):
             self.file(str(PurePosixPath(name).parent / location))

@@ -7,13 +7,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array
 from mae_deploy.runtime.affinity import bound_to
+from mae_deploy.runtime.manifest import IDS_KEEP
+from mae_deploy.runtime.tensorrt_options import batch_that_fits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -24,11 +26,15 @@ class EngineOptions:
     """Where an engine computes."""
 
     device: str = "cpu"
-    """auto, cpu or cuda (ONNX Runtime only)."""
+    """auto, cpu or cuda, for ONNX Runtime; TensorRT uses the first GPU, or with cuda:1 the second, and so on."""
     threads: int | None = None
     """CPU threads; None: one for each core, or for each of `affinity`."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine's threads, and the calling thread during a run, are bound to; None: any. Linux only."""
+    cuda_graphs: bool = True
+    """TensorRT only: replay what a run does on the GPU as a CUDA graph."""
+    cuda_memory: str = "auto"
+    """TensorRT only, the package behind the GPU's memory: pycuda, cuda-bindings, or auto."""
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
@@ -54,6 +60,10 @@ class Engine(ABC):
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
     """Those of the graph, then the taps."""
+    precision: str
+    """As it was loaded with."""
+    sizes: Sequence[Mapping[str, Sequence[int]]] = ()
+    """The ranges of B and K that it takes, each smallest, usual and largest: one range each, or several; none: whatever the graph takes."""
 
     def __init__(self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()) -> None:
         """Load an ONNX file, with its external data.
@@ -68,7 +78,7 @@ class Engine(ABC):
             MissingDependency: the engine's package or its device is absent.
             MaeDeployError: the engine refuses the graph, or a tap is no tensor of it.
         """
-        self._affinity = options.affinity
+        self._affinity, self.precision = options.affinity, precision
         self._load(graph, options, precision, tuple(taps))
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -78,11 +88,15 @@ class Engine(ABC):
             ConfigError: inputs or outputs that the graph does not have.
             MaeDeployError: the engine refuses the inputs, fails, or is closed.
         """
-        if set(inputs) != set(self.input_names):
-            raise ConfigError(f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}")
-        names = check_outputs(outputs, self.output_names)
+        names = self._check(inputs, outputs)
         with bound_to(self._affinity):
             return self._run(inputs, names)
+
+    def _check(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None) -> tuple[str, ...]:
+        """The names of the outputs of a run on inputs that the graph has."""
+        if set(inputs) != set(self.input_names):
+            raise ConfigError(f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}")
+        return check_outputs(outputs, self.output_names)
 
     @abstractmethod
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
@@ -118,13 +132,16 @@ def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[s
 
 
 def run_in_chunks(engine: Engine, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None) -> dict[str, Array]:
-    """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once.
+    """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as many as the engine takes.
 
     The last chunk is filled up with its last sample, and the surplus is cut from the outputs.
     """
+    total = min(len(array) for array in inputs.values())
+    if batch is None and engine.sizes:
+        fitting = batch_that_fits(engine.sizes, total, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None)
+        batch = None if fitting == total else fitting
     if batch is None:
         return engine.run(inputs, outputs)
-    total = min(len(array) for array in inputs.values())
     chunks = [engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs) for start in range(0, total, batch)]
     return {name: np.concatenate([chunk[name] for chunk in chunks])[:total] for name in chunks[0]}
 

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
-from PIL import Image, ImageOps
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, from_array
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, from_array, is_image
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, TOKEN_INPUTS
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
 Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
@@ -37,7 +39,7 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
         if images.dtype != np.uint8 or images.ndim not in (2, 3, 4):
             raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_ACCEPTED)
         images = list(images) if images.ndim == 4 else [images]
-    elif isinstance(images, Image.Image):
+    elif is_image(images):
         images = [images]
     elif not isinstance(images, list | tuple):
         raise ConfigError(f"images are of type {type(images).__name__}", hint=_ACCEPTED)
@@ -162,7 +164,9 @@ def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
             if image.size == 0:
                 raise ConfigError(f"no pixels in shape {image.shape}")
             return preprocess.crop(from_array(image))
-        if isinstance(image, Image.Image):
+        if is_image(image):
+            from PIL import ImageOps
+
             return preprocess.crop(ImageOps.exif_transpose(image))
     except ConfigError as error:
         raise ConfigError(f"image {index}: {error}", hint=error.hint or _ACCEPTED) from error

@@ -13,9 +13,10 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import Engine, EngineOptions
-from mae_deploy.runtime.manifest import BLOCKS, IMAGES, NUM_KEEP
+from mae_deploy.runtime.manifest import BLOCKS, IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.parity import Comparison, compare
 from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.tensorrt_options import batch_that_fits
 
 FLOOR_DB = 80.0
 """The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of summation."""
@@ -97,7 +98,8 @@ class LayerReport:
 def trace_layers(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, outputs_pass: bool) -> LayerReport:
     """Run the golden samples that have PyTorch's block outputs, and compare the tokens after every block.
 
-    The engine is loaded once more, with every block as a further output: what it fuses across blocks elsewhere, it does not fuse here.
+    The engine is loaded once more (TensorRT: built once more), with every block as a further output: what it fuses across blocks elsewhere, it does
+    not fuse here.
 
     Args:
         outputs_pass: whether `verify_bundle` found the outputs right; decides which block is named where all are above the floor.
@@ -131,7 +133,8 @@ def trace_layers(bundle: Bundle, engine: str = "auto", options: EngineOptions = 
 def _run(engine: Engine, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
     """The tokens of the samples after every block, `(S, 1 + K, D)`, also of graphs that work on rows, `(B * (1 + K), D)`."""
     S = len(inputs[IMAGES])
-    batch = bundle.fixed_batch or S
+    fitting = batch_that_fits(engine.sizes, S, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None) if engine.sizes else S
+    batch = bundle.fixed_batch or fitting or S
     order = np.arange(-(-S // batch) * batch) % S  # a fixed batch is filled up with the first samples again
     chunks = [engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks) for first in range(0, len(order), batch)]
     return {name: np.concatenate([chunk[name].reshape(batch, -1, bundle.model["embed_dim"]) for chunk in chunks])[:S] for name in bundle.blocks}

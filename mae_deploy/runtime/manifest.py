@@ -29,6 +29,11 @@ Dim = int | str
 
 TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
 
+Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
+
+QUANTIZED = ("int8", "fp8")
+"""The precisions whose bundle has a record of quantization."""
+
 TOKEN_INPUTS: dict[str, tuple[str, ...]] = {"full": (), "visible": (IDS_KEEP,), "ragged": (IDS_KEEP, NUM_KEEP), "reconstruct": (IDS_KEEP,)}
 """What a graph of each token mode takes beside the images; all int64."""
 
@@ -85,6 +90,38 @@ class GoldenEntry(TypedDict):
     num_samples: int
 
 
+class EngineEntry(TypedDict):
+    """A TensorRT engine that was built from the graph, its plan a file of the bundle."""
+
+    file: str
+    """`engines/<TensorRT version>-<GPU>-<precision>.plan`."""
+    tensorrt: str
+    """The version that built it."""
+    gpu: str
+    """The GPU's name, as its driver gives it."""
+    compute_capability: list[int]
+    """Major and minor."""
+    precision: Precision
+    profiles: list[dict[str, list[int]]]
+    """Smallest, usual and largest B and K of each optimisation profile; at least one."""
+    hardware_compatible: Literal["none", "same", "ampere"]
+    """On which other GPUs it runs: none, all of the same compute capability, all from 8.0 on."""
+    version_compatible: bool
+    """Whether later versions of the same major run it."""
+    stripped: bool
+    """Whether its weights are those of the graph in `build.graph`, and not in the plan."""
+    created: str
+    """ISO 8601, UTC."""
+    build: dict[str, Any]
+    """How it was built: graph and its hash, options, seconds, kernels, warnings."""
+    parity: dict[str, Any]
+    """The checks that it passed."""
+    latency_ms: float | None
+    """Median of a call at the first profile's usual size, the inputs copied to the GPU and the outputs left there."""
+    layers: str | None
+    """The file of TensorRT's report on every layer."""
+
+
 class FileEntry(TypedDict):
     """What a file of the bundle must be."""
 
@@ -124,13 +161,15 @@ class Manifest(TypedDict):
     """The fixed K of `ids_keep (B, K)`; None: dynamic, or a full graph."""
     profile: dict[str, list[int]]
     """Smallest, usual and largest B and K for which the graph was proven; a full graph has no K."""
-    precision: Literal["fp32", "fp16", "bf16", "int8"]
+    precision: Precision
     typing: Literal["weak", "strong"]
     """strong: the types in the graph say what is computed in what; weak: the engine is told the precision."""
-    engine: Literal["onnxruntime", "openvino"]
+    engine: Literal["onnxruntime", "openvino", "tensorrt"]
     """On which the bundle was proven."""
     quantization: dict[str, Any] | None
-    """How INT8 was chosen: policy, layers, calibration; None in other precisions."""
+    """How INT8 or FP8 was chosen: policy, layers, calibration; None in other precisions.
+
+    `baseline` in it names the graph of the same weights in FP16, in the bundle's typing, with which a TensorRT engine is compared."""
     graph: GraphEntry
     preprocess: dict[str, Any]
     """The fields of `mae_deploy.preprocess.Preprocess`."""
@@ -139,8 +178,8 @@ class Manifest(TypedDict):
     tolerance: ToleranceEntry
     parity: dict[str, Any]
     golden: GoldenEntry
-    engines: list[dict[str, Any]]
-    """Engines built from the graph; empty without."""
+    engines: list[EngineEntry]
+    """TensorRT engines built from the graph; empty without."""
     files: dict[str, FileEntry]
     """Every file but the manifest, by its POSIX path inside the bundle."""
 
@@ -188,7 +227,7 @@ def validate_manifest(value: Any) -> Manifest:
         )
     check(value, Manifest, "")
     manifest = typing.cast(Manifest, value)
-    for problem in (_model_problem, _sizes_problem, _graph_problem, _outputs_problem, _files_problem, _tolerance_problem):
+    for problem in (_model_problem, _sizes_problem, _graph_problem, _outputs_problem, _files_problem, _engines_problem, _tolerance_problem):
         if message := problem(manifest):
             raise ConfigError(f"manifest: {message}", hint="export the bundle again")
     return manifest
@@ -204,7 +243,7 @@ def _model_problem(manifest: Manifest) -> str | None:
         return f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of {patch}"
     if list(preprocess.image_size) != size or preprocess.channels != model["in_chans"]:
         return f"preprocess makes {preprocess.channels} x {preprocess.image_size}, the model takes {model['in_chans']} x {size}"
-    if (manifest["precision"] == "int8") != (manifest["quantization"] is not None):
+    if (manifest["precision"] in QUANTIZED) != (manifest["quantization"] is not None):
         return f"precision {manifest['precision']} {'without' if manifest['quantization'] is None else 'with'} a record of quantization"
     return None
 
@@ -307,6 +346,24 @@ def _files_problem(manifest: Manifest) -> str | None:
             return f"files['{name}'].sha256 {entry['sha256']!r} is no SHA-256 in lower-case hexadecimals"
     if manifest["golden"]["num_samples"] < 1:
         return f"golden.num_samples {manifest['golden']['num_samples']} is less than 1"
+    return None
+
+
+def _engines_problem(manifest: Manifest) -> str | None:
+    for index, entry in enumerate(manifest["engines"]):
+        where = f"engines[{index}]"
+        for name in (entry["file"], entry["layers"]):
+            if name is not None and name not in manifest["files"]:
+                return f"{where}: '{name}' is not listed in files"
+        if not re.fullmatch(r"\d+(\.\w+)+", entry["tensorrt"]):
+            return f"{where}: '{entry['tensorrt']}' is no version of TensorRT"
+        if len(entry["compute_capability"]) != 2:
+            return f"{where}: the compute capability {entry['compute_capability']} is not a major and a minor number"
+        if not entry["profiles"]:
+            return f"{where} has no profile"
+        for profile in entry["profiles"]:
+            if set(profile) != set(manifest["profile"]) or any(len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2] for sizes in profile.values()):
+                return f"{where}: the profile {profile} does not give a smallest, usual and largest {' and '.join(manifest['profile'])}"
     return None
 
 

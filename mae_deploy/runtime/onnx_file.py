@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 
@@ -20,7 +21,7 @@ _INTEGER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 # Field numbers of onnx.proto, by message.
 _MODEL_IR_VERSION, MODEL_GRAPH, _MODEL_OPSET = 1, 7, 8
-_OPSET_VERSION = 2
+_OPSET_DOMAIN, _OPSET_VERSION = 1, 2
 GRAPH_NODE, GRAPH_NAME, _GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR = 1, 2, 4
 _INITIALIZER_DIMS, _INITIALIZER_TYPE, _INITIALIZER_NAME, _INITIALIZER_BYTES = 1, 2, 8, 9
@@ -40,13 +41,18 @@ def read_inputs(path: Path) -> list[TensorEntry]:
     Raises:
         ConfigError: no such file, or it is no ONNX model.
     """
-    if not path.is_file():
-        raise ConfigError(f"no ONNX file at {path}")
-    try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            return _inputs(_Message(content, 0, len(content)))
-    except (ValueError, IndexError) as error:
-        raise ConfigError(f"{path} is no ONNX model ({error})") from error
+    with _opened(path) as model:
+        return _inputs(model)
+
+
+def read_opset(path: Path) -> int:
+    """The version of ONNX's own operators that an ONNX file uses.
+
+    Raises:
+        ConfigError: no such file, or it is no ONNX model.
+    """
+    with _opened(path) as model:
+        return max(opset.integer(_OPSET_VERSION) for opset in model.messages(_MODEL_OPSET) if not any(name.text() for name in opset.messages(_OPSET_DOMAIN)))
 
 
 def write_products(path: Path, size: int, length: int) -> None:
@@ -65,6 +71,17 @@ def write_products(path: Path, size: int, length: int) -> None:
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[_Message]:
+    if not path.is_file():
+        raise ConfigError(f"no ONNX file at {path}")
+    try:
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield _Message(content, 0, len(content))
+    except (ValueError, IndexError) as error:
+        raise ConfigError(f"{path} is no ONNX model ({error})") from error
 
 
 class _Message:

@@ -79,6 +79,9 @@ def _settings(runtime: ModuleType, device: str, threads: int | None, precision: 
     # 84 ms instead of 50 (docs/results/latency.md). Alone, sleeping costs it 3 %. Threads that spin for 50 µs only, or stop when a run ends, are
     # still 1.1 and 2.8 times slower in turns.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # It would move FP8's QuantizeLinear across a Transpose, whose kernel takes no FP8.
+    if precision == "fp8":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a CPU with AVX2 and no VNNI.
     # Where those are exact, it would only make the graph 1.8 times slower.
     if precision.startswith("int8") and device == "cpu" and products_saturate(runtime):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,9 @@ DEVICES = ("auto", "cpu")
 _SPECIAL_SHAPES, _SPECIAL_BYTES = 4, 128 * 2**20
 """How many input shapes get a compiled graph of their own, and up to which size of graph and weights: each has its own copy of them."""
 
+_NOISE = 1e-3
+"""The share of an output's power by which two compilations of one graph may differ; what computes something else differs by all of it."""
+
 Shapes = tuple[tuple[int, ...], ...]
 """Those of all inputs, in the graph's order."""
 
@@ -31,8 +35,8 @@ _process_cores: list[frozenset[int] | None] = []
 class OpenVinoEngine(Engine):
     """An ONNX graph compiled for the CPU, for low latency; calls from several threads take turns.
 
-    Known shapes make a small graph up to 15 % faster. So a graph with dynamic ones is compiled once more for input shapes that come twice in a row:
-    that call takes longer.
+    Known shapes make a small graph up to 15 % faster. So one with dynamic shapes is compiled once more for each of the first few that it meets: that
+    call takes longer. The same shapes always run on the same compiled graph, so the same inputs give the same outputs.
 
     OpenVINO looks once in a process which cores there are, and binds threads by that alone, the calling one too. So the affinity of a process's
     first engine holds for all that follow: one with another affinity is refused, one without runs on the same cores.
@@ -51,7 +55,7 @@ class OpenVinoEngine(Engine):
             model, self.input_names, names = _read(graph)
             self._ports = {name: index for index, name in enumerate(names)} | _tap(model, taps)
             self.output_names = tuple(self._ports)
-            self._core, self._options, self._precision = openvino.Core(), options, precision
+            self._options, self._precision = options, precision
             self._request: Any = self._compile(model)
             self._model: Any = model if model.is_dynamic() and _size(graph) <= _SPECIAL_BYTES else None
         except MaeDeployError:
@@ -59,8 +63,7 @@ class OpenVinoEngine(Engine):
         except Exception as error:  # those of the frontend are no RuntimeError
             raise MaeDeployError(f"OpenVINO cannot load {graph}: {_one_line(error)}") from error
         self._new_tensor = openvino.Tensor
-        self._special: dict[Shapes, Any] = {}
-        self._last: Shapes = ()
+        self._requests: dict[Shapes, Any] = {}
         self._turn = threading.Lock()
 
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -68,11 +71,9 @@ class OpenVinoEngine(Engine):
             if self._request is None:
                 raise MaeDeployError("this engine is closed", hint="load the bundle again")
             try:
-                request = self._request_for(tuple(np.shape(inputs[name]) for name in self.input_names))
                 tensors = [self._new_tensor(np.require(inputs[name], requirements=("C", "W")), shared_memory=True) for name in self.input_names]
-                for index, tensor in enumerate(tensors):
-                    request.set_input_tensor(index, tensor)
-                request.infer(share_outputs=True)
+                request = self._request_for(tensors)
+                _infer(request, tensors)
                 # The next call writes to the same memory.
                 return {name: request.get_output_tensor(self._ports[name]).data.copy() for name in outputs}
             except Exception as error:  # RuntimeError, ValueError or TypeError, by what is wrong with an array
@@ -82,19 +83,31 @@ class OpenVinoEngine(Engine):
         """Free the compiled graph; closing twice does nothing."""
         with self._turn:
             self._request = self._model = None
-            self._special = {}
+            self._requests = {}
 
-    def _request_for(self, shapes: Shapes) -> Any:
-        """The request that is fastest for inputs of these shapes."""
-        if shapes == self._last and shapes not in self._special and len(self._special) < _SPECIAL_SHAPES and self._model is not None:
+    def _request_for(self, tensors: list[Any]) -> Any:
+        """That of the graph compiled for the shapes of these inputs; else that of the one for all shapes."""
+        shapes = tuple(tuple(tensor.shape) for tensor in tensors)
+        if shapes not in self._requests and self._model is not None and len(self._requests) < _SPECIAL_SHAPES:
             model = self._model.clone()
             model.reshape(dict(enumerate(shapes)))
-            self._special[shapes] = self._compile(model)
-        self._last = shapes
-        return self._special.get(shapes, self._request)
+            special = self._compile(model)
+            # Where there are as many tokens as heads, OpenVINO 2026.4 has compiled a graph of fixed shapes that computes something else.
+            self._requests[shapes] = special if _agree(self._request, special, tensors) else self._request
+        return self._requests.get(shapes, self._request)
 
     def _compile(self, model: Any) -> Any:
-        return _compile(self._core, model, self._options, self._precision).create_infer_request()
+        return _compile(openvino_core(), model, self._options, self._precision).create_infer_request()
+
+
+@functools.cache
+def openvino_core() -> Any:
+    """OpenVINO's `Core` for all of this process, never freed.
+
+    With the last one its CPU plug-in goes. If that happens in another thread than the one that has made it, the next signal handler of Python's there, for
+    Ctrl-C or a child that ends, ends the process (OpenVINO 2026.4).
+    """
+    return importlib.import_module("openvino").Core()
 
 
 def _read(graph: Path) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
@@ -108,6 +121,23 @@ def _read(graph: Path) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     if not outputs:  # an empty file is a valid protobuf message
         raise MaeDeployError(f"OpenVINO cannot load {graph}: it holds no graph")
     return frontend.convert(content), inputs, outputs
+
+
+def _infer(request: Any, tensors: list[Any]) -> None:
+    for index, tensor in enumerate(tensors):
+        request.set_input_tensor(index, tensor)
+    request.infer(share_outputs=True)
+
+
+def _agree(request: Any, other: Any, tensors: list[Any]) -> bool:
+    """Whether two compiled graphs compute the same from these inputs, but for rounding."""
+    for each in (request, other):
+        _infer(each, tensors)
+    for one, two in zip(request.output_tensors, other.output_tensors, strict=True):
+        expected, found = one.data.astype(np.float64), two.data.astype(np.float64)
+        if not np.square(found - expected).sum() <= _NOISE * np.square(expected).sum():  # nor where something is not finite
+            return False
+    return True
 
 
 def _size(graph: Path) -> int:

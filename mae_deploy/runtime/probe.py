@@ -16,8 +16,9 @@ import numpy as np
 
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.preprocess import Array
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.registry import open_graph
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.registry import TENSORRT, load_engine, open_graph
 
 _TIMEOUT = 900.0
 """Seconds after which a process is given up."""
@@ -36,18 +37,26 @@ class Probe:
     """The most memory that the process held, Python and the engine's package included; None where the system does not say."""
 
 
-def probe_graph(graph: Path, engine: str, options: EngineOptions, inputs: Mapping[str, Array], *, precision: str = "fp32") -> Probe:
-    """Load an ONNX file and run it once on `inputs`, in a process of its own.
+def probe_graph(graph: Path, engine: str, options: EngineOptions, inputs: Mapping[str, Array], *, precision: str = "fp32", bundle: Path | None = None) -> Probe:
+    """Load an ONNX file, or with TensorRT the engine of a bundle, and run it once on `inputs`, in a process of its own.
 
     Args:
         engine: the name of an engine, not `auto`.
+        bundle: the bundle that the graph is of; needed for TensorRT alone.
 
     Raises:
         MaeDeployError: the process cannot be started, fails, or does not end.
     """
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
         np.savez(Path(folder) / _INPUTS, *inputs.values())
-        request = {"graph": str(graph.absolute()), "engine": engine, "options": dataclasses.asdict(options), "precision": precision, "inputs": list(inputs)}
+        request = {
+            "graph": str(graph.absolute()),
+            "bundle": None if bundle is None else str(bundle.absolute()),
+            "engine": engine,
+            "options": dataclasses.asdict(options),
+            "precision": precision,
+            "inputs": list(inputs),
+        }
         command = [sys.executable, "-m", __name__, folder, json.dumps(request)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
@@ -66,16 +75,22 @@ def peak_memory() -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _measure(folder: Path, graph: str, engine: str, options: dict[str, object], precision: str, inputs: list[str]) -> Probe:
+def _measure(folder: Path, graph: str, bundle: str | None, engine: str, options: dict[str, object], precision: str, inputs: list[str]) -> Probe:
     with np.load(folder / _INPUTS) as archive:
         arrays = {name: archive[f"arr_{index}"] for index, name in enumerate(inputs)}
     importlib.import_module(engine)
     settings = EngineOptions(**options)  # type: ignore[arg-type]
     start = time.perf_counter()
-    with open_graph(Path(graph), engine, settings, precision=precision) as loaded:
+    with _open(Path(graph), bundle, engine, settings, precision) as loaded:
         load_seconds = time.perf_counter() - start
         loaded.run(arrays)
     return Probe(load_seconds=load_seconds, peak_mib=peak_memory())
+
+
+def _open(graph: Path, bundle: str | None, engine: str, options: EngineOptions, precision: str) -> Engine:
+    if bundle is not None and engine == TENSORRT:
+        return load_engine(Bundle.load(bundle), engine, options)
+    return open_graph(graph, engine, options, precision=precision)
 
 
 if __name__ == "__main__":

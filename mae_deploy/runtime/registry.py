@@ -2,36 +2,46 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
 
-from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import Engine, EngineOptions
 
 DEFAULT = "onnxruntime"
 """The engine that every installation has."""
 
+TENSORRT = "tensorrt"
+"""The engine that does not read the graph, but plans that were built from it."""
 
-def load_engine(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, taps: Sequence[str] = ()) -> Engine:
-    """Load the bundle's graph, after its hash has been checked.
+_log = logging.getLogger(__name__)
+
+
+def load_engine(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, taps: Sequence[str] = (), build: bool = False) -> Engine:
+    """Load the bundle's graph, or an engine that was built from it, after its hash has been checked.
 
     Args:
-        engine: one of `ENGINES` by name or alias, or `auto`: the one on which the bundle was proven, where it is installed and has the device, else
-            ONNX Runtime.
-        taps: names of inner tensors that are returned as further outputs.
+        engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine; else the engine on which the
+            bundle was proven, where it is installed and has the device; else ONNX Runtime.
+        taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is not kept.
+        build: where the bundle has no TensorRT engine that fits this machine, and TensorRT is wanted or the bundle was made for it, build one and add it.
 
     Raises:
-        ConfigError: an unknown engine, or options that it cannot take.
+        ConfigError: an unknown engine, options that it cannot take, or no TensorRT engine that fits.
         MissingDependency: the engine's package or its device is absent.
         CheckFailed: a file of the bundle is not what was exported, or the graph is not what the manifest describes.
         MaeDeployError: the engine refuses the graph.
     """
-    if ALIASES.get(engine, engine) == "tensorrt":
-        raise ConfigError(_why_no_tensorrt(bundle), hint=f"use --engine {DEFAULT}, which runs every bundle")
-    chosen = _class_of(_proven_on(bundle, options.device) if engine == "auto" else engine)
-    loaded = chosen(bundle.graph(), options, precision=bundle.arithmetic, taps=taps)
+    name = ALIASES.get(engine, engine)
+    if name == "auto":
+        loaded = _automatic(bundle, options, taps, build)
+    elif name == TENSORRT:
+        loaded = _tensorrt(bundle, options, taps, build)
+    else:
+        loaded = _on_graph(bundle, name, options, taps)
     names = (*bundle.output_names, *taps)
     if set(loaded.input_names) != set(bundle.input_names) or set(loaded.output_names) != set(names):
         loaded.close()
@@ -57,15 +67,47 @@ def open_graph(path: Path, engine: str = DEFAULT, options: EngineOptions = Engin
 
 def _class_of(engine: str) -> type[Engine]:
     name = ALIASES.get(engine, engine)
+    if name == TENSORRT:
+        raise ConfigError("TensorRT runs bundles, not bare ONNX files", hint="export a bundle with --engine trt")
     if name not in ENGINES:
-        known = ["auto", *(alias for alias, meant in ALIASES.items() if meant in ENGINES), *ENGINES]
-        raise ConfigError(f"unknown engine '{engine}'", hint=f"known: {', '.join(known)}")
+        raise ConfigError(f"unknown engine '{engine}'", hint=f"known: {', '.join(['auto', *ALIASES, *ENGINES, TENSORRT])}")
     return ENGINES[name]()
 
 
-def _proven_on(bundle: Bundle, device: str) -> str:
+def _on_graph(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[str]) -> Engine:
+    return _class_of(name)(bundle.graph(), options, precision=bundle.arithmetic, taps=taps)
+
+
+def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
     proven = bundle.manifest["engine"]
-    return proven if device != "cuda" and util.find_spec(proven) is not None else DEFAULT
+    if build or bundle.manifest["engines"] or proven == TENSORRT:
+        try:
+            return _tensorrt(bundle, options, taps, build)
+        except CheckFailed:  # a plan that is not what was built is no reason to go on
+            raise
+        except MaeDeployError as error:
+            _log.warning("ONNX Runtime runs %s instead of TensorRT: %s", bundle.path, error)
+            return _on_graph(bundle, DEFAULT, options, taps)
+    usable = options.device != "cuda" and util.find_spec(proven) is not None
+    return _on_graph(bundle, proven if usable else DEFAULT, options, taps)
+
+
+def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
+    # What these import takes a while, and concerns GPUs alone.
+    from mae_deploy.runtime.engine_build import build_engine
+    from mae_deploy.runtime.plan_engine import open_plan, open_tapped
+    from mae_deploy.runtime.plans import find_plan, why_not
+    from mae_deploy.runtime.tensorrt_api import load_tensorrt
+    from mae_deploy.runtime.tensorrt_engine import gpu_index
+
+    api = load_tensorrt(gpu_index(options.device))
+    entry = find_plan(bundle, api.version, api.gpu)
+    if entry is None and build:
+        build_engine(bundle)
+        entry = find_plan(bundle, api.version, api.gpu)
+    if entry is None:
+        raise ConfigError(why_not(bundle, api.version, api.gpu), hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle")
+    return open_tapped(bundle, entry, options, taps) if taps else open_plan(bundle, entry, options)
 
 
 def _onnxruntime() -> type[Engine]:
@@ -80,14 +122,7 @@ def _openvino() -> type[Engine]:
     return OpenVinoEngine
 
 
-def _why_no_tensorrt(bundle: Bundle) -> str:
-    engines = bundle.manifest["engines"]
-    if not engines:
-        return f"the bundle {bundle.path} has no TensorRT engine"
-    return f"the bundle {bundle.path} has {len(engines)} TensorRT engines, which this version of mae-deploy cannot run"
-
-
 ENGINES: dict[str, Callable[[], type[Engine]]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-"""Each engine's name, which is that of its package, and what gives its class; the package is imported when an engine loads, not before."""
+"""The name of each engine that reads the graph, which is that of its package, and what gives its class; the package is imported when an engine loads."""
 
 ALIASES = {"onnx": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}

@@ -15,12 +15,14 @@ import pytest
 from onnx import TensorProto, helper
 
 from mae_deploy.cli import main
-from mae_deploy.commands import benchmark
-from mae_deploy.errors import MaeDeployError, MissingDependency
+from mae_deploy.commands import benchmark, benchmark_report
+from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.preprocess import Array
 from mae_deploy.runtime import benchmark as runtime_benchmark
 from mae_deploy.runtime import probe, registry
 from mae_deploy.runtime.benchmark import Timing
+from mae_deploy.runtime.cuda import Gpu
+from mae_deploy.runtime.engine import EngineOptions
 from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from tests.runtime.tiny_bundle import CLASSES, DEPTH, C, D, H, N, P, W, write_bundle
 from tests.test_cli import TRAINING, run_without
@@ -442,3 +444,53 @@ def test_the_tables_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixtur
     size = (visible / "encoder.onnx").stat().st_size / 1e6
     assert lines[5][:6] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f}", "%", f"{size:.2f}"]
     assert [line[6:] for line in lines[4:]] == [["1.0000"], [f"{float(lines[5][6]):.4f}"]]
+
+
+# --- TensorRT --------------------------------------------------------------------------------------------------------
+
+
+class PlanOnCpu(OnnxRuntimeEngine):
+    """Stands for an FP16 plan of one or two images, and of 2 to 5 patches."""
+
+    name = "tensorrt"
+
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
+        super()._load(graph, options, precision, taps)
+        self.precision, self.sizes = "fp16", [{"B": (1, 2, 2), "K": (2, 3, 5)}]
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Any) -> dict[str, Array]:
+        if len(inputs["images"]) > 2 or ("ids_keep" in inputs and not 2 <= inputs["ids_keep"].shape[1] <= 5):
+            raise ConfigError("no profile holds it")
+        return super()._run(inputs, outputs)
+
+
+@pytest.fixture
+def plans(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps, build: PlanOnCpu(bundle.graph(), options))
+    monkeypatch.setattr(benchmark_report, "gpus", lambda: [Gpu(index=0, name="Quick", compute_capability=(9, 0), memory_bytes=1, driver="12.4")])
+
+
+@pytest.mark.usefixtures("plans")
+def test_plans_are_timed_at_the_sizes_that_they_were_built_for(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible")
+    report = run(full, visible, "--engine", "onnxruntime,tensorrt", "--keep", "5,7", "--batch-size", "2,4", "--out", tmp_path / "report")
+    on_plans = [row for row in report["rows"] if row["engine"] == "tensorrt"]
+    assert [(Path(row["graph"]).name, row["batch"], row["patches"], row["precision"]) for row in on_plans] == [
+        ("full", 2, N, "fp16"),
+        ("visible", 2, 5, "fp16"),
+    ]
+    assert len(report["rows"]) == 2 + 2 + 4
+    assert {left["why"] for left in report["left_out"]} == {"no profile holds it"}
+    assert list(report["gemm_gflops"]) == ["onnxruntime"]
+    assert [row["gemm_share"] for row in on_plans] == [None, None]
+    assert all(row["gflops"] > 0 and row["cosine"] is not None for row in on_plans)
+    assert on_plans[1]["speedup_over_full"] == pytest.approx(on_plans[0]["p50_ms"] / on_plans[1]["p50_ms"])
+    assert report["machine"]["gpu"] == "Quick, CUDA 12.4"
+    assert "| GPU | Quick, CUDA 12.4 |" in (tmp_path / "report" / "benchmark.md").read_text()
+
+
+@pytest.mark.usefixtures("plans")
+def test_files_of_others_run_on_an_engine_that_reads_them(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+    report = run(write_bundle(tmp_path / "full", token_mode="full"), "--engine", "trt", "--against", stranger(tmp_path / "other.onnx"))
+    assert keys(report, "engine", "precision") == [("tensorrt", "fp16"), ("onnxruntime", None)]
+    assert list(report["gemm_gflops"]) == ["onnxruntime"]

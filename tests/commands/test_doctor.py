@@ -16,6 +16,8 @@ from mae_deploy.cli import app, main
 from mae_deploy.commands import doctor
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.doctor import CPU_FEATURES, NEEDS
+from mae_deploy.errors import MissingDependency
+from mae_deploy.runtime.cuda import Gpu
 from tests.test_cli import TRAINING, run_without
 
 
@@ -30,7 +32,7 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CPU" in found["engines"]["onnxruntime"]
     assert set(found["commands"]) == set(NEEDS)
     assert found["commands"]["pretrain"] is None
-    assert isinstance(found["machine"]["nvidia_gpus"], int)
+    assert found["machine"]["nvidia_gpus"] == len(found["machine"]["gpus"])
     assert found["machine"]["cpu_cores"] == os.cpu_count()
 
 
@@ -55,6 +57,36 @@ def test_an_engine_that_is_installed_and_does_not_load(monkeypatch: pytest.Monke
     monkeypatch.setattr(doctor, "_openvino", fail)
     assert main(["doctor", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["engines"]["openvino"] == "cannot be loaded: no plugin for the CPU"
+
+
+H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
+
+
+@pytest.mark.parametrize(
+    ("there", "gpus", "state", "missing"),
+    [
+        ({"tensorrt", "pycuda", "cuda.bindings"}, [H200], "10.3.0 with pycuda on NVIDIA H200", None),
+        ({"tensorrt", "cuda.bindings"}, [H200], "10.3.0 with cuda.bindings on NVIDIA H200", None),
+        ({"tensorrt"}, [H200], "10.3.0, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'", ["pycuda"]),
+        ({"tensorrt", "pycuda"}, [], "10.3.0 with pycuda, but there is no driver", None),
+        ({"pycuda"}, [H200], "not installed: pip install 'mae-deploy[trt]'", ["tensorrt"]),
+    ],
+)
+def test_what_tensorrt_lacks(there: set[str], gpus: list[Gpu], state: str, missing: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    def require_gpu() -> Gpu:
+        if not gpus:
+            raise MissingDependency("there is no driver")
+        return gpus[0]
+
+    version = doctor._version
+    monkeypatch.setattr(doctor, "gpus", lambda: gpus)
+    monkeypatch.setattr(doctor, "require_gpu", require_gpu)
+    concerned = ("tensorrt", "pycuda", "cuda.bindings")
+    monkeypatch.setattr(doctor, "_version", lambda module: ("10.3.0" if module in there else None) if module in concerned else version(module))
+    found = doctor.run(DoctorConfig()).data
+    assert found["engines"]["tensorrt"] == state
+    assert found["commands"]["build-engine"] == (None if missing is None else {"missing": missing, "install": "pip install 'mae-deploy[trt]'"})
+    assert found["machine"]["gpus"] == ["NVIDIA H200, compute capability 9.0, CUDA 12.4"] * len(gpus)
 
 
 @pytest.mark.parametrize(

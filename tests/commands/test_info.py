@@ -13,6 +13,7 @@ from mae_deploy.cli import main
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Encoder
 from tests.models.tiny_models import CLASSES, fill, metadata_of, tiny_classifier, write_original
+from tests.runtime.planned_bundle import planned
 from tests.runtime.tiny_bundle import write_bundle
 
 PROVENANCE = {"stage": "distill", "teacher": {"stage": "finetune", "parent": {"stage": "import"}}, "parent": {"stage": "pretrain"}}
@@ -86,6 +87,12 @@ def test_what_a_bundle_was_proven_for(tmp_path: Path, capsys: pytest.CaptureFixt
         "uint8, normalised in the graph",
     ):
         assert expected in printed, expected
+
+
+def test_the_engines_of_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = planned(tmp_path / "bundle").path
+    assert [entry["gpu"] for entry in info(bundle, capsys)["engines"]] == ["Orin"]
+    assert "fp16, TensorRT 10.3.0, Orin, B:1,8,32 K:1,4,21, 0.50 ms" in " ".join(shown(bundle, capsys, monkeypatch).split())
 
 
 def test_a_bundle_without_a_record_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

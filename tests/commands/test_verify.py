@@ -14,6 +14,8 @@ import pytest
 from onnx import numpy_helper
 
 from mae_deploy.cli import main
+from mae_deploy.errors import MissingDependency
+from mae_deploy.runtime import tensorrt_api
 from mae_deploy.runtime.layers import LayerReport
 from tests.runtime.tiny_bundle import rehash, write_bundle
 from tests.test_cli import TRAINING, run_without
@@ -233,7 +235,7 @@ def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFi
     ("arguments", "code", "said"),
     [
         (["--engine", "abacus"], 2, "unknown engine 'abacus'"),
-        (["--engine", "trt"], 2, "has no TensorRT engine"),
+        (["--engine", "trt"], 3, "no NVIDIA driver"),
         (["--threads", "0"], 2, "threads must be at least 1, not 0"),
         (["--device", "cuda"], 3, "this ONNX Runtime cannot use CUDA"),
     ],
@@ -241,7 +243,11 @@ def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFi
 def test_what_cannot_be_done_here(
     bundle: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def no_gpu(_: int) -> None:
+        raise MissingDependency("there is no NVIDIA driver")
+
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
+    monkeypatch.setattr(tensorrt_api, "require_gpu", no_gpu)
     assert main(["verify", str(bundle), *arguments]) == code
     captured = capsys.readouterr()
     assert captured.out == ""

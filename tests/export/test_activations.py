@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.activations import ActivationStats, Observer, activation_scales, attention_scales
 from mae_deploy.export.histogram import Method
-from mae_deploy.export.quantize import eligible_linears
+from mae_deploy.export.quantize import FP8, eligible_linears
 from mae_deploy.models.vit import Encoder
 from mae_deploy.preprocess import Array
 from tests.models.tiny_models import random_tensor, tiny_encoder, tiny_mae
@@ -105,6 +105,14 @@ def test_scales_are_a_127th_of_the_range() -> None:
         assert scales["minmax"][name] == pytest.approx(stats[name].absmax.max() / 127)
         for method in methods[1:]:
             assert 0 < scales[method][name] <= scales["minmax"][name]
+
+
+def test_scales_of_fp8_are_a_448th_of_the_largest_magnitude() -> None:
+    """Whatever the method: its steps are finer where the numbers are smaller."""
+    stats, _, _ = observe(tiny_encoder(), *BATCHES)
+    methods: tuple[Method, ...] = ("mse", "percentile")
+    for scales in (activation_scales(stats, method, 90, FP8) for method in methods):
+        assert scales == {name: float(np.float16(np.float32(stats[name].absmax.max()) / np.float32(448))) for name in NAMES}
 
 
 def test_attention_has_a_scale_for_each_of_q_k_and_v() -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 import re
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.config import ExportConfig, Int8Config, Range
+from mae_deploy.export import config as config_module
+from mae_deploy.export.config import ExportConfig, Int8Config
+from mae_deploy.runtime.tensorrt_options import BuildOptions, Range
 
 
 def settings(**more: Any) -> ExportConfig:
@@ -97,12 +100,12 @@ def test_more_patches_than_the_image_has(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    ["K", "K:1,2", "K:1,2,3,4", "K:3,2,1", "K:2,1,3", "K:0,1,2", "K:1, 2,3", "N:1,2,3", "K:1,2,3 K:1,2,3", "K:1,2,x", "K:-1,2,3", "K:1,2,3;B:1,2,3"],
+    ["K", "K:1,2", "K:1,2,3,4", "K:3,2,1", "K:2,1,3", "K:0,1,2", "K:1, 2,3", "N:1,2,3", "K:1,2,3 K:1,2,3", "K:1,2,x", "K:-1,2,3", "K:1,2,3;"],
 )
 def test_profiles_that_mean_nothing(profile: str) -> None:
     with pytest.raises(ConfigError, match=f"^--profile {re.escape(profile)}$") as caught:
         settings(tokens="visible", profile=profile)
-    assert caught.value.hint == "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'"
+    assert caught.value.hint == "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'; several are separated by ';'"
 
 
 @pytest.mark.parametrize(("more", "name"), [({"batch": "3", "profile": "B:1,2,3"}, "B"), ({"tokens": "visible:4", "profile": "K:1,2,3 B:1,2,3"}, "K")])
@@ -114,6 +117,104 @@ def test_a_range_for_what_is_fixed(more: dict[str, Any], name: str) -> None:
 def test_a_range_of_k_where_all_patches_are_seen() -> None:
     with pytest.raises(ConfigError, match="a graph of all patches has no K"):
         settings(profile="K:1,2,3")
+
+
+# --- TensorRT --------------------------------------------------------------------------------------------------------
+
+
+def trt(**more: Any) -> ExportConfig:
+    return settings(engine="trt", **more)
+
+
+@pytest.mark.parametrize(
+    ("more", "profiles"),
+    [
+        ({}, [{"B": (1, 1, 1)}]),
+        ({"batch": "8"}, [{"B": (8, 8, 8)}]),
+        ({"batch": "dynamic"}, [{"B": (1, 8, 32)}]),
+        ({"profile": "B:1,2,4"}, [{"B": (1, 2, 4)}]),
+        ({"tokens": "visible:5"}, [{"B": (1, 1, 1), "K": (5, 5, 5)}]),
+        ({"tokens": "visible", "profile": "K:3,5,9"}, [{"B": (1, 1, 1), "K": (3, 5, 9)}]),
+        (
+            {"tokens": "visible", "profile": "B:1,1,1 K:5,5,5; B:8,32,64 K:3,4,9"},
+            [{"B": (1, 1, 1), "K": (5, 5, 5)}, {"B": (8, 32, 64), "K": (3, 4, 9)}],
+        ),
+    ],
+)
+def test_an_engine_is_static_unless_a_size_is_left_open(more: dict[str, Any], profiles: list[dict[str, Range]]) -> None:
+    assert trt(**more).profiles(15) == profiles
+    assert trt(**more).fixed_batch == (profiles[0]["B"][0] if len({size for profile in profiles for size in profile["B"]}) == 1 else None)
+
+
+def test_a_manifest_has_the_sizes_of_all_profiles() -> None:
+    config = trt(tokens="visible", profile="B:2,4,4 K:5,5,5; B:8,32,64 K:3,4,9")
+    assert config.ranges(15) == {"B": (2, 4, 64), "K": (3, 5, 9)}
+
+
+def test_other_engines_have_one_profile() -> None:
+    with pytest.raises(ConfigError, match="only engines of TensorRT have several profiles"):
+        settings(profile="B:1,1,1; B:8,8,8")
+
+
+@pytest.mark.parametrize(
+    ("installed", "more", "typing", "islands", "stored"),
+    [
+        (None, {}, "strong", (), "fp32"),
+        (None, {"precision": "fp16"}, "strong", (), "fp16"),
+        (10, {"precision": "fp16", "fp32_ops": ("softmax",)}, "strong", ("softmax",), "fp16"),
+        (11, {"precision": "bf16"}, "strong", ("gelu", "norm", "residual"), "bf16"),
+        (11, int8(calib_data=DATA), "strong", (), "int8"),
+        (8, {"precision": "fp16"}, "weak", (), "fp32"),
+        (8, {"precision": "fp16", "typing": "strong"}, "strong", (), "fp16"),
+        (10, {"precision": "bf16", "typing": "weak"}, "weak", (), "fp32"),
+        (8, int8(calib_data=DATA), "weak", (), "int8"),
+        (8, {**int8(calib_data=DATA), "precision": "fp8"}, "strong", (), "fp8"),
+    ],
+)
+def test_what_a_version_of_tensorrt_reads(
+    installed: int | None, more: dict[str, Any], typing: str, islands: tuple[str, ...], stored: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(config_module, "tensorrt_major", lambda: installed)
+    config = trt(**more)
+    assert (config.resolved_typing, config.islands, config.stored_precision) == (typing, islands, stored)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"build": False}, "--no-build with --engine onnx"),
+        ({"engine": "openvino", **int8(calib_data=DATA, prefer="fp16")}, "--prefer with --engine openvino"),
+        ({"tensorrt": BuildOptions(workspace=1)}, "settings of TensorRT with --engine onnx"),
+        ({"precision": "fp8", "int8": Int8Config(calib_data=DATA)}, "--precision fp8 with --engine onnx: only TensorRT computes in FP8"),
+        ({"engine": "trt", **int8(quantization="dynamic")}, "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only"),
+        ({"engine": "trt", **int8()}, "static INT8 needs --calib-data"),
+        ({"engine": "trt", "precision": "fp8"}, "FP8 needs --calib-data"),
+        (
+            {"engine": "trt", "precision": "fp8", "int8": Int8Config(calib_data=DATA, calib_method="entropy")},
+            "FP8 has ranges of its own, the largest magnitudes",
+        ),
+        ({"engine": "trt", "int8": Int8Config(prefer="fp16")}, "settings of INT8 are given with --precision fp32"),
+    ],
+)
+def test_what_tensorrt_alone_has_and_what_it_has_not(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
+        settings(**more)
+
+
+def test_the_same_export_without_eight_bits() -> None:
+    config = trt(**int8(calib_data=DATA, prefer="fp16", max_latency=0.9), fp32_ops=("softmax",), typing="strong", batch="3")
+    assert config.in_precision("fp16") == trt(precision="fp16", fp32_ops=("softmax",), typing="strong", batch="3")
+    assert config.in_precision("fp32") == trt(typing="strong", batch="3")
+
+
+def test_the_installed_tensorrt_is_found_without_importing_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def version(package: str) -> str:
+        if package != "tensorrt-cu12-bindings":
+            raise metadata.PackageNotFoundError(package)
+        return "10.3.0"
+
+    monkeypatch.setattr(metadata, "version", version)
+    assert config_module.tensorrt_major() == 10
 
 
 # --- outputs and types -----------------------------------------------------------------------------------------------

@@ -11,12 +11,15 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper, numpy_helper
+from onnx import TensorProto, helper
 from torch import nn
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.export.arithmetic import Precision, Typing
 from mae_deploy.export.graph import GraphSpec, build_graph
 from mae_deploy.export.quantize import (
+    FP8,
+    ROUNDINGS,
     attention_obstacle,
     dynamic_round_trip,
     eligible_linears,
@@ -26,8 +29,10 @@ from mae_deploy.export.quantize import (
     static_round_trip,
 )
 from mae_deploy.preprocess import Array
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
 from tests.export.outlier_models import decibels, noisy_encoder
-from tests.export.tiny_exports import SavedGraph, open_session, run_session
+from tests.export.tiny_exports import open_session, run_session
 from tests.models.tiny_models import metadata_of, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 
 BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
@@ -53,6 +58,29 @@ def test_rows_of_nothing_become_zeros(value: float) -> None:
     integers, scales = quantize_weight(np.array([[value, -value], [1, 2]], np.float32))
     np.testing.assert_array_equal(integers, [[0, 0], [64, 127]])
     np.testing.assert_allclose(scales, [1, 2 / 127], rtol=1e-6)
+
+
+def test_fp8_has_one_scale_a_tensor_that_is_a_number_of_fp16() -> None:
+    weight = np.array([[448.0, -1.05, 0.01], [3.1, 0.0, -2e-9]], np.float32) / 7
+    stored, scale = quantize_weight(weight, rounding=FP8)
+    assert (stored.dtype, scale.shape, float(scale)) == (FP8.dtype, (), float(np.float16(1 / 7)))
+    # 2^-3 is the step between 1 and 2, and the smallest number 2^-9.
+    np.testing.assert_array_equal(stored.astype(np.float32), [[448, -1.0, 0.009765625], [3.0, 0, 0]])
+
+
+@pytest.mark.parametrize("largest", [0.0, 1e-30, 1e-3])
+def test_a_scale_of_fp8_keeps_all_its_digits_in_fp16(largest: float) -> None:
+    assert float(FP8.scales(largest)) == np.finfo(np.float16).tiny
+    stored, scale = quantize_weight(np.array([[largest, -largest / 2]], np.float32), rounding=FP8)
+    np.testing.assert_allclose(stored.astype(np.float32) * scale, [[largest, -largest / 2]], atol=2**-10 * np.finfo(np.float16).tiny, rtol=2**-4)
+
+
+def test_fp8_rounding_is_onnx_runtimes(tmp_path: Path) -> None:
+    values = torch.cat([random_tensor(500), random_tensor(500) * 300, torch.tensor([0.0, 2**-10, -(2**-11), 447.9, 464.0, 1e6, -1e6])])
+    nodes = [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]), helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"])]
+    constants = {"scale": np.array(0.25, np.float32), "zero": np.array(0, FP8.dtype)}
+    found = run_session(save(tmp_path, nodes, constants, [len(values)], [len(values)], opset=19), x=values.numpy())["y"]
+    np.testing.assert_array_equal(static_round_trip(values, 0.25, FP8).numpy(), found)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -118,17 +146,20 @@ class Maps(nn.Module):
         return self.second(self.first(x))  # type: ignore[no-any-return]
 
 
-def save(folder: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array], shape: list[int], output: list[int]) -> object:
+def save(folder: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array], shape: list[int], output: list[int], opset: int = 17) -> object:
     """A graph from `x` to `y` in ONNX Runtime."""
     graph = helper.make_graph(
         nodes,
         "small",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
-        [numpy_helper.from_array(value, name) for name, value in constants.items()],
+        [
+            helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True)
+            for name, value in constants.items()
+        ],
     )
     path = folder / "small.onnx"
-    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8), path)
+    onnx.save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9), path)
     onnx.checker.check_model(str(path), full_check=True)
     return open_session(path)
 
@@ -174,20 +205,27 @@ def test_a_rounded_model_computes_what_the_graph_computes(scale: float | None, t
         assert np.abs(model(x).numpy() - found).max() > 1e-3
 
 
-@pytest.mark.parametrize(("scale", "attention"), [(0.05, False), (0.05, True), (None, False)])
-def test_a_rounded_encoder_computes_what_the_exported_graph_computes(scale: float | None, attention: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("scale", "attention", "precision"), [(0.05, False, "int8"), (0.05, True, "int8"), (None, False, "int8"), (0.0625, False, "fp8"), (0.0625, True, "fp8")]
+)
+def test_a_rounded_encoder_computes_what_the_exported_graph_computes(scale: float | None, attention: bool, precision: Precision, tmp_path: Path) -> None:
     model, images = noisy_encoder(), random_tensor(5, 3, 12, 20)
     scales = dict.fromkeys(eligible_linears(model)[:-1], scale)
     products = {"blocks.0.attn": (0.01, 0.04, 0.03), "blocks.1.attn": (0.02, 0.03, 0.04)} if attention else {}
-    spec = GraphSpec(token_mode="full", precision="int8", quantized=scales, attention_scales=products, outputs=("tokens",))
-    graph = SavedGraph(build_graph(metadata_of(model), model.state_dict(), spec), tmp_path)
+    typing: Typing = "weak"
+    if precision == "fp8":  # one Linear and one attention: around them the graph is FP16, in which many numbers round otherwise, and what follows with them
+        typing, scales, products = "strong", {"blocks.1.mlp.fc1": scale}, {name: parts for name, parts in products.items() if name == "blocks.1.attn"}
+    spec = GraphSpec(token_mode="full", precision=precision, typing=typing, quantized=scales, attention_scales=products, outputs=("tokens",))
+    builder = build_graph(metadata_of(model), model.state_dict(), spec)
+    builder.save(tmp_path / "graph.onnx")
+    with OnnxRuntimeEngine(tmp_path / "graph.onnx", EngineOptions(threads=1), precision=precision) as engine:
+        exported = torch.from_numpy(engine.run({"images": images.numpy()})["tokens"])
     with torch.no_grad():
         plain = model(images)[:, 1:]
-        with fake_quantized(model, scales, products):
+        with fake_quantized(model, scales, products, rounding=ROUNDINGS[precision]):
             rounded = model(images)[:, 1:]
-    exported = torch.from_numpy(graph(images=images.numpy())["tokens"])
     # Where a value lies between two integers, the last bit of a float32 sum decides: a few are off by a step, which is a thousandth of the noise.
-    assert decibels(rounded, exported) > decibels(plain, rounded) + 25
+    assert decibels(rounded, exported) > decibels(plain, rounded) + (6 if precision == "fp8" else 25)
 
 
 def fail_within(context: AbstractContextManager[nn.Module], check: Callable[[], torch.Tensor]) -> None:

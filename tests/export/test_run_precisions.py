@@ -83,9 +83,9 @@ def installed() -> list[str]:
     return [engine for engine in ("onnxruntime", "openvino") if util.find_spec(engine) is not None]
 
 
-def runs_as_pytorch(out: Path, model: MaskedAutoencoder, keep: Any, floor: float) -> None:
+def runs_as_pytorch(out: Path, model: MaskedAutoencoder, keep: Any, floor: float, engine: str = "auto") -> None:
     """Whether images that the export has not seen give what PyTorch gives, on the engine that the bundle is proven on."""
-    with Backbone.load(out, threads=1) as backbone:
+    with Backbone.load(out, engine, threads=1) as backbone:
         found = backbone(unseen(), keep)
         expected = pytorch_outputs(model, backbone.preprocess([*unseen()]), given(keep))
     for name in backbone.output_names:

@@ -55,7 +55,7 @@ def identity(value: object) -> str:
 
 
 def test_something_was_found() -> None:
-    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md"}
+    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md", "jetson.md"}
     assert {line[0] for _, line in COMMANDS} >= {"pretrain", "finetune", "distill", "reconstruct", "import", "export", "verify", "predict", "info", "doctor"}
     assert len(RECIPES) >= 1
 
@@ -100,7 +100,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each command was asked to do; nothing is done, but `verify`, which runs for real."""
     asked: list[Any] = []
     monkeypatch.setattr(cli, "_needs_torch", lambda _: SimpleNamespace(run=asked.append))
-    for name in ("predict", "benchmark", "info", "doctor"):
+    for name in ("predict", "benchmark", "info", "doctor", "build_engine"):
         monkeypatch.setattr(f"mae_deploy.commands.{name}.run", asked.append)
     return asked
 
@@ -153,7 +153,7 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
 
 
 def test_every_command_is_in_the_table() -> None:
-    table = re.findall(r"^\| `(\w+)[^`]*` \|", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
+    table = re.findall(r"^\| `([\w-]+)[^`]*` \|", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE)
     assert sorted(table) == sorted(OPTIONS)
     for row in re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "commands.md").read_text(encoding="utf-8"), re.MULTILINE):
         command, *words = row.split()

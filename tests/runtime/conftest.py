@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
 
+from mae_deploy.runtime import cuda
+from tests.runtime.stub_driver import compile_stub, load_stub
 from tests.runtime.tiny_bundle import write_bundle
 
 
@@ -19,3 +22,16 @@ def visible_bundle(tmp_path: Path) -> Path:
 def full_bundle(tmp_path: Path) -> Path:
     """Dynamic batch, every patch."""
     return write_bundle(tmp_path / "full", token_mode="full")
+
+
+@pytest.fixture(scope="session")
+def stub_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The stub of the CUDA driver, compiled."""
+    return compile_stub(tmp_path_factory.mktemp("driver"))
+
+
+@pytest.fixture
+def stub_driver(stub_library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
+    """The stub, with one GPU, as the driver of this process."""
+    monkeypatch.setattr(cuda, "LIBRARY", str(stub_library))
+    return load_stub(stub_library)

@@ -29,7 +29,7 @@ def test_onnxruntime_has_three_names(full_bundle: Path, name: str) -> None:
 def test_an_unknown_engine(full_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown engine 'tflite'") as caught:
         load_engine(Bundle.load(full_bundle), "tflite")
-    assert caught.value.hint == "known: auto, onnx, ov, onnxruntime, openvino"
+    assert caught.value.hint == "known: auto, onnx, ov, trt, onnxruntime, openvino, tensorrt"
 
 
 def write_proven_on_openvino(path: Path) -> Bundle:
@@ -71,21 +71,8 @@ def test_a_bare_graph_that_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     with pytest.raises(MaeDeployError, match=r"ONNX Runtime cannot load .*text"):
         open_graph(tmp_path / "text")
-    with pytest.raises(ConfigError, match="unknown engine 'trt'"):
+    with pytest.raises(ConfigError, match="TensorRT runs bundles, not bare ONNX files"):
         open_graph(tmp_path / "text", "trt")
-
-
-@pytest.mark.parametrize("name", ["trt", "tensorrt"])
-def test_a_bundle_without_a_tensorrt_engine_says_so(full_bundle: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="has no TensorRT engine") as caught:
-        load_engine(Bundle.load(full_bundle), name)
-    assert "onnxruntime" in (caught.value.hint or "")
-
-
-def test_a_tensorrt_engine_of_a_later_version(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["engines"].append({"file": "engines/a.plan"}))
-    with pytest.raises(ConfigError, match="1 TensorRT engines, which this version of mae-deploy cannot run"):
-        load_engine(Bundle.load(path), "trt")
 
 
 @pytest.mark.parametrize("threads", [0, -1])
@@ -224,7 +211,8 @@ class Recorder(Engine):
     """Returns its input, and remembers the batches."""
 
     name = version = device = "recorder"
-    input_names = output_names = ("x",)
+    input_names: tuple[str, ...] = ("x",)
+    output_names: tuple[str, ...] = ("x",)
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         self.batches: list[list[int]] = []
@@ -252,6 +240,16 @@ def test_chunks(batch: int | None, total: int, batches: list[list[int]]) -> None
     x = np.arange(total * 2).reshape(total, 2) // 2
     np.testing.assert_array_equal(run_in_chunks(engine, {"x": x}, batch=batch)["x"], x * 10, strict=True)
     assert engine.batches == batches
+
+
+@pytest.mark.parametrize(("total", "keep", "runs"), [(1, 4, [2]), (3, 4, [3]), (4, 4, [3, 3]), (5, 4, [5]), (6, 4, [5, 5]), (2, 9, [5]), (7, 10, [7])])
+def test_chunks_of_the_sizes_that_an_engine_takes(total: int, keep: int, runs: list[int]) -> None:
+    engine = Recorder(Path(), EngineOptions())
+    engine.input_names = ("x", "ids_keep")
+    engine.sizes = ({"B": [2, 2, 3], "K": [4, 4, 4]}, {"B": [5, 5, 5], "K": [1, 2, 9]})
+    inputs = {"x": np.arange(total * 2).reshape(total, 2), "ids_keep": np.zeros((total, keep), np.int64)}
+    np.testing.assert_array_equal(run_in_chunks(engine, inputs, batch=None)["x"], inputs["x"] * 10, strict=True)
+    assert [len(batch) for batch in engine.batches] == runs, "with no range for K, the engine itself refuses"
 
 
 def test_an_engine_s_package_is_imported_when_it_loads_and_torch_never(visible_bundle: Path) -> None:

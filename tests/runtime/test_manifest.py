@@ -11,6 +11,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.manifest import Manifest, follows_keep, read_preprocess, validate_manifest
+from tests.runtime.planned_bundle import planned
 from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, write_bundle
 
 
@@ -84,9 +85,9 @@ def test_not_a_mapping(value: Any) -> None:
         ("class_names", [1], "'class_names' must be"),
         ("token_mode", "masked", "'token_mode' must be .*'full', 'visible', 'ragged', 'reconstruct'.*'masked'"),
         ("token_mode", [], "'token_mode' must be"),
-        ("precision", "fp8", "'precision' must be .*'fp8'"),
+        ("precision", "int4", "'precision' must be .*'int4'"),
         ("typing", "loose", "'typing' must be"),
-        ("engine", "tensorrt", "'engine' must be"),
+        ("engine", "tflite", "'engine' must be"),
         ("quantization", "int8", r"'quantization' must be dict\[str, Any\] \| null"),
         ("profile", None, "'profile' must be"),
         ("profile/B", 4, r"profile\['B'\]' must be list\[int\]"),
@@ -134,6 +135,7 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
         ("profile/B", [0, 8, 32], "is not a smallest, usual and largest size"),
         ("profile/B", [8, 1, 32], "is not a smallest, usual and largest size"),
         ("precision", "int8", "precision int8 without a record of quantization"),
+        ("precision", "fp8", "precision fp8 without a record of quantization"),
         ("quantization", {"policy": "static"}, "precision fp32 with a record of quantization"),
         ("graph/inputs/1/name", "keep", "has the inputs"),
         ("graph/inputs/1/dtype", "int32", "the input ids_keep is int32"),
@@ -175,6 +177,31 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
 def test_contradictions(valid: dict[str, Any], key: str, value: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         validate_manifest(changed(valid, key, value))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("file", "engines/other.plan", r"engines\[0\]: 'engines/other\.plan' is not listed in files"),
+        ("layers", "engines/none.json", r"engines\[0\]: 'engines/none\.json' is not listed in files"),
+        ("tensorrt", "../8.6", "'../8.6' is no version of TensorRT"),
+        ("tensorrt", "eight", "'eight' is no version of TensorRT"),
+        ("compute_capability", [8], r"the compute capability \[8\] is not a major and a minor number"),
+        ("compute_capability", ["8", "7"], r"'engines\[0\]\.compute_capability\[0\]' must be int"),
+        ("precision", "int4", r"'engines\[0\]\.precision' must be"),
+        ("profiles", [], r"engines\[0\] has no profile"),
+        ("profiles", [{"B": [1, 2, 3]}], "does not give a smallest, usual and largest B and K"),
+        ("profiles", [{"B": [1, 2, 3], "K": [4, 4]}], "does not give a smallest, usual and largest"),
+        ("profiles", [{"B": [3, 2, 1], "K": [4, 4, 4]}], "does not give a smallest, usual and largest"),
+        ("profiles", [{"B": [0, 2, 3], "K": [4, 4, 4]}], "does not give a smallest, usual and largest"),
+        ("hardware_compatible", "turing", r"'engines\[0\]\.hardware_compatible' must be"),
+    ],
+)
+def test_engines_that_contradict_the_manifest(tmp_path: Path, key: str, value: Any, message: str) -> None:
+    manifest = json.loads((planned(tmp_path / "b", keep=4).path / "manifest.json").read_text())
+    assert validate_manifest(manifest)["engines"]
+    with pytest.raises(ConfigError, match=message):
+        validate_manifest(changed(manifest, f"engines/0/{key}", value))
 
 
 @pytest.mark.parametrize(

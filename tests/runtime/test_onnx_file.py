@@ -12,7 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.onnx_file import read_inputs, write_products
+from mae_deploy.runtime.onnx_file import read_inputs, read_opset, write_products
 from tests.runtime.tiny_bundle import C, H, W, write_bundle
 
 
@@ -37,6 +37,17 @@ def test_inputs_of_a_bundle(tmp_path: Path) -> None:
     ]
     (entry,) = read_inputs(write_bundle(tmp_path / "bytes", token_mode="full", images="uint8", external="weights") / "encoder.onnx")
     assert entry == {"name": "images", "dtype": "uint8", "shape": ["B", H, W, C]}
+
+
+def test_the_opset_is_that_of_onnx_s_own_operators(tmp_path: Path) -> None:
+    graph = helper.make_graph([], "empty", [], [])
+    for opsets in ([("", 19), ("com.example", 23)], [("com.example", 23), ("", 19)]):
+        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets]), tmp_path / "model.onnx")
+        assert read_opset(tmp_path / "model.onnx") == 19
+    assert read_opset(write_bundle(tmp_path / "b") / "encoder.onnx") == 17
+    (tmp_path / "empty").write_bytes(b"")
+    with pytest.raises(ConfigError, match="is no ONNX model"):
+        read_opset(tmp_path / "empty")
 
 
 def test_types_nameless_sizes_and_weights_among_the_inputs(tmp_path: Path) -> None:

@@ -128,29 +128,32 @@ def test_threads_take_turns(visible_bundle: Path) -> None:
             np.testing.assert_allclose(found["tokens"], reference(**inputs)["tokens"], atol=TOLERANCE)
 
 
-# --- shapes that come again ------------------------------------------------------------------------------------------
+# --- a graph for each shape ------------------------------------------------------------------------------------------
 
 
-def test_shapes_that_come_twice_in_a_row_get_a_graph_of_their_own(tmp_path: Path) -> None:
+def test_shapes_get_a_compiled_graph_of_their_own(tmp_path: Path) -> None:
     samples = golden_inputs(visible=True)
     few = {name: array[:2] for name, array in samples.items()}
     with load(write_bundle(tmp_path / "b")) as engine:
-        special: dict[Any, Any] = engine._special  # type: ignore[attr-defined]
-        for inputs in (samples, few, samples, few):
-            engine.run(inputs)
-        assert special == {}
-        found = [engine.run(few) for _ in range(3)][-1]
-        assert list(special) == [tuple(few[name].shape for name in engine.input_names)]
-        assert not special[next(iter(special))].get_compiled_model().inputs[0].partial_shape.is_dynamic
-        for name, expected in reference(**few).items():
-            np.testing.assert_allclose(found[name], expected, atol=TOLERANCE)
-        for _ in range(3):
-            assert engine.run(samples)["cls"].shape == (SAMPLES, D)
-        assert len(special) == 2
-        assert engine.run(few)["cls"].shape == (2, D)
+        requests: dict[Any, Any] = engine._requests  # type: ignore[attr-defined]
+        found = [engine.run(inputs) for inputs in (few, samples, few, samples)]
+        assert list(requests) == [tuple(inputs[name].shape for name in engine.input_names) for inputs in (few, samples)]
+        assert not any(put.partial_shape.is_dynamic for request in requests.values() for put in request.get_compiled_model().inputs)
+    for outputs, again, inputs in ((found[0], found[2], few), (found[1], found[3], samples)):
+        for name, expected in reference(**inputs).items():
+            np.testing.assert_allclose(outputs[name], expected, atol=TOLERANCE)
+            np.testing.assert_array_equal(again[name], outputs[name])
 
 
-def test_so_do_four_shapes_of_a_small_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_for_one_shape_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_deploy.runtime.openvino_engine._NOISE", -1.0)
+    samples = golden_inputs(visible=True)
+    with load(write_bundle(tmp_path / "b")) as engine:
+        engine.run(samples)
+        assert list(engine._requests.values()) == [engine._request]  # type: ignore[attr-defined]
+
+
+def test_the_first_four_shapes_of_a_small_graph_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     samples = golden_inputs(visible=True, keep=6)
     path = write_bundle(tmp_path / "b", external="encoder.onnx.data")
     size = sum((path / name).stat().st_size for name in ("encoder.onnx", "encoder.onnx.data"))
@@ -160,7 +163,7 @@ def test_so_do_four_shapes_of_a_small_graph(tmp_path: Path, monkeypatch: pytest.
             for keep in (1, 2, 3, 4, 5, 6):
                 inputs = {**samples, "ids_keep": samples["ids_keep"][:, :keep]}
                 assert [engine.run(inputs)["tokens"].shape for _ in range(2)] == [(SAMPLES, keep, D)] * 2
-            assert len(engine._special) == expected  # type: ignore[attr-defined]
+            assert len(engine._requests) == expected  # type: ignore[attr-defined]
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -315,3 +318,23 @@ def test_closing(full_bundle: Path) -> None:
     engine.close()
     with pytest.raises(MaeDeployError, match="closed"):
         engine.run(golden_inputs(visible=False))
+
+
+SIGNALS = """
+import faulthandler, os, signal, sys, threading
+from mae_deploy.runtime import Backbone
+
+faulthandler.enable()
+for _ in range(3):
+    engines = [Backbone.load(sys.argv[1], "openvino", threads=1)]
+    thread = threading.Thread(target=engines.clear)
+    thread.start()
+    thread.join()
+signal.signal(signal.SIGUSR1, lambda *_: print("handled"))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+
+
+def test_signals_are_handled_after_another_thread_has_freed_an_engine(tmp_path: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", SIGNALS, str(write_bundle(tmp_path / "b"))], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -82,13 +83,15 @@ def test_the_child_gets_all_that_it_needs(graph: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.chdir(graph.parent)
-    probe_graph(Path("encoder.onnx"), "openvino", EngineOptions(threads=3, affinity=(0, 5)), {"a": np.zeros(1)}, precision="bf16")
+    options = EngineOptions(threads=3, affinity=(0, 5))
+    probe_graph(Path("encoder.onnx"), "openvino", options, {"a": np.zeros(1)}, precision="bf16", bundle=Path())
     ((_, *command, request),) = asked
     assert command[:2] == ["-m", "mae_deploy.runtime.probe"]
     assert json.loads(request) == {
         "graph": str(graph),
+        "bundle": str(graph.parent),
         "engine": "openvino",
-        "options": {"device": "cpu", "threads": 3, "affinity": [0, 5]},
+        "options": {**dataclasses.asdict(options), "affinity": [0, 5]},
         "precision": "bf16",
         "inputs": ["a"],
     }

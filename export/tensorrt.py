@@ -1,0 +1,111 @@
+"""What an export for TensorRT does on this machine's GPU: look for it first, build the engine last, and gate it on PyTorch's outputs of all samples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from mae_deploy.errors import CheckFailed, MissingDependency
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.job import Job
+from mae_deploy.export.proof import judge, tolerance_of
+from mae_deploy.progress import percentage
+from mae_deploy.runtime import tensorrt_api
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cuda_memory import open_memory
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.engine_build import Built, build_engine
+from mae_deploy.runtime.parity import Comparison
+from mae_deploy.runtime.plan_engine import open_plan
+from mae_deploy.runtime.registry import TENSORRT
+from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+
+BASELINE_FILE = "baseline.onnx"
+"""The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""
+
+NO_BUILD = "--no-build writes the bundle here, proven on ONNX Runtime; 'mae-deploy build-engine' then builds the engine on the device"
+
+SPEED_LEFT = "whether it is faster than FP16 is not known yet: 'mae-deploy build-engine' measures both on the device"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DeviceProof:
+    """An engine in a bundle, and what its outputs are."""
+
+    built: Built
+    comparisons: list[Comparison]
+    """Each output over all samples, run as CUDA graphs."""
+    accuracy: tuple[float, float] | None
+    """Top-1 in percent of PyTorch and of the engine, where the samples lie in folders named by class."""
+
+    def record(self) -> dict[str, Any]:
+        """For `parity` of the manifest."""
+        figures = [{key: value for key, value in comparison.to_dict().items() if key != "reason"} for comparison in self.comparisons]
+        return {"passed": True, "engine": TENSORRT, "file": self.built.entry["file"], "num_samples": self.comparisons[0].num_samples, "outputs": figures}
+
+    def speed(self) -> dict[str, Any]:
+        """For the record of quantization, where FP16 was built as well."""
+        baseline = self.built.baseline
+        if baseline is None:
+            return {}
+        milliseconds = {name: values[baseline["profile"]] for name, values in baseline["latency_ms"].items()}
+        return {"speed": f"measured on {self.built.entry['gpu']}", "latency_ratio": baseline["latency_ratio"], "latency_ms": milliseconds}
+
+    def summary(self) -> dict[str, Any]:
+        """For the command's result."""
+        entry, speed = self.built.entry, self.speed()
+        text = f"{entry['file']} for {entry['gpu']}, {entry['latency_ms']:.3f} ms"
+        if speed:
+            text += f", {speed['latency_ratio']:.2f} of FP16's latency"
+        return {"text": text, "file": entry["file"], "gpu": entry["gpu"], "tensorrt": entry["tensorrt"], "latency_ms": entry["latency_ms"], **speed}
+
+
+def require_tensorrt(config: ExportConfig) -> None:
+    """Whatever the build would miss is said here, before anything is computed.
+
+    Raises:
+        MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings.
+        ConfigError: this TensorRT or this GPU cannot compute in the precision.
+    """
+    try:
+        api = tensorrt_api.load_tensorrt()
+        with open_memory(index=api.gpu.index):
+            pass
+    except MissingDependency as error:
+        raise MissingDependency(f"--engine trt builds an engine on this machine: {error}", hint="; ".join(filter(None, (error.hint, NO_BUILD)))) from error
+    tensorrt_api.precision_flags(api.module, config.precision, strong=config.resolved_typing == "strong")
+    tensorrt_api.check_precision(config.precision, api.gpu)
+
+
+def build_and_gate(job: Job, bundle: Bundle) -> DeviceProof:
+    """Build the engine into the bundle, with FP16 beside it where there is a baseline, and compare it with PyTorch on every sample at every size.
+
+    Raises:
+        CheckFailed: its outputs miss the budget, or it is not faster than FP16; both figures are in the message.
+        MaeDeployError: TensorRT cannot build it.
+    """
+    config = job.config
+    with percentage("build") as report:
+        built = build_engine(bundle, profiles=job.profiles, options=config.tensorrt, max_latency=config.int8.max_latency, on_progress=report)
+    with open_plan(bundle, built.entry, EngineOptions()) as engine:
+        return _gate(job, engine, built)
+
+
+def _gate(job: Job, engine: TensorRtEngine, built: Built) -> DeviceProof:
+    failures: list[str] = []
+    for graphs in (False, True, True):  # a CUDA graph is recorded after a plain run of its shape
+        engine.use_graphs = graphs
+        comparisons, missed, accuracy = judge(job, engine, tolerance_of(job), lambda K: _batches(job, K))
+        failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
+    if failures:
+        raise CheckFailed(
+            f"the TensorRT {engine.version} engine misses parity with PyTorch on the samples: {'; '.join(dict.fromkeys(failures))}",
+            hint="nothing was written; another --precision, --optimization-level or TensorRT version may compute it right",
+        )
+    return DeviceProof(built=built, comparisons=comparisons[: len(job.names)], accuracy=accuracy)
+
+
+def _batches(job: Job, K: int | None) -> list[int]:
+    """The smallest, usual and largest batch of every profile that holds this K."""
+    holding = [profile for profile in job.profiles if K is None or profile["K"][0] <= K <= profile["K"][2]]
+    return sorted({batch for profile in holding for batch in profile["B"]})

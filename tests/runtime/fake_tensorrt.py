@@ -1,0 +1,221 @@
+"""A module that stands for `tensorrt` on the stub driver, so that what surrounds TensorRT can be tested without a GPU.
+
+A "plan" is JSON (`plan`); its network gives `cls (B, C)`, the mean of `images (B, C, H, W)`, and `tokens (B, K, C)`, that times `ids_keep (B, K)`. Contexts
+insist on what the real ones do: memory, a profile that no other context has (TensorRT 8 without shared profiles), shapes, addresses, and a plain run
+before a capture.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import json
+import weakref
+from collections.abc import Callable
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+C, H, W = 3, 2, 5
+
+
+class DataType(enum.Enum):
+    FLOAT, HALF, INT32, INT64, BF16, FP8 = range(6)
+
+
+class TensorIOMode(enum.Enum):
+    NONE, INPUT, OUTPUT = range(3)
+
+
+_NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32: np.int32, DataType.INT64: np.int64}
+
+
+def plan(*profiles: dict[str, tuple[int, int, int]], ids: str = "INT64", tokens: str = "FLOAT", batch: int = -1, keep: int = -1) -> bytes:
+    """A plan with these ranges of B and K."""
+    ranges = profiles or ({"B": (1, 2, 4), "K": (1, 3, 7)},)
+    return json.dumps({"profiles": ranges, "ids": ids, "tokens": tokens, "batch": batch, "keep": keep}).encode()
+
+
+def reference(images: Any, ids_keep: Any) -> dict[str, Any]:
+    """What the network computes."""
+    means = np.ascontiguousarray(images).mean(axis=(2, 3))
+    return {"cls": means, "tokens": means[:, None, :] * np.asarray(ids_keep)[..., None].astype(np.float32)}
+
+
+def make_tensorrt(driver: ctypes.CDLL, *, version: str = "10.3.0", shared_profiles: bool = True) -> ModuleType:
+    """The module, on a loaded stub driver."""
+    trt: Any = ModuleType("tensorrt")
+    graphs = _Graphs(driver)
+
+    class ILogger:
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    class Runtime:
+        def __init__(self, logger: Any) -> None:
+            self.logger = logger
+            self.engine_host_code_allowed = False
+
+        def deserialize_cuda_engine(self, content: bytes) -> Any:
+            assert driver.stub_depth() == 1, "no context is current"
+            try:
+                return _Engine(trt, graphs, json.loads(content), shared_profiles=shared_profiles)
+            except ValueError:
+                self.logger.log(Severity.ERROR, "the plan is not one of ours")
+                return None
+
+    class Severity(enum.Enum):
+        INTERNAL_ERROR, ERROR, WARNING, INFO, VERBOSE = range(5)
+
+    trt.__version__, trt.ILogger, trt.Runtime = version, ILogger, Runtime
+    trt.DataType, trt.TensorIOMode, trt.nptype = DataType, TensorIOMode, _nptype
+    trt.contexts = []
+    if not version.startswith("8"):
+        trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user-managed")
+    return trt  # type: ignore[no-any-return]
+
+
+def _nptype(kind: DataType) -> Any:
+    if kind not in _NUMPY:
+        raise TypeError("Could not resolve TensorRT datatype to an equivalent numpy datatype.")
+    return _NUMPY[kind]
+
+
+class _Graphs:
+    """What was put on a stream during its capture, and is done at each launch."""
+
+    def __init__(self, driver: ctypes.CDLL) -> None:
+        self.driver = driver
+        driver.stub_capture.argtypes, driver.stub_capture.restype = (ctypes.c_void_p,), ctypes.c_long
+        self._work: dict[int, Callable[[], None]] = {}
+        self._callback = ctypes.CFUNCTYPE(None, ctypes.c_long)(lambda graph: self._work[graph]())
+        driver.stub_on_launch(self._callback)
+
+    def do(self, stream: int, work: Callable[[], None]) -> None:
+        graph = self.driver.stub_capture(stream)
+        if graph:
+            self._work[graph] = work
+        else:
+            work()
+
+
+class _Engine:
+    def __init__(self, trt: Any, graphs: _Graphs, content: dict[str, Any], *, shared_profiles: bool) -> None:
+        self.trt, self.graphs, self.content, self.shared_profiles = trt, graphs, content, shared_profiles
+        B, K = content["batch"], content["keep"]
+        self.tensors: dict[str, tuple[TensorIOMode, DataType, tuple[int, ...]]] = {
+            "images": (TensorIOMode.INPUT, DataType.FLOAT, (B, C, H, W)),
+            "ids_keep": (TensorIOMode.INPUT, DataType[content["ids"]], (B, K)),
+            "cls": (TensorIOMode.OUTPUT, DataType.FLOAT, (B, C)),
+            "tokens": (TensorIOMode.OUTPUT, DataType[content["tokens"]], (B, K, C)),
+        }
+        self.num_io_tensors = len(self.tensors)
+        self.num_optimization_profiles = len(content["profiles"])
+        setattr(self, "device_memory_size" if trt.__version__.startswith("8") else "device_memory_size_v2", 1000)
+
+    def get_tensor_name(self, index: int) -> str:
+        return list(self.tensors)[index]
+
+    def get_tensor_mode(self, name: str) -> TensorIOMode:
+        return self.tensors[name][0]
+
+    def get_tensor_dtype(self, name: str) -> DataType:
+        return self.tensors[name][1]
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        return list(self.tensors[name][2])
+
+    def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
+        sizes = self.content["profiles"][index]
+        return [_sized(self.tensors[name][2], sizes["B"][which], sizes["K"][which]) for which in range(3)]
+
+    def create_execution_context_without_device_memory(self) -> Any:
+        assert self.trt.__version__.startswith("8"), "gone in 11"
+        return _Context(self)
+
+    def create_execution_context(self, strategy: Any) -> Any:
+        assert strategy == "user-managed"
+        return _SizedContext(self)
+
+    def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        B, K = shapes["ids_keep"]
+        found = reference(self._at(addresses, "images", shapes["images"]), self._at(addresses, "ids_keep", (B, K)))
+        self._at(addresses, "cls", (B, C))[...] = found["cls"]
+        tokens = self._at(addresses, "tokens", (B, K, C))
+        tokens[...] = found["tokens"].view(np.uint32) >> 16 if tokens.dtype == np.uint16 else found["tokens"]
+
+    def _at(self, addresses: dict[str, int], name: str, shape: tuple[int, ...]) -> Any:
+        dtype = np.dtype(_NUMPY.get(self.tensors[name][1], np.uint16))
+        size = int(np.prod(shape)) * dtype.itemsize
+        return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(addresses[name])).view(dtype).reshape(shape)
+
+
+def _sized(shape: tuple[int, ...], batch: int, keep: int) -> list[int]:
+    """A shape whose first open size is B, and whose second is K."""
+    sizes = [batch if axis == 0 else keep for axis in range(2)]
+    return [sizes[axis] if side == -1 else side for axis, side in enumerate(shape)]
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self.engine = engine
+        self.device_memory = 0
+        self.profile: int | None = None
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
+        self.has_run = False
+        self.fails = False
+        engine.trt.contexts.append(_Weak(self))
+
+    def set_optimization_profile_async(self, index: int, stream: int) -> bool:
+        others = [weak.context for weak in self.engine.trt.contexts]
+        if not self.engine.shared_profiles and any(other is not None and other is not self and other.profile == index for other in others):
+            return False
+        self.profile = index
+        return stream != 0
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        assert self.profile is not None
+        least, _, most = self.engine.get_tensor_profile_shape(name, self.profile)
+        self.shapes[name] = tuple(shape)
+        self.has_run = False
+        return all(low <= side <= high for low, side, high in zip(least, shape, most, strict=True))
+
+    def infer_shapes(self) -> list[str]:
+        return [name for name in ("images", "ids_keep") if name not in self.shapes]
+
+    def get_tensor_shape(self, name: str) -> list[int]:
+        (B, K), sides = self.shapes["ids_keep"], self.engine.tensors[name][2]
+        return list(self.shapes[name]) if name in self.shapes else _sized(tuple(sides), B, K)
+
+    def set_tensor_address(self, name: str, memory: int) -> bool:
+        self.addresses[name] = memory
+        return True
+
+    def execute_async_v3(self, stream: int) -> bool:
+        assert self.device_memory
+        assert set(self.addresses) == set(self.engine.tensors)
+        assert not self.infer_shapes()
+        if self.fails or (not self.has_run and self.engine.graphs.driver.stub_capture(stream)):
+            return False
+        self.has_run = True
+        engine, shapes, addresses = self.engine, dict(self.shapes), dict(self.addresses)
+        self.engine.graphs.do(stream, lambda: engine.compute(shapes, addresses))
+        return True
+
+
+class _SizedContext(_Context):
+    def set_device_memory(self, memory: int, size: int) -> None:
+        assert size == 1000
+        self.device_memory = memory
+
+
+class _Weak:
+    """A context as long as somebody has it."""
+
+    def __init__(self, context: _Context) -> None:
+        self._reference = weakref.ref(context)
+
+    @property
+    def context(self) -> _Context | None:
+        return self._reference()

@@ -1,0 +1,54 @@
+"""A bundle with a TensorRT plan in it: its record is right, its content only a few bytes that nobody reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.manifest import EngineEntry, file_entry
+from tests.runtime.tiny_bundle import write_bundle
+
+PLAN = b"not a plan, but a file that is copied\x00"
+PLAN_FILE = "engines/10.3.0-orin-fp16.plan"
+
+
+def planned(path: Path, *, entry: Mapping[str, Any] | None = None, **settings: Any) -> Bundle:
+    """A tiny bundle with one plan; its profile is the manifest's.
+
+    Args:
+        entry: what is otherwise in the plan's record.
+    """
+    write_bundle(path, **settings)
+    (path / PLAN_FILE).parent.mkdir()
+    (path / PLAN_FILE).write_bytes(PLAN)
+    manifest = json.loads((path / "manifest.json").read_text())
+    record = {
+        "file": PLAN_FILE,
+        "tensorrt": "10.3.0",
+        "gpu": "Orin",
+        "compute_capability": [8, 7],
+        "precision": "fp16",
+        "profiles": [manifest["profile"]],
+        "hardware_compatible": "none",
+        "version_compatible": False,
+        "stripped": False,
+        "created": "2026-01-02T03:04:05+00:00",
+        "build": {"size": len(PLAN), "seconds": 1.0, "kernels": {"layers": 3, "fused_attention": 2, "precisions": {"fp16": 3}}, "warnings": []},
+        "parity": {"checks": 7, "sizes": ["B 1", "B 8"]},
+        "latency_ms": 0.5,
+        "layers": None,
+        **(entry or {}),
+    }
+    manifest["engines"] = [record]
+    manifest["files"][PLAN_FILE] = file_entry(path / PLAN_FILE)
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return Bundle.load(path)
+
+
+def plan_of(bundle: Bundle) -> EngineEntry:
+    """Its only plan."""
+    (entry,) = bundle.manifest["engines"]
+    return entry

@@ -1,0 +1,217 @@
+"""What an engine is built from and for, and when INT8 is kept; building itself needs a GPU (tests/gpu)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.runtime import engine_build
+from mae_deploy.runtime.benchmark import Timing
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cuda import Gpu
+from mae_deploy.runtime.engine_build import Built, build_engine, compare_speed, graph_for, resolve_profiles, verdict
+from mae_deploy.runtime.manifest import file_entry
+from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from mae_deploy.runtime.parity import Comparison
+from mae_deploy.runtime.tensorrt_build import Plan
+from mae_deploy.runtime.verify import Check
+from tests.runtime.tiny_bundle import K, N, write_bundle
+
+MANIFEST = "manifest.json"
+
+
+def quantized(path: Path, *, policy: str = "static", baseline: bool = True, precision: str = "int8") -> Bundle:
+    """A bundle that says of itself that it is INT8, with its own graph as the FP16 one."""
+
+    def change(manifest: dict[str, Any]) -> None:
+        manifest["quantization"] = {"policy": policy}
+        if baseline:
+            (path / "baseline.onnx").write_bytes((path / "encoder.onnx").read_bytes())
+            manifest["quantization"]["baseline"] = "baseline.onnx"
+            manifest["files"]["baseline.onnx"] = file_entry(path / "baseline.onnx")
+
+    return Bundle.load(write_bundle(path, precision=precision, change=change))
+
+
+def typed(path: Path, precision: str, typing: str) -> Bundle:
+    return Bundle.load(write_bundle(path, precision=precision, change=lambda manifest: manifest.update(typing=typing)))
+
+
+# --- from what -------------------------------------------------------------------------------------------------------
+
+
+def test_a_weak_fp32_graph_is_built_in_what_is_asked_for(tmp_path: Path) -> None:
+    bundle = typed(tmp_path / "b", "fp32", "weak")
+    assert {graph_for(bundle, precision) for precision in ("fp32", "fp16", "bf16")} == {"encoder.onnx"}
+    with pytest.raises(ConfigError, match=r"the weakly typed fp32 graph of .* cannot be built in int8") as caught:
+        graph_for(bundle, "int8")
+    assert caught.value.hint == "export with --engine trt --precision int8"
+
+
+@pytest.mark.parametrize(
+    ("own", "typing", "other"), [("fp16", "strong", "fp32"), ("fp32", "strong", "fp16"), ("fp16", "weak", "fp32"), ("bf16", "weak", "fp16")]
+)
+def test_any_other_graph_only_in_what_it_is(tmp_path: Path, own: str, typing: str, other: str) -> None:
+    bundle = typed(tmp_path / "b", own, typing)
+    assert graph_for(bundle, own) == "encoder.onnx"
+    with pytest.raises(ConfigError, match=f"the {typing}ly typed {own} graph .* cannot be built in {other}"):
+        graph_for(bundle, other)
+
+
+def test_int8_has_an_fp16_graph_beside_it(tmp_path: Path) -> None:
+    bundle = quantized(tmp_path / "b")
+    assert (graph_for(bundle, "int8"), graph_for(bundle, "fp16")) == ("encoder.onnx", "baseline.onnx")
+    with pytest.raises(ConfigError, match="cannot be built in fp32"):
+        graph_for(bundle, "fp32")
+    with pytest.raises(ConfigError, match="has no FP16 graph to compare int8 with"):
+        graph_for(quantized(tmp_path / "without", baseline=False), "int8")
+    with pytest.raises(ConfigError, match="has dynamic INT8, which TensorRT does not read"):
+        graph_for(quantized(tmp_path / "dynamic", policy="dynamic"), "int8")
+
+
+# --- for which sizes -------------------------------------------------------------------------------------------------
+
+
+def test_what_no_profile_gives_is_what_the_graph_was_proven_for(visible_bundle: Path, full_bundle: Path) -> None:
+    bundle = Bundle.load(visible_bundle)
+    proven = {"B": (1, 8, 32), "K": (1, K, N)}
+    assert resolve_profiles(bundle, []) == [proven]
+    assert resolve_profiles(bundle, [{"B": (2, 2, 2)}, {"K": (3, 3, 5)}]) == [{"B": (2, 2, 2), "K": (1, K, N)}, {"B": (1, 8, 32), "K": (3, 3, 5)}]
+    assert resolve_profiles(Bundle.load(full_bundle), []) == [{"B": (1, 8, 32)}]
+
+
+def test_without_any_those_of_the_export(tmp_path: Path) -> None:
+    def exported(manifest: dict[str, Any]) -> None:
+        manifest["provenance"]["export"] = {"profile": "B:1,1,1 K:4,4,4; B:8,16,32"}
+
+    bundle = Bundle.load(write_bundle(tmp_path / "b", change=exported))
+    assert resolve_profiles(bundle, []) == [{"B": (1, 1, 1), "K": (4, 4, 4)}, {"B": (8, 16, 32), "K": (1, K, N)}]
+    assert resolve_profiles(bundle, [{"B": (2, 2, 2)}]) == [{"B": (2, 2, 2), "K": (1, K, N)}]
+
+
+@pytest.mark.parametrize(
+    ("settings", "profile", "said"),
+    [
+        ({"token_mode": "full"}, {"K": (1, 2, 3)}, "--profile K:1,2,3: a graph of all patches has no K"),
+        ({"batch": 2}, {"B": (1, 2, 3)}, "--profile B:1,2,3: the graph is fixed to B = 2"),
+        ({"keep": 4}, {"K": (4, 4, 5)}, "--profile K:4,4,5: the graph is fixed to K = 4"),
+        ({"profile_keep": (2, 4, 6)}, {"K": (1, 4, 6)}, "--profile K:1,4,6: the graph was proven for K from 2 to 6"),
+        ({"profile_keep": (2, 4, 6)}, {"K": (2, 4, 7)}, "the graph was proven for K from 2 to 6"),
+        ({}, {"K": (5, 6, 7)}, "no --profile holds K = 4, with which the golden samples prove the engine"),
+    ],
+)
+def test_sizes_that_cannot_be_had(tmp_path: Path, settings: dict[str, Any], profile: Any, said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        resolve_profiles(Bundle.load(write_bundle(tmp_path / "b", **settings)), [profile])
+
+
+def test_fixed_sizes_may_be_named(tmp_path: Path) -> None:
+    assert resolve_profiles(Bundle.load(write_bundle(tmp_path / "b", batch=2)), [{"B": (2, 2, 2)}]) == [{"B": (2, 2, 2), "K": (1, K, N)}]
+
+
+# --- which is kept ---------------------------------------------------------------------------------------------------
+
+
+def timings(*milliseconds: float) -> list[Timing]:
+    return [Timing((value / 1000,)) for value in milliseconds]
+
+
+def test_the_profile_where_int8_does_worst_decides() -> None:
+    speed = compare_speed(timings(1.0, 9.0), timings(2.0, 8.0), "int8")
+    assert speed == {"latency_ratio": 1.125, "profile": 1, "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]}}
+    assert verdict("int8", [], speed) == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms"
+
+
+@pytest.mark.parametrize(
+    ("milliseconds", "failures", "most", "said"),
+    [
+        (0.99, [], 1.0, None),
+        (1.0, [], 1.0, "it is not faster"),
+        (0.9, [], 0.8, "it is not fast enough"),
+        (0.5, ["golden: cls: sqnr_db 3 is below 30"], 1.0, r"it misses its budget \(golden: cls: sqnr_db 3 is below 30\); it takes 0.50 of"),
+    ],
+)
+def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], most: float, said: str | None) -> None:
+    found = verdict("fp8", failures, compare_speed(timings(milliseconds), timings(1.0), "fp8"), most)
+    assert (found is None) if said is None else (found is not None and said.replace("\\", "") in found)
+
+
+class OnGraph(OnnxRuntimeEngine):
+    """ONNX Runtime in the place of TensorRT: it runs the graph whose path the plan holds."""
+
+    use_graphs = False
+
+    def __init__(self, path: Path, options: Any, *, precision: str, host_code: bool, weights: Path | None) -> None:
+        super().__init__(Path(path.read_text()), options, precision=precision)
+        self.name = "tensorrt"
+
+    def run_on_device(self, inputs: Any) -> Any:
+        return self.run(inputs)
+
+
+@pytest.fixture
+def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
+    """Everything but TensorRT itself; the timings that are found can be changed."""
+    gpu = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
+    found = {"int8": timings(1.0), "fp16": timings(2.0), "fp32": timings(4.0)}
+
+    def plan_of(graph: Path, **given: Any) -> Plan:
+        given["on_progress"]("tactics", 1.0)
+        options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
+        return Plan(content=str(graph).encode(), layers=None, record={"precision": given["precision"], "options": options})
+
+    monkeypatch.setattr(engine_build, "load_tensorrt", lambda: type("Api", (), {"version": "10.3.0", "gpu": gpu}))
+    monkeypatch.setattr(engine_build, "build_plan", plan_of)
+    monkeypatch.setattr(engine_build, "TensorRtEngine", OnGraph)
+    monkeypatch.setattr(engine_build, "_time", lambda *_: found)
+    return found
+
+
+def build(bundle: Bundle, **settings: Any) -> tuple[Built, list[tuple[str, float]]]:
+    seen: list[tuple[str, float]] = []
+    return build_engine(bundle, profiles=[{"B": (1, 2, 3)}], on_progress=lambda phase, share: seen.append((phase, share)), **settings), seen
+
+
+def test_an_engine_that_passes_is_in_the_bundle(visible_bundle: Path, without_a_gpu: Any) -> None:
+    built, seen = build(Bundle.load(visible_bundle))
+    (entry,) = Bundle.load(visible_bundle).manifest["engines"]
+    assert entry == built.entry
+    assert (entry["precision"], entry["latency_ms"], entry["profiles"]) == ("fp32", 4.0, [{"B": [1, 2, 3], "K": [1, K, N]}])
+    assert (entry["build"]["graph"], entry["build"]["against_fp16"], entry["build"]["rejected"]) == ("encoder.onnx", None, None)
+    assert entry["parity"]["passed"] is True
+    assert seen == [("fp32: tactics", 0.8), ("fp32: parity", 0.8)]
+
+
+def test_int8_that_is_faster(tmp_path: Path, without_a_gpu: Any) -> None:
+    built, seen = build(quantized(tmp_path / "b"))
+    assert (built.entry["precision"], built.rejected) == ("int8", None)
+    assert built.baseline == {"latency_ratio": 0.5, "profile": 0, "latency_ms": {"int8": [1.0], "fp16": [2.0]}}
+    assert [share for _, share in seen] == [0.4, 0.4, 0.9, 0.9]
+
+
+def test_int8_that_is_slower_is_refused_or_fp16_is_kept(tmp_path: Path, without_a_gpu: dict[str, list[Timing]]) -> None:
+    without_a_gpu["int8"] = timings(3.0)
+    bundle = quantized(tmp_path / "b")
+    with pytest.raises(CheckFailed, match=r"INT8 is rejected: it is not faster; it takes 1\.50 of FP16's latency, 3\.000 against 2\.000 ms") as caught:
+        build(bundle)
+    assert caught.value.hint == "--prefer fp16 keeps FP16 in its place"
+    assert Bundle.load(bundle.path).manifest["engines"] == []
+    built, _ = build(bundle, prefer="fp16")
+    assert (built.entry["precision"], built.entry["latency_ms"], built.entry["build"]["graph"]) == ("fp16", 2.0, "baseline.onnx")
+    assert built.rejected is not None
+    assert built.entry["build"]["rejected"] == built.rejected
+
+
+def test_an_engine_that_is_wrong_is_not_kept(visible_bundle: Path, without_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*_: Any) -> Sequence[Check]:
+        return [Check("profile 0 max, B=3", Comparison(name="cls"), ("cls: cosine 0.3 is below 0.99999",))]
+
+    monkeypatch.setattr(engine_build, "prove_plan", wrong)
+    bundle = Bundle.load(visible_bundle)
+    with pytest.raises(CheckFailed, match=r"the TensorRT 10\.3\.0 engine in fp32 misses parity: profile 0 max, B=3: cls: cosine 0\.3"):
+        build(bundle)
+    assert Bundle.load(visible_bundle).manifest["engines"] == []

@@ -1,0 +1,137 @@
+"""The proof of an engine finds what is wrong at one size only, or in CUDA graphs only; ONNX Runtime stands in TensorRT's place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+
+from mae_deploy.errors import MissingDependency
+from mae_deploy.preprocess import Array
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from mae_deploy.runtime.plan_parity import inputs_at, parity_record, prove_plan, repeated
+from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt_options import Profile
+from mae_deploy.runtime.verify import Check
+from tests.runtime.tiny_bundle import OUTPUTS, K, N, write_bundle
+
+PROFILES: list[Profile] = [{"B": (1, 1, 1), "K": (K, K, K)}, {"B": (2, 3, 7), "K": (2, 5, N)}]
+
+
+class Planned(OnnxRuntimeEngine):
+    """An engine with CUDA graphs and sizes, which may be wrong for one of them."""
+
+    def __init__(self, bundle: Bundle, *, wrong_sizes: tuple[int, ...] | None = None, wrong_graphs: bool = False, precision: str | None = None) -> None:
+        super().__init__(bundle.graph(), EngineOptions(), precision=precision or bundle.precision)
+        self.name = "tensorrt"
+        self.use_graphs = False
+        self.sizes = PROFILES if "K" in bundle.manifest["profile"] else [{"B": (2, 3, 7)}]
+        self.met: set[tuple[int, ...]] = set()
+        self.wrong_sizes, self.wrong_graphs = wrong_sizes, wrong_graphs
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        found = super()._run(inputs, outputs)
+        sizes = inputs["ids_keep"].shape if "ids_keep" in inputs else inputs["images"].shape[:1]
+        replayed = self.use_graphs and sizes in self.met
+        self.met |= {sizes} if self.use_graphs else set()
+        if sizes == self.wrong_sizes or (self.wrong_graphs and replayed):
+            found["cls"] = found["cls"] * np.float32(1.01)
+        return found
+
+
+def prove(bundle: Bundle, profiles: Sequence[Profile] = PROFILES, **flaws: Any) -> list[Check]:
+    with Planned(bundle, **flaws) as engine:
+        return prove_plan(bundle, cast(TensorRtEngine, engine), profiles)
+
+
+def failed(checks: Sequence[Check]) -> set[tuple[str, str]]:
+    return {(check.name, check.comparison.name) for check in checks if check.failures}
+
+
+def test_a_right_engine_passes_at_every_size(visible_bundle: Path) -> None:
+    checks = prove(Bundle.load(visible_bundle))
+    assert not failed(checks)
+    names = ["profile 0 min, B=1, K=4", "profile 1 min, B=2, K=2", "profile 1 opt, B=3, K=5", f"profile 1 max, B=7, K={N}"]
+    both = [form for name in names for form in (name, f"{name}, CUDA graph")]
+    assert list(dict.fromkeys(check.name for check in checks if check.name.startswith("profile"))) == both
+    golden = [check.comparison.name for check in checks if check.name == "golden"]
+    assert golden == list(OUTPUTS)
+    assert {"permuted ids_keep, CUDA graph", "sample alone", "golden, CUDA graph", "run again"} <= {check.name for check in checks}
+
+
+def test_an_engine_that_is_wrong_at_one_size(visible_bundle: Path) -> None:
+    checks = prove(Bundle.load(visible_bundle), wrong_sizes=(7, N))
+    assert failed(checks) == {(f"profile 1 max, B=7, K={N}", "cls"), (f"profile 1 max, B=7, K={N}, CUDA graph", "cls")}
+
+
+def test_an_engine_that_is_wrong_in_cuda_graphs(visible_bundle: Path) -> None:
+    found = failed(prove(Bundle.load(visible_bundle), wrong_graphs=True))
+    assert len({name for name, _ in found if name.startswith("profile")}) == 4
+    assert found == {(name, "cls") for name, _ in found}
+    assert all(name.endswith(", CUDA graph") for name, _ in found)
+
+
+@pytest.mark.parametrize("settings", [{"token_mode": "full"}, {"token_mode": "ragged"}, {"batch": 2}, {"keep": 4}, {"images": "uint8"}])
+def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
+    bundle = Bundle.load(write_bundle(tmp_path / "b", **settings))
+    proven = bundle.manifest["profile"]
+    few = {"B": proven["B"] if bundle.fixed_batch else [2, 3, 7], "K": proven.get("K", [])}
+    profile: Profile = {name: (few[name][0], few[name][1], few[name][2]) for name in proven}
+    with Planned(bundle) as engine:
+        engine.sizes = [profile]
+        checks = prove_plan(bundle, cast(TensorRtEngine, engine), [profile])
+    assert not failed(checks)
+    assert any(check.name.startswith("profile 0") for check in checks)
+
+
+def test_the_tolerance_is_that_of_the_engine_s_precision(tmp_path: Path) -> None:
+    bundle = Bundle.load(write_bundle(tmp_path / "b", bits=14))  # too coarse for FP32, fine for FP16
+    with Planned(bundle, precision="fp16") as engine:
+        golden = [check for check in prove_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1]) if check.name.startswith("golden")]
+    assert len(golden) == 2 * len(OUTPUTS)
+    assert not failed(golden)
+    assert any(check.name == "golden" for check in prove(bundle, PROFILES[:1]) if check.failures)
+
+
+def test_without_a_reference_the_golden_outputs_judge_every_batch(tmp_path: Path) -> None:
+    bundle = Bundle.load(write_bundle(tmp_path / "b", precision="bf16", change=lambda manifest: manifest.update(typing="strong")))
+    names = {check.name for check in prove(bundle) if check.name.startswith("profile")}
+    assert names == {"profile 0 min, B=1, K=4", "profile 0 min, B=1, K=4, CUDA graph"}, "PyTorch's outputs are there for K = 4 alone"
+
+
+def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(visible_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mae_deploy.runtime.plan_parity.util.find_spec", lambda _: None)
+    bundle = Bundle.load(visible_bundle)
+    checks = prove(bundle, [{"B": (1, 2, 3), "K": (K, K, K)}])
+    assert failed(checks) == set()
+    assert {check.name.partition(",")[0] for check in checks} >= {"profile 0 min", "profile 0 opt", "profile 0 max"}
+    with pytest.raises(MissingDependency, match=f"for the golden samples' {K} patches alone, not for 1$"):
+        prove(bundle, [{"B": (1, 2, 3), "K": (1, K, K)}])
+
+
+def test_samples_of_any_size(tmp_path: Path) -> None:
+    bundle = Bundle.load(write_bundle(tmp_path / "b", token_mode="ragged"))
+    golden = bundle.golden()
+    same = inputs_at(bundle, golden, golden["ids_keep"].shape[1])
+    assert set(same) == {"images", "ids_keep", "num_keep"}
+    np.testing.assert_array_equal(same["num_keep"], golden["num_keep"])
+    other = inputs_at(bundle, golden, 11)
+    assert other["ids_keep"].shape == (5, 11)
+    assert all(len(set(row)) == 11 for row in other["ids_keep"].tolist())
+    assert (other["num_keep"].min(), other["num_keep"].max()) == (1, 11)
+    more = repeated(other, 7)
+    np.testing.assert_array_equal(more["ids_keep"][5:], other["ids_keep"][:2])
+    assert repeated(other, 3)["images"].shape[0] == 3
+
+
+def test_the_record_for_the_manifest(visible_bundle: Path) -> None:
+    record = parity_record(prove(Bundle.load(visible_bundle), wrong_sizes=(7, N)))
+    assert (record["passed"], len(record["golden"]), len(record["sizes"])) == (False, len(OUTPUTS), 8)
+    assert record["worst"]["cls"]["sqnr_db"] == pytest.approx(40, abs=0.1), "one percent"
+    assert record["worst"]["tokens"]["sqnr_db"] is None or record["worst"]["tokens"]["sqnr_db"] > 100
+    assert parity_record(prove(Bundle.load(visible_bundle)))["passed"] is True
