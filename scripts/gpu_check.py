@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.files import atomic_path, read_json, write_json, write_text
@@ -81,8 +80,8 @@ _PROBES = {
     "export": "import torch, onnx, ml_dtypes, safetensors; print(torch.__version__)",
     "pytest": "import pytest; print(pytest.__version__)",
     "pytorch": "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.__version__)",
-    "tensorrt": "from mae_deploy.runtime.cuda_memory import open_memory; from mae_deploy.runtime.tensorrt_api import load_tensorrt; api = load_tensorrt(); "
-    "open_memory().close(); print(api.version)",
+    "tensorrt": "import typer, rich; from mae_deploy.runtime.cuda_memory import open_memory; from mae_deploy.runtime.tensorrt_api import load_tensorrt; "
+    "api = load_tensorrt(); open_memory().close(); print(api.version)",
     "onnxruntime": "import onnxruntime as o; assert 'CUDAExecutionProvider' in o.get_available_providers(), 'no CUDAExecutionProvider'; print(o.__version__)",
 }
 """Tried in processes of their own: a library that ends its process takes none of the results along."""
@@ -273,6 +272,8 @@ def make_weights(name: str, folder: Path) -> Outcome:
 
 def make_images(folder: Path) -> Outcome:
     """Images with coarse and fine structure of random colours and contrasts, in place of photographs."""
+    from PIL import Image
+
     rng = np.random.default_rng(0)
     with atomic_path(folder) as aside:
         aside.mkdir(parents=True)

@@ -66,11 +66,15 @@ def test_a_run_without_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def keep_the_record(manifest: dict[str, Any]) -> None:
         manifest["provenance"] = {"checkpoint": PROVENANCE}
+        manifest["engine"] = "tensorrt"
+        manifest["parity"] = {"onnx-fp32": {"engine": "onnxruntime"}}
 
     bundle = write_bundle(tmp_path / "bundle", keep=4, batch=2, change=keep_the_record)
     data = info(bundle, capsys)
     assert (data["type"], data["path"], data["token_mode"], data["keep"], data["licence"]) == ("bundle", str(bundle), "visible", 4, "Apache-2.0")
     printed = shown(bundle, capsys, monkeypatch)
+    assert "made for │ tensorrt" in " ".join(printed.split())
+    assert "proven on │ onnxruntime" in " ".join(printed.split())
     for expected in ("visible, K = 4", "Apache-2.0", "distill (teacher: finetune < import) < pretrain", "cls, tokens, pooled, logits", "tiny, 3x6x14, patch 2"):
         assert expected in printed, expected
 
