@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
+from importlib import util
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,7 @@ _PROBES = {
     "export": "import torch, onnx, ml_dtypes, safetensors; print(torch.__version__)",
     "pytest": "import pytest; print(pytest.__version__)",
     "pytorch": "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.__version__)",
-    "tensorrt": "import typer, rich; from mae_deploy.runtime.cuda_memory import open_memory; from mae_deploy.runtime.tensorrt_api import load_tensorrt; "
+    "tensorrt": "from mae_deploy.runtime.cuda_memory import open_memory; from mae_deploy.runtime.tensorrt_api import load_tensorrt; "
     "api = load_tensorrt(); open_memory().close(); print(api.version)",
     "onnxruntime": "import onnxruntime as o; assert 'CUDAExecutionProvider' in o.get_available_providers(), 'no CUDAExecutionProvider'; print(o.__version__)",
 }
@@ -236,7 +237,9 @@ def verify_command(bundle: Path) -> list[str]:
 
 def run_command(command: Sequence[str]) -> Outcome:
     """Run a command of ours that prints JSON; an INT8 engine that is rejected is an answer and no failure."""
-    done = subprocess.run([sys.executable, "-m", "mae_deploy", *command[1:]], capture_output=True, text=True)
+    has_command_line = all(map(util.find_spec, ("typer", "rich")))
+    module = "mae_deploy" if has_command_line else "scripts.gpu_check_device"
+    done = subprocess.run([sys.executable, "-m", module, *command[1:]], capture_output=True, text=True)
     why = " ".join(line.strip() for line in done.stderr.strip().splitlines()[-_WHY_LINES:])
     if done.returncode == 0:
         return Outcome(status="done", result=json.loads(done.stdout))
