@@ -4,21 +4,24 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.data.dataset import ImageDataset, ImageList, labelled_images, unlabelled_images
+from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.find import labelled_images, unlabelled_images
+from mae_deploy.data.opening import train_dataset
+from mae_deploy.data.sources import ImageSource, Joined
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.distill.losses import FeatureDistiller, label_loss, logits_loss
-from mae_deploy.distill.teacher import FeatureTeacher, LogitsTeacher, resolve_block
+from mae_deploy.distill.teacher import LogitsTeacher, resolve_block
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.config import EncoderConfig, num_keep
 from mae_deploy.models.load import Loaded, read_weights, start_from
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.masking import num_keep, random_masking
+from mae_deploy.models.masking import random_masking
+from mae_deploy.models.teacher import FeatureTeacher
 from mae_deploy.models.vit import Classifier
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.seeding import derive_seed, seed_everything
@@ -26,6 +29,7 @@ from mae_deploy.training.evaluate import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim import decay_groups, layer_decay_groups
 from mae_deploy.training.run_folder import RunFolder
+from mae_deploy.training.step import StepBatch
 
 M = TypeVar("M", MaskedAutoencoder, Classifier)
 
@@ -55,9 +59,9 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
     settings = config.features
     if num_keep(encoder.num_patches, settings.mask_ratio) == 0:
         raise ConfigError(f"--mask-ratio {settings.mask_ratio} of {encoder.num_patches} patches leaves nothing to see")
-    images = unlabelled_images(config.data)
+    images = unlabelled_images(config.data, config.images.columns)
     data = images.fingerprint()
-    features = FeatureTeacher(teacher, encoder.grid_size, settings.teacher_block)
+    features = FeatureTeacher(teacher, encoder.grid_size, resolve_block(settings.teacher_block, teacher.encoder_config.blocks, "--teacher-block"))
     seed_everything(derive_seed(config.seed, "weights"))
     student = _started(MaskedAutoencoder(encoder, config.decoder), init)
     model = FeatureDistiller(
@@ -67,13 +71,13 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
         feature_weight=settings.feature_weight,
         pixel_weight=settings.pixel_weight,
     )
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
     features.to(accelerator.device)
 
-    def loss(model: nn.Module, images: Tensor, _: Tensor) -> dict[str, Tensor]:
-        masking = random_masking(torch.rand(len(images), encoder.num_patches, device=images.device), settings.mask_ratio)
-        return model(images, masking, features(images, masking.ids_keep))  # type: ignore[no-any-return]
+    def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+        masking = random_masking(batch.rand(encoder.num_patches), settings.mask_ratio)
+        return model(batch.images, masking, features(batch.images, masking.ids_keep))  # type: ignore[no-any-return]
 
     job = Job(
         title="distil features",
@@ -99,8 +103,8 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
 def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec: Preprocess, init: Loaded | None) -> dict[str, Any]:
     settings = config.logits
     expert = LogitsTeacher(teacher)
-    train = labelled_images(config.data, "train", teacher.metadata.class_names)
-    val = labelled_images(config.data, "val", train.class_names)
+    train = labelled_images(config.data, "train", teacher.metadata.class_names, config.images.columns)
+    val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     if train.class_names is None or len(train.class_names) != teacher.metadata.num_classes:
         raise ConfigError(f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.metadata.num_classes}")
     extra = unlabelled_images(settings.unlabelled) if settings.unlabelled is not None else None
@@ -108,16 +112,16 @@ def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec
     seed_everything(derive_seed(config.seed, "weights"))
     student = _started(Classifier(encoder, num_classes=len(train.class_names), pool=settings.pool, drop_path=settings.drop_path), init)
     student.pos_embed.requires_grad_(True)
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
     expert.to(accelerator.device)
 
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        logits = model(images)
-        teacher_loss, own_loss = logits_loss(logits, expert(images), settings.temperature), label_loss(logits, labels)
+    def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+        logits = model(batch.images)
+        teacher_loss, own_loss = logits_loss(logits, expert(batch.images), settings.temperature), label_loss(logits, batch.labels)
         return {"loss": settings.logits_weight * teacher_loss + settings.label_weight * own_loss, "logits_loss": teacher_loss, "label_loss": own_loss}
 
-    both = train if extra is None else ImageList(train.root, train.paths + extra.paths, train.labels + extra.labels, train.class_names)
+    both: ImageSource = train if extra is None else Joined(train, extra)
     job = Job(
         title="distil logits",
         model=student,
@@ -142,9 +146,9 @@ def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec
     return _fit(job, folder, accelerator, config)
 
 
-def _dataset(config: DistillConfig, images: ImageList, spec: Preprocess) -> ImageDataset:
+def _dataset(config: DistillConfig, images: ImageSource, spec: Preprocess) -> ImageDataset:
     transform = train_transform(spec, config.augment)
-    return ImageDataset(images, transform, channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache)
+    return train_dataset(images, transform, config.images, seed=config.seed)
 
 
 def _fit(job: Job, folder: RunFolder, accelerator: Any, config: DistillConfig) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from mae_deploy.export.samples import spread_first
 from mae_deploy.files import atomic_path, sha256
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Encoder
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice, progress
 from mae_deploy.seeding import derive_seed
 
@@ -62,7 +62,7 @@ class CalibrationImages:
         return min(self._count, len(self._paths))
 
     def batches(self) -> Iterator[tuple[list[Path], Array]]:
-        """Files and their pixels, uint8 `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another one read in its place.
+        """Files and their pixels `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another one read in its place.
 
         Raises:
             ConfigError: at the end, if fewer than the minimum could be read.
@@ -74,7 +74,7 @@ class CalibrationImages:
             if read == self._count:
                 break
             try:
-                pixels.append(self.spec.crop(read_image(path, self.spec.channels)))
+                pixels.append(self.spec.crop(self.spec.read(path)))
             except UnreadableImage as error:
                 notice("skipped", str(error))
                 continue
@@ -192,7 +192,7 @@ def _visible(model: Encoder, batch: int, token_sizes: Sequence[int], seed: int, 
         return None
     rng = np.random.default_rng(derive_seed(seed, "calibration", index))
     K = token_sizes[index % len(token_sizes)]
-    return torch.from_numpy(np.stack([rng.permutation(model.config.num_patches)[:K] for _ in range(batch)]))
+    return torch.from_numpy(np.stack([rng.permutation(model.config.num_tokens)[:K] for _ in range(batch)]))
 
 
 def _forward(model: Encoder, images: Tensor, ids: Tensor | None, *, decode: bool) -> None:

@@ -1,6 +1,7 @@
 """The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
 
-Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width.
+Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width. With G groups of bands, what is
+kept is of the G * N patches of all groups, group by group.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 from mae_deploy.checkpoint import Metadata
@@ -23,7 +25,8 @@ from mae_deploy.export.blocks import BlockWriter
 from mae_deploy.export.onnx_builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
 from mae_deploy.export.pyramid import write_pyramid
 from mae_deploy.export.quantize import INT8, ROUNDINGS
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.bands import group_positions
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.preprocess import Preprocess
 
@@ -108,21 +111,42 @@ def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec)
         tensors: the checkpoint's state dict.
 
     Raises:
-        ConfigError: an output that the model does not have, a K outside 1 to N, or a mode that needs a decoder without one.
+        ConfigError: an output that the model does not have, a K outside 1 to N, a mode that needs a decoder without one, or that groups of bands
+            do not have.
     """
     config = from_dict(EncoderConfig, metadata.encoder)
-    if spec.token_mode == "reconstruct" and metadata.kind != "mae":
-        raise ConfigError(f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+    check_decoder(metadata, spec.token_mode)
     known = available_outputs(metadata, spec.token_mode, pyramid=spec.pyramid is not None)
     names = spec.outputs or default_outputs(metadata, spec.token_mode)
     for name in names:
         if name not in known:
             hint = "pass --pyramid with it" if name in LEVELS else f"it has {', '.join(known)}"
             raise ConfigError(f"this model has no output '{name}'", hint=hint)
-    if spec.keep is not None and not 1 <= spec.keep <= config.num_patches:
-        raise ConfigError(f"--tokens {spec.token_mode}:{spec.keep}: K must be within 1 and {config.num_patches}")
+    if spec.keep is not None and not 1 <= spec.keep <= config.num_tokens:
+        raise ConfigError(f"--tokens {spec.token_mode}:{spec.keep}: K must be within 1 and {config.num_tokens}")
     weights = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     return _Graph(metadata, config, weights, spec).write(names)
+
+
+def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
+    """Whether there is a graph of this mode.
+
+    Raises:
+        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder with mask tokens.
+    """
+    if token_mode != "reconstruct":
+        return
+    if metadata.kind != "mae":
+        raise ConfigError(f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+    objective = from_dict(ObjectiveConfig, metadata.objective or {})
+    obstacles = {
+        "a model with --band-groups": metadata.encoder.get("band_groups") is not None,
+        f"a model that predicts {objective.target} instead of pixels": objective.target != "pixels",
+        "a model with mask tokens in the encoder": objective.encoder_mask_tokens,
+    }
+    for model, found in obstacles.items():
+        if found:
+            raise ConfigError(f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged")
 
 
 class _Graph:
@@ -135,7 +159,7 @@ class _Graph:
         self.arithmetic = arithmetic(spec.precision, spec.typing, spec.fp32_ops)
         self.batch: Dim = spec.batch or "B"
         self.visible = spec.token_mode != "full"
-        self.keep: Dim = (spec.keep or "K") if self.visible else config.num_patches
+        self.keep: Dim = (spec.keep or "K") if self.visible else config.num_tokens
         self.averaged = metadata.kind == "classifier" and metadata.pool == "avg"
         self.ragged = spec.token_mode == "ragged"
         self.padding: str | None = None
@@ -204,31 +228,62 @@ class _Graph:
         b = self.builder
         # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the table
         # makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
-        tokens = b.node("Pad", [patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
-        kernel, bias = self._patch_kernel()
-        table = self.weights["pos_embed"][0].copy()
+        groups = self.config.band_groups
+        kernels = self._patch_kernels()
+        embeds = "" if groups is None else self._embed_groups(patches, [kernel for kernel, _ in kernels])
+        tokens = b.node("Pad", [embeds or patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
+        table = self._positions()
         table[0] += self.weights["cls_token"][0, 0]
-        table[1:] += bias
+        table[1:] += np.repeat([bias for _, bias in kernels], self.config.num_patches, axis=0)
         positions = b.weight("position_table", table)
         if self.visible:
             ids = self._token_ids()
             index = b.node("Unsqueeze", [ids, b.integers(2)], "ids/index")
             tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
             positions = b.node("Gather", [positions, ids], "keep/positions", axis=0)
-        tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernel)], "patch_embed/MatMul")
+        if groups is None:
+            tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0][0])], "patch_embed/MatMul")
         return b.node("Add", [tokens, positions], "patch_embed/Add")
 
-    def _patch_kernel(self) -> tuple[Array, Array]:
-        """Weight `(P * P * C, D)` and bias `(D,)` of the patch embedding; with uint8 images, the normalisation folded in.
+    def _embed_groups(self, patches: str, kernels: list[Array]) -> str:
+        """Each group's bands of all patches through its own linear map, group by group: `(B, N, P * P * C) -> (B, G * N, D)`."""
+        b, c = self.builder, self.config
+        embeds = []
+        for group, (bands, kernel) in enumerate(zip(c.band_groups or (), kernels, strict=True)):
+            own = b.node("Gather", [patches, b.weight(f"patch_embed.{group}/columns", self._columns(bands))], f"patch_embed.{group}/patches", axis=2)
+            embeds.append(b.node("MatMul", [own, b.weight(f"patch_embed.{group}.proj.weight", kernel)], f"patch_embed.{group}/MatMul"))
+        return b.node("Concat", embeds, "patch_embed/groups", axis=1)
+
+    def _columns(self, bands: tuple[int, ...]) -> Array:
+        """Where in a patch the pixels of some bands are, channels last: int64 `(P * P * bands,)`."""
+        pixels = np.arange(self.config.patch**2, dtype=np.int64) * self.config.in_chans
+        return (pixels[:, None] + np.array(bands, np.int64)).ravel()
+
+    def _positions(self) -> Array:
+        """What is added to every token, CLS first, `(1 + N, D)`; a copy."""
+        c, positions = self.config, self.weights["pos_embed"]
+        if c.band_groups is None:
+            return positions[0].copy()  # type: ignore[no-any-return]
+        codes = torch.from_numpy(self.weights["channel_embed"])
+        return group_positions(torch.from_numpy(positions), codes, c.num_groups)[0].numpy()
+
+    def _patch_kernels(self) -> list[tuple[Array, Array]]:
+        """Weight `(P * P * C, D)` and bias `(D,)` of the patch embedding, or of each group's."""
+        groups = self.config.band_groups
+        if groups is None:
+            return [self._patch_kernel("patch_embed.proj", tuple(range(self.config.in_chans)))]
+        return [self._patch_kernel(f"patch_embed.{index}.proj", bands) for index, bands in enumerate(groups)]
+
+    def _patch_kernel(self, name: str, bands: tuple[int, ...]) -> tuple[Array, Array]:
+        """Weight and bias of one linear map; with uint8 images, the normalisation folded in.
 
         `W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))`: exact but for rounding.
         """
-        c = self.config
-        kernel = self.weights["patch_embed.proj.weight"].transpose(2, 3, 1, 0).reshape(c.patch_dim, c.width)
-        bias = self.weights["patch_embed.proj.bias"]
+        kernel = self.weights[f"{name}.weight"].transpose(2, 3, 1, 0).reshape(-1, self.config.width)
+        bias = self.weights[f"{name}.bias"]
         if self.spec.images != "uint8":
             return kernel, bias
-        mean, std = self._statistics()
+        mean, std = (values[self._columns(bands)] for values in self._statistics())
         folded = kernel.astype(np.float64)
         bias = bias - (mean / std) @ folded
         return (folded / (255 * std[:, None])).astype(np.float32), bias.astype(np.float32)
@@ -334,9 +389,19 @@ class _Graph:
         return b.node("Div", [total, "padding/num_keep"], "outputs/mean")
 
     def _feature_map(self, tokens: str, name: str) -> str:
-        """Tokens at their places in the grid, zeros where a patch is not visible: `(B, T, D) -> (B, D, H', W')`."""
+        """Tokens at their places in the grid, zeros where a patch is not visible: `(B, T, D) -> (B, D, H', W')`.
+
+        Of groups of bands, the mean over those that are visible at a place.
+        """
         b, c = self.builder, self.config
         patches = self._without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
+        if c.band_groups is not None:
+            patches = b.node("Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups")
+            if self.visible:
+                total = b.node("ReduceSum", [patches, b.integers(1)], f"maps/{name}/sum", keepdims=0)
+                patches = b.node("Div", [total, self._groups_seen], f"maps/{name}/mean")
+            else:
+                patches = b.mean(patches, 1, f"maps/{name}/mean")
         columns = b.node("Transpose", [patches], f"maps/{name}/channels_first", perm=[0, 2, 1])
         return b.node("Reshape", [columns, b.integers(0, c.width, *c.grid_size)], f"maps/{name}")
 
@@ -351,9 +416,17 @@ class _Graph:
     def _one_hot(self) -> str:
         """Which token is at which row of the position table: FP32 `(B, 1 + N, T)`."""
         b = self.builder
-        rows = b.weight("places/rows", np.arange(1 + self.config.num_patches, dtype=np.int64)[None, :, None])
+        rows = b.weight("places/rows", np.arange(1 + self.config.num_tokens, dtype=np.int64)[None, :, None])
         columns = b.node("Unsqueeze", [self.places, b.integers(1)], "places/columns")
         return b.cast(b.node("Equal", [rows, columns], "places/equal"), FLOAT32)
+
+    @cached_property
+    def _groups_seen(self) -> str:
+        """How many groups are visible at each place, at least 1: FP32 `(B, N, 1)`."""
+        b, c = self.builder, self.config
+        seen = self._without_cls(b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches")
+        seen = b.node("Reshape", [seen, b.integers(0, c.num_groups, c.num_patches, 1)], "places/seen_groups")
+        return b.node("Max", [b.node("ReduceSum", [seen, b.integers(1)], "places/groups", keepdims=0), b.scalar(1.0)], "places/groups_seen")
 
     def _reconstruct(self, latent: str, patches: str) -> str:
         """The decoder: every patch's pixels from the latent of the visible ones, FP32 `(B, N, P * P * C)`."""
@@ -367,7 +440,7 @@ class _Graph:
         tokens = b.cast(b.node("Add", [self._placed(visible), table], "decoder/tokens"), self.arithmetic.of("residual"))
         rows = writer.rows(tokens, decoder.decoder_embed_dim, "decoder_blocks/rows")
         for index in range(decoder.decoder_depth):
-            rows = writer.block(rows, f"decoder_blocks.{index}", decoder.decoder_num_heads)
+            rows = writer.block(rows, f"decoder_blocks.{index}", decoder.heads)
         # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the graph has Q/DQ.
         tokens = writer.layer_norm(writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32)
         return self._pixels(writer.fp32_linear(self._without_cls(tokens, "decoder/patches"), "decoder_pred"), patches)

@@ -167,7 +167,7 @@ class _Attempt:
 
     def search(self) -> tuple[frozenset[str] | None, list[LayerRow]]:
         """The fastest mix that meets the budget, or None, and the per-layer table."""
-        model, N = self.job.reference.model, self.job.loaded.encoder_config.num_patches
+        model, N = self.job.reference.model, self.job.loaded.encoder_config.num_tokens
         few = {name: array[:_SENSITIVITY_SAMPLES] for name, array in self.job.trials[0][0].items()}
         noise = sensitivities(model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding)
         K = self.job.ranges["K"][1] if "K" in self.job.ranges else N

@@ -16,7 +16,7 @@ from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.export.arithmetic import arithmetic
 from mae_deploy.export.calibrate import CalibrationImages
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.graph import GraphSpec, available_outputs, build_graph, default_outputs
+from mae_deploy.export.graph import GraphSpec, available_outputs, build_graph, check_decoder, default_outputs
 from mae_deploy.export.onnx_builder import GraphBuilder
 from mae_deploy.export.quantize import attention_obstacle
 from mae_deploy.export.reference import Reference
@@ -68,7 +68,7 @@ class Job:
     @property
     def profiles(self) -> list[Profile]:
         """The sizes of each optimisation profile."""
-        return self.config.profiles(self.loaded.encoder_config.num_patches)
+        return self.config.profiles(self.loaded.encoder_config.num_tokens)
 
     def graph(self, **changes: Any) -> GraphBuilder:
         """The graph that is asked for, or one with other parts of its spec."""
@@ -116,9 +116,12 @@ def prepare(config: ExportConfig) -> Job:
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
     if config.deepstream is not None:
         check_feeding(config.token_mode, config.images, spec, loaded.metadata.class_names)
+    if config.images == "uint8" and spec.dtype != "uint8":
+        raise ConfigError(f"--images uint8: this model's pixels have more than 8 bits (--pixel-max {spec.divisor:g})", hint="export with --images float32")
     encoder = loaded.encoder_config
+    check_decoder(loaded.metadata, config.token_mode)
     names = output_names(config, loaded)
-    ranges = config.ranges(encoder.num_patches)
+    ranges = config.ranges(encoder.num_tokens)
     return Job(
         config=config,
         loaded=loaded,
@@ -141,8 +144,6 @@ def compute_reference(job: Job) -> None:
 def output_names(config: ExportConfig, loaded: Loaded) -> tuple[str, ...]:
     """The outputs in order: those asked for, the blocks of --layers, the levels of --pyramid."""
     metadata = loaded.metadata
-    if config.token_mode == "reconstruct" and metadata.kind != "mae":
-        raise ConfigError(f"--tokens {config.tokens} needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
     names = list(config.outputs or default_outputs(metadata, config.token_mode))
     names += [f"block_{index}" for index in config.layers or ()]
     names += LEVELS if config.pyramid is not None and not set(LEVELS) & set(names) else ()
@@ -173,14 +174,14 @@ def _summary(names: Sequence[str]) -> str:
 def _chosen(job: Job, count: int) -> Arrays:
     if job.config.token_mode == "full":
         return {}
-    return token_inputs(job.config.token_mode, job.loaded.encoder_config.num_patches, job.ranges["K"], count, job.config.seed)
+    return token_inputs(job.config.token_mode, job.loaded.encoder_config.num_tokens, job.ranges["K"], count, job.config.seed)
 
 
 def _extremes(job: Job, images: Array) -> list[Arrays]:
     """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are not run with it anyway."""
     if "K" not in job.ranges or job.config.keep is not None:
         return []
-    few, N = images[:_EXTREME], job.loaded.encoder_config.num_patches
+    few, N = images[:_EXTREME], job.loaded.encoder_config.num_tokens
     seen = {job.ranges["K"][1]}
     if job.config.token_mode == "ragged" and job.config.engine == "trt":  # rows of the samples are as long as the largest K
         seen = set()
@@ -200,7 +201,7 @@ def _calib_images(config: ExportConfig, encoder: EncoderConfig, ranges: dict[str
     if int8.max_drop is not None and "logits" not in names:
         raise ConfigError("--max-drop judges logits, which this graph does not give", hint="--min-sqnr and --min-cosine judge features")
     if int8.int8_attention:
-        K = ranges["K"][2] if "K" in ranges else encoder.num_patches
+        K = ranges["K"][2] if "K" in ranges else encoder.num_tokens
         if obstacle := attention_obstacle(encoder.width // encoder.heads, 1 + K):
             raise ConfigError(f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic")
     return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
@@ -232,7 +233,8 @@ def _with_one_std(loaded: Loaded) -> Loaded:
     """The same function of an image, its channels all divided by the mean of their standard deviations: `W (x / std) = (W s / std) (x / s)`."""
     std = torch.tensor(from_dict(Preprocess, loaded.metadata.preprocess).std, dtype=torch.float64)
     shared = std.mean()
-    kernel = loaded.tensors["patch_embed.proj.weight"]
-    folded = (kernel.double() * (shared / std)[:, None, None]).to(kernel.dtype)
+    groups = loaded.encoder_config.band_groups
+    bands = {"patch_embed.proj.weight": tuple(range(len(std)))} if groups is None else {f"patch_embed.{i}.proj.weight": group for i, group in enumerate(groups)}
+    folded = {name: (loaded.tensors[name].double() * (shared / std[list(own)])[:, None, None]).to(loaded.tensors[name].dtype) for name, own in bands.items()}
     metadata = replace(loaded.metadata, preprocess={**loaded.metadata.preprocess, "std": [shared.item()] * len(std)})
-    return Loaded(metadata, {**loaded.tensors, "patch_embed.proj.weight": folded}, loaded.record)
+    return Loaded(metadata, {**loaded.tensors, **folded}, loaded.record)

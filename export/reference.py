@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mae_deploy.models.bands import feature_map
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify
@@ -85,9 +86,9 @@ class Reference:
             if model.pool == "avg":
                 values["pooled"] = model.fc_norm(values["pooled"])
             values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
-        values["feature_map"] = _feature_map(tokens[:, 1:], ids_keep, model.config.grid_size)
+        values["feature_map"] = feature_map(tokens[:, 1:], ids_keep, model.config)
         if self.pyramid is not None:
-            values |= self.pyramid(_feature_map(inner[-1][:, 1:], ids_keep, model.config.grid_size))
+            values |= self.pyramid(feature_map(inner[-1][:, 1:], ids_keep, model.config))
         if "pixels" in names:
             assert isinstance(model, MaskedAutoencoder)
             assert ids_keep is not None
@@ -118,14 +119,6 @@ def _tapped(model: Encoder) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _feature_map(tokens: Tensor, ids_keep: Tensor | None, grid_size: tuple[int, int]) -> Tensor:
-    """Tokens at their places, zeros elsewhere: `(B, K, D) -> (B, D, H', W')`."""
-    B, _, D = tokens.shape
-    H, W = grid_size
-    placed = tokens if ids_keep is None else tokens.new_zeros(B, H * W, D).scatter(1, ids_keep.unsqueeze(-1).expand(-1, -1, D), tokens)
-    return placed.transpose(1, 2).reshape(B, D, H, W)
 
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:

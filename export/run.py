@@ -144,11 +144,11 @@ def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
         "mae_deploy_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": metadata.kind if config.token_mode == "reconstruct" or metadata.kind == "classifier" else "encoder",
-        "model": cast(ModelEntry, to_dict(encoder)),
+        "model": cast(ModelEntry, _given(to_dict(encoder))),
         "decoder": metadata.decoder if config.token_mode == "reconstruct" else None,
         "class_names": list(metadata.class_names) if metadata.class_names is not None else None,
         "token_mode": config.token_mode,
-        "num_patches": encoder.num_patches,
+        "num_patches": encoder.num_tokens,
         "batch": config.fixed_batch,
         "keep": config.keep,
         "profile": {name: list(sizes) for name, sizes in job.ranges.items()},
@@ -162,7 +162,7 @@ def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
             "outputs": graph.outputs(),
             "blocks": [block_tensor(index) for index in range(encoder.blocks)],
         },
-        "preprocess": metadata.preprocess,
+        "preprocess": _given(metadata.preprocess),
         "provenance": {"export": to_dict(config), "checkpoint": loaded.record, **pyramid},
         "licence": metadata.licence if job.pyramid is None else inherited_licence(metadata.licence, job.pyramid.licence),
         "tolerance": cast(Any, tolerance_of(job).to_dict()),
@@ -174,6 +174,11 @@ def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
     }
     write_json(folder / MANIFEST_FILE, manifest)
     return Bundle.load(folder)
+
+
+def _given(record: dict[str, Any]) -> dict[str, Any]:
+    """Without what is not set: an older version reads the manifest of a model that has nothing of it."""
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def _golden(job: Job) -> dict[str, Any]:

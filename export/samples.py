@@ -10,7 +10,7 @@ import numpy as np
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
 from mae_deploy.runtime.tensorrt_options import Range
@@ -21,7 +21,7 @@ class Samples:
     """Cropped images, and where they come from."""
 
     pixels: Array
-    """uint8 `(S, H, W, C)`."""
+    """`(S, H, W, C)`, uint8, or float32 where the specification has `pixel_max`."""
     source: str
     paths: tuple[Path, ...] = ()
     """The files, where there are any."""
@@ -87,14 +87,14 @@ def _read(paths: list[Path], spec: Preprocess, count: int) -> dict[Path, Array]:
         if len(images) == count:
             break
         try:
-            images[path] = spec.crop(read_image(path, spec.channels))
+            images[path] = spec.crop(spec.read(path))
         except UnreadableImage as error:
             notice("skipped", str(error))
     return images
 
 
 def _synthetic(spec: Preprocess, count: int) -> Array:
-    """uint8 `(S, H, W, C)` noise with the spectrum of natural images."""
+    """`(S, H, W, C)` noise with the spectrum of natural images."""
     rng = np.random.default_rng(0)
     H, W = spec.image_size
     frequency = np.hypot(np.fft.fftfreq(H)[:, None], np.fft.fftfreq(W)[None, :])
@@ -103,5 +103,5 @@ def _synthetic(spec: Preprocess, count: int) -> Array:
     images = np.fft.ifft2(spectrum).real
     images -= images.min(axis=(1, 2, 3), keepdims=True)
     images /= images.max(axis=(1, 2, 3), keepdims=True)
-    pixels: Array = (255 * images).astype(np.uint8).transpose(0, 2, 3, 1)
+    pixels: Array = (spec.divisor * images).astype(spec.dtype).transpose(0, 2, 3, 1)
     return pixels

@@ -43,6 +43,8 @@ class Metadata:
     """The decoder's config (mae)."""
     norm_pix_loss: bool = True
     """The decoder predicts patches normalised one by one (mae)."""
+    objective: dict[str, Any] | None = None
+    """What the decoder predicts, and from which encoder; None: pixels, from the visible patches (mae)."""
     pool: str | None = None
     """What the head reads, avg or cls (classifier)."""
     num_classes: int | None = None
@@ -99,7 +101,9 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadat
     """Write into a folder that the caller renames when everything is in it."""
     safetensors = import_optional("safetensors.torch", extra="train")
     folder.mkdir(parents=True, exist_ok=True)
-    safetensors.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS)
+    # The licence also stands in the file itself, which may be copied without its folder.
+    header = {"format": "pt", "licence": metadata.licence}
+    safetensors.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata=header)
     write_json(folder / METADATA, {"schema_version": SCHEMA_VERSION, **to_dict(metadata)})
 
 

@@ -11,21 +11,26 @@ from typing import Annotated, Any
 import typer
 
 from mae_deploy import __version__
+from mae_deploy.commands.benchmark_train_config import BenchmarkTrainConfig
 from mae_deploy.commands.config import (
     BenchmarkConfig,
     BuildEngineConfig,
     DoctorConfig,
+    EvalConfig,
+    ExportWeightsConfig,
     ImportConfig,
     InfoConfig,
     PredictConfig,
     QuickstartConfig,
     VerifyConfig,
 )
+from mae_deploy.commands.data_config import PackConfig, StatsConfig
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.options import command
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+from mae_deploy.pretrain.evaluation_config import CompareConfig, KnnConfig, LinprobeConfig, SweepConfig
 
 app = typer.Typer(
     name="mae-deploy",
@@ -35,6 +40,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
+
+
+data = typer.Typer(help="Look at a data set, or pack it into shards.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+app.add_typer(data, name="data")
 
 
 @command(app, QuickstartConfig)
@@ -55,6 +64,30 @@ def finetune(config: FinetuneConfig) -> Any:
     return _needs_torch("mae_deploy.pretrain.finetune").run(config)
 
 
+@command(app, LinprobeConfig, recipes=True)
+def linprobe(config: LinprobeConfig) -> Any:
+    """Train a linear head on a frozen encoder: the paper's recipe, or on features that are computed once."""
+    return _needs_torch("mae_deploy.pretrain.linprobe").run(config)
+
+
+@command(app, KnnConfig)
+def knn(config: KnnConfig) -> Any:
+    """Judge an encoder by the classes of an image's nearest neighbours: nothing is trained."""
+    return _needs_torch("mae_deploy.pretrain.knn").run(config)
+
+
+@command(app, CompareConfig)
+def compare(config: CompareConfig) -> Any:
+    """Put several encoders side by side on the same probes: ours, bundles, timm models, random weights."""
+    return _needs_torch("mae_deploy.pretrain.compare").run(config)
+
+
+@command(app, SweepConfig)
+def sweep(config: SweepConfig) -> Any:
+    """Pretrain at several mask ratios, or values of any setting, judge each, and draw the curve."""
+    return _needs_torch("mae_deploy.pretrain.sweep").run(config)
+
+
 @command(app, DistillConfig, recipes=True)
 def distill(config: DistillConfig) -> Any:
     """Distil a pretrained or fine-tuned teacher into a smaller student."""
@@ -69,8 +102,14 @@ def reconstruct(config: ReconstructConfig) -> Any:
 
 @command(app, ImportConfig, name="import")
 def import_(config: ImportConfig) -> Any:
-    """Convert weights of the original MAE, timm or Hugging Face into a checkpoint."""
+    """Convert weights of the original MAE, timm, Hugging Face, mmpretrain or MAE-Lite into a checkpoint."""
     return _needs_torch("mae_deploy.commands.import_weights").run(config)
+
+
+@command(app, ExportWeightsConfig, name="export-weights")
+def export_weights(config: ExportWeightsConfig) -> Any:
+    """Write a checkpoint's weights as timm, transformers or the original MAE loads them, proven there."""
+    return _needs_torch("mae_deploy.commands.export_weights").run(config)
 
 
 @command(app, ExportConfig, recipes=True)
@@ -103,12 +142,26 @@ def predict(config: PredictConfig) -> Any:
     return run(config)
 
 
+@command(app, EvalConfig, name="eval")
+def eval_(config: EvalConfig) -> Any:
+    """Top-1 and top-5 of a checkpoint or a bundle on labelled images; a bundle needs no torch."""
+    from mae_deploy.commands.evaluate import run
+
+    return run(config)
+
+
 @command(app, BenchmarkConfig)
 def benchmark(config: BenchmarkConfig) -> Any:
     """Compare bundles, engines, numbers of patches and batch sizes on this machine, timed in turns; needs no torch."""
     from mae_deploy.commands.benchmark import run
 
     return run(config)
+
+
+@command(app, BenchmarkTrainConfig, name="benchmark-train")
+def benchmark_train(config: BenchmarkTrainConfig) -> Any:
+    """Time a pretraining step against a plain one and the device's own rate, in turns."""
+    return _needs_torch("mae_deploy.commands.benchmark_train").run(config)
 
 
 @command(app, InfoConfig)
@@ -127,6 +180,22 @@ def doctor(config: DoctorConfig) -> Any:
     return run(config)
 
 
+@command(data, StatsConfig)
+def stats(config: StatsConfig) -> Any:
+    """Mean and deviation of every channel, sizes, formats, duplicates and unreadable files; needs no torch."""
+    from mae_deploy.commands.data_stats import run
+
+    return run(config)
+
+
+@command(data, PackConfig)
+def pack(config: PackConfig) -> Any:
+    """Pack images into tar shards with an index, smaller and without duplicates on request; needs no torch."""
+    from mae_deploy.commands.data_pack import run
+
+    return run(config)
+
+
 @app.callback(invoke_without_command=True)
 def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
@@ -135,7 +204,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing."""
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 143 stopped by a signal."""
     try:
         app(args=arguments, prog_name="mae-deploy")
     except SystemExit as stop:

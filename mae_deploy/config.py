@@ -25,8 +25,11 @@ C = TypeVar("C")
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship with the package; `--recipe NAME` finds them without a path."""
 
+EXTENDS = "extends"
+"""The key of a recipe that names the recipe it builds on."""
 
-def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argument: bool = False, hidden: bool = False) -> Any:
+
+def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argument: bool = False, hidden: bool = False, repeated: bool = False) -> Any:
     """A dataclass field with its place on the command line.
 
     Args:
@@ -34,8 +37,9 @@ def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argu
         flag: the option's name where it is not the field's own.
         argument: a positional argument instead of an option.
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
+        repeated: a tuple of which each value is an option of its own, as its values may hold commas.
     """
-    return dataclasses.field(default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden})
+    return dataclasses.field(default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated})
 
 
 def section(cls: type[C], **defaults: Any) -> C:
@@ -80,24 +84,21 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """A recipe's settings: a YAML file, or the name of one that ships with the package.
 
+    A recipe may say `extends: NAME`, another recipe beside it or of the package: its own settings are laid on top of that one's.
+
     Raises:
-        ConfigError: no such recipe, or not a mapping of settings.
+        ConfigError: no such recipe, not a mapping of settings, or recipes that extend each other.
     """
-    path = Path(name)
-    if not path.is_file():
-        shipped = RECIPES / f"{name}.yaml"
-        if not shipped.is_file():
-            known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-            raise ConfigError(f"no recipe '{name}'", hint=f"give a YAML file or one of: {', '.join(known)}")
-        path = shipped
-    yaml = import_optional("yaml", extra="train")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"recipe {path} must be a mapping of settings, not {type(values).__name__}")
-    return values or {}
+    path = _find_recipe(Path(name))
+    read = [path]
+    values = _read_mapping(path)
+    while (base := values.pop(EXTENDS, None)) is not None:
+        path = _find_recipe(path.parent / f"{base}", name=str(base))
+        if path in read:
+            raise ConfigError(f"recipe {read[0]} extends itself, by way of {' and '.join(recipe.stem for recipe in read[1:]) or 'itself'}")
+        read.append(path)
+        values = merge(_read_mapping(path), values)
+    return values
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
@@ -113,6 +114,27 @@ def parse_assignment(text: str) -> dict[str, Any]:
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return typing.cast(dict[str, Any], nested)
+
+
+def _find_recipe(path: Path, *, name: str | None = None) -> Path:
+    if path.is_file():
+        return path.resolve()
+    shipped = RECIPES / f"{name or path}.yaml"
+    if not shipped.is_file():
+        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
+        raise ConfigError(f"no recipe '{name or path}'", hint=f"give a YAML file or one of: {', '.join(known)}")
+    return shipped
+
+
+def _read_mapping(path: Path) -> dict[str, Any]:
+    yaml = import_optional("yaml", extra="train")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(values or {}, dict):
+        raise ConfigError(f"recipe {path} must be a mapping of settings, not {type(values).__name__}")
+    return values or {}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------
@@ -213,8 +235,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return Path(value)
     elif kind is bool and isinstance(value, bool):
         return value
-    elif kind is str and isinstance(value, str):
-        return value
+    elif kind is str and isinstance(value, str | Path):
+        return str(value)
     elif kind in (int, float) and value is not None and not isinstance(value, bool):
         # YAML reads 1e-3 as a string; an int field takes 3.0 but not 3.5.
         try:
@@ -230,7 +252,8 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
 
 def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
     if isinstance(value, str):
-        value = [part for part in value.replace(" ", "").split(",") if part]
+        separator = ";" if get_origin(kinds[0]) is tuple else ","
+        value = [part for part in value.replace(" ", "").split(separator) if part]
     elif not isinstance(value, list | tuple):
         value = [value]
     if kinds[-1] is Ellipsis:

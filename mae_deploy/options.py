@@ -64,7 +64,7 @@ def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", d
             Flag(
                 path=(*path, field.name),
                 name=field.metadata.get("flag") or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
-                kind=_typer_kind(kind, argument),
+                kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
                 default=None if required or default is None else _shown(default),
@@ -90,10 +90,12 @@ def command(app: typer.Typer, config: type[C], *, name: str | None = None, recip
         def run(**given: Any) -> None:
             as_json: bool = given.pop("as_json")
             dump: Path | None = given.pop("dump_config", None)
-            values: dict[str, Any] = read_recipe(given["recipe"]) if given.get("recipe") else {}
-            given.pop("recipe", None)
-            for assignment in given.pop("assignments", None) or []:
-                values = merge(values, parse_assignment(assignment))
+            values: dict[str, Any] = {}
+            if recipes:
+                recipe: str | None = given.pop("recipe")
+                values = read_recipe(recipe) if recipe else {}
+                for assignment in given.pop("assignments") or []:
+                    values = merge(values, parse_assignment(assignment))
             for flag in flags:
                 if (value := given[flag.variable]) is not None:
                     values = merge(values, _nest(flag.path, value))
@@ -132,6 +134,8 @@ class Result:
 
     data: Any
     view: Any = None
+    failed: bool = False
+    """It says why there is no result: people read it on stderr, above the error."""
 
 
 def show(result: Any, *, as_json: bool) -> None:
@@ -143,7 +147,7 @@ def show(result: Any, *, as_json: bool) -> None:
     from rich.console import Console
     from rich.markup import escape
 
-    console = Console()
+    console = Console(stderr=result.failed)
     if result.view is not None:
         console.print(result.view)
     elif isinstance(result.data, dict):
@@ -168,11 +172,11 @@ def _parameter(flag: Flag) -> inspect.Parameter:
     return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
 
 
-def _typer_kind(kind: Any, argument: bool) -> Any:
-    """Typer reads a comma-separated tuple as text, but several positional arguments as a list."""
+def _typer_kind(kind: Any, several: bool) -> Any:
+    """Typer reads a comma-separated tuple as text, but several positional arguments, and an option that may be repeated, as a list."""
     if get_origin(kind) is not tuple:
         return kind
-    return list[get_args(kind)[0]] if argument else str  # type: ignore[misc]
+    return list[get_args(kind)[0]] if several else str  # type: ignore[misc]
 
 
 def _option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:

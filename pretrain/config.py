@@ -9,7 +9,7 @@ from typing import Literal
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, GroupMasking, MaskSampling, ObjectiveConfig, check_masking, check_objective, mask_unit
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 
 
@@ -17,39 +17,56 @@ from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 class PretrainConfig:
     """Settings of `mae-deploy pretrain`."""
 
-    data: Path = setting(argument=True)
-    """Folder of unlabelled images, in any tree; any format that Pillow reads."""
+    data: str = setting(argument=True)
+    """Unlabelled images: a folder in any tree; tar shards, as a folder, a pattern such as 'shards-{000..099}.tar', URLs, or 'pipe:COMMAND', which is run;
+    or a Hugging Face data set on disk."""
     out: Path
     """Run folder to write."""
     resume: bool = False
     """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
     mask_ratio: float = 0.75
     """Share of the patches that the encoder does not see."""
+    mask_sampling: MaskSampling = "random"
+    """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of every four."""
+    mask_patch_size: int | None = None
+    """Side, in pixels, of the squares that random masking hides or shows as a whole (SimMIM: 32); default: a patch."""
+    group_masking: GroupMasking = "independent"
+    """Of --band-groups: independent, each group has masked patches of its own (better in SatMAE); consistent, all have the same."""
     norm_pix_loss: bool = True
     """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
+    teacher: Path | None = None
+    """The frozen encoder of --target features: a run folder, a checkpoint folder or a weights file."""
     pictures_every: int = 20
     """Epochs between reconstruction pictures; the last epoch always draws one."""
+    picture_bands: tuple[int, ...] | None = None
+    """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for multispectral images: the first three."""
     seed: int = 0
     """Seed of weights, data order, augmentation and masks."""
     device: Device = "auto"
     """auto, cpu or cuda."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)
+    objective: ObjectiveConfig = section(ObjectiveConfig)
     optim: OptimConfig = section(OptimConfig, epochs=800)
     augment: CropConfig = section(CropConfig)
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ConfigError(f"--mask-ratio {self.mask_ratio} must be above 0 and below 1")
-        if int(self.model.num_patches * (1 - self.mask_ratio)) in (0, self.model.num_patches):
-            raise ConfigError(
-                f"--mask-ratio {self.mask_ratio} of {self.model.num_patches} patches leaves nothing to see or nothing to predict",
-                hint="use a smaller --patch-size or another --mask-ratio",
-            )
+        check_masking(self.mask_sampling, self.mask_ratio, self.model.grid_size, unit=self.mask_unit)
+        check_objective(self.model, self.decoder, self.objective)
+        if (self.objective.target == "features") != (self.teacher is not None):
+            raise ConfigError("--target features and --teacher go together", hint="give both, or neither")
+        if self.teacher is not None and self.objective.target_dim is not None:
+            raise ConfigError(f"--target-dim {self.objective.target_dim} cannot be chosen: a --teacher's features have its width")
         if self.pictures_every < 1:
             raise ConfigError("--pictures-every must be at least 1")
+        check_picture_bands(self.picture_bands, self.model.in_chans)
+
+    @property
+    def mask_unit(self) -> int:
+        """Side, in patches, of the squares that are masked as a whole."""
+        return mask_unit(self.mask_patch_size, self.model.patch)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -99,6 +116,8 @@ class FinetuneConfig:
     """Side of a patch in pixels, where --init does not give it."""
     in_chans: int | None = None
     """Input channels, where --init does not give them."""
+    band_groups: tuple[tuple[int, ...], ...] | None = None
+    """Groups of channels (see pretrain --help), where --init does not give them."""
     resume: bool = False
     """Go on with the run in --out, or start it if it is not there."""
     pool: Literal["avg", "cls"] = "avg"
@@ -134,10 +153,18 @@ class ReconstructConfig:
     """PNG to write: original, masked and reconstructed, a row for each image."""
     mask_ratio: float = 0.75
     """Share of the patches to hide."""
+    mask_sampling: MaskSampling = "random"
+    """Which patches are hidden: random, block or grid (see pretrain --help)."""
+    mask_patch_size: int | None = None
+    """Side, in pixels, of the squares that random masking hides or shows as a whole; default: a patch."""
+    group_masking: GroupMasking = "independent"
+    """Of --band-groups: independent or consistent (see pretrain --help)."""
     num_images: int = 8
     """Images to draw at most, the first in alphabetical order."""
     paste_visible: bool = True
     """Show the visible patches themselves in the reconstruction, as the paper's figures do."""
+    picture_bands: tuple[int, ...] | None = None
+    """Channels to show as red, green and blue, or one as grey (see pretrain --help)."""
     seed: int = 0
     """Seed of the masks."""
     device: Device = "auto"
@@ -148,3 +175,14 @@ class ReconstructConfig:
             raise ConfigError("--mask-ratio must be above 0 and below 1, --num-images at least 1")
         if self.out.suffix.lower() != ".png":
             raise ConfigError(f"--out {self.out} must end in .png")
+
+
+def check_picture_bands(bands: tuple[int, ...] | None, channels: int) -> None:
+    """Whether a picture can show these channels.
+
+    Raises:
+        ConfigError: neither one nor three, or a channel that is not there.
+    """
+    if bands is not None and (len(bands) not in (1, 3) or any(not 0 <= band < channels for band in bands)):
+        given = ",".join(map(str, bands))
+        raise ConfigError(f"--picture-bands {given} of {channels} channels", hint=f"one or three of 0 to {channels - 1}, such as 3,2,1")

@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.data.dataset import ImageDataset, labelled_images
+from mae_deploy.data.find import labelled_images
+from mae_deploy.data.opening import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
@@ -25,6 +26,7 @@ from mae_deploy.training.evaluate import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim import layer_decay_groups
 from mae_deploy.training.run_folder import RunFolder
+from mae_deploy.training.step import StepBatch
 
 PAPER_WARMUP = 5.0
 """Epochs (paper, table 9)."""
@@ -36,19 +38,21 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     encoder = _encoder_config(config, loaded)
     base = from_dict(Preprocess, loaded.metadata.preprocess) if loaded is not None else None
     spec = config.images.preprocess(encoder.image_size, encoder.in_chans, base)
-    train = labelled_images(config.data, "train")
+    train = labelled_images(config.data, "train", columns=config.images.columns)
     assert train.class_names is not None
-    val = labelled_images(config.data, "val", train.class_names)
+    val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     fingerprint = {"train": train.fingerprint(), "val": val.fingerprint()}
     transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
-    dataset = ImageDataset(train, transform, channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache)
+    dataset = train_dataset(train, transform, config.images, seed=config.seed)
     seed_everything(derive_seed(config.seed, "weights"))
     model = Classifier(encoder, num_classes=len(train.class_names), pool=config.pool, drop_path=config.mix.drop_path)
     pretrained = loaded if not config.from_scratch else None
     if pretrained is not None:
         start_from(model, pretrained)
     model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    if encoder.band_groups is not None:
+        model.channel_embed.requires_grad_(True)  # as SatMAE
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
     job = Job(
@@ -98,8 +102,9 @@ class ClassificationLoss:
         mixes = mix.mixup > 0 or mix.cutmix > 0
         self.mix = Mixup(mixup_alpha=mix.mixup, cutmix_alpha=mix.cutmix, label_smoothing=mix.label_smoothing, num_classes=num_classes) if mixes else None
 
-    def __call__(self, model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         """The loss of one batch: `(B, C, H, W), (B,)` to a scalar."""
+        images, labels = batch.images, batch.labels
         if self.erase is not None:
             self.erase.device = images.device
             images = self.erase(images)
@@ -119,12 +124,12 @@ class ClassificationLoss:
 
 
 def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderConfig:
-    asked = {"patch_size": config.patch_size, "in_chans": config.in_chans, "image_size": config.image_size}
+    asked = {"patch_size": config.patch_size, "in_chans": config.in_chans, "band_groups": config.band_groups, "image_size": config.image_size}
     given = {name: value for name, value in asked.items() if value is not None}
     if loaded is None:
         return from_dict(EncoderConfig, {"name": config.model, **given})
-    stored = loaded.metadata.encoder
     for name, value in {**given, "name": config.model}.items():
-        if name != "image_size" and value is not None and value != stored[name]:
-            raise ConfigError(f"--init has {name} {stored[name]}, not {value}", hint="leave the option away, or leave --init away and use --from-scratch")
-    return from_dict(EncoderConfig, {**stored, **given})
+        own = getattr(loaded.encoder_config, name)
+        if name != "image_size" and value is not None and value != own:
+            raise ConfigError(f"--init has {name} {own}, not {value}", hint="leave the option away, or leave --init away and use --from-scratch")
+    return from_dict(EncoderConfig, {**loaded.metadata.encoder, **given})

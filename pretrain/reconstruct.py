@@ -14,12 +14,14 @@ from torch import Tensor
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path
+from mae_deploy.models.bands import spread_over_bands
+from mae_deploy.models.config import GroupMasking, MaskSampling, check_masking, mask_unit
 from mae_deploy.models.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.masking import random_masking
+from mae_deploy.models.masking import masking_of
 from mae_deploy.models.vit import patchify, unpatchify
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
-from mae_deploy.pretrain.config import ReconstructConfig
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
+from mae_deploy.pretrain.config import ReconstructConfig, check_picture_bands
 from mae_deploy.progress import notice
 
 _GAP = 4
@@ -36,56 +38,86 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     model, loaded = load_model(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(f"{config.checkpoint} is a {loaded.metadata.kind} without a decoder", hint="give a pretraining run or a checkpoint with its decoder")
-    if int(model.config.num_patches * (1 - config.mask_ratio)) in (0, model.config.num_patches):
-        raise ConfigError(f"--mask-ratio {config.mask_ratio} of {model.config.num_patches} patches leaves nothing to see or nothing to predict")
+    if model.objective.target == "features":
+        raise ConfigError(f"{config.checkpoint} predicts a teacher's features, which are no picture", hint="give a run with --target pixels or pca")
+    check_picture_bands(config.picture_bands, model.config.in_chans)
+    unit = mask_unit(config.mask_patch_size, model.config.patch)
+    check_masking(config.mask_sampling, config.mask_ratio, model.config.grid_size, unit=unit)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
-    images: list[Image.Image] = []
+    images: list[Image.Image | Array] = []
     skipped = []
     for path in find_images(config.images):
         if len(images) == config.num_images:
             break
         try:
-            images.append(read_image(path, spec.channels))
+            images.append(spec.read(path))
         except UnreadableImage as error:
             skipped.append(str(error))
             notice("skipped", str(error))
     if not images:
         raise ConfigError(f"no readable image at {config.images}")
     device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
-    loss = draw_reconstructions(model.to(device), images, spec, config.out, mask_ratio=config.mask_ratio, seed=config.seed, paste_visible=config.paste_visible)
+    loss = draw_reconstructions(
+        model.to(device),
+        images,
+        spec,
+        config.out,
+        mask_ratio=config.mask_ratio,
+        mask_sampling=config.mask_sampling,
+        mask_unit=unit,
+        group_masking=config.group_masking,
+        bands=config.picture_bands,
+        seed=config.seed,
+        paste_visible=config.paste_visible,
+    )
     return {"out": str(config.out), "images": len(images), "skipped": skipped, "loss": loss}
 
 
 @torch.no_grad()
 def draw_reconstructions(
-    model: MaskedAutoencoder, images: Sequence[Image.Image], spec: Preprocess, out: Path, *, mask_ratio: float, seed: int, paste_visible: bool = True
+    model: MaskedAutoencoder,
+    images: Sequence[Image.Image | Array],
+    spec: Preprocess,
+    out: Path,
+    *,
+    mask_ratio: float,
+    mask_sampling: MaskSampling = "random",
+    mask_unit: int = 1,
+    group_masking: GroupMasking = "independent",
+    bands: tuple[int, ...] | None = None,
+    seed: int,
+    paste_visible: bool = True,
 ) -> float:
     """Write a PNG with a row an image: original | masked | reconstructed. Returns the loss on these masks."""
     device = model.cls_token.device
     inputs = torch.from_numpy(spec(list(images))).to(device)
-    noise = torch.rand(len(inputs), model.config.num_patches, generator=torch.Generator().manual_seed(seed)).to(device)
-    masking = random_masking(noise, mask_ratio)
+    noise = torch.rand(len(inputs), model.config.num_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
+    masking = masking_of(mask_sampling, noise, mask_ratio, model.config.grid_size, unit=mask_unit, group_masking=group_masking)
     was_training = model.training
     output = model.eval()(inputs, masking)
     model.train(was_training)
     target = patchify(inputs, model.config.patch)
-    predicted = output.pixels.float()
-    if model.norm_pix_loss:
-        # The prediction is in units of each patch's own mean and deviation: only the true patch can undo that.
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        predicted = predicted * (variance + 1e-6).sqrt() + mean
-    hidden = masking.mask.unsqueeze(-1).bool()
+    predicted = model.predicted_patches(inputs, output.pixels.float())
+    groups = model.config.band_groups
+    hidden = (masking.mask.unsqueeze(-1) if groups is None else spread_over_bands(masking.mask, groups, model.config.patch)).bool()
     grey = torch.zeros_like(target)
     columns = [target, torch.where(hidden, grey, target), torch.where(hidden, predicted, target) if paste_visible else predicted]
     rows = torch.stack([unpatchify(column, model.config.patch, model.config.grid_size) for column in columns], dim=1)
     with atomic_path(out) as aside:
-        _grid(_to_pixels(rows, spec)).save(aside, format="PNG")
+        _grid(_to_pixels(rows, spec, bands)).save(aside, format="PNG")
     return float(output.loss)
 
 
-def _to_pixels(images: Tensor, spec: Preprocess) -> Array:
-    """Normalised `(B, 3, C, H, W)` to uint8 `(B, 3, H, W, C)`."""
+def _to_pixels(images: Tensor, spec: Preprocess, bands: tuple[int, ...] | None) -> Array:
+    """Normalised `(B, 3, C, H, W)` to uint8 `(B, 3, H, W, C)`.
+
+    Of other images than ordinary ones, the chosen bands, each stretched from the 2nd to the 98th percentile of the originals.
+    """
     values = images.permute(0, 1, 3, 4, 2).cpu().numpy() * np.asarray(spec.std) + np.asarray(spec.mean)
+    if spec.takes_arrays or bands is not None:
+        values = values[..., list(bands or range(3 if spec.channels >= 3 else 1))]
+        low, high = np.percentile(values[:, 0], (2, 98), axis=(0, 1, 2))
+        values = (values - low) / np.where(high > low, high - low, 1)
     pixels: Array = (values.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     return pixels
 

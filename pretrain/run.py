@@ -1,26 +1,29 @@
-"""Pretraining: random masking, the autoencoder's loss, a run folder (paper, section 3 and appendix A.1)."""
+"""Pretraining: masking, the target, the autoencoder's loss, a run folder (paper, section 3 and appendix A.1)."""
 
 from __future__ import annotations
 
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata
-from mae_deploy.config import to_dict
-from mae_deploy.data.dataset import ImageDataset, unlabelled_images
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.data.opening import open_training
 from mae_deploy.data.transforms import train_transform
+from mae_deploy.models.load import Loaded, read_weights
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.masking import random_masking
-from mae_deploy.preprocess import UnreadableImage, read_image
+from mae_deploy.models.masking import masking_of
+from mae_deploy.preprocess import Preprocess
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.pretrain.reconstruct import draw_reconstructions
+from mae_deploy.pretrain.targets import Target, TeacherFeatures, fit_pca
+from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim import decay_groups
 from mae_deploy.training.run_folder import RunFolder
+from mae_deploy.training.step import StepBatch
 
 PAPER_WARMUP = 40.0
 """Epochs (paper, table 8)."""
@@ -30,26 +33,46 @@ _PICTURES = 8
 
 def run(config: PretrainConfig) -> dict[str, Any]:
     """Pretrain a masked autoencoder; returns the loop's summary."""
-    images = unlabelled_images(config.data)
-    fingerprint = images.fingerprint()
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out)
+    teacher = read_weights(config.teacher) if config.teacher is not None else None
+    target: Target | None = TeacherFeatures(teacher, config.model) if teacher is not None else None
+    objective = replace(config.objective, target_dim=target.dim) if target is not None else config.objective
+    spec = config.images.preprocess(config.model.image_size, config.model.in_chans, _preprocess_of(teacher))
+    dataset = open_training(config.data, train_transform(spec, config.augment), config.images, seed=config.seed)
+    fingerprint = dataset.fingerprint()
+    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
-    spec = config.images.preprocess(config.model.image_size, config.model.in_chans)
-    dataset = ImageDataset(
-        images, train_transform(spec, config.augment), channels=spec.channels, seed=config.seed, replace_unreadable=True, cache=config.images.cache
-    )
     seed_everything(derive_seed(config.seed, "weights"))
-    model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss)
+    model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss, objective=objective)
+    if target is not None:
+        target.to(accelerator.device)
+        if accelerator.is_main_process:
+            notice("pictures:", "none, as a teacher's features are no picture")
+    if model.pca is not None and folder.last is None:  # a checkpoint has the components
+        batch_size, num_workers = config.optim.batch_size, config.images.num_workers
+        fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)
 
-    def loss(model: nn.Module, images: Tensor, _: Tensor) -> dict[str, Tensor]:
-        noise = torch.rand(len(images), config.model.num_patches, device=images.device)
-        return {"loss": model(images, random_masking(noise, config.mask_ratio)).loss}
+    def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+        noise = batch.rand(config.model.num_tokens)
+        masking = masking_of(config.mask_sampling, noise, config.mask_ratio, config.model.grid_size, unit=config.mask_unit, group_masking=config.group_masking)
+        return {"loss": model(batch.images, masking, None if target is None else target(batch.images)).loss}
 
     def pictures(model: nn.Module, epochs: int, last: bool) -> None:
         if last or epochs % config.pictures_every == 0:
-            shown = _readable(images.paths, spec.channels)
             assert isinstance(model, MaskedAutoencoder)
-            draw_reconstructions(model, shown, spec, folder.path / f"reconstruction-{epochs:04d}.png", mask_ratio=config.mask_ratio, seed=config.seed)
+            out = folder.path / f"reconstruction-{epochs:04d}.png"
+            shown = dataset.first(_PICTURES)
+            draw_reconstructions(
+                model,
+                shown,
+                spec,
+                out,
+                mask_ratio=config.mask_ratio,
+                mask_sampling=config.mask_sampling,
+                mask_unit=config.mask_unit,
+                group_masking=config.group_masking,
+                bands=config.picture_bands,
+                seed=config.seed,
+            )
 
     job = Job(
         title="pretrain",
@@ -64,12 +87,18 @@ def run(config: PretrainConfig) -> dict[str, Any]:
             encoder=to_dict(config.model),
             decoder=to_dict(config.decoder),
             norm_pix_loss=config.norm_pix_loss,
+            objective=to_dict(objective),
             preprocess=to_dict(spec),
-            licence=OWN_LICENCE,
-            provenance={"stage": "pretrain", "config": to_dict(config), "data": fingerprint},
+            licence=target.licence if target is not None else OWN_LICENCE,
+            provenance={
+                "stage": "pretrain",
+                "config": to_dict(config),
+                "data": fingerprint,
+                **({"teacher": target.record} if target is not None else {}),
+            },
         ),
         paper_warmup=PAPER_WARMUP,
-        epoch_end=pictures,
+        epoch_end=pictures if target is None else None,
     )
     return fit(
         job,
@@ -83,14 +112,5 @@ def run(config: PretrainConfig) -> dict[str, Any]:
     )
 
 
-def _readable(paths: tuple[Path, ...], channels: int) -> list[Any]:
-    """The first few images that can be read."""
-    shown: list[Any] = []
-    for path in paths:
-        if len(shown) == _PICTURES:
-            break
-        try:
-            shown.append(read_image(path, channels))
-        except UnreadableImage:
-            continue
-    return shown
+def _preprocess_of(loaded: Loaded | None) -> Preprocess | None:
+    return from_dict(Preprocess, loaded.metadata.preprocess) if loaded is not None else None

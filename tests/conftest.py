@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,12 @@ import pytest
 from mae_deploy.pretrain.run import run as pretrain
 from tests.data.image_folders import write_classes, write_noise
 from tests.training.tiny_runs import pretraining
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Kernels that are chosen here, on a machine that does much else, are not for the user's runs."""
+    os.environ["MAE_DEPLOY_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture

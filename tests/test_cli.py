@@ -50,7 +50,7 @@ with Backbone(bundle, Backbone.load(bundle.path).engine) as backbone:
 """
 """Nothing here needs more than NumPy and ONNX Runtime."""
 
-TRAINING = ("torch", "torchvision", "timm", "safetensors", "yaml", "accelerate", "tensorboard", "onnx", "transformers", "sklearn")
+TRAINING = ("torch", "torchvision", "timm", "safetensors", "yaml", "accelerate", "tensorboard", "onnx", "transformers", "sklearn", "webdataset", "simplejpeg")
 
 
 def run_without(absent: tuple[str, ...], *arguments: str, cwd: Path | None = None, program: str = COMMAND) -> subprocess.CompletedProcess[str]:

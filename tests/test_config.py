@@ -35,12 +35,14 @@ from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+from mae_deploy.pretrain.evaluation_config import LinprobeConfig
 
 # Each command's config with what it requires.
 COMMANDS: list[tuple[type, dict[str, Any]]] = [
     (PretrainConfig, {"data": "images", "out": "run"}),
     (FinetuneConfig, {"data": "images", "out": "run", "init": "pretrained"}),
     (DistillConfig, {"data": "images", "out": "run", "teacher": "pretrained", "student": "vit_tiny_patch16"}),
+    (LinprobeConfig, {"data": "images", "out": "run", "init": "pretrained"}),
     (ReconstructConfig, {"images": "images", "checkpoint": "run", "out": "grid.png"}),
     (ExportConfig, {"checkpoint": "run", "out": "bundle"}),
     (ImportConfig, {"source": "weights.pth", "out": "checkpoint"}),
@@ -61,6 +63,7 @@ MODULES = [
     "mae_deploy.models.convert",
     "mae_deploy.preprocess",
     "mae_deploy.pretrain.config",
+    "mae_deploy.pretrain.evaluation_config",
     "mae_deploy.training.config",
 ]
 SHIPPED = [
@@ -301,11 +304,34 @@ def test_recipes_never_build_objects(tmp_path: Path) -> None:
     assert not marker.exists()
 
 
+def test_a_recipe_that_extends_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Section by section; a file beside it comes before a recipe of the package."""
+    shipped = tmp_path / "shipped"
+    shipped.mkdir()
+    monkeypatch.setattr(config_module, "RECIPES", shipped)
+    (shipped / "plain.yaml").write_text("shape: round\noven: {degrees: 180, trays: 3}\n", encoding="utf-8")
+    (shipped / "hot.yaml").write_text("extends: plain\noven: {degrees: 220}\n", encoding="utf-8")
+    (tmp_path / "mine.yaml").write_text("extends: hot\nname: mine\noven: {fan: true}\n", encoding="utf-8")
+    (tmp_path / "yours.yaml").write_text("extends: mine.yaml\nname: yours\n", encoding="utf-8")
+    assert read_recipe(tmp_path / "yours.yaml") == {"name": "yours", "shape": "round", "oven": {"degrees": 220, "trays": 3, "fan": True}}
+
+
+def test_recipes_that_extend_nothing_or_each_other(tmp_path: Path) -> None:
+    first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
+    first.write_text("extends: gone\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match="no recipe 'gone'"):
+        read_recipe(first)
+    first.write_text("extends: second.yaml\n", encoding="utf-8")
+    second.write_text("extends: first.yaml\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"first\.yaml extends itself, by way of second"):
+        read_recipe(first)
+
+
 @pytest.mark.parametrize("file", sorted(RECIPES.glob("*.yaml")), ids=lambda file: str(file.stem))
 def test_shipped_recipes_fit_a_command(file: Path) -> None:
     values = read_recipe(file.stem)
     fitting = []
-    for config, required in COMMANDS[:3]:
+    for config, required in COMMANDS[:4]:
         try:
             from_dict(config, merge(values, required))
             fitting.append(config.__name__)

@@ -207,7 +207,11 @@ def test_a_failed_check_still_shows_what_it_found(capsys: pytest.CaptureFixture[
 
 def parameters_of_commands() -> dict[str, list[Any]]:
     group: Any = typer.main.get_command(shipped_app)
-    return {name: list(found.params) for name, found in group.commands.items()}
+    found: dict[str, list[Any]] = {}
+    for name, one in group.commands.items():
+        within = getattr(one, "commands", {})
+        found |= {f"{name} {inner}": list(each.params) for inner, each in within.items()} if within else {name: list(one.params)}
+    return found
 
 
 def options_of_commands() -> dict[str, list[str]]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from mae_deploy.commands.benchmark_rows import Loaded, Row, random_patches
 from mae_deploy.errors import CheckFailed
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images, read_image
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import run_in_chunks
@@ -147,7 +147,7 @@ class _Photos:
             paths: list[Path] = []
             for path in self._paths:
                 try:
-                    pixels.append(preprocess.crop(read_image(path, preprocess.channels)))
+                    pixels.append(preprocess.crop(preprocess.read(path)))
                     paths.append(path)
                 except UnreadableImage as error:
                     self._say("skipped", str(error))

@@ -10,7 +10,7 @@ from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.manifest import QUANTIZED
 from mae_deploy.runtime.tensorrt_options import BuildOptions, read_profiles
-from mae_deploy.training.config import Device
+from mae_deploy.training.config import Device, Precision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,7 @@ class ImportConfig:
     """Settings of `mae-deploy import`."""
 
     source: Path = setting(argument=True, flag="SRC")
-    """Weights of the original implementation (.pth), timm or Hugging Face (.safetensors, .bin, .pth, or a model folder)."""
+    """Weights of the original implementation, timm, Hugging Face, mmpretrain or MAE-Lite (.pth, .pth.tar, .bin, .safetensors, or a model folder)."""
     out: Path
     """Checkpoint folder to write."""
     model: str | None = None
@@ -37,6 +37,22 @@ class ImportConfig:
     """Not used: nothing here is random."""
     device: Device = "cpu"
     """Not used: weights are converted on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportWeightsConfig:
+    """Settings of `mae-deploy export-weights`."""
+
+    checkpoint: Path = setting(argument=True)
+    """A run folder, a checkpoint folder, or a weights file that import reads."""
+    to: Literal["timm", "huggingface", "original"]
+    """Who is to load it: timm or transformers (a model folder), or the original implementation (a .pth file)."""
+    out: Path
+    """Folder to write, or for original the .pth file."""
+    seed: int = 0
+    """Seed of the images that both models are compared on."""
+    device: Device = "cpu"
+    """Not used: weights are converted and compared on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -178,6 +194,41 @@ class BenchmarkConfig:
     def keeps(self) -> tuple[int | float, ...]:
         """Counts (int) and shares (float) of the patches."""
         return (*(self.keep or ()), *(self.keep_ratio or ())) or (0.25,)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Settings of `mae-deploy eval`."""
+
+    model: Path = setting(argument=True, flag="CKPT|BUNDLE")
+    """A classifier: a run folder, a checkpoint folder, a weights file, or a bundle with logits."""
+    data: Path = setting(argument=True)
+    """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
+    confusion: Path | None = None
+    """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
+    batch_size: int | None = None
+    """Images at a time; default: a bundle's fixed batch, or 64."""
+    engine: str = "auto"
+    """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on
+    which the bundle was proven, where it is installed, else onnxruntime."""
+    precision: Precision = "auto"
+    """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
+    num_workers: int = -1
+    """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each core but one."""
+    threads: int | None = None
+    """CPU threads of a bundle's engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if (self.batch_size or 1) < 1 or self.num_workers < -1:
+            raise ConfigError("--batch-size must be at least 1, --num-workers at least -1")
+        if self.confusion is not None and self.confusion.suffix != ".csv":
+            raise ConfigError(f"--confusion {self.confusion} must end in .csv")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -19,28 +19,41 @@ from mae_deploy.errors import MissingDependency
 from mae_deploy.options import Result
 from mae_deploy.runtime.cuda import gpus, require_gpu
 
-_TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard")
+_TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard", "webdataset", "simplejpeg")
 
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
 
 NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "pretrain": ("train", _TRAIN),
+    "pretrain --tracker wandb": ("train,wandb", (*_TRAIN, "wandb")),
+    "pretrain --tracker mlflow": ("train,mlflow", (*_TRAIN, "mlflow")),
+    "pretrain on Arrow and Parquet": ("train,hf", (*_TRAIN, "pyarrow")),
     "finetune": ("train", _TRAIN),
+    "linprobe": ("train", _TRAIN),
+    "knn": ("train", ("torch", "torchvision", "timm", "safetensors")),
+    "compare": ("train", ("torch", "torchvision", "timm", "safetensors", "matplotlib")),
+    "sweep": ("train", (*_TRAIN, "matplotlib")),
     "distill": ("train", _TRAIN),
     "reconstruct": ("train", ("torch", "timm", "safetensors")),
     "import": ("train", ("torch", "timm", "safetensors")),
+    "export-weights": ("train", ("torch", "timm", "safetensors")),
     "export": ("train", ("torch", "timm", "safetensors", "onnx", "onnxruntime")),
     "quickstart": ("train", (*_TRAIN, "onnx", "onnxruntime", "sklearn")),
     "verify": ("", ("onnxruntime",)),
     "predict": ("", ("onnxruntime",)),
+    "eval BUNDLE": ("", ("onnxruntime",)),
+    "eval CKPT": ("train", ("torch", "torchvision", "timm", "safetensors")),
     "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
+    "predict on TIFF": ("tiff", ("onnxruntime", "tifffile")),
     "benchmark": ("", ("onnxruntime",)),
+    "benchmark-train": ("train", ("torch", "timm", "accelerate")),
     "build-engine": ("trt", ("onnxruntime", "tensorrt", _PYCUDA)),
     "export --engine trt": ("train,trt", ("torch", "timm", "safetensors", "onnx", "onnxruntime", "tensorrt", _PYCUDA)),
     "predict --engine trt": ("trt", ("tensorrt", _PYCUDA)),
     "export --engine openvino": ("train,openvino", ("torch", "timm", "safetensors", "onnx", "openvino")),
     "predict --engine openvino": ("openvino", ("openvino",)),
+    "data": ("", ()),
     "info": ("", ()),
 }
 """The extra and the modules behind each command."""

@@ -102,7 +102,14 @@ def _scalars(record: dict[str, Any]) -> str:
 
 def _model(model: dict[str, Any]) -> str:
     size = "x".join(map(str, (model["in_chans"], *model["image_size"])))
-    return f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks, {model['num_heads']} heads"
+    return (
+        f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks, {model['num_heads']} heads{_groups(model)}"
+    )
+
+
+def _groups(model: dict[str, Any]) -> str:
+    groups = model.get("band_groups")
+    return "" if groups is None else f", groups of bands {';'.join(','.join(map(str, group)) for group in groups)}"
 
 
 def _lineage(record: Any) -> str:

@@ -1,104 +1,79 @@
-"""Folders of images, labelled or not; unreadable files are named, not fatal."""
+"""Samples and batches: decode, augment, stack as uint8; unreadable files are named, not fatal."""
 
 from __future__ import annotations
 
-import hashlib
-import os
-from dataclasses import dataclass
-from pathlib import Path
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from mae_deploy.data.find import labelled_images, unlabelled_images
+from mae_deploy.data.order import Key, StreamSampler, Stretch
+from mae_deploy.data.sources import UNLABELLED, ImageList, ImageSource
 from mae_deploy.data.transforms import Transform
-from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import UnreadableImage, find_images, read_image
+from mae_deploy.data.workers import worker_options
+from mae_deploy.preprocess import Array, UnreadableImage, require_readers
 from mae_deploy.seeding import derive_seed, seed_everything
 
-UNLABELLED = -1
-"""The label of an image that has none."""
+__all__ = [
+    "UNLABELLED",
+    "Batch",
+    "ImageDataset",
+    "ImageList",
+    "ImageSource",
+    "Key",
+    "Sample",
+    "Stretch",
+    "TrainImages",
+    "collate",
+    "labelled_images",
+    "unlabelled_images",
+]
 
 _REPLACEMENTS = 64
 """Neighbours that are tried in the place of an unreadable training image."""
 
 
-@dataclass(frozen=True, slots=True)
-class ImageList:
-    """Image files with their labels, in a stable order."""
-
-    root: Path
-    paths: tuple[Path, ...]
-    labels: tuple[int, ...]
-    class_names: tuple[str, ...] | None = None
-
-    def fingerprint(self) -> dict[str, int | str]:
-        """Number of files and a hash of their names, sizes and labels: tells two data sets apart without reading them."""
-        digest = hashlib.sha256()
-        for path, label in zip(self.paths, self.labels, strict=True):
-            size = path.stat().st_size if path.exists() else -1  # a broken link: whoever reads it reports it
-            digest.update(b"%b\0%d\0%d\n" % (os.fsencode(path.relative_to(self.root).as_posix()), size, label))
-        return {"images": len(self.paths), "sha256": digest.hexdigest()}
-
-
-def unlabelled_images(root: Path) -> ImageList:
-    """Every image at or below a folder.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    paths = find_images(root)
-    return ImageList(root.parent if root.is_file() else root, tuple(paths), (UNLABELLED,) * len(paths))
-
-
-def labelled_images(root: Path, split: str, class_names: tuple[str, ...] | None = None) -> ImageList:
-    """The images of `root/split/<class>/…`, classes in alphabetical order or in that of `class_names`.
-
-    Raises:
-        ConfigError: no such folder, no classes, or a class that is not among `class_names`.
-    """
-    folder = root / split
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
-    if not found:
-        raise ConfigError(f"no class folders in {folder}", hint="labelled data is DATA/train/<class>/… and DATA/val/<class>/…")
-    names = class_names or tuple(found)
-    if unknown := [name for name in found if name not in names]:
-        raise ConfigError(f"{folder / unknown[0]} is not one of the {len(names)} classes: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in found:
-        images = find_images(folder / name)
-        paths += images
-        labels += [names.index(name)] * len(images)
-    return ImageList(folder, tuple(paths), tuple(labels), names)
-
-
-class Key(NamedTuple):
-    """One draw of one image: its augmentation depends on nothing else, so any worker gives the same sample."""
-
-    epoch: int
-    item: int
-
-
 class Sample(NamedTuple):
-    """An image, its label, and the unreadable files that were met on the way."""
+    """An image, its label, its name, and the unreadable files that were met on the way."""
 
     image: Tensor | None
     """uint8 `(C, H, W)`; None where it cannot be read."""
     label: int
     unreadable: tuple[str, ...]
+    name: str
 
 
 class Batch(NamedTuple):
     """Samples stacked."""
 
     images: Tensor
-    """uint8 `(B, C, H, W)`."""
+    """uint8 `(B, C, H, W)`; float32 or uint16 where the files hold that."""
     labels: Tensor
     """int64 `(B,)`."""
     unreadable: tuple[str, ...]
+    names: tuple[str, ...]
+    """The file, or the key in its shard, of each image."""
+
+
+class TrainImages(Protocol):
+    """What the loop trains on."""
+
+    @property
+    def name(self) -> str:
+        """Folder or shard pattern, for messages."""
+        ...
+
+    def __len__(self) -> int:
+        """Samples of an epoch."""
+        ...
+
+    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """The micro-batches of a part of the run, for one process."""
+        ...
 
 
 class ImageDataset(Dataset[Sample]):
@@ -108,19 +83,27 @@ class ImageDataset(Dataset[Sample]):
         replace_unreadable: put the next readable image in the place of a broken one (training); otherwise the sample
             comes without an image (evaluation must not count one image twice).
         cache: keep decoded images in memory.
+        views: samples of each image that follow one another (repeated augmentation); it is decoded once for them all.
     """
 
-    def __init__(self, images: ImageList, transform: Transform, *, channels: int, seed: int, replace_unreadable: bool, cache: bool = False) -> None:
+    def __init__(self, images: ImageSource, transform: Transform, *, seed: int, replace_unreadable: bool, cache: bool = False, views: int = 1) -> None:
+        require_readers(map(images.key, range(len(images))), transform.spec)
         self.images = images
         self.transform = transform
-        self.channels = channels
         self.seed = seed
         self.replace_unreadable = replace_unreadable
-        self._cache: dict[int, Image.Image] | None = {} if cache else None
+        self.views = views
+        self._cache: dict[int, Image.Image | Array] = {}
+        self._cached = len(images) if cache else 1 if views > 1 else 0
+
+    @property
+    def name(self) -> str:
+        """Folder or shard pattern, for messages."""
+        return self.images.name
 
     def __len__(self) -> int:
-        """Number of files."""
-        return len(self.images.paths)
+        """Number of images, and so the samples of an epoch."""
+        return len(self.images)
 
     def __getitem__(self, key: Key) -> Sample:
         """Draw one sample; without an image where it, or every one of its would-be replacements, is unreadable."""
@@ -132,22 +115,47 @@ class ImageDataset(Dataset[Sample]):
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            seed_everything(derive_seed(self.seed, "augment", key.epoch, key.item))
-            return Sample(self.transform(image), self.images.labels[index], tuple(unreadable))
+            seed_everything(derive_seed(self.seed, "augment", key.epoch, key.item, *((key.view,) if key.view else ())))
+            return Sample(self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index))
         # Not raised: an error in a worker process arrives as a page of traceback.
-        return Sample(None, self.images.labels[key.item], tuple(unreadable))
+        return Sample(None, self.images.labels[key.item], tuple(unreadable), self.images.key(key.item))
 
-    def _read(self, index: int) -> Image.Image:
-        if self._cache is None:
-            return read_image(self.images.paths[index], self.channels)
+    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """The micro-batches of a part of the run, for one process: the same effective batches on any number of processes."""
+        sampler = StreamSampler(len(self), where, seed=seed, views=self.views)
+        return iter(DataLoader(self, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(num_workers)))
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Tells this data set from others; see the source's."""
+        return self.images.fingerprint()
+
+    def first(self, count: int) -> list[Image.Image | Array]:
+        """The first few images that can be read, for pictures."""
+        shown: list[Image.Image | Array] = []
+        for index in range(len(self)):
+            if len(shown) == count:
+                break
+            try:
+                shown.append(self.images.read(index, self.transform.spec.channels, self.transform.spec.pixel_max))
+            except UnreadableImage:
+                continue
+        return shown
+
+    def _read(self, index: int) -> Image.Image | Array:
         if index not in self._cache:
-            self._cache[index] = read_image(self.images.paths[index], self.channels)
+            spec = self.transform.spec
+            image = self.images.read(index, spec.channels, spec.pixel_max, self.transform.shrink)
+            if self._cached == 0:
+                return image
+            if len(self._cache) == self._cached:
+                self._cache.clear()
+            self._cache[index] = image
         return self._cache[index]
 
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack the samples that have an image."""
-    readable = [(sample.image, sample.label) for sample in samples if sample.image is not None]
-    images = torch.stack([image for image, _ in readable]) if readable else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label in readable], dtype=torch.int64)
-    return Batch(images, labels, tuple(line for sample in samples for line in sample.unreadable))
+    readable = [(sample.image, sample.label, sample.name) for sample in samples if sample.image is not None]
+    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
+    return Batch(images, labels, tuple(line for sample in samples for line in sample.unreadable), tuple(name for _, _, name in readable))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from typing import Literal
 
 from mae_deploy.config import nearest, setting
 from mae_deploy.errors import ConfigError
@@ -49,7 +50,9 @@ class EncoderConfig:
     patch_size: int | None = None
     """Side of a patch in pixels; default: the model's."""
     in_chans: int = 3
-    """Input channels: 1 grey, 3 RGB, 4 RGBA."""
+    """Input channels: 1 grey, 3 RGB, 4 RGBA, any number from TIFF and NumPy files."""
+    band_groups: tuple[tuple[int, ...], ...] | None = None
+    """Groups of channels, each with tokens of its own, such as '0,1,2;3,4,5;6,7' (SatMAE); every channel in one of them; default: none."""
     embed_dim: int | None = setting(None, hidden=True)
     """Width of the tokens; default: the model's."""
     depth: int | None = setting(None, hidden=True)
@@ -81,6 +84,10 @@ class EncoderConfig:
             )
         if self.width % self.heads or self.width % 4:
             raise ConfigError(f"embed_dim {self.width} must be a multiple of 4 and of num_heads {self.heads}")
+        if self.band_groups is not None:
+            check_band_groups(self.band_groups, self.in_chans)
+            if self.width < 8:
+                raise ConfigError(f"embed_dim {self.width} has no room for a code of the group of bands", hint="at least 8")
 
     @property
     def patch(self) -> int:
@@ -113,9 +120,49 @@ class EncoderConfig:
         return self.grid_size[0] * self.grid_size[1]
 
     @property
+    def num_groups(self) -> int:
+        """Groups of bands, G; 1 without."""
+        return len(self.band_groups) if self.band_groups is not None else 1
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of all groups of bands, G * N: what masks choose from and `ids_keep` counts, group by group."""
+        return self.num_groups * self.num_patches
+
+    @property
+    def group_dim(self) -> int:
+        """Channels of a position embedding that tell the group of bands: 256 from ViT-B on, as SatMAE has it, else a quarter; 0 without groups."""
+        if self.band_groups is None:
+            return 0
+        return 256 if self.width >= 768 else quarter(self.width)
+
+    @property
     def patch_dim(self) -> int:
         """Values of a patch, P * P * C."""
         return self.patch**2 * self.in_chans
+
+
+def quarter(dim: int) -> int:
+    """A quarter of a width in multiples of 4, at least 4: what SatMAE's decoder gives to the code of the group of bands."""
+    return max(4, dim // 16 * 4)
+
+
+def check_band_groups(groups: tuple[tuple[int, ...], ...], channels: int) -> None:
+    """Whether every channel is in exactly one group.
+
+    Raises:
+        ConfigError: names the channel.
+    """
+    written = ";".join(",".join(map(str, group)) for group in groups)
+    listed = [band for group in groups for band in group]
+    hint = f"write 0 to {channels - 1}, each once, such as 0,1,2;3,4"
+    if not groups or not all(groups):
+        raise ConfigError(f"--band-groups {written} has an empty group", hint=hint)
+    if outside := [band for band in listed if not 0 <= band < channels]:
+        raise ConfigError(f"--band-groups {written} names band {outside[0]} of {channels}", hint=f"{hint}; --in-chans is the number of bands")
+    for band in range(channels):
+        if listed.count(band) != 1:
+            raise ConfigError(f"--band-groups {written} names band {band} {listed.count(band)} times", hint=hint)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -123,14 +170,128 @@ class DecoderConfig:
     """Decoder."""
 
     decoder_depth: int = 8
-    """Blocks of the decoder (paper, table 1a)."""
+    """Blocks of the decoder (paper, table 1a: 1 to 12); 0: one linear layer on the encoder's tokens, with --encoder-mask-tokens (SimMIM)."""
     decoder_embed_dim: int = 512
-    """Width of the decoder (paper, table 1b)."""
-    decoder_num_heads: int = 16
-    """Attention heads of the decoder."""
+    """Width of the decoder (paper, table 1b: 128 to 1024)."""
+    decoder_num_heads: int | None = None
+    """Attention heads of the decoder; default: one for every 32 of its width, 16 for the paper's 512."""
 
     def __post_init__(self) -> None:
-        if min(self.decoder_depth, self.decoder_embed_dim, self.decoder_num_heads) < 1:
-            raise ConfigError("the decoder's depth, width and heads must be at least 1")
-        if self.decoder_embed_dim % self.decoder_num_heads or self.decoder_embed_dim % 4:
-            raise ConfigError(f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads {self.decoder_num_heads}")
+        if self.decoder_num_heads is None:
+            most = max(1, self.decoder_embed_dim // 32)
+            object.__setattr__(self, "decoder_num_heads", next(heads for heads in range(most, 0, -1) if self.decoder_embed_dim % heads == 0))
+        if self.decoder_depth < 0 or min(self.decoder_embed_dim, self.heads) < 1:
+            raise ConfigError("the decoder's width and heads must be at least 1, its depth at least 0")
+        if self.decoder_embed_dim % self.heads or self.decoder_embed_dim % 4:
+            raise ConfigError(f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads {self.heads}")
+
+    @property
+    def heads(self) -> int:
+        """Number of attention heads."""
+        return self.decoder_num_heads or 0
+
+
+TargetKind = Literal["pixels", "pca", "features"]
+
+PCA_DIM = 96
+"""Coefficients of a patch's principal components (paper, table 1d)."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """Objective."""
+
+    target: TargetKind = "pixels"
+    """What is predicted of a patch: its pixels, the largest coefficients of its principal components (paper, table 1d), or a --teacher's features.
+    --norm-pix-loss normalises the patches of the first two."""
+    target_dim: int | None = None
+    """Numbers predicted for a patch with --target pca; default: 96, as in the paper, at most those of a patch."""
+    loss: Literal["mse", "l1", "smooth_l1"] = "mse"
+    """How far a prediction is from its target: mse (MAE), l1 (SimMIM), smooth_l1."""
+    loss_on: Literal["masked", "all"] = "masked"
+    """Patches that the loss counts (paper, footnote 1: counting all patches costs about 0.5 % of accuracy)."""
+    encoder_mask_tokens: bool = False
+    """The encoder runs on mask tokens too, as BEiT's and SimMIM's does: slower and less accurate (paper, table 1c), for comparison."""
+
+    def __post_init__(self) -> None:
+        if self.target_dim is not None and (self.target_dim < 1 or self.target == "pixels"):
+            raise ConfigError(f"--target-dim {self.target_dim} needs --target pca, and is at least 1")
+
+    def width(self, encoder: EncoderConfig) -> int:
+        """Numbers predicted for a patch."""
+        if self.target == "pixels":
+            return encoder.patch_dim
+        if self.target == "pca":
+            return self.target_dim or min(PCA_DIM, encoder.patch_dim)
+        return self.target_dim or encoder.width
+
+
+def check_objective(encoder: EncoderConfig, decoder: DecoderConfig, objective: ObjectiveConfig) -> None:
+    """Whether there is such an autoencoder.
+
+    Raises:
+        ConfigError: names what does not go together.
+    """
+    if decoder.decoder_depth == 0 and not objective.encoder_mask_tokens:
+        raise ConfigError("--decoder-depth 0 leaves masked patches without a token", hint="pass --encoder-mask-tokens with it, as SimMIM does")
+    if encoder.band_groups is not None and (objective.target != "pixels" or objective.encoder_mask_tokens):
+        raise ConfigError("--band-groups go with --target pixels, and without --encoder-mask-tokens")
+    if objective.target == "pca" and objective.width(encoder) > encoder.patch_dim:
+        raise ConfigError(f"--target-dim {objective.target_dim} is more than the {encoder.patch_dim} numbers of a patch")
+
+
+MaskSampling = Literal["random", "block", "grid"]
+
+GroupMasking = Literal["independent", "consistent"]
+
+GRID_MASK_RATIO = 0.75
+"""The only ratio of grid masking: one of every four patches stays."""
+
+BLOCK_MIN_GRID = 4
+"""The least number of patches down and across for block-wise masking."""
+
+
+def num_keep(num_patches: int, mask_ratio: float) -> int:
+    """Number of visible patches; truncates in floating point exactly as the original implementation does."""
+    return int(num_patches * (1 - mask_ratio))
+
+
+def mask_unit(mask_patch_size: int | None, patch_size: int) -> int:
+    """Side, in patches, of the squares that are masked as a whole.
+
+    Raises:
+        ConfigError: not a multiple of the patch size.
+    """
+    if mask_patch_size is None:
+        return 1
+    if mask_patch_size < 1 or mask_patch_size % patch_size:
+        raise ConfigError(f"--mask-patch-size {mask_patch_size} is not a multiple of the patch size {patch_size}")
+    return mask_patch_size // patch_size
+
+
+def check_masking(kind: MaskSampling, mask_ratio: float, grid_size: tuple[int, int], *, unit: int = 1) -> None:
+    """Whether there is such a masking of this grid, with something to see and something to predict.
+
+    Raises:
+        ConfigError: names the setting and its value.
+    """
+    rows, columns = grid_size
+    if not 0 < mask_ratio < 1:
+        raise ConfigError(f"--mask-ratio {mask_ratio} must be above 0 and below 1")
+    if kind != "random" and unit != 1:
+        raise ConfigError(f"--mask-patch-size goes with --mask-sampling random, not {kind}")
+    if rows % unit or columns % unit:
+        raise ConfigError(f"--mask-patch-size of {unit} patches does not divide a grid of {rows}x{columns} patches")
+    if kind == "grid" and mask_ratio != GRID_MASK_RATIO:
+        raise ConfigError(f"--mask-sampling grid keeps one of every four patches, which is no --mask-ratio {mask_ratio}", hint="use --mask-ratio 0.75")
+    if kind == "grid" and (rows % 2 or columns % 2):
+        raise ConfigError(f"--mask-sampling grid needs an even number of patches down and across, not {rows}x{columns}")
+    if kind == "block" and min(grid_size) < BLOCK_MIN_GRID:
+        raise ConfigError(f"--mask-sampling block needs at least {BLOCK_MIN_GRID}x{BLOCK_MIN_GRID} patches, not {rows}x{columns}")
+    squares = rows * columns // unit**2
+    if num_keep(squares, mask_ratio) in (0, squares):
+        what = "patches" if unit == 1 else f"squares of {unit}x{unit} patches"
+        raise ConfigError(
+            f"--mask-ratio {mask_ratio} of {squares} {what} leaves nothing to see or nothing to predict",
+            hint="use a smaller --patch-size or another --mask-ratio",
+        )

@@ -1,10 +1,11 @@
-"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`.
+"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`, mmpretrain, MAE-Lite.
 
 Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
 """
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -13,18 +14,34 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, Kind, Metadata
-from mae_deploy.config import to_dict
-from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Preset
+from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, Kind, Metadata
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
 from mae_deploy.models.hugging_face import from_hugging_face, is_hugging_face
+from mae_deploy.models.linear_probe import fold_batch_norm
+from mae_deploy.models.mae_lite import from_mae_lite, is_mae_lite
+from mae_deploy.models.name_report import check_names
+from mae_deploy.models.openmmlab import from_openmmlab, is_openmmlab
 from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.models.releases import licence_of, trained_on_normalised_pixels
 from mae_deploy.models.timm_models import from_timm, has_timm_config
-from mae_deploy.models.weight_files import MODEL_FILES, Source, check_names, count_blocks, find_weights, read_source, tensor_of
-from mae_deploy.preprocess import default_preprocess
+from mae_deploy.models.weight_files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
+from mae_deploy.preprocess import Preprocess, default_preprocess
 
-_RELEASED = re.compile(r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae")
-"""File and repository names of the released, non-commercial weights and their re-uploads."""
+OWN_RECORD = "mae_deploy"
+"""Under this key, files that we export hold the metadata of their checkpoint."""
+
+_FOREIGN = [
+    (r"^encoder\.(mask_token|layers|blocks)", "the parts of SimMIM (encoder, decoder)"),
+    (r"relative_position_(bias_table|index)|rel_pos_bias|\.rpe", "relative positions in its attention, as BEiT, SimMIM, Swin and MAE-Lite's RPE have"),
+    (r"\.attn\.[qv]_bias$", "an attention without a bias of the keys, as BEiT has"),
+    (r"^lm_head\.", "a head over visual words, as BEiT has"),
+    (r"^(dist_token|dist_norm\.|head_dist\.)", "a distillation token and its head"),
+    (r"^layers\.\d+\.blocks\.|^stages\.", "stages of different resolution (Swin, Hiera)"),
+    (r"^(backbone\.)?pre_norm\.", "a norm before the blocks (pre_norm)"),
+]
+"""Tensors by which other families are told, and what they are."""
 
 _GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
 
@@ -66,6 +83,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         CheckFailed: the file is damaged, carries code, or its tensors are not exactly those of a ViT that we know.
     """
     source = _convert(read_source(find_weights(path), average=options.model is not None), options)
+    _fold_linear_probe(source)
     kind = _kind(source.tensors)
     made_for = _made_for(source, options.image_size)
     encoder = _encoder_config(source, options.image_size or made_for, options.num_heads)
@@ -79,27 +97,93 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         kind=kind,
         encoder=to_dict(encoder),
         decoder=to_dict(decoder) if decoder else None,
-        norm_pix_loss=options.norm_pix_loss if options.norm_pix_loss is not None else bool(source.settings.get("norm_pix_loss", True)),
+        norm_pix_loss=_norm_pix_loss(source, options.norm_pix_loss),
         pool=pool,
         num_classes=num_classes,
-        class_names=_class_names(source.settings, num_classes),
+        class_names=_class_names(source, num_classes),
         preprocess=to_dict(preprocess),
-        licence=options.licence or _licence(source),
-        provenance={**provenance, **({"architecture": source.architecture} if source.architecture else {})},
+        licence=options.licence or licence_of(source, kind),
+        provenance={
+            **provenance,
+            **({"architecture": source.architecture} if source.architecture else {}),
+            **({"parent": source.parent} if source.parent else {}),
+        },
     )
     hint = "if it is a timm model, say which: --model NAME" if source.layout == "original or timm" else None
-    check_names(source.tensors, expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes), source.file, hint=hint)
+    expected = expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes)
+    check_names(source.tensors, expected, source.file, hint=hint, names=source.names)
+    _refuse_numbers(source)
     return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, _report(source, metadata, encoder, reshaped))
 
 
 def _convert(source: Source, options: ImportOptions) -> Source:
     """The weights under the original's names, by whichever layout they have."""
+    source.own_licence, source.parent = _stated(source, "licence"), _stated_provenance(source)
     if options.model is not None or has_timm_config(source):
         return from_timm(source, options.model)
     if is_hugging_face(source):
         return from_hugging_face(source)
+    _refuse_other_families(source)
+    if is_openmmlab(source):
+        return from_openmmlab(source)
+    if is_mae_lite(source):
+        source = from_mae_lite(source, options.num_heads)
+        _refuse_other_families(source)
+        return source
+    return _from_original(source)
+
+
+def _from_original(source: Source) -> Source:
+    """The original's names already; what our own files say of themselves is taken."""
+    if (record := _own_record(source)) is not None:
+        metadata = from_dict(Metadata, record, where=f"{OWN_RECORD}.")
+        encoder, decoder = from_dict(EncoderConfig, metadata.encoder), from_dict(DecoderConfig, metadata.decoder or {})
+        if encoder.band_groups is not None or not is_plain(metadata):
+            raise ConfigError(f"{source.file} is ours already, and no plain autoencoder or encoder", hint="every command takes its checkpoint folder as it is")
+        source.image_size, source.num_heads, source.decoder_num_heads = encoder.image_size, encoder.num_heads, decoder.decoder_num_heads
+        source.norm_pix_loss, source.class_names, source.own_licence = metadata.norm_pix_loss, metadata.class_names, metadata.licence
+        source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
+        return source
     stated = source.settings.get("image_size") or source.settings.get("input_size")
-    return replace(source, image_size=(stated, stated)) if isinstance(stated, int) else source
+    source.image_size = (stated, stated) if isinstance(stated, int) else None
+    return source
+
+
+def is_plain(metadata: Metadata) -> bool:
+    """Whether a decoder, if there is one, predicts pixels from an encoder that has not seen them, as in the paper."""
+    objective = from_dict(ObjectiveConfig, metadata.objective or {})
+    return metadata.kind != "mae" or (objective.target == "pixels" and not objective.encoder_mask_tokens)
+
+
+def _own_record(source: Source) -> dict[str, Any] | None:
+    """The metadata in a `.pth` that we exported, or beside the weights of a checkpoint of ours."""
+    if isinstance(record := source.beside.get(OWN_RECORD), dict):
+        return record
+    record = read_settings(source.file.with_name(METADATA)) if source.file.name == WEIGHTS else {}
+    return {name: value for name, value in record.items() if name != "schema_version"} if record.get("schema_version") == SCHEMA_VERSION else None
+
+
+def _refuse_other_families(source: Source) -> None:
+    """Nothing of these fits by renaming, and a list of their tensors would not say why."""
+    found = [words for pattern, words in _FOREIGN if any(re.search(pattern, name) for name in source.tensors)]
+    if found:
+        raise ConfigError(
+            f"{source.file} has {', '.join(found)}, which our encoder does not have", hint="docs/import.md lists what is read and what is refused"
+        )
+
+
+def _fold_linear_probe(source: Source) -> None:
+    """The BatchNorm before the head of a linear probe: `head.0` and `head.1` in the original, a neck in mmpretrain."""
+    if "head.0.running_mean" in source.tensors:
+        fold_batch_norm(source.tensors, "head.0", "head.1" if "head.1.weight" in source.tensors else "head")
+        source.folded.append("the BatchNorm of a linear probe: into the head")
+
+
+def _refuse_numbers(source: Source) -> None:
+    """Weights that are whole numbers, complex or quantised are those of another computation."""
+    for name, tensor in source.tensors.items():
+        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta:
+            raise CheckFailed(f"{source.file} holds {name} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers")
 
 
 def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped: list[str]) -> dict[str, Any]:
@@ -152,16 +236,25 @@ def expected_shapes(
 # --- what the file says ----------------------------------------------------------------------------------------------
 
 
-def _licence(source: Source) -> str:
-    return NON_COMMERCIAL if _RELEASED.search(_published_names(source)) else source.licence or UNKNOWN_LICENCE
+def _stated(source: Source, word: str) -> str | None:
+    """What the header of a .safetensors file says."""
+    value = source.beside.get(word)
+    return value if isinstance(value, str) and value else None
 
 
-def _published_names(source: Source) -> str:
-    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder, the config's and timm's."""
-    folders = source.file.absolute().parts[:-1]
-    own = folders[-1] if source.file.name in MODEL_FILES else source.file.name
-    cached = [name for name in folders if name.startswith("models--")]
-    return " ".join([own, *cached, str(source.settings.get("_name_or_path", "")), source.architecture or ""])
+def _stated_provenance(source: Source) -> dict[str, Any]:
+    """Where the weights of a file that we exported come from."""
+    try:
+        provenance = json.loads(_stated(source, "provenance") or "{}")
+    except ValueError:
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _norm_pix_loss(source: Source, asked: bool | None) -> bool:
+    """What the user says, else the release's name, else the file, else yes."""
+    known = (asked, trained_on_normalised_pixels(source), source.norm_pix_loss)
+    return next((value for value in known if value is not None), bool(source.settings.get("norm_pix_loss", True)))
 
 
 def _kind(tensors: dict[str, Tensor]) -> Kind:
@@ -215,7 +308,7 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
 
 def _decoder_config(source: Source, options: ImportOptions) -> DecoderConfig:
     width = tensor_of(source, "decoder_embed.weight", 2).shape[0]
-    heads = options.decoder_num_heads or source.decoder_num_heads or max(1, width // 32)
+    heads = options.decoder_num_heads or source.decoder_num_heads  # else one for every 32 of the width
     return DecoderConfig(decoder_depth=count_blocks(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
 
 
@@ -234,11 +327,12 @@ def _fit_positions(source: Source, made_for: tuple[int, int], encoder: EncoderCo
     return done
 
 
-def _class_names(settings: dict[str, Any], num_classes: int | None) -> tuple[str, ...] | None:
-    labels = settings.get("id2label")
-    if num_classes is None or not isinstance(labels, dict) or len(labels) != num_classes:
-        return None
-    return tuple(str(labels[key]) for key in sorted(labels, key=int))
+def _class_names(source: Source, num_classes: int | None) -> tuple[str, ...] | None:
+    labels = source.settings.get("id2label")
+    names = source.class_names
+    if names is None and isinstance(labels, dict):
+        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return names if names is not None and len(names) == num_classes else None
 
 
 def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:

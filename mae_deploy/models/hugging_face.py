@@ -62,7 +62,8 @@ def from_hugging_face(source: Source) -> Source:
     _refuse_other_models(config, decoder=any(name.startswith("decoder.") for name in source.tensors))
     dropped = [name for name in source.tensors if _POOLER.match(name)]
     tensors = _joined({_renamed(name): tensor for name, tensor in source.tensors.items() if name not in dropped})
-    source = replace(source, tensors=tensors, layout="Hugging Face", renamed=len(source.tensors) - len(dropped), dropped=dropped)
+    names = {_renamed(name): name for name in source.tensors}
+    source = replace(source, tensors=tensors, names=names, layout="Hugging Face", renamed=len(source.tensors) - len(dropped), dropped=dropped)
     source.num_heads, source.decoder_num_heads = config.get("num_attention_heads"), config.get("decoder_num_attention_heads")
     if "image_size" in config:
         source.image_size = _pair(config["image_size"])

@@ -12,7 +12,7 @@ from torch import Tensor
 from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.convert import ImportOptions, import_weights
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
@@ -20,7 +20,7 @@ from mae_deploy.models.vit import Classifier, Encoder
 
 E = TypeVar("E", bound=Encoder)
 
-ENCODER = ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+ENCODER = ("cls_token", "pos_embed", "channel_embed", "patch_embed", "blocks", "norm")
 """First parts of the names of the plain encoder's tensors."""
 
 
@@ -56,7 +56,8 @@ def build_model(metadata: Metadata) -> Encoder:
     """An untrained model of the checkpoint's kind."""
     config = from_dict(EncoderConfig, metadata.encoder)
     if metadata.kind == "mae":
-        return MaskedAutoencoder(config, from_dict(DecoderConfig, metadata.decoder or {}), norm_pix_loss=metadata.norm_pix_loss)
+        decoder, objective = from_dict(DecoderConfig, metadata.decoder or {}), from_dict(ObjectiveConfig, metadata.objective or {})
+        return MaskedAutoencoder(config, decoder, norm_pix_loss=metadata.norm_pix_loss, objective=objective)
     if metadata.kind == "classifier":
         return Classifier(config, num_classes=metadata.num_classes or 0, pool="cls" if metadata.pool == "cls" else "avg")
     return Encoder(config)
@@ -103,7 +104,7 @@ def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
         ConfigError: the two encoders differ in more than image size.
     """
     source = loaded.encoder_config
-    for name in ("patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+    for name in ("patch_size", "in_chans", "band_groups", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(source, name) != getattr(target, name):
             raise ConfigError(f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has {getattr(target, name)}")
     tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}

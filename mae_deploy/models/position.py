@@ -22,6 +22,11 @@ def sincos_position_embedding(embed_dim: int, grid_size: tuple[int, int]) -> Ten
     return torch.from_numpy(np.concatenate([np.zeros((1, embed_dim)), patches])).float()[None]
 
 
+def sincos_group_embedding(embed_dim: int, num_groups: int) -> Tensor:
+    """The codes of groups of bands, in order: `(1, G, E)` (SatMAE, Cong et al.: https://arxiv.org/abs/2207.08051, section 3.3)."""
+    return torch.from_numpy(_sincos(embed_dim, np.arange(num_groups, dtype=np.float64))).float()[None]
+
+
 def interpolate_position_embedding(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
     """Bicubic interpolation of the patch part from grid `source` to grid `target`: `(1, 1 + N, D) -> (1, 1 + N', D)`."""
     if source == target:

@@ -21,8 +21,9 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
+from mae_deploy.models.name_report import check_names
 from mae_deploy.models.vit import transformer_blocks
-from mae_deploy.models.weight_files import Source, check_names, tensor_of
+from mae_deploy.models.weight_files import Source, tensor_of
 from mae_deploy.preprocess import default_preprocess
 
 _SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
@@ -88,6 +89,8 @@ def from_timm(source: Source, name: str | None) -> Source:
     source.pool = "avg" if model.global_pool == "avg" else "cls"
     source.resample = _resample_bilinear if "flexi" in architecture else _resample
     _take_preprocessing(source, model.pretrained_cfg)
+    if isinstance(names := source.settings.get("label_names"), list):
+        source.class_names = tuple(map(str, names))
     if not name or "." in name:
         source.licence = _SPDX.get(model.pretrained_cfg.get("license"), model.pretrained_cfg.get("license"))
     return source

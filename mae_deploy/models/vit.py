@@ -16,15 +16,18 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mae_deploy.models.bands import GroupedPatchEmbed, group_positions
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.models.kernels import MeasuredLinear
+from mae_deploy.models.position import sincos_group_embedding, sincos_position_embedding
 
 Pool = Literal["avg", "cls"]
 
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 EXPLICIT_ATTENTION_TOKENS = 65
-"""Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward pass)."""
+"""Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward pass). Where it is measured,
+what was measured counts (`Kernels.fused_attention`)."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -69,12 +72,19 @@ def transformer_blocks(dim: int, depth: int, num_heads: int, *, mlp_ratio: float
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """Apply blocks in turn, with the attention that is faster for this device and length."""
-    fused = tokens.device.type != "cpu" or tokens.shape[1] > EXPLICIT_ATTENTION_TOKENS
     for block in blocks:
         assert isinstance(block, Block)
-        block.attn.fused_attn = fused  # type: ignore[assignment]
+        block.attn.fused_attn = _fused_is_faster(block.attn, tokens)  # type: ignore[assignment]
         tokens = block(tokens)
     return tokens
+
+
+def _fused_is_faster(attention: Any, tokens: Tensor) -> bool:
+    B, T, _ = tokens.shape
+    fused = not tokens.is_cpu or T > EXPLICIT_ATTENTION_TOKENS
+    if isinstance(attention.qkv, MeasuredLinear) and attention.qkv.measures(tokens):
+        return attention.qkv.kernels.fused_attention(B, attention.num_heads, T, attention.head_dim, unmeasured=fused)
+    return fused
 
 
 class Encoder(nn.Module):
@@ -84,10 +94,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         D = config.width
-        self.patch_embed = PatchEmbed(config)
+        self.patch_embed: Any = PatchEmbed(config) if config.band_groups is None else GroupedPatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         # A parameter, because fine-tuning may train it; fixed until then.
-        self.pos_embed = nn.Parameter(sincos_position_embedding(D, config.grid_size), requires_grad=False)
+        self.pos_embed = nn.Parameter(sincos_position_embedding(D - config.group_dim, config.grid_size), requires_grad=False)
+        if config.band_groups is not None:
+            self.channel_embed = nn.Parameter(sincos_group_embedding(config.group_dim, config.num_groups), requires_grad=False)
         self.blocks = transformer_blocks(D, config.blocks, config.heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path)
         self.norm: nn.Module = LayerNorm(D)
         self._initialise()
@@ -97,20 +109,28 @@ class Encoder(nn.Module):
         B, C, H, W = images.shape
         if (C, H, W) != (self.config.in_chans, *self.config.image_size):
             raise ValueError(f"the encoder takes {self.config.in_chans}x{self.config.image_size} images, not {(C, H, W)}")
-        patches = patchify(images, self.config.patch)
-        positions = self.pos_embed[:, 1:]
+        patches, table = patchify(images, self.config.patch), self.positions()
+        grouped = self.config.band_groups is not None
+        if grouped:  # the groups' patches differ in width: tokens can be picked once they are embedded
+            patches = self.patch_embed(patches)
+        positions = table[:, 1:]
         if ids_keep is not None:
             patches = gather_tokens(patches, ids_keep)
             positions = positions[0][ids_keep]
-        cls = (self.cls_token + self.pos_embed[:, :1]).expand(B, -1, -1)
-        tokens = self.patch_embed(patches) + positions
+        cls = (self.cls_token + table[:, :1]).expand(B, -1, -1)
+        tokens = (patches if grouped else self.patch_embed(patches)) + positions
         return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+
+    def positions(self) -> Tensor:
+        """What is added to every token, CLS first: `(1, 1 + N, D)`, with groups of bands `(1, 1 + G * N, D)`."""
+        return self.pos_embed if self.config.band_groups is None else group_positions(self.pos_embed, self.channel_embed, self.config.num_groups)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """CLS and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`.
 
         Args:
-            ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order.
+            ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order. With groups of bands, patch n of
+                group g is `g * N + n`.
 
         Raises:
             ValueError: the images have another size or number of channels.
@@ -119,7 +139,9 @@ class Encoder(nn.Module):
 
     def _initialise(self) -> None:
         """As the original: Xavier-uniform linear maps (the patch embedding as one), normal(0.02) tokens."""
-        nn.init.xavier_uniform_(self.patch_embed.proj.weight.data.flatten(1))
+        for module in self.patch_embed.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.xavier_uniform_(module.weight.data.flatten(1))
         nn.init.normal_(self.cls_token, std=0.02)
         self.blocks.apply(initialise_linear)
 

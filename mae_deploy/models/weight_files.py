@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import pickle
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
 from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.models.unpickle import read_pickle
 from mae_deploy.preprocess import Preprocess
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -26,6 +25,8 @@ _INDEX = ".index.json"
 _WRAPPERS = ("model", "state_dict", "model_state")
 _AVERAGES = ("state_dict_ema", "model_ema")
 """Where training scripts put the running average of the weights."""
+_HEAVY = ("optimizer", "ema_state_dict", *_AVERAGES)
+"""What stands beside the weights, is as large, and says nothing about them."""
 
 
 @dataclass(slots=True)
@@ -38,6 +39,8 @@ class Source:
     tensors: dict[str, Tensor]
     settings: dict[str, Any]
     """config.json beside the file, else the training arguments in it."""
+    beside: dict[str, Any] = field(default_factory=dict)
+    """What the file holds beside the tensors: training's records, the words of a safetensors header."""
     layout: str = "original or timm"
     architecture: str | None = None
     """timm's name of the model."""
@@ -47,11 +50,20 @@ class Source:
     decoder_num_heads: int | None = None
     pool: str | None = None
     """What the head reads, avg or cls."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder predicts normalised pixels."""
+    class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
     licence: str | None = None
+    own_licence: str | None = None
+    """What a file of ours says: it may bear any name."""
+    parent: dict[str, Any] = field(default_factory=dict)
+    """The provenance that a file of ours records."""
     resample: Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor] = interpolate_position_embedding
     """Takes position embeddings `(1, 1 + N, D)` from one grid to another."""
     renamed: int = 0
+    names: dict[str, str] = field(default_factory=dict)
+    """The file's own names of tensors that were renamed one by one."""
     folded: list[str] = field(default_factory=list)
     """What the model computes with, and ours holds in other tensors."""
     dropped: list[str] = field(default_factory=list)
@@ -89,13 +101,17 @@ def read_source(file: Path, *, average: bool = False) -> Source:
         content, fingerprint = _read(file), sha256(file)
     if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):
         settings = {**vars(content["args"]), **settings}
+    beside: dict[str, Any] = {}
     for key in (*(_AVERAGES if average else ()), *_WRAPPERS):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
+            beside |= {name: value for name, value in content.items() if name not in (key, *_HEAVY)}
             content = content[key]
     if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
         raise CheckFailed(f"{file} holds no state dict of tensors")
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", name): tensor for name, tensor in content.items()}
-    return Source(file, fingerprint, tensors, settings)
+    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
+    if len(tensors) < len(content):
+        raise CheckFailed(f"{file} holds the same tensors twice: with and without the prefix of a wrapper")
+    return Source(file, fingerprint, tensors, settings, beside)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -108,22 +124,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings by name")
     return settings
-
-
-def check_names(tensors: dict[str, Tensor], expected: dict[str, tuple[int, ...]], file: Path, *, model: str = "", hint: str | None = None) -> None:
-    """Raise CheckFailed unless the tensors are exactly the expected ones, by name and shape."""
-    missing = [name for name in expected if name not in tensors]
-    unexpected = [name for name in tensors if name not in expected]
-    misshapen = [
-        f"{name} {tuple(tensors[name].shape)} instead of {shape}" for name, shape in expected.items() if name in tensors and tuple(tensors[name].shape) != shape
-    ]
-    problems = [
-        f"{len(names)} {what}: {', '.join(names[:4])}{' …' if len(names) > 4 else ''}"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen))
-        if names
-    ]
-    if problems:
-        raise CheckFailed(f"{file} does not fit{model and f' {model}'}: {'; '.join(problems)}", hint=hint)
 
 
 def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:
@@ -163,33 +163,21 @@ def _read_shards(shards: list[Path]) -> tuple[Any, str]:
         part = _read(shard)
         if not isinstance(part, dict):
             raise CheckFailed(f"{shard} holds no state dict of tensors")
-        tensors |= part
+        tensors |= part["model"] if shard.suffix == ".safetensors" else part
     sums = "".join(f"{sha256(shard)}  {shard.name}\n" for shard in shards)
     return tensors, hashlib.sha256(sums.encode()).hexdigest()
 
 
 def _read(file: Path) -> Any:
-    return _read_safetensors(file) if file.suffix == ".safetensors" else _read_pickle(file)
+    return _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
 
 
-def _read_safetensors(file: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+def _read_safetensors(file: Path) -> dict[str, Any]:
+    """The tensors, under `model`, and beside them the words of the header."""
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        with safe_open(file, framework="pt") as content:
+            return {**(content.metadata() or {}), "model": {name: content.get_tensor(name) for name in content.keys()}}  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckFailed(f"cannot read {file}: {error}") from error
-
-
-def _read_pickle(file: Path) -> Any:
-    # The original's and timm's checkpoints carry their argparse.Namespace; nothing else but tensors and plain values is let in.
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        reason = f"it wants to run {found.group(1)}" if found else "it is damaged, or holds more than tensors and plain values"
-        raise CheckFailed(f"refused to unpickle {file}: {reason}", hint="convert it to .safetensors where you trust it") from error
-    except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
-        raise CheckFailed(f"cannot read {file}: {' '.join(str(error).split())}") from error

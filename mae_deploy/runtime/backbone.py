@@ -85,7 +85,8 @@ class Backbone:
 
         Args:
             images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images of any sizes,
-                or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size (not where the graph normalises).
+                or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size (not where the graph normalises). Where the
+                model takes pixels of more than 8 bits, arrays of any type of number take the place of uint8.
             keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles exported with
                 `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of unequal length, and give back
                 `tokens` of the longest, zero where a row has ended. None keeps all. `tokens` come back in the order of `keep`.
@@ -99,7 +100,7 @@ class Backbone:
         return self._run(image_batch(images, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
     def run_cropped(self, pixels: Array, keep: Keep | None = None, *, num_keep: NumKeep | None = None, outputs: Sequence[str] | None = None) -> Features:
-        """As a call, for images that `preprocess.crop` made: uint8 `(B, H, W, C)`, neither resized nor cropped again."""
+        """As a call, for images that `preprocess.crop` made: `(B, H, W, C)`, neither resized nor cropped again."""
         return self._run(pixel_batch(pixels, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
     def close(self) -> None:

@@ -90,6 +90,8 @@ def check_feeding(token_mode: str, images: str, spec: Preprocess, class_names: S
         raise _refusal(f"it feeds images only, and --tokens {token_mode} has other inputs", hint="export with --tokens full")
     if images != "float32":
         raise _refusal(f"it writes float32 (B, C, H, W), and the images are {images}", hint="export with --images float32")
+    if spec.pixel_max is not None:
+        raise _refusal(f"its pixels have 8 bits, and the model's are divided by {spec.pixel_max:g}", hint="it takes models without --pixel-max")
     if spec.channels not in _COLOUR_FORMATS:
         raise _refusal(f"it has no format of {spec.channels} channels", hint="it takes images of 1 or 3 channels")
     if len(set(spec.std)) > 1:

@@ -26,10 +26,17 @@ def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
     return operations + sum(_pyramid_level(model, entry) for name, entry in outputs.items() if name in ("p2", "p3", "p4", "p5"))
 
 
+def autoencoder_flops(model: ModelEntry, decoder: Mapping[str, int], num_keep: int, num_patches: int) -> int:
+    """Operations of a masked autoencoder's forward pass for one image: the encoder on `num_keep` patches, the decoder on all."""
+    return _encoder(model, num_keep, model["depth"]) + _decoder(model, decoder, num_keep, num_patches)
+
+
 def _encoder(model: ModelEntry, num_keep: int, depth: int) -> int:
-    """Patch embedding and blocks."""
+    """Patch embedding and blocks; with groups of bands, every patch of every group is embedded."""
     D = model["embed_dim"]
-    return 2 * num_keep * _patch_dim(model) * D + depth * _block(1 + num_keep, D, model["mlp_ratio"])
+    rows, columns = (side // model["patch_size"] for side in model["image_size"])
+    embedded = num_keep if model.get("band_groups") is None else rows * columns
+    return 2 * embedded * _patch_dim(model) * D + depth * _block(1 + num_keep, D, model["mlp_ratio"])
 
 
 def _block(num_tokens: int, dim: int, mlp_ratio: float) -> int:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, from_array, is_image
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, is_image
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, TOKEN_INPUTS
 
@@ -19,6 +19,10 @@ Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
 Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
 NumKeep: TypeAlias = "Array | Sequence[int]"
 
+_ACCEPTED_ARRAYS = (
+    "images are numbers as the files hold them, (H, W), (H, W, C) or (B, H, W, C), but floating-point batches as a list; or normalised float32 (B, C, H, W)"
+)
+
 _ACCEPTED = "images are uint8 (H, W), (H, W, C) or (B, H, W, C), a list of such arrays or of Pillow images, or normalised float32 (B, C, H, W)"
 
 
@@ -26,6 +30,7 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
     """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`.
 
     A uint8 array of three axes is one image `(H, W, C)`; a batch of grey images is `(B, H, W, 1)`. Pillow images are turned upright (EXIF).
+    Where pixels have more than 8 bits (`pixel_max`), arrays are of any type of number; of floating-point ones, those of four axes are normalised already.
 
     Args:
         dtype: what the graph takes. With uint8 the graph normalises, and no floating-point work is done here.
@@ -34,22 +39,23 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
         ConfigError: no images, another type, dtype or shape, or a Pillow image that cannot be decoded.
     """
     if isinstance(images, np.ndarray):
-        if images.dtype in (np.float32, np.float16):
+        wide = preprocess.pixel_max is not None
+        if images.dtype in (np.float32, np.float16) and (images.ndim == 4 or not wide):
             return _normalised(images, preprocess, dtype)
-        if images.dtype != np.uint8 or images.ndim not in (2, 3, 4):
-            raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_ACCEPTED)
+        if (images.dtype != np.uint8 and not wide) or images.ndim not in (2, 3, 4):
+            raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_accepted(preprocess))
         images = list(images) if images.ndim == 4 else [images]
     elif is_image(images):
         images = [images]
     elif not isinstance(images, list | tuple):
-        raise ConfigError(f"images are of type {type(images).__name__}", hint=_ACCEPTED)
+        raise ConfigError(f"images are of type {type(images).__name__}", hint=_accepted(preprocess))
     if not images:
         raise ConfigError("there are no images", hint="give at least one")
     return pixel_batch(np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]), preprocess, dtype)
 
 
 def pixel_batch(pixels: Array, preprocess: Preprocess, dtype: str) -> Array:
-    """Images that are cropped already, uint8 `(B, H, W, C)`, as the graph's input of this dtype."""
+    """Images that are cropped already, `(B, H, W, C)`, as the graph's input of this dtype."""
     return pixels if dtype == "uint8" else preprocess.normalise(pixels).astype(dtype, copy=False)
 
 
@@ -152,27 +158,31 @@ def _normalised(images: Array, preprocess: Preprocess, dtype: str) -> Array:
     if images.ndim != 4 or images.shape[1:] != (preprocess.channels, height, width) or len(images) == 0:
         raise ConfigError(
             f"{images.dtype} images have the shape {images.shape}, not (B, {preprocess.channels}, {height}, {width})",
-            hint=f"{images.dtype} is taken as normalised already; give uint8 for images of any size",
+            hint=f"{images.dtype} is taken as normalised already; give {'a list' if preprocess.pixel_max else 'uint8'} for images of any size",
         )
     return np.ascontiguousarray(images, dtype=dtype)
 
 
 def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
-    """One image, resized and cropped: uint8 `(H, W, C)`."""
+    """One image, resized and cropped: `(H, W, C)`."""
     try:
         if isinstance(image, np.ndarray):
             if image.size == 0:
                 raise ConfigError(f"no pixels in shape {image.shape}")
-            return preprocess.crop(from_array(image))
+            return preprocess.crop(image)
         if is_image(image):
             from PIL import ImageOps
 
             return preprocess.crop(ImageOps.exif_transpose(image))
     except ConfigError as error:
-        raise ConfigError(f"image {index}: {error}", hint=error.hint or _ACCEPTED) from error
+        raise ConfigError(f"image {index}: {error}", hint=error.hint or _accepted(preprocess)) from error
     except (UnreadableImage, OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow decodes late
         raise ConfigError(f"image {index} cannot be decoded: {' '.join(str(error).split())}") from error
-    raise ConfigError(f"image {index} is of type {type(image).__name__}", hint=_ACCEPTED)
+    raise ConfigError(f"image {index} is of type {type(image).__name__}", hint=_accepted(preprocess))
+
+
+def _accepted(preprocess: Preprocess) -> str:
+    return _ACCEPTED if preprocess.pixel_max is None else _ACCEPTED_ARRAYS
 
 
 def _is_uneven(keep: Keep) -> bool:

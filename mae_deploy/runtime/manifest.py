@@ -43,7 +43,12 @@ BLOCKS = "blocks"
 _BLOCK_OUTPUT = re.compile(r"block_(0|[1-9]\d*)")
 
 
-class ModelEntry(TypedDict):
+class _Bands(TypedDict, total=False):
+    band_groups: list[list[int]]
+    """Groups of channels, each with patches of its own; absent without."""
+
+
+class ModelEntry(_Bands):
     """The encoder's numbers."""
 
     name: str
@@ -155,6 +160,7 @@ class Manifest(TypedDict):
     """In the order of the logits."""
     token_mode: TokenMode
     num_patches: int
+    """Patches that `ids_keep` counts: those of the grid, of each group of bands."""
     batch: int | None
     """None: dynamic."""
     keep: int | None
@@ -205,7 +211,7 @@ def read_preprocess(values: dict[str, Any]) -> Preprocess:
     unknown = [name for name in values if name not in names]
     if unknown:
         raise ConfigError(f"manifest: unknown preprocessing '{unknown[0]}'", hint="the bundle needs a newer mae-deploy: pip install --upgrade mae-deploy")
-    check_keys(values, {name: hints[name] for name in names}, frozenset(names), "preprocess.")
+    check_keys(values, {name: hints[name] for name in names}, frozenset(names) - {"pixel_max"}, "preprocess.")
     fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
     return Preprocess(**fields)
 
@@ -238,9 +244,13 @@ def _model_problem(manifest: Manifest) -> str | None:
     size, patch = model["image_size"], model["patch_size"]
     if len(size) != 2 or patch < 1 or min(size) < patch or any(side % patch for side in size):
         return f"image size {size} is not a height and a width in multiples of the patch size {patch}"
-    num_patches = (size[0] // patch) * (size[1] // patch)
+    groups = model.get("band_groups")
+    num_patches = (size[0] // patch) * (size[1] // patch) * (1 if groups is None else len(groups))
+    if groups is not None and sorted(band for group in groups for band in group) != list(range(model["in_chans"])):
+        return f"the groups of bands {groups} do not have each of {model['in_chans']} channels once"
     if manifest["num_patches"] != num_patches:
-        return f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of {patch}"
+        of_groups = "" if groups is None else f" in {len(groups)} groups of bands"
+        return f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of {patch}{of_groups}"
     if list(preprocess.image_size) != size or preprocess.channels != model["in_chans"]:
         return f"preprocess makes {preprocess.channels} x {preprocess.image_size}, the model takes {model['in_chans']} x {size}"
     if (manifest["precision"] in QUANTIZED) != (manifest["quantization"] is not None):

@@ -12,7 +12,7 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.files import atomic_path
-from mae_deploy.preprocess import Array, UnreadableImage, read_image
+from mae_deploy.preprocess import Array, UnreadableImage
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.inputs import Keep
 
@@ -73,7 +73,7 @@ class Predictions:
         batch: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
         for index, path in enumerate(self._paths):
             try:
-                batch.append((index, preprocess.crop(read_image(path, preprocess.channels))))
+                batch.append((index, preprocess.crop(preprocess.read(path))))
             except UnreadableImage as error:
                 self.unreadable.append(Unreadable(path, str(error).removeprefix(f"{path}: ")))
             if batch and (len(batch) == self._batch_size or index == len(self._paths) - 1):

@@ -10,6 +10,10 @@ from mae_deploy.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Sharding = Literal["ddp", "fsdp2"]
+
+TRACKERS = ("wandb", "mlflow")
+"""Trackers beside TensorBoard and JSONL, which are always written."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -36,6 +40,9 @@ class OptimConfig:
     """AdamW's betas."""
     clip_grad: float | None = None
     """Clip the gradient's global norm to this; default: no clipping, as in the paper."""
+    ema: float | None = None
+    """Keep an exponential moving average of the weights with this decay, such as 0.9999, at most (1 + step) / (10 + step); it is what is evaluated
+    and exported. Default: none."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.accum_iter) < 1:
@@ -45,6 +52,8 @@ class OptimConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value} cannot be negative")
         if self.clip_grad is not None and self.clip_grad <= 0:
             raise ConfigError(f"--clip-grad {self.clip_grad} must be above 0")
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise ConfigError(f"--ema {self.ema} must be above 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,8 +70,30 @@ class LoopConfig:
     """Newest step-N folders to keep beside the best."""
     eval_every: int = 1
     """Epochs between evaluations, where there is a validation set; the last epoch is always evaluated."""
+    max_skips: int = 3
+    """Steps with a non-finite loss or gradient in a row, which are skipped, until the run goes back to its last good checkpoint with half the
+    learning rate."""
+    max_rollbacks: int = 3
+    """Times that the run goes back, until it stops."""
+    sharding: Sharding = "ddp"
+    """Several processes: ddp gives each the whole model, fsdp2 a share of weights, gradients and optimiser (ViT-H)."""
+    compile: bool = False
+    """Compile the model with torch.compile: minutes at the start, then faster steps on a GPU."""
+    measure_kernels: bool = True
+    """On a CPU, take for every matrix product and attention the FP32 kernel that is the fastest at its size, measured when it is first met and kept with
+    the run."""
+    tracker: tuple[str, ...] = ()
+    """Also log to these, separated by commas: wandb, mlflow; TensorBoard and JSONL are always written."""
+    profile: bool = False
+    """Write a trace of a few steps after the first ones, and a table of the costliest operators, to profile/ in the run folder."""
 
     def __post_init__(self) -> None:
+        if min(self.max_skips, self.max_rollbacks + 1) < 1:
+            raise ConfigError("--max-skips must be at least 1, --max-rollbacks at least 0")
+        if unknown := [name for name in self.tracker if name not in TRACKERS]:
+            raise ConfigError(f"--tracker {unknown[0]} is not one of {', '.join(TRACKERS)}")
+        if self.sharding == "fsdp2" and self.precision == "fp16":
+            raise ConfigError("--sharding fsdp2 does not work with --precision fp16", hint="use --precision bf16")
         if min(self.checkpoint_every, self.keep_checkpoints, self.eval_every) < 1 or self.checkpoint_minutes <= 0:
             raise ConfigError("--checkpoint-every, --keep-checkpoints, --eval-every and --checkpoint-minutes must be above 0")
 
@@ -81,6 +112,14 @@ DOES_NOT_CHANGE_LOSSES = frozenset(
         "keep_checkpoints",
         "eval_every",
         "pictures_every",
+        "batch_size",
+        "accum_iter",
+        "max_skips",
+        "max_rollbacks",
+        "sharding",
+        "compile",
+        "tracker",
+        "profile",
     }
 )
-"""Settings that may differ between a run and its resumption."""
+"""Settings that may differ between a run and its resumption; the product of batch size, accumulation and processes may not."""

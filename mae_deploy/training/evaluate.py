@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from mae_deploy.data.dataset import ImageDataset, ImageList
+from mae_deploy.data.dataset import ImageDataset, ImageSource
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.transforms import Normalise, Transform
 from mae_deploy.errors import CheckFailed
@@ -20,8 +20,8 @@ from mae_deploy.progress import notice
 class Evaluator:
     """Validation of a classifier; images that cannot be read are left out and counted."""
 
-    def __init__(self, images: ImageList, transform: Transform, spec: Preprocess, *, batch_size: int, num_workers: int) -> None:
-        self.dataset = ImageDataset(images, transform, channels=spec.channels, seed=0, replace_unreadable=False)
+    def __init__(self, images: ImageSource, transform: Transform, spec: Preprocess, *, batch_size: int, num_workers: int) -> None:
+        self.dataset = ImageDataset(images, transform, seed=0, replace_unreadable=False)
         self.spec = spec
         self.batch_size = batch_size
         self.num_workers = num_workers
@@ -57,5 +57,5 @@ class Evaluator:
         summed: Any = accelerator.reduce(totals, "sum")
         top1, top5, loss, count = summed.tolist()
         if count == 0:
-            raise CheckFailed(f"no readable validation image below {self.dataset.images.root}")
+            raise CheckFailed(f"no readable validation image below {self.dataset.name}")
         return {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}

@@ -28,14 +28,14 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer = layer_of(name, layers)
-            decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token")
+            decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token", "channel_embed")
             _add(groups.setdefault((layer, decays), _group(weight_decay if decays else 0.0, layer_decay ** (layers - layer))), name, parameter)
     return list(groups.values())
 
 
 def layer_of(name: str, layers: int) -> int:
     """0 for the embeddings, i + 1 for block i, `layers` for what comes after the blocks."""
-    if name.startswith(("cls_token", "pos_embed", "patch_embed")):
+    if name.startswith(("cls_token", "pos_embed", "channel_embed", "patch_embed")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layers
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 import sys
@@ -17,9 +18,9 @@ from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
 from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
+from mae_deploy.training.state import PROGRESS, STATE
 
 CONFIG = "config.yaml"
-STATE = "state"
 
 C = TypeVar("C")
 
@@ -62,12 +63,13 @@ class RunFolder:
     def last(self) -> Path | None:
         """The newest complete checkpoint with the state to resume from."""
         folder = self.checkpoints / "last"
-        return folder if (folder / STATE / "progress.json").is_file() else None
+        return folder if (folder / STATE / PROGRESS).is_file() else None
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to a JSONL file."""
+        """Add one line to a JSONL file; what is not finite becomes null."""
+        valid = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
         with (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps(valid, allow_nan=False) + "\n")
 
     def forget_after(self, step: int) -> None:
         """Drop the metrics of steps that the checkpoint at `step` has not seen, and a half-written last line."""
@@ -77,13 +79,13 @@ class RunFolder:
                 kept = [line for line in path.read_text(encoding="utf-8").splitlines() if (found := _step_of(line)) is not None and found <= step]
                 write_text(path, "".join(line + "\n" for line in kept))
 
-    def prune(self, keep: int) -> None:
-        """Delete all but the newest `keep` checkpoints and those that `best` and `last` point to."""
+    def prune(self, keep: int, *, spare: int | None = None) -> None:
+        """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step `spare`."""
         steps = sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
         # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a newer one.
         pointed_to = {link.resolve() for name in ("best", "last") if (link := self.checkpoints / name).exists()}
         for folder in steps[:-keep]:
-            if folder.resolve() not in pointed_to:
+            if folder.resolve() not in pointed_to and folder.name != f"step-{spare}":
                 remove(folder)
 
 

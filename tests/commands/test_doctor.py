@@ -124,7 +124,16 @@ def test_without_the_training_packages() -> None:
     assert pretrain["install"] == "pip install 'mae-deploy[train]'"
     assert found["engines"]["openvino"] == "not installed: pip install 'mae-deploy[openvino]'"
     assert found["commands"]["predict --engine openvino"] == {"missing": ["openvino"], "install": "pip install 'mae-deploy[openvino]'"}
-    assert [name for name, problem in found["commands"].items() if problem is None] == ["verify", "predict", "predict --out FILE.parquet", "benchmark", "info"]
+    assert [name for name, problem in found["commands"].items() if problem is None] == [
+        "verify",
+        "predict",
+        "eval BUNDLE",
+        "predict --out FILE.parquet",
+        "predict on TIFF",
+        "benchmark",
+        "data",
+        "info",
+    ]
 
 
 def test_without_torch_for_people() -> None:

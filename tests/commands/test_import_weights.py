@@ -10,11 +10,25 @@ import pytest
 import timm
 import torch
 
-from mae_deploy.checkpoint import open_checkpoint
+from mae_deploy.checkpoint import open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
+from mae_deploy.models.config import ObjectiveConfig
 from mae_deploy.models.load import load_model
+from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
-from tests.models.tiny_models import CLASSES, ENCODER, SQUARE, random_images, tiny_classifier, tiny_encoder, tiny_mae, write_original
+from tests.models.tiny_models import (
+    CLASSES,
+    DECODER,
+    ENCODER,
+    SQUARE,
+    fill,
+    metadata_of,
+    random_images,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+    write_original,
+)
 
 HEADS = ["--num-heads", "5", "--decoder-num-heads", "3"]
 
@@ -70,6 +84,26 @@ def test_ours_imports_ours(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, two[name]) for name, tensor in one.items())
 
 
+def test_a_licence_is_not_lost_by_importing_again(tmp_path: Path) -> None:
+    source = write_original(tmp_path / "mae_pretrain_vit_base.pth", tiny_mae(SQUARE).state_dict(), norm_pix_loss=False)
+    assert main(["import", str(source), "--out", str(tmp_path / "one"), *HEADS]) == 0
+    # The folder says it all, the weights file alone at least the licence.
+    assert main(["import", str(tmp_path / "one"), "--out", str(tmp_path / "two")]) == 0
+    two = open_checkpoint(tmp_path / "two").metadata
+    assert (two.licence, two.norm_pix_loss, two.encoder["num_heads"]) == ("CC-BY-NC-4.0", False, 5)
+    assert two.provenance["parent"]["source"] == "mae_pretrain_vit_base.pth"
+    (tmp_path / "one" / "model.safetensors").rename(tmp_path / "renamed.safetensors")
+    assert main(["import", str(tmp_path / "renamed.safetensors"), "--out", str(tmp_path / "three"), *HEADS]) == 0
+    assert open_checkpoint(tmp_path / "three").metadata.licence == "CC-BY-NC-4.0"
+
+
+def test_a_checkpoint_of_ours_that_no_other_library_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = fill(MaskedAutoencoder(SQUARE, DECODER, objective=ObjectiveConfig(encoder_mask_tokens=True)))
+    save_checkpoint(tmp_path / "ours", dict(model.state_dict()), metadata_of(model))
+    assert main(["import", str(tmp_path / "ours"), "--out", str(tmp_path / "out")]) == 2
+    assert "is ours already" in capsys.readouterr().err
+
+
 class RunsOnUnpickling:
     """Writes a file when it is unpickled."""
 
@@ -106,15 +140,36 @@ def test_options_that_do_not_fit_the_file(tmp_path: Path, arguments: list[str], 
     assert not (tmp_path / "out").exists()
 
 
-def test_tensors_that_do_not_fit_are_named_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tensors = {**tiny_encoder(SQUARE).state_dict(), "gamma_1": torch.zeros(3)}
-    del tensors["norm.bias"]
-    source = write_original(tmp_path / "weights.pth", tensors)
+def misfit(folder: Path) -> Path:
+    tensors = {**tiny_encoder(SQUARE).state_dict(), "gamma[1]": torch.zeros(3), "norm.weight": torch.zeros(2, 3)}
+    for name in ("norm.bias", *(f"blocks.1.{part}" for part in ("norm1.bias", "norm2.bias", "attn.qkv.bias", "attn.proj.bias"))):
+        del tensors[name]
+    return write_original(folder / "weights.pth", tensors)
+
+
+def test_tensors_that_do_not_fit_are_all_shown_above_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
+    source = misfit(tmp_path)
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 1
-    error, hint = capsys.readouterr().err.splitlines()
-    assert error == f"error: {source} does not fit: 1 missing: norm.bias; 1 unexpected: gamma_1"
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    *table, error, hint = captured.err.splitlines()
+    assert error.startswith(f"error: {source} does not fit: 5 missing: blocks.1.norm1.bias, ")
+    assert error.endswith("attn.proj.bias, blocks.1.norm2.bias …; 1 unexpected: gamma[1]; 1 misshapen: norm.weight (2, 3) instead of (20,)")
     assert hint == "hint: if it is a timm model, say which: --model NAME"
+    rows = [" ".join(line.replace("│", " ").split()) for line in table]
+    for row in ("missing norm.bias - 20", "missing blocks.1.attn.qkv.bias - 60", "unexpected gamma[1] 3 -", "reshaped norm.weight 2x3 20"):
+        assert row in rows, row
     assert not (tmp_path / "out").exists()
+
+
+def test_tensors_that_do_not_fit_are_in_the_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["import", str(misfit(tmp_path)), "--out", str(tmp_path / "out"), *HEADS, "--json"]) == 1
+    captured = capsys.readouterr()
+    assert len(captured.err.splitlines()) == 2
+    report = json.loads(captured.out)
+    assert [len(report[sort]) for sort in ("missing", "unexpected", "reshaped")] == [5, 1, 1]
+    assert report["reshaped"] == [{"name": "norm.weight", "found": [2, 3], "expected": [20]}]
 
 
 def test_a_model_by_timms_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,11 @@ from PIL import Image
 from torch import Tensor
 
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import UNLABELLED, ImageDataset, ImageList, Key, Sample, collate, labelled_images, unlabelled_images
+from mae_deploy.data.dataset import UNLABELLED, ImageDataset, Key, Sample, collate
+from mae_deploy.data.find import labelled_images
+from mae_deploy.data.order import Stretch
+from mae_deploy.data.sources import ImageList
+from mae_deploy.data.sources import image_files as unlabelled_images
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import default_preprocess
@@ -22,7 +27,7 @@ from tests.data.image_folders import spoil, write_classes, write_noise
 
 def dataset_of(images: ImageList, *, seed: int = 3, replace_unreadable: bool = True, cache: bool = False) -> ImageDataset:
     transform = train_transform(default_preprocess((10, 15)), CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
-    return ImageDataset(images, transform, channels=3, seed=seed, replace_unreadable=replace_unreadable, cache=cache)
+    return ImageDataset(images, transform, seed=seed, replace_unreadable=replace_unreadable, cache=cache)
 
 
 def image_of(sample: Sample) -> Tensor:
@@ -110,6 +115,7 @@ def test_labels_follow_the_class_names(tmp_path: Path) -> None:
     (tmp_path / "train" / "README.txt").touch()
     train = labelled_images(tmp_path, "train")
     assert train.class_names == ("dark", "light")
+    assert isinstance(train, ImageList)
     assert train.labels == (0, 0, 0, 1, 1, 1)
     assert [path.parent.name for path in train.paths] == ["dark"] * 3 + ["light"] * 3
     assert labelled_images(tmp_path, "train", ("light", "other", "dark")).labels == (2, 2, 2, 0, 0, 0)
@@ -176,3 +182,31 @@ def test_the_fingerprint_of_broken_links_and_odd_names(tmp_path: Path) -> None:
     after = unlabelled_images(tmp_path).fingerprint()
     assert after["images"] == 3
     assert after["sha256"] != before["sha256"]
+
+
+# --- repeated augmentation, names ------------------------------------------------------------------------------------
+
+
+def test_repeated_views_follow_one_another_and_are_decoded_once(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    reads: list[int] = []
+    read = ImageList.read
+
+    def counted(self: ImageList, index: int, *more: Any) -> Any:
+        reads.append(index)
+        return read(self, index, *more)
+
+    monkeypatch.setattr(ImageList, "read", counted)
+    dataset = ImageDataset(unlabelled_images(images), train_transform(default_preprocess((10, 15)), CropConfig()), seed=3, replace_unreadable=True, views=3)
+    batches = list(dataset.stream(Stretch(5, 2, 0, 2), seed=0, num_workers=0, pin_memory=False))
+    names = [name for batch in batches for name in batch.names]
+    assert [len(set(names[first : first + 3])) for first in (0, 3, 6)] == [1, 1, 1]
+    assert len(set(names)) == len(reads) == 4
+    assert not torch.equal(batches[0].images[0], batches[0].images[1])
+    assert len(dataset) == 11
+
+
+def test_names_are_of_the_images_that_were_read(images: Path) -> None:
+    found = unlabelled_images(images)
+    spoil(found.paths[2])
+    batch = collate([dataset_of(found)[Key(0, index)] for index in (1, 2)])
+    assert batch.names == (str(found.paths[1]), str(found.paths[3]))

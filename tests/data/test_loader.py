@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import Batch, ImageDataset, Key, unlabelled_images
-from mae_deploy.data.loader import StreamSampler, eval_loader, train_loader
+from mae_deploy.data.dataset import Batch, ImageDataset
+from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.order import Key, StreamSampler, Stretch
+from mae_deploy.data.sources import image_files as unlabelled_images
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.preprocess import default_preprocess
 from tests.data.image_folders import SIZE
@@ -20,7 +22,7 @@ SAMPLES, BATCH, PER_EPOCH, EPOCHS = 23, 3, 7, 4
 
 
 def stream(start: int = 0, *, batch_size: int = BATCH, rank: int = 0, world_size: int = 1, per_epoch: int = PER_EPOCH, seed: int = 0) -> StreamSampler:
-    return StreamSampler(SAMPLES, batch_size, batches_per_epoch=per_epoch, seed=seed, start=start, stop=EPOCHS * per_epoch, rank=rank, world_size=world_size)
+    return StreamSampler(SAMPLES, Stretch(batch_size, per_epoch, start, EPOCHS * per_epoch, rank, world_size), seed=seed)
 
 
 @pytest.mark.parametrize("start", range(EPOCHS * PER_EPOCH + 1))
@@ -62,9 +64,8 @@ def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
     def batches(num_workers: int) -> list[Batch]:
         spec = default_preprocess((10, 15))
         transform = train_transform(spec, CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
-        dataset = ImageDataset(unlabelled_images(images), transform, channels=3, seed=5, replace_unreadable=True)
-        sampler = StreamSampler(len(dataset), 5, batches_per_epoch=2, seed=5, start=1, stop=4)
-        return list(train_loader(dataset, sampler, num_workers=num_workers, pin_memory=False))
+        dataset = ImageDataset(unlabelled_images(images), transform, seed=5, replace_unreadable=True)
+        return list(dataset.stream(Stretch(5, 2, 1, 4), seed=5, num_workers=num_workers, pin_memory=False))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(shared) == 3
@@ -73,7 +74,7 @@ def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
 
 def test_evaluation_takes_each_image_once_in_order(images: Path) -> None:
     found = unlabelled_images(images)
-    dataset = ImageDataset(found, eval_transform(default_preprocess(SIZE)), channels=3, seed=0, replace_unreadable=False)
+    dataset = ImageDataset(found, eval_transform(default_preprocess(SIZE)), seed=0, replace_unreadable=False)
     alone = torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0)])
     assert torch.equal(alone, torch.stack([image for index in range(11) if (image := dataset[Key(0, index)].image) is not None]))
     shares = [torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0, rank=rank, world_size=3)]) for rank in range(3)]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import random
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +45,7 @@ def test_shape_and_type_hold_for_every_draw(channels: int, notation: str | None,
 
 def test_posterizing_at_full_strength(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = train_transform(default_preprocess((13, 13)), WHOLE, auto_augment="rand-m10-inc1")
-    augment = transform.args[0][-1]  # type: ignore[attr-defined]
+    augment: Any = transform.steps[-1]
     augment.ops = [operation for operation in augment.ops if operation.name.startswith("Posterize")]
     assert len(augment.ops) == 1
     monkeypatch.setattr(random, "random", lambda: 0.0)  # every operation is applied
@@ -53,7 +55,7 @@ def test_posterizing_at_full_strength(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_colours_change_beside_an_alpha_channel_that_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     transform = train_transform(default_preprocess((13, 13), 4), WHOLE, auto_augment="rand-m10-inc1")
-    augment = transform.args[0][-1]  # type: ignore[attr-defined]
+    augment: Any = transform.steps[-1]
     augment.ops = [operation for operation in augment.ops if operation.name == "Invert"]
     monkeypatch.setattr(random, "random", lambda: 0.0)
     augment.num_layers = 1
@@ -128,3 +130,100 @@ def test_transforms_can_be_sent_to_workers_that_are_not_forked() -> None:
         expected = transform(image)
         seed_everything(1)
         assert torch.equal(copy(image), expected)
+
+
+# --- the paper's other crops, table 1e ------------------------------------------------------------------------------
+
+
+def places_of(crop: CropConfig, size: tuple[int, int], image_size: tuple[int, int], draws: int = 40) -> list[tuple[int, int, int]]:
+    """Row and column that each crop's corner shows, and the width it spans; each pixel's value is its place, plus 50."""
+    rows, columns = np.meshgrid(np.arange(size[0]) + 50, np.arange(size[1]) + 50, indexing="ij")
+    image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=2).astype(np.uint8))
+    transform = train_transform(default_preprocess(image_size), crop)
+    seed_everything(0)
+    found = [transform(image).int() for _ in range(draws)]
+    return [(int(one[0, 0, 0]), int(one[1, 0, 0]), int(one[1, 0, -1] - one[1, 0, 0])) for one in found]
+
+
+def test_no_augmentation_is_the_deployed_crop() -> None:
+    pixels = pixels_of(3, 23, 29)
+    transform = train_transform(default_preprocess((10, 15)), CropConfig(crop="none"))
+    for _ in range(5):
+        np.testing.assert_array_equal(transform(image_of(pixels)).permute(1, 2, 0), default_preprocess((10, 15)).crop(image_of(pixels)))
+
+
+def test_a_fixed_crop_of_small_images_moves_by_an_eighth() -> None:
+    places = places_of(CropConfig(crop="fixed", hflip=0.0), (32, 32), (32, 32), 80)
+    # Four pixels of padding, which are 0: what is not black at the corner is at most four pixels inside.
+    inside = {(row - 50, column - 50) for row, column, _ in places if row and column}
+    assert {place for pair in inside for place in pair} == set(range(5))
+    assert any(row == 0 for row, _, _ in places)
+
+
+def test_a_fixed_crop_of_large_images_keeps_its_scale() -> None:
+    places = places_of(CropConfig(crop="fixed", hflip=0.0), (160, 200), (70, 70))
+    assert len({place[:2] for place in places}) > 9
+    # 160 pixels become 80: a crop of 70 spans 69 steps of two.
+    assert {width for _, _, width in places} <= {136, 137, 138, 139}
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_colour_jitter_changes_colours_and_no_alpha(channels: int) -> None:
+    pixels = np.full((13, 13, channels), 100, np.uint8)
+    pixels[0, 0, :] = (200, 20, 90, 7)[:channels]
+    transform = train_transform(default_preprocess((13, 13), channels), CropConfig(min_scale=1.0, hflip=0.0, color_jitter=0.8))
+    seed_everything(0)
+    found = transform(image_of(pixels)).permute(1, 2, 0).numpy()
+    assert found.shape == pixels.shape
+    assert not np.array_equal(found[:, :, :3], pixels[:, :, :3])
+    np.testing.assert_array_equal(found[:, :, 3:], pixels[:, :, 3:])
+
+
+# --- more channels, more bits, smaller decoding -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("crop", [CropConfig(), CropConfig(crop="fixed"), CropConfig(crop="none"), CropConfig(translate=0.1)])
+@pytest.mark.parametrize(("dtype", "pixel_max"), [(np.uint8, None), (np.uint16, 10000.0), (np.float32, 1.0)])
+def test_arrays_of_any_channels_and_numbers(crop: CropConfig, dtype: type, pixel_max: float | None) -> None:
+    spec = replace(default_preprocess((10, 15), 5), pixel_max=pixel_max)
+    pixels: Array = (np.random.default_rng(0).random((13, 17, 5)) * (pixel_max or 255)).astype(dtype)
+    found = train_transform(spec, crop)(pixels)
+    assert (found.shape, str(found.dtype)) == ((5, 10, 15), f"torch.{spec.dtype}")
+    assert abs(float(found.float().mean()) / (pixel_max or 255) - 0.5) < 0.15
+
+
+def test_an_array_and_a_picture_are_drawn_alike() -> None:
+    pixels = pixels_of(3, 40, 50)
+    transform = train_transform(default_preprocess((10, 15)), CropConfig())
+    for seed in range(5):
+        seed_everything(seed)
+        expected = transform(image_of(pixels))
+        seed_everything(seed)
+        assert torch.equal(transform(pixels), expected)
+
+
+@pytest.mark.parametrize(("more", "option"), [({"auto_augment": "rand-m9-mstd0.5-inc1"}, "--auto-augment none"), ({}, "--color-jitter 0")])
+def test_colours_of_many_channels_cannot_be_augmented(more: dict[str, str], option: str) -> None:
+    with pytest.raises(ConfigError, match="colours of 5 channels") as caught:
+        train_transform(default_preprocess((10, 15), 5), CropConfig(color_jitter=0.4), **more)
+    assert option in str(caught.value.hint)
+
+
+@pytest.mark.parametrize(
+    ("crop", "size", "factor"),
+    [
+        (CropConfig(min_scale=0.2), (1150, 1150), 1),  # 224 / sqrt(0.2 x 3/4) = 578.4
+        (CropConfig(min_scale=0.2), (1160, 1160), 2),
+        (CropConfig(min_scale=0.2), (4000, 3000), 4),
+        (CropConfig(min_scale=0.2), (9000, 223), 1),
+        (CropConfig(crop="fixed"), (2048, 2048), 8),
+        (CropConfig(crop="fixed"), (2048, 2047), 4),
+        (CropConfig(crop="none"), (600, 512), 2),
+        (CropConfig(translate=0.1), (448, 900), 2),
+    ],
+)
+def test_decoding_never_leaves_less_than_a_crop_needs(crop: CropConfig, size: tuple[int, int], factor: int) -> None:
+    shrink = train_transform(default_preprocess((224, 224)), crop).shrink
+    assert shrink is not None
+    assert shrink(*size) == shrink(size[1], size[0]) == factor
+    assert eval_transform(default_preprocess((224, 224))).shrink is None

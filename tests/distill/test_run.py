@@ -18,10 +18,11 @@ from mae_deploy.data.config import DataConfig
 from mae_deploy.distill import run as distill_run
 from mae_deploy.distill.config import DistillConfig, FeatureConfig, LogitsConfig
 from mae_deploy.distill.run import run
-from mae_deploy.distill.teacher import FeatureTeacher, LogitsTeacher
+from mae_deploy.distill.teacher import LogitsTeacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.load import Loaded, load_model
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.teacher import FeatureTeacher
 from mae_deploy.models.vit import Classifier
 from mae_deploy.training.run_folder import read_metrics
 from tests.data.image_folders import write_noise
@@ -57,7 +58,7 @@ def relicensed(run_folder: Path, target: Path, licence: str) -> Path:
 def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     teachers: list[FeatureTeacher] = []
 
-    def remember(loaded: Loaded, grid_size: tuple[int, int], block: int | None) -> FeatureTeacher:
+    def remember(loaded: Loaded, grid_size: tuple[int, int], block: int) -> FeatureTeacher:
         teachers.append(FeatureTeacher(loaded, grid_size, block))
         return teachers[-1]
 
@@ -65,7 +66,7 @@ def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path:
     before = weights(teacher)
     summary = run(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
     lines = read_metrics(tmp_path / "run")
-    assert {tuple(line) for line in lines} == {("step", "epoch", "loss", "feature_loss", "pixel_loss", "lr", "images_per_second", "data_wait")}
+    assert {tuple(line) for line in lines} == {("step", "epoch", "loss", "feature_loss", "pixel_loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")}
     assert lines[0]["loss"] == pytest.approx(lines[0]["feature_loss"] + lines[0]["pixel_loss"], rel=1e-6)  # float32
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     assert lines[-1]["feature_loss"] < 0.8 * lines[0]["feature_loss"]

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
+from mae_deploy import preprocess
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.export import calibrate as module
 from mae_deploy.export.activations import Observer
 from mae_deploy.export.calibrate import Calibration, CalibrationImages, cache_folder, calibrate
 from mae_deploy.export.quantize import eligible_linears
@@ -79,11 +79,11 @@ def test_of_many_some_are_spread_over_the_folder(folder: Path) -> None:
 def test_no_more_than_a_batch_is_read_ahead(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[Path] = []
 
-    def counted(path: Path, channels: int) -> Any:
+    def counted(path: Path, *arguments: Any) -> Any:
         read.append(path)
-        return read_image(path, channels)
+        return read_image(path, *arguments)
 
-    monkeypatch.setattr(module, "read_image", counted)
+    monkeypatch.setattr(preprocess, "read_image", counted)
     for number, _ in enumerate(images_of(folder).batches(), 1):
         assert len(read) == min(8 * number, COUNT)
 

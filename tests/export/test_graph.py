@@ -17,7 +17,7 @@ from onnx import TensorProto, numpy_helper
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph import GraphSpec, TokenMode, available_outputs, block_tensor, build_graph, default_outputs
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid, random_pyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify, unpatchify
@@ -277,6 +277,21 @@ def test_a_reconstruction_needs_a_decoder(kind: str) -> None:
     model = MODELS[kind](ENCODER)
     with pytest.raises(ConfigError, match=f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata_of(model).kind}"):
         build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode="reconstruct"))
+
+
+@pytest.mark.parametrize(
+    ("objective", "model"),
+    [
+        (ObjectiveConfig(target="pca"), "a model that predicts pca instead of pixels"),
+        (ObjectiveConfig(target="features"), "a model that predicts features instead of pixels"),
+        (ObjectiveConfig(encoder_mask_tokens=True), "a model with mask tokens in the encoder"),
+    ],
+)
+def test_of_other_autoencoders_the_encoder_is_exported(objective: ObjectiveConfig, model: str) -> None:
+    other = fill(MaskedAutoencoder(ENCODER, DecoderConfig(decoder_depth=1, decoder_embed_dim=12), objective=objective))
+    with pytest.raises(ConfigError, match=f"--tokens reconstruct: {model} is exported without its decoder"):
+        build_graph(metadata_of(other), other.state_dict(), GraphSpec(token_mode="reconstruct"))
+    build_graph(metadata_of(other), other.state_dict(), GraphSpec(token_mode="visible"))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from mae_deploy.models.load import Loaded, model_of
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool
+from mae_deploy.options import Result
 from tests.models.tiny_models import CLASSES, DECODER, HEADS, SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
 
 OPTIONS = ImportOptions(num_heads=5, decoder_num_heads=3)
@@ -146,6 +147,16 @@ def test_vit_huge_has_heads_of_80(tmp_path: Path) -> None:
     assert encoder_of(import_weights(tmp_path / "huge.safetensors", ImportOptions())) == config
 
 
+def test_a_release_that_was_fine_tuned_at_448_pixels(tmp_path: Path) -> None:
+    # ViT-H's width and patch, one block, three classes: 32x32 patches instead of 16x16.
+    config = EncoderConfig(name="vit_1280x1_patch14", image_size=(448, 448), patch_size=14, embed_dim=1280, depth=1, num_heads=16)
+    shapes = expected_shapes(config, None, pool="avg", num_classes=3)
+    torch.save({"model": {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}}, tmp_path / "mae_finetuned_vit_huge_448.pth")
+    imported = import_weights(tmp_path / "mae_finetuned_vit_huge_448.pth", ImportOptions())
+    assert encoder_of(imported) == config
+    assert (imported.metadata.pool, imported.metadata.licence, imported.metadata.preprocess["crop_pct"]) == ("avg", NON_COMMERCIAL, 1.0)
+
+
 def test_norm_pix_loss_given_wins_over_the_files(tmp_path: Path) -> None:
     file = write_original(tmp_path / "checkpoint.pth", tiny_mae(SQUARE).state_dict(), norm_pix_loss=False)
     assert not import_weights(file, OPTIONS).metadata.norm_pix_loss
@@ -251,6 +262,56 @@ def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[dic
     change(tensors)
     with pytest.raises(CheckFailed, match=message):
         import_weights(write_original(tmp_path / "checkpoint.pth", tensors), OPTIONS)
+
+
+def test_every_tensor_that_does_not_fit_is_in_the_result(tmp_path: Path) -> None:
+    tensors = dict(tiny_mae(SQUARE).state_dict())
+    lost = [name for name in tensors if name.startswith("blocks.1.") and not name.endswith("mlp.fc1.weight")]
+    more = {f"extra.{index}": torch.zeros(index) for index in range(6)}
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in lost} | more | {"norm.bias": torch.zeros(21), "norm.weight": torch.zeros(())}
+    with pytest.raises(CheckFailed, match=r"11 missing: .* …; 6 unexpected: .* …; 2 misshapen") as caught:
+        import_weights(write_original(tmp_path / "checkpoint.pth", tensors), OPTIONS)
+    assert isinstance(caught.value.result, Result)
+    data = caught.value.result.data
+    assert data["source"] == str(tmp_path / "checkpoint.pth")
+    assert [entry["name"] for entry in data["missing"]] == lost
+    assert data["missing"][0] == {"name": "blocks.1.norm1.weight", "expected": [20]}
+    assert data["unexpected"] == [{"name": name, "found": list(tensor.shape)} for name, tensor in more.items()]
+    assert data["reshaped"] == [{"name": "norm.weight", "found": [], "expected": [20]}, {"name": "norm.bias", "found": [21], "expected": [20]}]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("encoder.mask_token", "the parts of SimMIM"),
+        ("encoder.blocks.0.norm1.weight", "the parts of SimMIM"),
+        ("rel_pos_bias.relative_position_bias_table", "relative positions in its attention"),
+        ("blocks.0.attn.relative_position_index", "relative positions in its attention"),
+        ("blocks.0.attn.v_bias", "an attention without a bias of the keys"),
+        ("lm_head.weight", "a head over visual words"),
+        ("dist_token", "a distillation token"),
+        ("layers.0.blocks.1.norm1.weight", "stages of different resolution"),
+        ("backbone.pre_norm.weight", "a norm before the blocks"),
+    ],
+)
+def test_other_families_are_refused_by_what_they_have(tmp_path: Path, name: str, said: str) -> None:
+    file = write_original(tmp_path / "checkpoint.pth", {**tiny_mae(SQUARE).state_dict(), name: torch.zeros(3)})
+    with pytest.raises(ConfigError, match=rf"checkpoint\.pth has {said}") as caught:
+        import_weights(file, OPTIONS)
+    assert "docs/import.md" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.bool])
+def test_weights_that_are_no_floating_point_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    tensors = {**tiny_mae(SQUARE).state_dict(), "norm.weight": torch.ones(20, dtype=dtype)}
+    with pytest.raises(CheckFailed, match=r"holds norm\.weight as torch\."):
+        import_weights(write_original(tmp_path / "checkpoint.pth", tensors), OPTIONS)
+
+
+def test_the_same_tensors_twice(tmp_path: Path) -> None:
+    tensors = tiny_encoder(SQUARE).state_dict()
+    with pytest.raises(CheckFailed, match="the same tensors twice"):
+        import_weights(write_original(tmp_path / "checkpoint.pth", {**tensors, "module.norm.bias": tensors["norm.bias"]}), OPTIONS)
 
 
 def test_a_head_without_width_is_refused(tmp_path: Path) -> None:

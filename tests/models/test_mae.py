@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.models.load import build_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.position import sincos_position_embedding
-from mae_deploy.models.vit import patchify, unpatchify
-from tests.models.tiny_models import DECODER, ENCODER, random_images, tiny_mae
+from mae_deploy.models.vit import Encoder, patchify, unpatchify
+from tests.models.tiny_models import DECODER, ENCODER, fill, metadata_of, random_images, random_tensor, tiny_mae
 
 N = ENCODER.num_patches
 
@@ -198,7 +201,133 @@ def test_every_trained_parameter_gets_a_gradient() -> None:
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())] == []
 
 
-@pytest.mark.parametrize("sizes", [{"decoder_depth": 0}, {"decoder_embed_dim": 12, "decoder_num_heads": 5}, {"decoder_embed_dim": 10, "decoder_num_heads": 5}])
+@pytest.mark.parametrize("sizes", [{"decoder_depth": -1}, {"decoder_embed_dim": 12, "decoder_num_heads": 5}, {"decoder_embed_dim": 10, "decoder_num_heads": 5}])
 def test_impossible_decoders_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="decoder"):
         DecoderConfig(**sizes)
+
+
+@pytest.mark.parametrize(("width", "heads"), [(128, 4), (256, 8), (512, 16), (768, 24), (1024, 32), (16, 1), (100, 2), (96, 3)])
+def test_decoder_heads_follow_the_width(width: int, heads: int) -> None:
+    """One for every 32, as the paper's 16 of 512; fewer where that does not divide."""
+    assert DecoderConfig(decoder_embed_dim=width).decoder_num_heads == heads
+    assert DecoderConfig(decoder_embed_dim=width, decoder_num_heads=1).heads == 1
+
+
+# --- other losses ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("objective", "expected"),
+    [
+        # Errors 1, -2, 0, 0.5 on the masked patch and 4 everywhere on the visible one.
+        ({}, (1 + 4 + 0 + 0.25) / 4),
+        ({"loss": "l1"}, 3.5 / 4),
+        ({"loss": "smooth_l1"}, (0.5 + 1.5 + 0 + 0.125) / 4),
+        ({"loss_on": "all"}, ((1 + 4 + 0 + 0.25) / 4 + 16) / 2),
+        ({"loss": "l1", "loss_on": "all"}, (3.5 / 4 + 4) / 2),
+    ],
+)
+def test_other_losses_by_hand(objective: dict[str, Any], expected: float) -> None:
+    config = EncoderConfig(name="grey", image_size=(2, 4), patch_size=2, in_chans=1, embed_dim=4, depth=1, num_heads=1)
+    model = MaskedAutoencoder(config, grey_mae(norm_pix_loss=False).decoder_config, norm_pix_loss=False, objective=ObjectiveConfig(**objective))
+    predicted = torch.tensor([[[1, -2, 0, 0.5], [4, 4, 4, 4]]])
+    assert model.forward_loss(torch.zeros(1, 1, 2, 4), predicted, torch.tensor([[1.0, 0]])).item() == expected
+
+
+# --- mask tokens in the encoder --------------------------------------------------------------------------------------
+
+IN_ENCODER = ObjectiveConfig(encoder_mask_tokens=True)
+
+
+@pytest.mark.parametrize("depth", [1, 0])
+def test_the_encoder_sees_a_mask_token_in_every_masked_place(depth: int) -> None:
+    """Against a plain encoder whose embedded patches are replaced by hand, one by one."""
+    model = fill(MaskedAutoencoder(ENCODER, replace(DECODER, decoder_depth=depth), objective=IN_ENCODER))
+    images, masking = random_images(), masking_of()
+    tokens = model.embed(images)
+    for image, patch in masking.mask.nonzero().tolist():
+        tokens[image, 1 + patch] = model.mask_token[0, 0] + model.pos_embed[0, 1 + patch]
+    for block in model.blocks:
+        tokens = block(tokens)
+    latent = model.norm(tokens)
+    if depth:
+        decoded = model.decoder_embed(latent) + model.decoder_pos_embed
+        latent = model.decoder_norm(model.decoder_blocks[0](decoded))
+    # Attention in another order of sums.
+    torch.testing.assert_close(model(images, masking).pixels, model.decoder_pred(latent)[:, 1:], rtol=0, atol=1e-5)
+
+
+def test_what_the_mask_token_hides_does_not_leak() -> None:
+    model, images, masking = fill(MaskedAutoencoder(ENCODER, DECODER, objective=IN_ENCODER)), random_images(), masking_of()
+    noisy = unpatchify(patchify(images, 2) + 9 * masking.mask.unsqueeze(-1), 2, ENCODER.grid_size)
+    with torch.no_grad():
+        assert torch.equal(model(noisy, masking).pixels, model(images, masking).pixels)
+
+
+def test_the_mask_token_is_as_wide_as_the_encoder_and_a_linear_head_needs_nothing_else() -> None:
+    deep = MaskedAutoencoder(ENCODER, DECODER, objective=IN_ENCODER).state_dict()
+    assert (deep["mask_token"].shape, set(deep)) == ((1, 1, 20), set(MaskedAutoencoder(ENCODER, DECODER).state_dict()))
+    linear = MaskedAutoencoder(ENCODER, replace(DECODER, decoder_depth=0), objective=IN_ENCODER)
+    assert set(linear.state_dict()) - set(Encoder(ENCODER).state_dict()) == {"mask_token", "decoder_pred.weight", "decoder_pred.bias"}
+    assert linear.decoder_pred.weight.shape == (12, 20)
+    linear(random_images(), masking_of()).loss.backward()
+    assert [name for name, parameter in linear.named_parameters() if parameter.requires_grad and parameter.grad is None] == []
+
+
+def test_no_decoder_without_mask_tokens() -> None:
+    with pytest.raises(ConfigError, match="--decoder-depth 0 leaves masked patches without a token"):
+        MaskedAutoencoder(ENCODER, replace(DECODER, decoder_depth=0))
+
+
+# --- other targets ---------------------------------------------------------------------------------------------------
+
+
+def test_features_are_given_to_the_model() -> None:
+    model = fill(MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="features", target_dim=7)))
+    images, masking = random_images(), masking_of()
+    target = random_tensor(3, N, 7, seed=8)
+    output = model(images, masking, target)
+    assert output.pixels.shape == (3, N, 7)
+    expected = ((output.pixels - target).square().mean(dim=-1) * masking.mask).sum() / masking.mask.sum()
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)  # float32
+    with pytest.raises(ValueError, match="given to the model"):
+        model(images, masking)
+
+
+def test_the_components_of_the_patches() -> None:
+    """`norm_pix_loss` normalises the patches before they are projected, and pictures undo both."""
+    for norm_pix_loss in (True, False):
+        model = MaskedAutoencoder(ENCODER, DECODER, norm_pix_loss=norm_pix_loss, objective=ObjectiveConfig(target="pca", target_dim=12))
+        assert model.pca is not None
+        images = random_images()
+        patches = model.patches(images).flatten(0, 1)
+        model.pca.fit(len(patches), patches.sum(dim=0).double(), (patches.T @ patches).double())
+        target = model.target(images)
+        assert target.shape == (3, N, 12)
+        # All twelve components of twelve numbers lose nothing; float32.
+        torch.testing.assert_close(model.predicted_patches(images, target), patchify(images, 2), rtol=0, atol=1e-4)
+        assert model(images, masking_of()).pixels.shape == (3, N, 12)
+
+
+def test_more_components_than_numbers_are_refused() -> None:
+    assert MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca")).decoder_pred.out_features == 12  # 96 at most
+    with pytest.raises(ConfigError, match="--target-dim 13 is more than the 12 numbers of a patch"):
+        MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca", target_dim=13))
+    with pytest.raises(ConfigError, match="--target-dim 5 needs --target pca"):
+        ObjectiveConfig(target_dim=5)
+    with pytest.raises(ConfigError, match="--target-dim 0"):
+        ObjectiveConfig(target="pca", target_dim=0)
+
+
+def test_a_checkpoint_says_what_its_decoder_predicts() -> None:
+    objective = ObjectiveConfig(target="pca", target_dim=5, loss="l1")
+    model = fill(MaskedAutoencoder(ENCODER, DECODER, norm_pix_loss=False, objective=objective))
+    built = build_model(metadata_of(model))
+    assert isinstance(built, MaskedAutoencoder)
+    assert (built.objective, built.norm_pix_loss) == (objective, False)
+    built.load_state_dict(model.state_dict())
+    # A checkpoint from before there were objectives predicts pixels.
+    before = build_model(replace(metadata_of(tiny_mae()), objective=None))
+    assert isinstance(before, MaskedAutoencoder)
+    assert before.objective == ObjectiveConfig()

@@ -65,7 +65,7 @@ def metadata_of(model: Encoder, **more: Any) -> Metadata:
         **more,
     }
     if isinstance(model, MaskedAutoencoder):
-        return Metadata(kind="mae", decoder=to_dict(model.decoder_config), norm_pix_loss=model.norm_pix_loss, **common)
+        return Metadata(kind="mae", decoder=to_dict(model.decoder_config), norm_pix_loss=model.norm_pix_loss, objective=to_dict(model.objective), **common)
     if isinstance(model, Classifier):
         return Metadata(kind="classifier", pool=model.pool, num_classes=model.head.out_features, **common)
     return Metadata(kind="encoder", **common)

@@ -15,7 +15,7 @@ from mae_deploy.cli import app, main
 
 commands = [command.name or command.callback.__name__ for command in app.registered_commands]
 assert len(commands) > 5, commands
-for arguments in ([], *([name] for name in commands)):
+for arguments in ([], ["data", "stats"], ["data", "pack"], *([name] for name in commands)):
     sys.argv = ["mae-deploy", *arguments, "--help"]
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         try:
@@ -28,8 +28,14 @@ for arguments in ([], *([name] for name in commands)):
 
 @pytest.mark.parametrize(
     "statements",
-    ["import mae_deploy.runtime", "from mae_deploy.runtime import Backbone, Bundle", "import mae_deploy.cli", HELP_OF_EVERY_COMMAND],
-    ids=["runtime", "backbone", "cli", "help"],
+    [
+        "import mae_deploy.runtime",
+        "from mae_deploy.runtime import Backbone, Bundle",
+        "import mae_deploy.cli",
+        "import mae_deploy.commands.data_stats, mae_deploy.commands.data_pack",
+        HELP_OF_EVERY_COMMAND,
+    ],
+    ids=["runtime", "backbone", "cli", "data", "help"],
 )
 def test_loads_nothing_heavy(statements: str) -> None:
     assert modules_loaded_by(statements) == set()

@@ -365,7 +365,7 @@ def test_a_name_that_does_not_fit(tmp_path: Path, arguments: list[str], code: in
     save_file(timm_model(**settings).state_dict(), tmp_path / "weights.safetensors")
     assert main(["import", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "out"), *arguments]) == code
     printed = capsys.readouterr().err
-    assert error in printed.splitlines()[0]
+    assert error in next(line for line in printed.splitlines() if line.startswith("error: "))
     assert hint in printed
     assert not (tmp_path / "out").exists()
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.models.config import DecoderConfig, ObjectiveConfig
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig, PretrainConfig
 from mae_deploy.training.config import OptimConfig
 from tests.training.tiny_runs import pretraining
@@ -17,7 +18,7 @@ HERE = Path()
 
 def test_the_papers_recipes_are_the_defaults() -> None:
     """Tables 8 and 9."""
-    pretrain = PretrainConfig(data=HERE, out=HERE)
+    pretrain = PretrainConfig(data=str(HERE), out=HERE)
     assert pretrain.optim == OptimConfig(epochs=800, blr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), min_lr=0.0)
     assert (pretrain.mask_ratio, pretrain.norm_pix_loss, pretrain.augment.min_scale, pretrain.augment.hflip) == (0.75, True, 0.2, 0.5)
     assert (pretrain.decoder.decoder_depth, pretrain.decoder.decoder_embed_dim, pretrain.decoder.decoder_num_heads) == (8, 512, 16)
@@ -57,6 +58,25 @@ def test_impossible_regularisation(values: dict[str, Any], message: str) -> None
 def test_none_turns_rand_augment_off() -> None:
     assert MixConfig(auto_augment="none").auto_augment is None
     assert MixConfig(auto_augment="None").auto_augment is None
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mask_sampling": "grid", "mask_ratio": 0.75}, "even number of patches down and across, not 3x2"),
+        ({"mask_sampling": "block"}, "at least 4x4 patches"),
+        ({"mask_patch_size": 7}, "--mask-patch-size 7 is not a multiple of the patch size 5"),
+        ({"mask_patch_size": 10}, "does not divide a grid of 3x2"),
+        ({"decoder": DecoderConfig(decoder_depth=0)}, "--decoder-depth 0 leaves masked patches"),
+        ({"objective": ObjectiveConfig(target="features")}, "--target features and --teacher go together"),
+        ({"teacher": HERE}, "--target features and --teacher go together"),
+        ({"teacher": HERE, "objective": ObjectiveConfig(target="features", target_dim=3)}, "--target-dim 3 cannot be chosen"),
+        ({"objective": ObjectiveConfig(target="pca", target_dim=76)}, "--target-dim 76 is more than the 75 numbers of a patch"),
+    ],
+)
+def test_objectives_that_do_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pretraining(HERE, HERE, **values)
 
 
 def test_other_numbers() -> None:

@@ -23,6 +23,7 @@ from mae_deploy.pretrain.config import MixConfig
 from mae_deploy.pretrain.finetune import ClassificationLoss, run
 from mae_deploy.seeding import seed_everything
 from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.step import StepBatch
 from tests.data.image_folders import write_noise
 from tests.training.tiny_runs import ENCODER, NO_MIX, finetuning, optim
 
@@ -72,7 +73,8 @@ def test_best_is_the_first_of_the_highest_and_last_the_last(classes: Path, pretr
 
 def test_metrics_have_the_documented_keys(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     run(finetuning(classes, tmp_path / "run", pretrained))
-    assert {tuple(line) for line in read_metrics(tmp_path / "run")} == {("step", "epoch", "loss", "lr", "images_per_second", "data_wait")}
+    keys = ("step", "epoch", "loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")
+    assert {tuple(line) for line in read_metrics(tmp_path / "run")} == {keys}
 
 
 # --- where it starts -------------------------------------------------------------------------------------------------
@@ -167,16 +169,16 @@ def test_cross_entropy_by_hand() -> None:
     """Softmax 3/4 and 1/4: -ln 3/4 = 0.287682 and -ln 1/4 = 1.386294; smoothing by 0.2 mixes them 9 to 1."""
     images, labels = torch.zeros(2, 3, 4, 5), torch.tensor([0, 1])
     # 1e-6 of float32.
-    assert float(ClassificationLoss(NO_MIX, 2)(Constant(), images, labels)["loss"]) == pytest.approx((0.287682 + 1.386294) / 2, rel=1e-6)
+    assert float(ClassificationLoss(NO_MIX, 2)(Constant(), StepBatch(images, labels))["loss"]) == pytest.approx((0.287682 + 1.386294) / 2, rel=1e-6)
     smoothed = ClassificationLoss(replace(NO_MIX, label_smoothing=0.2), 2)
-    assert float(smoothed(Constant(), images[:1], labels[:1])["loss"]) == pytest.approx(0.9 * 0.287682 + 0.1 * 1.386294, rel=1e-6)
+    assert float(smoothed(Constant(), StepBatch(images[:1], labels[:1]))["loss"]) == pytest.approx(0.9 * 0.287682 + 0.1 * 1.386294, rel=1e-6)
 
 
 @pytest.mark.parametrize(("count", "seen"), [(1, 1), (2, 2), (5, 6), (6, 6)])
 def test_mixup_takes_odd_batches(count: int, seen: int) -> None:
     seed_everything(0)
     model = Constant()
-    loss = ClassificationLoss(MixConfig(), 2)(model, torch.rand(count, 3, 16, 16), torch.arange(count) % 2)["loss"]
+    loss = ClassificationLoss(MixConfig(), 2)(model, StepBatch(torch.rand(count, 3, 16, 16), torch.arange(count) % 2))["loss"]
     assert model.seen == [seen]
     # Any mixture of the two labels lies between their losses.
     assert 0.287 < float(loss) < 1.387
@@ -193,7 +195,7 @@ def test_mixup_mixes_images_and_labels() -> None:
 
     seed_everything(0)
     images = torch.stack([torch.zeros(3, 4, 5), torch.ones(3, 4, 5)])
-    loss = ClassificationLoss(replace(NO_MIX, mixup=0.8), 2)(Looking(), images, torch.tensor([0, 1]))["loss"]
+    loss = ClassificationLoss(replace(NO_MIX, mixup=0.8), 2)(Looking(), StepBatch(images, torch.tensor([0, 1])))["loss"]
     first, second = (float(image.unique().squeeze()) for image in seen[0])
     assert 0 < first < 1
     assert first + second == pytest.approx(1)
@@ -209,7 +211,7 @@ def test_erasing() -> None:
             return super().forward(images)
 
     seed_everything(0)
-    ClassificationLoss(replace(NO_MIX, reprob=0.99), 2)(Looking(), torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64))
+    ClassificationLoss(replace(NO_MIX, reprob=0.99), 2)(Looking(), StepBatch(torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64)))
     share = (seen[0] != 0).float().mean()
     assert 0.02 < float(share) < 0.34  # timm erases between 2 % and a third of an image
 

@@ -36,7 +36,7 @@ def test_the_run_folder(images: Path, tmp_path: Path) -> None:
     assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-6"
     assert from_dict(PretrainConfig, read_recipe(tmp_path / "run" / "config.yaml")) == config
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [list(line) for line in lines] == [["step", "epoch", "loss", "lr", "images_per_second", "data_wait"]] * 6
+    assert [list(line) for line in lines] == [["step", "epoch", "loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"]] * 6
     assert (summary["steps"], summary["first_loss"]) == (6, lines[0]["loss"])
 
     (events,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")

@@ -105,6 +105,9 @@ def test_not_a_mapping(value: Any) -> None:
         ("preprocess/image_size", [6, 14, 3], r"'preprocess\.image_size' must be"),
         ("preprocess/interpolation", "cubic", "interpolation 'cubic'"),
         ("preprocess/padding", 3, "unknown preprocessing 'padding'"),
+        ("preprocess/pixel_max", "255", r"'preprocess\.pixel_max' must be float \| null"),
+        ("preprocess/pixel_max", 0, "pixel_max 0 must be above 0"),
+        ("model/band_groups", [[0, 1], 2], r"'model\.band_groups\[1\]' must be list\[int\]"),
         ("tolerance/cosine", "high", r"'tolerance\.cosine' must be float \| null"),
     ],
 )
@@ -117,6 +120,8 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
     ("key", "value", "message"),
     [
         ("num_patches", 20, "num_patches is 20"),
+        ("model/band_groups", [[0, 1], [2]], r"num_patches is 21, but image size \[6, 14\] has 42 patches of 2 in 2 groups of bands"),
+        ("model/band_groups", [[0, 1], [1]], r"the groups of bands \[\[0, 1\], \[1\]\] do not have each of 3 channels once"),
         ("model/image_size", [6], "image size"),
         ("model/image_size", [6, 0], "image size"),
         ("model/patch_size", 0, "patch size 0"),
@@ -252,6 +257,12 @@ def test_preprocessing_is_read_back_as_it_was_written(valid: dict[str, Any]) -> 
     assert preprocess.image_size == (6, 14)
     assert (preprocess.mean, preprocess.std) == ((0.4, 0.5, 0.6), (0.2, 0.3, 0.4))
     assert (preprocess.crop_pct, preprocess.interpolation, preprocess.channels) == (1.0, "bilinear", 3)
+
+
+def test_pixels_of_more_than_eight_bits_are_said_to_be_such(valid: dict[str, Any]) -> None:
+    """Manifests of older versions do not know of them."""
+    assert read_preprocess(valid["preprocess"]).divisor == 255
+    assert read_preprocess({**valid["preprocess"], "pixel_max": 10000}).divisor == 10000
 
 
 def test_a_manifest_that_is_no_json(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mae_deploy.data.dataset import ImageList, labelled_images
+from mae_deploy.data.sources import ImageList, labelled_files
 from mae_deploy.data.transforms import eval_transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.preprocess import Preprocess
@@ -44,7 +44,7 @@ def images(tmp_path: Path) -> ImageList:
     for name, dark, light in (("a", 2, 1), ("b", 3, 0), ("g", 0, 2)):
         write_noise(tmp_path / "val" / name, dark, high=100)
         write_noise(tmp_path / "val" / name, light, first=dark, low=200)
-    return labelled_images(tmp_path, "val", tuple("abcdefg"))
+    return labelled_files(tmp_path / "val", tuple("abcdefg"))
 
 
 def evaluator(images: ImageList) -> Evaluator:

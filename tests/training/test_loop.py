@@ -1,11 +1,8 @@
-"""The loop that every stage shares: what it plans, writes, refuses and survives."""
+"""The loop that every stage shares: what it writes, refuses and survives."""
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,116 +10,17 @@ import pytest
 import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
-from mae_deploy.checkpoint import Metadata, open_checkpoint
+from mae_deploy.checkpoint import open_checkpoint
 from mae_deploy.cli import main
-from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import ImageDataset, unlabelled_images
-from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.preprocess import Preprocess
 from mae_deploy.training.config import LoopConfig, OptimConfig
-from mae_deploy.training.loop import Job, Plan, fit, make_accelerator, make_plan
-from mae_deploy.training.optim import decay_groups
-from mae_deploy.training.run_folder import RunFolder, read_metrics
+from mae_deploy.training.loop import make_accelerator
+from mae_deploy.training.run_folder import read_metrics
 from tests.data.image_folders import spoil
+from tests.training.linear_runs import train
 from tests.training.tiny_runs import command_of, losses_of, optim, pretraining
-
-SPEC = Preprocess(image_size=(5, 7))
-Loss = Callable[[nn.Module, Tensor, Tensor], dict[str, Tensor]]
-
-
-def squared_error(model: nn.Module, images: Tensor, _: Tensor) -> dict[str, Tensor]:
-    error = model(images.flatten(1)) - 1
-    return {"loss": error.square().mean(), "bias": error.mean()}
-
-
-@dataclass
-class Trained:
-    """A finished run and the layer that it trained."""
-
-    model: nn.Linear
-    folder: RunFolder
-    summary: dict[str, Any]
-
-    @property
-    def losses(self) -> list[float]:
-        return [line["loss"] for line in read_metrics(self.folder.path)]
-
-    def first_moment(self) -> Tensor:
-        """Of the weights, as AdamW had it at the last checkpoint."""
-        return load_file(self.folder.checkpoints / "last" / "state" / "optimizer.safetensors")["weight/exp_avg"]
-
-    @property
-    def best(self) -> Path:
-        return self.folder.checkpoints / "best"
-
-
-def train(
-    images: Path,
-    out: Path,
-    settings: OptimConfig | None = None,
-    loop: LoopConfig | None = None,
-    *,
-    loss: Loss = squared_error,
-    resume: bool = False,
-    weight_scale: float = 1.0,
-    **more: Any,
-) -> Trained:
-    """Train one linear layer, its weight at a scale of the learning rate; `more` goes into the job."""
-    torch.manual_seed(0)
-    model = nn.Linear(105, 1)
-    found = unlabelled_images(images)
-    dataset = ImageDataset(found, train_transform(SPEC, CropConfig()), channels=3, seed=0, replace_unreadable=True)
-    groups = decay_groups(model, 0.05)
-    assert groups[0]["names"] == ["weight"]
-    groups[0]["lr_scale"] = weight_scale
-    job = Job(
-        title="train",
-        model=model,
-        saved=model,
-        groups=groups,
-        dataset=dataset,
-        spec=SPEC,
-        loss=loss,
-        metadata=lambda: Metadata(kind="encoder", encoder={}, preprocess={}),
-        paper_warmup=1.0,
-        **more,
-    )
-    settings = settings or optim()
-    accelerator = make_accelerator("cpu", "fp32", out)
-    folder = RunFolder.open(out, settings, found.fingerprint(), resume=resume)
-    summary = fit(job, folder, accelerator, optim=settings, loop=loop or LoopConfig(), num_workers=0, max_corrupt=3, seed=0)
-    return Trained(model, folder, summary)
-
-
-# --- plan ------------------------------------------------------------------------------------------------------------
-
-
-def test_the_plan_of_the_paper() -> None:
-    """ImageNet on 64 processes of 64 images: lr = blr · 4096 / 256."""
-    config = OptimConfig(epochs=800, batch_size=64, blr=1.5e-4)
-    peak: Any = pytest.approx(2.4e-3)
-    assert make_plan(1_281_167, config, world_size=64, paper_warmup=40) == Plan(64, 1, 312, 249_600, peak, 40)
-
-
-def test_accumulation_counts_as_batch() -> None:
-    plan = make_plan(101, OptimConfig(epochs=20, batch_size=5, accum_iter=3, blr=0.256), world_size=2, paper_warmup=40)
-    peak: Any = pytest.approx(0.03)
-    assert plan == Plan(5, 3, 3, 60, peak, 2)
-
-
-def test_a_set_smaller_than_a_batch_makes_the_batch_smaller_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    plan = make_plan(7, OptimConfig(epochs=3, batch_size=64, accum_iter=4), world_size=2, paper_warmup=1)
-    assert (plan.batch_size, plan.accum_iter, plan.steps_per_epoch, plan.total_steps) == (3, 1, 1, 3)
-    assert "7 images do not fill 64 on 2 process(es): using 3" in capsys.readouterr().err
-
-
-def test_fewer_images_than_processes() -> None:
-    with pytest.raises(ConfigError, match=r"1 image\(s\) cannot be shared among 2 processes"):
-        make_plan(1, OptimConfig(), world_size=2, paper_warmup=1)
-
 
 # --- what a run leaves behind ----------------------------------------------------------------------------------------
 
@@ -132,7 +30,7 @@ def test_metrics_checkpoints_and_summary(images: Path, tmp_path: Path) -> None:
     lines = read_metrics(done.folder.path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in lines] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    assert set(lines[0]) == {"step", "epoch", "loss", "bias", "lr", "images_per_second", "data_wait"}
+    assert set(lines[0]) == {"step", "epoch", "loss", "bias", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"}
     # Warm-up of half an epoch is one step of two.
     assert [line["lr"] for line in lines] == [0.0, *(0.0005 * (1 + math.cos(math.pi * k / 5)) for k in range(5))]
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
@@ -242,28 +140,13 @@ def test_a_run_repeats_itself(images: Path, tmp_path: Path) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_ends_the_run_at_once(images: Path, tmp_path: Path, bad: float) -> None:
-    calls: list[int] = []
-
-    def loss(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        calls.append(1)
-        return {"loss": squared_error(model, images, labels)["loss"] * (bad if len(calls) == 4 else 1)}
-
-    with pytest.raises(CheckFailed, match=f"the loss is {bad} at step 4"):
-        train(images, tmp_path / "run", optim(epochs=3), loss=loss)
-    assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
-    # What the checkpoint holds was written before.
-    assert open_checkpoint(tmp_path / "run").metadata.step == 2
-
-
-def test_on_the_command_line_that_is_one_line_and_exit_code_1(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line_losses_that_stay_non_finite_are_one_line_and_exit_code_1(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = pretraining(images, tmp_path / "run", optim=optim(lr=1e38, warmup_epochs=0.0))
     assert main(command_of(config)) == 1
-    errors = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("pretrain ")]
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "hint: "))]
     assert len(errors) == 2
-    assert errors[0].startswith("error: the loss is ")
-    assert errors[1].startswith("hint: start a new run with a smaller --blr")
+    assert errors[0].startswith("error: the loss or its gradient was not finite in 3 step(s) in a row")
+    assert errors[1].endswith("start a new run with a smaller --blr, --clip-grad 1, or --precision fp32")
 
 
 def test_unreadable_images_are_replaced_and_listed_once(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -303,14 +186,6 @@ def test_nothing_readable_at_all(images: Path, tmp_path: Path) -> None:
     assert "unreadable.txt" in caught.value.hint
 
 
-def test_resume_on_another_number_of_processes(images: Path, tmp_path: Path) -> None:
-    done = train(images, tmp_path / "run", optim(epochs=1))
-    file = done.folder.checkpoints / "last" / "state" / "progress.json"
-    file.write_text(json.dumps({**json.loads(file.read_text(encoding="utf-8")), "processes": 2}), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"--resume on 1 process\(es\) of a run on 2"):
-        train(images, tmp_path / "run", optim(epochs=1), resume=True)
-
-
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(MissingDependency, match="no CUDA device") as caught:
@@ -328,6 +203,7 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
         ({"lr": -1.0}, "--lr -1.0"),
         ({"weight_decay": -0.1}, "--weight-decay -0.1"),
         ({"clip_grad": 0.0}, "--clip-grad 0.0"),
+        ({"ema": 1.0}, "--ema 1.0"),
     ],
 )
 def test_impossible_settings(values: dict[str, Any], message: str) -> None:
@@ -339,3 +215,17 @@ def test_impossible_settings(values: dict[str, Any], message: str) -> None:
 def test_impossible_intervals(name: str) -> None:
     with pytest.raises(ConfigError, match="must be above 0"):
         LoopConfig(**{name: 0})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"max_skips": 0}, "--max-skips"),
+        ({"max_rollbacks": -1}, "--max-rollbacks"),
+        ({"tracker": ("wandb", "comet")}, "--tracker comet is not one of wandb, mlflow"),
+        ({"sharding": "fsdp2", "precision": "fp16"}, "fsdp2 does not work with --precision fp16"),
+    ],
+)
+def test_impossible_runs(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        LoopConfig(**values)

@@ -169,6 +169,8 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     point_link(folder.checkpoints / "best", "step-2")
     folder.prune(2)
     assert steps_in(folder) == {"step-2", "step-10", "step-100"}
+    folder.prune(1, spare=10)
+    assert steps_in(folder) == {"step-2", "step-10", "step-100"}
     folder.prune(1)
     assert steps_in(folder) == {"step-2", "step-100"}
 

@@ -5,12 +5,27 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mae_deploy.checkpoint import WEIGHTS
 from mae_deploy.files import read_json
 from mae_deploy.training.optim import adamw, decay_groups
-from mae_deploy.training.state import REST, Progress, load_optimizer, load_progress, load_rest, save_rest, save_state
+from mae_deploy.training.sharding import whole_tensors
+from mae_deploy.training.state import (
+    OPTIMIZER,
+    REST,
+    STATE,
+    TRAINED,
+    Progress,
+    load_optimizer,
+    load_progress,
+    optimizer_tensors,
+    prefix_of,
+    read_weights,
+    save_progress,
+    split_weights,
+    write_tensors,
+)
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -36,15 +51,18 @@ def tensors_of(optimizer: torch.optim.Optimizer, layer: nn.Linear) -> dict[str, 
     return {f"{name}/{key}": value for name, parameter in layer.named_parameters() for key, value in optimizer.state[parameter].items()}
 
 
+def save(folder: Path, optimizer: torch.optim.Optimizer) -> Path:
+    write_tensors(folder / STATE / OPTIMIZER, whole_tensors(optimizer_tensors(optimizer), keep=True))
+    return folder
+
+
 def test_the_optimiser_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> None:
     layer, optimizer = trained(3)
-    save_state(tmp_path, decay_groups(layer, 0.05), optimizer, Progress(step=3))
+    save(tmp_path, optimizer)
 
-    restored = nn.Linear(5, 3)
+    restored, resumed = trained(1)
     restored.load_state_dict(layer.state_dict())
-    groups = decay_groups(restored, 0.05)
-    resumed = adamw(groups, betas=(0.9, 0.95))
-    load_optimizer(tmp_path, groups, resumed)
+    load_optimizer(tmp_path, resumed)
     before, after = tensors_of(optimizer, layer), tensors_of(resumed, restored)
     assert set(after) == {f"{name}/{slot}" for name in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")} == set(before)
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
@@ -55,27 +73,43 @@ def test_the_optimiser_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> Non
     assert torch.equal(restored.bias, layer.bias)
 
 
+def test_an_optimiser_that_goes_back_to_the_start_has_no_state(tmp_path: Path) -> None:
+    _, optimizer = trained(3)
+    load_optimizer(None, optimizer)
+    assert len(optimizer.state) == 0
+
+
 def test_progress(tmp_path: Path) -> None:
-    layer, optimizer = trained(1)
-    progress = Progress(step=7, best=12.5, scaler={"scale": 65536.0, "_growth_tracker": 3}, processes=2)
-    save_state(tmp_path, decay_groups(layer, 0.05), optimizer, progress)
+    progress = Progress(step=7, best=12.5, scaler={"scale": 65536.0, "_growth_tracker": 3}, processes=2, effective_batch=24, lr_factor=0.25, good=5)
+    save_progress(tmp_path, progress)
     assert load_progress(tmp_path) == progress
     assert read_json(tmp_path / "progress.json")["step"] == 7
 
 
-def test_the_rest_is_what_the_checkpoint_does_not_hold(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_part_and_the_rest_are_the_whole_model(tmp_path: Path) -> None:
     model = nn.ModuleDict({"student": nn.Linear(5, 3), "projector": nn.Linear(3, 7)})
-    save_rest(tmp_path, model, model["student"])
-    assert set(load_file(tmp_path / REST)) == {"projector.weight", "projector.bias"}
-    other = nn.ModuleDict({"student": nn.Linear(5, 3), "projector": nn.Linear(3, 7)})
-    student = other["student"].state_dict()["weight"].clone()
-    load_rest(tmp_path, other)
-    assert torch.equal(other["projector"].state_dict()["weight"], model["projector"].state_dict()["weight"])
-    assert torch.equal(other["student"].state_dict()["weight"], student)
+    prefix = prefix_of(model, model["student"])
+    part, rest = split_weights(model.state_dict(), prefix)
+    assert (set(part), set(rest)) == ({"weight", "bias"}, {"projector.weight", "projector.bias"})
+    write_tensors(tmp_path / WEIGHTS, part)
+    write_tensors(tmp_path / STATE / REST, rest)
+    weights, averaged = read_weights(tmp_path, prefix)
+    assert averaged is None
+    assert set(weights) == set(model.state_dict())
+    assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_of_a_run_with_a_moving_average_both_are_read(tmp_path: Path) -> None:
+    model = nn.Linear(5, 3)
+    assert prefix_of(model, model) == ""
+    write_tensors(tmp_path / WEIGHTS, {name: tensor + 1 for name, tensor in model.state_dict().items()})
+    write_tensors(tmp_path / STATE / TRAINED, model.state_dict())
+    weights, averaged = read_weights(tmp_path, "")
+    assert averaged is not None
+    assert torch.equal(weights["weight"], model.weight)
+    assert torch.equal(averaged["weight"], model.weight + 1)
 
 
 def test_no_rest_no_file(tmp_path: Path) -> None:
-    model = nn.Linear(5, 3)
-    save_rest(tmp_path, model, model)
+    write_tensors(tmp_path / STATE / REST, {})
     assert list(tmp_path.iterdir()) == []
-    load_rest(tmp_path, model)

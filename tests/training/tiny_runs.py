@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
 import sys
+from collections.abc import Callable
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def pretraining(data: Path, out: Path, **more: Any) -> PretrainConfig:
         "loop": LoopConfig(),
         "device": "cpu",
     }
-    return PretrainConfig(data=data, out=out, **{**common, **more})
+    return PretrainConfig(data=str(data), out=out, **{**common, **more})
 
 
 def finetuning(data: Path, out: Path, init: Path | None, **more: Any) -> FinetuneConfig:
@@ -82,6 +84,53 @@ def start_command(arguments: list[str], *, kill_at: int | None = None) -> ForkSe
     process = _CONTEXT.Process(target=_main, args=(arguments, kill_at))
     process.start()
     return process
+
+
+def run_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
+    """Call a module's function in some processes that train together, as torchrun starts them; returns their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_CONTEXT.Process(target=_in_group, args=(rank, count, port, function, arguments)) for rank in range(count)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def _in_group(rank: int, count: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    function(*arguments)
+
+
+def command(arguments: list[str], signal_at: tuple[int, int, int] | None = None) -> None:
+    """Run `mae-deploy` and exit with its code.
+
+    Args:
+        signal_at: a process of the group, a signal, and the step in which the process gets it.
+    """
+    from mae_deploy.cli import main
+
+    if signal_at is not None and signal_at[0] == int(os.environ["RANK"]):
+        _signal_in_step(*signal_at[1:])
+    sys.exit(main(arguments))
+
+
+def _signal_in_step(number: int, step: int) -> None:
+    from mae_deploy.training.step import Stepper
+
+    take = Stepper.take
+
+    def watched(self: Any, batches: Any, before: int, *arguments: Any) -> Any:
+        if before + 1 == step:
+            # As a batch system does it: to every process of the run.
+            for process in (os.getpid(), *(worker.pid for worker in multiprocessing.active_children() if worker.pid)):
+                os.kill(process, number)
+        return take(self, batches, before, *arguments)
+
+    Stepper.take = watched  # type: ignore[method-assign, assignment]
 
 
 def run_command(arguments: list[str], *, kill_at: int | None = None) -> int:

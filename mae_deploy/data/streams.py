@@ -1,0 +1,231 @@
+"""Tar shards that can only be read from front to back, from URLs, `pipe:` commands and compressed files, by the WebDataset library."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import random
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from mae_deploy.data.config import DataConfig
+from mae_deploy.data.dataset import Batch, Sample, collate
+from mae_deploy.data.decode import decode
+from mae_deploy.data.order import Stretch
+from mae_deploy.data.patterns import expand
+from mae_deploy.data.shards import INDEX, read_label
+from mae_deploy.data.sources import UNLABELLED
+from mae_deploy.data.transforms import Transform
+from mae_deploy.data.workers import resolve_workers, worker_options
+from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.preprocess import Array, UnreadableImage, is_image_name
+from mae_deploy.progress import notice
+from mae_deploy.seeding import derive_seed, seed_everything
+
+
+class ShardStream:
+    """Shards shared out among processes and workers, mixed in a buffer, without end.
+
+    Each worker's images are a function of the seed, the process and the worker; so a resumed run skips, without decoding, what was seen, and goes on
+    with the same images on the same number of processes and workers.
+
+    Raises:
+        ConfigError: neither an `index.json` beside the shards nor the settings say how many images make an epoch.
+    """
+
+    def __init__(self, data: str, transform: Transform, config: DataConfig, *, seed: int) -> None:
+        import_optional("webdataset", extra="train")
+        self.name = data
+        self.urls = tuple(expand(data))
+        images = config.epoch_images or _counted(self.urls)
+        if images is None:
+            raise ConfigError(f"nobody has counted the images of {data}", hint="say with --epoch-images how many make an epoch")
+        self.epoch_images = images
+        self.transform = transform
+        self.config = config
+        self.seed = seed
+
+    def __len__(self) -> int:
+        """Images of an epoch."""
+        return self.epoch_images
+
+    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+        """The micro-batches of a part of the run, for one process.
+
+        Raises:
+            ConfigError: fewer shards than processes.
+        """
+        if len(self.urls) < where.world_size:
+            raise ConfigError(f"{len(self.urls)} shard(s) of {self.name} cannot be shared among {where.world_size} processes")
+        if where.batch_size % self.config.repeated_aug:
+            raise ConfigError(f"--batch-size {where.batch_size} is no multiple of --repeated-aug {self.config.repeated_aug}")
+        asked, most = resolve_workers(num_workers), len(self.urls) // where.world_size
+        workers = min(asked, most)
+        if workers < asked and where.rank == 0:
+            notice("workers:", f"{len(self.urls)} shard(s) on {where.world_size} process(es) keep {workers} of {asked} workers busy")
+        part = _Part(self.urls, self.transform, self.config, where, seed)
+        return iter(DataLoader(part, batch_size=None, pin_memory=pin_memory, **worker_options(workers)))
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Images of an epoch, and a hash of the shards' names; what is in them is not read."""
+        return {"images": len(self), "sha256": hashlib.sha256("\0".join(self.urls).encode()).hexdigest(), "workers": resolve_workers(self.config.num_workers)}
+
+    def first(self, count: int) -> list[Image.Image | Array]:
+        """The first few images of the first shard that can be read, for pictures."""
+        shown: list[Image.Image | Array] = []
+        spec, errors = self.transform.spec, _Errors()
+        for raw in _read_shards(iter(self.urls[:1]), errors):
+            if len(shown) == count:
+                break
+            try:
+                shown.append(decode(raw.name, raw.content, spec.channels, spec.pixel_max))
+            except UnreadableImage:
+                continue
+        return shown
+
+
+@dataclass(frozen=True, slots=True)
+class _Raw:
+    """One image as the shard holds it."""
+
+    name: str
+    content: bytes
+    label: int
+
+
+@dataclass(slots=True)
+class _Errors:
+    """What went wrong since the last batch; to WebDataset, a handler that goes on."""
+
+    lines: list[str] = field(default_factory=list)
+    url: str = ""
+
+    def __call__(self, error: Exception) -> bool:
+        self.lines.append(f"{self.url}: {' '.join(str(error.args[0] if error.args else error).split())}")
+        return True
+
+    def take(self) -> tuple[str, ...]:
+        """The lines, which are then forgotten."""
+        lines, self.lines = tuple(self.lines), []
+        return lines
+
+
+class _Part(IterableDataset[Batch]):
+    """Every n-th micro-batch of one process, for one of n workers."""
+
+    def __init__(self, urls: tuple[str, ...], transform: Transform, config: DataConfig, where: Stretch, seed: int) -> None:
+        self.urls = urls
+        self.transform = transform
+        self.config = config
+        self.where = where
+        self.seed = seed
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Batches of one lane: the loader takes the first from worker 0, so which lane a worker has depends on where the run goes on."""
+        where, info = self.where, get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
+        lane = (where.start + worker) % workers
+        errors = _Errors()
+        shuffled = self._shuffled(lane, workers, errors)
+        images = where.batch_size // self.config.repeated_aug
+        seen = len(range(lane, where.start, workers))
+        for _ in itertools.islice(shuffled, seen * images):
+            pass
+        for number, _ in enumerate(range(where.start + worker, where.stop, workers), seen):
+            raws = list(itertools.islice(shuffled, images))
+            batch = collate(self._samples(raws, (where.rank, lane, number)) if raws else [])
+            yield batch._replace(unreadable=(*errors.take(), *batch.unreadable))
+            if not raws:  # nothing could be read at all: the loop says so, with these lines
+                return
+
+    def _shuffled(self, lane: int, lanes: int, errors: _Errors) -> Iterator[_Raw]:
+        from webdataset.filters import shuffle
+
+        where = self.where
+        raws = self._endless(where.rank + where.world_size * lane, where.world_size * lanes, errors)
+        generator = random.Random(derive_seed(self.seed, "buffer", where.rank, lane))
+        buffer = self.config.shuffle_buffer
+        mixed: Iterator[_Raw] = shuffle(buffer, initial=buffer, rng=generator)(raws)
+        return mixed
+
+    def _endless(self, part: int, parts: int, errors: _Errors) -> Iterator[_Raw]:
+        """This part's images, pass after pass over all shards in a fresh order; ends after a pass in which none could be read."""
+        for passes in itertools.count():
+            order = np.random.default_rng(derive_seed(self.seed, "shards", passes)).permutation(len(self.urls))
+            mine = [self.urls[index] for index in order[part::parts]]
+            empty = True
+            for raw in _read_shards(iter(mine), errors):
+                empty = False
+                yield raw
+            if empty:
+                return
+
+    def _samples(self, raws: list[_Raw], place: tuple[int, ...]) -> list[Sample]:
+        """Views of each image; one that cannot be read gives its place to the next, so that a batch always takes as many from the stream."""
+        spec, lines, images = self.transform.spec, [], []
+        for raw in raws:
+            try:
+                images.append((raw, decode(raw.name, raw.content, spec.channels, spec.pixel_max, self.transform.shrink)))
+            except UnreadableImage as error:
+                lines.append(str(error))
+        samples = [] if images else [Sample(None, UNLABELLED, tuple(lines), raws[0].name)]
+        for number in range(len(raws) * self.config.repeated_aug if images else 0):
+            raw, image = images[number // self.config.repeated_aug % len(images)]
+            seed_everything(derive_seed(self.seed, "augment", *place, number))
+            samples.append(Sample(self.transform(image), raw.label, tuple(lines) if number == 0 else (), raw.name))
+        return samples
+
+
+def _counted(urls: tuple[str, ...]) -> int | None:
+    """The images of these shards, as `index.json` beside them counts them, where it is there and knows them all."""
+    from webdataset.gopen import gopen
+
+    if any(url.startswith("pipe:") or "://" not in url for url in urls):
+        return None
+    folders = {url.rpartition("/")[0] for url in urls}
+    counts: dict[str, int] = {}
+    for folder in folders:
+        try:
+            with gopen(f"{folder}/{INDEX}") as file:
+                index = json.loads(file.read())
+            counts |= {f"{folder}/{entry['name']}": int(entry["images"]) for entry in index["shards"]}
+        except Exception:  # of any kind: whoever wants an epoch counted without it says so
+            return None
+    return sum(counts[url] for url in urls) if counts.keys() >= set(urls) else None
+
+
+def _read_shards(urls: Iterator[str], errors: _Errors) -> Iterator[_Raw]:
+    """The images of some shards, one shard after the other; a broken shard is named, and left where it breaks."""
+    from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+
+    def named() -> Iterator[dict[str, Any]]:
+        for url in urls:
+            errors.url = url
+            shard: dict[str, Any] = {"url": url}
+            try:
+                yield shard
+            finally:
+                if "stream" in shard:
+                    with suppress(Exception):  # a command that was stopped before its end
+                        shard["stream"].close()
+
+    members = tar_file_expander(url_opener(named(), handler=errors), handler=errors)
+    for sample in group_by_keys(members, handler=errors):
+        extension = next((name for name in sample if not name.startswith("__") and is_image_name(f"x.{name}")), None)
+        if extension is None:
+            continue
+        name = f"{sample['__url__']}/{sample['__key__']}.{extension}"
+        label = UNLABELLED
+        if "cls" in sample:
+            try:
+                label = read_label(sample["cls"], name)
+            except ConfigError as error:
+                errors(error)
+        yield _Raw(name, sample[extension], label)

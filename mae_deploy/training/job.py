@@ -1,0 +1,48 @@
+"""What a stage gives to the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.data.dataset import TrainImages
+from mae_deploy.preprocess import Preprocess
+from mae_deploy.training.optim import ParamGroup
+from mae_deploy.training.step import Loss
+
+Evaluation = dict[str, float]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Job:
+    """What a stage gives to the loop."""
+
+    title: str
+    """Shown beside the progress bar."""
+    model: nn.Module
+    """What is trained."""
+    saved: nn.Module
+    """What the checkpoint holds: the model, or the part of it that outlives training."""
+    groups: list[ParamGroup]
+    """The optimiser's parameter groups."""
+    dataset: TrainImages
+    """Training images."""
+    spec: Preprocess
+    """Mean and standard deviation of the images."""
+    loss: Loss
+    """`(model, batch)` to scalars; `loss` is minimised, the others are logged."""
+    metadata: Callable[[], Metadata]
+    """The checkpoint's metadata, but for step and metrics."""
+    paper_warmup: float
+    """Warm-up epochs of the paper's recipe for this stage."""
+    evaluate: Callable[[Accelerator, nn.Module], Evaluation] | None = None
+    """Validation of the bare model; `top1` picks the best checkpoint."""
+    epoch_end: Callable[[nn.Module, int, bool], None] | None = None
+    """Called on the main process with the bare model, the number of finished epochs, and whether it is the last."""
+    optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer] | None = None
+    """Another optimiser than fused AdamW; its state holds tensors only."""

@@ -1,0 +1,81 @@
+"""The numbers that follow from the settings, the size of the data and the number of processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.progress import notice
+from mae_deploy.training.config import OptimConfig
+from mae_deploy.training.schedule import resolve_warmup
+from mae_deploy.training.state import Progress
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A run in steps."""
+
+    batch_size: int
+    accum_iter: int
+    steps_per_epoch: int
+    total_steps: int
+    peak_lr: float
+    warmup_epochs: float
+
+
+def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_warmup: float, quiet: bool = False) -> Plan:
+    """Batch size, steps and learning rate; a data set smaller than one batch makes the batch smaller, and says so.
+
+    Raises:
+        ConfigError: not even one image for each process.
+    """
+    if num_images < world_size:
+        raise ConfigError(f"{num_images} image(s) cannot be shared among {world_size} processes")
+    batch_size = min(optim.batch_size, max(1, num_images // world_size))
+    if batch_size < optim.batch_size and not quiet:
+        notice("batch size:", f"{num_images} images do not fill {optim.batch_size} on {world_size} process(es): using {batch_size}")
+    accum = min(optim.accum_iter, num_images // (batch_size * world_size))
+    return _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
+
+
+def resume_plan(num_images: int, optim: OptimConfig, state: Progress, *, world_size: int, paper_warmup: float, quiet: bool = False) -> Plan:
+    """The plan that keeps a run's effective batch, on any number of processes.
+
+    The settings as they are where their product fits; where they are those of the run before, batch size and accumulation are chosen.
+
+    Raises:
+        ConfigError: the settings ask for another effective batch, or the processes cannot share it.
+    """
+    batch_size, accum, effective = optim.batch_size, optim.accum_iter, state.effective_batch
+    if batch_size * accum * world_size != effective:
+        if (batch_size, accum) != (state.batch_size, state.accum_iter):
+            raise ConfigError(
+                f"--resume with batch size {batch_size} x accumulation {accum} x {world_size} process(es) of a run with {effective} images a step",
+                hint="their product must stay what it was",
+            )
+        batch_size, accum = _split(effective, world_size, batch_size)
+        if world_size != state.processes and not quiet:
+            kept = f"{effective} images a step: batch size {batch_size} x accumulation {accum} x {world_size} process(es)"
+            notice("batch size:", f"resumed on {world_size} process(es) instead of {state.processes}, still {kept}")
+    return _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
+
+
+def _split(effective: int, world_size: int, largest: int) -> tuple[int, int]:
+    """The largest batch, up to that of the run before, and the accumulation that give each process its share."""
+    share, left = divmod(effective, world_size)
+    if left:
+        fitting = [number for number in range(1, min(effective, 4 * world_size) + 1) if effective % number == 0]
+        raise ConfigError(
+            f"--resume on {world_size} processes: they cannot share the run's {effective} images a step evenly",
+            hint=f"start one of these numbers of processes: {', '.join(map(str, fitting))}",
+        )
+    batch_size = max(size for size in range(1, min(share, largest) + 1) if share % size == 0)
+    return batch_size, share // batch_size
+
+
+def _plan(num_images: int, optim: OptimConfig, batch_size: int, accum: int, world_size: int, paper_warmup: float) -> Plan:
+    effective = batch_size * accum * world_size
+    steps = num_images // effective
+    peak = optim.lr if optim.lr is not None else optim.blr * effective / 256
+    warmup = resolve_warmup(optim.warmup_epochs, paper=paper_warmup, epochs=optim.epochs)
+    return Plan(batch_size, accum, steps, steps * optim.epochs, peak, warmup)

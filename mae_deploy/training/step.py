@@ -1,0 +1,150 @@
+"""One optimiser step, and what a stage's loss is given in it."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from mae_deploy.data.dataset import Batch
+from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.training.plan import Plan
+from mae_deploy.training.sharding import Network, whole
+
+
+@dataclass(frozen=True, slots=True)
+class StepBatch:
+    """One micro-batch of one process."""
+
+    images: Tensor
+    """`(B, C, H, W)`, normalised, on the device."""
+    labels: Tensor
+    """int64 `(B,)`, on the device."""
+    seed: int = 0
+    """The run's seed."""
+    step: int = 0
+    """Optimiser steps before this one."""
+    first: int = 0
+    """Place of the first image in the effective batch."""
+    effective: int = 0
+    """Images of the effective batch, over all processes and accumulated batches; 0 where this batch is all."""
+    _calls: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
+
+    def rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), `(B, *shape)` on the device.
+
+        An image's row depends on the seed, the step, its place in the effective batch and the count of calls, so any
+        number of processes and any accumulation draw the same. Rows of the whole effective batch are drawn for that: for small shapes.
+        """
+        B, device = len(self.images), self.images.device
+        generator = torch.Generator(device).manual_seed(derive_seed(self.seed, "rand", self.step, next(self._calls)))
+        rows = torch.rand(max(self.effective, self.first + B), *shape, generator=generator, device=device)
+        return rows[self.first : self.first + B]
+
+
+Loss = Callable[[nn.Module, StepBatch], dict[str, Tensor]]
+"""`(model, batch)` to scalars; `loss` is minimised, the others are logged."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepNumbers:
+    """What is known of a step, still on the device."""
+
+    names: tuple[str, ...]
+    """Of the loss's parts."""
+    num_flags: int
+    values: Tensor
+    """The parts' means, the sums of the flags, the gradient's norm, fp16's loss scale (else 1), this process's own losses."""
+
+
+class Stepper:
+    """One optimiser step of all processes together: forward, backward, the guard's check, the update; nothing waits for the device."""
+
+    def __init__(
+        self, loss: Loss, network: Network, optimizer: torch.optim.Optimizer, normalise: nn.Module, plan: Plan, *, clip_grad: float | None, seed: int
+    ) -> None:
+        self.loss = loss
+        self.network = network
+        self.optimizer = optimizer
+        self.normalise = normalise
+        self.plan = plan
+        self.clip_grad = clip_grad
+        self.seed = seed
+        self.accelerator = network.accelerator
+        self._parameters: list[nn.Parameter] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._buffers = [buffer for buffer in network.model.buffers() if buffer.is_floating_point()]
+
+    def take(self, batches: Iterable[Batch], step: int, lr: float, flags: Callable[[], Sequence[float]]) -> StepNumbers:
+        """Take one step; it changes nothing where the loss or the gradient is not finite.
+
+        Args:
+            step: steps before this one.
+            lr: the schedule's learning rate.
+            flags: numbers of this process, which are summed over all; asked for after the last batch.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.network.trained.train()
+        buffers = [buffer.clone() for buffer in self._buffers]
+        parts = [self._accumulate(batch, step, micro) for micro, batch in enumerate(batches)]
+        own = torch.stack([part["loss"] for part in parts])
+        means = torch.stack([torch.stack([part[name] for part in parts]).mean() for name in parts[0]])
+        asked = flags()
+        reduced: Any = self.accelerator.reduce(torch.cat([means / self.accelerator.num_processes, self._on_device(asked)]), "sum")
+        loss = reduced[list(parts[0]).index("loss")]
+        scaler: Any = self.accelerator.scaler
+        scale: Tensor = scaler._scale.clone() if scaler is not None else torch.ones_like(loss)  # get_scale() would wait for the device
+        norm, finite = self._update(loss)
+        for buffer, before in zip(self._buffers, buffers, strict=True):
+            buffer.copy_(torch.where(finite, buffer, before))
+        return StepNumbers(tuple(parts[0]), len(asked), torch.cat([reduced, torch.stack([norm, scale]), own]))
+
+    def _accumulate(self, batch: Batch, step: int, micro: int) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns the loss's parts."""
+        plan, accelerator, device = self.plan, self.accelerator, self.accelerator.device
+        shared = accelerator.num_processes * plan.batch_size
+        given = StepBatch(
+            self.normalise(batch.images.to(device, non_blocking=True)),
+            batch.labels.to(device, non_blocking=True),
+            seed=self.seed,
+            step=step,
+            first=micro * shared + accelerator.process_index * plan.batch_size,
+            effective=plan.accum_iter * shared,
+        )
+        seed_everything(derive_seed(self.seed, "step", step, micro, accelerator.process_index))
+        with self.network.accumulate(last=micro == plan.accum_iter - 1):
+            with accelerator.autocast():
+                parts = self.loss(self.network.trained, given)
+            accelerator.backward(parts["loss"] / plan.accum_iter)
+        return {name: value.detach().float() for name, value in parts.items()}
+
+    def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
+        """Clip and step, unless the loss or the gradient is not finite; returns the gradient's norm and whether both are finite."""
+        optimizer, scaler = self.optimizer, self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        norm = get_total_norm([parameter.grad for parameter in self._parameters if parameter.grad is not None])
+        total = whole(norm).float()
+        finite = loss.isfinite() & total.isfinite()
+        if self.clip_grad is not None:
+            clip_grads_with_norm_(self._parameters, self.clip_grad, norm)
+        if isinstance(optimizer, torch.optim.AdamW):
+            # The fused kernels read this on the device; GradScaler tells them of an overflow in the same way.
+            optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            optimizer.step()
+        elif bool(finite):
+            optimizer.step()
+        if scaler is not None:
+            scaler.update()
+        optimizer.zero_grad()
+        return total, finite
+
+    def _on_device(self, values: Sequence[float]) -> Tensor:
+        """Without waiting for the device, which a copy from ordinary memory does."""
+        cuda = self.accelerator.device.type == "cuda"
+        return torch.tensor(values, dtype=torch.float32, pin_memory=cuda).to(self.accelerator.device, non_blocking=True)

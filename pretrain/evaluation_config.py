@@ -1,0 +1,204 @@
+"""Settings of what judges encoders: linear probe, k-NN, comparison, and sweeps over a setting of pretraining. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_deploy.config import section, setting
+from mae_deploy.data.config import CropConfig, DataConfig
+from mae_deploy.errors import ConfigError
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
+
+Solver = Literal["ridge", "logistic"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FeatureConfig:
+    """Features."""
+
+    pool: Literal["auto", "cls", "avg"] = "auto"
+    """What is a feature: cls, the CLS token, or avg, the mean of the patch tokens, both after the last norm; auto: what a classifier's head reads,
+    else the CLS token."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own. Bundles are fixed to theirs."""
+    batch_size: int = 64
+    """Images at a time."""
+    precision: Precision = "auto"
+    """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
+    engine: str = "auto"
+    """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
+    threads: int | None = None
+    """CPU threads of a bundle's engine; default: one for each core."""
+    num_workers: int = -1
+    """Processes that decode images; 0 decodes in this process, -1 starts one for each core but one."""
+    max_corrupt: int = 100
+    """Unreadable files that are named and left out before the command gives up."""
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or self.num_workers < -1 or self.max_corrupt < 0:
+            raise ConfigError("--batch-size must be at least 1, --num-workers at least -1 and --max-corrupt at least 0")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LinprobeConfig:
+    """Settings of `mae-deploy linprobe`."""
+
+    data: Path = setting(argument=True)
+    """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
+    init: Path
+    """Encoder to judge: a run folder, a checkpoint folder or a weights file."""
+    out: Path
+    """Run folder to write; its checkpoint is a classifier."""
+    solver: Literal["lars", "logistic", "ridge"] = "lars"
+    """lars: the paper's recipe, with augmentation. For small data, on features that are computed once: logistic, multinomial logistic regression, or
+    ridge, least squares on one-hot labels in closed form."""
+    pool: Literal["cls", "avg"] = "cls"
+    """What the head reads: the CLS token, as in the paper, or the mean of the patch tokens through a norm without weights."""
+    image_size: tuple[int, int] | None = None
+    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for another."""
+    held_out: float = 0.2
+    """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of them."""
+    resume: bool = False
+    """Go on with the run in --out, or start it if it is not there."""
+    seed: int = 0
+    """Seed of the head, data order and augmentation, and of the held-out share."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    optim: OptimConfig = section(OptimConfig, epochs=90, batch_size=512, blr=0.1, weight_decay=0.0)
+    augment: CropConfig = section(CropConfig, min_scale=0.08)
+    images: DataConfig = section(DataConfig)
+    loop: LoopConfig = section(LoopConfig)
+
+    def __post_init__(self) -> None:
+        _check_share(self.held_out)
+        if self.loop.sharding != "ddp":
+            raise ConfigError("--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it away")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class KnnConfig:
+    """Settings of `mae-deploy knn`."""
+
+    data: Path = setting(argument=True)
+    """Labelled images: DATA/train/<class>/… votes on DATA/val/<class>/…."""
+    init: Path
+    """Encoder to judge: a run folder, a checkpoint folder, a weights file or a bundle."""
+    k: tuple[int, ...] = (20,)
+    """Neighbours that vote; several numbers, separated by commas, are answered in one pass."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+    block_size: int = 4096
+    """Images of either side that are compared at a time: bounds the memory, changes no result."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    features: FeatureConfig = section(FeatureConfig)
+
+    def __post_init__(self) -> None:
+        _check_knn(self.k, self.temperature)
+        if self.block_size < 1:
+            raise ConfigError(f"--block-size {self.block_size} must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CompareConfig:
+    """Settings of `mae-deploy compare`."""
+
+    encoders: tuple[str, ...] = setting(argument=True)
+    """Encoders, each PATH or NAME=PATH: a run, checkpoint, weights file or bundle; PATH@ARCHITECTURE for a weights file of any timm model, such as
+    dino=weights.safetensors@vit_small_patch14_dinov2; random for the first checkpoint's network with random weights."""
+    data: Path
+    """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
+    out: Path | None = None
+    """Folder to write compare.json, compare.md and compare.png to."""
+    k: tuple[int, ...] = (20,)
+    """Neighbours that vote; with several numbers, separated by commas, each is a column."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+    linear: Solver = "logistic"
+    """The linear probe: logistic or ridge, on standardised features."""
+    held_out: float = 0.2
+    """Share of the training images on which the linear probe chooses its regularisation."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the held-out share and of random weights; figures are means over them."""
+    seed: int = 0
+    """Added to each of --seeds."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    features: FeatureConfig = section(FeatureConfig)
+
+    def __post_init__(self) -> None:
+        _check_knn(self.k, self.temperature)
+        _check_share(self.held_out)
+        if not self.seeds:
+            raise ConfigError("--seeds needs at least one seed")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Settings of `mae-deploy sweep`."""
+
+    data: str = setting(argument=True)
+    """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of train without their labels."""
+    out: Path
+    """Folder of the experiment; the same command goes on where it was killed."""
+    mask_ratio: tuple[float, ...] | None = None
+    """Mask ratios to try, separated by commas: the paper's figure 5."""
+    over: str | None = None
+    """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or norm_pix_loss=true,false."""
+    labelled: Path | None = None
+    """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
+    recipe: str | None = None
+    """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
+    settings: tuple[str, ...] = setting((), flag="--set", repeated=True)
+    """Any setting of pretraining as section.key=value; may be repeated."""
+    knn: bool = True
+    """Judge by k-NN."""
+    linear: Literal["logistic", "ridge", "none"] = "logistic"
+    """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
+    finetune: bool = True
+    """Judge by fine-tuning."""
+    finetune_recipe: str | None = None
+    """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
+    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True)
+    """Any setting of fine-tuning as section.key=value; may be repeated."""
+    scratch: bool = False
+    """Also fine-tune the same network from random weights, for a line to compare with."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+    held_out: float = 0.2
+    """Share of the labelled training images on which the linear probe chooses its regularisation."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
+    seed: int = 0
+    """Added to each of --seeds."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    features: FeatureConfig = section(FeatureConfig)
+
+    def __post_init__(self) -> None:
+        if (self.mask_ratio is None) == (self.over is None):
+            raise ConfigError("sweep needs what to vary, once", hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ConfigError("--seeds needs at least one seed, and each once")
+        if not (self.knn or self.linear != "none" or self.finetune):
+            raise ConfigError("nothing would be judged", hint="leave one of --knn, --linear and --finetune on")
+        _check_knn((self.k,), self.temperature)
+        _check_share(self.held_out)
+
+
+def _check_knn(k: tuple[int, ...], temperature: float) -> None:
+    if not k or min(k) < 1 or len({*k}) < len(k):
+        raise ConfigError(f"--k {','.join(map(str, k))} must be numbers from 1 on, each once")
+    if temperature <= 0:
+        raise ConfigError(f"--temperature {temperature:g} must be above 0")
+
+
+def _check_share(held_out: float) -> None:
+    if not 0 < held_out < 1:
+        raise ConfigError(f"--held-out {held_out:g} must be above 0 and below 1")

@@ -1,0 +1,177 @@
+"""NumPy and TIFF files of any number of bands: read whole, cropped like any image, or refused with a reason."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image
+
+from mae_deploy.errors import ConfigError, MissingDependency
+from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, default_preprocess, find_images, is_image, read_image, require_readers
+from tests.data.band_files import BANDS, PIXEL_MAX, SIZE, bands_image, write_npy, write_tiff
+
+SPEC = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4, 0.5, 0.6), pixel_max=PIXEL_MAX)
+
+
+def read(path: Path, channels: int = BANDS, pixel_max: float | None = PIXEL_MAX) -> Array:
+    found = read_image(path, channels, pixel_max)
+    assert isinstance(found, np.ndarray)
+    return found
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "int16", "int32", "float32", "float64", ">u2"])
+def test_numpy_files_of_every_type_of_number(tmp_path: Path, dtype: str) -> None:
+    pixels = (bands_image(0) // 50).astype(dtype)
+    found = read(write_npy(tmp_path / "a.npy", pixels))
+    np.testing.assert_array_equal(found, pixels)
+    assert found.dtype == np.dtype(dtype).newbyteorder("=")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"compression": "lzw"}, {"compression": "deflate", "predictor": True}, {"tile": (16, 16)}, {"byteorder": ">"}, {"bigtiff": True}],
+    ids=["plain", "lzw", "deflate", "tiled", "big-endian", "bigtiff"],
+)
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
+def test_tiff_files_as_gis_programs_write_them(tmp_path: Path, dtype: str, options: dict[str, Any]) -> None:
+    pixels = (bands_image(1) // 50).astype(dtype)
+    np.testing.assert_array_equal(read(write_tiff(tmp_path / "a.TIF", pixels, **options)), pixels)
+
+
+def test_bands_may_stand_one_after_the_other_in_a_tiff(tmp_path: Path) -> None:
+    pixels = bands_image(2)
+    write_tiff(tmp_path / "planar.tif", pixels.transpose(2, 0, 1), planarconfig="separate")
+    with tifffile.TiffWriter(tmp_path / "pages.tif") as file:
+        for band in pixels.transpose(2, 0, 1):
+            file.write(np.ascontiguousarray(band), photometric="minisblack", contiguous=True)
+    for name in ("planar.tif", "pages.tif"):
+        np.testing.assert_array_equal(read(tmp_path / name), pixels, err_msg=name)
+
+
+def test_one_band_needs_no_third_axis(tmp_path: Path) -> None:
+    band = bands_image(3)[:, :, 0]
+    tifffile.imwrite(tmp_path / "a.tif", band)
+    np.save(tmp_path / "a.npy", band)
+    Image.fromarray(band).save(tmp_path / "a.png")
+    for name in ("a.tif", "a.npy", "a.png"):
+        np.testing.assert_array_equal(read(tmp_path / name, channels=1), band[:, :, None], err_msg=name)
+
+
+def test_with_pixel_max_ordinary_counts_are_read_as_they_stand_too(tmp_path: Path) -> None:
+    """Red, green, blue and near infrared of 16 bits: the usual satellite product, which Pillow does not read."""
+    pixels = bands_image(4)[:, :, :4]
+    np.testing.assert_array_equal(read(write_tiff(tmp_path / "a.tif", pixels), channels=4), pixels)
+
+
+def test_without_pixel_max_eight_bits_stay_what_they_were(tmp_path: Path) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (*SIZE, 3), dtype=np.uint8)
+    for path in (write_npy(tmp_path / "a.npy", pixels), write_tiff(tmp_path / "a.tif", pixels, photometric="rgb")):
+        found = read_image(path)
+        assert is_image(found)
+        np.testing.assert_array_equal(np.asarray(found), pixels)
+
+
+@pytest.mark.parametrize(
+    ("pixels", "reason"),
+    [
+        (np.zeros((17, 13, 4), np.uint16), "the image has 4 channels, not 5$"),
+        (np.zeros((17, 13), np.uint16), "the image has 1 channel, not 5$"),
+        (np.zeros((5, 17, 13), np.uint16), r"the image has 13 channels, not 5; arrays are \(H, W, C\)$"),
+        (np.zeros((1, 17, 13, 5), np.uint16), r"shape \(1, 17, 13, 5\) is no image"),
+        (np.zeros((0, 13, 5), np.uint16), "is no image"),
+        (np.full((17, 13, 5), np.nan, np.float32), "NaN or infinite"),
+        (np.full((17, 13, 5), np.inf), "NaN or infinite"),
+        (np.zeros((17, 13, 5), np.complex64), "complex64, not integers"),
+        (np.zeros((17, 13, 5), bool), "bool, not integers"),
+        (np.array([[None]]), "allow_pickle=False"),
+    ],
+    ids=str,
+)
+def test_what_is_no_such_image_is_named_with_the_reason(tmp_path: Path, pixels: Array, reason: str) -> None:
+    np.save(tmp_path / "a.npy", pixels, allow_pickle=True)
+    with pytest.raises(UnreadableImage, match=rf"^{tmp_path / 'a.npy'}: .*{reason}"):
+        read(tmp_path / "a.npy")
+
+
+def test_more_than_eight_bits_need_pixel_max(tmp_path: Path) -> None:
+    with pytest.raises(UnreadableImage, match="the pixels are uint16; say what they are to be divided by with --pixel-max"):
+        read(write_npy(tmp_path / "a.npy", bands_image(0)), pixel_max=None)
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".tif"])
+@pytest.mark.parametrize("kept", [0, 3, 60, 500])
+def test_files_that_are_cut_short_are_unreadable(tmp_path: Path, suffix: str, kept: int) -> None:
+    path = tmp_path / f"a{suffix}"
+    (write_npy if suffix == ".npy" else write_tiff)(path, bands_image(0))
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UnreadableImage, match=rf"^{path}: " + ("the file is empty" if kept == 0 else "")):
+        read(path)
+
+
+def test_a_tiff_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_tiff(tmp_path / "a.tif", bands_image(0))
+    monkeypatch.setitem(sys.modules, "tifffile", None)
+    for call in (lambda: read(path), lambda: require_readers([str(path)], SPEC)):
+        with pytest.raises(MissingDependency, match="'tifffile'") as caught:
+            call()
+        assert caught.value.hint == "pip install 'mae-deploy[tiff]'"
+    require_readers(["a.npy", "b.png"], SPEC)
+    require_readers([str(path)], default_preprocess((7, 11)))
+
+
+def test_numpy_files_are_images_only_where_there_are_no_others(tmp_path: Path) -> None:
+    arrays = [write_npy(tmp_path / name, bands_image(0)) for name in ("a/0.npy", "b.npy")]
+    assert find_images(tmp_path) == arrays
+    Image.new("RGB", (3, 2)).save(tmp_path / "photo.png")
+    assert find_images(tmp_path) == [tmp_path / "photo.png"]
+
+
+# --- crop and normalisation ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("shape", [(17, 13), (13, 17), (7, 11), (8, 1000)], ids=str)
+def test_bands_are_cropped_as_grey_images_are(shape: tuple[int, int], interpolation: str) -> None:
+    """To the pixel for 8 bits, whose path is another; with `pixel_max`, to the rounding of 8 bits."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, BANDS), dtype=np.uint8)
+    spec = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.0,) * BANDS, std=(1.0,) * BANDS, interpolation=interpolation)
+    grey = Preprocess(image_size=(7, 11), channels=1, mean=(0.0,), std=(1.0,), interpolation=interpolation)
+    expected = np.concatenate([grey.crop(Image.fromarray(pixels[:, :, band])) for band in range(BANDS)], axis=2)
+    np.testing.assert_array_equal(spec.crop(pixels), expected)
+    wide = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.0,) * BANDS, std=(1.0,) * BANDS, interpolation=interpolation, pixel_max=255)
+    found = wide.crop(pixels)
+    assert (spec.dtype, wide.dtype, found.dtype.name) == ("uint8", "float32", "float32")
+    # Pillow rounds after each of two passes, and clips what bicubic overshoots.
+    np.testing.assert_allclose(found.clip(0, 255), expected, atol=1.5)
+
+
+def test_nothing_is_lost_of_sixteen_bits() -> None:
+    pixels = bands_image(0)[:7, :11]
+    np.testing.assert_array_equal(Preprocess(**{**vars_of(SPEC), "crop_pct": 1.0}).crop(pixels), pixels.astype(np.float32))
+
+
+def test_pixels_are_divided_by_pixel_max() -> None:
+    pixels = np.stack([SPEC.crop(bands_image(seed)) for seed in range(2)])
+    expected = ((pixels.astype(np.float64) / PIXEL_MAX - np.array(SPEC.mean)) / np.array(SPEC.std)).transpose(0, 3, 1, 2)
+    found = SPEC.normalise(pixels)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found, expected, atol=1e-5)  # FP32 of numbers up to 5
+    np.testing.assert_array_equal(SPEC([bands_image(seed) for seed in range(2)]), found)
+
+
+def test_pixel_max_must_be_positive() -> None:
+    for value in (0.0, -1.0, float("nan")):
+        with pytest.raises(ConfigError, match="must be above 0"):
+            Preprocess(**{**vars_of(SPEC), "pixel_max": value})
+
+
+def vars_of(spec: Preprocess) -> dict[str, Any]:
+    return {name: getattr(spec, name) for name in Preprocess.__dataclass_fields__}
