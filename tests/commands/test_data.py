@@ -21,6 +21,15 @@ from mae_deploy.files import sha256, write_json
 from tests.data.image_folders import SIZE, spoil, write_classes, write_noise
 
 
+@pytest.fixture
+def images(tmp_path: Path) -> Path:
+    """Eleven readable images in two folders."""
+    root = tmp_path / "images"
+    write_noise(root / "a", 7)
+    write_noise(root / "b", 4, first=7)
+    return root
+
+
 def pack(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
     return data_pack.run(PackConfig(source=str(source), out=out, **{"num_workers": 0, "shard_images": 4, **settings}))
 

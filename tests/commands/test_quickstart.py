@@ -23,7 +23,7 @@ from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engine import EngineOptions
 from mae_deploy.runtime.verify import verify_bundle
-from mae_deploy.training import loop
+from mae_deploy.training import runner
 
 SCANS = 1797
 SEED = 5
@@ -127,7 +127,7 @@ def test_a_second_run_trains_nothing_and_reports_the_same(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, report = finished
-    monkeypatch.setattr(loop._Runner, "_step", lambda *_: pytest.fail("a finished run was trained again"))
+    monkeypatch.setattr(runner.Runner, "_launch", lambda *_: pytest.fail("a finished run was trained again"))
     assert main(["quickstart", "--out", str(out), "--seeds", str(SEED), "--device", "cpu", "--json"]) == 0
     captured = capsys.readouterr()
     again = json.loads(captured.out)

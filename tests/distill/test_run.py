@@ -66,7 +66,9 @@ def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path:
     before = weights(teacher)
     summary = run(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
     lines = read_metrics(tmp_path / "run")
-    assert {tuple(line) for line in lines} == {("step", "epoch", "loss", "feature_loss", "pixel_loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")}
+    assert {tuple(line) for line in lines} == {
+        ("step", "epoch", "loss", "feature_loss", "pixel_loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")
+    }
     assert lines[0]["loss"] == pytest.approx(lines[0]["feature_loss"] + lines[0]["pixel_loss"], rel=1e-6)  # float32
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     assert lines[-1]["feature_loss"] < 0.8 * lines[0]["feature_loss"]

@@ -136,7 +136,7 @@ def test_a_size_is_measured_once_by_a_run_its_continuation_and_the_machine(monke
 
 
 def test_processes_take_the_choice_of_the_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    store = torch.distributed.HashStore()
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed.distributed_c10d, "_get_default_store", lambda: store)
     found = []
