@@ -48,10 +48,11 @@ def prediction_table(paths: Sequence[Path], ranked: Sequence[Sequence[tuple[str,
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Two columns: what, and its value. Values are shown as they are: a path may hold brackets."""
+    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are: a path may hold brackets."""
     table = Table(title=Text(title), show_header=False, title_justify="left")
     for name, value in facts.items():
-        table.add_row(name, Text(str(value), overflow="fold"))
+        text = "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
+        table.add_row(name, Text(text, overflow="fold"))
     return table
 
 
