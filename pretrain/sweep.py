@@ -158,7 +158,7 @@ def _judge(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
             parts.do("linear", lambda: _linear(config, cell, train, val, num_classes))
     if config.finetune:
         _check_unchanged(_finetune_config(config, cell.pretrain.out, cell.folder / "finetune", cell.seed))
-        parts.do("finetune", lambda: {"finetune_top1": _finetune(config, cell, cell.folder / "finetune")})
+        parts.do("finetune", lambda: {"finetune_top1": _finetune(config, cell.pretrain.out, cell.folder / "finetune", cell.seed)})
     return parts.figures | (_scratch(config, setting, cell) if config.scratch else {})
 
 
@@ -184,15 +184,18 @@ def _linear(config: SweepConfig, cell: Cell, train: FeatureSet, val: FeatureSet,
     return {"linear_top1": fitted.accuracy(val.features, val.labels).top1}
 
 
-def _finetune(config: SweepConfig, cell: Cell, out: Path, *, from_scratch: bool = False) -> float:
-    return float(finetune.run(_finetune_config(config, cell.pretrain.out, out, cell.seed, from_scratch=from_scratch))["top1"])
+def _finetune(config: SweepConfig, init: Path, out: Path, seed: int, *, from_scratch: bool = False) -> float:
+    return float(finetune.run(_finetune_config(config, init, out, seed, from_scratch=from_scratch))["top1"])
 
 
 def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
     """Fine-tuning of random weights: once for each seed, or for each value where the values are of the encoder itself."""
     folder = cell.folder / "scratch" if setting.startswith("model.") else config.out / "scratch" / f"seed-{cell.seed}"
+    out = folder / "finetune"
+    # Only the network is taken from it: a run that was interrupted under another value goes on with the one that it was started with.
+    network = Path(read_recipe(out / RUN_CONFIG)["init"]) if (out / RUN_CONFIG).is_file() else cell.pretrain.out
     parts = _Parts(folder / RESULT)
-    parts.do("scratch", lambda: {"scratch_top1": _finetune(config, cell, folder / "finetune", from_scratch=True)})
+    parts.do("scratch", lambda: {"scratch_top1": _finetune(config, network, out, cell.seed, from_scratch=True)})
     return parts.figures
 
 

@@ -15,6 +15,7 @@ from mae_deploy.pretrain import finetune, sweep
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.evaluation_config import FeatureConfig, SweepConfig
 from mae_deploy.pretrain.sweep import run
+from mae_deploy.training.runner import Runner
 from tests.training.tiny_runs import finetuning, optim, pretraining
 
 
@@ -106,6 +107,25 @@ def test_after_a_kill_only_what_is_missing_is_done(
     trained.clear()
     assert run(config).data == found
     assert trained == []
+
+
+def test_a_baseline_that_was_interrupted_goes_on_under_another_value(
+    classes: Path, recipes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common: dict[str, Any] = {"scratch": True, "linear": "none", "finetune": False, **recipes}
+    real = Runner.run
+
+    def killed(runner: Runner, num_workers: int) -> None:
+        if runner.job.title == "from scratch":
+            raise KeyboardInterrupt
+        real(runner, num_workers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Runner, "run", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(sweeping(classes, tmp_path / "sweep", **common))
+    found = run(sweeping(classes, tmp_path / "sweep", mask_ratio=(0.34, 0.5), **common)).data
+    assert [row["scratch_top1"] for row in found["rows"]] == [found["rows"][0]["scratch_top1"]] * 2
 
 
 def test_values_and_seeds_may_be_added_but_no_setting_changed(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
