@@ -66,12 +66,16 @@ def test_what_is_said(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
-    with StopSignals() as signals:
-        os.kill(os.getpid(), signal.SIGINT)
-        assert signals.received == "SIGINT"
-        with pytest.raises(KeyboardInterrupt):
+    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
+    try:
+        with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+            assert signals.received == "SIGINT"
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, inherited)
 
 
 def test_outside_of_the_main_thread_nothing_is_caught() -> None:
