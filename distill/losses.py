@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.data.dataset import UNLABELLED
+from mae_deploy.data.sources import UNLABELLED
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.vit import run_blocks

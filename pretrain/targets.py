@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import Tensor
 
-from mae_deploy.data.dataset import Stretch, TrainImages
+from mae_deploy.data.dataset import TrainImages
+from mae_deploy.data.order import Stretch
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig

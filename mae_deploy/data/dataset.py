@@ -10,28 +10,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mae_deploy.data.find import labelled_images, unlabelled_images
 from mae_deploy.data.order import Key, StreamSampler, Stretch
-from mae_deploy.data.sources import UNLABELLED, ImageList, ImageSource
+from mae_deploy.data.sources import ImageSource
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.preprocess import Array, UnreadableImage, require_readers
 from mae_deploy.seeding import derive_seed, seed_everything
-
-__all__ = [
-    "UNLABELLED",
-    "Batch",
-    "ImageDataset",
-    "ImageList",
-    "ImageSource",
-    "Key",
-    "Sample",
-    "Stretch",
-    "TrainImages",
-    "collate",
-    "labelled_images",
-    "unlabelled_images",
-]
 
 _REPLACEMENTS = 64
 """Neighbours that are tried in the place of an unreadable training image."""

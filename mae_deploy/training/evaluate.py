@@ -9,8 +9,9 @@ from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from mae_deploy.data.dataset import ImageDataset, ImageSource
+from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.sources import ImageSource
 from mae_deploy.data.transforms import Normalise, Transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.preprocess import Preprocess

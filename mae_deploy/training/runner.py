@@ -10,7 +10,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from mae_deploy.data.dataset import Batch, Stretch
+from mae_deploy.data.dataset import Batch
+from mae_deploy.data.order import Stretch
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.training.checkpoints import Checkpoints

@@ -14,10 +14,10 @@ from PIL import Image
 from torch import Tensor
 
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import UNLABELLED, ImageDataset, Key, Sample, collate
+from mae_deploy.data.dataset import ImageDataset, Sample, collate
 from mae_deploy.data.find import labelled_images
-from mae_deploy.data.order import Stretch
-from mae_deploy.data.sources import ImageList
+from mae_deploy.data.order import Key, Stretch
+from mae_deploy.data.sources import UNLABELLED, ImageList
 from mae_deploy.data.sources import image_files as unlabelled_images
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError

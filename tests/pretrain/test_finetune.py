@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import to_dict
-from mae_deploy.data.dataset import labelled_images
+from mae_deploy.data.find import labelled_images
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.load import load_model
 from mae_deploy.models.vit import Classifier

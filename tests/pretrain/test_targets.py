@@ -13,8 +13,8 @@ from torch.nn import functional as F
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict
-from mae_deploy.data.dataset import Stretch
 from mae_deploy.data.opening import open_training
+from mae_deploy.data.order import Stretch
 from mae_deploy.data.transforms import Normalise, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import ImageDataset, unlabelled_images
+from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.find import unlabelled_images
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.training.config import LoopConfig, OptimConfig
