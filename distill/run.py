@@ -97,7 +97,7 @@ def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, sp
         ),
         paper_warmup=_WARMUP,
     )
-    return _fit(job, folder, accelerator, config)
+    return fit(job, folder, accelerator, config)
 
 
 def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec: Preprocess, init: Loaded | None) -> dict[str, Any]:
@@ -143,17 +143,12 @@ def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec
         paper_warmup=_WARMUP,
         evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
     )
-    return _fit(job, folder, accelerator, config)
+    return fit(job, folder, accelerator, config)
 
 
 def _dataset(config: DistillConfig, images: ImageSource, spec: Preprocess) -> ImageDataset:
     transform = train_transform(spec, config.augment)
     return train_dataset(images, transform, config.images, seed=config.seed)
-
-
-def _fit(job: Job, folder: RunFolder, accelerator: Any, config: DistillConfig) -> dict[str, Any]:
-    images = config.images
-    return fit(job, folder, accelerator, optim=config.optim, loop=config.loop, num_workers=images.num_workers, max_corrupt=images.max_corrupt, seed=config.seed)
 
 
 def _started(model: M, init: Loaded | None) -> M:

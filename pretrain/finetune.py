@@ -81,16 +81,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         paper_warmup=PAPER_WARMUP,
         evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
     )
-    return fit(
-        job,
-        folder,
-        accelerator,
-        optim=config.optim,
-        loop=config.loop,
-        num_workers=config.images.num_workers,
-        max_corrupt=config.images.max_corrupt,
-        seed=config.seed,
-    )
+    return fit(job, folder, accelerator, config)
 
 
 class ClassificationLoss:

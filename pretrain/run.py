@@ -100,16 +100,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
         paper_warmup=PAPER_WARMUP,
         epoch_end=pictures if target is None else None,
     )
-    return fit(
-        job,
-        folder,
-        accelerator,
-        optim=config.optim,
-        loop=config.loop,
-        num_workers=config.images.num_workers,
-        max_corrupt=config.images.max_corrupt,
-        seed=config.seed,
-    )
+    return fit(job, folder, accelerator, config)
 
 
 def _preprocess_of(loaded: Loaded | None) -> Preprocess | None:

@@ -4,18 +4,45 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 
 from mae_deploy.checkpoint import Metadata
+from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import TrainImages
 from mae_deploy.preprocess import Preprocess
+from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.optim import ParamGroup
 from mae_deploy.training.step import Loss
 
 Evaluation = dict[str, float]
+
+
+class TrainConfig(Protocol):
+    """What the loop reads of a stage's settings."""
+
+    @property
+    def optim(self) -> OptimConfig:
+        """Optimisation."""
+        ...
+
+    @property
+    def loop(self) -> LoopConfig:
+        """Run."""
+        ...
+
+    @property
+    def images(self) -> DataConfig:
+        """Data."""
+        ...
+
+    @property
+    def seed(self) -> int:
+        """Of everything random."""
+        ...
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -10,9 +10,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mae_deploy.errors import MissingDependency, import_optional
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
+from mae_deploy.training.config import Device, OptimConfig, Precision
 from mae_deploy.training.cpu import advise_bf16
-from mae_deploy.training.job import Evaluation, Job
+from mae_deploy.training.job import Evaluation, Job, TrainConfig
 from mae_deploy.training.plan import Plan, make_plan, resume_plan
 from mae_deploy.training.run_folder import RunFolder
 from mae_deploy.training.runner import Runner
@@ -42,9 +42,7 @@ def make_accelerator(device: Device, precision: Precision, out: Path, trackers: 
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, project_dir=out)
 
 
-def fit(
-    job: Job, folder: RunFolder, accelerator: Accelerator, *, optim: OptimConfig, loop: LoopConfig, num_workers: int, max_corrupt: int, seed: int
-) -> dict[str, Any]:
+def fit(job: Job, folder: RunFolder, accelerator: Accelerator, config: TrainConfig) -> dict[str, Any]:
     """Train to the end, from wherever the run folder's last checkpoint is; returns a summary.
 
     Raises:
@@ -52,16 +50,16 @@ def fit(
         CheckFailed: losses stay non-finite, or too many images cannot be read.
         ConfigError: the run was started with another effective batch.
     """
-    if accelerator.is_main_process and accelerator.device.type == "cpu" and loop.precision == "auto":
+    if accelerator.is_main_process and accelerator.device.type == "cpu" and config.loop.precision == "auto":
         advise_bf16()
-    state, plan = _resolve(job, folder, optim, accelerator)
-    trackers = Trackers(accelerator, loop.tracker, folder.path, step=state.step)
-    unreadable = Unreadable(folder.path, max_corrupt, accelerator)
-    runner = Runner(job, folder, accelerator, plan, state, trackers, unreadable, optim=optim, loop=loop, seed=seed)
+    state, plan = _resolve(job, folder, config.optim, accelerator)
+    trackers = Trackers(accelerator, config.loop.tracker, folder.path, step=state.step)
+    unreadable = Unreadable(folder.path, config.images.max_corrupt, accelerator)
+    runner = Runner(job, folder, accelerator, plan, state, trackers, unreadable, optim=config.optim, loop=config.loop, seed=config.seed)
     if accelerator.is_main_process:
         folder.forget_after(state.step)
     try:
-        runner.run(num_workers)
+        runner.run(config.images.num_workers)
     finally:
         trackers.close()
     return runner.summary()

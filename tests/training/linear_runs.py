@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import Metadata
-from mae_deploy.data.config import CropConfig
+from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.find import unlabelled_images
 from mae_deploy.data.transforms import train_transform
@@ -63,6 +63,16 @@ class Spoil(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         return gradients[0] * math.nan
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the loop reads of a stage's settings."""
+
+    optim: OptimConfig
+    loop: LoopConfig
+    images: DataConfig
+    seed: int = 0
 
 
 @dataclass
@@ -125,5 +135,5 @@ def train(
     settings = settings or optim()
     accelerator = make_accelerator("cpu", "fp32", out)
     folder = RunFolder.open(out, settings, found.fingerprint(), resume=resume, write=accelerator.is_main_process)
-    summary = fit(job, folder, accelerator, optim=settings, loop=loop or LoopConfig(), num_workers=0, max_corrupt=max_corrupt, seed=0)
+    summary = fit(job, folder, accelerator, Settings(settings, loop or LoopConfig(), DataConfig(num_workers=0, max_corrupt=max_corrupt)))
     return Trained(model, folder, summary)
