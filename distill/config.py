@@ -2,37 +2,135 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig
+from mae_deploy.models.config import DecoderConfig, SliceBlocks, check_keep_ratio
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
+
+Blocks = tuple[str, ...]
+"""Pairs of blocks as they are written, STUDENT:TEACHER, counted from 1, or "last"."""
+
+LAST_BLOCK = -1
+"""What `block_pairs` gives for "last", before the depths are known."""
+
+Schedule = tuple[tuple[float, float], ...]
+"""Points (share of the run, factor of the weight), with straight lines between them."""
+
+Distance = Literal["smooth_l1", "l1", "mse", "cosine"]
+Projector = Literal["linear", "mlp", "none"]
+
+
+FROM_TEACHER = Path("teacher")
+"""What `--init` says for a slice of the teacher."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FeatureConfig:
-    """Features (unlabelled images)."""
+    """Features."""
 
     mask_ratio: float = 0.75
-    """Share of the patches that neither teacher nor student sees."""
+    """Share of the patches that the student does not see, in runs on features; 0: it sees the whole image (TinyMIM), and reconstructs nothing."""
     teacher_block: int | None = None
     """The teacher's block whose output is matched, counted from 1; default: at 3/4 of its depth."""
     student_block: int | None = None
     """The student's block that is matched to it, counted from 1; default: at 3/4 of its depth."""
-    feature_weight: float = 1.0
-    """Weight of the feature loss: smooth L1 between projected student tokens and normalised teacher tokens."""
-    pixel_weight: float = 1.0
-    """Weight of the student's own reconstruction loss; 0 trains without a decoder's help."""
+    feature_blocks: Blocks | None = None
+    """Other pairs of blocks in place of these two, STUDENT:TEACHER, such as 6:12,12:24 or last:last."""
+    feature_weight: float | None = None
+    """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs on features, else 0."""
+    feature_loss: Distance = "smooth_l1"
+    """That distance; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
+    projector: Projector = "linear"
+    """From the student's width to the teacher's: linear, mlp (two layers) or none, where the widths are the same."""
+    pixel_weight: float | None = None
+    """Weight of the student's own reconstruction loss; default: 1 where there is a mask in a run on features, else 0."""
+    feature_schedule: Schedule | None = setting(None, hidden=True)
+    """Factor of --feature-weight over the run: [[share of the run, factor], ...]."""
+    pixel_schedule: Schedule | None = setting(None, hidden=True)
+    """The same of --pixel-weight."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1:
-            raise ConfigError(f"--mask-ratio {self.mask_ratio} must be above 0 and below 1")
-        if self.feature_weight < 0 or self.pixel_weight < 0 or self.feature_weight + self.pixel_weight == 0:
-            raise ConfigError("--feature-weight and --pixel-weight cannot be negative, nor both 0")
+        if not 0 <= self.mask_ratio < 1:
+            raise ConfigError(f"--mask-ratio {self.mask_ratio} must be at least 0 and below 1")
+        if self.feature_blocks is not None and (self.teacher_block, self.student_block) != (None, None):
+            raise ConfigError("--feature-blocks takes the place of --student-block and --teacher-block")
+        check_weights(self)
+        block_pairs(self.feature_blocks, "--feature-blocks")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RelationConfig:
+    """Attention relations."""
+
+    relation_weight: float = 0.0
+    """Weight of the divergence between the relations of queries, keys and values (TinyMIM)."""
+    relation_blocks: Blocks | None = None
+    """Pairs of blocks, STUDENT:TEACHER; default: the student's last and the teacher's at 3/4 of its depth."""
+    relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
+    """Which relations."""
+    attention_weight: float = 0.0
+    """Weight of the squared error of attention maps (MAE-Lite)."""
+    attention_blocks: Blocks | None = None
+    """Pairs of blocks, STUDENT:TEACHER; default: the last of both."""
+    relation_schedule: Schedule | None = setting(None, hidden=True)
+    """Factor of --relation-weight over the run: [[share of the run, factor], ...]."""
+    attention_schedule: Schedule | None = setting(None, hidden=True)
+    """The same of --attention-weight."""
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+        block_pairs(self.relation_blocks, "--relation-blocks")
+        block_pairs(self.attention_blocks, "--attention-blocks")
+        if not self.relations:
+            raise ConfigError("--relations names none", hint="such as qk,vv")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DecoderFeatureConfig:
+    """Decoder features."""
+
+    decoder_feature_weight: float = 0.0
+    """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher needs its decoder."""
+    decoder_blocks: Blocks | None = None
+    """The pair of decoder blocks, STUDENT:TEACHER; default: the student's last and the teacher's at half of its decoder's depth (G2SD: 4 of 8)."""
+    decoder_feature_loss: Distance = "smooth_l1"
+    """That distance."""
+    decoder_feature_patches: Literal["masked", "all"] = "masked"
+    """Patches that it counts."""
+    decoder_feature_schedule: Schedule | None = setting(None, hidden=True)
+    """Factor of --decoder-feature-weight over the run: [[share of the run, factor], ...]."""
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+        if len(block_pairs(self.decoder_blocks, "--decoder-blocks") or (1,)) > 1:
+            raise ConfigError("--decoder-blocks is one pair")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PooledConfig:
+    """One vector an image."""
+
+    cls_weight: float = 0.0
+    """Weight of the distance between the student's projected CLS token and the teacher's normalised one."""
+    pooled_weight: float = 0.0
+    """The same of what a head would read: the mean of the patch tokens, or what the classifier pools."""
+    pooled_loss: Distance = "smooth_l1"
+    """That distance, of both."""
+    pooled_projector: Projector = "linear"
+    """From the student's width to the teacher's, for both: linear, mlp or none."""
+    cls_schedule: Schedule | None = setting(None, hidden=True)
+    """Factor of --cls-weight over the run: [[share of the run, factor], ...]."""
+    pooled_schedule: Schedule | None = setting(None, hidden=True)
+    """The same of --pooled-weight."""
+
+    def __post_init__(self) -> None:
+        check_weights(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,10 +139,13 @@ class LogitsConfig:
 
     unlabelled: Path | None = None
     """More images without labels, from which the student learns the teacher's logits."""
+    logits_loss: Literal["kl", "hard", "dist"] = "kl"
+    """kl: the divergence from the teacher's distribution; hard: the cross-entropy with its decision (DeiT); dist: the correlation with its
+    distribution over classes and over images (DIST)."""
     temperature: float = 1.0
-    """Temperature of the softmax on both sides; the loss is multiplied by its square."""
+    """Temperature of the softmax on both sides, of kl and dist; the loss is multiplied by its square."""
     logits_weight: float = 1.0
-    """Weight of the divergence from the teacher's distribution, on every image."""
+    """Weight of that loss, on every image, in runs on logits."""
     label_weight: float = 0.5
     """Weight of the cross-entropy with the labels, on labelled images."""
     pool: Literal["avg", "cls"] = "avg"
@@ -53,16 +154,116 @@ class LogitsConfig:
     """Learning-rate decay a layer from the head down."""
     drop_path: float = 0.0
     """Stochastic depth of the student."""
+    logits_schedule: Schedule | None = setting(None, hidden=True)
+    """Factor of --logits-weight over the run: [[share of the run, factor], ...]."""
+    label_schedule: Schedule | None = setting(None, hidden=True)
+    """The same of --label-weight."""
 
     def __post_init__(self) -> None:
+        check_weights(self)
         if self.temperature <= 0:
             raise ConfigError(f"--temperature {self.temperature} must be above 0")
-        if self.logits_weight < 0 or self.label_weight < 0 or self.logits_weight + self.label_weight == 0:
-            raise ConfigError("--logits-weight and --label-weight cannot be negative, nor both 0")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.drop_path < 1:
             raise ConfigError(f"--drop-path {self.drop_path} must be at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TeacherConfig:
+    """Teacher."""
+
+    teacher_weights: Path | None = None
+    """The weights of --teacher timm:NAME: a file or a model folder of timm's; nothing is downloaded."""
+    teacher_view: Literal["visible", "whole"] = "visible"
+    """What the teacher sees where the student sees some patches: the same, or the whole image, of which the student's patches are picked."""
+    teacher_grid: Literal["resize", "interpolate"] = "resize"
+    """Where its patches are more or fewer than the student's: resize shows it the image at the size at which they are as many; interpolate shows it
+    its own size, and resamples the maps of its tokens (whole images only)."""
+    teacher_precision: Precision = "auto"
+    """Arithmetic of the teacher: fp32, bf16, fp16; auto is bf16 where the device multiplies in it, else fp32."""
+    teacher_compile: bool = False
+    """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
+    teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt"] = "auto"
+    """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt (TensorRT), auto is the one on
+    which the bundle was proven."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheConfig:
+    """Feature cache."""
+
+    teacher_cache: Path | None = None
+    """Keep the teacher's answers in this folder, and run the teacher only for images whose answers are not there yet; needs --fixed-views."""
+    fixed_views: int = 0
+    """Augmentations and masks of each image in all, which the epochs take in turn; 0: every epoch draws new ones."""
+
+    def __post_init__(self) -> None:
+        if self.fixed_views < 0:
+            raise ConfigError(f"--fixed-views {self.fixed_views} cannot be negative")
+        if self.teacher_cache is not None and self.fixed_views == 0:
+            raise ConfigError(
+                "--teacher-cache keeps answers to views that come again, and without --fixed-views every epoch has views of its own",
+                hint="add --fixed-views, such as 1 for whole images without augmentation, 4 for crops",
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EdgeConfig:
+    """Quantisation-aware distillation."""
+
+    quantize: Literal["none", "dynamic", "static"] = "none"
+    """Round the student's Linears in training as an INT8 export will: dynamic as for ONNX Runtime, with ranges found at run time; static as for OpenVINO
+    and TensorRT, with ranges from the training images. The checkpoint holds plain weights either way."""
+    quantize_from: float = 0.5
+    """Share of the run after which the student is rounded."""
+    outlier_weight: float = 0.0
+    """Weight of the penalty on heavy tails among the inputs of the student's Linears, with --quantize or without."""
+    outlier_schedule: Schedule | None = setting(None, hidden=True)
+    """See feature_schedule."""
+    ranges_observed: int = setting(50, hidden=True)
+    """Into how many parts a run is split, from each of which static ranges are taken once: it costs some 30 ms a Linear."""
+    ranges_until: float = setting(0.9, hidden=True)
+    """Share of the run from which static ranges stay what they are."""
+    smooth_quant: bool = setting(True, hidden=True)
+    """As the option of export."""
+    smooth_alpha: float = setting(0.5, hidden=True)
+    """As the option of export."""
+    calib_method: Literal["mse", "minmax", "percentile", "entropy"] = setting("mse", hidden=True)
+    """As the option of export."""
+    calib_percentile: float = setting(99.99, hidden=True)
+    """As the option of export."""
+
+    def __post_init__(self) -> None:
+        check_weights(self)
+        for name, allowed, limits in (
+            ("quantize_from", 0 <= self.quantize_from < 1, "at least 0 and below 1"),
+            ("ranges_observed", self.ranges_observed >= 1, "at least 1"),
+            ("ranges_until", 0 <= self.ranges_until <= 1, "within 0 and 1"),
+            ("smooth_alpha", 0 <= self.smooth_alpha <= 1, "within 0 and 1"),
+            ("calib_percentile", 50 <= self.calib_percentile <= 100, "within 50 and 100"),
+        ):
+            if not allowed:
+                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name):g} must be {limits}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShapeConfig:
+    """Student."""
+
+    student_width: int | None = None
+    """Width of the student's tokens; default: its model's. A multiple of 64 keeps heads of 64, which TensorRT fuses in INT8."""
+    student_depth: int | None = None
+    """The student's blocks; default: its model's."""
+    student_heads: int | None = None
+    """The student's attention heads; default: its model's, with --student-width one for every 64 of it."""
+    init_blocks: SliceBlocks = "even"
+    """Which of its blocks the student gets with --init teacher: even, spread from the first to the last, or first, the first ones."""
+
+    def __post_init__(self) -> None:
+        for name in ("student_width", "student_depth", "student_heads"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,29 +273,87 @@ class DistillConfig:
     data: Path = setting(argument=True)
     """Any tree of images for features; DATA/train/<class>/… and DATA/val/<class>/… for logits."""
     teacher: Path
-    """The teacher: a run folder, a checkpoint folder or a weights file; a fine-tuned one for logits."""
+    """The teacher: a run folder, a checkpoint folder, a weights file, a bundle, or timm:NAME with --teacher-weights; a fine-tuned one for logits."""
     student: str = setting(flag="--student")
-    """The student's model, such as vit_tiny_patch16 (see pretrain --help)."""
+    """The student's model, such as vit_tiny_patch16 (see pretrain --help); --student-width and the like change its shape."""
     out: Path
     """Run folder to write."""
     objective: Literal["auto", "features", "logits"] = "auto"
     """Match features on visible patches while the student reconstructs, or logits; auto: logits where the teacher is fine-tuned."""
     init: Path | None = None
-    """The student's starting weights, such as a features run; default: random."""
+    """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads and channels; default: random."""
     image_size: tuple[int, int] | None = None
     """The student's input height and width, H[,W]; default: the teacher's. The teacher sees the image at the size where its patches match."""
     patch_size: int | None = None
     """Side of the student's patch in pixels; default: its model's."""
+    keep_ratio: tuple[float, float] | None = None
+    """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as many of its patches, so that one
+    student serves every number of patches; one share fixes it. With logits, the teacher sees the whole image; with features, it takes the place of
+    --mask-ratio. Default: all patches with logits, --mask-ratio with features."""
     resume: bool = False
     """Go on with the run in --out, or start it if it is not there."""
     seed: int = 0
     """Seed of weights, data order, augmentation and masks."""
     device: Device = "auto"
     """auto, cpu or cuda."""
+    shape: ShapeConfig = section(ShapeConfig)
     features: FeatureConfig = section(FeatureConfig)
+    relation: RelationConfig = section(RelationConfig)
+    decoder_features: DecoderFeatureConfig = section(DecoderFeatureConfig)
+    pooled: PooledConfig = section(PooledConfig)
     logits: LogitsConfig = section(LogitsConfig)
+    teaching: TeacherConfig = section(TeacherConfig)
+    caching: CacheConfig = section(CacheConfig)
+    edge: EdgeConfig = section(EdgeConfig)
     decoder: DecoderConfig = section(DecoderConfig, decoder_depth=1, decoder_embed_dim=256, decoder_num_heads=8)
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4)
     augment: CropConfig = section(CropConfig)
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
+
+    def __post_init__(self) -> None:
+        check_keep_ratio(self.keep_ratio)
+        if self.shape.init_blocks != "even" and self.init != FROM_TEACHER:
+            raise ConfigError(f"--init-blocks {self.shape.init_blocks} says which of the teacher's blocks to take", hint="add --init teacher")
+
+
+def block_pairs(written: Blocks | None, flag: str) -> tuple[tuple[int, int], ...] | None:
+    """Pairs of blocks, the student's first.
+
+    Raises:
+        ConfigError: no pairs, or one of them twice.
+    """
+    if written is None:
+        return None
+    pairs = []
+    for text in written:
+        first, colon, second = text.partition(":")
+        if not (colon and all(block.isdecimal() or block == "last" for block in (first, second))):
+            raise ConfigError(f"{flag} {text} is no pair of blocks", hint="write STUDENT:TEACHER, such as 9:18 or last:last, and in a recipe with quotes")
+        pairs.append((_block(first), _block(second)))
+    if not pairs or len(set(pairs)) < len(pairs):
+        raise ConfigError(f"{flag} {','.join(written)} names no pair of blocks, or one of them twice", hint="write STUDENT:TEACHER, such as 6:12,12:24")
+    return tuple(pairs)
+
+
+def _block(written: str) -> int:
+    return LAST_BLOCK if written == "last" else int(written)
+
+
+def check_weights(config: Any) -> None:
+    """Whether weights and the factors of their schedules are at least 0, and schedules run from the start to the end.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name.endswith("_weight") and value is not None and value < 0:
+            raise ConfigError(f"--{field.name.replace('_', '-')} {value} cannot be negative")
+        if field.name.endswith("_schedule") and value is not None:
+            shares = [share for share, _ in value]
+            if not shares or shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1 or min(factor for _, factor in value) < 0:
+                raise ConfigError(
+                    f"{field.name} {[list(point) for point in value]} is no schedule",
+                    hint="write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1], [0.5, 1], [1, 0]]",
+                )

@@ -1,170 +1,207 @@
-"""Distillation runs: features on unlabelled images, then logits of a fine-tuned teacher."""
+"""Distillation runs: on features of unlabelled images, and on logits of labelled and unlabelled ones."""
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
-from mae_deploy.config import from_dict, to_dict
+from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.find import labelled_images, unlabelled_images
 from mae_deploy.data.opening import train_dataset
 from mae_deploy.data.sources import ImageSource, Joined
 from mae_deploy.data.transforms import eval_transform, train_transform
+from mae_deploy.distill.build import RunKind, build_objectives, objective_weights
+from mae_deploy.distill.cache import CachedTeacher, open_cache
 from mae_deploy.distill.config import DistillConfig
-from mae_deploy.distill.losses import FeatureDistiller, label_loss, logits_loss
-from mae_deploy.distill.teacher import LogitsTeacher, resolve_block
+from mae_deploy.distill.distiller import Distiller
+from mae_deploy.distill.masks import Masks
+from mae_deploy.distill.quantization import student_quantizer
+from mae_deploy.distill.schedule import Weight
+from mae_deploy.distill.start import read_start, start
+from mae_deploy.distill.students import student_encoder
+from mae_deploy.distill.teachers.base import Teacher, check_view
+from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import EncoderConfig, num_keep
-from mae_deploy.models.load import Loaded, read_weights, start_from
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.masking import random_masking
-from mae_deploy.models.teacher import FeatureTeacher
 from mae_deploy.models.vit import Classifier
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.evaluate import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
-from mae_deploy.training.optim import decay_groups, layer_decay_groups
+from mae_deploy.training.optim import ParamGroup, decay_groups, layer_decay_groups
 from mae_deploy.training.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 
-M = TypeVar("M", MaskedAutoencoder, Classifier)
-
 _WARMUP = 15.0
 """Epochs (TinyMIM's 300-epoch recipe)."""
+
+
+Answers = Teacher | CachedTeacher
+"""Who is asked in a step."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Data:
+    """What a run trains on, and what it is validated on."""
+
+    train: ImageSource
+    fingerprint: dict[str, Any]
+    val: ImageSource | None = None
+    class_names: tuple[str, ...] | None = None
 
 
 def run(config: DistillConfig) -> dict[str, Any]:
     """Distil a student; returns the loop's summary.
 
     Raises:
-        ConfigError: teacher, student, objective and data do not go together.
+        ConfigError: teacher, student, objectives and data do not go together.
     """
-    teacher = read_weights(config.teacher)
-    stored = teacher.encoder_config
-    shape = {"name": config.student, "image_size": config.image_size or stored.image_size, "in_chans": stored.in_chans}
-    student = from_dict(EncoderConfig, shape | ({"patch_size": config.patch_size} if config.patch_size else {}))
-    objective = config.objective
-    if objective == "auto":
-        objective = "logits" if teacher.metadata.kind == "classifier" else "features"
-    spec = config.images.preprocess(student.image_size, student.in_chans, from_dict(Preprocess, teacher.metadata.preprocess))
-    init = read_weights(config.init) if config.init is not None else None
-    return (_features if objective == "features" else _logits)(config, teacher, student, spec, init)
-
-
-def _features(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec: Preprocess, init: Loaded | None) -> dict[str, Any]:
-    settings = config.features
-    if num_keep(encoder.num_patches, settings.mask_ratio) == 0:
-        raise ConfigError(f"--mask-ratio {settings.mask_ratio} of {encoder.num_patches} patches leaves nothing to see")
-    images = unlabelled_images(config.data, config.images.columns)
-    data = images.fingerprint()
-    features = FeatureTeacher(teacher, encoder.grid_size, resolve_block(settings.teacher_block, teacher.encoder_config.blocks, "--teacher-block"))
-    seed_everything(derive_seed(config.seed, "weights"))
-    student = _started(MaskedAutoencoder(encoder, config.decoder), init)
-    model = FeatureDistiller(
-        student,
-        block=resolve_block(settings.student_block, encoder.blocks, "--student-block"),
-        teacher_dim=features.config.width,
-        feature_weight=settings.feature_weight,
-        pixel_weight=settings.pixel_weight,
-    )
+    teacher = open_teacher(config.teacher, config.teaching)
+    encoder = student_encoder(config, image_size=teacher.preprocess.image_size, in_chans=teacher.preprocess.channels)
+    kind: RunKind = config.objective if config.objective != "auto" else "logits" if teacher.kind == "classifier" else "features"
+    spec = config.images.preprocess(encoder.image_size, encoder.in_chans, teacher.preprocess)
+    init = read_start(config)
+    masks = Masks(config, kind, encoder)
+    weights = objective_weights(config, kind, masked=masks.always)
+    data = _unlabelled(config) if kind == "features" else _labelled(config, teacher)
+    model = _distiller(config, encoder, data, init, teacher, weights)
+    whole = kind == "logits" or config.teaching.teacher_view == "whole"
+    if model.teacher_taps:
+        teacher.watch(model.teacher_taps, student=encoder, spec=spec)
+        check_view(teacher, masked=masks.ever, whole=whole)
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
-    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
-    features.to(accelerator.device)
-
-    def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
-        masking = random_masking(batch.rand(encoder.num_patches), settings.mask_ratio)
-        return model(batch.images, masking, features(batch.images, masking.ids_keep))  # type: ignore[no-any-return]
-
+    dataset = train_dataset(data.train, train_transform(spec, config.augment), config.images, seed=config.seed, fixed_views=config.caching.fixed_views)
+    answers = _answers(config, teacher, dataset, masks, accelerator, whole=whole) if model.teacher_taps else None
+    folder = RunFolder.open(config.out, config, data.fingerprint, resume=config.resume, write=accelerator.is_main_process)
     job = Job(
-        title="distil features",
+        title=f"distil {kind}",
         model=model,
-        saved=student,
-        groups=decay_groups(model, config.optim.weight_decay),
-        dataset=_dataset(config, images, spec),
+        saved=model.student,
+        groups=decay_groups(model, config.optim.weight_decay) if kind == "features" else _layer_decay_groups(model, config),
+        dataset=dataset,
         spec=spec,
-        loss=loss,
-        metadata=lambda: Metadata(
-            kind="mae",
-            encoder=to_dict(encoder),
-            decoder=to_dict(config.decoder),
-            preprocess=to_dict(spec),
-            licence=_licence(teacher, init),
-            provenance=_provenance(config, data, teacher, init, "features"),
-        ),
+        loss=_Loss(model, answers, weights, masks, whole=whole),
+        metadata=lambda: _metadata(config, model, data, spec, kind, teacher, init),
         paper_warmup=_WARMUP,
+        evaluate=None if data.val is None else _evaluation(config, data.val, spec, masks),
     )
-    return fit(job, folder, accelerator, config)
+    try:
+        return fit(job, folder, accelerator, config)
+    finally:
+        if isinstance(answers, CachedTeacher):
+            answers.close()
 
 
-def _logits(config: DistillConfig, teacher: Loaded, encoder: EncoderConfig, spec: Preprocess, init: Loaded | None) -> dict[str, Any]:
-    settings = config.logits
-    expert = LogitsTeacher(teacher)
-    train = labelled_images(config.data, "train", teacher.metadata.class_names, config.images.columns)
+class _Loss:
+    """The teacher's answers, then the weighted sum of the objectives."""
+
+    def __init__(self, model: Distiller, teacher: Answers | None, weights: dict[str, Weight], masks: Masks, *, whole: bool) -> None:
+        self.taps = model.teacher_taps
+        self.quantizer = model.quantizer
+        self.teacher = teacher
+        self.weights = weights
+        self.masks = masks
+        self.whole = whole
+
+    def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+        masking, answers = self.masks(batch), {}
+        if self.teacher is not None:
+            with batch.timed("teacher"):
+                answers = self.teacher(batch, masking, whole=self.whole)
+        with nullcontext() if self.quantizer is None else self.quantizer.step(batch.step, batch.done):
+            parts: dict[str, Tensor] = model(batch.images, batch.labels, masking, tuple(answers[tap] for tap in self.taps))
+        loss = sum(weight.at(batch.done) * parts[name] for name, weight in self.weights.items())
+        assert isinstance(loss, Tensor)
+        return {"loss": loss, **{f"{name}_loss": part for name, part in parts.items()}}
+
+
+def _answers(config: DistillConfig, teacher: Teacher, dataset: ImageDataset, masks: Masks, accelerator: Accelerator, *, whole: bool) -> Answers:
+    """The teacher on its device, behind its cache where there is one."""
+    teacher.to(accelerator.device)
+    if config.caching.teacher_cache is None:
+        return teacher
+    where: Any = {"device": accelerator.device, "main": accelerator.is_main_process}
+    return open_cache(teacher, config.caching, dataset, augment=config.augment, masks=masks, whole=whole, **where)
+
+
+def _unlabelled(config: DistillConfig) -> _Data:
+    images = unlabelled_images(config.data, config.images.columns)
+    return _Data(train=images, fingerprint=images.fingerprint())
+
+
+def _labelled(config: DistillConfig, teacher: Teacher) -> _Data:
+    names = tuple(teacher.class_names) if teacher.class_names is not None else None
+    train = labelled_images(config.data, "train", names, config.images.columns)
     val = labelled_images(config.data, "val", train.class_names, config.images.columns)
-    if train.class_names is None or len(train.class_names) != teacher.metadata.num_classes:
-        raise ConfigError(f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.metadata.num_classes}")
-    extra = unlabelled_images(settings.unlabelled) if settings.unlabelled is not None else None
-    data = {"train": train.fingerprint(), "val": val.fingerprint(), "unlabelled": extra.fingerprint() if extra else None}
+    if train.class_names is None or len(train.class_names) != (teacher.num_classes or len(train.class_names)):
+        raise ConfigError(f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}")
+    extra = unlabelled_images(config.logits.unlabelled) if config.logits.unlabelled is not None else None
+    fingerprint = {"train": train.fingerprint(), "val": val.fingerprint(), "unlabelled": extra.fingerprint() if extra else None}
+    return _Data(train=train if extra is None else Joined(train, extra), fingerprint=fingerprint, val=val, class_names=train.class_names)
+
+
+def _distiller(config: DistillConfig, encoder: EncoderConfig, data: _Data, init: Loaded | None, teacher: Teacher, weights: dict[str, Weight]) -> Distiller:
     seed_everything(derive_seed(config.seed, "weights"))
-    student = _started(Classifier(encoder, num_classes=len(train.class_names), pool=settings.pool, drop_path=settings.drop_path), init)
-    student.pos_embed.requires_grad_(True)
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
-    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
-    expert.to(accelerator.device)
+    student: MaskedAutoencoder | Classifier
+    if data.class_names is None:
+        student = MaskedAutoencoder(encoder, config.decoder)
+    else:
+        student = Classifier(encoder, num_classes=len(data.class_names), pool=config.logits.pool, drop_path=config.logits.drop_path)
+    start(student, config, init)
+    if isinstance(student, Classifier):
+        student.pos_embed.requires_grad_(True)
+    quantizer = student_quantizer(student, config.edge, sharding=config.loop.sharding)
+    return Distiller(student, build_objectives(weights, config, student, teacher, quantizer), quantizer)
 
-    def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
-        logits = model(batch.images)
-        teacher_loss, own_loss = logits_loss(logits, expert(batch.images), settings.temperature), label_loss(logits, batch.labels)
-        return {"loss": settings.logits_weight * teacher_loss + settings.label_weight * own_loss, "logits_loss": teacher_loss, "label_loss": own_loss}
 
-    both: ImageSource = train if extra is None else Joined(train, extra)
-    job = Job(
-        title="distil logits",
-        model=student,
-        saved=student,
-        groups=layer_decay_groups(student, config.optim.weight_decay, settings.layer_decay),
-        dataset=_dataset(config, both, spec),
-        spec=spec,
-        loss=loss,
-        metadata=lambda: Metadata(
-            kind="classifier",
-            encoder=to_dict(encoder),
-            pool=settings.pool,
-            num_classes=student.head.out_features,
-            class_names=train.class_names,
-            preprocess=to_dict(spec),
-            licence=_licence(teacher, init),
-            provenance=_provenance(config, data, teacher, init, "logits"),
-        ),
-        paper_warmup=_WARMUP,
-        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
+def _layer_decay_groups(model: Distiller, config: DistillConfig) -> list[ParamGroup]:
+    """Fine-tuning's groups for the student; what the objectives train beside it learns at the head's rate."""
+    decay = config.optim.weight_decay
+    of_student = layer_decay_groups(model.student, decay, config.logits.layer_decay)
+    parts = {"student": of_student, "objectives": decay_groups(model.objectives, decay)}
+    return [group | {"names": [f"{part}.{name}" for name in group["names"]]} for part, groups in parts.items() for group in groups]
+
+
+def _evaluation(config: DistillConfig, val: ImageSource, spec: Preprocess, masks: Masks) -> Callable[[Accelerator, Any], dict[str, float]]:
+    """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated without rounding too."""
+    batch_size, workers = config.optim.batch_size, config.images.num_workers
+    evaluator = Evaluator(val, eval_transform(spec), spec, batch_size=batch_size, num_workers=workers, kept=masks.kept)
+
+    def evaluate(accelerator: Accelerator, model: Any) -> dict[str, float]:
+        found, quantizer = evaluator(accelerator, model.student), model.quantizer
+        if quantizer is not None and quantizer.rounds:
+            with quantizer.plain():
+                found["top1_fp32"] = evaluator(accelerator, model.student)["top1"]
+        return found
+
+    return evaluate
+
+
+def _metadata(config: DistillConfig, model: Distiller, data: _Data, spec: Preprocess, kind: RunKind, teacher: Teacher, init: Loaded | None) -> Metadata:
+    student = model.student
+    of_kind: dict[str, Any] = {"kind": "mae", "decoder": to_dict(config.decoder)}
+    if isinstance(student, Classifier):
+        of_kind = {"kind": "classifier", "pool": student.pool, "num_classes": student.head.out_features, "class_names": data.class_names}
+    return Metadata(
+        encoder=to_dict(student.config),
+        preprocess=to_dict(spec),
+        licence=inherited_licence(teacher.licence, init.metadata.licence if init is not None else OWN_LICENCE),
+        provenance={
+            "stage": "distill",
+            "objective": kind,
+            "config": to_dict(config),
+            "data": data.fingerprint,
+            "teacher": teacher.record,
+            "parent": init.record if init is not None else None,
+        },
+        **of_kind,
     )
-    return fit(job, folder, accelerator, config)
-
-
-def _dataset(config: DistillConfig, images: ImageSource, spec: Preprocess) -> ImageDataset:
-    transform = train_transform(spec, config.augment)
-    return train_dataset(images, transform, config.images, seed=config.seed)
-
-
-def _started(model: M, init: Loaded | None) -> M:
-    return model if init is None else start_from(model, init)
-
-
-def _licence(teacher: Loaded, init: Loaded | None) -> str:
-    return inherited_licence(teacher.metadata.licence, init.metadata.licence if init is not None else OWN_LICENCE)
-
-
-def _provenance(config: DistillConfig, data: dict[str, Any], teacher: Loaded, init: Loaded | None, objective: str) -> dict[str, Any]:
-    return {
-        "stage": "distill",
-        "objective": objective,
-        "config": to_dict(config),
-        "data": data,
-        "teacher": teacher.record,
-        "parent": init.record if init is not None else None,
-    }

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from mae_deploy.export.arithmetic import FLOAT32, Arithmetic, DType
 from mae_deploy.export.onnx_builder import GraphBuilder
-from mae_deploy.export.quantize import INT8, Rounding, quantize_weight
+from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
 
 Array = npt.NDArray[Any]
 

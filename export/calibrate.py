@@ -21,11 +21,11 @@ from torch import Tensor
 
 from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.activations import ActivationStats, Observer
 from mae_deploy.export.reference import restoring
 from mae_deploy.export.samples import spread_first
 from mae_deploy.files import atomic_path, sha256
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.quantization.activations import ActivationStats, Observer
 from mae_deploy.models.vit import Encoder
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice, progress

@@ -24,10 +24,10 @@ from mae_deploy.export.arithmetic import FLOAT32, Island, Precision, Typing, ari
 from mae_deploy.export.blocks import BlockWriter
 from mae_deploy.export.onnx_builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
 from mae_deploy.export.pyramid import write_pyramid
-from mae_deploy.export.quantize import INT8, ROUNDINGS
 from mae_deploy.models.bands import group_positions
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
+from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
 from mae_deploy.preprocess import Preprocess
 
 TokenMode = Literal["full", "visible", "ragged", "reconstruct"]

@@ -17,17 +17,19 @@ import numpy as np
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.activations import ActivationStats, activation_scales, attention_scales
 from mae_deploy.export.calibrate import Calibration, calibrate
 from mae_deploy.export.job import Job
 from mae_deploy.export.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.export.onnx_builder import GraphBuilder
 from mae_deploy.export.proof import judge, judging_engine, tolerance_of
-from mae_deploy.export.quantize import ROUNDINGS, AttentionScales, eligible_linears, macs_per_token
+from mae_deploy.export.quantize import macs_per_token
 from mae_deploy.export.sensitivity import Verdict, choose, sensitivities
-from mae_deploy.export.smoothing import assumed_absmax, bias_corrections, correct_biases, smooth, smoothed_stats, smoothing_divisors
 from mae_deploy.files import remove
 from mae_deploy.models.load import Loaded
+from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
+from mae_deploy.models.quantization.policy import Policy
+from mae_deploy.models.quantization.rounding import ROUNDINGS, AttentionScales, eligible_linears
+from mae_deploy.models.quantization.smoothing import bias_corrections, correct_biases, smooth, smoothed_stats
 from mae_deploy.progress import notice
 from mae_deploy.runtime.benchmark import Timing, measure
 from mae_deploy.runtime.engine import Engine, EngineOptions
@@ -135,15 +137,18 @@ class _Attempt:
         self.name, self.rounding = job.config.precision.upper(), ROUNDINGS[job.config.precision]
         self.tolerance = tolerance_of(job)
         self.names = eligible_linears(job.reference.model)
-        self.static = job.config.policy == "static"
+        policy = Policy(
+            static=job.config.policy == "static",
+            smooth_alpha=int8.smooth_alpha if int8.smooth_quant else None,
+            method=int8.calib_method,
+            percentile=int8.calib_percentile,
+            rounding=self.rounding,
+        )
         calibration = _calibration(job, self.names)
-        absmax = {name: stats.absmax for name, stats in calibration.stats.items()} if calibration else assumed_absmax(job.loaded.tensors, self.names)
-        divisors = smoothing_divisors(job.loaded.tensors, absmax, int8.smooth_alpha) if int8.smooth_quant else {}
+        divisors = policy.divisors(job.loaded.tensors, self.names, calibration.stats if calibration else None)
         self.stats: dict[str, ActivationStats] = smoothed_stats(calibration.stats, divisors) if calibration else {}
         self.job = _with_tensors(job, smooth(job.loaded.tensors, divisors))
-        self.scales: dict[str, float | None] = dict.fromkeys(self.names)
-        if self.static:
-            self.scales |= activation_scales(self.stats, int8.calib_method, int8.calib_percentile, self.rounding)
+        self.scales = policy.scales(self.names, self.stats)
         self.corrections = bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
         self.attention: dict[str, AttentionScales] = {}
         if int8.int8_attention and calibration:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mae_deploy.config import from_dict, to_dict
+from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.export.arithmetic import arithmetic
 from mae_deploy.export.calibrate import CalibrationImages
@@ -22,8 +22,7 @@ from mae_deploy.export.quantize import attention_obstacle
 from mae_deploy.export.reference import Reference
 from mae_deploy.export.samples import Samples, read_samples, token_inputs
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.load import Loaded, encoder_of, model_of, read_weights
-from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.models.load import Loaded, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.models.pyramid import LEVELS, Pyramid, load_pyramid, pyramid_sizes, random_pyramid
 from mae_deploy.preprocess import Array, Preprocess
 from mae_deploy.runtime.deepstream import check_feeding
@@ -110,7 +109,7 @@ def prepare(config: ExportConfig) -> Job:
     if config.engine == "openvino":
         import_optional("openvino", extra="openvino")
     arithmetic(config.precision, config.resolved_typing, config.islands)
-    loaded = _resized(read_weights(config.checkpoint), config.image_size)
+    loaded = at_image_size(read_weights(config.checkpoint), config.image_size)
     if config.one_std:
         loaded = _with_one_std(loaded)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
@@ -212,21 +211,6 @@ def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
         return None
     pyramid_sizes(encoder.grid_size)
     return random_pyramid(encoder.width, config.seed) if config.pyramid == "random" else load_pyramid(Path(config.pyramid), encoder.width)
-
-
-def _resized(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
-    """The same weights for another input size, the position embeddings interpolated once and for all."""
-    if image_size is None or image_size == loaded.encoder_config.image_size:
-        return loaded
-    source = loaded.encoder_config
-    target = from_dict(EncoderConfig, {**loaded.metadata.encoder, "image_size": image_size})
-    tensors = dict(loaded.tensors)
-    for name in ("pos_embed", "decoder_pos_embed"):
-        if name in tensors:
-            tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
-    preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
-    metadata = replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess)
-    return Loaded(metadata, tensors, loaded.record)
 
 
 def _with_one_std(loaded: Loaded) -> Loaded:

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import import_optional
-from mae_deploy.export.activations import ActivationStats
 from mae_deploy.files import atomic_path, write_json
+from mae_deploy.models.quantization.activations import ActivationStats
 
 _COLOURS = {"int8": "#3b78b5", "fp8": "#3b78b5"}
 _HIGHER = "#d98c3a"

@@ -12,9 +12,10 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from mae_deploy.export.quantize import INT8, AttentionScales, Rounding, fake_quantized
+from mae_deploy.export.quantize import fake_quantized
 from mae_deploy.export.reference import restoring
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.quantization.rounding import INT8, AttentionScales, Rounding
 from mae_deploy.models.vit import Classifier, Encoder, run_blocks
 from mae_deploy.progress import progress
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
@@ -50,7 +51,7 @@ def sensitivities(
         inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are seen; `num_keep`, int64 `(S,)`, where its
             rows are padded.
         attention: scales of attention products in INT8; what they add is counted with the qkv before them.
-        corrections: of the biases, where they will be corrected (`export.smoothing.bias_corrections`).
+        corrections: of the biases, where they will be corrected (`models.quantization.smoothing.bias_corrections`).
     """
     model.eval()
     signal: dict[str, float] = defaultdict(float)

@@ -25,6 +25,7 @@ from mae_deploy.commands.config import (
     VerifyConfig,
 )
 from mae_deploy.commands.data_config import PackConfig, StatsConfig
+from mae_deploy.commands.report_config import ReportConfig
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
@@ -162,6 +163,12 @@ def benchmark(config: BenchmarkConfig) -> Any:
 def benchmark_train(config: BenchmarkTrainConfig) -> Any:
     """Time a pretraining step against a plain one and the device's own rate, in turns."""
     return _needs_torch("mae_deploy.commands.benchmark_train").run(config)
+
+
+@command(app, ReportConfig)
+def report(config: ReportConfig) -> Any:
+    """Export trained classifiers in FP32 and INT8, and put top-1, operations and latency of all side by side."""
+    return _needs_torch("mae_deploy.commands.report").run(config)
 
 
 @command(app, InfoConfig)

@@ -9,7 +9,17 @@ from typing import Literal
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, GroupMasking, MaskSampling, ObjectiveConfig, check_masking, check_objective, mask_unit
+from mae_deploy.models.config import (
+    DecoderConfig,
+    EncoderConfig,
+    GroupMasking,
+    MaskSampling,
+    ObjectiveConfig,
+    check_keep_ratio,
+    check_masking,
+    check_objective,
+    mask_unit,
+)
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 
 
@@ -122,6 +132,9 @@ class FinetuneConfig:
     """Go on with the run in --out, or start it if it is not there."""
     pool: Literal["avg", "cls"] = "avg"
     """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
+    keep_ratio: tuple[float, float] | None = None
+    """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as many of its patches, so that one
+    network serves every number of patches; one share fixes it. Validated with the most, and with the fewest. Default: all patches."""
     layer_decay: float = 0.65
     """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
     seed: int = 0
@@ -137,6 +150,7 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.init is None and not (self.from_scratch and self.model):
             raise ConfigError("finetune needs --init", hint="give a pretrained run or checkpoint, or --from-scratch with --model for the baseline")
+        check_keep_ratio(self.keep_ratio)
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,22 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from mae_deploy.config import from_dict, to_dict
+from mae_deploy.config import from_dict
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.sources import ImageSource
 from mae_deploy.data.transforms import Normalise, eval_transform
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.load import Loaded, encoder_of, read_weights
-from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.models.load import Loaded, at_image_size, encoder_of, read_weights
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.pretrain.evaluation_config import FeatureConfig
 from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
-from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.seeding import derive_seed, random_patches, seed_everything
 from mae_deploy.training.config import Device, Precision
 
 
@@ -164,7 +164,7 @@ class EncoderFeatures(ModuleFeatures):
     """A checkpoint's encoder or classifier."""
 
     def __init__(self, loaded: Loaded, config: FeatureConfig, device: Device) -> None:
-        loaded = at_size(loaded, config.image_size)
+        loaded = at_image_size(loaded, config.image_size)
         model = encoder_of(loaded)
         headed = isinstance(model, Classifier) and model.pool == "avg"
         pool = _pool_of(config.pool, ("avg",) if headed else ("cls", "avg"))
@@ -203,11 +203,21 @@ class BundleFeatures:
         self._backbone.close()
 
 
-def classifier_logits(loaded: Loaded, precision: Precision, device: Device) -> ModuleFeatures:
-    """A classifier's logits in the place of features."""
-    metadata = loaded.metadata
-    model = encoder_of(loaded)
-    return ModuleFeatures(model, model, from_dict(Preprocess, metadata.preprocess), loaded.encoder_config.name, metadata.licence, precision, device)
+def classifier_logits(loaded: Loaded, precision: Precision, device: Device, *, keeps: Sequence[int | None] = (None,), seed: int = 0) -> ModuleFeatures:
+    """A classifier's logits in the place of features, one after the other for each number of patches: `(B, len(keeps) * classes)`.
+
+    Args:
+        keeps: patches that the classifier sees, the n-th image those that `random_patches` gives the n-th; None: all.
+    """
+    metadata, numbers = loaded.metadata, itertools.count()
+    model, num_patches = encoder_of(loaded), loaded.encoder_config.num_tokens
+
+    def logits(images: Tensor) -> Tensor:
+        items = [next(numbers) for _ in images]
+        ids = [None if keep is None else torch.from_numpy(random_patches(num_patches, keep, items, seed)).to(images.device) for keep in keeps]
+        return torch.cat([model(images, ids_keep) for ids_keep in ids], dim=1)
+
+    return ModuleFeatures(model, logits, from_dict(Preprocess, metadata.preprocess), loaded.encoder_config.name, metadata.licence, precision, device)
 
 
 def random_like(loaded: Loaded, seed: int) -> Loaded:
@@ -215,17 +225,6 @@ def random_like(loaded: Loaded, seed: int) -> Loaded:
     seed_everything(derive_seed(seed, "weights"))
     metadata = replace(loaded.metadata, kind="encoder", decoder=None, pool=None, num_classes=None, class_names=None, licence="own", provenance={}, metrics={})
     return Loaded(metadata, Encoder(loaded.encoder_config).state_dict(), {})
-
-
-def at_size(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
-    """The same weights for another image size, the position embeddings interpolated; None: as they are."""
-    source = loaded.encoder_config
-    if image_size is None or image_size == source.image_size:
-        return loaded
-    target = replace(source, image_size=image_size)
-    metadata = replace(loaded.metadata, encoder=to_dict(target), preprocess={**loaded.metadata.preprocess, "image_size": list(image_size)})
-    positions = interpolate_position_embedding(loaded.tensors["pos_embed"], source.grid_size, target.grid_size)
-    return Loaded(metadata, {**loaded.tensors, "pos_embed": positions}, loaded.record)
 
 
 def resolve_device(device: Device) -> torch.device:

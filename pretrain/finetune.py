@@ -22,6 +22,7 @@ from mae_deploy.models.vit import Classifier
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.training.elastic import KeptPatches
 from mae_deploy.training.evaluate import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim import layer_decay_groups
@@ -52,6 +53,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
     if encoder.band_groups is not None:
         model.channel_embed.requires_grad_(True)  # as SatMAE
+    kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
@@ -62,7 +64,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         groups=layer_decay_groups(model, config.optim.weight_decay, config.layer_decay),
         dataset=dataset,
         spec=spec,
-        loss=ClassificationLoss(config.mix, len(train.class_names)),
+        loss=ClassificationLoss(config.mix, len(train.class_names), kept),
         metadata=lambda: Metadata(
             kind="classifier",
             encoder=to_dict(encoder),
@@ -79,39 +81,47 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
             },
         ),
         paper_warmup=PAPER_WARMUP,
-        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
+        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers, kept=kept),
     )
     return fit(job, folder, accelerator, config)
 
 
 class ClassificationLoss:
-    """Cross-entropy with label smoothing, random erasing, mixup and CutMix, all from timm."""
+    """Cross-entropy with label smoothing, random erasing, mixup and CutMix, all from timm.
 
-    def __init__(self, mix: MixConfig, num_classes: int) -> None:
+    Args:
+        kept: which patches the network sees; None: all.
+    """
+
+    def __init__(self, mix: MixConfig, num_classes: int, kept: KeptPatches | None = None) -> None:
         self.smoothing = mix.label_smoothing
         self.erase = RandomErasing(mix.reprob, mode="pixel", max_count=1, device="cpu") if mix.reprob > 0 else None
         mixes = mix.mixup > 0 or mix.cutmix > 0
         self.mix = Mixup(mixup_alpha=mix.mixup, cutmix_alpha=mix.cutmix, label_smoothing=mix.label_smoothing, num_classes=num_classes) if mixes else None
+        self.kept = kept
 
     def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         """The loss of one batch: `(B, C, H, W), (B,)` to a scalar."""
         images, labels = batch.images, batch.labels
+        masking = self.kept(batch) if self.kept is not None else None
+        seen = () if masking is None else (masking.ids_keep,)
         if self.erase is not None:
             self.erase.device = images.device
             images = self.erase(images)
         if self.mix is None:
-            return {"loss": F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)}
-        return {"loss": self._mixed(model, images, labels)}
+            return {"loss": F.cross_entropy(model(images, *seen), labels, label_smoothing=self.smoothing)}
+        return {"loss": self._mixed(model, images, labels, *seen)}
 
-    def _mixed(self, model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    def _mixed(self, model: nn.Module, images: Tensor, labels: Tensor, *seen: Tensor) -> Tensor:
         assert self.mix is not None
         if len(images) == 1:
-            return F.cross_entropy(model(images), labels, label_smoothing=self.smoothing)
+            return F.cross_entropy(model(images, *seen), labels, label_smoothing=self.smoothing)
         if len(images) % 2:
             # timm mixes an even batch only: the odd image is mixed with the first.
             images, labels = torch.cat([images, images[:1]]), torch.cat([labels, labels[:1]])
+            seen = tuple(torch.cat([ids_keep, ids_keep[:1]]) for ids_keep in seen)
         mixed, targets = self.mix(images, labels)
-        return F.cross_entropy(model(mixed), targets)
+        return F.cross_entropy(model(mixed, *seen), targets)
 
 
 def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderConfig:

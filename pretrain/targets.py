@@ -18,10 +18,11 @@ from mae_deploy.data.order import Stretch
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.load import Loaded
+from mae_deploy.models.load import Loaded, at_image_size
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pca import PatchPca
-from mae_deploy.models.teacher import FeatureTeacher
+from mae_deploy.models.taps import Tap, tapped
+from mae_deploy.models.teacher import frozen, image_size_for, normalised, resize_images
 from mae_deploy.preprocess import Preprocess
 from mae_deploy.progress import notice
 
@@ -74,15 +75,18 @@ class TeacherFeatures:
         self.dim = stored.width
         self.licence = loaded.metadata.licence
         self.record = loaded.record
-        self._teacher = FeatureTeacher(loaded, encoder.grid_size, stored.blocks)
+        self._tap = Tap("tokens", stored.blocks)
+        self._teacher = frozen(at_image_size(loaded, image_size_for(loaded, encoder.grid_size)), {self._tap})
 
     def to(self, device: torch.device) -> None:
         """Move the teacher."""
         self._teacher.to(device)
 
+    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """`(B, C, H, W) -> (B, N, D)`."""
-        return self._teacher(images)[:, 1:]
+        resized = resize_images(images, self._teacher.config.image_size)
+        return normalised(tapped(self._teacher, resized, {self._tap})[self._tap])[:, 1:]
 
 
 def fit_pca(model: MaskedAutoencoder, images: TrainImages, spec: Preprocess, accelerator: Accelerator, *, batch_size: int, seed: int, num_workers: int) -> None:

@@ -427,7 +427,7 @@ def test_every_shipped_setting_is_explained(config: type) -> None:
         (FinetuneConfig, {"init": None, "from_scratch": True}, "finetune needs --init"),
         (FinetuneConfig, {"layer_decay": 0}, "--layer-decay 0.0 must be above 0 and at most 1"),
         (FinetuneConfig, {"mix": {"label_smoothing": 1}}, "--label-smoothing 1.0 must be at least 0 and below 1"),
-        (DistillConfig, {"features": {"feature_weight": 0, "pixel_weight": 0}}, "cannot be negative, nor both 0"),
+        (DistillConfig, {"features": {"feature_weight": -1}}, "--feature-weight -1.0 cannot be negative"),
         (DistillConfig, {"logits": {"temperature": 0}}, "--temperature 0.0 must be above 0"),
         (ReconstructConfig, {"out": "grid.jpg"}, "--out grid.jpg must end in .png"),
         (ExportConfig, {"tokens": "visible:0"}, "--tokens visible:0"),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_deploy.commands.benchmark_rows import Loaded, Row, random_patches
+from mae_deploy.commands.benchmark_rows import Loaded, Row
 from mae_deploy.errors import CheckFailed
 from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice
@@ -18,6 +18,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engine import run_in_chunks
 from mae_deploy.runtime.inputs import pixel_batch
 from mae_deploy.runtime.manifest import IMAGES
+from mae_deploy.seeding import random_patches
 
 FEATURES = ("pooled", "cls")
 """The outputs that are compared; the first that a graph has."""
@@ -99,7 +100,7 @@ class Judge:
 
     def _compute(self, loaded: Loaded, keep: int | None, bundle: Bundle, names: Sequence[str]) -> dict[str, Array]:
         subject, pixels = loaded.subject, self._pixels(bundle)
-        ids_keep = None if keep is None else random_patches(subject.num_patches, keep, len(pixels), self._seed)
+        ids_keep = None if keep is None else random_patches(subject.num_patches, keep, range(len(pixels)), self._seed)
         size = subject.batch[0] if subject.batch is not None else _CHUNK
         batch = None if loaded.engine.sizes else size  # None: what the engine's profiles hold
         parts = []

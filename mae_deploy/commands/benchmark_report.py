@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from mae_deploy.commands.config import BenchmarkConfig
+from mae_deploy.commands.report_config import ReportConfig
 from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.files import atomic_path, write_json, write_text
 from mae_deploy.options import flags_of
@@ -170,7 +171,7 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
 # --- the machine and the command -------------------------------------------------------------------------------------
 
 
-def describe_machine(config: BenchmarkConfig, engines: dict[str, str]) -> dict[str, Any]:
+def describe_machine(config: BenchmarkConfig | ReportConfig, engines: dict[str, str]) -> dict[str, Any]:
     """What the figures depend on; `engines` are names and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lines = _CPUINFO.read_text(errors="replace").splitlines() if _CPUINFO.is_file() else []

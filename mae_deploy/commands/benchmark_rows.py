@@ -10,12 +10,14 @@ from pathlib import Path
 import numpy as np
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.models.config import keep_count
 from mae_deploy.preprocess import Array
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.engine import Engine
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.runtime.registry import TENSORRT
+from mae_deploy.seeding import random_patches
 
 Limits = tuple[int, int]
 
@@ -131,7 +133,7 @@ class Row:
         """Random images, and for each its own random patches; the same for the same seed."""
         subject = self.subject
         images = _random_images((self.batch, *subject.image_shape), subject.image_dtype, seed)
-        return subject.feed(images, None if self.keep is None else random_patches(subject.num_patches, self.keep, self.batch, seed))
+        return subject.feed(images, None if self.keep is None else random_patches(subject.num_patches, self.keep, range(self.batch), seed))
 
 
 @dataclass(frozen=True, slots=True)
@@ -230,11 +232,6 @@ def combinations(subject: Subject, batches: Sequence[int] | None, keeps: Sequenc
     return found, left_out
 
 
-def random_patches(num_patches: int, num_keep: int, num_images: int, seed: int) -> Array:
-    """Random `ids_keep (B, K)`, int64: an image's patches depend on the seed and its place alone, and those for a smaller K are among those for a larger."""
-    return np.stack([np.random.default_rng((seed, index)).permutation(num_patches)[:num_keep] for index in range(num_images)])
-
-
 @functools.lru_cache(maxsize=16)
 def _random_images(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
     rng = np.random.default_rng(seed)
@@ -261,7 +258,7 @@ def _size_on_disk(graph: Path) -> int:
 
 
 def _count(keep: int | float, num_patches: int) -> int:
-    return keep if isinstance(keep, int) else max(1, int(num_patches * keep))
+    return keep if isinstance(keep, int) else keep_count(num_patches, keep)
 
 
 def _outside(value: int | None, limits: Limits | None, what: str) -> str | None:

@@ -182,9 +182,7 @@ class BenchmarkConfig:
     def __post_init__(self) -> None:
         if min(self.keep or (1,)) < 1:
             raise ConfigError(f"--keep {min(self.keep or ())} must be at least 1")
-        for ratio in self.keep_ratio or ():
-            if not 0 < ratio <= 1:
-                raise ConfigError(f"--keep-ratio {ratio:g} must be above 0 and at most 1")
+        check_shares(self.keep_ratio)
         if min(self.repeats, self.num_images, *(self.batch_size or ())) < 1 or self.warmup < 0:
             raise ConfigError("--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0")
         if not self.engine:
@@ -206,6 +204,9 @@ class EvalConfig:
     """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
     confusion: Path | None = None
     """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
+    keep_ratio: tuple[float, ...] | None = None
+    """Shares of the patches that the classifier sees, separated by commas, such as 1,0.5,0.25: top-1 with each, every image with its own random patches;
+    below 1 of checkpoints and of bundles of --tokens visible or ragged; default: all patches."""
     batch_size: int | None = None
     """Images at a time; default: a bundle's fixed batch, or 64."""
     engine: str = "auto"
@@ -220,13 +221,16 @@ class EvalConfig:
     affinity: tuple[int, ...] | None = None
     """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
-    """Not used: nothing here is random."""
+    """Seed of the patches of --keep-ratio."""
     device: Device = "auto"
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:
         if (self.batch_size or 1) < 1 or self.num_workers < -1:
             raise ConfigError("--batch-size must be at least 1, --num-workers at least -1")
+        check_shares(self.keep_ratio)
+        if self.confusion is not None and len(self.keep_ratio or (1,)) > 1:
+            raise ConfigError("--confusion is of one --keep-ratio", hint="give one share, or leave --confusion away")
         if self.confusion is not None and self.confusion.suffix != ".csv":
             raise ConfigError(f"--confusion {self.confusion} must end in .csv")
 
@@ -269,3 +273,14 @@ class QuickstartConfig:
     def __post_init__(self) -> None:
         if not self.seeds:
             raise ConfigError("--seeds needs at least one seed")
+
+
+def check_shares(keep_ratio: tuple[float, ...] | None) -> None:
+    """Whether these are shares of the patches.
+
+    Raises:
+        ConfigError: names the one that is not.
+    """
+    for ratio in keep_ratio or ():
+        if not 0 < ratio <= 1:
+            raise ConfigError(f"--keep-ratio {ratio:g} must be above 0 and at most 1")

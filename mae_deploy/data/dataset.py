@@ -14,6 +14,7 @@ from mae_deploy.data.order import Key, StreamSampler, Stretch
 from mae_deploy.data.sources import ImageSource
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
+from mae_deploy.errors import ConfigError
 from mae_deploy.preprocess import Array, UnreadableImage, require_readers
 from mae_deploy.seeding import derive_seed, seed_everything
 
@@ -29,6 +30,10 @@ class Sample(NamedTuple):
     label: int
     unreadable: tuple[str, ...]
     name: str
+    item: int = -1
+    """Number of the image in its data set; -1 where a stream has none."""
+    view: int = 0
+    """Number among the image's fixed views."""
 
 
 class Batch(NamedTuple):
@@ -41,6 +46,10 @@ class Batch(NamedTuple):
     unreadable: tuple[str, ...]
     names: tuple[str, ...]
     """The file, or the key in its shard, of each image."""
+    items: Tensor
+    """int64 `(B,)`: number of each image in its data set; -1 where a stream has none."""
+    views: Tensor
+    """int64 `(B,)`: number of each among the image's fixed views; 0 where every epoch has views of its own."""
 
 
 class TrainImages(Protocol):
@@ -68,15 +77,32 @@ class ImageDataset(Dataset[Sample]):
             comes without an image (evaluation must not count one image twice).
         cache: keep decoded images in memory.
         views: samples of each image that follow one another (repeated augmentation); it is decoded once for them all.
+        fixed_views: augmentations of each image in all, which the epochs take in turn; 0: every epoch draws its own.
+
+    Raises:
+        ConfigError: fewer fixed views than views in a batch.
     """
 
-    def __init__(self, images: ImageSource, transform: Transform, *, seed: int, replace_unreadable: bool, cache: bool = False, views: int = 1) -> None:
+    def __init__(
+        self,
+        images: ImageSource,
+        transform: Transform,
+        *,
+        seed: int,
+        replace_unreadable: bool,
+        cache: bool = False,
+        views: int = 1,
+        fixed_views: int = 0,
+    ) -> None:
+        if 0 < fixed_views < views:
+            raise ConfigError(f"--fixed-views {fixed_views} is less than --repeated-aug {views}", hint="a batch would hold the same view twice")
         require_readers(map(images.key, range(len(images))), transform.spec)
         self.images = images
         self.transform = transform
         self.seed = seed
         self.replace_unreadable = replace_unreadable
         self.views = views
+        self.fixed_views = fixed_views
         self._cache: dict[int, Image.Image | Array] = {}
         self._cached = len(images) if cache else 1 if views > 1 else 0
 
@@ -99,8 +125,9 @@ class ImageDataset(Dataset[Sample]):
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            seed_everything(derive_seed(self.seed, "augment", key.epoch, key.item, *((key.view,) if key.view else ())))
-            return Sample(self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index))
+            view, draw = self._draw(key, index)
+            seed_everything(derive_seed(self.seed, "augment", *draw))
+            return Sample(self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index), index, view)
         # Not raised: an error in a worker process arrives as a page of traceback.
         return Sample(None, self.images.labels[key.item], tuple(unreadable), self.images.key(key.item))
 
@@ -125,6 +152,13 @@ class ImageDataset(Dataset[Sample]):
                 continue
         return shown
 
+    def _draw(self, key: Key, index: int) -> tuple[int, tuple[int, ...]]:
+        """The number of the fixed view, and what the augmentation of an image depends on."""
+        if self.fixed_views:
+            view = (key.epoch * self.views + key.view) % self.fixed_views
+            return view, (view, index)  # the image that is there: in the place of a broken one, too, a view looks as it always does
+        return 0, (key.epoch, key.item, *((key.view,) if key.view else ()))
+
     def _read(self, index: int) -> Image.Image | Array:
         if index not in self._cache:
             spec = self.transform.spec
@@ -139,7 +173,8 @@ class ImageDataset(Dataset[Sample]):
 
 def collate(samples: list[Sample]) -> Batch:
     """Stack the samples that have an image."""
-    readable = [(sample.image, sample.label, sample.name) for sample in samples if sample.image is not None]
-    images = torch.stack([image for image, _, _ in readable]) if readable else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
-    labels = torch.tensor([label for _, label, _ in readable], dtype=torch.int64)
-    return Batch(images, labels, tuple(line for sample in samples for line in sample.unreadable), tuple(name for _, _, name in readable))
+    readable = [sample for sample in samples if sample.image is not None]
+    images = torch.stack([sample.image for sample in readable if sample.image is not None]) if readable else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+    labels, items, views = torch.tensor([(sample.label, sample.item, sample.view) for sample in readable], dtype=torch.int64).reshape(-1, 3).unbind(1)
+    unreadable = tuple(line for sample in samples for line in sample.unreadable)
+    return Batch(images, labels.contiguous(), unreadable, tuple(sample.name for sample in readable), items.contiguous(), views.contiguous())

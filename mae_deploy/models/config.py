@@ -240,6 +240,9 @@ def check_objective(encoder: EncoderConfig, decoder: DecoderConfig, objective: O
         raise ConfigError(f"--target-dim {objective.target_dim} is more than the {encoder.patch_dim} numbers of a patch")
 
 
+SliceBlocks = Literal["even", "first"]
+"""Which blocks of a larger encoder a slice takes: spread evenly from the first to the last, or the first ones."""
+
 MaskSampling = Literal["random", "block", "grid"]
 
 GroupMasking = Literal["independent", "consistent"]
@@ -254,6 +257,21 @@ BLOCK_MIN_GRID = 4
 def num_keep(num_patches: int, mask_ratio: float) -> int:
     """Number of visible patches; truncates in floating point exactly as the original implementation does."""
     return int(num_patches * (1 - mask_ratio))
+
+
+def keep_count(num_patches: int, keep_ratio: float) -> int:
+    """Number of patches that a share of them is, rounded down, at least 1."""
+    return max(1, int(num_patches * keep_ratio))
+
+
+def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
+    """Whether the least and the largest share of the patches are shares, in this order.
+
+    Raises:
+        ConfigError: they are not.
+    """
+    if keep_ratio is not None and not 0 < keep_ratio[0] <= keep_ratio[1] <= 1:
+        raise ConfigError(f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} must be LOW,HIGH, above 0 and at most 1", hint="such as 0.15,1, or one share")
 
 
 def mask_unit(mask_patch_size: int | None, patch_size: int) -> int:

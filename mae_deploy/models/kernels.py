@@ -225,9 +225,13 @@ class MeasuredLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         """`(..., K) -> (..., N)`."""
+        return self.product(input, self.weight)
+
+    def product(self, input: Tensor, weight: Tensor) -> Tensor:
+        """The same with another weight than its own, `(N, K)`."""
         if not self.measures(input):
-            return F.linear(input, self.weight, self.bias)
-        rows: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), self.weight, self.bias, self.kernels)
+            return F.linear(input, weight, self.bias)
+        rows: Tensor = _Linear.apply(input.reshape(-1, input.shape[-1]), weight, self.bias, self.kernels)
         return rows.view(*input.shape[:-1], -1)
 
     def measures(self, x: Tensor) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
-from mae_deploy.config import from_dict
+from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.convert import ImportOptions, import_weights
@@ -95,6 +95,20 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: b
         model.load_state_dict(tensors, assign=assign)
     except RuntimeError as error:
         raise CheckFailed(" ".join(str(error).split())) from error
+
+
+def at_image_size(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
+    """The same weights for another image size, the position embeddings interpolated; None: as they are."""
+    source = loaded.encoder_config
+    if image_size is None or image_size == source.image_size:
+        return loaded
+    target = replace(source, image_size=image_size)
+    tensors = dict(loaded.tensors)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in tensors:
+            tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
+    preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
+    return Loaded(replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess), tensors, loaded.record)
 
 
 def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:

@@ -69,10 +69,14 @@ class MaskedAutoencoder(Encoder):
 
     def forward_masked_encoder(self, images: Tensor, mask: Tensor) -> Tensor:
         """The latent of all patches, mask tokens in place of the masked ones: `(B, C, H, W), (B, N) -> (B, 1 + N, D)`."""
+        return self.norm(run_blocks(self.blocks, self.embed_masked(images, mask)))  # type: ignore[no-any-return]
+
+    def embed_masked(self, images: Tensor, mask: Tensor) -> Tensor:
+        """What the first block reads then: `(B, C, H, W), (B, N) -> (B, 1 + N, D)`."""
         tokens = self.embed(images)
         masked = (self.mask_token + self.positions()[:, 1:]).to(tokens.dtype)
         patches = torch.where(mask.unsqueeze(-1).bool(), masked, tokens[:, 1:])
-        return self.norm(run_blocks(self.blocks, torch.cat([tokens[:, :1], patches], dim=1)))  # type: ignore[no-any-return]
+        return torch.cat([tokens[:, :1], patches], dim=1)
 
     def forward_latent(self, images: Tensor, masking: Masking) -> Tensor:
         """What the decoder reads, by the kind of encoder: `(B, C, H, W) -> (B, 1 + K, D)`, or `(B, 1 + N, D)` with mask tokens in the encoder."""
@@ -86,14 +90,19 @@ class MaskedAutoencoder(Encoder):
         With mask tokens in the encoder the latent is whole, `(B, 1 + N, D)`, and in its order.
         """
         if not self.decoder_config.decoder_depth:
-            return self._predict(latent)
-        tokens = self.decoder_embed(latent)
+            return self.predict(latent)
+        tokens = run_blocks(self.decoder_blocks, self.embed_decoder(latent, ids_restore))
+        return self.predict(self.decoder_norm(tokens))
+
+    def embed_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
+        """What the decoder's first block reads: every patch in its place, mask tokens for those not seen, CLS first: `-> (B, 1 + N, D')`."""
+        tokens: Tensor = self.decoder_embed(latent)
         if not self.objective.encoder_mask_tokens:
             B, visible, D = tokens.shape
             masked = self.mask_token.to(tokens.dtype).expand(B, ids_restore.shape[1] + 1 - visible, D)
             patches = gather_tokens(torch.cat([tokens[:, 1:], masked], dim=1), ids_restore)
             tokens = torch.cat([tokens[:, :1], patches], dim=1)
-        return self._predict(self.decoder_norm(run_blocks(self.decoder_blocks, tokens + self.decoder_positions())))
+        return tokens + self.decoder_positions()
 
     def decoder_positions(self) -> Tensor:
         """What is added to every token of the decoder, CLS first: `(1, 1 + N, D)`, with groups of bands `(1, 1 + G * N, D)`."""
@@ -151,8 +160,8 @@ class MaskedAutoencoder(Encoder):
         pixels = self.forward_decoder(latent, masking.ids_restore)
         return MaeOutput(self.forward_loss(images, pixels, masking.mask, target), pixels)
 
-    def _predict(self, tokens: Tensor) -> Tensor:
-        """`(B, 1 + N, D) -> (B, N, T)`."""
+    def predict(self, tokens: Tensor) -> Tensor:
+        """The last linear layer, without CLS: `(B, 1 + N, D) -> (B, N, T)`."""
         return self.decoder_pred(tokens)[:, 1:] if self.config.band_groups is None else self.decoder_pred(tokens[:, 1:])  # type: ignore[no-any-return]
 
     def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor]:

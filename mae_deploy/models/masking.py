@@ -77,7 +77,16 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     Args:
         noise: `(B, N)` uniform in [0, 1).
     """
-    return _first_kept(noise.argsort(dim=1), num_keep(noise.shape[1], mask_ratio))
+    return keep_random(noise, num_keep(noise.shape[1], mask_ratio))
+
+
+def keep_random(noise: Tensor, kept: int) -> Masking:
+    """Keep as many patches, those with the smallest noise; of the same noise, fewer are always among more.
+
+    Args:
+        noise: `(B, N)` uniform in [0, 1).
+    """
+    return _first_kept(noise.argsort(dim=1), kept)
 
 
 def unit_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int], unit: int) -> Masking:

@@ -1,16 +1,16 @@
-"""A frozen encoder whose tokens somebody else learns: only the blocks that are needed are run, without gradients."""
+"""Frozen networks whose answers somebody else learns: only the parts that are needed are kept and run, without gradients."""
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Collection
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.load import Loaded, encoder_tensors, load_strict
-from mae_deploy.models.vit import Encoder, run_blocks
+from mae_deploy.models.load import Loaded, encoder_of, model_of
+from mae_deploy.models.taps import DECODER_KINDS, Tap, encoder_depth, unreached
+from mae_deploy.models.vit import Encoder
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -20,31 +20,33 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
-class FeatureTeacher:
-    """Tokens after one block of a pretrained or fine-tuned encoder, of all patches or of some."""
+def frozen(loaded: Loaded, wanted: Collection[Tap]) -> Encoder:
+    """The network without what `wanted` does not need: blocks behind the deepest tap, decoder and head; in evaluation mode, without gradients.
 
-    def __init__(self, loaded: Loaded, grid_size: tuple[int, int], block: int) -> None:
-        self.loaded = loaded
-        stored = loaded.encoder_config
-        if stored.band_groups is not None:
-            raise ConfigError("the teacher has groups of bands, and so several tokens at each place", hint="fine-tune it, and distil its logits")
-        # At this size the teacher's grid is the student's, so both are given the same patch indices.
-        self.config = dataclasses.replace(stored, image_size=(grid_size[0] * stored.patch, grid_size[1] * stored.patch))
-        self.model = Encoder(self.config)
-        tensors = encoder_tensors(loaded, self.config)
-        for name, tensor in self.model.norm.state_dict().items():
-            tensors.setdefault(f"norm.{name}", tensor)  # a mean-pooled classifier has none; no tap lies behind it
-        load_strict(self.model, tensors)
-        self.model.requires_grad_(False).eval()
-        # What lies behind the tap is never run.
-        del self.model.blocks[block:]
+    An autoencoder with mask tokens in its encoder is a plain encoder here unless its decoder is asked.
+    """
+    model = model_of(loaded) if any(tap.kind in DECODER_KINDS for tap in wanted) else encoder_of(loaded)
+    dropped = {id(part) for part in unreached(model, wanted)}
+    del model.blocks[encoder_depth(wanted, len(model.blocks)) :]
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if id(child) in dropped:
+                setattr(parent, name, nn.Identity())
+    return model.float().requires_grad_(False)
 
-    def to(self, device: torch.device) -> None:
-        """Move the encoder."""
-        self.model.to(device)
 
-    @torch.no_grad()
-    def __call__(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Normalised tokens (LayerNorm without affine), CLS first: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
-        tokens = run_blocks(self.model.blocks, self.model.embed(resize_images(images, self.config.image_size), ids_keep))
-        return F.layer_norm(tokens.float(), tokens.shape[-1:])
+def image_size_for(loaded: Loaded, grid_size: tuple[int, int]) -> tuple[int, int]:
+    """The size at which the encoder has this grid.
+
+    Raises:
+        ConfigError: it has several tokens at each place of the grid.
+    """
+    stored = loaded.encoder_config
+    if stored.band_groups is not None:
+        raise ConfigError("the teacher has groups of bands, and so several tokens at each place", hint="fine-tune it, and distil its logits")
+    return grid_size[0] * stored.patch, grid_size[1] * stored.patch
+
+
+def normalised(tokens: Tensor) -> Tensor:
+    """LayerNorm without affine, in float32, as a student's target: `(..., D)`."""
+    return F.layer_norm(tokens.float(), tokens.shape[-1:])

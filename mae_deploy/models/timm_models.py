@@ -16,17 +16,17 @@ from timm import models
 from timm.data import resolve_data_config
 from timm.layers import DropPath, LayerScale, PatchEmbed, resample_abs_pos_embed
 from timm.layers import LayerNorm as TimmLayerNorm
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.name_report import check_names
-from mae_deploy.models.vit import transformer_blocks
+from mae_deploy.models.vit import OpenBlock, transformer_blocks
 from mae_deploy.models.weight_files import Source, tensor_of
 from mae_deploy.preprocess import default_preprocess
 
-_SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
+SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
 """timm's names of licences, to SPDX's; others stay as timm writes them."""
 
 _PASSIVE = (nn.Identity, nn.Dropout, DropPath, LayerScale)
@@ -92,7 +92,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     if isinstance(names := source.settings.get("label_names"), list):
         source.class_names = tuple(map(str, names))
     if not name or "." in name:
-        source.licence = _SPDX.get(model.pretrained_cfg.get("license"), model.pretrained_cfg.get("license"))
+        source.licence = SPDX.get(model.pretrained_cfg.get("license"), model.pretrained_cfg.get("license"))
     return source
 
 
@@ -185,7 +185,7 @@ def _parts(block: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module) -> str:
-    name = type(module).__name__
+    name = Block.__name__ if isinstance(module, OpenBlock) else type(module).__name__
     if type(module) in (nn.LayerNorm, TimmLayerNorm):
         return f"LayerNorm with eps {module.eps:g}"
     if getattr(module, "approximate", "none") != "none":

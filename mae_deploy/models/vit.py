@@ -67,16 +67,47 @@ class PatchEmbed(nn.Module):
 def transformer_blocks(dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> nn.ModuleList:
     """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
     rates = np.linspace(0, drop_path, depth).tolist()
-    return nn.ModuleList(Block(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates)
+    return nn.ModuleList(OpenBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates)
+
+
+class OpenBlock(Block):
+    """timm's block, which also gives its queries, keys and values where they are asked for. Calls go through the block, as FSDP2 needs it."""
+
+    def forward(self, x: Tensor, *args: Any, inner: Literal["with_qkv", "only_qkv"] | None = None, **kwargs: Any) -> Any:
+        """`(B, T, D)` to the same, to that and what the `qkv` layer gives, `(B, 3, heads, T, D / heads)`, or to the latter alone."""
+        if inner is None:
+            return super().forward(x, *args, **kwargs)
+        attention: Any = self.attn
+        B, T, _ = x.shape
+        qkv = attention.qkv(self.norm1(x)).reshape(B, T, 3, attention.num_heads, attention.head_dim).permute(0, 2, 3, 1, 4)
+        if inner == "only_qkv":
+            return qkv
+        x = x + self.drop_path1(self.ls1(_attended(attention, qkv)))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), qkv
+
+
+def _attended(attention: Any, qkv: Tensor) -> Tensor:
+    """What timm's attention does behind its `qkv` layer: `(B, 3, heads, T, D / heads) -> (B, T, D)`."""
+    queries, keys, values = qkv.unbind(1)
+    if attention.fused_attn:
+        mixed = F.scaled_dot_product_attention(queries, keys, values)
+    else:
+        mixed = ((queries * attention.scale) @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
+    return attention.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
 
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
     """Apply blocks in turn, with the attention that is faster for this device and length."""
     for block in blocks:
-        assert isinstance(block, Block)
-        block.attn.fused_attn = _fused_is_faster(block.attn, tokens)  # type: ignore[assignment]
-        tokens = block(tokens)
+        tokens = run_block(block, tokens)
     return tokens
+
+
+def run_block(block: nn.Module, tokens: Tensor, **inner: Any) -> Any:
+    """Apply one block (see `OpenBlock`), with the attention that is faster for this device and length."""
+    assert isinstance(block, Block)
+    block.attn.fused_attn = _fused_is_faster(block.attn, tokens)  # type: ignore[assignment]
+    return block(tokens, **inner)
 
 
 def _fused_is_faster(attention: Any, tokens: Tensor) -> bool:
@@ -172,8 +203,11 @@ class Classifier(Encoder):
 
     def forward_pooled(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """What the head reads: `(B, C, H, W), (B, K) -> (B, D)`."""
-        tokens = super().forward(images, ids_keep)
-        return self.fc_norm(tokens[:, 1:].mean(dim=1)) if self.pool == "avg" else tokens[:, 0]
+        return self.pool_latent(super().forward(images, ids_keep))
+
+    def pool_latent(self, latent: Tensor) -> Tensor:
+        """The same from the encoder's latent: `(B, 1 + K, D) -> (B, D)`."""
+        return self.fc_norm(latent[:, 1:].mean(dim=1)) if self.pool == "avg" else latent[:, 0]
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Logits: `(B, C, H, W), (B, K) -> (B, classes)`."""

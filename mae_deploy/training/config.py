@@ -107,6 +107,7 @@ DOES_NOT_CHANGE_LOSSES = frozenset(
         "num_workers",
         "max_corrupt",
         "cache",
+        "teacher_cache",
         "checkpoint_every",
         "checkpoint_minutes",
         "keep_checkpoints",
@@ -118,6 +119,7 @@ DOES_NOT_CHANGE_LOSSES = frozenset(
         "max_rollbacks",
         "sharding",
         "compile",
+        "teacher_compile",
         "tracker",
         "profile",
     }

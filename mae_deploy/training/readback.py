@@ -1,4 +1,4 @@
-"""Numbers of a step on their way from the device: on a GPU they are read some steps later, so that no step waits for its own."""
+"""Tensors of a step on their way from the device: on a GPU they are read some steps later, so that no step waits for its own."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ class _Underway(NamedTuple, Generic[T]):
 
 
 class Readback(Generic[T]):
-    """A queue of small tensors and what they are about."""
+    """A queue of tensors and what they are about."""
 
     def __init__(self, device: torch.device) -> None:
         self.late = STEPS_LATE if device.type == "cuda" else 0
         self._queue: deque[_Underway[T]] = deque()
 
     def push(self, about: T, values: Tensor) -> None:
-        """Start the copy of a 1-D tensor to the host."""
+        """Start the copy of a tensor to the host."""
         if self.late == 0:
             self._queue.append(_Underway(about, values, None))
             return
@@ -39,10 +39,10 @@ class Readback(Generic[T]):
         copied.record()
         self._queue.append(_Underway(about, host, copied))
 
-    def due(self, *, all_of_them: bool = False) -> Iterator[tuple[T, list[float]]]:
+    def due(self, *, all_of_them: bool = False) -> Iterator[tuple[T, Tensor]]:
         """What was pushed long enough ago, in order."""
         while len(self._queue) > (0 if all_of_them else self.late):
             about, values, copied = self._queue.popleft()
             if copied is not None:
                 copied.synchronize()
-            yield about, values.tolist()
+            yield about, values

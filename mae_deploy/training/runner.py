@@ -30,6 +30,7 @@ from mae_deploy.training.sharding import Network
 from mae_deploy.training.signals import EXIT_STOPPED, Stopped, StopSignals
 from mae_deploy.training.state import Progress
 from mae_deploy.training.step import StepNumbers, Stepper
+from mae_deploy.training.timing import StepTimer, StepTimes
 from mae_deploy.training.trackers import Trackers
 from mae_deploy.training.unreadable import Unreadable
 
@@ -46,6 +47,7 @@ class _Launched:
     images: int
     seconds: float
     waited: float
+    timer: StepTimer
 
 
 class Runner:
@@ -173,7 +175,7 @@ class Runner:
     def _push(self, numbers: StepNumbers, lr: float) -> None:
         now = time.monotonic()
         images = sum(len(batch.images) for batch in self.batches) * self.accelerator.num_processes
-        launched = _Launched(self.state.step, numbers.names, numbers.num_flags, tuple(self.batches), lr, images, now - self.since, self.waited)
+        launched = _Launched(self.state.step, numbers.names, numbers.num_flags, tuple(self.batches), lr, images, now - self.since, self.waited, numbers.timer)
         self.since = now
         self.readback.push(launched, numbers.values)
 
@@ -183,8 +185,8 @@ class Runner:
         Raises:
             CheckFailed: losses stay non-finite, or too many images cannot be read.
         """
-        for launched, values in self.readback.due(all_of_them=all_of_them):
-            split = len(launched.names)
+        for launched, numbers in self.readback.due(all_of_them=all_of_them):
+            values, split = numbers.tolist(), len(launched.names)
             parts = dict(zip(launched.names, values[:split], strict=True))
             unreadable, stop, save = values[split : split + launched.num_flags]
             norm, scale, *own = values[split + launched.num_flags :]
@@ -204,12 +206,12 @@ class Runner:
     def _log(self, launched: _Launched, parts: dict[str, float], bar: Bar) -> None:
         if not self.accelerator.is_main_process:
             return
-        step, rate, wait = launched.step, launched.images / launched.seconds, launched.waited / launched.seconds
+        step, times = launched.step, StepTimes(launched.images, launched.seconds, launched.waited, launched.timer.seconds())
         line = {"step": step, "epoch": step / self.plan.steps_per_epoch, **parts, "lr": launched.lr, "skipped": self.state.skipped}
-        line |= {"images_per_second": round(rate, 2), "data_wait": round(wait, 4)}
+        line |= times.metrics()
         self.folder.append("metrics.jsonl", line)
         self.trackers.log({name: value for name, value in line.items() if name != "step"}, step)
-        bar.advance(1, f"loss {parts['loss']:.4f}  {rate:.0f} img/s  wait {wait:.0%}")
+        bar.advance(1, f"loss {parts['loss']:.4f}  {times.note()}")
 
     # --- between steps -----------------------------------------------------------------------------------------------
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_deploy.data.dataset import Batch
-from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.seeding import derive_seed, seed_everything, uniform_rows
 from mae_deploy.training.plan import Plan
 from mae_deploy.training.sharding import Network, whole
+from mae_deploy.training.timing import StepTimer
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +36,14 @@ class StepBatch:
     """Place of the first image in the effective batch."""
     effective: int = 0
     """Images of the effective batch, over all processes and accumulated batches; 0 where this batch is all."""
+    done: float = 0.0
+    """Share of the run's steps before this one, in [0, 1)."""
+    items: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 `(B,)`, on the CPU: number of each image in its data set; -1 where a stream has none."""
+    view: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
+    """int64 `(B,)`, on the CPU: number of each among the image's fixed views; 0 where every epoch has views of its own."""
+    timer: StepTimer = field(default_factory=lambda: StepTimer(torch.device("cpu")), repr=False, compare=False)
+    """Of the step that this batch is a part of."""
     _calls: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
 
     def rand(self, *shape: int) -> Tensor:
@@ -45,6 +56,15 @@ class StepBatch:
         generator = torch.Generator(device).manual_seed(derive_seed(self.seed, "rand", self.step, next(self._calls)))
         rows = torch.rand(max(self.effective, self.first + B), *shape, generator=generator, device=device)
         return rows[self.first : self.first + B]
+
+    def image_rand(self, *shape: int) -> Tensor:
+        """Uniform numbers in [0, 1), `(B, *shape)` on the device, that depend on the seed, the image and its fixed view only; each call gives the same."""
+        rows = uniform_rows(self.seed, "image", math.prod(shape), self.items.numpy(), self.view.numpy())
+        return to_device(torch.from_numpy(rows).reshape(-1, *shape), self.images.device)
+
+    def timed(self, part: str) -> AbstractContextManager[None]:
+        """Within the block, time counts as that of a part of the step, such as the teacher, which is then shown and logged beside the rest."""
+        return self.timer.part(part)
 
 
 Loss = Callable[[nn.Module, StepBatch], dict[str, Tensor]]
@@ -60,6 +80,7 @@ class StepNumbers:
     num_flags: int
     values: Tensor
     """The parts' means, the sums of the flags, the gradient's norm, fp16's loss scale (else 1), this process's own losses."""
+    timer: StepTimer
 
 
 class Stepper:
@@ -91,20 +112,22 @@ class Stepper:
             group["lr"] = lr * group["lr_scale"]
         self.network.trained.train()
         buffers = [buffer.clone() for buffer in self._buffers]
-        parts = [self._accumulate(batch, step, micro) for micro, batch in enumerate(batches)]
+        timer = StepTimer(self.accelerator.device)
+        parts = [self._accumulate(batch, step, micro, timer) for micro, batch in enumerate(batches)]
         own = torch.stack([part["loss"] for part in parts])
         means = torch.stack([torch.stack([part[name] for part in parts]).mean() for name in parts[0]])
         asked = flags()
-        reduced: Any = self.accelerator.reduce(torch.cat([means / self.accelerator.num_processes, self._on_device(asked)]), "sum")
+        told = to_device(torch.tensor(asked, dtype=torch.float32), self.accelerator.device)
+        reduced: Any = self.accelerator.reduce(torch.cat([means / self.accelerator.num_processes, told]), "sum")
         loss = reduced[list(parts[0]).index("loss")]
         scaler: Any = self.accelerator.scaler
         scale: Tensor = scaler._scale.clone() if scaler is not None else torch.ones_like(loss)  # get_scale() would wait for the device
         norm, finite = self._update(loss)
         for buffer, before in zip(self._buffers, buffers, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
-        return StepNumbers(tuple(parts[0]), len(asked), torch.cat([reduced, torch.stack([norm, scale]), own]))
+        return StepNumbers(tuple(parts[0]), len(asked), torch.cat([reduced, torch.stack([norm, scale]), own]), timer)
 
-    def _accumulate(self, batch: Batch, step: int, micro: int) -> dict[str, Tensor]:
+    def _accumulate(self, batch: Batch, step: int, micro: int, timer: StepTimer) -> dict[str, Tensor]:
         """Forward and backward of one micro-batch; returns the loss's parts."""
         plan, accelerator, device = self.plan, self.accelerator, self.accelerator.device
         shared = accelerator.num_processes * plan.batch_size
@@ -115,6 +138,10 @@ class Stepper:
             step=step,
             first=micro * shared + accelerator.process_index * plan.batch_size,
             effective=plan.accum_iter * shared,
+            done=step / plan.total_steps,
+            items=batch.items,
+            view=batch.views,
+            timer=timer,
         )
         seed_everything(derive_seed(self.seed, "step", step, micro, accelerator.process_index))
         with self.network.accumulate(last=micro == plan.accum_iter - 1):
@@ -144,7 +171,7 @@ class Stepper:
         optimizer.zero_grad()
         return total, finite
 
-    def _on_device(self, values: Sequence[float]) -> Tensor:
-        """Without waiting for the device, which a copy from ordinary memory does."""
-        cuda = self.accelerator.device.type == "cuda"
-        return torch.tensor(values, dtype=torch.float32, pin_memory=cuda).to(self.accelerator.device, non_blocking=True)
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on the device, without waiting for it, which a copy from ordinary memory does."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values

@@ -12,12 +12,16 @@ import numpy as np
 import pytest
 
 from mae_deploy.cli import main
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.run import run as export
 from mae_deploy.preprocess import find_images, read_image
 from mae_deploy.runtime import Backbone
 from tests.data.image_folders import spoil, write_noise
 from tests.export.tiny_exports import CLASS_NAMES
+from tests.models.tiny_models import ENCODER
 from tests.test_cli import TRAINING, run_without
 
+NUM_PATCHES = ENCODER.num_patches
 NAMES = CLASS_NAMES[:4]
 
 
@@ -69,6 +73,46 @@ def test_a_checkpoint_and_its_bundle(exported: Path, labelled: Path, tmp_path: P
     assert [sum(map(int, row[1:])) for row in rows] == [5, 4, 3, 2, *[0] * 7]
     right = sum(int(row[1 + index]) for index, row in enumerate(rows))
     assert 100 * right / 14 == pytest.approx(found["top1"])
+
+
+@pytest.fixture(scope="module")
+def visible(exported: Path) -> Path:
+    """The classifier as a graph of some patches."""
+    out = exported / "visible-classifier"
+    export(ExportConfig(checkpoint=exported / "checkpoints" / "classifier", out=out, tokens="visible", samples=exported / "photos"))
+    return out
+
+
+def test_shares_of_the_patches(exported: Path, visible: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A checkpoint and its bundle see the same patches, in batches of any size; all of them are what `eval` sees anyway."""
+    shares = ("--keep-ratio", "1,0.5,0.2")
+    found = evaluate(capsys, visible, labelled, *shares, "--batch-size", "3")
+    other = evaluate(capsys, exported / "checkpoints" / "classifier", labelled, *shares, "--batch-size", "4", "--device", "cpu")
+    assert found["keep_ratios"] == other["keep_ratios"]
+    whole = evaluate(capsys, exported / "classifier", labelled)
+    rows = found["keep_ratios"]
+    assert [(row["keep_ratio"], row["patches"]) for row in rows] == [(1, NUM_PATCHES), (0.5, NUM_PATCHES // 2), (0.2, NUM_PATCHES // 5)]
+    assert (rows[0]["top1"], rows[0]["top5"]) == (whole["top1"], whole["top5"]) == (found["top1"], found["top5"])
+    assert len({row["top5"] for row in rows}) > 1  # patches matter to this network
+    assert rows[2] == evaluate(capsys, visible, labelled, "--keep-ratio", "0.2")["keep_ratios"][0]
+    assert rows[1:] != evaluate(capsys, visible, labelled, *shares, "--seed", "5")["keep_ratios"][1:]
+
+
+def test_a_table_of_shares(visible: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(visible), str(labelled), "--keep-ratio", "1,0.2"]) == 0
+    out = capsys.readouterr().out
+    assert "patches kept" in out
+    assert f" {NUM_PATCHES // 5} " in out
+
+
+def test_shares_that_cannot_be_seen(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, message in (
+        (["--keep-ratio", "0.5"], "this bundle's graph takes whole images"),
+        (["--keep-ratio", "0"], "--keep-ratio 0 must be above 0"),
+        (["--keep-ratio", "1,0.5", "--confusion", str(tmp_path / "matrix.csv")], "--confusion is of one --keep-ratio"),
+    ):
+        assert main(["eval", str(exported / "classifier"), str(labelled), *asked]) == 2
+        assert message in capsys.readouterr().err
 
 
 def test_classes_at_the_top_of_the_folder(exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:

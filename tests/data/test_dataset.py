@@ -97,6 +97,57 @@ def test_all_unreadable(images: Path) -> None:
     assert (len(batch.images), len(batch.labels), len(batch.unreadable)) == (0, 0, 11)
 
 
+# --- fixed views -----------------------------------------------------------------------------------------------------
+
+
+def views_of(images: ImageList, fixed_views: int, *, repeated: int = 1) -> ImageDataset:
+    dataset = dataset_of(images)
+    return ImageDataset(images, dataset.transform, seed=3, replace_unreadable=True, views=repeated, fixed_views=fixed_views)
+
+
+def test_fixed_views_come_again(images: Path) -> None:
+    found = unlabelled_images(images)
+    free, fixed = dataset_of(found), views_of(found, 3)
+    for epoch in range(7):
+        sample = fixed[Key(epoch, 5)]
+        assert (sample.item, sample.view) == (5, epoch % 3)
+        assert torch.equal(image_of(sample), image_of(free[Key(epoch % 3, 5)]))  # and are those of the first epochs
+    assert len({image_of(fixed[Key(epoch, 5)]).numpy().tobytes() for epoch in range(7)}) == 3
+    assert (free[Key(4, 6)].item, free[Key(4, 6)].view) == (6, 0)
+
+
+def test_a_batch_takes_fixed_views_in_turn(images: Path) -> None:
+    """With repeated augmentation, too, all of them come up."""
+    fixed = views_of(unlabelled_images(images), 3, repeated=2)
+    assert [[fixed[Key(epoch, 1, view)].view for view in range(2)] for epoch in range(3)] == [[0, 1], [2, 0], [1, 2]]
+    with pytest.raises(ConfigError, match="--fixed-views 2 is less than --repeated-aug 3"):
+        views_of(unlabelled_images(images), 2, repeated=3)
+
+
+def test_in_the_place_of_a_broken_image_stands_a_view_of_the_next(images: Path) -> None:
+    """The same as in its own place, so that what is known of it holds in both."""
+    found = unlabelled_images(images)
+    spoil(found.paths[10])
+    fixed = views_of(found, 2)
+    for epoch in range(2):
+        instead, own = fixed[Key(epoch, 10)], fixed[Key(epoch, 0)]
+        assert (instead.item, instead.view) == (own.item, own.view) == (0, epoch)
+        assert torch.equal(image_of(instead), image_of(own))
+
+
+def test_batches_say_which_images_and_views_they_hold(images: Path) -> None:
+    fixed = views_of(unlabelled_images(images), 2)
+    where = Stretch(batch_size=4, batches_per_epoch=2, start=0, stop=6)
+    batches = list(fixed.stream(where, seed=1, num_workers=0, pin_memory=False))
+    assert [batch.views.tolist() for batch in batches] == [[view] * 4 for view in (0, 0, 1, 1, 0, 0)]
+    seen = [torch.cat([first.items, second.items]) for first, second in zip(batches[::2], batches[1::2], strict=True)]
+    assert all(items.unique().numel() == 8 for items in seen)
+    for batch in batches:
+        assert batch.items.dtype == batch.views.dtype == torch.int64
+        for image, item, view in zip(batch.images, batch.items.tolist(), batch.views.tolist(), strict=True):
+            assert torch.equal(image, image_of(fixed[Key(view, item)]))
+
+
 # --- lists of files --------------------------------------------------------------------------------------------------
 
 

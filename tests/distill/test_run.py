@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,22 +11,35 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn import functional as F
 
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import to_dict
 from mae_deploy.data.config import DataConfig
 from mae_deploy.distill import run as distill_run
-from mae_deploy.distill.config import DistillConfig, FeatureConfig, LogitsConfig
+from mae_deploy.distill.config import (
+    DecoderFeatureConfig,
+    DistillConfig,
+    EdgeConfig,
+    FeatureConfig,
+    LogitsConfig,
+    PooledConfig,
+    RelationConfig,
+    TeacherConfig,
+)
 from mae_deploy.distill.run import run
-from mae_deploy.distill.teacher import LogitsTeacher
+from mae_deploy.distill.teachers.base import Teacher
+from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.load import Loaded, load_model
+from mae_deploy.models.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.teacher import FeatureTeacher
+from mae_deploy.models.taps import Tap, tapped
 from mae_deploy.models.vit import Classifier
 from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.step import StepBatch
 from tests.data.image_folders import write_noise
+from tests.models.tiny_models import random_tensor
 from tests.training.tiny_runs import DECODER, STUDENT, optim
 
 
@@ -36,10 +50,23 @@ def distilling(data: Path, teacher: Path, out: Path, **more: Any) -> DistillConf
         "images": DataConfig(num_workers=0),
         "decoder": DECODER,
         "features": FeatureConfig(mask_ratio=0.5),
+        "teaching": TeacherConfig(teacher_precision="fp32"),  # on any CPU
         "device": "cpu",
         **STUDENT,
     }
     return DistillConfig(data=data, teacher=teacher, out=out, **{**common, **more})
+
+
+def remembered(monkeypatch: pytest.MonkeyPatch) -> list[Teacher]:
+    """The teachers of the runs to come."""
+    teachers: list[Teacher] = []
+
+    def remember(path: Path, settings: TeacherConfig) -> Teacher:
+        teachers.append(open_teacher(path, settings))
+        return teachers[-1]
+
+    monkeypatch.setattr(distill_run, "open_teacher", remember)
+    return teachers
 
 
 def weights(run_folder: Path) -> dict[str, Tensor]:
@@ -56,29 +83,22 @@ def relicensed(run_folder: Path, target: Path, licence: str) -> Path:
 
 
 def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    teachers: list[FeatureTeacher] = []
-
-    def remember(loaded: Loaded, grid_size: tuple[int, int], block: int) -> FeatureTeacher:
-        teachers.append(FeatureTeacher(loaded, grid_size, block))
-        return teachers[-1]
-
-    monkeypatch.setattr(distill_run, "FeatureTeacher", remember)
+    teachers = remembered(monkeypatch)
     before = weights(teacher)
     summary = run(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
     lines = read_metrics(tmp_path / "run")
-    assert {tuple(line) for line in lines} == {
-        ("step", "epoch", "loss", "feature_loss", "pixel_loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")
-    }
+    names = "step epoch loss feature_loss pixel_loss grad_norm lr skipped images_per_second data_wait teacher_seconds student_seconds"
+    assert {" ".join(line) for line in lines} == {names}
     assert lines[0]["loss"] == pytest.approx(lines[0]["feature_loss"] + lines[0]["pixel_loss"], rel=1e-6)  # float32
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     assert lines[-1]["feature_loss"] < 0.8 * lines[0]["feature_loss"]
 
-    # The teacher: two blocks by default (three quarters of two), bit for bit as its checkpoint has them, and the file itself too.
+    # The teacher: two blocks by default (three quarters of two), and after the run the answers that its checkpoint gives, at the size of the student's grid.
     (used,) = teachers
-    assert used.config.image_size == (15, 10)
-    found = used.model.state_dict()
-    assert {name for name in found if name.startswith("blocks.")} == {name for name in before if name.startswith("blocks.")}
-    assert [name for name, tensor in found.items() if not torch.equal(tensor, before[name])] == []
+    batch = StepBatch(random_tensor(2, 3, 15, 10), torch.zeros(2, dtype=torch.int64))
+    network, _ = load_model(teacher)
+    tokens = tapped(network, batch.images, [Tap("tokens", 2)])[Tap("tokens", 2)]
+    assert torch.equal(used(batch, None, whole=True)[Tap("tokens", 2)], F.layer_norm(tokens, tokens.shape[-1:]))
     assert [name for name, tensor in weights(teacher).items() if not torch.equal(tensor, before[name])] == []
 
     # The student is an autoencoder of its own, without the projector.
@@ -119,28 +139,79 @@ def test_the_student_starts_from_init(images: Path, teacher: Path, tmp_path: Pat
     assert open_checkpoint(tmp_path / "second").metadata.provenance["parent"]["stage"] == "distill"
 
 
+OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
+    "pairs": ({"features": FeatureConfig(mask_ratio=0.5, feature_blocks=("2:1", "4:2"), feature_loss="cosine", projector="mlp")}, {"feature", "pixel"}),
+    "tinymim": ({"features": FeatureConfig(mask_ratio=0, feature_weight=0), "relation": RelationConfig(relation_weight=1)}, {"relation"}),
+    "attention": ({"relation": RelationConfig(attention_weight=10)}, {"feature", "attention", "pixel"}),
+    "g2sd": (
+        {"features": FeatureConfig(mask_ratio=0.5, feature_weight=0, pixel_weight=0), "decoder_features": DecoderFeatureConfig(decoder_feature_weight=1)},
+        {"decoder_feature"},
+    ),
+    "vectors": ({"features": FeatureConfig(mask_ratio=0), "pooled": PooledConfig(cls_weight=1, pooled_weight=0.5)}, {"feature", "cls", "pooled"}),
+    "whole teacher": ({"teaching": TeacherConfig(teacher_precision="fp32", teacher_view="whole")}, {"feature", "pixel"}),
+    "elastic": ({"keep_ratio": (0.3, 0.7)}, {"feature", "pixel"}),
+    "no teacher": ({"features": FeatureConfig(mask_ratio=0.5, feature_weight=0)}, {"pixel"}),
+    "quantised": ({"edge": EdgeConfig(quantize="static", outlier_weight=0.1)}, {"feature", "pixel", "outlier"}),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_without_labels(images: Path, teacher: Path, tmp_path: Path, name: str) -> None:
+    settings, parts = OBJECTIVES[name]
+    summary = run(distilling(images, teacher, tmp_path / "run", **settings))
+    line = read_metrics(tmp_path / "run")[0]
+    assert {key.removesuffix("_loss") for key in line if key.endswith("_loss")} == parts
+    assert math.isfinite(summary["last_loss"])
+    assert isinstance(load_model(tmp_path / "run")[0], MaskedAutoencoder)
+
+
+def test_generic_then_specific(images: Path, classes: Path, teacher: Path, expert: Path, tmp_path: Path) -> None:
+    """G2SD's two stages; the second starts from the first's encoder, and takes relations, few patches and INT8 along."""
+    generic, _ = OBJECTIVES["g2sd"]
+    run(distilling(images, teacher, tmp_path / "generic", **generic, optim=optim(epochs=1)))
+    logits = LogitsConfig(logits_loss="hard", logits_weight=0.5)
+    more = {"logits": logits, "relation": RelationConfig(relation_weight=0.1), "keep_ratio": (0.5, 1.0), "edge": EdgeConfig(quantize="dynamic")}
+    run(distilling(classes, expert, tmp_path / "specific", init=tmp_path / "generic", optim=optim(epochs=1, lr=0.0), **more))
+    line = read_metrics(tmp_path / "specific")[0]
+    assert line["loss"] == pytest.approx(0.1 * line["relation_loss"] + 0.5 * line["logits_loss"] + 0.5 * line["label_loss"], rel=1e-6)  # float32
+    # Validated with all six patches and with three, rounded and not.
+    assert {"top1", "top1_of_3", "top1_fp32"} < set(read_metrics(tmp_path / "specific", "eval.jsonl")[-1])
+    generic_weights, specific = weights(tmp_path / "generic"), weights(tmp_path / "specific")
+    assert torch.equal(specific["blocks.3.attn.qkv.weight"], generic_weights["blocks.3.attn.qkv.weight"])
+
+
+def test_a_teacher_without_a_head_in_a_labelled_run(classes: Path, teacher: Path, tmp_path: Path) -> None:
+    settings = {"objective": "logits", "logits": LogitsConfig(logits_weight=0), "pooled": PooledConfig(pooled_weight=1)}
+    run(distilling(classes, teacher, tmp_path / "run", **settings))
+    line = read_metrics(tmp_path / "run")[0]
+    assert line["loss"] == pytest.approx(line["pooled_loss"] + 0.5 * line["label_loss"], rel=1e-6)  # float32
+    assert open_checkpoint(tmp_path / "run").metadata.class_names == ("dark", "light")
+
+
+def test_a_schedule_follows_the_share_of_the_run(images: Path, teacher: Path, tmp_path: Path) -> None:
+    features = FeatureConfig(mask_ratio=0.5, pixel_schedule=((0, 1), (0.5, 0)))
+    run(distilling(images, teacher, tmp_path / "run", features=features))
+    # Four steps: the weight of pixels is 1, 1/2, 0, 0.
+    lines = read_metrics(tmp_path / "run")
+    for line, weight in zip(lines, (1, 0.5, 0, 0), strict=True):
+        assert line["loss"] == pytest.approx(line["feature_loss"] + weight * line["pixel_loss"], rel=1e-6)  # float32
+
+
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
 def test_logits_of_a_fine_tuned_teacher(classes: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    experts: list[LogitsTeacher] = []
-
-    def remember(loaded: Loaded) -> LogitsTeacher:
-        experts.append(LogitsTeacher(loaded))
-        return experts[-1]
-
-    monkeypatch.setattr(distill_run, "LogitsTeacher", remember)
+    experts = remembered(monkeypatch)
     # Its last checkpoint: the best is the first that tells the classes apart, and not sure of it.
     last = expert / "checkpoints" / "last"
-    before = open_checkpoint(last).tensors()
     summary = run(distilling(classes, last, tmp_path / "run", optim=optim(epochs=8, lr=5e-3)))
     assert summary["best_top1"] == 100.0
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(lines[0]["logits_loss"] + 0.5 * lines[0]["label_loss"], rel=1e-6)  # float32
     assert lines[-1]["logits_loss"] < 0.5 * lines[0]["logits_loss"]
-    found = experts[0].model.state_dict()
-    assert set(found) == set(before)
-    assert [name for name, tensor in found.items() if not torch.equal(tensor, before[name])] == []
+    batch = StepBatch(random_tensor(2, 3, 15, 10), torch.zeros(2, dtype=torch.int64))
+    network, _ = load_model(last)
+    assert torch.equal(experts[0](batch, None, whole=True)[Tap("logits")], network(batch.images))
 
     metadata = open_checkpoint(tmp_path / "run").metadata
     assert (metadata.kind, metadata.pool, metadata.class_names, metadata.encoder["name"]) == ("classifier", "avg", ("dark", "light"), "vit_nano_patch4")
@@ -242,10 +313,9 @@ def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: 
     ("config", "values", "message"),
     [
         (FeatureConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
-        (FeatureConfig, {"feature_weight": 0.0, "pixel_weight": 0.0}, "nor both 0"),
         (FeatureConfig, {"pixel_weight": -1.0}, "cannot be negative"),
         (LogitsConfig, {"temperature": 0.0}, "--temperature 0.0"),
-        (LogitsConfig, {"logits_weight": 0.0, "label_weight": 0.0}, "nor both 0"),
+        (LogitsConfig, {"label_weight": -0.5}, "cannot be negative"),
         (LogitsConfig, {"layer_decay": 0.0}, "--layer-decay 0.0"),
         (LogitsConfig, {"drop_path": 1.0}, "--drop-path 1.0"),
     ],

@@ -11,9 +11,9 @@ import pytest
 from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph import GraphSpec, Images, TokenMode, build_graph
-from mae_deploy.export.job import _resized, _with_one_std
+from mae_deploy.export.job import _with_one_std
 from mae_deploy.export.reference import Reference
-from mae_deploy.models.load import Loaded, model_of
+from mae_deploy.models.load import Loaded, at_image_size, model_of
 from mae_deploy.preprocess import Array, Preprocess
 from tests.export.tiny_exports import SavedGraph, graph_of
 from tests.models.tiny_models import ENCODER, fill, metadata_of, tiny_classifier, tiny_encoder, tiny_mae
@@ -88,6 +88,6 @@ def test_one_standard_deviation_for_all_bands_changes_nothing() -> None:
 
 def test_another_size() -> None:
     model = fill(tiny_encoder(BANDS))
-    larger = _resized(Loaded(metadata_of(model), model.state_dict(), {}), (10, 14))
+    larger = at_image_size(Loaded(metadata_of(model), model.state_dict(), {}), (10, 14))
     assert larger.encoder_config.num_tokens == 3 * 35
     assert model_of(larger).positions().shape == (1, 1 + 3 * 35, 20)

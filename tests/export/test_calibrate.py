@@ -13,9 +13,9 @@ import torch
 
 from mae_deploy import preprocess
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.export.activations import Observer
 from mae_deploy.export.calibrate import Calibration, CalibrationImages, cache_folder, calibrate
-from mae_deploy.export.quantize import eligible_linears
+from mae_deploy.models.quantization.activations import Observer
+from mae_deploy.models.quantization.rounding import eligible_linears
 from mae_deploy.models.vit import Encoder
 from mae_deploy.preprocess import Array, Preprocess, find_images, read_image
 from tests.data.image_folders import spoil, write_noise

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.export.activations import activation_scales
 from mae_deploy.export.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.files import read_json
+from mae_deploy.models.quantization.activations import activation_scales
 from tests.export.outlier_models import noisy_encoder
-from tests.export.test_smoothing import observe
+from tests.models.quantization.test_smoothing import observe
 
 
 def row(index: int) -> LayerRow:

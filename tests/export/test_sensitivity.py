@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from mae_deploy.export.quantize import eligible_linears, fake_quantized, macs_per_token
+from mae_deploy.export.quantize import fake_quantized, macs_per_token
 from mae_deploy.export.reference import restoring
 from mae_deploy.export.sensitivity import Verdict, choose, sensitivities
-from mae_deploy.export.smoothing import bias_corrections
+from mae_deploy.models.quantization.rounding import eligible_linears
+from mae_deploy.models.quantization.smoothing import bias_corrections
 from mae_deploy.models.vit import Encoder
 from mae_deploy.preprocess import Array
 from tests.export.outlier_models import noisy_encoder
-from tests.export.test_smoothing import observe
+from tests.models.quantization.test_smoothing import observe
 from tests.models.tiny_models import random_tensor, tiny_classifier, tiny_mae
 
 SAMPLES = 11

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,9 @@ from mae_deploy.pretrain.run import run as pretrain  # noqa: E402
 from mae_deploy.training.config import LoopConfig  # noqa: E402
 from mae_deploy.training.run_folder import read_metrics  # noqa: E402
 from mae_deploy.training.step import Stepper  # noqa: E402
+from mae_deploy.training.timing import StepTimer  # noqa: E402
 from tests.data.image_folders import write_noise  # noqa: E402
+from tests.distill.patch_teacher import PatchTeacher, batch_of, dataset_of, mask, opened  # noqa: E402
 from tests.training.tiny_runs import losses_of, optim, pretraining  # noqa: E402
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
@@ -57,3 +60,39 @@ def test_no_step_waits_for_the_device(images: Path, tmp_path: Path, monkeypatch:
     monkeypatch.setattr(Stepper, "take", watched)
     pretrain(pretraining(images, tmp_path / "run", device="cuda", loop=LoopConfig(precision="bf16"), optim=optim(epochs=4, clip_grad=1.0)))
     assert len(steps) == 8
+
+
+def test_a_cached_teacher_lets_no_step_wait(images: Path, tmp_path: Path) -> None:
+    """Neither while answers are computed and written, nor while they are read, nor where some are there."""
+    device = torch.device("cuda")
+    teacher, dataset = PatchTeacher(), dataset_of(images)
+    cached = opened(teacher, dataset, tmp_path / "cache", device=device)
+    batches = [batch_of(*items) for items in ((1, 5, 3), (2, 7, 6), (0, 4, 8), (1, 9, 2), (6, 1, 8), (3, 5, 10))]
+    expected = [PatchTeacher()(batch, mask(batch), whole=False) for batch in batches]
+    found = []
+    for step, batch in enumerate(batches):
+        moved = replace(batch, images=batch.images.to(device), labels=batch.labels.to(device))
+        masking = mask(moved)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if step > 0 else "default")
+        try:
+            found.append(cached(moved, masking, whole=False))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    cached.close()
+    assert teacher.shown == [3, 3, 3, 2, 1, 1]  # an answer is on the disk when the third batch after it is read
+    for taps, own in zip(found, expected, strict=True):
+        for tap, value in own.items():
+            torch.testing.assert_close(taps[tap].cpu(), value, rtol=2**-10, atol=1e-6)  # FP16, and sums in another order
+    again = opened(teacher, dataset, tmp_path / "cache", device=device)
+    for batch in batches:
+        again(replace(batch, images=batch.images.to(device), labels=batch.labels.to(device)), mask(batch), whole=False)
+    assert (teacher.shown, again.read, again.computed) == ([], 18, 0)
+
+
+def test_the_time_of_a_part_is_the_devices() -> None:
+    timer = StepTimer(torch.device("cuda"))
+    with timer.part("teacher"):
+        torch.cuda._sleep(20_000_000)  # returns at once
+    torch.cuda.synchronize()
+    assert timer.seconds()["teacher"] > 0.005

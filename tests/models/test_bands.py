@@ -18,7 +18,7 @@ from mae_deploy.models.load import Loaded, encoder_of, model_of, start_from
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, masking_of, random_masking
 from mae_deploy.models.position import sincos_position_embedding
-from mae_deploy.models.teacher import FeatureTeacher
+from mae_deploy.models.teacher import image_size_for
 from mae_deploy.models.vit import Classifier, Encoder, patchify
 from mae_deploy.training.optim import layer_decay_groups
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor, tiny_encoder, tiny_mae
@@ -266,7 +266,7 @@ def test_the_feature_map_is_the_mean_over_the_groups_that_are_seen() -> None:
 
 def test_no_student_follows_tokens_of_groups() -> None:
     with pytest.raises(ConfigError, match="groups of bands"):
-        FeatureTeacher(loaded(tiny_encoder(BANDS)), (3, 5), 1)
+        image_size_for(loaded(tiny_encoder(BANDS)), (3, 5))
 
 
 def test_the_decoder_may_have_any_width() -> None:

@@ -14,11 +14,11 @@ from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.run import run as export
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.load import read_weights
+from mae_deploy.models.load import at_image_size, read_weights
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.preprocess import Preprocess, read_image
 from mae_deploy.pretrain.evaluation_config import FeatureConfig
-from mae_deploy.pretrain.features import EncoderFeatures, FeatureSet, at_size, extract, open_source, random_like
+from mae_deploy.pretrain.features import EncoderFeatures, FeatureSet, extract, open_source, random_like
 from tests.data.image_folders import spoil, write_classes
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import ENCODER, tiny_classifier, tiny_encoder, tiny_mae
@@ -111,7 +111,7 @@ def test_features_that_are_no_numbers_are_refused(tmp_path: Path, val: ImageSour
 
 def test_another_size_interpolates_the_positions(tmp_path: Path, val: ImageSource) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder())
-    moved = at_size(read_weights(checkpoint), (12, 14))
+    moved = at_image_size(read_weights(checkpoint), (12, 14))
     assert moved.encoder_config.grid_size == (6, 7)
     assert moved.metadata.preprocess["image_size"] == [12, 14]
     assert torch.equal(moved.tensors["pos_embed"], interpolate_position_embedding(tiny_encoder().pos_embed.detach(), (3, 5), (6, 7)))

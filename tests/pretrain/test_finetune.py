@@ -22,6 +22,7 @@ from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import MixConfig
 from mae_deploy.pretrain.finetune import ClassificationLoss, run
 from mae_deploy.seeding import seed_everything
+from mae_deploy.training.elastic import KeptPatches
 from mae_deploy.training.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
 from tests.data.image_folders import write_noise
@@ -214,6 +215,42 @@ def test_erasing() -> None:
     ClassificationLoss(replace(NO_MIX, reprob=0.99), 2)(Looking(), StepBatch(torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64)))
     share = (seen[0] != 0).float().mean()
     assert 0.02 < float(share) < 0.34  # timm erases between 2 % and a third of an image
+
+
+@pytest.mark.parametrize("mix", [NO_MIX, MixConfig(reprob=0.0)])
+def test_a_step_sees_as_many_patches_as_it_draws(mix: MixConfig) -> None:
+    seen: list[Tensor | None] = []
+
+    class Looking(Constant):
+        def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+            seen.append(ids_keep)
+            return super().forward(images)
+
+    kept = KeptPatches(5, (0.2, 1.0))
+    loss, counts = ClassificationLoss(mix, 2, kept), []
+    for step in range(12):
+        loss(Looking(), StepBatch(torch.zeros(3, 3, 16, 16), torch.zeros(3, dtype=torch.int64), step=step))
+        counts.append(kept.count(0, step))
+    assert [5 if ids is None else ids.shape[1] for ids in seen] == counts
+    assert set(counts) == {1, 2, 3, 4, 5}
+    odd = 3 if mix == NO_MIX else 4  # the odd image is mixed with the first, and seen by the first's patches
+    assert all(ids is None or len(ids) == odd for ids in seen)
+
+
+def test_a_run_on_any_number_of_patches(classes: Path, pretrained: Path, tmp_path: Path) -> None:
+    """Six patches: of all and of one, in the same steps; the lowest share is validated too."""
+    summary = run(finetuning(classes, tmp_path / "run", pretrained, keep_ratio=(0.1, 1.0)))
+    assert summary["steps"] == 4
+    assert {"top1", "top1_of_1"} <= set(summary)
+    fixed = run(finetuning(classes, tmp_path / "fixed", pretrained, keep_ratio=(0.5, 0.5)))
+    assert fixed["last_loss"] != summary["last_loss"]
+    assert not [name for name in fixed if name.startswith("top1_of")]
+
+
+def test_shares_of_the_patches_in_order(classes: Path, tmp_path: Path) -> None:
+    for low, high in ((0.5, 0.2), (0.0, 1.0), (0.5, 1.2)):
+        with pytest.raises(ConfigError, match=f"--keep-ratio {low:g},{high:g} must be LOW,HIGH"):
+            finetuning(classes, tmp_path / "run", None, from_scratch=True, model="vit_nano_patch4", keep_ratio=(low, high))
 
 
 def test_a_whole_recipe_on_an_odd_batch(classes: Path, pretrained: Path, tmp_path: Path) -> None:

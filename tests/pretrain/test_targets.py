@@ -57,7 +57,7 @@ def test_features_of_every_patch_at_the_students_grid(teacher: Path) -> None:
     assert not features.requires_grad
     # The first patch of the teacher's own picture of it, in a plain encoder of that size.
     plain = Encoder(replace(TEACHER, image_size=(12, 8)))
-    plain.load_state_dict({**read_weights(teacher).tensors, "pos_embed": target._teacher.model.pos_embed})
+    plain.load_state_dict({**read_weights(teacher).tensors, "pos_embed": target._teacher.pos_embed})
     tokens = plain.embed(F.interpolate(images, size=(12, 8), mode="bicubic", antialias=True, align_corners=False))
     for block in plain.blocks:
         tokens = block(tokens)

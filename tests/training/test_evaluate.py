@@ -14,6 +14,7 @@ from mae_deploy.data.sources import ImageList, labelled_files
 from mae_deploy.data.transforms import eval_transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.preprocess import Preprocess
+from mae_deploy.training.elastic import KeptPatches
 from mae_deploy.training.evaluate import Evaluator
 from mae_deploy.training.loop import make_accelerator
 from tests.data.image_folders import spoil, write_noise
@@ -80,6 +81,43 @@ def test_unreadable_images_are_left_out_and_named_once(accelerator: Accelerator,
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("left out of the validation ")]
     assert len(said) == 2
     assert str(images.paths[0]) in said[0]
+
+
+class ByPatches(ByBrightness):
+    """As above with the whole image; with some patches, every image is of the class that is their number, if two images do not see the same."""
+
+    seen: dict[int, list[list[int]]]
+
+    def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """`(B, C, H, W), (B, K) -> (B, 7)`."""
+        if ids_keep is None:
+            return super().forward(images)
+        self.seen.setdefault(ids_keep.shape[1], []).extend(ids_keep.tolist())
+        return torch.eye(7)[ids_keep.shape[1]].expand(len(images), 7)
+
+
+def test_the_most_and_the_fewest_patches(accelerator: Accelerator, images: ImageList) -> None:
+    """Three images are of class 0, three of class 1, two of class 6: with one patch of six, class 1 is right three times, with all those by brightness."""
+    model = ByPatches()
+    model.seen = {}
+
+    def found(keep_ratio: tuple[float, float], *, batch_size: int = 3) -> dict[str, float]:
+        kept = KeptPatches(6, keep_ratio)
+        return Evaluator(images, eval_transform(SPEC), SPEC, batch_size=batch_size, num_workers=0, kept=kept)(accelerator, model)
+
+    elastic = found((0.1, 1.0))
+    assert (elastic["top1"], elastic["top1_of_1"]) == (25.0, 37.5)
+    assert elastic["val_loss"] == evaluator(images)(accelerator, ByBrightness())["val_loss"]
+    fixed = found((0.2, 0.2))
+    assert fixed["top1"] == 37.5
+    assert set(fixed) == {"top1", "top5", "val_loss"}
+    assert len(model.seen[1]) == 16
+    model.seen = {}
+    found((0.5, 0.5))
+    first = model.seen.pop(3)
+    found((0.5, 0.5), batch_size=5)
+    assert model.seen[3] == first  # always the same patches of an image
+    assert len({tuple(sorted(row)) for row in first}) > 1
 
 
 def test_nothing_to_evaluate(accelerator: Accelerator, images: ImageList) -> None:

@@ -173,7 +173,8 @@ def train_planted(images: Path, out: Path, settings: Any, loop: LoopConfig, plan
 
 
 def outcome(step: int, loss: float, norm: float, scale: float | None) -> StepOutcome:
-    batch = Batch(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, dtype=torch.int64), (), ("a", "b"))
+    numbers = torch.zeros(2, dtype=torch.int64)
+    batch = Batch(torch.zeros(2, 3, 2, 2, dtype=torch.uint8), numbers, (), ("a", "b"), numbers, numbers)
     return StepOutcome(step, loss, norm, (loss,), (batch,), scale)
 
 

@@ -156,7 +156,7 @@ def test_distilling_features_with_the_projector(images: Path, tmp_path: Path) ->
     assert resume_until_done(config("resumed"), [25, 46, 55]) == 3
     assert_same_run(tmp_path / "resumed", tmp_path / "whole", "feature_loss", "pixel_loss")
     projectors = [load_file(tmp_path / run / "checkpoints" / "last" / "state" / REST) for run in ("resumed", "whole")]
-    assert set(projectors[0]) == {"projector.weight", "projector.bias"}
+    assert set(projectors[0]) == {f"objectives.feature.projectors.0.{name}" for name in ("weight", "bias")}
     assert all(torch.equal(projectors[0][name], tensor) for name, tensor in projectors[1].items())
 
 

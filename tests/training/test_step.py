@@ -49,6 +49,40 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def image_batch(*images: tuple[int, int], seed: int = 7, step: int = 5) -> StepBatch:
+    items, views = torch.tensor(images).unbind(1)
+    return StepBatch(torch.zeros(len(images), 3, 2, 2), torch.zeros(len(images)), seed=seed, step=step, items=items, view=views)
+
+
+def test_an_image_and_its_view_draw_the_same_in_any_batch_and_step() -> None:
+    whole = image_batch((3, 0), (3, 1), (0, 0), (40_000, 0), (3, 0)).image_rand(2, 97)
+    assert (whole.shape, whole.dtype) == ((5, 2, 97), torch.float32)
+    assert torch.equal(whole[0], whole[4])
+    other = image_batch((40_000, 0), (3, 1), step=6)
+    assert torch.equal(other.image_rand(2, 97), whole[[3, 1]])
+    assert torch.equal(other.image_rand(2, 97), whole[[3, 1]])
+    assert torch.equal(other.image_rand(50), whole[[3, 1]].flatten(1)[:, :50])  # the counter of a row, whatever its shape
+
+
+def test_images_views_and_seeds_draw_numbers_of_their_own_evenly() -> None:
+    whole = image_batch(*((item, view) for item in range(40) for view in range(4))).image_rand(196)
+    values = whole.flatten().sort().values
+    # Kolmogorov's distance of 31,360 uniform numbers is below 1.63 / sqrt(n) in 99 of 100 cases.
+    assert float((values - torch.linspace(0, 1, len(values))).abs().max()) < 1.63 / math.sqrt(len(values))
+    assert 0 <= float(values[0])
+    assert float(values[-1]) < 1
+    # Of 12,720 pairs of rows, correlations spread as those of independent numbers: by 1 / sqrt(196).
+    correlations = torch.corrcoef(whole)[torch.triu(torch.ones(160, 160), diagonal=1) > 0]
+    assert float(correlations.abs().max()) < 5 / math.sqrt(196)
+    assert float(correlations.std()) == pytest.approx(1 / math.sqrt(196), rel=0.05)
+    assert not torch.equal(image_batch((3, 0), seed=8).image_rand(196), image_batch((3, 0)).image_rand(196))
+
+
+def test_numbers_of_older_caches_stay() -> None:
+    """Written down: with others, every mask in a cache would be another than its name says."""
+    torch.testing.assert_close(image_batch((5, 1)).image_rand(3), torch.tensor([[0.3073984980583191, 0.8402047753334045, 0.6067515015602112]]), rtol=0, atol=0)
+
+
 # --- a step ----------------------------------------------------------------------------------------------------------
 
 
@@ -74,7 +108,8 @@ def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, optimizer: Ca
     stepper = Stepper(loss, network, built, nn.Identity(), Plan(5, 2, 1, 3, 0.1, 0), clip_grad=1.0, seed=0)
 
     def take(scale: float) -> tuple[list[float], list[Tensor]]:
-        batches = [Batch(torch.randn(5, 3, 2, 2) * factor, torch.zeros(5, dtype=torch.int64), (), ("",) * 5) for factor in (1, scale)]
+        zeros = torch.zeros(5, dtype=torch.int64)
+        batches = [Batch(torch.randn(5, 3, 2, 2) * factor, zeros, (), ("",) * 5, zeros, zeros) for factor in (1, scale)]
         numbers = stepper.take(batches, 0, 0.1, lambda: (3.0,))
         assert (numbers.names, numbers.num_flags) == (("size", "loss"), 1)
         state = [value for state in built.state.values() for value in state.values() if isinstance(value, Tensor)]

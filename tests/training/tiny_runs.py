@@ -86,6 +86,13 @@ def start_command(arguments: list[str], *, kill_at: int | None = None) -> ForkSe
     return process
 
 
+def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerProcess:
+    """Call a module's function in a process of its own."""
+    process = _CONTEXT.Process(target=function, args=arguments)
+    process.start()
+    return process
+
+
 def run_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
     """Call a module's function in some processes that train together, as torchrun starts them; returns their exit codes."""
     with socket.socket() as free:

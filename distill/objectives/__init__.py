@@ -1,0 +1,1 @@
+"""What a student can be asked to match, one objective a file."""

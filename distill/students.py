@@ -1,0 +1,46 @@
+"""The student's shape: a preset, or one of your own."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from mae_deploy.config import from_dict
+from mae_deploy.distill.config import DistillConfig
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.progress import notice
+
+HEAD_DIM = 64
+"""The head width of the ViT family, which TensorRT fuses into one kernel in INT8."""
+
+
+def student_encoder(config: DistillConfig, *, image_size: tuple[int, int], in_chans: int) -> EncoderConfig:
+    """The encoder that is asked for.
+
+    Args:
+        image_size: the teacher's, where none is asked for.
+
+    Raises:
+        ConfigError: there is no such encoder.
+    """
+    patch = {"patch_size": config.patch_size} if config.patch_size is not None else {}
+    given = {"name": config.student, "image_size": config.image_size or image_size, "in_chans": in_chans, **patch}
+    encoder, shape = from_dict(EncoderConfig, given), config.shape
+    asked = (shape.student_width or encoder.width, shape.student_depth or encoder.blocks, shape.student_heads or _heads(encoder, shape.student_width))
+    if asked != (encoder.width, encoder.blocks, encoder.heads):
+        width, depth, heads = asked
+        encoder = replace(encoder, name=f"vit_{width}x{depth}_heads{heads}_patch{encoder.patch}", embed_dim=width, depth=depth, num_heads=heads)
+    if encoder.width != encoder.heads * HEAD_DIM:
+        notice(f"heads of {encoder.width // encoder.heads}:", f"TensorRT fuses attention in INT8 for heads of {HEAD_DIM}, such as {_nearest(encoder)}")
+    return encoder
+
+
+def _heads(encoder: EncoderConfig, width: int | None) -> int:
+    """Those of the model; of another width one for every 64, or as nearly as the width can be divided."""
+    if width is None or width == encoder.width:
+        return encoder.heads
+    return min((heads for heads in range(1, width + 1) if width % heads == 0), key=lambda heads: (abs(width / heads - HEAD_DIM), heads))
+
+
+def _nearest(encoder: EncoderConfig) -> str:
+    heads = max(1, round(encoder.width / HEAD_DIM))
+    return f"--student-width {heads * HEAD_DIM} --student-heads {heads}"

@@ -1,0 +1,194 @@
+"""Exported bundles as teachers, on ONNX Runtime, OpenVINO or TensorRT; where blocks are tapped, only the graph's part up to them is run."""
+
+from __future__ import annotations
+
+import importlib.util
+import tempfile
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mae_deploy.checkpoint import Kind
+from mae_deploy.config import from_dict
+from mae_deploy.distill.config import TeacherConfig
+from mae_deploy.distill.teachers.answers import answers_for
+from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, unlike_grid
+from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
+from mae_deploy.distill.teachers.images import TeacherImages
+from mae_deploy.errors import ConfigError
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.masking import Masking
+from mae_deploy.models.taps import Tap, Taps
+from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.inputs import token_batch
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
+from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
+from mae_deploy.runtime.tensorrt_options import batch_that_fits
+from mae_deploy.training.step import StepBatch
+
+_HINTS = {
+    "tokens": "export it again: this bundle does not say what its blocks' tensors are called",
+    "qkv": "give the checkpoint itself: --teacher RUN",
+    "decoder": "give the checkpoint itself: --teacher RUN",
+    "latent": "export with --outputs cls,tokens; a mean-pooled classifier has neither",
+    "cls": "export with --outputs cls; a mean-pooled classifier has none",
+    "pooled": "export with --outputs pooled",
+    "logits": "export a fine-tuned checkpoint, with --outputs logits",
+    "pixels": "export a pretraining run with --tokens reconstruct",
+}
+
+
+class BundleTeacher:
+    """A bundle, run by an engine; see `Teacher`."""
+
+    def __init__(self, path: Path, settings: TeacherConfig) -> None:
+        if settings.teacher_engine == "torch":
+            raise ConfigError(f"--teacher-engine torch runs checkpoints, and {path} is a bundle", hint="pass --teacher-engine auto, onnx, openvino or trt")
+        self.bundle = bundle = Bundle.load(path)
+        manifest = bundle.manifest
+        shape = from_dict(EncoderConfig, {name: value for name, value in manifest["model"].items() if name in EncoderConfig.__dataclass_fields__})
+        self.encoder_config: EncoderConfig | None = shape
+        self.depth, self.width, self.num_heads = shape.blocks, shape.width, shape.heads
+        self.decoder_depth = self.decoder_width = 0
+        self.class_names = tuple(bundle.class_names) if bundle.class_names is not None else None
+        outputs = {entry["name"]: entry["shape"] for entry in manifest["graph"]["outputs"]}
+        self.num_classes = int(outputs["logits"][1]) if "logits" in outputs else None
+        self.kind: Kind = manifest["kind"]
+        self.licence = bundle.licence
+        self.record: dict[str, Any] = {"bundle": str(path), "precision": bundle.precision, **manifest["provenance"]}
+        self.preprocess = bundle.preprocess
+        self.needs_whole: str | None = None
+        self.settings = settings
+        self._shape = shape
+        self._offered = _kinds_of(bundle)
+
+    @property
+    def key(self) -> str:
+        """See `Teacher`."""
+        engine = self.engine
+        files = {name: entry["sha256"] for name, entry in self.bundle.manifest["files"].items() if ".onnx" in name}
+        return key_of(files, self._answers, engine.name, engine.version, engine.device, engine.precision)
+
+    def watch(self, wanted: Collection[Tap], *, student: EncoderConfig, spec: Preprocess) -> None:
+        """See `Teacher`."""
+        check_offered(wanted, kinds=self._offered, depth=self.depth, hints=_HINTS)
+        config, bundle = self._shape, self.bundle
+        self.wanted = tuple(sorted(wanted))
+        self.found, self.asked = config.grid_size, student.grid_size
+        unlike, spatial = unlike_grid(self.found, self.asked), any(tap.kind in SPATIAL_KINDS for tap in wanted)
+        if spatial and config.band_groups is not None:
+            raise ConfigError("the teacher has groups of bands, and so several tokens at each place", hint="distil its logits")
+        if spatial and unlike is not None and (self.settings.teacher_grid == "resize" or Tap("pixels") in wanted):
+            size = ",".join(str(side * config.patch) for side in student.grid_size)
+            raise ConfigError(f"the bundle's graph has one size: {unlike}", hint=f"export it with --image-size {size}, or pass --teacher-grid interpolate")
+        self.needs_whole = "its graph takes every patch; export it with --tokens visible" if bundle.token_mode == "full" else unlike
+        self._images = TeacherImages(spec, self.preprocess, config.image_size)
+        self._answers = [self.wanted, self.asked, spec.mean, spec.std, spec.divisor]
+
+    def to(self, device: torch.device) -> None:
+        """See `Teacher`."""
+        name = _engine_for(self.bundle, self.settings.teacher_engine, device)
+        options = EngineOptions(device=_device_for(name, device), threads=torch.get_num_threads() if device.type == "cpu" else None)
+        if any(tap.kind == "tokens" for tap in self.wanted):
+            self._names = {name: output_of(name) for tap in self.wanted for name in self._tensors(tap)}
+            with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+                graph = write_prefix(self.bundle.graph(), list(self._names), Path(folder))
+                self.engine: Engine = _open(self.bundle, graph, name, options)
+        else:
+            self._names = {name: name for tap in self.wanted for name in self._tensors(tap)}
+            self.engine = load_engine(self.bundle, name, options)
+
+    @torch.no_grad()
+    def __call__(self, batch: StepBatch, masking: Masking | None, *, whole: bool) -> Taps:
+        """See `Teacher`."""
+        images = self._images(batch.images.cpu())
+        kept = masking.ids_keep.cpu().numpy() if masking is not None and not whole else None
+        inputs = {IMAGES: self._as_graph_takes(images), **token_batch(self.bundle, kept, None, len(images))}
+        found = self._outputs(inputs, None if kept is None else kept.shape[1])
+        taps = {tap: self._read(tap, found).to(batch.images.device) for tap in self.wanted}
+        return answers_for(taps, masking.ids_keep if masking is not None and whole else None, found=self.found, asked=self.asked)
+
+    def _tensors(self, tap: Tap) -> tuple[str, ...]:
+        """The graph's tensors that a tap is read from."""
+        if tap.kind == "tokens":
+            return (self.bundle.blocks[tap.block - 1],)
+        return ("cls", "tokens") if tap.kind == "latent" else (tap.kind,)
+
+    def _read(self, tap: Tap, found: Mapping[str, Tensor]) -> Tensor:
+        values = [found[name] for name in self._tensors(tap)]
+        return torch.cat([values[0].unsqueeze(1), values[1]], dim=1) if tap.kind == "latent" else values[0]
+
+    def _as_graph_takes(self, images: Tensor) -> Array:
+        """Normalised `(B, C, H, W)` in the graph's own type; where it normalises, the pixels that they were, `(B, H, W, C)`."""
+        if self.bundle.image_dtype != "uint8":
+            return images.numpy().astype(self.bundle.image_dtype, copy=False)
+        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
+        pixels = ((images * std + mean) * self.preprocess.divisor).round().clamp(0, 255)
+        return np.ascontiguousarray(pixels.byte().permute(0, 2, 3, 1).numpy())
+
+    def _outputs(self, inputs: Mapping[str, Array], kept: int | None) -> dict[str, Tensor]:
+        """The graph's tensors of any number of images: as many at a time as it takes, the last ones filled up."""
+        engine = self.engine
+        total = len(inputs[IMAGES])
+        keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+        batch = self.bundle.fixed_batch or (batch_that_fits(engine.sizes, total, keep) if engine.sizes else None) or total
+        chunks = []
+        for start in range(0, total, batch):
+            fits = start + batch <= total
+            rows = slice(start, start + batch) if fits else np.minimum(np.arange(start, start + batch), total - 1)
+            chunks.append(engine.run({name: array[rows] for name, array in inputs.items()}, tuple(self._names.values())))
+        return {name: self._joined(name, [chunk[output] for chunk in chunks], batch, kept)[:total] for name, output in self._names.items()}
+
+    def _joined(self, name: str, parts: Sequence[Array], batch: int, kept: int | None) -> Tensor:
+        """The chunks of one tensor; tokens of blocks may be rows of all images, and of ragged graphs end in padding."""
+        arrays = [part.reshape(batch, -1, self.width) if name in self.bundle.blocks else part for part in parts]
+        joined = torch.from_numpy(np.concatenate(arrays).astype(np.float32, copy=False))
+        if kept is None or joined.ndim < 3 or name == "pixels":
+            return joined
+        return joined[:, : kept + (name in self.bundle.blocks)]
+
+
+def _kinds_of(bundle: Bundle) -> tuple[str, ...]:
+    """What the graph gives."""
+    names = bundle.output_names
+    latent = ("latent",) if {"cls", "tokens"} <= set(names) else ()
+    return (*(("tokens",) if bundle.blocks else ()), *latent, *(name for name in ("cls", "pooled", "logits", "pixels") if name in names))
+
+
+def _engine_for(bundle: Bundle, asked: str, device: torch.device) -> str:
+    """The engine's name: auto is that on which the bundle was proven, where this machine has it."""
+    if asked != "auto":
+        return ALIASES.get(asked, asked)
+    proven: str = bundle.manifest["engine"]
+    if proven == TENSORRT:
+        return TENSORRT if device.type == "cuda" and importlib.util.find_spec(TENSORRT) is not None else DEFAULT
+    return proven if device.type == "cpu" and importlib.util.find_spec(proven) is not None else DEFAULT
+
+
+def _device_for(engine: str, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu" if engine != TENSORRT else "cuda"
+    return f"cuda:{device.index or 0}" if engine == TENSORRT else "auto"
+
+
+def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> Engine:
+    """A part of the bundle's graph on an engine; TensorRT builds a plan of it, which is not kept."""
+    if engine != TENSORRT:
+        return open_graph(graph, engine, options, precision=bundle.arithmetic)
+    from mae_deploy.runtime.tensorrt_build import build_plan
+    from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+
+    manifest = bundle.manifest
+    sizes = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
+    built = build_plan(graph, precision=bundle.precision, typing=manifest["typing"], profiles=[sizes])
+    plan = graph.with_suffix(".plan")
+    plan.write_bytes(built.content)
+    loaded = TensorRtEngine(plan, options, precision=bundle.precision)
+    loaded.sizes = [manifest["profile"]]
+    return loaded

@@ -1,0 +1,78 @@
+"""What teachers that PyTorch runs have in common: images in, precision, compilation, answers out."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Collection
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mae_deploy.distill.config import TeacherConfig
+from mae_deploy.distill.teachers.answers import answers_for
+from mae_deploy.distill.teachers.arithmetic import resolve_precision, set_precision
+from mae_deploy.distill.teachers.base import key_of, unlike_grid
+from mae_deploy.distill.teachers.images import TeacherImages
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.masking import Masking
+from mae_deploy.models.taps import Tap, Taps
+from mae_deploy.preprocess import Preprocess
+from mae_deploy.training.step import StepBatch
+
+
+class TorchTeacher(ABC):
+    """A teacher that is a PyTorch module; see `Teacher`."""
+
+    preprocess: Preprocess
+    record: dict[str, Any]
+    needs_whole: str | None = None
+    sees_all: bool = False
+    """Whether it gives rows of all patches, even where it is shown some of them."""
+
+    def __init__(self, settings: TeacherConfig) -> None:
+        self.settings = settings
+        self.arithmetic: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self._answers: list[Any] = []
+
+    @property
+    def key(self) -> str:
+        """See `Teacher`."""
+        return key_of(self.record.get("timm"), self.record.get("sha256") or self.record.get("source_sha256"), *self._answers)
+
+    def prepare(
+        self, model: nn.Module, wanted: Collection[Tap], *, student: EncoderConfig, spec: Preprocess, grid_size: tuple[int, int], image_size: tuple[int, int]
+    ) -> None:
+        """Take the network that is left of the teacher, for `watch` to end with.
+
+        Args:
+            grid_size: of the patches that it sees.
+            image_size: at which it sees them.
+        """
+        self.model = model
+        self.wanted = tuple(sorted(wanted))
+        self.found, self.asked = grid_size, student.grid_size
+        self.needs_whole = self.needs_whole or unlike_grid(self.found, self.asked)
+        self._images = TeacherImages(spec, self.preprocess, image_size)
+        self._answers = [self.wanted, image_size, self.asked, spec.mean, spec.std, spec.divisor]
+        self._run = torch.compile(self.forward) if self.settings.teacher_compile else self.forward
+
+    def to(self, device: torch.device) -> None:
+        """See `Teacher`."""
+        self._images.to(device)
+        self.arithmetic = set_precision(self.model, self.settings.teacher_precision, device)
+        self._answers.append(resolve_precision(self.settings.teacher_precision, device))
+        self.model.to(device)
+
+    @torch.no_grad()
+    def __call__(self, batch: StepBatch, masking: Masking | None, *, whole: bool) -> Taps:
+        """See `Teacher`."""
+        with self.arithmetic():
+            found = self._run(self._images(batch.images), None if whole else masking)
+        picked = masking.ids_keep if masking is not None and (whole or self.sees_all) else None
+        return answers_for(dict(zip(self.wanted, found, strict=True)), picked, found=self.found, asked=self.asked)
+
+    @abstractmethod
+    def forward(self, images: Tensor, masking: Masking | None) -> tuple[Tensor, ...]:
+        """The taps in the order of `wanted`, as the network gives them."""

@@ -1,0 +1,53 @@
+"""Weights over a run: straight lines between points, constant before the first and after the last."""
+
+from __future__ import annotations
+
+import pytest
+
+from mae_deploy.config import from_dict
+from mae_deploy.distill.config import DecoderFeatureConfig, FeatureConfig, PooledConfig, RelationConfig, block_pairs
+from mae_deploy.distill.schedule import Weight
+from mae_deploy.errors import ConfigError
+
+
+def test_a_weight_without_a_schedule_stays() -> None:
+    assert [Weight(0.3).at(done) for done in (0.0, 0.5, 1.0)] == [0.3, 0.3, 0.3]
+
+
+def test_straight_lines_between_points() -> None:
+    weight = Weight(2.0, ((0.25, 1.0), (0.5, 3.0), (0.75, 0.0)))
+    assert [weight.at(done) for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)] == [2, 2, 4, 6, 3, 0, 0]
+
+
+def test_schedules_come_from_recipes() -> None:
+    config = from_dict(FeatureConfig, {"pixel_schedule": [[0, 1], [0.5, 0]]})
+    assert config.pixel_schedule == ((0, 1), (0.5, 0))
+
+
+@pytest.mark.parametrize("points", [[], [[0.5, 1], [0.5, 2]], [[0.5, 1], [0.2, 1]], [[-0.1, 1]], [[0, 1], [1.1, 1]], [[0, -1]]])
+def test_what_is_no_schedule(points: list[list[float]]) -> None:
+    with pytest.raises(ConfigError, match=r"relation_schedule .* is no schedule"):
+        from_dict(RelationConfig, {"relation_schedule": points})
+
+
+def test_pairs_of_blocks() -> None:
+    assert block_pairs(None, "--feature-blocks") is None
+    assert from_dict(FeatureConfig, {"feature_blocks": "9:24, 12:32"}).feature_blocks == ("9:24", "12:32")
+    assert block_pairs(("9:24", "12:32"), "--feature-blocks") == ((9, 24), (12, 32))
+
+
+@pytest.mark.parametrize("written", [("9",), ("9:",), (":9",), ("a:b",), ("9:-1",), ("9:8:7",), (), ("1:2", "1:2")])
+def test_what_are_no_pairs(written: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError, match="--relation-blocks"):
+        RelationConfig(relation_blocks=written)
+
+
+def test_settings_that_contradict_each_other() -> None:
+    with pytest.raises(ConfigError, match="--feature-blocks takes the place of"):
+        FeatureConfig(feature_blocks=("1:2",), teacher_block=3)
+    with pytest.raises(ConfigError, match="--decoder-blocks is one pair"):
+        DecoderFeatureConfig(decoder_blocks=("1:2", "2:3"))
+    with pytest.raises(ConfigError, match=r"--cls-weight -1\.0 cannot be negative"):
+        PooledConfig(cls_weight=-1.0)
+    with pytest.raises(ConfigError, match="--relations names none"):
+        RelationConfig(relations=())
