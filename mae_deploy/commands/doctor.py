@@ -39,6 +39,8 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
     "import": ("train", ("torch", "timm", "safetensors")),
     "export-weights": ("train", ("torch", "timm", "safetensors")),
     "export": ("train", ("torch", "timm", "safetensors", "onnx", "onnxruntime")),
+    "report": ("train", ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxruntime")),
+    "report --engine openvino": ("train,openvino", ("torch", "torchvision", "timm", "safetensors", "onnx", "openvino")),
     "quickstart": ("train", (*_TRAIN, "onnx", "onnxruntime", "sklearn")),
     "verify": ("", ("onnxruntime",)),
     "predict": ("", ("onnxruntime",)),

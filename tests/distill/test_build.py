@@ -110,7 +110,12 @@ def test_three_quarters_up_unless_told() -> None:
         ("feature", {"features": FeatureConfig(student_block=1, teacher_block=8)}, [Tap("tokens", 1)], [Tap("tokens", 8)]),
         ("feature", {"features": FeatureConfig(feature_blocks=("2:4", "4:8"))}, [Tap("tokens", 2), Tap("tokens", 4)], [Tap("tokens", 4), Tap("tokens", 8)]),
         ("relation", {}, [Tap("qkv", 4)], [Tap("qkv", 6)]),
-        ("feature", {"features": FeatureConfig(feature_blocks=("2:4", "last:last"))}, [Tap("tokens", 2), Tap("tokens", 4)], [Tap("tokens", 4), Tap("tokens", 8)]),
+        (
+            "feature",
+            {"features": FeatureConfig(feature_blocks=("2:4", "last:last"))},
+            [Tap("tokens", 2), Tap("tokens", 4)],
+            [Tap("tokens", 4), Tap("tokens", 8)],
+        ),
         ("relation", {"relation": RelationConfig(relation_blocks=("1:2",))}, [Tap("qkv", 1)], [Tap("qkv", 2)]),
         ("attention", {}, [Tap("qkv", 4)], [Tap("qkv", 8)]),
         ("decoder_feature", {}, [Tap("decoder", 2)], [Tap("decoder", 4)]),
