@@ -75,8 +75,13 @@ def build_objectives(
         quantizer: what sees the inputs of the student's Linears, where outliers have a weight.
 
     Raises:
-        ConfigError: a block that student or teacher has not, widths that need a projector, or a teacher without logits.
+        ConfigError: a block that student or teacher has not, widths that need a projector, a teacher without blocks or without logits.
     """
+    for name in ("feature", "relation", "attention"):
+        if name in weights and teacher.depth == 0:
+            raise ConfigError(
+                f"--{name}-weight compares blocks, and the teacher is no ViT", hint=f"pass --{name}-weight 0, and match --pooled-weight or logits"
+            )
     objectives = {name: _BUILDERS[name](config, student, teacher) for name in weights if name != "outlier"}
     return objectives if quantizer is None or "outlier" not in weights else objectives | {"outlier": Outliers(quantizer.penalty)}
 

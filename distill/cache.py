@@ -155,7 +155,7 @@ def open_cache(
         main: this process says how large the cache is.
 
     Raises:
-        ConfigError: the disk has no room for it, or the teacher sees patches that each step draws anew.
+        ConfigError: its folder cannot be written, the disk has no room for it, or the teacher sees patches that each step draws anew.
     """
     if settings.teacher_cache is None:
         raise ValueError("there is no folder for a cache")
@@ -181,9 +181,12 @@ def open_cache(
         example = _example(dataset.transform.spec, device)
         taps = teacher(example, masks(example) if masked else None, whole=whole)
         parts = tuple(Part(tap, tuple(taps[tap].shape[1:])) for tap in sorted(taps))
-    store = RowStore(folder, 2 * sum(part.numel for part in parts))
-    _check_room(store, settings.teacher_cache, len(dataset) * settings.fixed_views, main=main)
-    write_json(folder / _INDEX, {"of": of, "taps": [{"kind": part.tap.kind, "block": part.tap.block, "shape": list(part.shape)} for part in parts]})
+    try:
+        store = RowStore(folder, 2 * sum(part.numel for part in parts))
+        _check_room(store, settings.teacher_cache, len(dataset) * settings.fixed_views, main=main)
+        write_json(folder / _INDEX, {"of": of, "taps": [{"kind": part.tap.kind, "block": part.tap.block, "shape": list(part.shape)} for part in parts]})
+    except OSError as error:
+        raise ConfigError(f"--teacher-cache {settings.teacher_cache}: {error}", hint="give a folder that can be written") from error
     return CachedTeacher(teacher, store, parts, num_images=len(dataset), device=device, masked=masked, main=main)
 
 

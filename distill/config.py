@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -161,8 +162,8 @@ class LogitsConfig:
 
     def __post_init__(self) -> None:
         check_weights(self)
-        if self.temperature <= 0:
-            raise ConfigError(f"--temperature {self.temperature} must be above 0")
+        if not 0 < self.temperature < math.inf:
+            raise ConfigError(f"--temperature {self.temperature} must be above 0, and finite")
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
         if not 0 <= self.drop_path < 1:
@@ -237,14 +238,15 @@ class EdgeConfig:
     def __post_init__(self) -> None:
         check_weights(self)
         for name, allowed, limits in (
-            ("quantize_from", 0 <= self.quantize_from < 1, "at least 0 and below 1"),
-            ("ranges_observed", self.ranges_observed >= 1, "at least 1"),
-            ("ranges_until", 0 <= self.ranges_until <= 1, "within 0 and 1"),
-            ("smooth_alpha", 0 <= self.smooth_alpha <= 1, "within 0 and 1"),
-            ("calib_percentile", 50 <= self.calib_percentile <= 100, "within 50 and 100"),
+            ("--quantize-from", 0 <= self.quantize_from < 1, "at least 0 and below 1"),
+            ("edge.ranges_observed", self.ranges_observed >= 1, "at least 1"),
+            ("edge.ranges_until", 0 <= self.ranges_until <= 1, "within 0 and 1"),
+            ("edge.smooth_alpha", 0 <= self.smooth_alpha <= 1, "within 0 and 1"),
+            ("edge.calib_percentile", 50 <= self.calib_percentile <= 100, "within 50 and 100"),
         ):
             if not allowed:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name):g} must be {limits}")
+                value = getattr(self, name.removeprefix("--").removeprefix("edge.").replace("-", "_"))
+                raise ConfigError(f"{name} {value:g} must be {limits}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -341,18 +343,19 @@ def _block(written: str) -> int:
 
 
 def check_weights(config: Any) -> None:
-    """Whether weights and the factors of their schedules are at least 0, and schedules run from the start to the end.
+    """Whether weights and the factors of their schedules are finite and at least 0, and schedules run from the start to the end.
 
     Raises:
         ConfigError: names the setting.
     """
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name.endswith("_weight") and value is not None and value < 0:
-            raise ConfigError(f"--{field.name.replace('_', '-')} {value} cannot be negative")
+        if field.name.endswith("_weight") and value is not None and not 0 <= value < math.inf:
+            raise ConfigError(f"--{field.name.replace('_', '-')} {value} cannot be negative or infinite")
         if field.name.endswith("_schedule") and value is not None:
             shares = [share for share, _ in value]
-            if not shares or shares != sorted(set(shares)) or not 0 <= shares[0] <= shares[-1] <= 1 or min(factor for _, factor in value) < 0:
+            rising = bool(shares) and shares == sorted(set(shares)) and 0 <= shares[0] <= shares[-1] <= 1
+            if not rising or not all(0 <= factor < math.inf for _, factor in value):
                 raise ConfigError(
                     f"{field.name} {[list(point) for point in value]} is no schedule",
                     hint="write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1], [0.5, 1], [1, 0]]",

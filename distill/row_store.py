@@ -40,8 +40,11 @@ class RowStore:
 
     def read(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
         """Read rows `(n, bytes)`, in place; returns `(n,)`: which of them are there. Of the others, the content is anything."""
-        for shard in np.unique(numbers // self._per_shard):
-            self._file(int(shard))
+        try:
+            for shard in np.unique(numbers // self._per_shard):
+                self._file(int(shard))
+        except OSError:  # `write` says why
+            return np.zeros(len(numbers), dtype=bool)
 
         def read_some(places: npt.NDArray[np.intp]) -> list[bool]:
             return [self._read_row(int(numbers[place]), rows[place].data) for place in places]

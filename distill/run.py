@@ -72,6 +72,8 @@ def run(config: DistillConfig) -> dict[str, Any]:
     init = read_start(config)
     masks = Masks(config, kind, encoder)
     weights = objective_weights(config, kind, masked=masks.always)
+    if kind == "features" and config.logits.unlabelled is not None:
+        raise ConfigError("--unlabelled is for runs on logits; a run on features needs no labels in DATA either", hint="put all images below DATA")
     data = _unlabelled(config) if kind == "features" else _labelled(config, teacher)
     model = _distiller(config, encoder, data, init, teacher, weights)
     whole = kind == "logits" or config.teaching.teacher_view == "whole"
@@ -172,15 +174,21 @@ def _layer_decay_groups(model: Distiller, config: DistillConfig) -> list[ParamGr
 
 
 def _evaluation(config: DistillConfig, val: ImageSource, spec: Preprocess, masks: Masks) -> Callable[[Accelerator, Any], dict[str, float]]:
-    """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated without rounding too."""
+    """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated without rounding too.
+
+    Until a student is rounded that will be, it has no `top1`: no checkpoint is the best that never was rounded.
+    """
     batch_size, workers = config.optim.batch_size, config.images.num_workers
     evaluator = Evaluator(val, eval_transform(spec), spec, batch_size=batch_size, num_workers=workers, kept=masks.kept)
 
     def evaluate(accelerator: Accelerator, model: Any) -> dict[str, float]:
         found, quantizer = evaluator(accelerator, model.student), model.quantizer
-        if quantizer is not None and quantizer.rounds:
-            with quantizer.plain():
-                found["top1_fp32"] = evaluator(accelerator, model.student)["top1"]
+        if quantizer is None or quantizer.kind == "none":
+            return found
+        if not quantizer.rounds:
+            return {"top1_fp32" if name == "top1" else name: value for name, value in found.items()}
+        with quantizer.plain():
+            found["top1_fp32"] = evaluator(accelerator, model.student)["top1"]
         return found
 
     return evaluate

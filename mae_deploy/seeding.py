@@ -23,14 +23,18 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     Raises:
         ConfigError: the seed is negative.
     """
-    if seed < 0:
-        raise ConfigError(f"--seed {seed} must be at least 0")
+    _check(seed)
     entropy = np.random.SeedSequence([seed, zlib.crc32(purpose.encode()), *counters])
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def random_patches(num_patches: int, num_keep: int, items: Iterable[int], seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Random `ids_keep (B, K)`, int64: an image's patches depend on the seed and its number alone, and those for a smaller K are among those for a larger."""
+    """Random `ids_keep (B, K)`, int64: an image's patches depend on the seed and its number alone, and those for a smaller K are among those for a larger.
+
+    Raises:
+        ConfigError: the seed is negative.
+    """
+    _check(seed)
     return np.stack([np.random.default_rng((seed, item)).permutation(num_patches)[:num_keep] for item in items])
 
 
@@ -58,6 +62,11 @@ def seed_everything(seed: int) -> None:
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():
         torch.cuda.manual_seed_all(seed)
+
+
+def _check(seed: int) -> None:
+    if seed < 0:
+        raise ConfigError(f"--seed {seed} must be at least 0")
 
 
 def _mix(bits: npt.NDArray[Any]) -> npt.NDArray[Any]:

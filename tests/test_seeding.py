@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.seeding import derive_seed, random_patches, seed_everything
 
 
 def test_seeds_of_older_runs_stay() -> None:
@@ -36,8 +36,9 @@ def test_every_argument_counts() -> None:
 
 
 def test_a_negative_seed_is_refused() -> None:
-    with pytest.raises(ConfigError, match="--seed -1 must be at least 0"):
-        derive_seed(-1, "weights")
+    for draw in (lambda: derive_seed(-1, "weights"), lambda: random_patches(9, 3, range(2), -1)):
+        with pytest.raises(ConfigError, match="--seed -1 must be at least 0"):
+            draw()
 
 
 @pytest.mark.parametrize("seed", [0, 7, 2**63 - 1])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.checkpoint import Kind
-from mae_deploy.config import from_dict
+from mae_deploy.config import from_dict, to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, unlike_grid
@@ -50,6 +50,8 @@ class BundleTeacher:
     def __init__(self, path: Path, settings: TeacherConfig) -> None:
         if settings.teacher_engine == "torch":
             raise ConfigError(f"--teacher-engine torch runs checkpoints, and {path} is a bundle", hint="pass --teacher-engine auto, onnx, openvino or trt")
+        if settings.teacher_compile or settings.teacher_precision != "auto":
+            raise ConfigError(f"--teacher-compile and --teacher-precision are for PyTorch, and {path} is a bundle", hint="its precision is that of its export")
         self.bundle = bundle = Bundle.load(path)
         manifest = bundle.manifest
         shape = from_dict(EncoderConfig, {name: value for name, value in manifest["model"].items() if name in EncoderConfig.__dataclass_fields__})
@@ -89,7 +91,7 @@ class BundleTeacher:
             raise ConfigError(f"the bundle's graph has one size: {unlike}", hint=f"export it with --image-size {size}, or pass --teacher-grid interpolate")
         self.needs_whole = "its graph takes every patch; export it with --tokens visible" if bundle.token_mode == "full" else unlike
         self._images = TeacherImages(spec, self.preprocess, config.image_size)
-        self._answers = [self.wanted, self.asked, spec.mean, spec.std, spec.divisor]
+        self._answers = [self.wanted, self.asked, to_dict(spec), to_dict(self.preprocess)]
 
     def to(self, device: torch.device) -> None:
         """See `Teacher`."""

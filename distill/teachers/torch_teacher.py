@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.arithmetic import resolve_precision, set_precision
@@ -26,6 +27,7 @@ class TorchTeacher(ABC):
     """A teacher that is a PyTorch module; see `Teacher`."""
 
     preprocess: Preprocess
+    encoder_config: EncoderConfig | None
     record: dict[str, Any]
     needs_whole: str | None = None
     sees_all: bool = False
@@ -55,7 +57,7 @@ class TorchTeacher(ABC):
         self.found, self.asked = grid_size, student.grid_size
         self.needs_whole = self.needs_whole or unlike_grid(self.found, self.asked)
         self._images = TeacherImages(spec, self.preprocess, image_size)
-        self._answers = [self.wanted, image_size, self.asked, spec.mean, spec.std, spec.divisor]
+        self._answers = [self.wanted, image_size, self.asked, *(to_dict(known) for known in (spec, self.preprocess, self.encoder_config) if known)]
         self._run = torch.compile(self.forward) if self.settings.teacher_compile else self.forward
 
     def to(self, device: torch.device) -> None:

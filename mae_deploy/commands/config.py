@@ -281,6 +281,8 @@ def check_shares(keep_ratio: tuple[float, ...] | None) -> None:
     Raises:
         ConfigError: names the one that is not.
     """
+    if keep_ratio == ():
+        raise ConfigError("--keep-ratio names no share", hint="such as 1,0.5,0.25")
     for ratio in keep_ratio or ():
         if not 0 < ratio <= 1:
             raise ConfigError(f"--keep-ratio {ratio:g} must be above 0 and at most 1")

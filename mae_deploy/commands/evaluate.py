@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -37,9 +38,8 @@ class Classifier(Protocol):
     description: str
     num_classes: int
     class_names: tuple[str, ...] | None
-    unreadable: list[str]
-
     num_patches: int
+    unreadable: list[str]
 
     def logits(self, images: ImageSource, keeps: Sequence[int | None]) -> Iterator[tuple[list[Array], Array]]:
         """`(B, classes)` with each number of patches (None: all), and labels `(B,)`, for the images that can be read."""
@@ -123,9 +123,7 @@ class _Bundle:
 
     def logits(self, images: ImageSource, keeps: Sequence[int | None]) -> Iterator[tuple[list[Array], Array]]:
         """Images are read by a few threads, cropped as the bundle says, and run in batches."""
-        mode = self._backbone.bundle.token_mode
-        if mode == "full" and any(keep is not None for keep in keeps):
-            raise ConfigError("--keep-ratio below 1, but this bundle's graph takes whole images", hint="export with --tokens visible")
+        self._check(keeps)
         labels, numbers = np.asarray(images.labels), itertools.count()
         with self._backbone as backbone, ThreadPoolExecutor() as pool, progress("eval", len(images)) as bar:
             for first in range(0, len(images), self._batch_size):
@@ -141,6 +139,18 @@ class _Bundle:
                     found = [backbone.run_cropped(pixels, ids_keep, outputs=[_LOGITS])[_LOGITS].astype(np.float32) for ids_keep in ids]
                     yield found, labels[[index for index, _ in kept]]
                 bar.advance(len(indices))
+
+    def _check(self, keeps: Sequence[int | None]) -> None:
+        """Whether the graph takes these numbers of patches."""
+        bundle, N = self._backbone.bundle, self.num_patches
+        least, most = bundle.keep_range
+        if all(least <= (keep or N) <= most for keep in keeps):
+            return
+        if bundle.token_mode == "full":
+            raise ConfigError("--keep-ratio below 1, but this bundle's graph takes whole images", hint="export with --tokens visible")
+        taken = f"{most}" if least == most else f"{least} to {most}"
+        share = math.ceil(10_000 * most / N) / 10_000  # of which `keep_count` makes no less
+        raise ConfigError(f"this bundle's graph takes {taken} of {N} patches", hint=f"give a share that it takes, such as --keep-ratio {share:g}")
 
     def _read(self, images: ImageSource, index: int) -> Array | str:
         preprocess = self._backbone.preprocess

@@ -17,7 +17,7 @@ from mae_deploy import __version__
 from mae_deploy.commands.benchmark_report import describe_machine
 from mae_deploy.commands.benchmark_rows import Loaded, Row, bundle_subject
 from mae_deploy.commands.report_config import ReportConfig
-from mae_deploy.commands.report_student import Student, linears_in_int8
+from mae_deploy.commands.report_student import Student, drop, linears_in_int8
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import write_json, write_text
 from mae_deploy.models.config import keep_count
@@ -150,7 +150,7 @@ def _rows(number: int, student: Student, timings: _Timings) -> list[dict[str, An
             int8 = timings[number, "int8", share]
             row |= {
                 "int8_top1": judged.top1[index],
-                "int8_drop": student.fp32.top1[index] - judged.top1[index],
+                "int8_drop": drop(student.fp32.top1[index], judged.top1[index]),
                 "int8_ms": 1000 * int8.median,
                 "int8_min_ms": 1000 * int8.percentile(0),
                 "int8_ratio": int8.ratio(fp32),

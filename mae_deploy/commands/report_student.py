@@ -13,6 +13,7 @@ from mae_deploy.commands import evaluate
 from mae_deploy.commands.config import EvalConfig
 from mae_deploy.commands.report_config import ReportConfig
 from mae_deploy.config import to_dict
+from mae_deploy.data.sources import ImageList
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.export import run as export
 from mae_deploy.export.config import ExportConfig, Int8Config
@@ -60,18 +61,23 @@ class Student:
         metadata = self.checkpoint.metadata
         if metadata.kind != "classifier":
             raise ConfigError(f"{run} is a {metadata.kind} without a head", hint="a report needs top-1: fine-tune it first")
-        self.shares = config.keep_ratio or _trained_shares(metadata.provenance.get("config", {}).get("keep_ratio"))
+        trained = metadata.provenance.get("config", {})
+        self.shares = config.keep_ratio or _trained_shares(trained.get("keep_ratio"))
         self.tokens = "full" if self.shares == (1.0,) else "visible"
+        self._learned = trained.get("edge", {}).get("quantize", "none")
+        images = evaluate.labelled_val(config.data, metadata.class_names)
+        self._samples = images.root if isinstance(images, ImageList) else None
+        self._exports = {part: self._export_config(part, int8) for part, int8 in _quantizations(config).items()}
         self._key = {
             "mae_deploy": __version__,
             "weights": sha256(self.checkpoint.path / WEIGHTS),
-            "data": evaluate.labelled_val(config.data, metadata.class_names).fingerprint(),
+            "data": images.fingerprint(),
             "engine": config.engine,
             "shares": list(self.shares),
             "int8": {name: value for name, value in to_dict(config.int8).items() if name != "max_latency"},
+            "calibration": str(self._exports[INT8].int8.calib_data),
             "seed": config.seed,
         }
-        self._exports = {part: self._export_config(part, int8) for part, int8 in _quantizations(config).items()}
         found = read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
         self._parts: dict[str, Any] = found if found.get("key") == self._key else {}
 
@@ -123,7 +129,7 @@ class Student:
         """The largest loss of top-1 of any share, in points."""
         if "top1" not in self._parts.get(part, {}):
             return math.inf
-        return max(fp32 - int8 for fp32, int8 in zip(self.fp32.top1, self._judged(part).top1, strict=True))
+        return max(map(drop, self.fp32.top1, self._judged(part).top1))
 
     def _do(self, part: str) -> None:
         if part not in self._parts:
@@ -154,24 +160,33 @@ class Student:
         return {"images": found["images"], "top1": [row["top1"] for row in found["keep_ratios"]]}
 
     def _export_config(self, part: str, int8: Int8Config) -> ExportConfig:
-        config, val = self.config, self.config.data / "val"
-        return ExportConfig(
+        config = self.config
+        export_config = ExportConfig(
             checkpoint=self.checkpoint.path,
             out=self.folder / part,
             engine=config.engine,
             tokens=self.tokens,
             precision="fp32" if part == FP32 else "int8",
             int8=int8,
-            samples=val if val.is_dir() else None,
+            samples=self._samples,
             threads=config.threads,
             seed=config.seed,
             device=config.device,
         )
+        if self._learned == export_config.policy == "dynamic" and config.int8.calib_data is None:  # it was smoothed by its weights alone
+            return replace(export_config, int8=replace(int8, calib_data=None))
+        return export_config
+
+
+def drop(fp32: float, int8: float) -> float:
+    """What INT8 loses of a top-1 in per cent, in points, without the last digits of the floating-point difference, on which no verdict may hang."""
+    return round(fp32 - int8, 9)
 
 
 def linears_in_int8(bundle: Bundle) -> str:
     """How many of the Linears are in INT8, such as '20 of 24'."""
-    record = bundle.manifest["quantization"] or {}
+    record = bundle.manifest["quantization"]
+    assert record is not None
     return f"{len(record['quantized'])} of {record['linears']}"
 
 
@@ -186,8 +201,18 @@ def _trained_shares(keep_ratio: Any) -> tuple[float, ...]:
 def _quantizations(config: ReportConfig) -> dict[str, Int8Config]:
     """What is tried, by its folder."""
     int8, train = config.int8, config.data / "train"
-    if int8.calib_data is None and train.is_dir() and len(find_images(train)) >= CALIBRATION_IMAGES:
+    if int8.calib_data is None and _calibrates(train):
         int8 = replace(int8, calib_data=train)
+    if int8.calib_data is not None and not _calibrates(int8.calib_data):
+        raise ConfigError(f"--calib-data {int8.calib_data} has not the {CALIBRATION_IMAGES} images that calibration needs")
     whole = replace(int8, min_sqnr=int8.min_sqnr or _LOOSE_SQNR, min_cosine=int8.min_cosine or _LOOSE_COSINE, max_drop=99.0, search=False)
     found = {FP32: Int8Config(), INT8: replace(whole, max_latency=_ANY_LATENCY)}
     return found | {MIX: replace(int8, max_latency=_ANY_LATENCY)} if int8.search else found
+
+
+def _calibrates(folder: Path) -> bool:
+    """Whether it has enough images, as files."""
+    try:
+        return len(find_images(folder)) >= CALIBRATION_IMAGES
+    except ConfigError:
+        return False

@@ -68,7 +68,7 @@ class Job:
     paper_warmup: float
     """Warm-up epochs of the paper's recipe for this stage."""
     evaluate: Callable[[Accelerator, nn.Module], Evaluation] | None = None
-    """Validation of the bare model; `top1` picks the best checkpoint."""
+    """Validation of the bare model; `top1` picks the best checkpoint, of those that have one."""
     epoch_end: Callable[[nn.Module, int, bool], None] | None = None
     """Called on the main process with the bare model, the number of finished epochs, and whether it is the last."""
     optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer] | None = None

@@ -240,7 +240,7 @@ class Runner:
         with self.checkpoints.shown(), self.network.whole() as bare:
             if evaluate is not None:
                 found = evaluate(self.accelerator, bare)
-                top1 = found["top1"]
+                top1 = found.get("top1")
                 if self.accelerator.is_main_process:
                     self.folder.append("eval.jsonl", {"step": self.state.step, "epoch": epochs, **found})
                     self.trackers.log({f"eval/{name}": value for name, value in found.items()}, self.state.step)

@@ -109,10 +109,24 @@ def test_shares_that_cannot_be_seen(exported: Path, labelled: Path, tmp_path: Pa
     for asked, message in (
         (["--keep-ratio", "0.5"], "this bundle's graph takes whole images"),
         (["--keep-ratio", "0"], "--keep-ratio 0 must be above 0"),
+        (["--keep-ratio", ""], "--keep-ratio names no share"),
         (["--keep-ratio", "1,0.5", "--confusion", str(tmp_path / "matrix.csv")], "--confusion is of one --keep-ratio"),
     ):
         assert main(["eval", str(exported / "classifier"), str(labelled), *asked]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_a_graph_of_fixed_patches(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What it takes is said as an option that gives it."""
+    keep = 4
+    checkpoint = exported / "checkpoints" / "classifier"
+    export(ExportConfig(checkpoint=checkpoint, out=tmp_path / "fixed", tokens=f"visible:{keep}", samples=exported / "photos"))
+    for asked in ([], ["--keep-ratio", "1,0.1"]):
+        assert main(["eval", str(tmp_path / "fixed"), str(labelled), *asked]) == 2
+        error = capsys.readouterr().err
+        assert f"this bundle's graph takes {keep} of {NUM_PATCHES} patches" in error
+    (row,) = evaluate(capsys, tmp_path / "fixed", labelled, *error.split("such as ")[1].split())["keep_ratios"]
+    assert row["patches"] == keep
 
 
 def test_classes_at_the_top_of_the_folder(exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:

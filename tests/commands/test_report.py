@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,11 @@ import pytest
 from mae_deploy.cli import main
 from mae_deploy.commands import evaluate
 from mae_deploy.commands.report import folder_names, was_disturbed
+from mae_deploy.commands.report_config import ReportConfig
+from mae_deploy.commands.report_student import CALIBRATION_IMAGES, Student, drop
 from mae_deploy.errors import ConfigError
 from mae_deploy.export import run as export
+from mae_deploy.export.config import Int8Config
 from mae_deploy.runtime.benchmark import Timing
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.flops import flops_per_image
@@ -147,6 +151,54 @@ def test_int8_that_export_refuses_is_a_row_without_figures(students: Path, tmp_p
     assert "| rejected: INT8 is rejected: " in (tmp_path / "report" / "report.md").read_text()
 
 
+@pytest.mark.parametrize(
+    ("learned", "settings", "calibrated"),
+    [
+        ("none", {}, True),
+        ("static", {}, True),
+        ("dynamic", {}, False),
+        ("dynamic", {"int8": Int8Config(max_drop=0.5, quantization="static")}, True),
+        ("dynamic", {"engine": "openvino"}, True),
+    ],
+)
+def test_int8_is_what_the_student_learned_with(students: Path, tmp_path: Path, learned: str, settings: dict[str, Any], calibrated: bool) -> None:
+    """With ranges found at run time it was smoothed by its weights alone, as an export without calibration does it."""
+    shutil.copytree(students / "data", tmp_path / "data")
+    write_blots(tmp_path / "data" / "train", CALIBRATION_IMAGES)
+    write_checkpoint(tmp_path / "run", robust_classifier(), licence="own", class_names=CLASS_NAMES, provenance={"config": {"edge": {"quantize": learned}}})
+    config = ReportConfig(runs=(tmp_path / "run",), data=tmp_path / "data", out=tmp_path / "report", **settings)
+    asked = replace(config, int8=replace(config.int8, calib_data=tmp_path / "data" / "train"))
+    student, told = (Student(tmp_path / "run", tmp_path / "report", settings) for settings in (config, asked))
+    assert told._exports["int8"].int8.calib_data is not None
+    assert {part: export.int8.calib_data is not None for part, export in student._exports.items()} == {
+        "fp32": False,
+        "int8": calibrated,
+        "int8-mix": calibrated,
+    }
+
+
+def test_images_in_shards_or_at_the_top_of_the_folder(students: Path, tmp_path: Path) -> None:
+    """Shards are judged on, and nothing is taken of them as files; the classes' own folder has the samples of the exports too."""
+
+    def exports(data: Path) -> list[tuple[Path | None, Path | None]]:
+        config = ReportConfig(runs=(students / "plain",), data=data, out=tmp_path / "report")
+        found = Student(students / "plain", tmp_path / "report", config)._exports.values()
+        return [(export.samples, export.int8.calib_data) for export in found]
+
+    val = students / "data" / "val"
+    for split in ("train", "val"):
+        shutil.copytree(val, tmp_path / "classes" / split)
+    assert main(["data", "pack", str(tmp_path / "classes"), str(tmp_path / "shards"), "--num-workers", "0"]) == 0
+    assert exports(tmp_path / "shards") == [(None, None)] * 3
+    assert exports(val) == exports(val.parent) == [(val, None)] * 3
+
+
+def test_what_is_just_allowed_is_allowed() -> None:
+    fp32, int8 = 100 * 644 / 1000, 100 * 639 / 1000
+    assert fp32 - int8 > 0.5  # by a rounding error
+    assert drop(fp32, int8) == 0.5
+
+
 # --- going on --------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +258,7 @@ def test_other_images_or_weights_are_judged_anew(students: Path, tmp_path: Path,
         (["plain", "plain"], "a run is named twice"),
         (["plain", "--engine", "openvino"], "static INT8 needs --calib-data"),
         (["plain", "--keep-ratio", "1.5"], "--keep-ratio 1.5 must be above 0"),
+        (["plain", "--calib-data", "nowhere"], "--calib-data nowhere has not the 128 images"),
         (["nothing"], "no checkpoint at"),
     ],
 )

@@ -153,6 +153,14 @@ def test_objectives_that_cannot_be(name: str, more: dict[str, Any], message: str
         taps(name, **more)
 
 
+def test_blocks_are_those_of_a_vit() -> None:
+    no_vit = teacher()
+    no_vit.depth = 0  # as of timm's other networks
+    for name in ("feature", "relation", "attention"):
+        with pytest.raises(ConfigError, match=f"--{name}-weight compares blocks, and the teacher is no ViT"):
+            build_objectives({name: Weight(1.0)}, distilling(), tiny_mae(), no_vit)
+
+
 def test_decoder_features_need_a_teacher_with_a_decoder() -> None:
     with pytest.raises(ConfigError, match="the teacher has no decoder"):
         build_objectives({"decoder_feature": Weight(1.0)}, distilling(), tiny_mae(), teacher(tiny_classifier("avg")))

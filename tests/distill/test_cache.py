@@ -172,6 +172,20 @@ def test_no_room_on_the_disk(dataset: ImageDataset, tmp_path: Path, monkeypatch:
     opened(PatchTeacher(), dataset, tmp_path)
 
 
+def test_a_folder_that_is_a_file(dataset: ImageDataset, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--teacher-cache .*cache: .*Not a directory"):
+        opened(PatchTeacher(), dataset, tmp_path / "cache")
+    assert (tmp_path / "cache").read_text(encoding="utf-8") == "mine"
+
+
+def test_files_that_cannot_be_opened_end_the_cache_and_not_the_run(dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cached, batch = opened(PatchTeacher(), dataset, tmp_path), batch_of(1, 8, 5)
+    (cached.store.folder / "rows-00000.bin").mkdir()
+    assert_close(cached(batch, mask(batch), whole=False), PatchTeacher()(batch, mask(batch), whole=False))
+    assert "cannot write to" in capsys.readouterr().err
+
+
 def test_visible_patches_that_each_step_draws_cannot_be_kept(dataset: ImageDataset, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--keep-ratio draws others in each step"):
         opened(PatchTeacher(), dataset, tmp_path, masks=ViewMasks(each_step=True))

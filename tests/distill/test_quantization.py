@@ -34,7 +34,8 @@ def test_the_student_is_what_its_export_computes(classes: Path, expert: Path, tm
     edge = EdgeConfig(quantize="dynamic", quantize_from=0.3, outlier_weight=0.01)
     run(distilling(classes, expert, tmp_path / "run", edge=edge, optim=optim(epochs=4)))
     evaluations = read_metrics(tmp_path / "run", "eval.jsonl")
-    assert ["top1_fp32" in line for line in evaluations] == [False, True, True, True]
+    assert ["top1" in line for line in evaluations] == [False, True, True, True]  # the best checkpoint is one that was rounded
+    assert all("top1_fp32" in line for line in evaluations)
     assert read_metrics(tmp_path / "run")[0]["outlier_loss"] > 0
     student, loaded = load_model(tmp_path / "run")
     assert isinstance(student, Classifier)
@@ -85,5 +86,5 @@ def test_sharded_weights_are_refused(edge: EdgeConfig, said: str) -> None:
 @pytest.mark.parametrize("settings", [{"quantize_from": 1.0}, {"outlier_weight": -1.0}, {"ranges_observed": 0}, {"smooth_alpha": 1.5}, {"ranges_until": 2.0}])
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     (name,) = settings
-    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} "):
+    with pytest.raises(ConfigError, match=f"(--{name.replace('_', '-')}|edge.{name}) "):
         EdgeConfig(**settings)

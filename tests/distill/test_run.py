@@ -273,6 +273,11 @@ def test_logits_need_a_classifier(classes: Path, teacher: Path, tmp_path: Path, 
     assert not (tmp_path / "run").exists()
 
 
+def test_more_images_without_labels_belong_to_runs_on_logits(images: Path, teacher: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--unlabelled is for runs on logits"):
+        run(distilling(images, teacher, tmp_path / "run", logits=LogitsConfig(unlabelled=images)))
+
+
 def test_classes_that_the_teacher_does_not_know(classes: Path, expert: Path, tmp_path: Path) -> None:
     write_noise(classes / "train" / "grey", 2)
     with pytest.raises(ConfigError, match="grey is not one of the 2 classes: dark, light"):
@@ -314,6 +319,9 @@ def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: 
     [
         (FeatureConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
         (FeatureConfig, {"pixel_weight": -1.0}, "cannot be negative"),
+        (FeatureConfig, {"feature_weight": math.inf}, "--feature-weight inf cannot be negative or infinite"),
+        (FeatureConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is no schedule"),
+        (LogitsConfig, {"temperature": math.inf}, "--temperature inf"),
         (LogitsConfig, {"temperature": 0.0}, "--temperature 0.0"),
         (LogitsConfig, {"label_weight": -0.5}, "cannot be negative"),
         (LogitsConfig, {"layer_decay": 0.0}, "--layer-decay 0.0"),

@@ -33,6 +33,7 @@ def test_settings_of_another_kind_of_teacher(tmp_path: Path) -> None:
         (Path("timm:test_vit"), TeacherConfig(), "--teacher timm:test_vit needs its weights"),
         (checkpoint, TeacherConfig(teacher_weights=checkpoint), "--teacher-weights goes with --teacher timm:NAME"),
         (bundle, TeacherConfig(teacher_engine="torch"), "--teacher-engine torch runs checkpoints"),
+        (bundle, TeacherConfig(teacher_precision="fp32"), "--teacher-compile and --teacher-precision are for PyTorch"),
     ):
         with pytest.raises(ConfigError, match=message):
             open_teacher(path, settings)

@@ -221,13 +221,21 @@ def test_groups_of_bands_teach_logits_and_not_tokens() -> None:
 
 
 def test_the_key_follows_whatever_changes_the_answers() -> None:
-    def key(settings: TeacherConfig = FP32, wanted: tuple[Tap, ...] = (Tap("tokens", 1),), student: EncoderConfig = ENCODER, sha: str = "ab") -> str:
+    def key(
+        settings: TeacherConfig = FP32,
+        wanted: tuple[Tap, ...] = (Tap("tokens", 1),),
+        student: EncoderConfig = ENCODER,
+        sha: str = "ab",
+        std: tuple[float, float, float] | None = None,
+    ) -> str:
         teacher = own_teacher(tiny_encoder(), settings)
         teacher.record["sha256"] = sha
+        teacher.preprocess = replace(teacher.preprocess, std=std or teacher.preprocess.std)
         return ready(teacher, wanted, student=student).key
 
     changed = [
         key(sha="cd"),
+        key(std=(0.5, 0.5, 0.5)),
         key(replace(FP32, teacher_precision="bf16")),
         key(wanted=(Tap("tokens", 2),)),
         key(wanted=(Tap("tokens", 1), Tap("tokens", 2))),
