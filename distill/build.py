@@ -116,11 +116,9 @@ def _pairs(written: Blocks | None, default: tuple[int, int], depths: tuple[int, 
 
 def _features(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
     settings, depth = config.features, len(student.blocks)
-    if settings.feature_blocks is None:
-        teacher_block = resolve_block(settings.teacher_block, teacher.depth, "--teacher-block")
-        pairs: Pairs = ((resolve_block(settings.student_block, depth, "--student-block"), teacher_block),)
-    else:
-        pairs = _pairs(settings.feature_blocks, (1, 1), (depth, teacher.depth), "--feature-blocks")
+    teacher_block = resolve_block(settings.teacher_block, teacher.depth, "--teacher-block")
+    default = resolve_block(settings.student_block, depth, "--student-block"), teacher_block
+    pairs = _pairs(settings.feature_blocks, default, (depth, teacher.depth), "--feature-blocks")
     return Features(pairs, student.config.width, teacher.width, loss=settings.feature_loss, projector_kind=settings.projector)
 
 
