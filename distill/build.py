@@ -16,7 +16,7 @@ from mae_deploy.distill.objectives.labels import Labels
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled, Vector
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.soft_logits import SoftLogits
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.quantization import Outliers
 from mae_deploy.distill.schedule import Weight
 from mae_deploy.distill.teachers.base import Teacher

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import ImageDataset
-from mae_deploy.data.find import labelled_images, unlabelled_images
-from mae_deploy.data.opening import train_dataset
-from mae_deploy.data.sources import ImageSource, Joined
+from mae_deploy.data.sources.open import labelled_images, unlabelled_images
+from mae_deploy.data.training_set import train_dataset
+from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.distill.build import RunKind, build_objectives, objective_weights
 from mae_deploy.distill.cache import CachedTeacher, open_cache
@@ -25,20 +25,20 @@ from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.quantization import student_quantizer
 from mae_deploy.distill.schedule import Weight
 from mae_deploy.distill.start import read_start, start
-from mae_deploy.distill.students import student_encoder
+from mae_deploy.distill.student import student_encoder
 from mae_deploy.distill.teachers.base import Teacher, check_view
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.load import Loaded
+from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
-from mae_deploy.preprocess import Preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.evaluate import Evaluator
+from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
-from mae_deploy.training.optim import ParamGroup, decay_groups, layer_decay_groups
-from mae_deploy.training.run_folder import RunFolder
+from mae_deploy.training.optim.groups import ParamGroup, decay_groups, layer_decay_groups
+from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 
 _WARMUP = 15.0

@@ -14,9 +14,9 @@ import numpy as np
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.job import Arrays, Job
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP
-from mae_deploy.runtime.parity import TOLERANCES, Comparison, Tolerance, compare
+from mae_deploy.runtime.parity.compare import TOLERANCES, Comparison, Tolerance, compare
 from mae_deploy.runtime.registry import load_engine, open_graph
 from mae_deploy.runtime.verify import Verification, verify_engine
 

@@ -14,7 +14,7 @@ from mae_deploy.models.bands import feature_map
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify
-from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 
 _BATCH = 8

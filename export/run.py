@@ -16,8 +16,8 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_lic
 from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.graph import block_tensor
-from mae_deploy.export.int8 import Int8Plan, plan_int8
+from mae_deploy.export.graph.encoder import block_tensor
+from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.job import Job, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN, Proof, engine_name, prove, refuse, tolerance_of
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
@@ -27,7 +27,7 @@ from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, IMAGES, MANIFEST_FILE, SCHEMA_VERSION, Manifest, ModelEntry, file_entry
 from mae_deploy.runtime.registry import TENSORRT
-from mae_deploy.runtime.serving import refuse_to_serve_over, write_for_servers
+from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
 """How much of every block's output goes into the bundle for `verify --layers`."""

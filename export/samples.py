@@ -10,10 +10,10 @@ import numpy as np
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, find_images
+from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
-from mae_deploy.runtime.tensorrt_options import Range
+from mae_deploy.runtime.profiles import Range
 
 
 @dataclass(frozen=True, slots=True)

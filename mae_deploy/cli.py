@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from mae_deploy import __version__
-from mae_deploy.commands.benchmark_train_config import BenchmarkTrainConfig
+from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
 from mae_deploy.commands.config import (
     BenchmarkConfig,
     BuildEngineConfig,
@@ -24,14 +24,14 @@ from mae_deploy.commands.config import (
     QuickstartConfig,
     VerifyConfig,
 )
-from mae_deploy.commands.data_config import PackConfig, StatsConfig
-from mae_deploy.commands.report_config import ReportConfig
+from mae_deploy.commands.data.config import PackConfig, StatsConfig
+from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import MaeDeployError, import_optional
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.options import command
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.pretrain.evaluation_config import CompareConfig, KnnConfig, LinprobeConfig, SweepConfig
+from mae_deploy.evaluation.config import CompareConfig, KnnConfig, LinprobeConfig, SweepConfig
 
 app = typer.Typer(
     name="mae-deploy",
@@ -50,7 +50,7 @@ app.add_typer(data, name="data")
 @command(app, QuickstartConfig)
 def quickstart(config: QuickstartConfig) -> Any:
     """Run the whole pipeline on real handwritten digits: pretrain, fine-tune, distil, export, verify, report."""
-    return _needs_torch("mae_deploy.commands.quickstart").run(config)
+    return _needs_torch("mae_deploy.commands.quickstart.run").run(config)
 
 
 @command(app, PretrainConfig, recipes=True)
@@ -68,25 +68,25 @@ def finetune(config: FinetuneConfig) -> Any:
 @command(app, LinprobeConfig, recipes=True)
 def linprobe(config: LinprobeConfig) -> Any:
     """Train a linear head on a frozen encoder: the paper's recipe, or on features that are computed once."""
-    return _needs_torch("mae_deploy.pretrain.linprobe").run(config)
+    return _needs_torch("mae_deploy.evaluation.linprobe").run(config)
 
 
 @command(app, KnnConfig)
 def knn(config: KnnConfig) -> Any:
     """Judge an encoder by the classes of an image's nearest neighbours: nothing is trained."""
-    return _needs_torch("mae_deploy.pretrain.knn").run(config)
+    return _needs_torch("mae_deploy.evaluation.knn").run(config)
 
 
 @command(app, CompareConfig)
 def compare(config: CompareConfig) -> Any:
     """Put several encoders side by side on the same probes: ours, bundles, timm models, random weights."""
-    return _needs_torch("mae_deploy.pretrain.compare").run(config)
+    return _needs_torch("mae_deploy.evaluation.compare").run(config)
 
 
 @command(app, SweepConfig)
 def sweep(config: SweepConfig) -> Any:
     """Pretrain at several mask ratios, or values of any setting, judge each, and draw the curve."""
-    return _needs_torch("mae_deploy.pretrain.sweep").run(config)
+    return _needs_torch("mae_deploy.commands.sweep.run").run(config)
 
 
 @command(app, DistillConfig, recipes=True)
@@ -104,13 +104,13 @@ def reconstruct(config: ReconstructConfig) -> Any:
 @command(app, ImportConfig, name="import")
 def import_(config: ImportConfig) -> Any:
     """Convert weights of the original MAE, timm, Hugging Face, mmpretrain or MAE-Lite into a checkpoint."""
-    return _needs_torch("mae_deploy.commands.import_weights").run(config)
+    return _needs_torch("mae_deploy.commands.weights.import_weights").run(config)
 
 
 @command(app, ExportWeightsConfig, name="export-weights")
 def export_weights(config: ExportWeightsConfig) -> Any:
     """Write a checkpoint's weights as timm, transformers or the original MAE loads them, proven there."""
-    return _needs_torch("mae_deploy.commands.export_weights").run(config)
+    return _needs_torch("mae_deploy.commands.weights.export_weights").run(config)
 
 
 @command(app, ExportConfig, recipes=True)
@@ -146,7 +146,7 @@ def predict(config: PredictConfig) -> Any:
 @command(app, EvalConfig, name="eval")
 def eval_(config: EvalConfig) -> Any:
     """Top-1 and top-5 of a checkpoint or a bundle on labelled images; a bundle needs no torch."""
-    from mae_deploy.commands.evaluate import run
+    from mae_deploy.evaluation.evaluate import run
 
     return run(config)
 
@@ -154,7 +154,7 @@ def eval_(config: EvalConfig) -> Any:
 @command(app, BenchmarkConfig)
 def benchmark(config: BenchmarkConfig) -> Any:
     """Compare bundles, engines, numbers of patches and batch sizes on this machine, timed in turns; needs no torch."""
-    from mae_deploy.commands.benchmark import run
+    from mae_deploy.commands.benchmark.run import run
 
     return run(config)
 
@@ -162,13 +162,13 @@ def benchmark(config: BenchmarkConfig) -> Any:
 @command(app, BenchmarkTrainConfig, name="benchmark-train")
 def benchmark_train(config: BenchmarkTrainConfig) -> Any:
     """Time a pretraining step against a plain one and the device's own rate, in turns."""
-    return _needs_torch("mae_deploy.commands.benchmark_train").run(config)
+    return _needs_torch("mae_deploy.commands.benchmark_train.run").run(config)
 
 
 @command(app, ReportConfig)
 def report(config: ReportConfig) -> Any:
     """Export trained classifiers in FP32 and INT8, and put top-1, operations and latency of all side by side."""
-    return _needs_torch("mae_deploy.commands.report").run(config)
+    return _needs_torch("mae_deploy.commands.report.run").run(config)
 
 
 @command(app, InfoConfig)
@@ -190,7 +190,7 @@ def doctor(config: DoctorConfig) -> Any:
 @command(data, StatsConfig)
 def stats(config: StatsConfig) -> Any:
     """Mean and deviation of every channel, sizes, formats, duplicates and unreadable files; needs no torch."""
-    from mae_deploy.commands.data_stats import run
+    from mae_deploy.commands.data.stats import run
 
     return run(config)
 
@@ -198,7 +198,7 @@ def stats(config: StatsConfig) -> Any:
 @command(data, PackConfig)
 def pack(config: PackConfig) -> Any:
     """Pack images into tar shards with an index, smaller and without duplicates on request; needs no torch."""
-    from mae_deploy.commands.data_pack import run
+    from mae_deploy.commands.data.pack import run
 
     return run(config)
 

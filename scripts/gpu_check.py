@@ -25,8 +25,8 @@ import numpy as np
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.files import atomic_path, read_json, write_json, write_text
 from mae_deploy.models.config import PRESETS
-from mae_deploy.runtime.cuda import Gpu, require_gpu
-from mae_deploy.runtime.timing_cache import slug
+from mae_deploy.runtime.cuda.driver import Gpu, require_gpu
+from mae_deploy.runtime.tensorrt.timing_cache import slug
 from scripts.gpu_check_report import markdown, report
 
 MODELS = {
@@ -81,7 +81,7 @@ _PROBES = {
     "export": "import torch, onnx, ml_dtypes, safetensors; print(torch.__version__)",
     "pytest": "import pytest; print(pytest.__version__)",
     "pytorch": "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.__version__)",
-    "tensorrt": "from mae_deploy.runtime.cuda_memory import open_memory; from mae_deploy.runtime.tensorrt_api import load_tensorrt; "
+    "tensorrt": "from mae_deploy.runtime.cuda.memory import open_memory; from mae_deploy.runtime.tensorrt.api import load_tensorrt; "
     "api = load_tensorrt(); open_memory().close(); print(api.version)",
     "onnxruntime": "import onnxruntime as o; assert 'CUDAExecutionProvider' in o.get_available_providers(), 'no CUDAExecutionProvider'; print(o.__version__)",
 }
@@ -264,7 +264,7 @@ def make_weights(name: str, folder: Path) -> Outcome:
     from mae_deploy.config import to_dict
     from mae_deploy.models.config import EncoderConfig
     from mae_deploy.models.vit import Encoder
-    from mae_deploy.preprocess import default_preprocess
+    from mae_deploy.images.preprocess import default_preprocess
 
     torch.manual_seed(0)
     model = Encoder(EncoderConfig(name=name))

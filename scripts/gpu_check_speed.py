@@ -16,16 +16,16 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.preprocess import Array
-from mae_deploy.runtime.benchmark import measure
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime.timing import measure
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.cuda_memory import Memory, open_memory
-from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.cuda.memory import Memory, open_memory
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.plans import find_plan
+from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.registry import load_engine
-from mae_deploy.runtime.tensorrt_api import Api, load_tensorrt
-from mae_deploy.runtime.tensorrt_tensors import activation_bytes, choose_profile, create_context, read_profiles, read_tensors
+from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
+from mae_deploy.runtime.tensorrt.tensors import activation_bytes, choose_profile, create_context, read_profiles, read_tensors
 
 Call = Callable[[], object]
 Candidate = tuple[dict[str, Any], Callable[[int], Call | None]]
@@ -157,7 +157,7 @@ def pytorch_candidates(name: str, checkpoint: Path | None, keep: int, compiled: 
     import torch
 
     from mae_deploy.models.config import EncoderConfig
-    from mae_deploy.models.load import encoder_of, read_weights
+    from mae_deploy.weights.load import encoder_of, read_weights
     from mae_deploy.models.vit import Encoder
 
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):

@@ -21,7 +21,7 @@ from torchvision import transforms
 from mae_deploy.data import decode
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.transforms import train_transform
-from mae_deploy.preprocess import default_preprocess
+from mae_deploy.images.preprocess import default_preprocess
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""Call what `mae_deploy.runtime.tensorrt_api` derives from the `tensorrt` module with the real bindings of one version; needs no GPU.
+"""Call what `mae_deploy.runtime.tensorrt.api` derives from the `tensorrt` module with the real bindings of one version; needs no GPU.
 
 `check_tensorrt_api.sh` runs it. The subclasses are made for real, and every type and flag goes through our code.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import tensorrt as trt
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.runtime import tensorrt_api as api
+from mae_deploy.runtime.tensorrt import api
 
 
 def available(function: object, *arguments: object, **options: object) -> bool:

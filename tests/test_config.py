@@ -35,7 +35,7 @@ from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.pretrain.evaluation_config import LinprobeConfig
+from mae_deploy.evaluation.config import LinprobeConfig
 
 # Each command's config with what it requires.
 COMMANDS: list[tuple[type, dict[str, Any]]] = [
@@ -60,10 +60,10 @@ MODULES = [
     "mae_deploy.distill.config",
     "mae_deploy.export.config",
     "mae_deploy.models.config",
-    "mae_deploy.models.convert",
-    "mae_deploy.preprocess",
+    "mae_deploy.weights.read.convert",
+    "mae_deploy.images.preprocess",
     "mae_deploy.pretrain.config",
-    "mae_deploy.pretrain.evaluation_config",
+    "mae_deploy.evaluation.config",
     "mae_deploy.training.config",
 ]
 SHIPPED = [

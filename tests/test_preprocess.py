@@ -15,7 +15,7 @@ from PIL import Image, PngImagePlugin
 from torchvision import transforms
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, Preprocess, UnreadableImage, default_preprocess, find_images, from_array, is_image, read_image
+from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, default_preprocess, find_images, from_array, is_image, read_image
 
 SIZE = (13, 7)
 """Width and height."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_deploy.data.sources import UNLABELLED
+from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.distill.objectives.base import Objective, View
 from mae_deploy.models.taps import Tap, Taps
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.models.teacher import normalised
+from mae_deploy.weights.frozen import normalised
 from mae_deploy.models.vit import gather_tokens
 
 _ROWS = ("tokens", "qkv", "latent")

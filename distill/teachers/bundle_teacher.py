@@ -23,13 +23,13 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.inputs import token_batch
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
 from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
-from mae_deploy.runtime.tensorrt_options import batch_that_fits
+from mae_deploy.runtime.profiles import batch_that_fits
 from mae_deploy.training.step import StepBatch
 
 _HINTS = {
@@ -183,8 +183,8 @@ def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> E
     """A part of the bundle's graph on an engine; TensorRT builds a plan of it, which is not kept."""
     if engine != TENSORRT:
         return open_graph(graph, engine, options, precision=bundle.arithmetic)
-    from mae_deploy.runtime.tensorrt_build import build_plan
-    from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from mae_deploy.runtime.tensorrt.build import build_plan
+    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     manifest = bundle.manifest
     sizes = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.load import read_weights
+from mae_deploy.weights.load import read_weights
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 
 TIMM = "timm:"
@@ -35,7 +35,7 @@ def open_teacher(path: Path, settings: TeacherConfig) -> Teacher:
         from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher
 
         return BundleTeacher(path, settings)
-    from mae_deploy.distill.teachers.own_teacher import OwnTeacher
+    from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
 
     _check_engine(settings, "a checkpoint")
     return OwnTeacher(read_weights(path), settings)

@@ -19,7 +19,7 @@ from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.preprocess import Preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.step import StepBatch
 
 

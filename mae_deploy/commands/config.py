@@ -9,7 +9,7 @@ from typing import Literal
 from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.manifest import QUANTIZED
-from mae_deploy.runtime.tensorrt_options import BuildOptions, read_profiles
+from mae_deploy.runtime.profiles import BuildOptions, read_profiles
 from mae_deploy.training.config import Device, Precision
 
 

@@ -17,7 +17,7 @@ from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.views import facts_table
 from mae_deploy.errors import MissingDependency
 from mae_deploy.options import Result
-from mae_deploy.runtime.cuda import gpus, require_gpu
+from mae_deploy.runtime.cuda.driver import gpus, require_gpu
 
 _TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard", "webdataset", "simplejpeg")
 
@@ -150,7 +150,7 @@ def _onnxruntime() -> str:
 
 def _openvino() -> str:
     """The CPU as OpenVINO names it, and the precisions that it computes in."""
-    from mae_deploy.runtime.openvino_engine import openvino_core
+    from mae_deploy.runtime.engines.openvino import openvino_core
 
     core = openvino_core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -34,7 +34,7 @@ def run(config: InfoConfig) -> Result:
     if find_checkpoint(path) is not None:
         return _checkpoint(path)
     if path.is_file() or (path / "config.json").is_file():
-        convert = import_optional("mae_deploy.models.convert", extra="train")
+        convert = import_optional("mae_deploy.weights.read.convert", extra="train")
         imported = convert.import_weights(path, convert.ImportOptions())
         report = {"type": "weights", **imported.report}
         return Result(report, facts_table(str(path), report))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mae_deploy.config import setting
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Preprocess, default_preprocess
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from mae_deploy.data.order import Key, StreamSampler, Stretch
-from mae_deploy.data.sources import ImageSource
+from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Array, UnreadableImage, require_readers
+from mae_deploy.images.preprocess import Array, UnreadableImage, require_readers
 from mae_deploy.seeding import derive_seed, seed_everything
 
 _REPLACEMENTS = 64

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.models.name_report import check_names
-from mae_deploy.models.weight_files import read_source
+from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.files import read_source
 from mae_deploy.seeding import derive_seed
 
 LEVELS = ("p2", "p3", "p4", "p5")

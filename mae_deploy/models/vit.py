@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from mae_deploy.models.bands import GroupedPatchEmbed, group_positions
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.kernels import MeasuredLinear
+from mae_deploy.models.cpu_kernels import MeasuredLinear
 from mae_deploy.models.position import sincos_group_embedding, sincos_position_embedding
 
 Pool = Literal["avg", "cls"]

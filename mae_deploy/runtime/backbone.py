@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mae_deploy.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
 from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_batch, token_batch
 from mae_deploy.runtime.manifest import IMAGES
 from mae_deploy.runtime.registry import load_engine

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypedDict
 from mae_deploy import __version__
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import sha256
-from mae_deploy.preprocess import Preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.runtime.json_types import check, check_keys
-from mae_deploy.runtime.parity import Tolerance
+from mae_deploy.runtime.parity.compare import Tolerance
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -135,7 +135,7 @@ class FileEntry(TypedDict):
 
 
 class ToleranceEntry(TypedDict, total=False):
-    """What every output must meet; see `mae_deploy.runtime.parity.Tolerance`. What is null or absent is not judged."""
+    """What every output must meet; see `mae_deploy.runtime.parity.compare.Tolerance`. What is null or absent is not judged."""
 
     cosine: float | None
     max_abs: float | None
@@ -178,7 +178,7 @@ class Manifest(TypedDict):
     `baseline` in it names the graph of the same weights in FP16, in the bundle's typing, with which a TensorRT engine is compared."""
     graph: GraphEntry
     preprocess: dict[str, Any]
-    """The fields of `mae_deploy.preprocess.Preprocess`."""
+    """The fields of `mae_deploy.images.preprocess.Preprocess`."""
     provenance: dict[str, Any]
     licence: str
     tolerance: ToleranceEntry

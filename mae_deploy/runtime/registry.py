@@ -9,7 +9,7 @@ from pathlib import Path
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
 
 DEFAULT = "onnxruntime"
 """The engine that every installation has."""
@@ -94,11 +94,11 @@ def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str], buil
 
 def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
     # What these import takes a while, and concerns GPUs alone.
-    from mae_deploy.runtime.engine_build import build_engine
-    from mae_deploy.runtime.plan_engine import open_plan, open_tapped
-    from mae_deploy.runtime.plans import find_plan, why_not
-    from mae_deploy.runtime.tensorrt_api import load_tensorrt
-    from mae_deploy.runtime.tensorrt_engine import gpu_index
+    from mae_deploy.runtime.tensorrt.add_engine import build_engine
+    from mae_deploy.runtime.tensorrt.open import open_plan, open_tapped
+    from mae_deploy.runtime.tensorrt.plans import find_plan, why_not
+    from mae_deploy.runtime.tensorrt.api import load_tensorrt
+    from mae_deploy.runtime.tensorrt.engine import gpu_index
 
     api = load_tensorrt(gpu_index(options.device))
     entry = find_plan(bundle, api.version, api.gpu)
@@ -111,13 +111,13 @@ def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build
 
 
 def _onnxruntime() -> type[Engine]:
-    from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
+    from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 
     return OnnxRuntimeEngine
 
 
 def _openvino() -> type[Engine]:
-    from mae_deploy.runtime.openvino_engine import OpenVinoEngine
+    from mae_deploy.runtime.engines.openvino import OpenVinoEngine
 
     return OpenVinoEngine
 

@@ -6,12 +6,12 @@ import dataclasses
 from typing import Any
 
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions, run_in_chunks
-from mae_deploy.runtime.invariances import Arrays, Variation, even_rows, joined, other_lengths, samples_alone, variations
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.parity.invariances import Arrays, Variation, even_rows, joined, other_lengths, samples_alone, variations
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.parity import TOLERANCES, Comparison, Tolerance, compare
+from mae_deploy.runtime.parity.compare import TOLERANCES, Comparison, Tolerance, compare
 from mae_deploy.runtime.registry import load_engine
-from mae_deploy.runtime.tensorrt_options import batch_that_fits
+from mae_deploy.runtime.profiles import batch_that_fits
 
 GOLDEN = "golden"
 """The check of the golden samples as they are; in all others they come in another form."""

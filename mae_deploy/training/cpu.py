@@ -9,7 +9,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from mae_deploy.models.kernels import Kernels, measure, use_kernels
+from mae_deploy.models.cpu_kernels import Kernels, measure, use_kernels
 from mae_deploy.progress import notice
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3

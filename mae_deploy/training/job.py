@@ -13,9 +13,9 @@ from torch import nn
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import TrainImages
-from mae_deploy.preprocess import Preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.config import LoopConfig, OptimConfig
-from mae_deploy.training.optim import ParamGroup
+from mae_deploy.training.optim.groups import ParamGroup
 from mae_deploy.training.step import Loss
 
 Evaluation = dict[str, float]

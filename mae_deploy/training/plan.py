@@ -8,7 +8,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.progress import notice
 from mae_deploy.training.config import OptimConfig
 from mae_deploy.training.schedule import resolve_warmup
-from mae_deploy.training.state import Progress
+from mae_deploy.training.state.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)

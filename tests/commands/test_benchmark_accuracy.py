@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.preprocess import Array, find_images, read_image
+from mae_deploy.images.preprocess import Array, find_images, read_image
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.engine import Engine
+from mae_deploy.runtime.engines.base import Engine
 from tests.data.image_folders import spoil, write_noise
 from tests.runtime.tiny_bundle import N, golden_inputs, reference, write_bundle
 

@@ -12,15 +12,15 @@ import pytest
 import torch
 
 from mae_deploy.cli import main
-from mae_deploy.commands import benchmark_train
-from mae_deploy.commands.plain_step import PlainStep
+from mae_deploy.commands.benchmark_train import run as benchmark_train
+from mae_deploy.commands.benchmark_train.plain_step import PlainStep
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
-from mae_deploy.preprocess import Preprocess
-from mae_deploy.runtime.benchmark import Timing
-from mae_deploy.training.optim import adamw, decay_groups
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.runtime.timing import Timing
+from mae_deploy.training.optim.groups import adamw, decay_groups
 
 TINY = ("--model", "vit_nano_patch4", "--image-size", "12,20", "--decoder-depth", "1", "--decoder-embed-dim", "32", "--batch-size", "3")
 

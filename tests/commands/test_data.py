@@ -11,11 +11,11 @@ import pytest
 from PIL import Image
 
 from mae_deploy.cli import main
-from mae_deploy.commands import data_pack
-from mae_deploy.commands.data_config import PackConfig, StatsConfig
-from mae_deploy.commands.data_stats import run as stats
-from mae_deploy.data.find import labelled_images, unlabelled_images
-from mae_deploy.data.shards import scan
+from mae_deploy.commands.data import pack as data_pack
+from mae_deploy.commands.data.config import PackConfig, StatsConfig
+from mae_deploy.commands.data.stats import run as stats
+from mae_deploy.data.sources.open import labelled_images, unlabelled_images
+from mae_deploy.data.sources.shards import scan
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256, write_json
 from tests.data.image_folders import SIZE, spoil, write_classes, write_noise

@@ -17,7 +17,7 @@ from mae_deploy.commands import doctor
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.doctor import CPU_FEATURES, NEEDS
 from mae_deploy.errors import MissingDependency
-from mae_deploy.runtime.cuda import Gpu
+from mae_deploy.runtime.cuda.driver import Gpu
 from tests.test_cli import TRAINING, run_without
 
 

@@ -14,14 +14,14 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from mae_deploy.cli import main
-from mae_deploy.commands import quickstart
+from mae_deploy.commands.quickstart import run as quickstart
 from mae_deploy.commands.config import QuickstartConfig
-from mae_deploy.commands.quickstart import LABELS_PER_CLASS, NUM_UNLABELLED, write_digits
+from mae_deploy.commands.quickstart.run import LABELS_PER_CLASS, NUM_UNLABELLED, write_digits
 from mae_deploy.config import from_dict, merge, read_recipe
-from mae_deploy.preprocess import Array
+from mae_deploy.images.preprocess import Array
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.verify import verify_bundle
 from mae_deploy.training import runner
 

@@ -8,7 +8,7 @@ import pytest
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.preprocess import Preprocess, default_preprocess
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
 
 BASE = Preprocess(image_size=(8, 8), crop_pct=0.5, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
 

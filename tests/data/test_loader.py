@@ -12,9 +12,9 @@ from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import Batch, ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.order import Key, StreamSampler, Stretch
-from mae_deploy.data.sources import image_files as unlabelled_images
+from mae_deploy.data.sources.base import image_files as unlabelled_images
 from mae_deploy.data.transforms import eval_transform, train_transform
-from mae_deploy.preprocess import default_preprocess
+from mae_deploy.images.preprocess import default_preprocess
 from tests.data.image_folders import SIZE
 
 SAMPLES, BATCH, PER_EPOCH, EPOCHS = 23, 3, 7, 4

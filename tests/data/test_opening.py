@@ -7,9 +7,9 @@ from typing import Any
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import ImageDataset
-from mae_deploy.data.opening import open_training
+from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
-from mae_deploy.preprocess import default_preprocess
+from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.pretrain.finetune import run as finetune
 from mae_deploy.pretrain.run import run as pretrain
 from tests.data.image_folders import write_classes

@@ -12,11 +12,11 @@ from mae_deploy.distill.build import RunKind, build_objectives, objective_weight
 from mae_deploy.distill.config import DecoderFeatureConfig, DistillConfig, EdgeConfig, FeatureConfig, LogitsConfig, PooledConfig, RelationConfig, TeacherConfig
 from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.hard_logits import HardLogits
-from mae_deploy.distill.objectives.soft_logits import SoftLogits
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.schedule import Weight
-from mae_deploy.distill.teachers.own_teacher import OwnTeacher
+from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.load import Loaded
+from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.taps import Tap
 from mae_deploy.models.vit import Encoder

@@ -12,7 +12,7 @@ from mae_deploy.data.config import DataConfig
 from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureConfig, TeacherConfig
 from mae_deploy.distill.run import run
 from mae_deploy.errors import ConfigError
-from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import write_classes
 from tests.training.tiny_runs import DECODER, STUDENT, command, command_of, losses_of, optim, progress_of, run_command, run_processes, start_command
 

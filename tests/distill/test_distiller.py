@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_deploy.data.sources import UNLABELLED
+from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.distill.distiller import Distiller
 from mae_deploy.distill.objectives.attention import AttentionMaps
 from mae_deploy.distill.objectives.base import Objective
@@ -19,7 +19,7 @@ from mae_deploy.distill.objectives.labels import Labels
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.soft_logits import SoftLogits
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, random_images, random_tensor, tiny_classifier, tiny_mae

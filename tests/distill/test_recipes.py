@@ -10,7 +10,7 @@ from mae_deploy.config import RECIPES, from_dict, merge, read_recipe
 from mae_deploy.distill.build import RunKind, objective_weights
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.distill.masks import Masks
-from mae_deploy.distill.students import student_encoder
+from mae_deploy.distill.student import student_encoder
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 OBJECTIVES: dict[str, dict[str, float]] = {

@@ -10,7 +10,7 @@ import pytest
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict
 from mae_deploy.distill.config import DistillConfig
-from mae_deploy.distill.students import student_encoder
+from mae_deploy.distill.student import student_encoder
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.arithmetic import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, Island, Precision, Typing, arithmetic
+from mae_deploy.export.graph.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, Island, Precision, Typing, arithmetic
 
 
 @pytest.mark.parametrize(

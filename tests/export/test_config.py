@@ -13,7 +13,7 @@ import pytest
 from mae_deploy.errors import ConfigError
 from mae_deploy.export import config as config_module
 from mae_deploy.export.config import ExportConfig, Int8Config
-from mae_deploy.runtime.tensorrt_options import BuildOptions, Range
+from mae_deploy.runtime.profiles import BuildOptions, Range
 
 
 def settings(**more: Any) -> ExportConfig:

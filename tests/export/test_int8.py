@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from mae_deploy.export import int8
+from mae_deploy.export.quantization import plan as int8
 from mae_deploy.models.vit import Encoder
-from mae_deploy.preprocess import default_preprocess, read_image
+from mae_deploy.images.preprocess import default_preprocess, read_image
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.benchmark import Timing
+from mae_deploy.runtime.timing import Timing
 from tests.data.image_folders import spoil
 from tests.export.outlier_models import plant_outliers
 from tests.export.robust_exports import CONFIG, Exports, robust_classifier, robust_mae, settled, write_blots

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.export.layer_table import LayerRow, table_rows, write_table
+from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.files import read_json
 from mae_deploy.models.quantization.activations import activation_scales
 from tests.export.outlier_models import noisy_encoder

@@ -14,12 +14,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.arithmetic import Precision, Typing
-from mae_deploy.export.graph import GraphSpec, build_graph
-from mae_deploy.export.quantize import attention_obstacle, fake_quantized, macs_per_token
+from mae_deploy.export.graph.precision import Precision, Typing
+from mae_deploy.export.graph.encoder import GraphSpec, build_graph
+from mae_deploy.export.quantization.fake_quant import attention_obstacle, fake_quantized, macs_per_token
 from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.export.outlier_models import decibels, noisy_encoder
 from tests.export.small_graphs import open_small
 from tests.export.tiny_exports import run_session

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.runtime.cuda import Gpu, require_gpu
-from mae_deploy.runtime.cuda_memory import BACKENDS, Memory, open_memory
-from mae_deploy.runtime.tensorrt_api import Api, load_tensorrt
+from mae_deploy.runtime.cuda.driver import Gpu, require_gpu
+from mae_deploy.runtime.cuda.memory import BACKENDS, Memory, open_memory
+from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
 
 
 @pytest.fixture(scope="session")

@@ -15,16 +15,16 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.engine_build import build_engine
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.onnx_file import GRAPH_INPUT, GRAPH_NAME, GRAPH_NODE, GRAPH_OUTPUT, encode, encode_model, encode_node, encode_value, write_products
-from mae_deploy.runtime.plans import find_plan
+from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.registry import load_engine
-from mae_deploy.runtime.tensorrt_api import Api
-from mae_deploy.runtime.tensorrt_build import Plan, build_plan
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
-from mae_deploy.runtime.tensorrt_options import BuildOptions
+from mae_deploy.runtime.tensorrt.api import Api
+from mae_deploy.runtime.tensorrt.build import Plan, build_plan
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.profiles import BuildOptions
 from mae_deploy.runtime.verify import verify_bundle
 
 pytestmark = pytest.mark.gpu
@@ -134,8 +134,8 @@ def test_damaged_content_is_an_error_and_no_crash(api: Api, products: Path, dama
 
 def test_builds_at_the_same_time_share_a_timing_cache(api: Api, products: Path, tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt_build import build_plan\n"
-        "from mae_deploy.runtime.tensorrt_options import BuildOptions\n"
+        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.build import build_plan\n"
+        "from mae_deploy.runtime.profiles import BuildOptions\n"
         "build_plan(Path(sys.argv[1]), precision='fp32', typing='weak', profiles=[], options=BuildOptions(timing_cache=sys.argv[2]))\n"
     )
     command = [sys.executable, "-c", program, str(products), str(tmp_path / "cache")]

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_deploy.runtime.cuda import CudaError, CudaGraph, Gpu, gpus, wait_for_stream
-from mae_deploy.runtime.cuda_memory import Memory, open_memory
+from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph, Gpu, gpus, wait_for_stream
+from mae_deploy.runtime.cuda.memory import Memory, open_memory
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pytest
 
-from mae_deploy.runtime.tensorrt_api import Api
+from mae_deploy.runtime.tensorrt.api import Api
 
 if TYPE_CHECKING:
     from tests.export.robust_exports import Exports
@@ -133,7 +133,7 @@ def test_int8_that_is_not_faster_is_rejected_with_both_figures_or_fp16_is_kept(e
 
 def test_a_wrong_engine_leaves_nothing(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output is judged: one that is off in one number of one sample is enough."""
-    from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     run = TensorRtEngine.run
 

@@ -6,7 +6,7 @@ from typing import Literal
 
 import pytest
 
-from mae_deploy.runtime.cuda import Gpu
+from mae_deploy.runtime.cuda.driver import Gpu
 
 torch = pytest.importorskip("torch")
 

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.runtime.cuda import LIBRARY
-from mae_deploy.runtime.cuda_memory import BACKENDS, Memory, Stream
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.tensorrt_api import Api
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+from mae_deploy.runtime.cuda.driver import LIBRARY
+from mae_deploy.runtime.cuda.memory import BACKENDS, Memory, Stream
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.api import Api
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.gpu.tiny_plan import C, D, H, W, build, inputs, reference
 
 pytestmark = pytest.mark.gpu
@@ -340,8 +340,8 @@ def test_closing_gives_everything_back(plans: dict[str, Path], memory: Memory) -
 LEFT_OPEN = """
 import sys, threading
 from pathlib import Path
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.gpu.tiny_plan import inputs
 engine = TensorRtEngine(Path(sys.argv[1]), EngineOptions(cuda_memory=sys.argv[2]))
 thread = threading.Thread(target=lambda: engine.run(inputs(2, 3)))

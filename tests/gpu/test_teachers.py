@@ -17,7 +17,7 @@ from mae_deploy.distill.teachers.open import open_teacher  # noqa: E402
 from mae_deploy.models.config import EncoderConfig  # noqa: E402
 from mae_deploy.models.taps import Tap, Taps  # noqa: E402
 from mae_deploy.models.vit import Encoder  # noqa: E402
-from mae_deploy.runtime.tensorrt_api import Api  # noqa: E402
+from mae_deploy.runtime.tensorrt.api import Api  # noqa: E402
 
 pytestmark = pytest.mark.gpu
 

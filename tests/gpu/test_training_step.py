@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.runtime.cuda import Gpu
+from mae_deploy.runtime.cuda.driver import Gpu
 
 torch = pytest.importorskip("torch")
 

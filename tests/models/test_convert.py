@@ -21,8 +21,8 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig
-from mae_deploy.models.convert import Imported, ImportOptions, expected_shapes, import_weights
-from mae_deploy.models.load import Loaded, model_of
+from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
+from mae_deploy.weights.load import Loaded, model_of
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool

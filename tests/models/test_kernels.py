@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.models import kernels as kernels_module
-from mae_deploy.models.kernels import ATTENTION, DEFAULT, PRODUCTS, Kernels, MeasuredLinear, measure, use_kernels
+from mae_deploy.models import cpu_kernels as kernels_module
+from mae_deploy.models.cpu_kernels import ATTENTION, DEFAULT, PRODUCTS, Kernels, MeasuredLinear, measure, use_kernels
 from tests.models.tiny_models import tiny_encoder
 
 M, K, N = 7, 11, 13

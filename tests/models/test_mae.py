@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.models.load import build_model
+from mae_deploy.weights.load import build_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.position import sincos_position_embedding

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
-from mae_deploy.models.load import Loaded
+from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import sincos_position_embedding
-from mae_deploy.models.slicing import choose_blocks, evenly, slice_encoder, start_from_slice
+from mae_deploy.weights.slicing import choose_blocks, evenly, slice_encoder, start_from_slice
 from mae_deploy.models.vit import Classifier, Encoder, Pool, patchify
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor
 

@@ -22,7 +22,7 @@ import pytest
 import torch
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.models.unpickle import Hollow, read_pickle
+from mae_deploy.weights.read.unpickle import Hollow, read_pickle
 
 TENSORS = {"a.weight": torch.arange(6.0).reshape(2, 3)}
 

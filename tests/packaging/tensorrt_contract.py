@@ -124,7 +124,7 @@ class Findings:
 
 
 def check(sources: Mapping[str, str], listing: Listing) -> Findings:
-    """Look up every name of TensorRT's in Python sources, which are given by the names of their modules, such as `mae_deploy.runtime.plans`."""
+    """Look up every name of TensorRT's in Python sources, which are given by the names of their modules, such as `mae_deploy.runtime.tensorrt.plans`."""
     project = _Project({name: ast.parse(text) for name, text in sources.items()}, listing)
     while project.follow():
         pass

@@ -32,7 +32,7 @@ for arguments in ([], ["data", "stats"], ["data", "pack"], *([name] for name in 
         "import mae_deploy.runtime",
         "from mae_deploy.runtime import Backbone, Bundle",
         "import mae_deploy.cli",
-        "import mae_deploy.commands.data_stats, mae_deploy.commands.data_pack",
+        "import mae_deploy.commands.data.stats, mae_deploy.commands.data.pack",
         HELP_OF_EVERY_COMMAND,
     ],
     ids=["runtime", "backbone", "cli", "data", "help"],

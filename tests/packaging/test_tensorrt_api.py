@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime import tensorrt_api
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from tests.packaging.tensorrt_contract import Listing, check
 
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from torch import Tensor
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
-from mae_deploy.training.optim import adamw, decay_groups
+from mae_deploy.training.optim.groups import adamw, decay_groups
 from mae_deploy.training.schedule import learning_rate
 
 Weights = dict[str, Tensor]

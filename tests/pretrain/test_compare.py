@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from timm.data import resolve_data_config
 
 from mae_deploy.cli import main
-from mae_deploy.data.find import labelled_images
+from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.pretrain.compare import read_entries
-from mae_deploy.pretrain.evaluation_config import FeatureConfig
-from mae_deploy.pretrain.features import extract
-from mae_deploy.pretrain.timm_features import TimmFeatures
+from mae_deploy.evaluation.compare import read_entries
+from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.features import extract
+from mae_deploy.evaluation.timm_features import TimmFeatures
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import random_tensor, tiny_encoder
 
@@ -102,7 +102,7 @@ def test_ours_random_and_timm_on_the_same_probes(
 
 def test_random_weights_are_drawn_for_each_seed(classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.Tensor] = []
-    from mae_deploy.pretrain import compare as module
+    from mae_deploy.evaluation import compare as module
 
     def watched(config: Any, train: Any, val: Any, num_classes: int, seed: int) -> dict[str, float]:
         seen.append(val.features)
@@ -120,7 +120,7 @@ def test_random_weights_are_drawn_for_each_seed(classes: Path, pretrained: Path,
 def test_what_cannot_be_opened_is_said_first(
     classes: Path, pretrained: Path, timm_weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mae_deploy.pretrain.compare.extract", lambda *_, **__: pytest.fail("work was done"))
+    monkeypatch.setattr("mae_deploy.evaluation.compare.extract", lambda *_, **__: pytest.fail("work was done"))
     assert main(["compare", str(pretrained), f"vit={timm_weights}@test_vitt", "--data", str(classes)]) == 2
     assert "has no model 'test_vitt'" in capsys.readouterr().err
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mae_deploy.cli import main
-from mae_deploy.pretrain.features import FeatureSet
-from mae_deploy.pretrain.knn import knn, nearest, votes
+from mae_deploy.evaluation.features import FeatureSet
+from mae_deploy.evaluation.knn import knn, nearest, votes
 from tests.data.image_folders import spoil
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import random_tensor, tiny_encoder

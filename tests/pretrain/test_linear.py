@@ -8,7 +8,7 @@ import torch
 from sklearn.linear_model import LogisticRegression, Ridge
 from torch import Tensor
 
-from mae_deploy.pretrain.linear import LinearFit, fit_linear, hold_out, logistic, ridge, unstandardise
+from mae_deploy.evaluation.linear import LinearFit, fit_linear, hold_out, logistic, ridge, unstandardise
 from tests.models.tiny_models import random_tensor
 
 CLASSES, D = 5, 7

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.runtime import cuda
+from mae_deploy.runtime.cuda import driver as cuda
 from tests.runtime.stub_driver import compile_stub, load_stub
 from tests.runtime.tiny_bundle import write_bundle
 

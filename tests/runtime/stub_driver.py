@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_deploy.preprocess import Array
-from mae_deploy.runtime.cuda import CudaError
-from mae_deploy.runtime.cuda_memory import Event, Memory, Stream
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime.cuda.driver import CudaError
+from mae_deploy.runtime.cuda.memory import Event, Memory, Stream
 
 SOURCE = Path(__file__).with_name("libcuda_stub.c")
 NAME = "libcuda.so.1"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.runtime.accuracy import Accuracy
+from mae_deploy.evaluation.accuracy import Accuracy
 
 NAMES = tuple("abcdefg")
 

@@ -15,8 +15,8 @@ from PIL import Image
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.affinity import bound_to
-from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.engines.affinity import bound_to
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.registry import load_engine
 from tests.runtime.tiny_bundle import golden_inputs, reference
 

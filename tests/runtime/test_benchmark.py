@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.benchmark import Timing, measure
+from mae_deploy.runtime.timing import Timing, measure
 
 
 def test_candidates_take_turns_and_warm_up_untimed() -> None:

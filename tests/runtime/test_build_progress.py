@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mae_deploy.runtime.build_progress import BuildProgress
+from mae_deploy.runtime.tensorrt.build_progress import BuildProgress
 
 
 def test_a_phase_within_a_phase_is_a_part_of_its_step() -> None:

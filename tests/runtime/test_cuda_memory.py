@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.errors import ConfigError, MissingDependency
-from mae_deploy.runtime import cuda
-from mae_deploy.runtime.cuda_memory import open_memory
+from mae_deploy.runtime.cuda import driver as cuda
+from mae_deploy.runtime.cuda.memory import open_memory
 from tests.runtime.stub_driver import NAME, compile_stub
 
 
@@ -44,8 +44,8 @@ def test_without_the_packages(backend: str, said: list[str], monkeypatch: pytest
 SCRIPT = """
 import atexit, ctypes, sys, threading
 import numpy as np
-from mae_deploy.runtime.cuda import CudaError
-from mae_deploy.runtime.cuda_memory import open_memory
+from mae_deploy.runtime.cuda.driver import CudaError
+from mae_deploy.runtime.cuda.memory import open_memory
 
 driver = ctypes.CDLL("libcuda.so.1")
 driver.stub_limit.argtypes = (ctypes.c_long,)

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.preprocess import Preprocess
-from mae_deploy.runtime.deepstream import FRAME, INFER_FILE, LABELS, PLAN_FILE, PREPROCESS_FILE, centre, check_bundle, check_feeding, write_deepstream
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.serving.deepstream import FRAME, INFER_FILE, LABELS, PLAN_FILE, PREPROCESS_FILE, centre, check_bundle, check_feeding, write_deepstream
 from tests.runtime.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import CLASS_NAMES, MEAN, H, W
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime import device_array
-from mae_deploy.runtime.device_array import DeviceArray, Lease, is_on_device, view_of
+from mae_deploy.runtime.cuda import arrays as device_array
+from mae_deploy.runtime.cuda.arrays import DeviceArray, Lease, is_on_device, view_of
 
 
 class Lent(DeviceArray):

@@ -13,9 +13,10 @@ import onnxruntime
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.preprocess import Array
-from mae_deploy.runtime import Bundle, onnxruntime_engine
-from mae_deploy.runtime.engine import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
 from mae_deploy.runtime.registry import load_engine, open_graph
 from tests.runtime.tiny_bundle import OUTPUTS, golden_inputs, reference, rehash, write_bundle
 

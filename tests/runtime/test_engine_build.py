@@ -9,15 +9,15 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.runtime import engine_build
-from mae_deploy.runtime.benchmark import Timing
+from mae_deploy.runtime.tensorrt import add_engine as engine_build
+from mae_deploy.runtime.timing import Timing
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.cuda import Gpu
-from mae_deploy.runtime.engine_build import Built, build_engine, compare_speed, graph_for, resolve_profiles, verdict
+from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine, compare_speed, graph_for, resolve_profiles, verdict
 from mae_deploy.runtime.manifest import file_entry
-from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from mae_deploy.runtime.parity import Comparison
-from mae_deploy.runtime.tensorrt_build import Plan
+from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.parity.compare import Comparison
+from mae_deploy.runtime.tensorrt.build import Plan
 from mae_deploy.runtime.verify import Check
 from tests.runtime.tiny_bundle import K, N, write_bundle
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mae_deploy.runtime.layer_report import summarise
+from mae_deploy.runtime.tensorrt.layer_report import summarise
 
 
 def tensor(name: str, **said: Any) -> dict[str, Any]:

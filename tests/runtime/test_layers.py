@@ -13,7 +13,7 @@ import pytest
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.layers import FLOOR_DB, LayerDrift, LayerReport, trace_layers
-from mae_deploy.runtime.parity import Comparison
+from mae_deploy.runtime.parity.compare import Comparison
 from tests.runtime.tiny_bundle import BLOCK_ROWS, BLOCK_TENSORS, write_bundle
 
 

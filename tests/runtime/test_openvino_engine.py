@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
-from mae_deploy.export.onnx_builder import GraphBuilder
+from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.engine import Engine, EngineOptions
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.registry import load_engine, open_graph
 from tests.runtime.tiny_bundle import OUTPUTS, SAMPLES, D, K, N, golden_inputs, reference, rehash, write_bundle
 
@@ -146,7 +146,7 @@ def test_shapes_get_a_compiled_graph_of_their_own(tmp_path: Path) -> None:
 
 
 def test_a_graph_for_one_shape_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_deploy.runtime.openvino_engine._NOISE", -1.0)
+    monkeypatch.setattr("mae_deploy.runtime.engines.openvino._NOISE", -1.0)
     samples = golden_inputs(visible=True)
     with load(write_bundle(tmp_path / "b")) as engine:
         engine.run(samples)
@@ -158,7 +158,7 @@ def test_the_first_four_shapes_of_a_small_graph_do(tmp_path: Path, monkeypatch: 
     path = write_bundle(tmp_path / "b", external="encoder.onnx.data")
     size = sum((path / name).stat().st_size for name in ("encoder.onnx", "encoder.onnx.data"))
     for limit, expected in ((size - 1, 0), (size, 4)):
-        monkeypatch.setattr("mae_deploy.runtime.openvino_engine._SPECIAL_BYTES", limit)
+        monkeypatch.setattr("mae_deploy.runtime.engines.openvino._SPECIAL_BYTES", limit)
         with load(path) as engine:
             for keep in (1, 2, 3, 4, 5, 6):
                 inputs = {**samples, "ids_keep": samples["ids_keep"][:, :keep]}
@@ -218,7 +218,7 @@ import json, os, sys, threading
 import numpy as np
 from pathlib import Path
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.registry import open_graph
 
 graph, core = Path(sys.argv[1]), int(sys.argv[2])

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.preprocess import Array
+from mae_deploy.images.preprocess import Array
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from mae_deploy.runtime.plan_parity import inputs_at, parity_record, prove_plan, repeated
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
-from mae_deploy.runtime.tensorrt_options import Profile
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.verify import Check
 from tests.runtime.tiny_bundle import OUTPUTS, K, N, write_bundle
 
@@ -105,7 +105,7 @@ def test_without_a_reference_the_golden_outputs_judge_every_batch(tmp_path: Path
 
 
 def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(visible_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mae_deploy.runtime.plan_parity.util.find_spec", lambda _: None)
+    monkeypatch.setattr("mae_deploy.runtime.tensorrt.check_plan.util.find_spec", lambda _: None)
     bundle = Bundle.load(visible_bundle)
     checks = prove(bundle, [{"B": (1, 2, 3), "K": (K, K, K)}])
     assert failed(checks) == set()

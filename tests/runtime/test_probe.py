@@ -14,7 +14,7 @@ import pytest
 
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.runtime import probe
-from mae_deploy.runtime.engine import EngineOptions
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.probe import peak_memory, probe_graph
 from tests.runtime.tiny_bundle import golden_inputs, write_bundle
 

@@ -12,10 +12,11 @@ import onnxruntime
 import pytest
 from onnx import TensorProto, helper
 
-from mae_deploy.runtime import onnxruntime_engine, saturation
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.onnxruntime_engine import OnnxRuntimeEngine
-from mae_deploy.runtime.saturation import products_saturate
+from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
+from mae_deploy.runtime.engines import saturation
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.engines.saturation import products_saturate
 
 ENTRY = "session.x64quantprecision"
 

@@ -16,10 +16,12 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.runtime import tensorrt_api, tensorrt_engine, tensorrt_runner
-from mae_deploy.runtime.cuda import CudaError, CudaGraph
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
+from mae_deploy.runtime.tensorrt import runner as tensorrt_runner
+from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.runtime.fake_tensorrt import C, H, W, make_tensorrt, plan, reference
 from tests.runtime.stub_driver import NAME, StubMemory, calls, compile_stub
 
@@ -460,8 +462,8 @@ import atexit, ctypes, sys, threading
 from pathlib import Path
 driver = ctypes.CDLL("libcuda.so.1")
 atexit.register(lambda: print(driver.stub_live(), driver.stub_depth()))
-from mae_deploy.runtime.engine import EngineOptions
-from mae_deploy.runtime.tensorrt_engine import TensorRtEngine
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.runtime.fake_tensorrt import make_tensorrt
 from tests.runtime.test_tensorrt_engine import check, inputs
 sys.modules["tensorrt"] = make_tensorrt(driver)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.runtime.tensorrt_tensors import ProfileRange, Tensor, check_dtype, check_shapes, choose_profile, to_numpy
+from mae_deploy.runtime.tensorrt.tensors import ProfileRange, Tensor, check_dtype, check_shapes, choose_profile, to_numpy
 
 
 def ranged(index: int, least: tuple[int, int], most: tuple[int, int]) -> ProfileRange:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.runtime.cuda import gpus
+from mae_deploy.runtime.cuda.driver import gpus
 from scripts.gpu_check import run_command
 from scripts.gpu_check_device import main
 from tests.runtime.tiny_bundle import write_bundle

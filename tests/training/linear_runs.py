@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import ImageDataset
-from mae_deploy.data.find import unlabelled_images
+from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.transforms import train_transform
-from mae_deploy.preprocess import Preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.loop import Job, fit, make_accelerator
-from mae_deploy.training.optim import decay_groups
-from mae_deploy.training.run_folder import RunFolder, read_metrics
+from mae_deploy.training.optim.groups import decay_groups
+from mae_deploy.training.state.run_folder import RunFolder, read_metrics
 from mae_deploy.training.step import Loss, StepBatch
 from tests.training.tiny_runs import optim
 

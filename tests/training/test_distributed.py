@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from mae_deploy.checkpoint import open_checkpoint
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.training.config import LoopConfig, Sharding
-from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import spoil, write_classes
 from tests.training.tiny_runs import command, command_of, finetuning, losses_of, optim, pretraining, run_processes
 

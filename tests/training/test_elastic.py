@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 
-from mae_deploy.training.elastic import KeptPatches
+from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.step import StepBatch
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from mae_deploy.training.config import LoopConfig
-from mae_deploy.training.ema import WeightAverage
+from mae_deploy.training.state.ema import WeightAverage
 from tests.training.linear_runs import train
 from tests.training.tiny_runs import optim
 

@@ -10,12 +10,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mae_deploy.data.sources import ImageList, labelled_files
+from mae_deploy.data.sources.base import ImageList, labelled_files
 from mae_deploy.data.transforms import eval_transform
 from mae_deploy.errors import CheckFailed
-from mae_deploy.preprocess import Preprocess
-from mae_deploy.training.elastic import KeptPatches
-from mae_deploy.training.evaluate import Evaluator
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.training.kept_patches import KeptPatches
+from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.loop import make_accelerator
 from tests.data.image_folders import spoil, write_noise
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_deploy.training.lars import Lars
+from mae_deploy.training.optim.lars import Lars
 
 # Computed with the original implementation: lr 0.1, weight decay 0.01, momentum 0.9, trust coefficient 0.001, from the tensors of `drawn`.
 STEPS = [

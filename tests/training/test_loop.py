@@ -17,7 +17,7 @@ from mae_deploy.cli import main
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.loop import make_accelerator
-from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import spoil
 from tests.training.linear_runs import train
 from tests.training.tiny_runs import command_of, losses_of, optim, pretraining

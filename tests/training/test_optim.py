@@ -9,7 +9,7 @@ import torch
 
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier, Pool
-from mae_deploy.training.optim import ParamGroup, adamw, decay_groups, layer_decay_groups, layer_of
+from mae_deploy.training.optim.groups import ParamGroup, adamw, decay_groups, layer_decay_groups, layer_of
 from tests.training.tiny_runs import DECODER, ENCODER
 
 FOUR_BLOCKS = replace(ENCODER, depth=4)

@@ -9,7 +9,7 @@ import pytest
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.config import OptimConfig
 from mae_deploy.training.plan import Plan, make_plan, resume_plan
-from mae_deploy.training.state import Progress
+from mae_deploy.training.state.progress import Progress
 
 
 def test_the_plan_of_the_paper() -> None:

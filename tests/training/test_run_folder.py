@@ -15,7 +15,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import point_link
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.training.config import LoopConfig
-from mae_deploy.training.run_folder import RunFolder, read_metrics
+from mae_deploy.training.state.run_folder import RunFolder, read_metrics
 from tests.training.tiny_runs import optim, pretraining
 
 DATA = {"images": 11, "sha256": "abc"}

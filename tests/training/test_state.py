@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS
 from mae_deploy.files import read_json
-from mae_deploy.training.optim import adamw, decay_groups
-from mae_deploy.training.sharding import whole_tensors
-from mae_deploy.training.state import (
+from mae_deploy.training.optim.groups import adamw, decay_groups
+from mae_deploy.training.state.sharding import whole_tensors
+from mae_deploy.training.state.progress import (
     OPTIMIZER,
     REST,
     STATE,

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from mae_deploy.data.dataset import Batch
 from mae_deploy.training.loop import make_accelerator
-from mae_deploy.training.optim import ParamGroup, adamw, decay_groups
+from mae_deploy.training.optim.groups import ParamGroup, adamw, decay_groups
 from mae_deploy.training.plan import Plan
-from mae_deploy.training.sharding import Network
+from mae_deploy.training.state.sharding import Network
 from mae_deploy.training.step import StepBatch, Stepper
 
 

@@ -18,7 +18,7 @@ from mae_deploy.data.config import DataConfig
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig, PretrainConfig
 from mae_deploy.training.config import LoopConfig, OptimConfig
-from mae_deploy.training.run_folder import read_metrics
+from mae_deploy.training.state.run_folder import read_metrics
 
 # 3x2 patches of 5x5 pixels; nothing equals anything else.
 ENCODER = EncoderConfig(name="tiny", image_size=(15, 10), patch_size=5, embed_dim=12, depth=2, num_heads=3)

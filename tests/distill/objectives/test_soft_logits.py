@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mae_deploy.distill.objectives.soft_logits import SoftLogits
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.models.taps import Tap
 from tests.distill.objectives.tiny_taps import view
 from tests.models.tiny_models import random_tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mae_deploy.data.sources import UNLABELLED
+from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.distill.objectives.attention import AttentionMaps
 from mae_deploy.distill.objectives.base import Objective, View
 from mae_deploy.distill.objectives.decoder_features import DecoderFeatures
@@ -16,7 +16,7 @@ from mae_deploy.distill.objectives.labels import Labels
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.soft_logits import SoftLogits
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap, Taps
 from tests.models.tiny_models import random_tensor, tiny_mae

@@ -16,7 +16,7 @@ from mae_deploy.models.bands import GroupedPatchEmbed
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.taps import Tap, tapped
-from mae_deploy.models.teacher import normalised, resize_images
+from mae_deploy.weights.frozen import normalised, resize_images
 from tests.distill.teachers.tiny_teachers import DEEP, FP32, batch_of, masking_of, own_teacher, ready
 from tests.models.tiny_models import DECODER, ENCODER, fill, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 

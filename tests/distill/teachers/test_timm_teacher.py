@@ -21,8 +21,8 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap
-from mae_deploy.models.teacher import normalised
-from mae_deploy.models.timm_network import timm_licence
+from mae_deploy.weights.frozen import normalised
+from mae_deploy.weights.timm_network import timm_licence
 from mae_deploy.models.vit import gather_tokens
 from tests.distill.teachers.tiny_teachers import batch_of, masking_of, ready
 

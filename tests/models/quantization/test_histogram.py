@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.models.quantization.histogram import Histogram, Method
-from mae_deploy.preprocess import Array
+from mae_deploy.images.preprocess import Array
 
 METHODS: tuple[Method, ...] = ("mse", "minmax", "percentile", "entropy")
 

@@ -1,0 +1,467 @@
+"""The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
+
+Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width. With G groups of bands, what is
+kept is of the G * N patches of all groups, group by group.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.config import from_dict
+from mae_deploy.errors import ConfigError
+from mae_deploy.export.graph.precision import FLOAT32, Island, Precision, Typing, arithmetic
+from mae_deploy.export.graph.blocks import BlockWriter
+from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
+from mae_deploy.export.graph.pyramid import write_pyramid
+from mae_deploy.models.bands import group_positions
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.models.pyramid import LEVELS
+from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
+from mae_deploy.images.preprocess import Preprocess
+
+TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+Images = Literal["float32", "float16", "uint8"]
+Pixels = Literal["target", "normalised", "image"]
+
+Array = npt.NDArray[Any]
+
+_MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
+"""Added to the scores of padded tokens; the softmax makes it exactly 0."""
+
+_PIXEL_EPSILON = 1e-6
+"""Added to a patch's variance, as in the original's loss."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphSpec:
+    """Which graph to write."""
+
+    token_mode: TokenMode
+    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct: encoder and decoder."""
+    keep: int | None = None
+    """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
+    batch: int | None = None
+    """Fixed batch; None leaves it dynamic."""
+    outputs: tuple[str, ...] | None = None
+    """Output names; None takes the model's own (see `default_outputs`)."""
+    images: Images = "float32"
+    """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
+    features: Images = "float32"
+    """Type of the outputs: float32 or float16."""
+    pixels: Pixels = "target"
+    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to 1."""
+    precision: Precision = "fp32"
+    typing: Typing = "weak"
+    """See `export.arithmetic`."""
+    fp32_ops: tuple[Island, ...] = ()
+    """Operators kept in FP32 in an FP16 graph."""
+    quantized: Mapping[str, float | None] = field(default_factory=dict)
+    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run time."""
+    attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    stores_rounded: bool = True
+    """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
+    emulates_bf16: bool = False
+    """Whether BF16 arithmetic is written as FP32 arithmetic that is rounded; see `GraphBuilder`."""
+    pyramid: Mapping[str, Array] | None = None
+    """Weights of a simple feature pyramid, for the outputs p2 to p5."""
+
+
+def block_tensor(index: int) -> str:
+    """The graph's name of the tokens after encoder block `index`, `(B, 1 + K, D)` or their rows, `(B * (1 + K), D)`."""
+    return f"blocks.{index}/mlp_residual"
+
+
+def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
+    """What a model can give.
+
+    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its head reads.
+    """
+    blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
+    inner = (*(LEVELS if pyramid else ()), *blocks)
+    if metadata.kind == "classifier" and metadata.pool == "avg":
+        return ("logits", "pooled", *inner)
+    names = ("logits",) if metadata.kind == "classifier" else ()
+    names = (*names, "cls", "tokens", "pooled", "feature_map", *inner)
+    return ("pixels", *names) if token_mode == "reconstruct" else names
+
+
+def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple[str, ...]:
+    """What a graph gives unless other outputs are asked for."""
+    if token_mode == "reconstruct":
+        return ("pixels",)
+    return tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
+
+
+def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec) -> GraphBuilder:
+    """Write the graph of an encoder, classifier or autoencoder.
+
+    Args:
+        tensors: the checkpoint's state dict.
+
+    Raises:
+        ConfigError: an output that the model does not have, a K outside 1 to N, a mode that needs a decoder without one, or that groups of bands
+            do not have.
+    """
+    config = from_dict(EncoderConfig, metadata.encoder)
+    check_decoder(metadata, spec.token_mode)
+    known = available_outputs(metadata, spec.token_mode, pyramid=spec.pyramid is not None)
+    names = spec.outputs or default_outputs(metadata, spec.token_mode)
+    for name in names:
+        if name not in known:
+            hint = "pass --pyramid with it" if name in LEVELS else f"it has {', '.join(known)}"
+            raise ConfigError(f"this model has no output '{name}'", hint=hint)
+    if spec.keep is not None and not 1 <= spec.keep <= config.num_tokens:
+        raise ConfigError(f"--tokens {spec.token_mode}:{spec.keep}: K must be within 1 and {config.num_tokens}")
+    weights = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
+    return _Graph(metadata, config, weights, spec).write(names)
+
+
+def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
+    """Whether there is a graph of this mode.
+
+    Raises:
+        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder with mask tokens.
+    """
+    if token_mode != "reconstruct":
+        return
+    if metadata.kind != "mae":
+        raise ConfigError(f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+    objective = from_dict(ObjectiveConfig, metadata.objective or {})
+    obstacles = {
+        "a model with --band-groups": metadata.encoder.get("band_groups") is not None,
+        f"a model that predicts {objective.target} instead of pixels": objective.target != "pixels",
+        "a model with mask tokens in the encoder": objective.encoder_mask_tokens,
+    }
+    for model, found in obstacles.items():
+        if found:
+            raise ConfigError(f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged")
+
+
+class _Graph:
+    """Writes one graph: patches, positions, blocks, norm, outputs."""
+
+    def __init__(self, metadata: Metadata, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
+        self.metadata, self.config, self.weights, self.spec = metadata, config, weights, spec
+        typed_scales = spec.precision in ROUNDINGS and spec.typing == "strong"
+        self.builder = GraphBuilder(config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET, emulates_bf16=spec.emulates_bf16)
+        self.arithmetic = arithmetic(spec.precision, spec.typing, spec.fp32_ops)
+        self.batch: Dim = spec.batch or "B"
+        self.visible = spec.token_mode != "full"
+        self.keep: Dim = (spec.keep or "K") if self.visible else config.num_tokens
+        self.averaged = metadata.kind == "classifier" and metadata.pool == "avg"
+        self.ragged = spec.token_mode == "ragged"
+        self.padding: str | None = None
+        """See `BlockWriter`."""
+        self.places = ""
+        """Row of the position table for every token, int64 `(B, T)`: 1 + the patch, 0 for CLS and for padding."""
+
+    def write(self, names: tuple[str, ...]) -> GraphBuilder:
+        """Embedding, blocks, norm and the outputs asked for."""
+        patches = self._patches()
+        tokens = self.builder.cast(self._embed(patches), self.arithmetic.of("residual"))
+        D = self.config.width
+        writer = self._block_writer(self.keep, self.padding)
+        rows = writer.rows(tokens, D, "blocks/rows")
+        inner = []
+        for index in range(self.config.blocks):
+            rows = writer.block(rows, f"blocks.{index}", self.config.heads)
+            inner.append(rows)
+        assert inner[-1] == block_tensor(len(inner) - 1)
+        values = self._inner(writer, inner, names)
+        if len(values) < len(names):
+            tokens = self._after(writer, inner, -1)
+            if "norm.weight" in self.weights and not self.averaged:
+                tokens = writer.layer_norm(tokens, "norm", dtype=FLOAT32)
+            values |= self._features(writer, tokens, names)
+            if "pixels" in names:
+                values["pixels"] = self._reconstruct(tokens, patches), [self.batch, self.config.num_patches, self.config.patch_dim]
+        for name in names:
+            self.builder.output(name, *values[name], dtype=self.spec.features)
+        return self.builder
+
+    def _block_writer(self, num_patches: Dim, padding: str | None = None) -> BlockWriter:
+        """A writer of blocks on this many patches and a CLS token."""
+        B, T = (size if isinstance(size, int) else -1 for size in (self.batch, num_patches))
+        return BlockWriter(
+            self.builder,
+            self.weights,
+            self.arithmetic,
+            quantized=self.spec.quantized,
+            attention_scales=self.spec.attention_scales,
+            padding=padding,
+            sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
+            rounding=ROUNDINGS.get(self.spec.precision, INT8),
+            stores_rounded=self.spec.stores_rounded,
+        )
+
+    # --- images to tokens ------------------------------------------------------------------------------------------------
+
+    def _patches(self) -> str:
+        """All patches, row by row, channels last within a patch: FP32 `(B, N, P * P * C)`."""
+        b, c = self.builder, self.config
+        P, C, (rows, columns) = c.patch, c.in_chans, c.grid_size
+        H, W = c.image_size
+        if self.spec.images == "uint8":
+            images = b.cast(b.input("images", np.uint8, [self.batch, H, W, C]), FLOAT32)
+            shape, perm = (0, rows, P, columns, P, C), [0, 1, 3, 2, 4, 5]
+        else:
+            images = b.cast(b.input("images", self.spec.images, [self.batch, C, H, W]), FLOAT32)
+            shape, perm = (0, C, rows, P, columns, P), [0, 2, 4, 3, 5, 1]
+        grid = b.node("Reshape", [images, b.integers(*shape)], "patchify/grid")
+        grid = b.node("Transpose", [grid], "patchify/transpose", perm=perm)
+        return b.node("Reshape", [grid, b.integers(0, c.num_patches, c.patch_dim)], "patchify/patches")
+
+    def _embed(self, patches: str) -> str:
+        """CLS as patch 0, the kept ones gathered, one linear map, one table of positions: FP32 `(B, T, D)`."""
+        b = self.builder
+        # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the table
+        # makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
+        groups = self.config.band_groups
+        kernels = self._patch_kernels()
+        embeds = "" if groups is None else self._embed_groups(patches, [kernel for kernel, _ in kernels])
+        tokens = b.node("Pad", [embeds or patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
+        table = self._positions()
+        table[0] += self.weights["cls_token"][0, 0]
+        table[1:] += np.repeat([bias for _, bias in kernels], self.config.num_patches, axis=0)
+        positions = b.weight("position_table", table)
+        if self.visible:
+            ids = self._token_ids()
+            index = b.node("Unsqueeze", [ids, b.integers(2)], "ids/index")
+            tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
+            positions = b.node("Gather", [positions, ids], "keep/positions", axis=0)
+        if groups is None:
+            tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0][0])], "patch_embed/MatMul")
+        return b.node("Add", [tokens, positions], "patch_embed/Add")
+
+    def _embed_groups(self, patches: str, kernels: list[Array]) -> str:
+        """Each group's bands of all patches through its own linear map, group by group: `(B, N, P * P * C) -> (B, G * N, D)`."""
+        b, c = self.builder, self.config
+        embeds = []
+        for group, (bands, kernel) in enumerate(zip(c.band_groups or (), kernels, strict=True)):
+            own = b.node("Gather", [patches, b.weight(f"patch_embed.{group}/columns", self._columns(bands))], f"patch_embed.{group}/patches", axis=2)
+            embeds.append(b.node("MatMul", [own, b.weight(f"patch_embed.{group}.proj.weight", kernel)], f"patch_embed.{group}/MatMul"))
+        return b.node("Concat", embeds, "patch_embed/groups", axis=1)
+
+    def _columns(self, bands: tuple[int, ...]) -> Array:
+        """Where in a patch the pixels of some bands are, channels last: int64 `(P * P * bands,)`."""
+        pixels = np.arange(self.config.patch**2, dtype=np.int64) * self.config.in_chans
+        return (pixels[:, None] + np.array(bands, np.int64)).ravel()
+
+    def _positions(self) -> Array:
+        """What is added to every token, CLS first, `(1 + N, D)`; a copy."""
+        c, positions = self.config, self.weights["pos_embed"]
+        if c.band_groups is None:
+            return positions[0].copy()  # type: ignore[no-any-return]
+        codes = torch.from_numpy(self.weights["channel_embed"])
+        return group_positions(torch.from_numpy(positions), codes, c.num_groups)[0].numpy()
+
+    def _patch_kernels(self) -> list[tuple[Array, Array]]:
+        """Weight `(P * P * C, D)` and bias `(D,)` of the patch embedding, or of each group's."""
+        groups = self.config.band_groups
+        if groups is None:
+            return [self._patch_kernel("patch_embed.proj", tuple(range(self.config.in_chans)))]
+        return [self._patch_kernel(f"patch_embed.{index}.proj", bands) for index, bands in enumerate(groups)]
+
+    def _patch_kernel(self, name: str, bands: tuple[int, ...]) -> tuple[Array, Array]:
+        """Weight and bias of one linear map; with uint8 images, the normalisation folded in.
+
+        `W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))`: exact but for rounding.
+        """
+        kernel = self.weights[f"{name}.weight"].transpose(2, 3, 1, 0).reshape(-1, self.config.width)
+        bias = self.weights[f"{name}.bias"]
+        if self.spec.images != "uint8":
+            return kernel, bias
+        mean, std = (values[self._columns(bands)] for values in self._statistics())
+        folded = kernel.astype(np.float64)
+        bias = bias - (mean / std) @ folded
+        return (folded / (255 * std[:, None])).astype(np.float32), bias.astype(np.float32)
+
+    def _statistics(self) -> tuple[Array, Array]:
+        """Mean and standard deviation for each value of a patch, `(P * P * C,)`, float64."""
+        preprocess = from_dict(Preprocess, self.metadata.preprocess)
+        mean, std = (np.tile(np.asarray(values, np.float64), self.config.patch**2) for values in (preprocess.mean, preprocess.std))
+        return mean, std
+
+    def _token_ids(self) -> str:
+        """The inputs that name the patches, as `places`."""
+        b = self.builder
+        kept = b.input("ids_keep", np.int64, [self.batch, self.keep])
+        if self.ragged:
+            real = self._real(kept)
+            # Padding may hold anything: it becomes copies of CLS, which read no pixel and can widen no range of values.
+            kept = b.node("Where", [real, kept, b.scalar(-1, np.int64)], "ids/safe")
+            self.padding = self._mask(real)
+        self.places = b.node("Pad", [b.node("Add", [kept, b.integers(1)], "ids/shift"), b.integers(0, 1, 0, 0)], "ids/cls")
+        return self.places
+
+    def _real(self, kept: str) -> str:
+        """Which entries of `ids_keep` are real: bool `(B, K)`, position < num_keep."""
+        b = self.builder
+        num_keep = b.cast(b.input("num_keep", np.int64, [self.batch]), FLOAT32)
+        num_keep = b.node("Unsqueeze", [num_keep, b.integers(1)], "padding/num_keep")
+        if isinstance(self.keep, int):
+            ordinals = b.weight("padding/ordinals", np.arange(1, self.keep + 1, dtype=np.float32)[None])
+        else:  # 1, 2, … K without shape arithmetic: a running sum of ones
+            ones = b.cast(b.node("Equal", [kept, kept], "padding/ones"), FLOAT32)
+            ordinals = b.node("CumSum", [ones, b.scalar(1, np.int64)], "padding/ordinals")
+        return b.node("LessOrEqual", [ordinals, num_keep], "padding/real")
+
+    def _mask(self, real: str) -> str:
+        """What keeps padding out of attention: FP32 `(B, 1, 1, T)`, 0 where a token is real, very negative where it is padding."""
+        b = self.builder
+        tokens = b.node("Pad", [b.cast(real, FLOAT32), b.integers(0, 1, 0, 0), b.scalar(1.0)], "padding/tokens")
+        masked = b.scalar(_MASKED[self.arithmetic.of("softmax").name])
+        bias = b.node("Mul", [b.node("Sub", [b.scalar(1.0), tokens], "padding/absent"), masked], "padding/bias")
+        return b.node("Unsqueeze", [bias, b.integers(1, 2)], "padding/scores")
+
+    @cached_property
+    def _real_rows(self) -> str:
+        """FP32 `(B, T, 1)`: 1 where a token is real, 0 where it is padding."""
+        return self.builder.node("Unsqueeze", ["padding/tokens", self.builder.integers(2)], "padding/rows")
+
+    # --- tokens to outputs -----------------------------------------------------------------------------------------------
+
+    def _after(self, writer: BlockWriter, blocks: list[str], index: int) -> str:
+        """FP32 tokens after a block, `(B, T, D)`."""
+        index %= len(blocks)
+        return self.builder.cast(writer.tokens(blocks[index], self.config.width, f"blocks.{index}/tokens"), FLOAT32)
+
+    def _inner(self, writer: BlockWriter, blocks: list[str], names: tuple[str, ...]) -> dict[str, tuple[str, list[Dim]]]:
+        """What is asked for of the tokens before the final norm: `block_I` and the pyramid."""
+        b = self.builder
+        values: dict[str, tuple[str, list[Dim]]] = {}
+        for name in names:
+            if match := re.fullmatch(r"block_(\d+)", name):
+                values[name] = self._patch_tokens(self._after(writer, blocks, int(match[1])), name), [self.batch, self.keep, self.config.width]
+        if levels := [name for name in names if name in LEVELS]:
+            assert self.spec.pyramid is not None
+            last = self._feature_map(self._after(writer, blocks, -1), "last_block")  # ViTDet's encoder has no final norm
+            values |= write_pyramid(b, last, self.spec.pyramid, self.config.grid_size, self.batch, levels)
+        return values
+
+    def _features(self, writer: BlockWriter, tokens: str, names: tuple[str, ...]) -> dict[str, tuple[str, list[Dim]]]:
+        """Only what was asked for, and what that needs."""
+        b, B, D = self.builder, self.batch, self.config.width
+        values: dict[str, tuple[str, list[Dim]]] = {}
+        wanted = {*names, *({"pooled" if self.averaged else "cls"} if "logits" in names else ())}
+        if "cls" in wanted:
+            values["cls"] = b.node("Gather", [tokens, b.scalar(0, np.int64)], "outputs/cls", axis=1), [B, D]
+        if wanted & {"tokens", "pooled"}:
+            values["tokens"] = self._patch_tokens(tokens, "tokens"), [B, self.keep, D]
+        if "pooled" in wanted:
+            pooled = self._mean(values["tokens"][0])
+            values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
+        if "logits" in names:
+            values["logits"] = writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head"), [B, self.metadata.num_classes or 0]
+        if "feature_map" in names:
+            values["feature_map"] = self._feature_map(tokens, "tokens"), [B, D, *self.config.grid_size]
+        return values
+
+    def _patch_tokens(self, tokens: str, name: str) -> str:
+        """Without CLS, `(B, K, D)`; padded rows are zero."""
+        b = self.builder
+        if self.ragged:
+            tokens = b.node("Mul", [tokens, self._real_rows], f"outputs/{name}/real")
+        return self._without_cls(tokens, f"outputs/{name}")
+
+    def _without_cls(self, tokens: str, name: str) -> str:
+        b = self.builder
+        return b.node("Slice", [tokens, b.integers(1), b.integers(np.iinfo(np.int64).max), b.integers(1)], name)
+
+    def _mean(self, patch_tokens: str) -> str:
+        """Mean over the real patches: `(B, K, D) -> (B, D)`."""
+        b = self.builder
+        if not self.ragged:
+            return b.mean(patch_tokens, 1, "outputs/mean")
+        total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "outputs/sum", keepdims=0)
+        return b.node("Div", [total, "padding/num_keep"], "outputs/mean")
+
+    def _feature_map(self, tokens: str, name: str) -> str:
+        """Tokens at their places in the grid, zeros where a patch is not visible: `(B, T, D) -> (B, D, H', W')`.
+
+        Of groups of bands, the mean over those that are visible at a place.
+        """
+        b, c = self.builder, self.config
+        patches = self._without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
+        if c.band_groups is not None:
+            patches = b.node("Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups")
+            if self.visible:
+                total = b.node("ReduceSum", [patches, b.integers(1)], f"maps/{name}/sum", keepdims=0)
+                patches = b.node("Div", [total, self._groups_seen], f"maps/{name}/mean")
+            else:
+                patches = b.mean(patches, 1, f"maps/{name}/mean")
+        columns = b.node("Transpose", [patches], f"maps/{name}/channels_first", perm=[0, 2, 1])
+        return b.node("Reshape", [columns, b.integers(0, c.width, *c.grid_size)], f"maps/{name}")
+
+    def _placed(self, tokens: str) -> str:
+        """Tokens at their rows of the position table, zeros elsewhere: `(B, T, D) -> (B, 1 + N, D)`.
+
+        A product with one-hot rows: it needs no shape arithmetic, is exact, and costs less than one linear map of one block.
+        """
+        return self.builder.node("MatMul", [self._one_hot, tokens], f"{tokens}/placed")
+
+    @cached_property
+    def _one_hot(self) -> str:
+        """Which token is at which row of the position table: FP32 `(B, 1 + N, T)`."""
+        b = self.builder
+        rows = b.weight("places/rows", np.arange(1 + self.config.num_tokens, dtype=np.int64)[None, :, None])
+        columns = b.node("Unsqueeze", [self.places, b.integers(1)], "places/columns")
+        return b.cast(b.node("Equal", [rows, columns], "places/equal"), FLOAT32)
+
+    @cached_property
+    def _groups_seen(self) -> str:
+        """How many groups are visible at each place, at least 1: FP32 `(B, N, 1)`."""
+        b, c = self.builder, self.config
+        seen = self._without_cls(b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches")
+        seen = b.node("Reshape", [seen, b.integers(0, c.num_groups, c.num_patches, 1)], "places/seen_groups")
+        return b.node("Max", [b.node("ReduceSum", [seen, b.integers(1)], "places/groups", keepdims=0), b.scalar(1.0)], "places/groups_seen")
+
+    def _reconstruct(self, latent: str, patches: str) -> str:
+        """The decoder: every patch's pixels from the latent of the visible ones, FP32 `(B, N, P * P * C)`."""
+        b, weights = self.builder, self.weights
+        decoder = from_dict(DecoderConfig, self.metadata.decoder or {})
+        writer = self._block_writer(self.config.num_patches)
+        # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed, and the table has the rest.
+        mask_token = weights["mask_token"][0, 0]
+        visible = writer.fp32_linear(latent, "decoder_embed", bias=weights["decoder_embed.bias"] - mask_token)
+        table = b.weight("decoder_table", weights["decoder_pos_embed"][0] + mask_token)
+        tokens = b.cast(b.node("Add", [self._placed(visible), table], "decoder/tokens"), self.arithmetic.of("residual"))
+        rows = writer.rows(tokens, decoder.decoder_embed_dim, "decoder_blocks/rows")
+        for index in range(decoder.decoder_depth):
+            rows = writer.block(rows, f"decoder_blocks.{index}", decoder.heads)
+        # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the graph has Q/DQ.
+        tokens = writer.layer_norm(writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32)
+        return self._pixels(writer.fp32_linear(self._without_cls(tokens, "decoder/patches"), "decoder_pred"), patches)
+
+    def _pixels(self, pixels: str, patches: str) -> str:
+        """From the decoder's target to the space asked for; each patch's mean and variance are those of the input image."""
+        b, (mean, std) = self.builder, self._statistics()
+        if self.spec.pixels == "target":
+            return pixels
+        per_value = [b.weight(f"pixels/{name}", values.astype(np.float32)) for name, values in (("mean", mean), ("std", std))]
+        if self.metadata.norm_pix_loss:
+            if self.spec.images == "uint8":
+                patches = b.node("Div", [patches, b.scalar(255.0)], "pixels/unit")
+                patches = b.node("Div", [b.node("Sub", [patches, per_value[0]], "pixels/shifted"), per_value[1]], "pixels/normalised")
+            n = self.config.patch_dim
+            centre = b.mean(patches, 2, "pixels/centre", keepdims=True)
+            away = b.node("Sub", [patches, centre], "pixels/away")
+            spread = b.mean(b.node("Mul", [away, away], "pixels/squares"), 2, "pixels/spread", keepdims=True)
+            variance = b.node("Mul", [spread, b.scalar(n / (n - 1))], "pixels/variance")
+            deviation = b.node("Sqrt", [b.node("Add", [variance, b.scalar(_PIXEL_EPSILON)], "pixels/floored")], "pixels/deviation")
+            pixels = b.node("Add", [b.node("Mul", [pixels, deviation], "pixels/scaled"), centre], "pixels/restored")
+        if self.spec.pixels == "image":
+            pixels = b.node("Add", [b.node("Mul", [pixels, per_value[1]], "pixels/contrast"), per_value[0]], "pixels/image")
+        return pixels

@@ -1,0 +1,274 @@
+"""INT8 and FP8: which Linears, with which ranges, and whether the result is worth having.
+
+All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is judged on ONNX Runtime here; whether
+its engine is faster than one in FP16 is measured once, on the device (`runtime.engine_build`).
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from mae_deploy.errors import CheckFailed
+from mae_deploy.export.quantization.calibrate import Calibration, calibrate
+from mae_deploy.export.job import Job
+from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
+from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.proof import judge, judging_engine, tolerance_of
+from mae_deploy.export.quantization.fake_quant import macs_per_token
+from mae_deploy.export.quantization.sensitivity import Verdict, choose, sensitivities
+from mae_deploy.files import remove
+from mae_deploy.weights.load import Loaded
+from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
+from mae_deploy.models.quantization.policy import Policy
+from mae_deploy.models.quantization.rounding import ROUNDINGS, AttentionScales, eligible_linears
+from mae_deploy.models.quantization.smoothing import bias_corrections, correct_biases, smooth, smoothed_stats
+from mae_deploy.progress import notice
+from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.parity.compare import Comparison
+from mae_deploy.runtime.registry import open_graph
+
+_MARGIN_DB = 0.3
+"""By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine, too."""
+
+_ROUNDS = 15
+"""Timed rounds of INT8 against FP32."""
+
+_SENSITIVITY_SAMPLES = 8
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Plan:
+    """A quantised graph that met its budget, and how it came about."""
+
+    job: Job
+    """With the weights as they are quantised."""
+    quantized: dict[str, float | None]
+    attention: dict[str, AttentionScales]
+    rows: list[LayerRow]
+    """The per-layer table; empty where no search was needed."""
+    latency: tuple[Timing, Timing] | None
+    """Of FP32 and INT8; None where the device has to be asked."""
+    num_linears: int
+    facts: dict[str, Any]
+    """Policy, smoothing and calibration, for the manifest."""
+
+    def graph(self) -> GraphBuilder:
+        """The graph to ship."""
+        return self.job.graph(quantized=self.quantized, attention_scales=self.attention)
+
+    def summary(self) -> dict[str, Any]:
+        """For the command's result."""
+        record = self.record()
+        text = f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()} ({self.facts['policy']})"
+        if self.latency is not None:
+            milliseconds = record["latency_ms"]
+            text += f", {record['latency_ratio']:.2f} of FP32's latency ({milliseconds['int8']:.1f} against {milliseconds['fp32']:.1f} ms)"
+        return {"text": text, **record}
+
+    def record(self) -> dict[str, Any]:
+        """For the manifest."""
+        found = {**self.facts, "linears": self.num_linears, "quantized": dict(self.quantized), "attention": list(self.attention)}
+        if self.latency is not None:
+            found["latency_ratio"] = self.latency[1].ratio(self.latency[0])
+            found["latency_ms"] = {name: 1000 * timing.median for name, timing in zip(("fp32", "int8"), self.latency, strict=True)}
+        return found
+
+    def write_table(self, folder: Path) -> list[Path]:
+        """The per-layer table beside the graph, where a search made one."""
+        return write_table(folder / "sensitivity", self.rows) if self.rows else []
+
+
+def plan_int8(job: Job, folder: Path) -> Int8Plan:
+    """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster than FP32, if that can be known here.
+
+    Args:
+        folder: for graphs that are only tried; they are removed again.
+
+    Raises:
+        CheckFailed: nothing meets the budget, or what does is not faster than FP32; the per-layer table is left beside `--out`.
+        ConfigError: too few calibration images that can be read.
+    """
+    attempt = _Attempt(job, folder)
+    everything = frozenset(attempt.names)
+    rows: list[LayerRow] = []
+    failures = ""
+    chosen: frozenset[str] | None = everything
+    verdict = attempt.judge(everything)
+    if not verdict.passes and attempt.rest == "bf16":
+        attempt.rest = "fp32"
+        verdict = attempt.judge(everything)
+    if not verdict.passes:
+        chosen, failures = None, "; ".join(attempt.failures)
+        if job.config.int8.search:
+            notice(f"{attempt.name}:", f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix that meets it")
+            chosen, rows = attempt.search()
+    if chosen is None:
+        none = f"no mix of {attempt.name} and higher precision meets the budget; " if job.config.int8.search else ""
+        raise attempt.rejected(rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything))
+    timings = attempt.time(chosen)
+    if timings is not None and not timings[1].ratio(timings[0]) < job.config.int8.max_latency:
+        raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", timings)
+    return Int8Plan(
+        job=attempt.job_for(chosen),
+        quantized={name: attempt.scales[name] for name in attempt.names if name in chosen},
+        attention=attempt.attention_for(chosen),
+        rows=rows,
+        latency=timings,
+        num_linears=len(everything),
+        facts={**attempt.facts, "rest": attempt.rest},
+    )
+
+
+class _Attempt:
+    """Tries sets of Linears in eight bits on the engine that judges them."""
+
+    def __init__(self, job: Job, folder: Path) -> None:
+        int8 = job.config.int8
+        self.config, self.folder = job.config, folder
+        self.name, self.rounding = job.config.precision.upper(), ROUNDINGS[job.config.precision]
+        self.tolerance = tolerance_of(job)
+        self.names = eligible_linears(job.reference.model)
+        policy = Policy(
+            static=job.config.policy == "static",
+            smooth_alpha=int8.smooth_alpha if int8.smooth_quant else None,
+            method=int8.calib_method,
+            percentile=int8.calib_percentile,
+            rounding=self.rounding,
+        )
+        calibration = _calibration(job, self.names)
+        divisors = policy.divisors(job.loaded.tensors, self.names, calibration.stats if calibration else None)
+        self.stats: dict[str, ActivationStats] = smoothed_stats(calibration.stats, divisors) if calibration else {}
+        self.job = _with_tensors(job, smooth(job.loaded.tensors, divisors))
+        self.scales = policy.scales(self.names, self.stats)
+        self.corrections = bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
+        self.attention: dict[str, AttentionScales] = {}
+        if int8.int8_attention and calibration:
+            self.attention = attention_scales(job.reference.model, calibration.attention_absmax, divisors, self.rounding)
+        halves = self.config.resolved_typing == "strong" or self.config.engine == "trt"
+        self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
+        """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
+        self.facts = _facts(job, calibration, self.scales)
+        self.failures: list[str] = []
+        self._figures: dict[frozenset[str], list[Comparison]] = {}
+
+    def judge(self, chosen: frozenset[str]) -> Verdict:
+        """Build this set's graph and compare its outputs with PyTorch's."""
+        with ExitStack() as stack:
+            engine = self._engine(stack, self._graph(chosen), self.config.precision)
+            comparisons, failures, _ = judge(self.job, engine, self.tolerance)
+        self._figures[chosen] = comparisons
+        above = -max(self._deficit(comparison) for comparison in comparisons)
+        self.failures = failures or ([f"only {above:.2f} dB above the floor, {_MARGIN_DB} are wanted"] if above < _MARGIN_DB else [])
+        return Verdict(passes=not self.failures, deficit_db=_MARGIN_DB - above if math.isfinite(above) else None)
+
+    def search(self) -> tuple[frozenset[str] | None, list[LayerRow]]:
+        """The fastest mix that meets the budget, or None, and the per-layer table."""
+        model, N = self.job.reference.model, self.job.loaded.encoder_config.num_tokens
+        few = {name: array[:_SENSITIVITY_SAMPLES] for name, array in self.job.trials[0][0].items()}
+        noise = sensitivities(model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding)
+        K = self.job.ranges["K"][1] if "K" in self.job.ranges else N
+        tokens = {name: 1 + (N if name.startswith("decoder_") else K) for name in self.names}
+        cost = {name: float(macs_per_token(model, name) * tokens[name]) for name in self.names}
+        chosen = choose(noise, cost, self.judge)
+        return chosen, table_rows(noise, cost, self.scales, self.stats, chosen or frozenset(), precision=self.config.precision, otherwise=self.rest)
+
+    def time(self, chosen: frozenset[str]) -> tuple[Timing, Timing] | None:
+        """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for TensorRT, which the device times."""
+        if self.config.engine == "trt":
+            return None
+        inputs, _ = self.job.trials[0]
+        samples = np.arange(self.config.fixed_batch or 1) % len(self.job.samples.pixels)  # a batch may be larger than what there is
+        batch = {name: array[samples] for name, array in self.job.as_graph_takes(inputs).items()}
+        with ExitStack() as stack:
+            graphs = {"fp32": self.job.in_precision("fp32").graph(), "int8": self._graph(chosen)}
+            engines = {name: self._engine(stack, graph, name) for name, graph in graphs.items()}
+            timings = measure({name: partial(engine.run, batch) for name, engine in engines.items()}, repeats=_ROUNDS)
+        return timings["fp32"], timings["int8"]
+
+    def job_for(self, chosen: frozenset[str]) -> Job:
+        """With the biases of this set corrected, if that was asked for."""
+        if not self.corrections:
+            return self.job
+        return _with_tensors(self.job, correct_biases(self.job.loaded.tensors, self.corrections, sorted(chosen)))
+
+    def attention_for(self, chosen: frozenset[str]) -> dict[str, AttentionScales]:
+        """Attention in eight bits where both its Linears are."""
+        return {name: scales for name, scales in self.attention.items() if {f"{name}.qkv", f"{name}.proj"} <= chosen}
+
+    def accuracy(self, chosen: frozenset[str]) -> str:
+        """The worst output's figures in words."""
+        worst = max(self._figures[chosen], key=self._deficit)
+        return f"{worst.name}: SQNR {worst.sqnr_db:.1f} dB, centred cosine {worst.centred_cosine:.5f}"
+
+    def rejected(self, rows: list[LayerRow], why: str, timings: tuple[Timing, Timing] | None) -> CheckFailed:
+        """With both figures, and the per-layer table left beside `--out`."""
+        if timings is not None:
+            fp32, int8 = timings
+            why += f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against {1000 * fp32.median:.2f} ms"
+        table = write_table(self.config.out.with_name(f"{self.config.out.name}-sensitivity"), rows) if rows else []
+        other = "fp16 (--prefer fp16)" if self.config.engine == "trt" else "fp32 or bf16"
+        return CheckFailed(
+            f"{self.name} is rejected: {why}",
+            hint=("" if self.config.int8.search else "leave out --no-search, ")
+            + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop, --max-latency"
+            + (f"; the layers are in {table[0]}" if table else ""),
+        )
+
+    def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
+        quantized = {name: scale for name, scale in self.scales.items() if name in chosen}
+        return self.job_for(chosen).graph(quantized=quantized, attention_scales=self.attention_for(chosen))
+
+    def _engine(self, stack: ExitStack, graph: GraphBuilder, precision: str) -> Engine:
+        files = graph.save(self.folder / f"tried-{precision}.onnx")
+        options = EngineOptions(threads=self.config.threads)
+        arithmetic = "int8-bf16" if precision == "int8" and self.rest == "bf16" else precision
+        engine = stack.enter_context(open_graph(files[0], judging_engine(self.config.engine), options, precision=arithmetic))
+        for file in files:  # the engine has read them
+            remove(file)
+        return engine
+
+    def _deficit(self, comparison: Comparison) -> float:
+        """By how many dB of noise an output misses the tolerance; negative where it meets it."""
+        tolerance = self.tolerance
+        if comparison.reason is not None:
+            return math.inf
+        found = [tolerance.sqnr_db - comparison.sqnr_db] if tolerance.sqnr_db is not None else []
+        for measure_ in ("cosine", "centred_cosine"):  # 1 - cosine is half the share of noise
+            if (least := getattr(tolerance, measure_)) is not None and least < 1:
+                found.append(10 * math.log10(max(1 - getattr(comparison, measure_), 1e-12) / (1 - least)))
+        agreement, least = comparison.top1_agreement, tolerance.top1_agreement
+        if agreement is not None and least is not None:
+            differing = 0.0 if least == 1 else max(1 - least, 1 / comparison.num_samples)  # one sample may always differ
+            if 1 - agreement > differing + 1e-9:  # images change class in proportion to the noise's magnitude
+                found.append(20 * math.log10((1 - agreement) / max(differing, 1e-3)))
+        return max(found)
+
+
+def _calibration(job: Job, names: list[str]) -> Calibration | None:
+    if job.calib_images is None:
+        return None
+    sizes = sorted({job.ranges["K"][1], job.ranges["K"][2]}) if "K" in job.ranges else []
+    return calibrate(job.reference.model, job.calib_images, names, token_sizes=sizes, seed=job.config.seed, device=job.reference.device)
+
+
+def _facts(job: Job, calibration: Calibration | None, scales: dict[str, float | None]) -> dict[str, Any]:
+    int8 = job.config.int8
+    facts: dict[str, Any] = {"policy": job.config.policy, "smooth_alpha": int8.smooth_alpha if int8.smooth_quant else None}
+    if calibration is not None:  # dynamic ranges need no method: it only smooths and corrects
+        method = None if job.config.policy == "dynamic" else "minmax" if job.config.precision == "fp8" else int8.calib_method
+        facts["calibration"] = {"method": method, **calibration.record(scales)}
+    return facts
+
+
+def _with_tensors(job: Job, tensors: dict[str, Tensor]) -> Job:
+    """The same job with other weights; PyTorch's outputs stay those of the original weights."""
+    return replace(job, loaded=Loaded(job.loaded.metadata, tensors, job.loaded.record))

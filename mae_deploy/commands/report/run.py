@@ -1,0 +1,202 @@
+"""`mae-deploy report`: what students are worth on the device they are for: FP32 and INT8, top-1, size, operations and latency side by side."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from rich.console import Group
+from rich.text import Text
+
+from mae_deploy import __version__
+from mae_deploy.commands.benchmark.report import describe_machine
+from mae_deploy.commands.benchmark.rows import Loaded, Row, bundle_subject
+from mae_deploy.commands.report.config import ReportConfig
+from mae_deploy.commands.report.student import Student, drop, linears_in_int8
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import write_json, write_text
+from mae_deploy.models.config import keep_count
+from mae_deploy.options import Result
+from mae_deploy.reporting.tables import Column, command_line, markdown_table, rich_table, shown_columns
+from mae_deploy.progress import console, notice, progress
+from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.registry import load_engine
+
+STUDENTS = "students"
+"""The folder of the bundles, one below it for each run."""
+
+_COST = (
+    Column("run", "run"),
+    Column("params M", "parameters", "{:.2f}", 1e-6),
+    Column("patches", "patches"),
+    Column("GFLOP", "gflop", "{:.3g}"),
+)
+_WORTH = (
+    Column("top-1", "top1", "{:.2f}"),
+    Column("INT8 top-1", "int8_top1", "{:.2f}"),
+    Column("drop", "int8_drop", "{:+.2f}"),
+    Column("FP32 ms", "fp32_ms", "{:.3g}"),
+    Column("INT8 ms", "int8_ms", "{:.3g}"),
+    Column("ratio", "int8_ratio", "{:.2f}"),
+    Column("INT8", "verdict"),
+)
+
+_DISTURBED = 1.5
+"""The median over the fastest call of a row, above which its time says more of the machine than of the network."""
+
+_Timings = dict[tuple[int, str, float], Timing]
+"""By the number of the student, the precision and the share of the patches."""
+
+
+def run(config: ReportConfig) -> Result:
+    """Export, judge and time every run; what an earlier call has finished is kept.
+
+    Raises:
+        ConfigError: a run is no classifier, or the images are not of its classes.
+        CheckFailed: an FP32 graph does not compute what PyTorch computes.
+        MissingDependency: the engine is not installed.
+    """
+    folder = config.out
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / STUDENTS).is_dir()):
+        raise ConfigError(f"--out {folder} holds something else", hint="choose another --out")
+    students = [Student(path, folder / STUDENTS / name, config) for path, name in zip(config.runs, folder_names(config.runs), strict=True)]
+    for student in students:
+        console.print(Text(str(student.run), style="bold"))
+        student.judge()
+    timings, version = _time(config, students)
+    if disturbed := was_disturbed(timings.values()):
+        notice("busy machine:", "most calls took far longer than the fastest of their kind; the same command measures the times again, and nothing else")
+    rows = [row for number, student in enumerate(students) for row in _rows(number, student, timings)]
+    report: dict[str, Any] = {
+        "mae_deploy": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": command_line("report", config),
+        "machine": describe_machine(config, version),
+        "images": students[0].images,
+        "disturbed": disturbed,
+        "rows": rows,
+    }
+    write_json(folder / "report.json", report)
+    write_text(folder / "report.md", _page(config, report))
+    return Result(report, _view(config, report))
+
+
+def folder_names(runs: Sequence[Path]) -> list[str]:
+    """A name for each run: the parts of its path that the others do not begin with.
+
+    Raises:
+        ConfigError: a run is named twice.
+    """
+    whole = [path.resolve() for path in runs]
+    if len(set(whole)) < len(whole):
+        raise ConfigError(f"a run is named twice: {', '.join(map(str, runs))}")
+    shared = Path(os.path.commonpath([path.parent for path in whole]))
+    return ["-".join(path.relative_to(shared).parts) for path in whole]
+
+
+def was_disturbed(timings: Iterable[Timing]) -> bool:
+    """Whether something else kept the processor from what was timed: the median of a row is far above its fastest call."""
+    return any(timing.median > _DISTURBED * timing.percentile(0) for timing in timings)
+
+
+def _time(config: ReportConfig, students: Sequence[Student]) -> tuple[_Timings, dict[str, str]]:
+    """One image at a time, every student, precision and share in turns; and the engine's version."""
+    options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
+    calls: dict[tuple[int, str, float], Callable[[], object]] = {}
+    versions: dict[str, str] = {}
+    with ExitStack() as stack:
+        for number, student in enumerate(students):
+            for precision, judged in (("fp32", student.fp32), ("int8", student.int8)):
+                if judged is None:
+                    continue
+                subject = bundle_subject(judged.bundle)
+                assert subject.bundle is not None
+                engine = stack.enter_context(load_engine(subject.bundle, config.engine, options))
+                versions[engine.name] = engine.version
+                for share in student.shares:
+                    row = Row(Loaded(subject, engine), 1, None if subject.keep is None else keep_count(subject.num_patches, share))
+                    calls[number, precision, share] = partial(engine.run, row.inputs(config.seed))
+        with progress("timing", (config.warmup + config.repeats) * len(calls)) as bar:
+            return measure(calls, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance), versions
+
+
+def _rows(number: int, student: Student, timings: _Timings) -> list[dict[str, Any]]:
+    """A row for each share of the patches."""
+    bundle, rows = Bundle.load(student.fp32.bundle), []
+    for index, share in enumerate(student.shares):
+        patches, fp32 = keep_count(bundle.num_patches, share), timings[number, "fp32", share]
+        flops = flops_per_image(bundle.manifest, patches)
+        row: dict[str, Any] = {
+            "run": str(student.run),
+            "model": bundle.model["name"],
+            "parameters": student.parameters,
+            "keep_ratio": share,
+            "patches": patches,
+            "gflop": None if flops is None else flops / 1e9,
+            "top1": student.fp32.top1[index],
+            "fp32_ms": 1000 * fp32.median,
+            "fp32_min_ms": 1000 * fp32.percentile(0),
+            "fp32_bundle": str(student.fp32.bundle),
+        }
+        if (judged := student.int8) is not None:
+            int8 = timings[number, "int8", share]
+            row |= {
+                "int8_top1": judged.top1[index],
+                "int8_drop": drop(student.fp32.top1[index], judged.top1[index]),
+                "int8_ms": 1000 * int8.median,
+                "int8_min_ms": 1000 * int8.percentile(0),
+                "int8_ratio": int8.ratio(fp32),
+                "int8_bundle": str(judged.bundle),
+                "int8_linears": linears_in_int8(Bundle.load(judged.bundle)),
+            }
+        rows.append({**row, "verdict": _verdict(row, student)})
+    return rows
+
+
+def _verdict(row: dict[str, Any], student: Student) -> str:
+    """Whether INT8 is worth having."""
+    if (why := student.rejected) is not None:
+        return f"rejected: {why}"
+    int8 = student.config.int8
+    assert int8.max_drop is not None
+    wrong = [f"loses more than {int8.max_drop:g} points"] if row["int8_drop"] > int8.max_drop else []
+    if not row["int8_ratio"] < int8.max_latency:
+        wrong.append("not faster" if int8.max_latency == 1 else f"more than {int8.max_latency:g} of FP32's latency")
+    return "; ".join(wrong) or "ok"
+
+
+def _view(config: ReportConfig, report: dict[str, Any]) -> Group:
+    """Two tables, narrow enough for 80 characters: what the rows are and cost; what they are worth."""
+    rows = [{"number": number, **row} for number, row in enumerate(report["rows"], start=1)]
+    number = Column("#", "number")
+    tables = (("Students", (number, *_COST)), (f"On {report['images']} images of {config.data}", shown_columns((number, *_WORTH), rows)))
+    return Group(*(rich_table(title, columns, rows) for title, columns in tables))
+
+
+def _page(config: ReportConfig, report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    engines = ", ".join(f"{name} {version}" for name, version in machine["engines"].items())
+    instructions = ", ".join([machine["cpu"], *machine["instructions"]])
+    busy = " **The machine was busy: these times mean little.**" if report["disturbed"] else ""
+    return f"""# Students
+
+```sh
+{report["command"]}
+```
+
+{markdown_table(shown_columns((*_COST, *_WORTH), report["rows"]), report["rows"])}
+
+Top-1 in per cent on {report["images"]} images of {config.data}, by the bundles on their engine; drop: FP32 less INT8, in points. GFLOP of one image, two for
+a multiply-add. Milliseconds: median of {config.repeats} rounds of one image, FP32 and INT8 of all rows in turns; ratio: INT8 over FP32. INT8 is ok where it
+loses at most {config.int8.max_drop:g} points and takes less than {config.int8.max_latency:g} of FP32's latency.{busy}
+
+{engines} on {instructions}; {machine["threads"]} of {machine["cores"]} cores; mae-deploy {report["mae_deploy"]}; {report["created"]}.
+"""

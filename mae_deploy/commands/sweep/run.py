@@ -1,0 +1,271 @@
+"""One setting of pretraining at several values: pretrain, judge, draw the curve (the paper's figure 5 and tables 1 and 2).
+
+Each value and seed has a folder with its runs; what is finished in it is not done again, so the same command goes on after a kill.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from rich.text import Text
+
+from mae_deploy.config import differences, from_dict, merge, parse_assignment, read_recipe, to_yaml
+from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import read_json, write_json, write_text
+from mae_deploy.weights.load import read_weights
+from mae_deploy.options import Result
+from mae_deploy.pretrain import finetune
+from mae_deploy.pretrain import run as pretrain
+from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
+from mae_deploy.evaluation.config import SweepConfig
+from mae_deploy.reporting.tables import Column, Curve, Row, command_line, draw_curves, markdown_table, mean_of, rich_table, shown_columns, write_files
+from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract, resolve_device
+from mae_deploy.evaluation.knn import knn
+from mae_deploy.evaluation.linear import fit_linear
+from mae_deploy.progress import console
+from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
+from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
+
+C = TypeVar("C")
+
+CONFIG = "sweep.yaml"
+RESULT = "result.json"
+
+_MAY_CHANGE = frozenset({"data", "out", "labelled", "mask_ratio", "over", "seeds", "device", "num_workers", "max_corrupt", "threads"})
+"""Settings that leave what was found before as it is: more values and seeds may be added to a sweep."""
+
+_CURVES = (
+    Curve("fine-tuning", "finetune_top1"),
+    Curve("linear", "linear_top1"),
+    Curve("k-NN", "knn_top1"),
+    Curve("from scratch", "scratch_top1", flat=True),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One value and seed: its folder and its pretraining."""
+
+    value: Any
+    seed: int
+    folder: Path
+    pretrain: PretrainConfig
+
+
+def run(config: SweepConfig) -> Result:
+    """Run what is missing of the experiment and report it whole.
+
+    Raises:
+        ConfigError: settings that no run can have, no labelled images, or a folder of another sweep.
+    """
+    setting, values = _varied(config)
+    labelled = config.labelled or config.data
+    labelled_images(labelled, "val", labelled_images(labelled, "train").class_names)
+    resolve_device(config.device)
+    seeds = [config.seed + seed for seed in config.seeds]
+    # Every setting is checked before the first hour of training.
+    cells = [[_cell(config, setting, value, seed) for seed in seeds] for value in values]
+    if config.finetune or config.scratch:
+        _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
+    _open_folder(config)
+    rows: list[Row] = []
+    report: dict[str, Any] = {}
+    for value, of_value in zip(values, cells, strict=True):
+        rows.append({"value": value, **mean_of([_judge(config, setting, cell) for cell in of_value])})
+        # After each value, so that a long sweep can be looked at while it runs.
+        report = _report(config, setting, seeds, rows)
+    return Result(report, rich_table(f"{setting}: {config.out}", _columns(setting, rows), rows))
+
+
+def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
+    """The setting and its values."""
+    if config.mask_ratio is not None:
+        setting, values = "mask_ratio", list(config.mask_ratio)
+    else:
+        assert config.over is not None
+        setting, _, text = config.over.partition("=")
+        # YAML's own list, so that [32, 32] is one value of two numbers.
+        parsed = parse_assignment(f"values=[{text}]")["values"]
+        setting, values = setting.strip(), list(parsed)
+    if not setting or not values or len({_slug(value) for value in values}) < len(values):
+        raise ConfigError(f"--over {config.over or values} needs a setting and values, each once", hint="such as decoder.decoder_depth=1,2,4,8")
+    return setting, values
+
+
+def _cell(config: SweepConfig, setting: str, value: Any, seed: int) -> Cell:
+    folder = config.out / f"{setting.rpartition('.')[2]}-{_slug(value)}" / f"seed-{seed}"
+    varied: dict[str, Any] = value
+    for part in reversed(setting.split(".")):
+        varied = {part: varied}
+    given = {"data": _unlabelled(config.data), "out": folder / "pretrain", "resume": True, "seed": seed, "device": config.device}
+    return Cell(value, seed, folder, _build(PretrainConfig, config.recipe, config.settings, varied, given))
+
+
+def _unlabelled(data: str) -> str:
+    """The images to pretrain on: those of the training split, where there are splits."""
+    if (Path(data) / "train").is_dir():
+        return str(Path(data) / "train")
+    return str(Path(data) / "train-*.tar") if any(Path(data).glob("train-*.tar")) else data
+
+
+def _finetune_config(config: SweepConfig, init: Path, out: Path, seed: int, **more: Any) -> FinetuneConfig:
+    given = {"data": str(config.labelled or config.data), "init": init, "out": out, "resume": True, "seed": seed, "device": config.device, **more}
+    return _build(FinetuneConfig, config.finetune_recipe, config.finetune_settings, {}, given)
+
+
+def _build(cls: type[C], recipe: str | None, settings: tuple[str, ...], varied: dict[str, Any], given: dict[str, Any]) -> C:
+    """Recipe, then `--set`, then the varied setting; the sweep's own folders, seed and device win."""
+    values = read_recipe(recipe) if recipe else {}
+    for assignment in settings:
+        values = merge(values, parse_assignment(assignment))
+    if taken := [key for key in given if key in varied]:
+        raise ConfigError(f"{taken[0]} cannot be varied", hint="several seeds are --seeds")
+    return from_dict(cls, {**merge(values, varied), **given})
+
+
+def _open_folder(config: SweepConfig) -> None:
+    """Start the sweep, or go on with it where it is the same."""
+    stored = config.out / CONFIG
+    if stored.is_file():
+        before = from_dict(SweepConfig, read_recipe(stored))
+        if changed := differences(before, config, ignore=_MAY_CHANGE):
+            raise ConfigError(f"{config.out} is a sweep with other settings: {'; '.join(changed)}", hint="repeat the same options, or choose another --out")
+    elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
+        raise ConfigError(f"--out {config.out} holds something else", hint="choose another --out")
+    config.out.mkdir(parents=True, exist_ok=True)
+    write_text(stored, to_yaml(config))
+
+
+# --- one value and seed ----------------------------------------------------------------------------------------------
+
+
+def _judge(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
+    """Pretrain and judge; figures that `result.json` has are taken from it."""
+    console.print(Text(f"{setting} {cell.value}, seed {cell.seed}", style="bold"))
+    _check_unchanged(cell.pretrain)
+    parts = _Parts(cell.folder / RESULT)
+    parts.do("pretrain", lambda: {"loss": pretrain.run(cell.pretrain)["last_loss"]})
+    if (config.knn and not parts.has("knn")) or (config.linear != "none" and not parts.has("linear")):
+        train, val, num_classes = _features(config, cell)
+        if config.knn:
+            parts.do("knn", lambda: _knn(config, train, val, num_classes))
+        if config.linear != "none":
+            parts.do("linear", lambda: _linear(config, cell, train, val, num_classes))
+    if config.finetune:
+        _check_unchanged(_finetune_config(config, cell.pretrain.out, cell.folder / "finetune", cell.seed))
+        parts.do("finetune", lambda: {"finetune_top1": _finetune(config, cell.pretrain.out, cell.folder / "finetune", cell.seed)})
+    return parts.figures | (_scratch(config, setting, cell) if config.scratch else {})
+
+
+def _features(config: SweepConfig, cell: Cell) -> tuple[FeatureSet, FeatureSet, int]:
+    """Features of the labelled images, and the number of classes."""
+    labelled = config.labelled or config.data
+    train = labelled_images(labelled, "train")
+    val = labelled_images(labelled, "val", train.class_names)
+    source = EncoderFeatures(read_weights(cell.pretrain.out), config.features, config.device)
+    known, asked = (extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val)))
+    return known, asked, len(train.class_names or ())
+
+
+def _knn(config: SweepConfig, train: FeatureSet, val: FeatureSet, num_classes: int) -> dict[str, float]:
+    (found,) = knn(train, val, num_classes, (config.k,), temperature=config.temperature, device=resolve_device(config.device)).values()
+    return {"knn_top1": found["top1"]}
+
+
+def _linear(config: SweepConfig, cell: Cell, train: FeatureSet, val: FeatureSet, num_classes: int) -> dict[str, float]:
+    assert config.linear != "none"
+    device = resolve_device(config.device)
+    fitted = fit_linear(config.linear, train.features, train.labels, num_classes, held_out=config.held_out, seed=cell.seed, device=device)
+    return {"linear_top1": fitted.accuracy(val.features, val.labels).top1}
+
+
+def _finetune(config: SweepConfig, init: Path, out: Path, seed: int, *, from_scratch: bool = False) -> float:
+    return float(finetune.run(_finetune_config(config, init, out, seed, from_scratch=from_scratch))["top1"])
+
+
+def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
+    """Fine-tuning of random weights: once for each seed, or for each value where the values are of the encoder itself."""
+    folder = cell.folder / "scratch" if setting.startswith("model.") else config.out / "scratch" / f"seed-{cell.seed}"
+    out = folder / "finetune"
+    # Only the network is taken from it: a run that was interrupted under another value goes on with the one that it was started with.
+    network = Path(read_recipe(out / RUN_CONFIG)["init"]) if (out / RUN_CONFIG).is_file() else cell.pretrain.out
+    parts = _Parts(folder / RESULT)
+    parts.do("scratch", lambda: {"scratch_top1": _finetune(config, network, out, cell.seed, from_scratch=True)})
+    return parts.figures
+
+
+def _check_unchanged(config: PretrainConfig | FinetuneConfig) -> None:
+    """A recipe's file may have been edited since a run that is finished, and is not opened again."""
+    stored = config.out / RUN_CONFIG
+    if stored.is_file() and (changed := differences(from_dict(type(config), read_recipe(stored)), config, ignore=DOES_NOT_CHANGE_LOSSES)):
+        raise ConfigError(f"{config.out} was run with other settings: {'; '.join(changed)}", hint="repeat the same settings, or choose another --out")
+
+
+class _Parts:
+    """The finished parts of a cell, each written as soon as it is there."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.found: dict[str, dict[str, float]] = read_json(path) if path.is_file() else {}
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """All figures by name."""
+        return {name: value for part in self.found.values() for name, value in part.items()}
+
+    def has(self, part: str) -> bool:
+        """Whether it is finished."""
+        return part in self.found
+
+    def do(self, part: str, work: Callable[[], dict[str, float]]) -> None:
+        """Do it unless it is finished."""
+        if part not in self.found:
+            self.found[part] = work()
+            write_json(self.path, self.found)
+
+
+# --- the report ------------------------------------------------------------------------------------------------------
+
+
+def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]) -> dict[str, Any]:
+    """Write sweep.json, sweep.md and sweep.png for the values so far."""
+    command = command_line("sweep", config)
+    report = {"command": command, "setting": setting, "seeds": seeds, "data": config.data, "labelled": str(config.labelled or config.data), "rows": rows}
+    settings = "\n\n".join(f"{stage}: {what}" for stage, what in _settings(config).items())
+    page = (
+        f"# {setting}\n\n```sh\n{command}\n```\n\n{settings}\n\nTop-1 in per cent on the validation images; mean and range over the seeds "
+        f"{','.join(map(str, seeds))}.\n\n{markdown_table(_columns(setting, rows), rows)}\n\n![top-1 against {setting}](sweep.png)\n"
+    )
+    values = [row["value"] for row in rows]
+    write_files(config.out, "sweep", report, page, lambda path: draw_curves(path, rows, _CURVES, label=setting, values=values))
+    return report
+
+
+def _settings(config: SweepConfig) -> dict[str, str]:
+    """What was asked for beside the varied setting, in a line for each stage."""
+    found = {}
+    for stage, recipe, settings in (
+        ("Pretraining", config.recipe, config.settings),
+        ("Fine-tuning", config.finetune_recipe, config.finetune_settings),
+    ):
+        found[stage] = ", ".join([f"recipe {recipe}" if recipe else "defaults", *(f"`{assignment}`" for assignment in settings)])
+    return found
+
+
+def _columns(setting: str, rows: list[Row]) -> list[Column]:
+    columns = [
+        Column(setting, "value"),
+        Column("loss", "loss", "{:.4f}"),
+        *(Column(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
+    ]
+    return shown_columns(columns, rows)
+
+
+def _slug(value: Any) -> str:
+    """A value as part of a folder's name."""
+    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "none"

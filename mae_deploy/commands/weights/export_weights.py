@@ -1,0 +1,77 @@
+"""`mae-deploy export-weights`: a checkpoint as the original implementation, timm or transformers loads it, proven before anything is left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
+from mae_deploy.commands.config import ExportWeightsConfig
+from mae_deploy.commands.views import facts_table
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json, write_text
+from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.weights.write.card import model_card
+from mae_deploy.weights.write.foreign import ForeignModel, Library, foreign_model, header, original_content, plain_tensors
+from mae_deploy.weights.write.check import prove
+from mae_deploy.options import Result
+from mae_deploy.progress import notice
+
+
+def run(config: ExportWeightsConfig) -> Result:
+    """Convert, write, prove; returns the report.
+
+    Raises:
+        ConfigError: that library's models do not compute what this one does.
+        CheckFailed: read back, or run in that library, the model differs.
+    """
+    refuse_to_overwrite(config.out)
+    if config.to == "original" and config.out.suffix != ".pth":
+        raise ConfigError(f"--out {config.out} is not called .pth", hint="the original implementation loads a file, such as checkpoints/mae.pth")
+    loaded = read_weights(config.checkpoint)
+    model = foreign_model(loaded, config.to)
+    with atomic_path(config.out) as aside:
+        proof = _write(aside, model, config.to, config.seed)
+    _say_licence(model.loaded)
+    report = _report(config, model, proof)
+    return Result(report, facts_table(f"{config.checkpoint} → {config.out}", report))
+
+
+def _write(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[str, Any]:
+    if library == "original":
+        torch.save(original_content(model), path)
+        return prove(path, model, library, seed)
+    path.mkdir()
+    save_file(plain_tensors(model), path / "model.safetensors", metadata=header(model))
+    for name, content in model.configs.items():
+        write_json(path / name, content)
+    proof = prove(path, model, library, seed)
+    write_text(path / "README.md", model_card(model, library, proof))
+    return proof
+
+
+def _report(config: ExportWeightsConfig, model: ForeignModel, proof: dict[str, Any]) -> dict[str, Any]:
+    metadata = model.loaded.metadata
+    return {
+        "out": str(config.out),
+        "to": config.to,
+        "kind": metadata.kind,
+        "model": model.loaded.encoder_config.name,
+        "files": [config.out.name] if config.to == "original" else ["model.safetensors", *model.configs, "README.md"],
+        "tensors": len(model.tensors),
+        "parameters": sum(tensor.numel() for tensor in model.tensors.values()),
+        "left_out": model.left_out,
+        "proof": proof,
+        "licence": metadata.licence,
+    }
+
+
+def _say_licence(loaded: Loaded) -> None:
+    licence = loaded.metadata.licence
+    if NON_COMMERCIAL in licence:
+        notice("licence:", f"{licence}: these weights derive from a non-commercial release, and so does what was written")
+    elif UNKNOWN_LICENCE in licence:
+        notice("licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for")

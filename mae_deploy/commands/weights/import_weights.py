@@ -1,0 +1,36 @@
+"""`mae-deploy import`: foreign weights become a checkpoint folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mae_deploy.checkpoint import save_checkpoint
+from mae_deploy.commands.config import ImportConfig
+from mae_deploy.commands.views import facts_table
+from mae_deploy.files import refuse_to_overwrite
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
+from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.options import Result
+
+
+def run(config: ImportConfig) -> Result:
+    """Convert, check, write; returns the report.
+
+    Raises:
+        ConfigError: the model computes something that our encoder does not.
+        CheckFailed: the file is damaged, carries code, or is not exactly a ViT that we know.
+    """
+    refuse_to_overwrite(config.out)
+    options = ImportOptions(
+        model=config.model,
+        image_size=config.image_size,
+        num_heads=config.num_heads,
+        decoder_num_heads=config.decoder_num_heads,
+        norm_pix_loss=config.norm_pix_loss,
+        licence=config.license,
+    )
+    imported = import_weights(config.source, options)
+    model_of(Loaded(imported.metadata, imported.tensors, {}))  # strict: every tensor has its place
+    save_checkpoint(config.out, imported.tensors, imported.metadata)
+    report: dict[str, Any] = {"out": str(config.out), **imported.report}
+    return Result(report, facts_table(f"{config.source} → {config.out}", report))

@@ -1,0 +1,273 @@
+"""Features of images from a checkpoint, a bundle or a timm model, with which k-NN and linear probes judge it."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mae_deploy.config import from_dict
+from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.transforms import Normalise, eval_transform
+from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, read_weights
+from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.progress import notice, progress
+from mae_deploy.runtime.backbone import Backbone
+from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.seeding import derive_seed, random_patches, seed_everything
+from mae_deploy.training.config import Device, Precision
+
+
+class FeatureSource(Protocol):
+    """Anything that gives a vector for an image."""
+
+    @property
+    def spec(self) -> Preprocess:
+        """Resize, crop and normalisation."""
+        ...
+
+    @property
+    def description(self) -> str:
+        """Which network, and what of it is the feature."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """Parameters of the encoder, without decoder and head."""
+        ...
+
+    @property
+    def licence(self) -> str | None:
+        """What the weights may be used for, where known."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` pixels, as the loader gives them, to float32 `(B, D)` on the CPU."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSet:
+    """Features of a whole set, in its order, without the images that could not be read."""
+
+    features: Tensor
+    """float32 `(S, D)`, on the CPU."""
+    labels: Tensor
+    """int64 `(S,)`."""
+    unreadable: tuple[str, ...]
+    """A line for each image that was left out."""
+    images_per_second: float
+    """Rate of the encoder alone: decoding and cropping are not counted."""
+
+
+def open_source(path: Path, config: FeatureConfig, device: Device) -> FeatureSource:
+    """A bundle, or any checkpoint or weights file that `read_weights` reads.
+
+    Raises:
+        ConfigError: nothing is there, or it has no such feature.
+        MissingDependency: the device or the engine is absent.
+    """
+    if (path / MANIFEST_FILE).is_file():
+        return BundleFeatures(path, config, device)
+    return EncoderFeatures(read_weights(path), config, device)
+
+
+def extract(source: FeatureSource, images: ImageSource, config: FeatureConfig, *, title: str = "features") -> FeatureSet:
+    """Run every image through the encoder once.
+
+    Raises:
+        CheckFailed: no image can be read, more than `max_corrupt` cannot, or a feature is not finite.
+    """
+    spec = source.spec
+    dataset = ImageDataset(images, eval_transform(spec), seed=0, replace_unreadable=False)
+    features: list[Tensor] = []
+    labels: list[Tensor] = []
+    unreadable: list[str] = []
+    seconds = 0.0
+    with progress(title, len(dataset)) as bar:
+        for batch in eval_loader(dataset, batch_size=config.batch_size, num_workers=config.num_workers):
+            for line in batch.unreadable:
+                notice("left out", line)
+            unreadable += batch.unreadable
+            if len(unreadable) > config.max_corrupt:
+                raise CheckFailed(
+                    f"{len(unreadable)} unreadable images in {images.name}", hint=f"mend them, or allow more than --max-corrupt {config.max_corrupt}"
+                )
+            if len(batch.images):
+                started = time.perf_counter()
+                features.append(source(batch.images))
+                seconds += time.perf_counter() - started
+                labels.append(batch.labels)
+            bar.advance(len(batch.images) + len(batch.unreadable))
+    if not features:
+        raise CheckFailed(f"no readable image in {images.name}")
+    found = torch.cat(features)
+    if not found.isfinite().all():
+        raise CheckFailed(f"features of {source.description} are NaN or infinite", hint="try --precision fp32; else the weights are damaged")
+    return FeatureSet(found, torch.cat(labels), tuple(unreadable), len(found) / max(seconds, 1e-9))
+
+
+# --- where features come from ----------------------------------------------------------------------------------------
+
+
+class ModuleFeatures:
+    """A torch module and what it makes of normalised images `(B, C, H, W)`: a vector for each."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        pooled: Callable[[Tensor], Tensor],
+        spec: Preprocess,
+        description: str,
+        licence: str | None,
+        precision: Precision,
+        device: Device,
+    ) -> None:
+        self.device = resolve_device(device)
+        self.model = model.requires_grad_(False).eval().to(self.device)
+        self.spec, self.description, self.licence = spec, description, licence
+        self.parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if name.split(".")[0] != "head")
+        self._pooled = pooled
+        self._normalise = Normalise(spec).to(self.device)
+        self._autocast = autocast_for(self.device, precision)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` pixels to float32 `(B, D)` on the CPU."""
+        normalised = self._normalise(images.to(self.device, non_blocking=True))
+        with self._autocast():
+            return self._pooled(normalised).float().cpu()
+
+    def close(self) -> None:
+        """Nothing is held but memory."""
+
+
+class EncoderFeatures(ModuleFeatures):
+    """A checkpoint's encoder or classifier."""
+
+    def __init__(self, loaded: Loaded, config: FeatureConfig, device: Device) -> None:
+        loaded = at_image_size(loaded, config.image_size)
+        model = encoder_of(loaded)
+        headed = isinstance(model, Classifier) and model.pool == "avg"
+        pool = _pool_of(config.pool, ("avg",) if headed else ("cls", "avg"))
+        encoder = loaded.encoder_config
+        description = f"{encoder.name} at {encoder.image_size[0]}x{encoder.image_size[1]}, {'fc_norm of ' if headed else ''}{pool}"
+        super().__init__(
+            model, _pooling(model, pool), from_dict(Preprocess, loaded.metadata.preprocess), description, loaded.metadata.licence, config.precision, device
+        )
+        self.loaded = loaded
+
+
+class BundleFeatures:
+    """A bundle's `cls` or `pooled` output, every patch kept, on whichever engine."""
+
+    def __init__(self, path: Path, config: FeatureConfig, device: Device) -> None:
+        self._backbone = Backbone.load(path, config.engine, device=device, threads=config.threads)
+        bundle = self._backbone.bundle
+        outputs = {"cls": "cls", "avg": "pooled"}
+        pool = _pool_of(config.pool, tuple(pool for pool, output in outputs.items() if output in bundle.output_names))
+        self._output = outputs[pool]
+        self.spec = bundle.preprocess
+        self.licence: str | None = bundle.licence
+        model = bundle.model
+        self.description = f"{model['name']}, {bundle.precision} on {self._backbone.engine.name}, {pool}"
+        shape = {name: value for name, value in model.items() if name in EncoderConfig.__dataclass_fields__}
+        with torch.device("meta"):
+            self.parameters = sum(parameter.numel() for parameter in Encoder(from_dict(EncoderConfig, shape)).parameters())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """`(B, C, H, W)` pixels to float32 `(B, D)`."""
+        pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        return torch.from_numpy(self._backbone.run_cropped(pixels, outputs=[self._output])[self._output].astype(np.float32))
+
+    def close(self) -> None:
+        """Free the engine."""
+        self._backbone.close()
+
+
+def classifier_logits(loaded: Loaded, precision: Precision, device: Device, *, keeps: Sequence[int | None] = (None,), seed: int = 0) -> ModuleFeatures:
+    """A classifier's logits in the place of features, one after the other for each number of patches: `(B, len(keeps) * classes)`.
+
+    Args:
+        keeps: patches that the classifier sees, the n-th image those that `random_patches` gives the n-th; None: all.
+    """
+    metadata, numbers = loaded.metadata, itertools.count()
+    model, num_patches = encoder_of(loaded), loaded.encoder_config.num_tokens
+
+    def logits(images: Tensor) -> Tensor:
+        items = [next(numbers) for _ in images]
+        ids = [None if keep is None else torch.from_numpy(random_patches(num_patches, keep, items, seed)).to(images.device) for keep in keeps]
+        return torch.cat([model(images, ids_keep) for ids_keep in ids], dim=1)
+
+    return ModuleFeatures(model, logits, from_dict(Preprocess, metadata.preprocess), loaded.encoder_config.name, metadata.licence, precision, device)
+
+
+def random_like(loaded: Loaded, seed: int) -> Loaded:
+    """The same encoder with random weights: what an architecture gives without training."""
+    seed_everything(derive_seed(seed, "weights"))
+    metadata = replace(loaded.metadata, kind="encoder", decoder=None, pool=None, num_classes=None, class_names=None, licence="own", provenance={}, metrics={})
+    return Loaded(metadata, Encoder(loaded.encoder_config).state_dict(), {})
+
+
+def resolve_device(device: Device) -> torch.device:
+    """The torch device that an option means.
+
+    Raises:
+        MissingDependency: there is no CUDA device.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def autocast_for(device: torch.device, precision: Precision) -> Callable[[], AbstractContextManager[Any]]:
+    """What to enter for arithmetic in this precision.
+
+    Raises:
+        MissingDependency: fp16 on a CPU.
+    """
+    if precision == "fp16" and device.type == "cpu":
+        raise MissingDependency("--precision fp16 needs a CUDA device", hint="use --precision bf16 or fp32")
+    if precision == "auto":
+        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    if precision == "fp32":
+        return nullcontext
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return lambda: torch.autocast(device.type, dtype)
+
+
+def _pool_of(asked: str, offered: tuple[str, ...]) -> str:
+    """The pooling that was asked for, if there is one; auto is the first on offer."""
+    if not offered:
+        raise ConfigError("this bundle has neither a cls nor a pooled output", hint="export it with --tokens full")
+    if asked != "auto" and asked not in offered:
+        raise ConfigError(f"--pool {asked}, but this encoder offers {' and '.join(offered)}", hint="a mean-pooled classifier has no norm for its CLS token")
+    return offered[0] if asked == "auto" else asked
+
+
+def _pooling(model: Encoder, pool: str) -> Callable[[Tensor], Tensor]:
+    def pooled(images: Tensor) -> Tensor:
+        if isinstance(model, Classifier) and model.pool == "avg":
+            return model.forward_pooled(images)
+        tokens = Encoder.forward(model, images)
+        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+
+    return pooled

@@ -1,0 +1,151 @@
+"""What runs a bundle's graph: one small interface for every engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime.engines.affinity import bound_to
+from mae_deploy.runtime.manifest import IDS_KEEP
+from mae_deploy.runtime.profiles import batch_that_fits
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineOptions:
+    """Where an engine computes."""
+
+    device: str = "cpu"
+    """auto, cpu or cuda, for ONNX Runtime; TensorRT uses the first GPU, or with cuda:1 the second, and so on."""
+    threads: int | None = None
+    """CPU threads; None: one for each core, or for each of `affinity`."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine's threads, and the calling thread during a run, are bound to; None: any. Linux only."""
+    cuda_graphs: bool = True
+    """TensorRT only: replay what a run does on the GPU as a CUDA graph."""
+    cuda_memory: str = "auto"
+    """TensorRT only, the package behind the GPU's memory: pycuda, cuda-bindings, or auto."""
+
+    def __post_init__(self) -> None:
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"threads must be at least 1, not {self.threads}")
+        cores = self.affinity
+        if cores is not None and (not cores or len(set(cores)) < len(cores) or min(cores) < 0):
+            raise ConfigError(f"affinity must name CPU cores, each once, not '{','.join(map(str, cores))}'", hint="e.g. 0,1: the first two")
+
+    @property
+    def num_threads(self) -> int | None:
+        """CPU threads; None leaves the choice to the engine."""
+        return len(self.affinity) if self.threads is None and self.affinity is not None else self.threads
+
+
+class Engine(ABC):
+    """A loaded graph; a context manager that closes it, safe to call from several threads."""
+
+    name: str
+    """As `load_engine` and the command line know it."""
+    version: str
+    """Of the library that runs the graph."""
+    device: str
+    input_names: tuple[str, ...]
+    output_names: tuple[str, ...]
+    """Those of the graph, then the taps."""
+    precision: str
+    """As it was loaded with."""
+    sizes: Sequence[Mapping[str, Sequence[int]]] = ()
+    """The ranges of B and K that it takes, each smallest, usual and largest: one range each, or several; none: whatever the graph takes."""
+
+    def __init__(self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()) -> None:
+        """Load an ONNX file, with its external data.
+
+        Args:
+            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the engine compute in BF16 what the graph
+                has in FP32, int8-bf16 also does so beside the products in INT8.
+            taps: names of inner tensors that are returned as further outputs.
+
+        Raises:
+            ConfigError: a device that this engine has not, or a core that is not there.
+            MissingDependency: the engine's package or its device is absent.
+            MaeDeployError: the engine refuses the graph, or a tap is no tensor of it.
+        """
+        self._affinity, self.precision = options.affinity, precision
+        self._load(graph, options, precision, tuple(taps))
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the graph once on `inputs`, each `(B, ...)` under its name, and return the named outputs, or all.
+
+        Raises:
+            ConfigError: inputs or outputs that the graph does not have.
+            MaeDeployError: the engine refuses the inputs, fails, or is closed.
+        """
+        names = self._check(inputs, outputs)
+        with bound_to(self._affinity):
+            return self._run(inputs, names)
+
+    def _check(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None) -> tuple[str, ...]:
+        """The names of the outputs of a run on inputs that the graph has."""
+        if set(inputs) != set(self.input_names):
+            raise ConfigError(f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}")
+        return check_outputs(outputs, self.output_names)
+
+    @abstractmethod
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
+        """Set the public attributes, and start the engine's threads while the calling thread is bound to the cores: they inherit that."""
+
+    @abstractmethod
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]: ...
+
+    @abstractmethod
+    def close(self) -> None:
+        """Free what the engine holds; closing twice does nothing."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
+    """The wanted outputs, each once; all that are known for None.
+
+    Raises:
+        ConfigError: none, or one that the graph does not have.
+    """
+    if wanted is None:
+        return tuple(known)
+    names = tuple(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise ConfigError(f"no output '{', '.join(unknown)}'" if unknown else "no output was asked for", hint=f"this graph has: {', '.join(known)}")
+    return names
+
+
+def run_in_chunks(engine: Engine, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None) -> dict[str, Array]:
+    """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as many as the engine takes.
+
+    The last chunk is filled up with its last sample, and the surplus is cut from the outputs.
+    """
+    total = min(len(array) for array in inputs.values())
+    if batch is None and engine.sizes:
+        fitting = batch_that_fits(engine.sizes, total, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None)
+        batch = None if fitting == total else fitting
+    if batch is None:
+        return engine.run(inputs, outputs)
+    chunks = [engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs) for start in range(0, total, batch)]
+    return {name: np.concatenate([chunk[name] for chunk in chunks])[:total] for name in chunks[0]}
+
+
+def _fill(samples: Array, batch: int) -> Array:
+    missing = batch - len(samples)
+    return np.concatenate([samples, np.repeat(samples[-1:], missing, axis=0)]) if missing else samples

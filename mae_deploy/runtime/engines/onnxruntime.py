@@ -1,0 +1,112 @@
+"""ONNX Runtime, the engine that every installation has: CPU everywhere, CUDA where its GPU package is installed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime.engines.affinity import bound_to
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.engines.saturation import products_saturate
+from mae_deploy.runtime.engines.taps import with_outputs
+
+DEVICES = ("auto", "cpu", "cuda")
+
+_CUDA = "CUDAExecutionProvider"
+_ERRORS_ONLY, _FATAL_ONLY = 3, 4
+
+
+class OnnxRuntimeEngine(Engine):
+    """An ONNX graph in an ONNX Runtime session; calls from several threads run side by side."""
+
+    name = "onnxruntime"
+
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
+        runtime = _import_onnxruntime()
+        self.device = _resolve_device(runtime, options.device)
+        self.version = str(runtime.__version__)
+        settings = _settings(runtime, self.device, options.num_threads, precision)
+        with bound_to(options.affinity):
+            self._session: Any = _open_session(runtime, graph, taps, self.device, settings)
+        self.input_names = tuple(entry.name for entry in self._session.get_inputs())
+        self.output_names = tuple(dict.fromkeys(entry.name for entry in self._session.get_outputs()))
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        if self._session is None:
+            raise MaeDeployError("this engine is closed", hint="load the bundle again")
+        try:
+            arrays = self._session.run(list(outputs), dict(inputs))
+        except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+            raise MaeDeployError(f"ONNX Runtime failed: {_one_line(error)}") from error
+        return dict(zip(outputs, arrays, strict=True))
+
+    def close(self) -> None:
+        """Free the session; closing twice does nothing."""
+        self._session = None
+
+
+def _import_onnxruntime() -> ModuleType:
+    try:
+        return importlib.import_module("onnxruntime")
+    except ImportError as error:
+        raise MissingDependency(f"ONNX Runtime cannot be imported ({_one_line(error)})", hint="pip install onnxruntime") from error
+
+
+def _resolve_device(runtime: ModuleType, device: str) -> str:
+    if device not in DEVICES:
+        raise ConfigError(f"unknown device '{device}'", hint=f"known: {', '.join(DEVICES)}")
+    if device == "cpu":
+        return device
+    available = _CUDA in runtime.get_available_providers()
+    if device == "cuda" and not available:
+        raise MissingDependency("this ONNX Runtime cannot use CUDA", hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or use device cpu")
+    return "cuda" if available else "cpu"
+
+
+def _settings(runtime: ModuleType, device: str, threads: int | None, precision: str) -> Any:
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # What goes wrong arrives as an exception, and would be on stderr twice; only why CUDA did not start is logged alone.
+    options.log_severity_level = _ERRORS_ONLY if device == "cuda" else _FATAL_ONLY
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    # Idle threads that spin keep a core from whoever runs next: with two sessions in turns on two cores, a graph of 49 tokens took
+    # 84 ms instead of 50 (docs/results/latency.md). Alone, sleeping costs it 3 %. Threads that spin for 50 µs only, or stop when a run ends, are
+    # still 1.1 and 2.8 times slower in turns.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # It would move FP8's QuantizeLinear across a Transpose, whose kernel takes no FP8.
+    if precision == "fp8":
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a CPU with AVX2 and no VNNI.
+    # Where those are exact, it would only make the graph 1.8 times slower.
+    if precision.startswith("int8") and device == "cpu" and products_saturate(runtime):
+        options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _open_session(runtime: ModuleType, graph: Path, taps: tuple[str, ...], device: str, options: Any) -> Any:
+    if taps:  # a graph in memory has no folder of its own, where its external data would be
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent.resolve()))
+    # TF32 keeps ten bits of the mantissa: FP32 parity would miss its tolerance.
+    providers: list[Any] = [(_CUDA, {"use_tf32": "0"})] if device == "cuda" else []
+    try:
+        source = with_outputs(graph, taps) if taps else str(graph)
+        session = runtime.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
+        hint = "inner tensors of a graph with external data need ONNX Runtime 1.21 or later" if taps else None
+        if "NOT_IMPLEMENTED" in str(error):  # BF16 products, which a graph for OpenVINO may have
+            hint = "this ONNX Runtime cannot compute in the graph's types: use engine openvino, or export the graph for ONNX Runtime"
+        raise MaeDeployError(f"ONNX Runtime cannot load {graph}: {_one_line(error)}", hint=hint) from error
+    if device == "cuda" and _CUDA not in session.get_providers():
+        # ONNX Runtime falls back to the CPU without a word to the caller.
+        raise MissingDependency("ONNX Runtime's CUDA provider did not start", hint="its messages above name the library that it misses; or use device cpu")
+    return session
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())

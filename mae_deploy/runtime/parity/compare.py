@@ -1,0 +1,208 @@
+"""How far one engine's output is from another's: the comparator of every parity check, in NumPy and float64."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Array
+
+_LARGEST = 1e150
+"""Beyond it squares overflow float64; no output of an encoder comes near, so it counts as infinite."""
+
+_FLAT = 1e-6
+"""Samples that differ from their mean by less than this share of their norm do so by float32's rounding only."""
+
+_NEAR = 0.5
+"""A sample nearer to the mean than this share of the typical distance is judged as if it stood there (see `Comparison.centred_cosine`)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Tolerance:
+    """What an output must meet; None leaves a measure unjudged, but some measure must judge every output.
+
+    An output misses `max_abs` and `max_relative` only if it misses both: in the inner blocks of large models single values reach
+    1,500, of which float32 knows four digits after the point, and an output that is small all over has a large share of error.
+    """
+
+    cosine: float | None = None
+    """The least cosine of a sample."""
+    max_abs: float | None = None
+    """The largest difference of a value."""
+    max_relative: float | None = None
+    """The largest difference of a value as a share of the reference's largest magnitude."""
+    centred_cosine: float | None = None
+    """The least cosine of a sample once the mean over the samples is removed."""
+    sqnr_db: float | None = None
+    """The least signal-to-noise ratio in dB."""
+    top1_agreement: float | None = None
+    """The least share of samples with the same most likely class (logits only). Unless it is 1, one sample may always differ:
+    one of eight does not refute 99 %."""
+
+    def __post_init__(self) -> None:
+        limits = self.to_dict()
+        for name, limit in limits.items():
+            share = name in ("cosine", "centred_cosine", "top1_agreement")
+            if not (0 < limit <= 1 if share else 0 <= limit < math.inf):
+                raise ConfigError(f"tolerance: {name} {limit} must be {'in (0, 1]' if share else 'at least 0 and finite'}")
+        if not set(limits) - {"top1_agreement"}:
+            raise ConfigError("tolerance: no measure judges every output", hint="set cosine, centred_cosine, sqnr_db, max_abs or max_relative")
+
+    def to_dict(self) -> dict[str, float]:
+        """The limits that are set, as a manifest holds them."""
+        return {name: value for name, value in dataclasses.asdict(self).items() if value is not None}
+
+
+TOLERANCES = {
+    "fp32": Tolerance(cosine=0.99999, max_abs=1e-4, max_relative=1e-5),
+    "fp16": Tolerance(cosine=0.9995, centred_cosine=0.999, sqnr_db=40, top1_agreement=0.99),
+    "bf16": Tolerance(cosine=0.9995, centred_cosine=0.995, sqnr_db=30, top1_agreement=0.99),
+    "int8": Tolerance(cosine=0.995, centred_cosine=0.995, sqnr_db=30, top1_agreement=0.99),
+    "fp8": Tolerance(cosine=0.99, centred_cosine=0.95, sqnr_db=18, top1_agreement=0.98),
+}
+"""What every output must meet in each precision.
+
+FP32 differs from PyTorch's FP32 by the order of summation only. In the others the plain cosine is no proof (18 dB still show 0.993,
+and features of a ViT share most of their norm): noise is judged by SQNR, and what tells images apart by the centred cosine.
+FP8 has three bits of mantissa: each operand is off by 32 dB, whatever its scale, and the outputs of a ViT-S or ViT-B with all its Linears in FP8 by 21 dB.
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Comparison:
+    """One output against its reference; without a `reason`, all measures are numbers."""
+
+    name: str
+    reason: str | None = None
+    """Why the arrays cannot be compared; such a comparison fails any tolerance, and its measures are NaN."""
+    num_samples: int = 1
+    cosine: float = math.nan
+    """The worst sample's."""
+    centred_cosine: float = math.nan
+    """The worst sample's, with the reference's mean over the samples removed from both: what tells samples apart.
+
+    Where no sample differs from the mean by more than float32's rounding (one sample, or constant outputs), the plain cosine.
+    Features that differ by a few percent of their norm are no excuse: noise of that size hides what tells the images apart.
+    One sample that happens to lie near the mean of others that do not is: all that is left of it may be noise. It is judged as if it
+    stood at half the typical distance: both vectors get one more, equal component that brings the reference there.
+    In rows of tokens and in maps, a value that is 0 on both sides is padding: it is left out, and so is one that no other sample has."""
+    max_abs: float = math.nan
+    max_relative: float = math.nan
+    """`max_abs` over the reference's largest magnitude."""
+    sqnr_db: float = math.nan
+    """10 log10(sum of reference² / sum of error²) over all samples; infinite where nothing differs."""
+    top1_agreement: float | None = None
+    """Share of samples with the same largest value; logits only."""
+
+    def failures(self, tolerance: Tolerance) -> list[str]:
+        """What misses the tolerance, a line each; empty where all is met."""
+        if self.reason is not None:
+            return [f"{self.name}: {self.reason}"]
+        found = []
+        for measure in ("cosine", "centred_cosine", "sqnr_db", "top1_agreement"):
+            value, least = getattr(self, measure), getattr(tolerance, measure)
+            if measure == "top1_agreement" and least is not None and least < 1:
+                least = min(least, (self.num_samples - 1) / self.num_samples)
+            if value is not None and least is not None and not value >= least:
+                found.append(f"{self.name}: {measure} {value:.7g} is below {least:.7g}")
+        limits = [(name, getattr(self, name), most) for name in ("max_abs", "max_relative") if (most := getattr(tolerance, name)) is not None]
+        if limits and not any(value <= most for _, value, most in limits):
+            found.append(f"{self.name}: " + " and ".join(f"{name} {value:.3g} is above {most:.3g}" for name, value, most in limits))
+        return found
+
+    def passes(self, tolerance: Tolerance) -> bool:
+        """Whether the output meets the tolerance."""
+        return not self.failures(tolerance)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values; an infinite measure (`sqnr_db` where nothing differs) and one that was not computed are null."""
+        plain = dataclasses.asdict(self)
+        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+
+
+def compare(reference: Array, candidate: Array, name: str) -> Comparison:
+    """Compare two arrays `(B, ...)` of one shape, sample by sample; the candidate's dtype does not matter.
+
+    NaN, infinity, another shape or no samples at all give a comparison that fails, with the reason.
+    """
+    reason = _reason(reference, candidate)
+    if reason is not None:
+        return Comparison(name=name, reason=reason)
+    B = len(reference)
+    expected = reference.astype(np.float64).reshape(B, -1)
+    found = candidate.astype(np.float64).reshape(B, -1)
+    cosines = _cosines(*_sums(expected, found))
+    error = found - expected
+    max_abs = float(np.abs(error).max())
+    return Comparison(
+        name=name,
+        num_samples=B,
+        cosine=float(cosines.min()),
+        centred_cosine=float(_centred_cosines(expected, found, cosines, has_padding=reference.ndim > 2).min()),
+        max_abs=max_abs,
+        max_relative=_ratio(max_abs, float(np.abs(expected).max())),
+        sqnr_db=_decibels(float(np.square(expected).sum()), float(np.square(error).sum())),
+        top1_agreement=float((expected.argmax(1) == found.argmax(1)).mean()) if name == "logits" else None,
+    )
+
+
+def _reason(reference: Array, candidate: Array) -> str | None:
+    if reference.shape != candidate.shape:
+        return f"shape {candidate.shape}, the reference has {reference.shape}"
+    if reference.ndim == 0 or reference.size == 0:
+        return f"nothing to compare in shape {reference.shape}"
+    for label, array in (("the reference", reference), ("the output", candidate)):
+        if array.dtype.kind not in "fiub":
+            return f"{label} is {array.dtype}, not numbers"
+        bad = ~(np.abs(array.astype(np.float64)) <= _LARGEST)
+        if bad.any():
+            return f"{label} has {int(bad.sum())} NaN or infinite values"
+    return None
+
+
+def _sums(a_BF: Array, b_BF: Array) -> tuple[Array, Array, Array]:
+    """Of each row: the sums of a², a b and b²."""
+    return np.einsum("bf,bf->b", a_BF, a_BF), np.einsum("bf,bf->b", a_BF, b_BF), np.einsum("bf,bf->b", b_BF, b_BF)
+
+
+def _cosines(aa_B: Array, ab_B: Array, bb_B: Array) -> Array:
+    """The cosine of each row from its sums; 1 for two zero rows, 0 for one."""
+    product = np.sqrt(aa_B) * np.sqrt(bb_B)
+    zero = product == 0
+    cosines: Array = np.clip(ab_B / np.where(zero, 1.0, product), -1.0, 1.0)
+    cosines[zero] = aa_B[zero] == bb_B[zero]
+    return cosines
+
+
+def _centred_cosines(expected_BF: Array, found_BF: Array, plain_B: Array, *, has_padding: bool) -> Array:
+    # Padding is the same on both sides: less the mean it would still be, and flatter the figure.
+    absent = (expected_BF == 0) & (found_BF == 0) & has_padding
+    counts_F = len(absent) - absent.sum(axis=0)
+    absent |= counts_F < 2
+    # The reference's mean is removed from both: each one's own mean would hide a constant offset of the candidate.
+    mean_F = expected_BF.sum(axis=0) / np.maximum(counts_F, 1)
+    expected, found = expected_BF - mean_F, found_BF - mean_F
+    expected[absent] = found[absent] = 0.0
+    aa_B, ab_B, bb_B = _sums(expected, found)
+    if aa_B.sum() <= _FLAT**2 * np.vdot(expected_BF, expected_BF):
+        return plain_B
+    sizes_B = (~absent).sum(axis=1)
+    typical_B = aa_B.sum() * sizes_B / sizes_B.sum()
+    missing_B = np.maximum(_NEAR**2 * typical_B - aa_B, 0.0)
+    return _cosines(aa_B + missing_B, ab_B + missing_B, bb_B + missing_B)
+
+
+def _ratio(value: float, scale: float) -> float:
+    if scale == 0:
+        return 0.0 if value == 0 else math.inf
+    return value / scale
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal > 0 else -math.inf

@@ -1,0 +1,234 @@
+"""Build a TensorRT engine for a bundle on this machine, prove it, time it, and keep it only if it is right, and INT8 only if it is also faster than FP16."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precision
+from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
+from mae_deploy.runtime.tensorrt.plans import add_plan
+from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.runtime.tensorrt.build import Plan, Report, build_plan
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.profiles import BuildOptions, Profile, read_profiles
+from mae_deploy.runtime.verify import Check
+
+_ROUNDS, _WARMUP = 50, 10
+"""Timed calls at each profile's usual size, and those before them."""
+
+_BUILDING = 0.8
+"""The share of the time that goes into a build; the rest proves it."""
+
+_HINT = "nothing was kept; another --precision, --optimization-level or TensorRT version may compute it right"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Built:
+    """What `build_engine` left in the bundle."""
+
+    entry: EngineEntry
+    checks: tuple[Check, ...]
+    """Those that it passed."""
+    baseline: dict[str, Any] | None
+    """INT8 and FP8 only: latencies of both, and their worst ratio."""
+    rejected: str | None
+    """Why FP16 was kept in place of what was asked for."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Candidate:
+    precision: Precision
+    source: str
+    """The graph's file in the bundle."""
+    plan: Plan
+    engine: TensorRtEngine
+    checks: tuple[Check, ...]
+
+    @property
+    def failures(self) -> list[str]:
+        return [f"{check.name}: {failure}" for check in self.checks for failure in check.failures]
+
+
+def build_engine(
+    bundle: Bundle,
+    *,
+    precision: Precision | None = None,
+    profiles: Sequence[Profile] = (),
+    options: BuildOptions = BuildOptions(),
+    prefer: Literal["fp16"] | None = None,
+    max_latency: float = 1.0,
+    on_progress: Report | None = None,
+) -> Built:
+    """Build an engine from the bundle's graph and add it to the bundle; nothing is added unless every check is passed.
+
+    With INT8 and FP8, FP16 is built beside it from the bundle's baseline graph: only what is faster at the usual size of every profile is kept.
+
+    Args:
+        precision: None: the bundle's.
+        profiles: sizes to build for; without any, those that the bundle was exported for.
+        prefer: fp16 keeps FP16 where INT8 or FP8 is not worth it, instead of an error.
+        max_latency: the share of FP16's latency below which INT8 or FP8 must stay.
+        on_progress: is told what is being done and the share of it all, from 0 to 1.
+
+    Raises:
+        ConfigError: a precision, sizes or options that the bundle, this TensorRT or this GPU cannot have.
+        MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings.
+        CheckFailed: the engine's outputs are not PyTorch's, or INT8 is not faster; both figures are in the message.
+        MaeDeployError: TensorRT cannot build it, or the bundle cannot be written.
+    """
+    api = load_tensorrt()
+    wanted = precision or bundle.manifest["precision"]
+    sizes = resolve_profiles(bundle, profiles)
+    precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED else [wanted]
+    sources = {name: graph_for(bundle, name) for name in precisions}
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-deploy-")))
+        reports = [None if on_progress is None else _part_of(on_progress, name, index, len(precisions)) for index, name in enumerate(precisions)]
+        found = [_try(stack, bundle, folder, name, sources[name], sizes, options, report) for name, report in zip(precisions, reports, strict=True)]
+        first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
+        if last.failures:
+            raise CheckFailed(f"the TensorRT {api.version} engine in {last.precision} misses parity: {'; '.join(last.failures)}", hint=_HINT)
+        timings = _time(bundle, found, sizes)
+        speed = compare_speed(timings[first.precision], timings[last.precision], first.precision) if first is not last else None
+        rejected = None if speed is None else verdict(first.precision, first.failures, speed, max_latency)
+        if rejected is not None and prefer != "fp16":
+            raise CheckFailed(rejected, hint="--prefer fp16 keeps FP16 in its place")
+    kept = first if rejected is None else last
+    entry = add_plan(
+        bundle,
+        kept.plan,
+        version=api.version,
+        gpu=api.gpu,
+        precision=kept.precision,
+        profiles=sizes,
+        build={**kept.plan.record, **_origin(bundle, kept.source), "against_fp16": speed, "rejected": rejected},
+        parity=parity_record(kept.checks),
+        latency_ms=1000 * timings[kept.precision][0].median,
+    )
+    return Built(entry=entry, checks=kept.checks, baseline=speed, rejected=rejected)
+
+
+def graph_for(bundle: Bundle, precision: str) -> str:
+    """The graph of the bundle, by its file, from which an engine of this precision is built.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    manifest, own = bundle.manifest, bundle.precision
+    graph = manifest["graph"]["file"]
+    hint = f"export with --engine trt --precision {precision}"
+    if own in QUANTIZED:
+        if (manifest["quantization"] or {}).get("policy") == "dynamic":
+            raise ConfigError(f"the bundle {bundle.path} has dynamic INT8, which TensorRT does not read", hint=f"{hint} --calib-data DIR")
+        if bundle.baseline is None:
+            raise ConfigError(f"the bundle {bundle.path} has no FP16 graph to compare {own} with", hint=f"{hint} --no-build")
+        if precision == "fp16":
+            return bundle.baseline
+    elif own == "fp32" and manifest["typing"] == "weak" and precision not in QUANTIZED:
+        return graph
+    if precision != own:
+        raise ConfigError(f"the {manifest['typing']}ly typed {own} graph of {bundle.path} cannot be built in {precision}", hint=hint)
+    return graph
+
+
+def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
+    """The sizes to build for, complete: those that the bundle was exported for unless some are given; what they leave out is what the graph was proven for.
+
+    Raises:
+        ConfigError: sizes that the graph does not have or was not proven for, or none that the golden samples have.
+    """
+    proven = {name: (numbers[0], numbers[1], numbers[2]) for name, numbers in bundle.manifest["profile"].items()}
+    fixed = {"B": bundle.fixed_batch, "K": bundle.fixed_keep}
+    found: list[Profile] = []
+    for profile in given or _exported_profiles(bundle) or [{}]:
+        for name, numbers in profile.items():
+            shown = f"--profile {name}:{','.join(map(str, numbers))}"
+            if name not in proven:
+                raise ConfigError(f"{shown}: a graph of all patches has no {name}", hint="leave it out")
+            if fixed[name] is not None and numbers != proven[name]:
+                raise ConfigError(f"{shown}: the graph is fixed to {name} = {fixed[name]}", hint="leave it out, or export with the size open")
+            if name == "K" and not proven["K"][0] <= numbers[0] <= numbers[2] <= proven["K"][2]:
+                raise ConfigError(f"{shown}: the graph was proven for K from {proven['K'][0]} to {proven['K'][2]}", hint="export with another --profile")
+        found.append({**proven, **profile})
+    keep = bundle.golden()[IDS_KEEP].shape[1] if "K" in proven else None
+    if keep is not None and not any(profile["K"][0] <= keep <= profile["K"][2] for profile in found):
+        raise ConfigError(
+            f"no --profile holds K = {keep}, with which the golden samples prove the engine", hint=f"add another, such as '; K:{keep},{keep},{keep}'"
+        )
+    return found
+
+
+def _exported_profiles(bundle: Bundle) -> list[Profile]:
+    """`--profile` of the export, of which the manifest's own profile is the outline."""
+    record = bundle.manifest["provenance"].get("export")
+    text = record.get("profile") if isinstance(record, dict) else None
+    return read_profiles(text) if isinstance(text, str) else []
+
+
+def compare_speed(quantized: Sequence[Timing], fp16: Sequence[Timing], precision: str) -> dict[str, Any]:
+    """Latencies at each profile's usual size, and the worst ratio of the two."""
+    ratios = [mine.ratio(other) for mine, other in zip(quantized, fp16, strict=True)]
+    milliseconds = {name: [1000 * timing.median for timing in timings] for name, timings in ((precision, quantized), ("fp16", fp16))}
+    return {"latency_ratio": max(ratios), "profile": ratios.index(max(ratios)), "latency_ms": milliseconds}
+
+
+def verdict(precision: str, failures: Sequence[str], speed: dict[str, Any], max_latency: float = 1.0) -> str | None:
+    """Why INT8 or FP8 is rejected, with both figures; None where it is right and fast enough."""
+    ratio, at = speed["latency_ratio"], speed["profile"]
+    if not failures and ratio < max_latency:
+        return None
+    why = f"it misses its budget ({'; '.join(failures)})" if failures else "it is not fast enough" if ratio < 1 else "it is not faster"
+    mine, other = (speed["latency_ms"][name][at] for name in (precision, "fp16"))
+    return f"{precision.upper()} is rejected: {why}; it takes {ratio:.2f} of FP16's latency, {mine:.3f} against {other:.3f} ms"
+
+
+def _try(
+    stack: ExitStack, bundle: Bundle, folder: Path, precision: Precision, source: str, sizes: Sequence[Profile], options: BuildOptions, report: Report | None
+) -> _Candidate:
+    """Build, load and prove one engine; it stays open for the timing."""
+    graph = bundle.graph(source)
+    building = None if report is None else lambda phase, share: report(phase, _BUILDING * share)
+    plan = build_plan(graph, precision=precision, typing=bundle.manifest["typing"], profiles=sizes, options=options, on_progress=building)
+    if report is not None:
+        report("parity", _BUILDING)
+    path = folder / f"{precision}.plan"
+    path.write_bytes(plan.content)
+    weights = graph if options.strip else None
+    engine = stack.enter_context(TensorRtEngine(path, EngineOptions(), precision=precision, host_code=options.version_compatible, weights=weights))
+    engine.sizes = sizes
+    return _Candidate(precision=precision, source=source, plan=plan, engine=engine, checks=tuple(prove_plan(bundle, engine, sizes)))
+
+
+def _time(bundle: Bundle, candidates: Sequence[_Candidate], sizes: Sequence[Profile]) -> dict[str, list[Timing]]:
+    """All engines in turns, at the usual size of each profile."""
+    golden = bundle.golden()
+    found: dict[str, list[Timing]] = {candidate.precision: [] for candidate in candidates}
+    for profile in sizes:
+        inputs = repeated(inputs_at(bundle, golden, profile["K"][1] if "K" in profile else None), profile["B"][1])
+        calls = {candidate.precision: partial(candidate.engine.run_on_device, inputs) for candidate in candidates}
+        for name, timing in measure(calls, repeats=_ROUNDS, warmup=_WARMUP).items():
+            found[name].append(timing)
+    return found
+
+
+def _origin(bundle: Bundle, source: str) -> dict[str, str]:
+    return {"graph": source, "graph_sha256": bundle.manifest["files"][source]["sha256"]}
+
+
+def _part_of(report: Report, name: str, index: int, count: int) -> Report:
+    """Reports of one build as a part of several."""
+
+    def part(phase: str, share: float) -> None:
+        report(f"{name}: {phase}", (index + share) / count)
+
+    return part

@@ -1,0 +1,128 @@
+"""TensorRT on an NVIDIA GPU: runs a plan that was built on this device or one like it."""
+
+from __future__ import annotations
+
+import re
+import traceback
+import weakref
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.images.preprocess import Array
+from mae_deploy.runtime.cuda.memory import open_memory
+from mae_deploy.runtime.cuda.arrays import DeviceArray
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.runtime.tensorrt.runner import Runner
+from mae_deploy.runtime.tensorrt.slots import Ticket
+from mae_deploy.runtime.tensorrt.tensors import ProfileRange
+
+_DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
+
+
+class TensorRtEngine(Engine):
+    """A plan on the GPU; calls from several threads overlap one's copies with the other's computation.
+
+    Inputs are NumPy arrays or arrays on the GPU: whatever has `__cuda_array_interface__` or DLPack. A plan is code: the caller has checked its hash.
+    """
+
+    name = "tensorrt"
+    device = "cuda"
+    use_graphs: bool
+    """Whether runs are replayed as CUDA graphs; may be changed between runs."""
+
+    def __init__(
+        self,
+        graph: Path,
+        options: EngineOptions,
+        *,
+        precision: str = "fp32",
+        taps: Sequence[str] = (),
+        host_code: bool = False,
+        weights: Path | None = None,
+    ) -> None:
+        """Load a plan, as `Engine` does a graph; `taps` must be outputs that it was built with.
+
+        Args:
+            options: `device` names a GPU where it is `cuda:1` and so on; else it is the first one.
+            host_code: let the plan bring code for the CPU, as a version-compatible one does.
+            weights: the ONNX file with the weights of a plan that was built without.
+        """
+        self._host_code = host_code
+        self._weights = weights
+        super().__init__(graph, options, precision=precision, taps=taps)
+
+    @property
+    def profiles(self) -> list[ProfileRange]:
+        """The shapes of the inputs that the engine takes."""
+        return self._runner.profiles
+
+    def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """As that of every engine, and for inputs on the GPU as well."""
+        return super().run(inputs, outputs)
+
+    def submit(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Ticket:
+        """Start a run and return at once; `result()` of the ticket gives what `run` returns.
+
+        Two runs can be in flight; a third one waits for the first. The inputs on the GPU must stay as they are until the result was taken.
+
+        Raises:
+            ConfigError: inputs or outputs that the engine does not have, or inputs that no profile covers.
+            MaeDeployError: TensorRT or CUDA refuses the run, or the engine is closed.
+        """
+        return self._start(inputs, self._check(inputs, outputs), on_device=False)
+
+    def run_on_device(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, DeviceArray]:
+        """As `run`, but the outputs stay on the GPU, complete; the second run after this one may use their memory again.
+
+        Raises:
+            ConfigError: as `submit`, or an output in BF16.
+            MaeDeployError: as `submit`.
+        """
+        return self._start(inputs, self._check(inputs, outputs), on_device=True).result()
+
+    def close(self) -> None:
+        """Wait for the runs in flight, and free all that is on the GPU; closing twice does nothing."""
+        self._closer()
+
+    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
+        index = gpu_index(options.device)
+        api = load_tensorrt(index)
+        self.version = api.version
+        self.use_graphs = options.cuda_graphs
+        memory = open_memory(options.cuda_memory, index)
+        try:
+            with memory.active():
+                plan = graph.read_bytes()
+                self._runner = Runner(api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)  # what TensorRT has made must go before the memory
+            memory.close()
+            raise
+        # Also when the engine is forgotten, and before the interpreter ends: the GPU's memory must go before the packages that know it.
+        self._closer = weakref.finalize(self, self._runner.close)
+        self.input_names, self.output_names = tuple(self._runner.inputs), tuple(self._runner.outputs)
+        missing = [tap for tap in taps if tap not in self.output_names]
+        if missing:
+            self.close()
+            raise MaeDeployError(f"the engine {graph} has no output {missing[0]}", hint="an inner tensor must be marked as an output when the engine is built")
+
+    def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
+        return self._start(inputs, outputs, on_device=False).result()
+
+    def _start(self, inputs: Mapping[str, Any], outputs: Sequence[str], *, on_device: bool) -> Ticket:
+        return self._runner.start(inputs, outputs, holder=self, on_device=on_device, use_graphs=self.use_graphs)
+
+
+def gpu_index(device: str) -> int:
+    """Which GPU `EngineOptions.device` means: the first, unless it is `cuda:1` and so on.
+
+    Raises:
+        ConfigError: no such device.
+    """
+    found = _DEVICE.fullmatch(device)
+    if found is None:
+        raise ConfigError(f"unknown device '{device}'", hint="cuda is the first GPU, cuda:1 the second")
+    return int(found[1] or 0)

@@ -1,0 +1,53 @@
+"""A bundle's TensorRT engine, opened: its hash checked before TensorRT sees a byte of it, its weights put back where they were left out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.tensorrt.add_engine import graph_for
+from mae_deploy.runtime.manifest import EngineEntry
+from mae_deploy.runtime.tensorrt.build import build_plan
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.profiles import BuildOptions, Profile
+
+
+def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> TensorRtEngine:
+    """Load an engine of the bundle.
+
+    Raises:
+        CheckFailed: the plan, or the graph that a stripped one needs, is not the file that was built.
+        MissingDependency: neither pycuda nor cuda-bindings is there.
+        MaeDeployError: TensorRT refuses the plan.
+    """
+    plan = bundle.file(entry["file"])
+    weights = bundle.graph(graph_for(bundle, entry["precision"])) if entry["stripped"] else None
+    engine = TensorRtEngine(plan, options, precision=entry["precision"], host_code=entry["version_compatible"], weights=weights)
+    engine.sizes = entry["profiles"]
+    return engine
+
+
+def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps: Sequence[str]) -> TensorRtEngine:
+    """Build and load an engine like one of the bundle, with inner tensors as further outputs; it is not kept.
+
+    Raises:
+        CheckFailed: the graph is not what was exported.
+        ConfigError: a tap is no tensor of the network.
+        MaeDeployError: TensorRT cannot build it.
+    """
+    profiles: list[Profile] = [{name: (sizes[0], sizes[1], sizes[2]) for name, sizes in profile.items()} for profile in entry["profiles"]]
+    precision = entry["precision"]
+    graph = bundle.graph(graph_for(bundle, precision))
+    level = entry["build"].get("options", {}).get("optimization_level")
+    plan = build_plan(
+        graph, precision=precision, typing=bundle.manifest["typing"], profiles=profiles, options=BuildOptions(optimization_level=level), outputs_marked=taps
+    )
+    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+        path = Path(folder) / "tapped.plan"
+        path.write_bytes(plan.content)
+        engine = TensorRtEngine(path, options, precision=precision, taps=taps)
+    engine.sizes = entry["profiles"]
+    return engine

@@ -1,0 +1,143 @@
+"""The run folder: config, environment, metrics, checkpoints; everything survives a kill at any moment."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from mae_deploy import __version__
+from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
+from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
+from mae_deploy.training.state.progress import PROGRESS, STATE
+
+CONFIG = "config.yaml"
+
+C = TypeVar("C")
+
+
+class RunFolder:
+    """A folder with `config.yaml`, `environment.json`, `metrics.jsonl`, `eval.jsonl`, `unreadable.txt`, `checkpoints/`, `tensorboard/`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+
+    @classmethod
+    def open(cls, path: Path, config: Any, data: dict[str, Any], *, resume: bool, write: bool = True) -> RunFolder:
+        """Start a run, or go on with one (or start it, where a kill came before the first file).
+
+        Args:
+            config: the stage's config, a dataclass.
+            data: the fingerprint of its data.
+            write: only the main process writes.
+
+        Raises:
+            ConfigError: the folder holds something and `resume` was not asked for, or what is resumed differs.
+        """
+        folder = cls(path)
+        if write and not resume:  # the other processes may come here when the main one has begun to write
+            refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out")
+        if resume and (path / CONFIG).is_file():
+            _check_same_run(path, config, data)
+        if write:
+            folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            for place in (path, folder.checkpoints):
+                remove_partial(place)
+            # The config is written last: where it is, everything that a resumption reads is there too.
+            write_json(path / "data.json", data)
+            write_json(path / "environment.json", environment())
+            write_text(path / CONFIG, to_yaml(config))
+        return folder
+
+    @property
+    def last(self) -> Path | None:
+        """The newest complete checkpoint with the state to resume from."""
+        folder = self.checkpoints / "last"
+        return folder if (folder / STATE / PROGRESS).is_file() else None
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Add one line to a JSONL file; what is not finite becomes null."""
+        valid = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(valid, allow_nan=False) + "\n")
+
+    def forget_after(self, step: int) -> None:
+        """Drop the metrics of steps that the checkpoint at `step` has not seen, and a half-written last line."""
+        for name in ("metrics.jsonl", "eval.jsonl"):
+            path = self.path / name
+            if path.is_file():
+                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if (found := _step_of(line)) is not None and found <= step]
+                write_text(path, "".join(line + "\n" for line in kept))
+
+    def prune(self, keep: int, *, spare: int | None = None) -> None:
+        """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step `spare`."""
+        steps = sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+        # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a newer one.
+        pointed_to = {link.resolve() for name in ("best", "last") if (link := self.checkpoints / name).exists()}
+        for folder in steps[:-keep]:
+            if folder.resolve() not in pointed_to and folder.name != f"step-{spare}":
+                remove(folder)
+
+
+def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """The lines of a run's JSONL file."""
+    path = run / name
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+
+
+def environment() -> dict[str, Any]:
+    """What this run ran on: versions, machine, command, git revision of the working folder."""
+    packages: dict[str, str | None] = {}
+    for name in ("torch", "torchvision", "timm", "accelerate", "numpy", "pillow", "safetensors"):
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            packages[name] = None
+    return {
+        "mae_deploy": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+        "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "packages": packages,
+        "command": sys.argv,
+        "git_revision": _git_revision(),
+    }
+
+
+def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
+    stored = from_dict(type(config), read_recipe(path / CONFIG))
+    changed = differences(stored, config, ignore=DOES_NOT_CHANGE_LOSSES)
+    if changed:
+        raise ConfigError(
+            f"--resume with other settings than {path} was started with: {'; '.join(changed)}", hint="repeat the same options, or start a new run with --out"
+        )
+    before = read_json(path / "data.json")
+    if before != data:
+        raise ConfigError(f"--resume of {path} with other data: {before} then, {data} now")
+
+
+def _git_revision() -> str | None:
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
+def _step_of(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None

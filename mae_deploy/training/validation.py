@@ -1,0 +1,81 @@
+"""Top-1 and top-5 on a validation folder, on every process at once."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.transforms import Normalise, Transform
+from mae_deploy.errors import CheckFailed
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.progress import notice
+from mae_deploy.seeding import random_patches
+from mae_deploy.training.kept_patches import KeptPatches
+
+
+class Evaluator:
+    """Validation of a classifier; images that cannot be read are left out and counted.
+
+    Args:
+        kept: what it is trained on: it sees the most patches, and once more the fewest; None: all.
+    """
+
+    def __init__(
+        self, images: ImageSource, transform: Transform, spec: Preprocess, *, batch_size: int, num_workers: int, kept: KeptPatches | None = None
+    ) -> None:
+        self.dataset = ImageDataset(images, transform, seed=0, replace_unreadable=False)
+        self.spec = spec
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.kept = kept
+        self._reported: set[str] = set()
+
+    @torch.no_grad()
+    def __call__(self, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
+        """Accuracies in per cent and the mean cross-entropy; `top1_of_K` with K patches, where K is the fewest of several numbers.
+
+        Raises:
+            CheckFailed: not one validation image can be read.
+        """
+        was_training = model.training
+        model.eval()
+        normalise = Normalise(self.spec).to(accelerator.device)
+        counts: tuple[int | None, ...] = (None,) if self.kept is None else tuple(dict.fromkeys((self.kept.most, self.kept.least)))
+        totals = torch.zeros(len(counts), 4, dtype=torch.float64, device=accelerator.device)
+        loader = eval_loader(
+            self.dataset, batch_size=self.batch_size, num_workers=self.num_workers, rank=accelerator.process_index, world_size=accelerator.num_processes
+        )
+        for batch in loader:
+            for line in set(batch.unreadable) - self._reported:
+                self._reported.add(line)
+                notice("left out of the validation", line)
+            if len(batch.images) == 0:
+                continue
+            images, labels = normalise(batch.images.to(accelerator.device)), batch.labels.to(accelerator.device)
+            for row, count in zip(totals, counts, strict=True):
+                seen = [ids_keep.to(accelerator.device) for ids_keep in self._seen(count, batch.items)]
+                with accelerator.autocast():
+                    logits = model(images, *seen).float()
+                ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels.unsqueeze(1))
+                loss = F.cross_entropy(logits, labels, reduction="sum")
+                row += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
+        model.train(was_training)
+        summed: Any = accelerator.reduce(totals, "sum")
+        (top1, top5, loss, count), *fewer = summed.tolist()
+        if count == 0:
+            raise CheckFailed(f"no readable validation image below {self.dataset.name}")
+        found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
+        return found | {f"top1_of_{kept}": 100 * right / count for kept, (right, *_) in zip(counts[1:], fewer, strict=True)}
+
+    def _seen(self, count: int | None, items: Tensor) -> tuple[Tensor, ...]:
+        """The patches that each image is seen by, `(B, K)`, always the same ones; nothing where all are."""
+        if self.kept is None or count is None or count == self.kept.num_patches:
+            return ()
+        return (torch.from_numpy(random_patches(self.kept.num_patches, count, items.tolist(), seed=0)),)

@@ -1,0 +1,140 @@
+"""Build models from checkpoint metadata, and start one model from another's weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
+from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.models.vit import Classifier, Encoder
+
+E = TypeVar("E", bound=Encoder)
+
+ENCODER = ("cls_token", "pos_embed", "channel_embed", "patch_embed", "blocks", "norm")
+"""First parts of the names of the plain encoder's tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """Weights on the CPU, what they are, and the record to pass on to what is derived from them."""
+
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+    record: dict[str, Any]
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        """The encoder's shape."""
+        return from_dict(EncoderConfig, self.metadata.encoder)
+
+
+def read_weights(path: Path) -> Loaded:
+    """Read a run folder, a checkpoint folder, or a weights file of ours, of the original implementation, timm or Hugging Face.
+
+    Raises:
+        ConfigError: nothing is there.
+        CheckFailed: damaged, unsafe or not a MAE encoder.
+    """
+    if find_checkpoint(path) is not None:
+        checkpoint = open_checkpoint(path)
+        return Loaded(checkpoint.metadata, checkpoint.tensors(), checkpoint.record())
+    imported = import_weights(path, ImportOptions())
+    return Loaded(imported.metadata, imported.tensors, {"path": str(path), **imported.metadata.provenance})
+
+
+def build_model(metadata: Metadata) -> Encoder:
+    """An untrained model of the checkpoint's kind."""
+    config = from_dict(EncoderConfig, metadata.encoder)
+    if metadata.kind == "mae":
+        decoder, objective = from_dict(DecoderConfig, metadata.decoder or {}), from_dict(ObjectiveConfig, metadata.objective or {})
+        return MaskedAutoencoder(config, decoder, norm_pix_loss=metadata.norm_pix_loss, objective=objective)
+    if metadata.kind == "classifier":
+        return Classifier(config, num_classes=metadata.num_classes or 0, pool="cls" if metadata.pool == "cls" else "avg")
+    return Encoder(config)
+
+
+def load_model(path: Path) -> tuple[Encoder, Loaded]:
+    """The model of a checkpoint with its weights, in evaluation mode."""
+    loaded = read_weights(path)
+    return model_of(loaded), loaded
+
+
+def model_of(loaded: Loaded) -> Encoder:
+    """The model of these weights, in evaluation mode; it shares their memory."""
+    with torch.device("meta"):  # nothing is allocated or initialised that the weights replace
+        model = build_model(loaded.metadata)
+    load_strict(model, loaded.tensors, assign=True)
+    return model.eval()
+
+
+def encoder_of(loaded: Loaded) -> Encoder:
+    """The encoder or classifier of these weights without a decoder, in evaluation mode."""
+    if loaded.metadata.kind != "mae":
+        return model_of(loaded)
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
+    return model_of(Loaded(replace(loaded.metadata, kind="encoder"), tensors, loaded.record))
+
+
+def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
+    """Load a state dict that must fit exactly.
+
+    Raises:
+        CheckFailed: a missing, unexpected or misshapen tensor.
+    """
+    try:
+        model.load_state_dict(tensors, assign=assign)
+    except RuntimeError as error:
+        raise CheckFailed(" ".join(str(error).split())) from error
+
+
+def at_image_size(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
+    """The same weights for another image size, the position embeddings interpolated; None: as they are."""
+    source = loaded.encoder_config
+    if image_size is None or image_size == source.image_size:
+        return loaded
+    target = replace(source, image_size=image_size)
+    tensors = dict(loaded.tensors)
+    for name in ("pos_embed", "decoder_pos_embed"):
+        if name in tensors:
+            tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
+    preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
+    return Loaded(replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess), tensors, loaded.record)
+
+
+def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
+    """The encoder's part of the weights, its position embeddings interpolated to the target's grid.
+
+    Raises:
+        ConfigError: the two encoders differ in more than image size.
+    """
+    source = loaded.encoder_config
+    for name in ("patch_size", "in_chans", "band_groups", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+        if getattr(source, name) != getattr(target, name):
+            raise ConfigError(f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has {getattr(target, name)}")
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
+    tensors["pos_embed"] = interpolate_position_embedding(tensors["pos_embed"], source.grid_size, target.grid_size)
+    return tensors
+
+
+def start_from(model: E, loaded: Loaded) -> E:
+    """Put the encoder's weights into a model of the same encoder; head, `fc_norm` and decoder stay as they are.
+
+    As in the original, a mean-pooled classifier leaves the checkpoint's `norm` aside.
+    """
+    own = model.state_dict()
+    tensors = {name: tensor for name, tensor in encoder_tensors(loaded, model.config).items() if name in own}
+    missing = [name for name in own if name.split(".")[0] in ENCODER and name not in tensors]
+    if missing:
+        raise CheckFailed(f"the checkpoint lacks {len(missing)} tensors of the encoder, {missing[0]} among them")
+    model.load_state_dict(tensors, strict=False)
+    return model

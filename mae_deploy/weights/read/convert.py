@@ -1,0 +1,352 @@
+"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`, mmpretrain, MAE-Lite.
+
+Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, Kind, Metadata
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
+from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
+from mae_deploy.weights.read.linear_probe import fold_batch_norm
+from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
+from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
+from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
+from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
+from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
+
+OWN_RECORD = "mae_deploy"
+"""Under this key, files that we export hold the metadata of their checkpoint."""
+
+_FOREIGN = [
+    (r"^encoder\.(mask_token|layers|blocks)", "the parts of SimMIM (encoder, decoder)"),
+    (r"relative_position_(bias_table|index)|rel_pos_bias|\.rpe", "relative positions in its attention, as BEiT, SimMIM, Swin and MAE-Lite's RPE have"),
+    (r"\.attn\.[qv]_bias$", "an attention without a bias of the keys, as BEiT has"),
+    (r"^lm_head\.", "a head over visual words, as BEiT has"),
+    (r"^(dist_token|dist_norm\.|head_dist\.)", "a distillation token and its head"),
+    (r"^layers\.\d+\.blocks\.|^stages\.", "stages of different resolution (Swin, Hiera)"),
+    (r"^(backbone\.)?pre_norm\.", "a norm before the blocks (pre_norm)"),
+]
+"""Tensors by which other families are told, and what they are."""
+
+_GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
+
+_HEADS = {preset.embed_dim: preset.num_heads for preset in PRESETS.values()}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportOptions:
+    """What a weights file does not say about itself."""
+
+    model: str | None = None
+    """timm's name of the model, with or without a tag; default: the one in config.json, else a plain ViT is read from the tensors."""
+    image_size: tuple[int, int] | None = None
+    """Height and width; needed where the patches form no square, or to interpolate the position embeddings."""
+    num_heads: int | None = None
+    """The encoder's attention heads; default: those of the preset with this width, or head dim 64."""
+    decoder_num_heads: int | None = None
+    """The decoder's attention heads; default: head dim 32, as the original's 512 wide and 16 heads."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder was trained on normalised pixels; default: what the file says, else yes."""
+    licence: str | None = None
+    """The licence of the weights; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
+
+
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Tensors under the original's names, and the report of how they got there."""
+
+    metadata: Metadata
+    tensors: dict[str, Tensor]
+    report: dict[str, Any]
+
+
+def import_weights(path: Path, options: ImportOptions) -> Imported:
+    """Convert foreign weights.
+
+    Raises:
+        ConfigError: no such file, a needed option is missing, or the model computes something that ours does not.
+        CheckFailed: the file is damaged, carries code, or its tensors are not exactly those of a ViT that we know.
+    """
+    source = _convert(read_source(find_weights(path), average=options.model is not None), options)
+    _fold_linear_probe(source)
+    kind = _kind(source.tensors)
+    made_for = _made_for(source, options.image_size)
+    encoder = _encoder_config(source, options.image_size or made_for, options.num_heads)
+    decoder = _decoder_config(source, options) if kind == "mae" else None
+    reshaped = _fit_positions(source, made_for, encoder, decoder)
+    pool = _pool(source) if kind == "classifier" else None
+    num_classes = tensor_of(source, "head.weight", 2).shape[0] if kind == "classifier" else None
+    preprocess = replace(source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size)
+    provenance = {"stage": "import", "source": source.file.name, "source_sha256": source.sha256, "layout": source.layout}
+    metadata = Metadata(
+        kind=kind,
+        encoder=to_dict(encoder),
+        decoder=to_dict(decoder) if decoder else None,
+        norm_pix_loss=_norm_pix_loss(source, options.norm_pix_loss),
+        pool=pool,
+        num_classes=num_classes,
+        class_names=_class_names(source, num_classes),
+        preprocess=to_dict(preprocess),
+        licence=options.licence or licence_of(source, kind),
+        provenance={
+            **provenance,
+            **({"architecture": source.architecture} if source.architecture else {}),
+            **({"parent": source.parent} if source.parent else {}),
+        },
+    )
+    hint = "if it is a timm model, say which: --model NAME" if source.layout == "original or timm" else None
+    expected = expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes)
+    check_names(source.tensors, expected, source.file, hint=hint, names=source.names)
+    _refuse_numbers(source)
+    return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, _report(source, metadata, encoder, reshaped))
+
+
+def _convert(source: Source, options: ImportOptions) -> Source:
+    """The weights under the original's names, by whichever layout they have."""
+    source.own_licence, source.parent = _stated(source, "licence"), _stated_provenance(source)
+    if options.model is not None or has_timm_config(source):
+        return from_timm(source, options.model)
+    if is_hugging_face(source):
+        return from_hugging_face(source)
+    _refuse_other_families(source)
+    if is_openmmlab(source):
+        return from_openmmlab(source)
+    if is_mae_lite(source):
+        source = from_mae_lite(source, options.num_heads)
+        _refuse_other_families(source)
+        return source
+    return _from_original(source)
+
+
+def _from_original(source: Source) -> Source:
+    """The original's names already; what our own files say of themselves is taken."""
+    if (record := _own_record(source)) is not None:
+        metadata = from_dict(Metadata, record, where=f"{OWN_RECORD}.")
+        encoder, decoder = from_dict(EncoderConfig, metadata.encoder), from_dict(DecoderConfig, metadata.decoder or {})
+        if encoder.band_groups is not None or not is_plain(metadata):
+            raise ConfigError(f"{source.file} is ours already, and no plain autoencoder or encoder", hint="every command takes its checkpoint folder as it is")
+        source.image_size, source.num_heads, source.decoder_num_heads = encoder.image_size, encoder.num_heads, decoder.decoder_num_heads
+        source.norm_pix_loss, source.class_names, source.own_licence = metadata.norm_pix_loss, metadata.class_names, metadata.licence
+        source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
+        return source
+    stated = source.settings.get("image_size") or source.settings.get("input_size")
+    source.image_size = (stated, stated) if isinstance(stated, int) else None
+    return source
+
+
+def is_plain(metadata: Metadata) -> bool:
+    """Whether a decoder, if there is one, predicts pixels from an encoder that has not seen them, as in the paper."""
+    objective = from_dict(ObjectiveConfig, metadata.objective or {})
+    return metadata.kind != "mae" or (objective.target == "pixels" and not objective.encoder_mask_tokens)
+
+
+def _own_record(source: Source) -> dict[str, Any] | None:
+    """The metadata in a `.pth` that we exported, or beside the weights of a checkpoint of ours."""
+    if isinstance(record := source.beside.get(OWN_RECORD), dict):
+        return record
+    record = read_settings(source.file.with_name(METADATA)) if source.file.name == WEIGHTS else {}
+    return {name: value for name, value in record.items() if name != "schema_version"} if record.get("schema_version") == SCHEMA_VERSION else None
+
+
+def _refuse_other_families(source: Source) -> None:
+    """Nothing of these fits by renaming, and a list of their tensors would not say why."""
+    found = [words for pattern, words in _FOREIGN if any(re.search(pattern, name) for name in source.tensors)]
+    if found:
+        raise ConfigError(
+            f"{source.file} has {', '.join(found)}, which our encoder does not have", hint="docs/import.md lists what is read and what is refused"
+        )
+
+
+def _fold_linear_probe(source: Source) -> None:
+    """The BatchNorm before the head of a linear probe: `head.0` and `head.1` in the original, a neck in mmpretrain."""
+    if "head.0.running_mean" in source.tensors:
+        fold_batch_norm(source.tensors, "head.0", "head.1" if "head.1.weight" in source.tensors else "head")
+        source.folded.append("the BatchNorm of a linear probe: into the head")
+
+
+def _refuse_numbers(source: Source) -> None:
+    """Weights that are whole numbers, complex or quantised are those of another computation."""
+    for name, tensor in source.tensors.items():
+        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta:
+            raise CheckFailed(f"{source.file} holds {name} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers")
+
+
+def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped: list[str]) -> dict[str, Any]:
+    return {
+        "source": str(source.file),
+        "layout": source.layout,
+        "architecture": source.architecture,
+        "kind": metadata.kind,
+        "model": encoder.name,
+        "image_size": list(encoder.image_size),
+        "tensors": len(source.tensors),
+        "parameters": sum(tensor.numel() for tensor in source.tensors.values()),
+        "renamed": source.renamed,
+        "folded": source.folded,
+        "dropped": source.dropped,
+        "reshaped": reshaped,
+        "missing": [],
+        "unexpected": [],
+        "notes": source.notes,
+        "licence": metadata.licence,
+    }
+
+
+def expected_shapes(
+    encoder: EncoderConfig, decoder: DecoderConfig | None, *, pool: str | None = None, num_classes: int | None = None
+) -> dict[str, tuple[int, ...]]:
+    """The name and shape of every tensor of a model, without building it."""
+    D, N, pixels = encoder.width, encoder.num_patches, encoder.patch**2 * encoder.in_chans
+    shapes: dict[str, tuple[int, ...]] = {
+        "cls_token": (1, 1, D),
+        "pos_embed": (1, 1 + N, D),
+        "patch_embed.proj.weight": (D, encoder.in_chans, encoder.patch, encoder.patch),
+        "patch_embed.proj.bias": (D,),
+        **_block_shapes("blocks", encoder.blocks, D, int(D * encoder.mlp_ratio)),
+    }
+    if pool == "avg":
+        shapes |= _affine("fc_norm", D)
+    else:
+        shapes |= _affine("norm", D)
+    if num_classes is not None:
+        shapes |= _linear("head", D, num_classes)
+    if decoder is not None:
+        E = decoder.decoder_embed_dim
+        shapes |= {"mask_token": (1, 1, E), "decoder_pos_embed": (1, 1 + N, E), **_linear("decoder_embed", D, E)}
+        shapes |= _block_shapes("decoder_blocks", decoder.decoder_depth, E, 4 * E)
+        shapes |= {**_affine("decoder_norm", E), **_linear("decoder_pred", E, pixels)}
+    return shapes
+
+
+# --- what the file says ----------------------------------------------------------------------------------------------
+
+
+def _stated(source: Source, word: str) -> str | None:
+    """What the header of a .safetensors file says."""
+    value = source.beside.get(word)
+    return value if isinstance(value, str) and value else None
+
+
+def _stated_provenance(source: Source) -> dict[str, Any]:
+    """Where the weights of a file that we exported come from."""
+    try:
+        provenance = json.loads(_stated(source, "provenance") or "{}")
+    except ValueError:
+        return {}
+    return provenance if isinstance(provenance, dict) else {}
+
+
+def _norm_pix_loss(source: Source, asked: bool | None) -> bool:
+    """What the user says, else the release's name, else the file, else yes."""
+    known = (asked, trained_on_normalised_pixels(source), source.norm_pix_loss)
+    return next((value for value in known if value is not None), bool(source.settings.get("norm_pix_loss", True)))
+
+
+def _kind(tensors: dict[str, Tensor]) -> Kind:
+    if "decoder_pred.weight" in tensors:
+        return "mae"
+    return "classifier" if "head.weight" in tensors else "encoder"
+
+
+def _pool(source: Source) -> str:
+    return source.pool or ("avg" if "fc_norm.weight" in source.tensors else "cls")
+
+
+def _patch_size(source: Source) -> int:
+    rows, columns = tensor_of(source, "patch_embed.proj.weight", 4).shape[2:]
+    if rows != columns or rows < 1:
+        raise ConfigError(f"the patches are {rows}x{columns} pixels, those of our encoder are square")
+    return int(rows)
+
+
+def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
+    """The image size of the position embeddings: the stated one or the asked one where the number of patches fits, else a square."""
+    P = _patch_size(source)
+    table = next((name for name in ("pos_embed", "decoder_pos_embed") if name in source.tensors), None)
+    if table is None:
+        size = asked or source.image_size
+        if size is None:
+            raise ConfigError("the file has no pos_embed, so the image size is unknown", hint=_GIVE_SIZE)
+        return size
+    N = tensor_of(source, table, 3).shape[1] - 1
+    square = math.isqrt(max(N, 0)) * P
+    for size in (source.image_size, asked, (square, square)):
+        if size is not None and (size[0] // P) * (size[1] // P) == N:
+            return size
+    raise ConfigError(f"{table} holds {N} patches, which form no square{f' and not {asked[0]}x{asked[1]} pixels' if asked else ''}", hint=_GIVE_SIZE)
+
+
+def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int | None) -> EncoderConfig:
+    D, C, P, _ = tensor_of(source, "patch_embed.proj.weight", 4).shape
+    depth = count_blocks(source.tensors, "blocks")
+    hidden = tensor_of(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
+    if source.architecture and num_heads not in (None, source.num_heads):
+        raise ConfigError(f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out")
+    heads = num_heads or source.num_heads or _HEADS.get(D) or max(1, D // 64)
+    shape = Preset(P, D, depth, heads)
+    name = next((name for name, preset in PRESETS.items() if preset == shape), f"vit_{D}x{depth}_patch{P}")
+    ratio = hidden / D
+    if int(D * ratio) != hidden:  # rounding, as with 5 / 3 * 3
+        ratio = math.nextafter(ratio, math.inf)
+    return EncoderConfig(name=name, image_size=image_size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=ratio)
+
+
+def _decoder_config(source: Source, options: ImportOptions) -> DecoderConfig:
+    width = tensor_of(source, "decoder_embed.weight", 2).shape[0]
+    heads = options.decoder_num_heads or source.decoder_num_heads  # else one for every 32 of the width
+    return DecoderConfig(decoder_depth=count_blocks(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
+
+
+def _fit_positions(source: Source, made_for: tuple[int, int], encoder: EncoderConfig, decoder: DecoderConfig | None) -> list[str]:
+    """Rebuild absent sine-cosine tables, interpolate those of another grid; says what it did."""
+    done = []
+    old, new = (made_for[0] // encoder.patch, made_for[1] // encoder.patch), encoder.grid_size
+    tables = [("pos_embed", encoder.width)] + ([("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else [])
+    for name, width in tables:
+        if name not in source.tensors:
+            source.tensors[name] = sincos_position_embedding(width, new)
+            done.append(f"{name}: absent, rebuilt as the fixed sine-cosine table")
+        elif (table := tensor_of(source, name, 3)).shape[1] == 1 + old[0] * old[1] and old != new:
+            source.tensors[name] = source.resample(table.float(), old, new)
+            done.append(f"{name}: interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
+    return done
+
+
+def _class_names(source: Source, num_classes: int | None) -> tuple[str, ...] | None:
+    labels = source.settings.get("id2label")
+    names = source.class_names
+    if names is None and isinstance(labels, dict):
+        names = tuple(str(labels[key]) for key in sorted(labels, key=int))
+    return names if names is not None and len(names) == num_classes else None
+
+
+def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
+
+
+def _linear(name: str, source: int, target: int) -> dict[str, tuple[int, ...]]:
+    return {f"{name}.weight": (target, source), f"{name}.bias": (target,)}
+
+
+def _block_shapes(prefix: str, depth: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for index in range(depth):
+        block = f"{prefix}.{index}"
+        shapes |= {**_affine(f"{block}.norm1", width), **_linear(f"{block}.attn.qkv", width, 3 * width), **_linear(f"{block}.attn.proj", width, width)}
+        shapes |= {**_affine(f"{block}.norm2", width), **_linear(f"{block}.mlp.fc1", width, hidden), **_linear(f"{block}.mlp.fc2", hidden, width)}
+    return shapes
