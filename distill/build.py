@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-from mae_deploy.distill.config import LAST_BLOCK, Blocks, DistillConfig, block_pairs
+from mae_deploy.distill.config import LAST_BLOCK, Blocks, DistillConfig, RunKind, block_pairs
 from mae_deploy.distill.objectives.attention import AttentionMaps
 from mae_deploy.distill.objectives.base import Objective, Pairs
 from mae_deploy.distill.objectives.decoder_features import DecoderFeatures
@@ -13,10 +12,10 @@ from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.features import Features
 from mae_deploy.distill.objectives.hard_logits import HardLogits
 from mae_deploy.distill.objectives.labels import Labels
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled, Vector
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.quantization import Outliers
 from mae_deploy.distill.schedule import Weight
 from mae_deploy.distill.teachers.base import Teacher
@@ -24,8 +23,6 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.quantization.training import Quantizer
 from mae_deploy.models.vit import Encoder
-
-RunKind = Literal["features", "logits"]
 
 
 def objective_weights(config: DistillConfig, kind: RunKind, *, masked: bool) -> dict[str, Weight]:

@@ -27,9 +27,9 @@ from mae_deploy.distill.teachers.answers import pick_rows
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json, write_json
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice
 from mae_deploy.training.monitor.readback import Readback
 from mae_deploy.training.step import StepBatch, to_device

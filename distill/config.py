@@ -11,7 +11,8 @@ from typing import Any, Literal
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, SliceBlocks, check_keep_ratio
+from mae_deploy.models.config import DecoderConfig, SliceBlocks
+from mae_deploy.models.mask_config import check_keep_ratio
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
 
 Blocks = tuple[str, ...]
@@ -360,3 +361,6 @@ def check_weights(config: Any) -> None:
                     f"{field.name} {[list(point) for point in value]} is no schedule",
                     hint="write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1], [0.5, 1], [1, 0]]",
                 )
+
+
+RunKind = Literal["features", "logits"]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from mae_deploy.distill.build import RunKind
-from mae_deploy.distill.config import DistillConfig
+from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import EncoderConfig, num_keep
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.mask_config import num_keep
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.step import StepBatch

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.training_set import train_dataset
-from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.transforms import eval_transform, train_transform
-from mae_deploy.distill.build import RunKind, build_objectives, objective_weights
+from mae_deploy.distill.build import build_objectives, objective_weights
 from mae_deploy.distill.cache import CachedTeacher, open_cache
-from mae_deploy.distill.config import DistillConfig
+from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.distiller import Distiller
 from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.quantization import student_quantizer
@@ -29,17 +29,17 @@ from mae_deploy.distill.student import student_encoder
 from mae_deploy.distill.teachers.base import Teacher, check_view
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim.groups import ParamGroup, decay_groups, layer_decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
+from mae_deploy.training.validation import Evaluator
+from mae_deploy.weights.load import Loaded
 
 _WARMUP = 15.0
 """Epochs (TinyMIM's 300-epoch recipe)."""

@@ -6,9 +6,9 @@ from typing import TypeVar
 
 from mae_deploy.distill.config import FROM_TEACHER, DistillConfig
 from mae_deploy.errors import ConfigError
+from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.load import Loaded, read_weights, start_from
 from mae_deploy.weights.slicing import start_from_slice
-from mae_deploy.models.vit import Encoder
 
 E = TypeVar("E", bound=Encoder)
 

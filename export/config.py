@@ -9,7 +9,8 @@ from typing import Literal
 
 from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.profiles import BuildOptions, Profile, Range, covering, read_profiles
+from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.training.config import Device
 
 _MODES = ("full", "visible", "ragged", "reconstruct")

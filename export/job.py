@@ -13,21 +13,22 @@ import torch
 
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError, MissingDependency, import_optional
-from mae_deploy.export.graph.precision import arithmetic
-from mae_deploy.export.quantization.calibrate import CalibrationImages
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.graph.encoder import GraphSpec, available_outputs, build_graph, check_decoder, default_outputs
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.export.quantization.fake_quant import attention_obstacle
+from mae_deploy.export.graph.encoder import GraphSpec, available_outputs, build_graph, check_decoder, default_outputs
+from mae_deploy.export.graph.precision import arithmetic
 from mae_deploy.export.reference import Reference
-from mae_deploy.export.samples import Samples, read_samples, token_inputs
+from mae_deploy.export.samples import CalibrationImages, Samples, read_samples, token_inputs
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, model_of, read_weights
-from mae_deploy.models.pyramid import LEVELS, Pyramid, load_pyramid, pyramid_sizes, random_pyramid
-from mae_deploy.images.preprocess import Array, Preprocess
-from mae_deploy.serving.deepstream import check_feeding
+from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
+from mae_deploy.models.quantization.policy import attention_obstacle
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.profiles import Profile, Range
+from mae_deploy.serving.deepstream import check_feeding
+from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, model_of, read_weights
+from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
 
 _EXTREME = 2
 """Samples that are also run with every other K that a profile names, where K is dynamic."""

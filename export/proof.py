@@ -16,9 +16,10 @@ from mae_deploy.export.job import Arrays, Job
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP
-from mae_deploy.runtime.parity.compare import TOLERANCES, Comparison, Tolerance, compare
+from mae_deploy.runtime.parity.checks import Verification, verify_engine
+from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.registry import load_engine, open_graph
-from mae_deploy.runtime.verify import Verification, verify_engine
+from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
 GOLDEN = 8
 """Samples that go into the bundle; also how many are run at a time."""

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.bands import feature_map
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify
-from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 
 _BATCH = 8

@@ -17,13 +17,13 @@ from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.encoder import block_tensor
-from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.job import Job, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN, Proof, engine_name, prove, refuse, tolerance_of
+from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
-from mae_deploy.options import Result
 from mae_deploy.progress import Bar, notice, progress
+from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, IMAGES, MANIFEST_FILE, SCHEMA_VERSION, Manifest, ModelEntry, file_entry
 from mae_deploy.runtime.registry import TENSORRT

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +13,10 @@ import numpy as np
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, find_images
+from mae_deploy.files import sha256
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.progress import notice
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
 from mae_deploy.runtime.profiles import Range
@@ -105,3 +111,76 @@ def _synthetic(spec: Preprocess, count: int) -> Array:
     images /= images.max(axis=(1, 2, 3), keepdims=True)
     pixels: Array = (spec.divisor * images).astype(spec.dtype).transpose(0, 2, 3, 1)
     return pixels
+
+
+_BATCH = 8
+
+
+class CalibrationImages:
+    """Images of a folder, spread over it, read batch by batch each time that they are needed."""
+
+    def __init__(self, folder: Path, spec: Preprocess, *, count: int = 512, minimum: int = 128) -> None:
+        """Find the files.
+
+        Args:
+            count: how many to read at most.
+            minimum: how many there must be.
+
+        Raises:
+            ConfigError: fewer than `minimum` files.
+        """
+        self.spec = spec
+        self._folder, self._count, self._minimum = folder, count, minimum
+        self._paths = spread_first(find_images(folder), count)
+        self._require(len(self._paths), "")
+
+    def __len__(self) -> int:
+        """How many will be read, if all can be."""
+        return min(self._count, len(self._paths))
+
+    def batches(self) -> Iterator[tuple[list[Path], Array]]:
+        """Files and their pixels `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another one read in its place.
+
+        Raises:
+            ConfigError: at the end, if fewer than the minimum could be read.
+        """
+        paths: list[Path] = []
+        pixels: list[Array] = []
+        read = 0
+        for path in self._paths:
+            if read == self._count:
+                break
+            try:
+                pixels.append(self.spec.crop(self.spec.read(path)))
+            except UnreadableImage as error:
+                notice("skipped", str(error))
+                continue
+            paths.append(path)
+            read += 1
+            if len(paths) == _BATCH:
+                yield paths, np.stack(pixels)
+                paths, pixels = [], []
+        if paths:
+            yield paths, np.stack(pixels)
+        self._require(read, "readable ")
+
+    @property
+    def has_spare(self) -> bool:
+        """Whether there are more files than will be read."""
+        return len(self._paths) > self._count
+
+    @cached_property
+    def sha256(self) -> str:
+        """Of the contents of the files that will be read if all can be, in order."""
+        return _digest(sha256(path) for path in self._paths[: len(self)])
+
+    def _require(self, found: int, kind: str) -> None:
+        if found < self._minimum:
+            raise ConfigError(
+                f"only {found} {kind}images below --calib-data {self._folder}; calibration needs at least {self._minimum}",
+                hint="add images like those that the model will see; they need no labels",
+            )
+
+
+def _digest(digests: Iterable[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -10,15 +10,15 @@ from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.job import Job
 from mae_deploy.export.proof import judge, tolerance_of
 from mae_deploy.progress import percentage
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.cuda.memory import open_memory
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
 from mae_deploy.runtime.parity.compare import Comparison
-from mae_deploy.runtime.tensorrt.open import open_plan
 from mae_deploy.runtime.registry import TENSORRT
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt.open import open_plan
 
 BASELINE_FILE = "baseline.onnx"
 """The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""

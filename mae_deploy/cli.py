@@ -11,27 +11,20 @@ from typing import Annotated, Any
 import typer
 
 from mae_deploy import __version__
+from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
-from mae_deploy.commands.config import (
-    BenchmarkConfig,
-    BuildEngineConfig,
-    DoctorConfig,
-    EvalConfig,
-    ExportWeightsConfig,
-    ImportConfig,
-    InfoConfig,
-    PredictConfig,
-    QuickstartConfig,
-    VerifyConfig,
-)
+from mae_deploy.commands.config import BuildEngineConfig, DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
 from mae_deploy.commands.data.config import PackConfig, StatsConfig
+from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.report.config import ReportConfig
+from mae_deploy.commands.sweep.config import SweepConfig
+from mae_deploy.commands.weights.config import ExportWeightsConfig, ImportConfig
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import MaeDeployError, import_optional
+from mae_deploy.evaluation.config import CompareConfig, EvalConfig, KnnConfig, LinprobeConfig
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.options import command
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.evaluation.config import CompareConfig, KnnConfig, LinprobeConfig, SweepConfig
 
 app = typer.Typer(
     name="mae-deploy",

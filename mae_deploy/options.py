@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ import typer
 from mae_deploy.config import field_docs, field_types, from_dict, is_required, merge, optional_of, parse_assignment, read_recipe, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import write_text
+from mae_deploy.results import _shown, show
 
 C = TypeVar("C")
 
@@ -128,33 +128,6 @@ def command(app: typer.Typer, config: type[C], *, name: str | None = None, recip
     return register
 
 
-@dataclasses.dataclass(frozen=True)
-class Result:
-    """What a command found: data for `--json`, something rich can print for people."""
-
-    data: Any
-    view: Any = None
-    failed: bool = False
-    """It says why there is no result: people read it on stderr, above the error."""
-
-
-def show(result: Any, *, as_json: bool) -> None:
-    """Print a command's result on stdout; everything else that a command says goes to stderr."""
-    result = result if isinstance(result, Result) else Result(result)
-    if as_json:
-        sys.stdout.write(json.dumps(result.data, indent=2, default=str) + "\n")
-        return
-    from rich.console import Console
-    from rich.markup import escape
-
-    console = Console(stderr=result.failed)
-    if result.view is not None:
-        console.print(result.view)
-    elif isinstance(result.data, dict):
-        lines = (f"[bold]{key}[/bold]  {escape(_shown(value))}" for key, value in result.data.items() if value is not None)
-        console.print("\n".join(lines), highlight=False, soft_wrap=True)
-
-
 def _parameter(flag: Flag) -> inspect.Parameter:
     kind: Any = flag.kind
     if flag.argument:
@@ -204,13 +177,3 @@ def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
             return False
         values = values[part]
     return True
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ",".join(map(_shown, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
-    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -9,17 +9,8 @@ from typing import Literal
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import (
-    DecoderConfig,
-    EncoderConfig,
-    GroupMasking,
-    MaskSampling,
-    ObjectiveConfig,
-    check_keep_ratio,
-    check_masking,
-    check_objective,
-    mask_unit,
-)
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective
+from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_keep_ratio, check_masking, mask_unit
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 
 

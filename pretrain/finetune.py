@@ -16,18 +16,18 @@ from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded, read_weights, start_from
-from mae_deploy.models.vit import Classifier
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
-from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim.groups import layer_decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
+from mae_deploy.training.validation import Evaluator
+from mae_deploy.weights.load import Loaded, read_weights, start_from
 
 PAPER_WARMUP = 5.0
 """Epochs (paper, table 9)."""

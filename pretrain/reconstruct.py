@@ -14,15 +14,17 @@ from torch import Tensor
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.models.bands import spread_over_bands
-from mae_deploy.models.config import GroupMasking, MaskSampling, check_masking, mask_unit
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_masking, mask_unit
 from mae_deploy.models.masking import masking_of
 from mae_deploy.models.vit import patchify, unpatchify
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.pretrain.config import ReconstructConfig, check_picture_bands
 from mae_deploy.progress import notice
+from mae_deploy.weights.load import load_model
 
 _GAP = 4
 _MIN_SIDE = 96

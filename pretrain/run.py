@@ -11,10 +11,9 @@ from mae_deploy.checkpoint import OWN_LICENCE, Metadata
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
-from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import masking_of
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.pretrain.reconstruct import draw_reconstructions
 from mae_deploy.pretrain.targets import Target, TeacherFeatures, fit_pca
@@ -24,6 +23,7 @@ from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
+from mae_deploy.weights.load import Loaded, read_weights
 
 PAPER_WARMUP = 40.0
 """Epochs (paper, table 8)."""

@@ -17,14 +17,14 @@ from mae_deploy.data.dataset import TrainImages
 from mae_deploy.data.order import Stretch
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded, at_image_size
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pca import PatchPca
 from mae_deploy.models.taps import Tap, tapped
-from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice
+from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
+from mae_deploy.weights.load import Loaded, at_image_size
 
 PCA_IMAGES = 2048
 """Training images, at most, whose patches the principal components are fitted to: 400,000 patches of 224-pixel images."""

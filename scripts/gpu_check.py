@@ -262,9 +262,9 @@ def make_weights(name: str, folder: Path) -> Outcome:
 
     from mae_deploy.checkpoint import Metadata, save_checkpoint
     from mae_deploy.config import to_dict
+    from mae_deploy.images.preprocess import default_preprocess
     from mae_deploy.models.config import EncoderConfig
     from mae_deploy.models.vit import Encoder
-    from mae_deploy.images.preprocess import default_preprocess
 
     torch.manual_seed(0)
     model = Encoder(EncoderConfig(name=name))

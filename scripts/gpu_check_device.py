@@ -15,8 +15,8 @@ from typing import Any
 
 from mae_deploy.errors import CheckFailed, MaeDeployError
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.profiles import read_profiles
+from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.verify import verify_bundle
 
 

@@ -16,16 +16,17 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.timing import measure
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.cuda.memory import Memory, open_memory
+from mae_deploy.runtime.cuda.memory import Memory
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
+from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.tensorrt.tensors import activation_bytes, choose_profile, create_context, read_profiles, read_tensors
+from mae_deploy.runtime.timing import measure
 
 Call = Callable[[], object]
 Candidate = tuple[dict[str, Any], Callable[[int], Call | None]]
@@ -157,8 +158,8 @@ def pytorch_candidates(name: str, checkpoint: Path | None, keep: int, compiled: 
     import torch
 
     from mae_deploy.models.config import EncoderConfig
-    from mae_deploy.weights.load import encoder_of, read_weights
     from mae_deploy.models.vit import Encoder
+    from mae_deploy.weights.load import encoder_of, read_weights
 
     for precision, dtype in (("fp16", torch.float16), ("bf16", torch.bfloat16)):
         encoder = Encoder(EncoderConfig(name=name)) if checkpoint is None else encoder_of(read_weights(checkpoint))

@@ -19,15 +19,15 @@ from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import Teacher
-from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.open import open_teacher
+from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.taps import Tap
-from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.training.step import StepBatch
+from mae_deploy.weights.load import Loaded
 
 
 def main() -> None:

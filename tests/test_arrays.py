@@ -12,7 +12,9 @@ import tifffile
 from PIL import Image
 
 from mae_deploy.errors import ConfigError, MissingDependency
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, default_preprocess, find_images, is_image, read_image, require_readers
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess, default_preprocess, require_readers
+from mae_deploy.images.read import Array, UnreadableImage, is_image, read_image
 from tests.data.band_files import BANDS, PIXEL_MAX, SIZE, bands_image, write_npy, write_tiff
 
 SPEC = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4, 0.5, 0.6), pixel_max=PIXEL_MAX)

@@ -14,7 +14,9 @@ import pytest
 import yaml
 
 from mae_deploy import config as config_module
-from mae_deploy.commands.config import DoctorConfig, ImportConfig, InfoConfig, PredictConfig, QuickstartConfig, VerifyConfig
+from mae_deploy.commands.config import DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
+from mae_deploy.commands.quickstart.config import QuickstartConfig
+from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.config import (
     RECIPES,
     differences,
@@ -33,9 +35,9 @@ from mae_deploy.config import (
 )
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import ConfigError
+from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.evaluation.config import LinprobeConfig
 
 # Each command's config with what it requires.
 COMMANDS: list[tuple[type, dict[str, Any]]] = [

@@ -14,10 +14,11 @@ from PIL import Image
 
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Preprocess, find_images
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.runtime import Backbone
-from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.serving.deepstream import check_feeding
 from tests.data.band_files import BANDS, PIXEL_MAX, bands_image, write_band_classes, write_npy, write_scenes
 
 Command = Callable[..., dict[str, Any]]

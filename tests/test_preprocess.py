@@ -15,7 +15,9 @@ from PIL import Image, PngImagePlugin
 from torchvision import transforms
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, default_preprocess, find_images, from_array, is_image, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
+from mae_deploy.images.read import Array, UnreadableImage, from_array, is_image, read_image
 
 SIZE = (13, 7)
 """Width and height."""

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.weights.frozen import normalised
 from mae_deploy.models.vit import gather_tokens
+from mae_deploy.weights.frozen import normalised
 
 _ROWS = ("tokens", "qkv", "latent")
 """Kinds with a row for CLS and for each patch that the encoder saw."""

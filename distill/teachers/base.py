@@ -11,10 +11,10 @@ import torch
 
 from mae_deploy.checkpoint import Kind
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import BLOCK_KINDS, DECODER_KINDS, Tap, Taps
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.step import StepBatch
 
 SPATIAL_KINDS = (*BLOCK_KINDS, *DECODER_KINDS, "latent")

@@ -20,16 +20,17 @@ from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_o
 from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.inputs import token_batch
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
 from mae_deploy.runtime.profiles import batch_that_fits
+from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
 from mae_deploy.training.step import StepBatch
 
 _HINTS = {

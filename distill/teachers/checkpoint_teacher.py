@@ -13,14 +13,14 @@ from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered
 from mae_deploy.distill.teachers.torch_teacher import TorchTeacher
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.weights.load import Loaded, at_image_size
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import BLOCK_KINDS, DECODER_KINDS, Tap, tapped
-from mae_deploy.weights.frozen import frozen, image_size_for
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.frozen import frozen, image_size_for
+from mae_deploy.weights.load import Loaded, at_image_size
 
 _NO_DECODER = "give a pretraining run: other checkpoints have no decoder"
 

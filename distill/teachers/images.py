@@ -6,8 +6,8 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.frozen import resize_images
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.frozen import resize_images
 
 
 class TeacherImages(nn.Module):

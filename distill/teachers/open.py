@@ -7,8 +7,8 @@ from pathlib import Path
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import read_weights
 from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.weights.load import read_weights
 
 TIMM = "timm:"
 """What stands before the name of a timm model."""

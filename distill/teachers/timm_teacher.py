@@ -15,13 +15,13 @@ from mae_deploy.checkpoint import UNKNOWN_LICENCE, Kind
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered
 from mae_deploy.distill.teachers.torch_teacher import TorchTeacher
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import BLOCK_KINDS, Tap, deepest
-from mae_deploy.weights.timm_network import build_timm, count_classes, load_timm, timm_licence, timm_preprocess
 from mae_deploy.models.vit import gather_tokens
 from mae_deploy.weights.read.files import find_weights, read_source
-from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.timm_network import build_timm, count_classes, load_timm, timm_licence, timm_preprocess
 
 _HINTS = {
     "logits": "the weights file has no head: give one of a fine-tuned model",

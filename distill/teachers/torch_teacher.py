@@ -16,10 +16,10 @@ from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.arithmetic import resolve_precision, set_precision
 from mae_deploy.distill.teachers.base import key_of, unlike_grid
 from mae_deploy.distill.teachers.images import TeacherImages
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.step import StepBatch
 
 

@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType
 from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType
 from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
 
 Array = npt.NDArray[Any]

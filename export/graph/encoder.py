@@ -20,15 +20,15 @@ from torch import Tensor
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.graph.precision import FLOAT32, Island, Precision, Typing, arithmetic
 from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
+from mae_deploy.export.graph.precision import FLOAT32, Island, Precision, Typing, arithmetic
 from mae_deploy.export.graph.pyramid import write_pyramid
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.bands import group_positions
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
-from mae_deploy.images.preprocess import Preprocess
 
 TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
 Images = Literal["float32", "float16", "uint8"]

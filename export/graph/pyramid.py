@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mae_deploy.export.graph.precision import FLOAT32, Arithmetic
 from mae_deploy.export.graph.blocks import Array, BlockWriter
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
+from mae_deploy.export.graph.precision import FLOAT32, Arithmetic
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 
 

@@ -8,9 +8,8 @@ import os
 import time
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,89 +19,21 @@ from timm.layers import Attention
 from torch import Tensor
 
 from mae_deploy.config import to_dict
-from mae_deploy.errors import ConfigError
 from mae_deploy.export.reference import restoring
-from mae_deploy.export.samples import spread_first
+from mae_deploy.export.samples import CalibrationImages, _digest
 from mae_deploy.files import atomic_path, sha256
+from mae_deploy.images.read import Array
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.quantization.activations import ActivationStats, Observer
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, find_images
 from mae_deploy.progress import notice, progress
 from mae_deploy.seeding import derive_seed
 
 _FORMAT = 1
 """Of the cache files; another number makes older ones unused. It changes with whatever changes the figures in them."""
 
-_BATCH = 8
 
 _FIELDS = ("absmax", "mean", "mean_square", "counts", "divisor")
-
-
-class CalibrationImages:
-    """Images of a folder, spread over it, read batch by batch each time that they are needed."""
-
-    def __init__(self, folder: Path, spec: Preprocess, *, count: int = 512, minimum: int = 128) -> None:
-        """Find the files.
-
-        Args:
-            count: how many to read at most.
-            minimum: how many there must be.
-
-        Raises:
-            ConfigError: fewer than `minimum` files.
-        """
-        self.spec = spec
-        self._folder, self._count, self._minimum = folder, count, minimum
-        self._paths = spread_first(find_images(folder), count)
-        self._require(len(self._paths), "")
-
-    def __len__(self) -> int:
-        """How many will be read, if all can be."""
-        return min(self._count, len(self._paths))
-
-    def batches(self) -> Iterator[tuple[list[Path], Array]]:
-        """Files and their pixels `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another one read in its place.
-
-        Raises:
-            ConfigError: at the end, if fewer than the minimum could be read.
-        """
-        paths: list[Path] = []
-        pixels: list[Array] = []
-        read = 0
-        for path in self._paths:
-            if read == self._count:
-                break
-            try:
-                pixels.append(self.spec.crop(self.spec.read(path)))
-            except UnreadableImage as error:
-                notice("skipped", str(error))
-                continue
-            paths.append(path)
-            read += 1
-            if len(paths) == _BATCH:
-                yield paths, np.stack(pixels)
-                paths, pixels = [], []
-        if paths:
-            yield paths, np.stack(pixels)
-        self._require(read, "readable ")
-
-    @property
-    def has_spare(self) -> bool:
-        """Whether there are more files than will be read."""
-        return len(self._paths) > self._count
-
-    @cached_property
-    def sha256(self) -> str:
-        """Of the contents of the files that will be read if all can be, in order."""
-        return _digest(sha256(path) for path in self._paths[: len(self)])
-
-    def _require(self, found: int, kind: str) -> None:
-        if found < self._minimum:
-            raise ConfigError(
-                f"only {found} {kind}images below --calib-data {self._folder}; calibration needs at least {self._minimum}",
-                hint="add images like those that the model will see; they need no labels",
-            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,7 +179,3 @@ def _save(file: Path, found: Calibration) -> None:
             np.savez_compressed(stream, num_images=found.num_images, images_sha256=found.images_sha256, **arrays)
     except OSError as error:  # a home that is full or read-only: the work is done all the same
         notice("not cached:", str(error))
-
-
-def _digest(digests: Iterable[str]) -> str:
-    return hashlib.sha256("".join(digests).encode()).hexdigest()

@@ -13,26 +13,10 @@ from torch import Tensor, nn
 
 from mae_deploy.models.quantization.rounding import INT8, AttentionScales, Rounding, dynamic_round_trip, linear_of, rounded_weight, static_round_trip
 
-_FUSED_HEAD_DIMS = (16, 32, 64)
-_FUSED_TOKENS = 512
-
 
 def macs_per_token(model: nn.Module, name: str) -> int:
     """Multiply-accumulates of one Linear for one token."""
     return linear_of(model, name).weight.numel()
-
-
-def attention_obstacle(head_dim: int, num_tokens: int) -> str | None:
-    """Why no engine fuses INT8 attention of this shape (TensorRT's conditions), or None if one can.
-
-    Args:
-        num_tokens: the largest T, CLS included.
-    """
-    if head_dim not in _FUSED_HEAD_DIMS:
-        return f"the head dimension is {head_dim}; INT8 attention is fused for {', '.join(map(str, _FUSED_HEAD_DIMS))} only"
-    if num_tokens > _FUSED_TOKENS:
-        return f"there are up to {num_tokens} tokens; INT8 attention is fused up to {_FUSED_TOKENS}"
-    return None
 
 
 @contextmanager

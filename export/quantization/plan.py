@@ -17,24 +17,24 @@ import numpy as np
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.quantization.calibrate import Calibration, calibrate
-from mae_deploy.export.job import Job
-from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.job import Job
 from mae_deploy.export.proof import judge, judging_engine, tolerance_of
+from mae_deploy.export.quantization.calibrate import Calibration, calibrate
 from mae_deploy.export.quantization.fake_quant import macs_per_token
+from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
 from mae_deploy.export.quantization.sensitivity import Verdict, choose, sensitivities
 from mae_deploy.files import remove
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
 from mae_deploy.models.quantization.policy import Policy
 from mae_deploy.models.quantization.rounding import ROUNDINGS, AttentionScales, eligible_linears
 from mae_deploy.models.quantization.smoothing import bias_corrections, correct_biases, smooth, smoothed_stats
 from mae_deploy.progress import notice
-from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import open_graph
+from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.weights.load import Loaded
 
 _MARGIN_DB = 0.3
 """By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine, too."""

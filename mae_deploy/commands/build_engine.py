@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from mae_deploy.commands.config import BuildEngineConfig
-from mae_deploy.commands.views import engine_summary, facts_table
-from mae_deploy.options import Result
+from mae_deploy.commands.views import engine_summary
 from mae_deploy.progress import notice, percentage
+from mae_deploy.reporting.tables import facts_table
+from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.serving.deepstream import check_bundle
-from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
-from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
-from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.profiles import read_profiles
+from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
+from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.serving.deepstream import check_bundle
+from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 
 def run(config: BuildEngineConfig) -> Result:

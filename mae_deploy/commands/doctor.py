@@ -14,9 +14,9 @@ from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
-from mae_deploy.commands.views import facts_table
 from mae_deploy.errors import MissingDependency
-from mae_deploy.options import Result
+from mae_deploy.reporting.tables import facts_table
+from mae_deploy.results import Result
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
 
 _TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard", "webdataset", "simplejpeg")

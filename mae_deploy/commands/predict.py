@@ -11,9 +11,9 @@ from mae_deploy.commands.config import PredictConfig
 from mae_deploy.commands.views import prediction_table
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import refuse_to_overwrite
-from mae_deploy.options import Result
-from mae_deploy.images.preprocess import find_images
+from mae_deploy.images.find import find_images
 from mae_deploy.progress import notice, progress
+from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.predict import Predictions, top_k, write_features

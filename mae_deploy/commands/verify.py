@@ -8,11 +8,12 @@ from rich.text import Text
 from mae_deploy.commands.config import VerifyConfig
 from mae_deploy.commands.views import layers_table, verification_table
 from mae_deploy.errors import CheckFailed
-from mae_deploy.options import Result
+from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.layers import LayerReport, trace_layers
-from mae_deploy.runtime.verify import Verification, verify_bundle
+from mae_deploy.runtime.parity.checks import Verification
+from mae_deploy.runtime.verify import verify_bundle
 
 
 def run(config: VerifyConfig) -> Result:

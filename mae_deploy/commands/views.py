@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.table import Table
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.manifest import EngineEntry
-from mae_deploy.runtime.verify import Verification
+from mae_deploy.runtime.parity.checks import Verification
 
 
 def verification_table(verification: Verification) -> Table:
@@ -44,15 +44,6 @@ def prediction_table(paths: Sequence[Path], ranked: Sequence[Sequence[tuple[str,
     table = Table("image", "classes")
     for path, classes in zip(paths, ranked, strict=True):
         table.add_row(Text(str(path), overflow="fold"), Text("  ".join(f"{name} {share:.1%}" for name, share in classes)))
-    return table
-
-
-def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are: a path may hold brackets."""
-    table = Table(title=Text(title), show_header=False, title_justify="left")
-    for name, value in facts.items():
-        text = "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
-        table.add_row(name, Text(text, overflow="fold"))
     return table
 
 

@@ -15,7 +15,8 @@ from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, UnreadableImage, require_readers
+from mae_deploy.images.preprocess import require_readers
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.seeding import derive_seed, seed_everything
 
 _REPLACEMENTS = 64

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from mae_deploy.images.preprocess import Array, read_image
+from mae_deploy.images.read import Array, read_image
 
 try:
     import simplejpeg

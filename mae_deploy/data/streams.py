@@ -19,13 +19,14 @@ from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import Batch, Sample, collate
 from mae_deploy.data.decode import decode
 from mae_deploy.data.order import Stretch
+from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.sources.patterns import expand
 from mae_deploy.data.sources.shards import INDEX, read_label
-from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.images.preprocess import Array, UnreadableImage, is_image_name
+from mae_deploy.images.find import is_image_name
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.sources.patterns import is_streamed
-from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.streams import ShardStream
 from mae_deploy.data.transforms import Transform
 

@@ -20,7 +20,8 @@ from torchvision.transforms.v2.functional import resize
 
 from mae_deploy.data.config import CropConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, Preprocess, is_image
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, is_image
 
 Step = Callable[[Any], Any]
 """A Pillow image to a Pillow image, or a tensor `(C, H, W)` to such a tensor."""

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 
 
 class Accuracy:

@@ -10,20 +10,22 @@ from typing import Any, Literal
 from rich.text import Text
 
 from mae_deploy.checkpoint import find_checkpoint
-from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import atomic_path, refuse_to_overwrite
-from mae_deploy.weights.load import Loaded, read_weights
-from mae_deploy.options import Result
 from mae_deploy.evaluation.config import CompareConfig
-from mae_deploy.reporting.tables import Column, Curve, command_line, draw_bars, markdown_table, mean_of, rich_table, write_files
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, FeatureSource, extract, open_source, random_like, resolve_device
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
 from mae_deploy.evaluation.timm_features import TimmFeatures
+from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.progress import console
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.plots import Curve, draw_bars
+from mae_deploy.reporting.tables import Column, markdown_table, mean_of, rich_table, write_files
+from mae_deploy.results import Result
 from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.weights.load import Loaded, read_weights
 
 RANDOM = "random"
 

@@ -9,6 +9,7 @@ from typing import Literal
 from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
+from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
 
 Solver = Literal["ridge", "logistic"]
@@ -137,61 +138,6 @@ class CompareConfig:
             raise ConfigError("--seeds needs at least one seed")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
-    """Settings of `mae-deploy sweep`."""
-
-    data: str = setting(argument=True)
-    """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of train without their labels."""
-    out: Path
-    """Folder of the experiment; the same command goes on where it was killed."""
-    mask_ratio: tuple[float, ...] | None = None
-    """Mask ratios to try, separated by commas: the paper's figure 5."""
-    over: str | None = None
-    """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or norm_pix_loss=true,false."""
-    labelled: Path | None = None
-    """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
-    recipe: str | None = None
-    """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    settings: tuple[str, ...] = setting((), flag="--set", repeated=True)
-    """Any setting of pretraining as section.key=value; may be repeated."""
-    knn: bool = True
-    """Judge by k-NN."""
-    linear: Literal["logistic", "ridge", "none"] = "logistic"
-    """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
-    finetune: bool = True
-    """Judge by fine-tuning."""
-    finetune_recipe: str | None = None
-    """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True)
-    """Any setting of fine-tuning as section.key=value; may be repeated."""
-    scratch: bool = False
-    """Also fine-tune the same network from random weights, for a line to compare with."""
-    k: int = 20
-    """Neighbours that vote."""
-    temperature: float = 0.07
-    """A neighbour's vote is exp(cosine / temperature)."""
-    held_out: float = 0.2
-    """Share of the labelled training images on which the linear probe chooses its regularisation."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
-    seed: int = 0
-    """Added to each of --seeds."""
-    device: Device = "auto"
-    """auto, cpu or cuda."""
-    features: FeatureConfig = section(FeatureConfig)
-
-    def __post_init__(self) -> None:
-        if (self.mask_ratio is None) == (self.over is None):
-            raise ConfigError("sweep needs what to vary, once", hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8")
-        if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise ConfigError("--seeds needs at least one seed, and each once")
-        if not (self.knn or self.linear != "none" or self.finetune):
-            raise ConfigError("nothing would be judged", hint="leave one of --knn, --linear and --finetune on")
-        _check_knn((self.k,), self.temperature)
-        _check_share(self.held_out)
-
-
 def _check_knn(k: tuple[int, ...], temperature: float) -> None:
     if not k or min(k) < 1 or len({*k}) < len(k):
         raise ConfigError(f"--k {','.join(map(str, k))} must be numbers from 1 on, each once")
@@ -202,3 +148,44 @@ def _check_knn(k: tuple[int, ...], temperature: float) -> None:
 def _check_share(held_out: float) -> None:
     if not 0 < held_out < 1:
         raise ConfigError(f"--held-out {held_out:g} must be above 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvalConfig:
+    """Settings of `mae-deploy eval`."""
+
+    model: Path = setting(argument=True, flag="CKPT|BUNDLE")
+    """A classifier: a run folder, a checkpoint folder, a weights file, or a bundle with logits."""
+    data: Path = setting(argument=True)
+    """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
+    confusion: Path | None = None
+    """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
+    keep_ratio: tuple[float, ...] | None = None
+    """Shares of the patches that the classifier sees, separated by commas, such as 1,0.5,0.25: top-1 with each, every image with its own random patches;
+    below 1 of checkpoints and of bundles of --tokens visible or ragged; default: all patches."""
+    batch_size: int | None = None
+    """Images at a time; default: a bundle's fixed batch, or 64."""
+    engine: str = "auto"
+    """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on
+    which the bundle was proven, where it is installed, else onnxruntime."""
+    precision: Precision = "auto"
+    """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
+    num_workers: int = -1
+    """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each core but one."""
+    threads: int | None = None
+    """CPU threads of a bundle's engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""
+    seed: int = 0
+    """Seed of the patches of --keep-ratio."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if (self.batch_size or 1) < 1 or self.num_workers < -1:
+            raise ConfigError("--batch-size must be at least 1, --num-workers at least -1")
+        check_shares(self.keep_ratio)
+        if self.confusion is not None and len(self.keep_ratio or (1,)) > 1:
+            raise ConfigError("--confusion is of one --keep-ratio", hint="give one share, or leave --confusion away")
+        if self.confusion is not None and self.confusion.suffix != ".csv":
+            raise ConfigError(f"--confusion {self.confusion} must end in .csv")

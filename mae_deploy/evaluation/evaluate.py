@@ -14,16 +14,16 @@ import numpy as np
 from rich.table import Table
 from rich.text import Text
 
-from mae_deploy.commands.config import EvalConfig
-from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.files import atomic_path, refuse_to_overwrite
-from mae_deploy.models.config import keep_count
-from mae_deploy.options import Result
-from mae_deploy.images.preprocess import Array, UnreadableImage
-from mae_deploy.progress import notice, progress
 from mae_deploy.evaluation.accuracy import Accuracy
+from mae_deploy.evaluation.config import EvalConfig
+from mae_deploy.files import atomic_path, refuse_to_overwrite
+from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.models.mask_config import keep_count
+from mae_deploy.progress import notice, progress
+from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.seeding import random_patches
@@ -84,13 +84,6 @@ def run(config: EvalConfig) -> Result:
             {"keep_ratio": ratio, "patches": count, **accuracy.summary()} for ratio, count, accuracy in zip(config.keep_ratio, counts, found, strict=True)
         ]
     return Result(data, _table(data) if config.keep_ratio is None else _ratio_table(data))
-
-
-def labelled_val(data: Path, class_names: tuple[str, ...] | None) -> ImageSource:
-    """The images of DATA/val if there is a val, else of DATA; labels in the order of the names, where there are any."""
-    has_val = any((data / name).is_dir() or any(data.glob(f"{name}-*")) or any(data.glob(f"data/{name}-*")) for name in ("val", "validation"))
-    root, split = (data, "val") if has_val else (data.parent, data.name)
-    return labelled_images(root, split, class_names)
 
 
 def _images(data: Path, classifier: Classifier) -> ImageSource:

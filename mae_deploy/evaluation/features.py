@@ -20,16 +20,16 @@ from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import Normalise, eval_transform
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
-from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, read_weights
-from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.seeding import derive_seed, random_patches, seed_everything
 from mae_deploy.training.config import Device, Precision
+from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, read_weights
 
 
 class FeatureSource(Protocol):

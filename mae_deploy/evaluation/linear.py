@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.evaluation.config import Solver
 from mae_deploy.progress import progress
-from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.seeding import derive_seed
 
 STRENGTHS: dict[Solver, tuple[float, ...]] = {

@@ -15,25 +15,25 @@ from torch.nn import functional as F
 
 from mae_deploy.checkpoint import Metadata, save_checkpoint
 from mae_deploy.config import from_dict, to_dict
+from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.training_set import train_dataset
-from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import atomic_path, point_link, read_json, write_json
-from mae_deploy.weights.load import load_strict, read_weights, start_from
-from mae_deploy.models.vit import Classifier
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.evaluation.config import FeatureConfig, LinprobeConfig
 from mae_deploy.evaluation.features import FeatureSet, FeatureSource, ModuleFeatures, extract, resolve_device
 from mae_deploy.evaluation.linear import fit_linear, unstandardise
+from mae_deploy.files import atomic_path, point_link, read_json, write_json
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.models.vit import Classifier
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.validation import Evaluator
-from mae_deploy.training.optim.lars import Lars
 from mae_deploy.training.loop import Job, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
+from mae_deploy.training.optim.lars import Lars
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
+from mae_deploy.training.validation import Evaluator
+from mae_deploy.weights.load import load_strict, read_weights, start_from
 
 PAPER_WARMUP = 10.0
 """Epochs (paper, table 10)."""

@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.timm_network import build_timm, load_timm, timm_licence, timm_preprocess
-from mae_deploy.weights.read.files import find_weights, read_source
 from mae_deploy.evaluation.config import FeatureConfig
 from mae_deploy.evaluation.features import ModuleFeatures
 from mae_deploy.training.config import Device
+from mae_deploy.weights.read.files import find_weights, read_source
+from mae_deploy.weights.timm_network import build_timm, load_timm, timm_licence, timm_preprocess
 
 
 class TimmFeatures(ModuleFeatures):

@@ -3,41 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import io
-import os
-import sys
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
-from mae_deploy.images.arrays import NUMPY_SUFFIX, TIFF_SUFFIXES, channels_last, read_array, require_tiff, resize_and_cut
-from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.errors import ConfigError
+from mae_deploy.images.arrays import TIFF_SUFFIXES, require_tiff, resize_and_cut
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image
-    from typing_extensions import TypeIs
-
-Array = npt.NDArray[Any]
+from mae_deploy.images.read import Array, as_array, from_array, is_image, read_image, takes_arrays, to_mode
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-"""The Pillow mode for each number of channels that ordinary image files hold."""
 
 _LONGEST = 100
 """Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels would take gigabytes."""
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-
-
-class UnreadableImage(Exception):
-    """A file that is no image, is cut short or is empty; the message names it and says why."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,17 +119,6 @@ class Preprocess:
         return resize_and_cut(pixels[top:bottom, left:right], size, box, self.interpolation).astype(self.dtype, copy=False)
 
 
-def is_image(value: object) -> TypeIs[Image.Image]:
-    """Whether it is a Pillow image; whoever has one has imported Pillow."""
-    pillow = sys.modules.get("PIL.Image")
-    return pillow is not None and isinstance(value, pillow.Image)
-
-
-def takes_arrays(channels: int, pixel_max: float | None = None) -> bool:
-    """Whether such images are NumPy arrays: another number of channels than 1, 3 and 4, or pixels of more than 8 bits."""
-    return channels not in MODES or pixel_max is not None
-
-
 def require_readers(names: Iterable[str], spec: Preprocess) -> None:
     """Say before a run, and not in the midst of it, that a package is missing that these files need.
 
@@ -152,142 +127,6 @@ def require_readers(names: Iterable[str], spec: Preprocess) -> None:
     """
     if spec.takes_arrays and any(name.lower().endswith(TIFF_SUFFIXES) for name in names):
         require_tiff()
-
-
-def read_image(
-    path: Path, channels: int = 3, pixel_max: float | None = None, *, content: bytes | None = None, shrink: Callable[[int, int], int] | None = None
-) -> Image.Image | Array:
-    """Read an image file: a Pillow image of 8 bits, upright (EXIF), in the mode of `channels`, or an array `(H, W, C)` where `takes_arrays`.
-
-    Args:
-        content: the file's bytes, where `path` is but its name in a shard or a table.
-        shrink: by what factor a JPEG of this width and height may be made smaller while it is decoded; training only, the pixels are not quite the same.
-
-    Raises:
-        UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb; an array of another number of channels.
-        MissingDependency: a TIFF file that only `tifffile` reads.
-    """
-    from PIL import Image, ImageOps
-
-    file = None if content is None else io.BytesIO(content)
-    try:
-        if path.suffix.lower() == NUMPY_SUFFIX or (takes_arrays(channels, pixel_max) and path.suffix.lower() in TIFF_SUFFIXES):
-            pixels = as_array(read_array(path, file), channels, pixel_max)
-            return pixels if takes_arrays(channels, pixel_max) else from_array(pixels)
-        with warnings.catch_warnings():
-            # Pillow warns of large files and of damaged metadata that it then does without.
-            warnings.simplefilter("ignore")
-            with Image.open(file or path, formats=_formats()) as image:
-                if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
-                    image.draft(None, (image.width // factor, image.height // factor))
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if takes_arrays(channels, pixel_max):
-                    return as_array(np.asarray(upright.convert("RGB") if upright.mode == "P" else upright), channels, pixel_max)
-                return to_mode(upright, channels)
-    except MaeDeployError:
-        raise
-    except Exception as error:
-        # Not a list of types: on damaged files, Pillow's plug-ins raise nearly all that Python has.
-        empty = content == b"" if content is not None else os.path.exists(path) and os.path.getsize(path) == 0
-        # Pillow names bytes by their address, under which the same file would be reported anew each time.
-        reason = "the file is empty" if empty else " ".join(str(error).replace(repr(file), "").split())
-        raise UnreadableImage(f"{path}: {reason}") from error
-
-
-def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 8 bits and to the mode of `channels`; 16-bit values are scaled, not clipped.
-
-    Raises:
-        UnreadableImage: pixels with no fixed range.
-    """
-    from PIL import Image
-
-    if channels not in MODES:
-        raise ConfigError(f"image files hold 1, 3 or 4 channels, not {channels}")
-    mode = MODES[channels]
-    if image.mode == mode:
-        return image
-    if image.mode.startswith("I"):
-        # "I;16", and "I" as Pillow reads some 16-bit files: convert("RGB") would clip everything above 255 to white.
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
-            raise UnreadableImage("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
-        divisor = 257 if image.mode != "I" or values.max() > 255 else 1
-        image = Image.fromarray((values // divisor).astype(np.uint8))
-    elif image.mode == "F":
-        raise UnreadableImage("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
-    elif image.mode == "P":
-        # Palettes may carry transparency that a direct conversion drops with a warning.
-        image = image.convert("RGBA")
-    return image.convert(mode)
-
-
-def as_array(values: Array, channels: int, pixel_max: float | None) -> Array:
-    """An image as the array `(H, W, C)` that it must be: uint8 unless `pixel_max` says in what range other numbers lie.
-
-    Raises:
-        UnreadableImage: another number of channels, other numbers, NaN or infinity.
-    """
-    try:
-        pixels = channels_last(values)
-    except ValueError as error:
-        raise UnreadableImage(str(error)) from error
-    found = pixels.shape[2]
-    if found != channels:
-        swapped = "; arrays are (H, W, C)" if values.ndim == 3 and values.shape[0] == channels else ""
-        raise UnreadableImage(f"the image has {found} channel{'s' * (found != 1)}, not {channels}{swapped}")
-    if pixel_max is None and pixels.dtype != np.uint8:
-        raise UnreadableImage(f"the pixels are {pixels.dtype}; say what they are to be divided by with --pixel-max, such as 65535")
-    return pixels
-
-
-def from_array(pixels: Array) -> Image.Image:
-    """A uint8 array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` as a Pillow image.
-
-    Raises:
-        ConfigError: another dtype or shape.
-    """
-    from PIL import Image
-
-    pixels = np.asarray(pixels)
-    if pixels.ndim == 3 and pixels.shape[2] == 1:
-        pixels = pixels[:, :, 0]
-    if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
-        raise ConfigError(f"an image must be uint8 (H, W), (H, W, 3) or (H, W, 4), not {pixels.dtype} {pixels.shape}")
-    return Image.fromarray(pixels)
-
-
-def find_images(root: Path) -> list[Path]:
-    """All image files at or below `root`, or all `.npy` files where there is no image, in a stable order; hidden files and folders are left out.
-
-    Raises:
-        ConfigError: nothing is there.
-    """
-    if root.is_file():
-        return [root]
-    if not root.is_dir():
-        raise ConfigError(f"no such file or folder: {root}")
-    known = _image_suffixes()
-    files = sorted(_walk(root), key=lambda path: path.relative_to(root).as_posix())
-    # Beside images, .npy files are labels, masks or features; where there is nothing else, they are the images.
-    found = [path for path in files if path.suffix.lower() in known] or [path for path in files if path.suffix.lower() == NUMPY_SUFFIX]
-    if not found:
-        raise ConfigError(f"no images below {root}", hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders")
-    return found
-
-
-def _walk(root: Path) -> Iterator[Path]:
-    entered: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        # A link may lead to a folder that was walked already, or back up: each is entered once.
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in files if not name.startswith("."))
 
 
 def _without_far_ends(image: Image.Image) -> Image.Image:
@@ -300,29 +139,6 @@ def _middle(width: int, height: int) -> tuple[int, int, int, int]:
     longest = _LONGEST * min(width, height)
     left, top = ((side - min(side, longest)) // 2 for side in (width, height))
     return left, top, left + min(width, longest), top + min(height, longest)
-
-
-@functools.cache
-def _formats() -> tuple[str, ...]:
-    """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a file that nobody checked."""
-    from PIL import Image
-
-    Image.init()
-    return tuple(name for name in Image.OPEN if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "EPS"))
-
-
-def is_image_name(name: str) -> bool:
-    """Whether a file of this name is an image by its suffix."""
-    suffix = os.path.splitext(name)[1].lower()
-    return suffix == NUMPY_SUFFIX or suffix in _image_suffixes()
-
-
-@functools.cache
-def _image_suffixes() -> frozenset[str]:
-    from PIL import Image
-
-    formats = _formats()
-    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in formats)
 
 
 def default_preprocess(image_size: tuple[int, int], channels: int = 3) -> Preprocess:

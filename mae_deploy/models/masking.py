@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae_deploy.models.config import GroupMasking, MaskSampling, num_keep
+from mae_deploy.models.mask_config import GroupMasking, MaskSampling, num_keep
 
 _BLOCK_MIN_SHARE = 16 / 196
 """Smallest block as a share of the grid: BEiT's 16 of 196 patches."""

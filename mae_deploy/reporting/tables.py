@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import shlex
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from mae_deploy.errors import import_optional
 from mae_deploy.files import atomic_path, write_json, write_text
-from mae_deploy.options import flags_of
 
 Row = dict[str, Any]
 
@@ -39,16 +36,6 @@ class Column:
 
     def _shown(self, value: Any) -> str:
         return self.form.format(value * self.scale if isinstance(value, float | int) else value)
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Curve:
-    """One line of the picture."""
-
-    title: str
-    key: str
-    flat: bool = False
-    """The same value wherever it stands: a dashed line to compare with."""
 
 
 def mean_of(found: Sequence[dict[str, float]]) -> Row:
@@ -90,78 +77,10 @@ def write_files(folder: Path, stem: str, report: dict[str, Any], page: str, draw
     write_json(folder / f"{stem}.json", report)
 
 
-def draw_curves(path: Path, rows: Sequence[Row], curves: Sequence[Curve], *, label: str, values: Sequence[Any]) -> None:
-    """Figures in per cent against the values of a setting, with a band from the lowest to the highest seed.
-
-    Args:
-        values: one for each row; where all are numbers they are the axis, else names at equal distances.
-
-    Raises:
-        MissingDependency: matplotlib is not installed.
-    """
-    figure = import_optional("matplotlib.figure", extra="train").Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.subplots()
-    numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    places = list(values) if numbers else list(range(len(values)))
-    for index, curve in enumerate(curves):
-        points = [(place, row[curve.key], *row[f"{curve.key}_range"]) for place, row in zip(places, rows, strict=True) if row.get(curve.key) is not None]
-        if not points:
-            continue
-        x, mean, least, most = zip(*sorted(points), strict=True)
-        axes.plot(x, mean, color=f"C{index}", label=curve.title, **({"linestyle": "--"} if curve.flat else {"marker": "o"}))
-        axes.fill_between(x, least, most, color=f"C{index}", alpha=0.15)
-    axes.set(xlabel=label, ylabel="top-1, %")
-    axes.set_xticks(places, [str(value) for value in values])
-    axes.grid(alpha=0.3)
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(curves), fontsize="small")
-    figure.savefig(path, dpi=150, format="png")
-
-
-def draw_bars(path: Path, rows: Sequence[Row], bars: Sequence[Curve]) -> None:
-    """Figures in per cent, a group of bars for each row, with a line from the lowest to the highest seed.
-
-    Raises:
-        MissingDependency: matplotlib is not installed.
-    """
-    figure = import_optional("matplotlib.figure", extra="train").Figure(figsize=(2 + 1.2 * len(rows), 4), layout="constrained")
-    axes = figure.subplots()
-    width = 0.8 / len(bars)
-    for index, bar in enumerate(bars):
-        places = [place + width * (index - (len(bars) - 1) / 2) for place in range(len(rows))]
-        errors = [[abs(row[bar.key] - row[f"{bar.key}_range"][side]) for row in rows] for side in (0, 1)]
-        axes.bar(places, [row[bar.key] for row in rows], width, yerr=errors, capsize=2, label=bar.title)
-    axes.set(ylabel="top-1, %")
-    axes.set_xticks(range(len(rows)), [row["name"].replace("$", r"\$") for row in rows], rotation=20, ha="right")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=len(bars), fontsize="small")
-    figure.savefig(path, dpi=150, format="png")
-
-
-def command_line(name: str, config: Any) -> str:
-    """The command that makes these settings; what has its default is left out."""
-    words = ["mae-deploy", name]
-    options: list[str] = []
-    for flag in flags_of(type(config)):
-        value, default = config, _default_of(type(config), flag.path)
-        for part in flag.path:
-            value = getattr(value, part)
-        if flag.argument:
-            words += map(str, value) if isinstance(value, tuple) else [str(value)]
-        elif value != default and value is not None:
-            options += _option(flag.name, value, repeated=flag.kind == list[str])
-    return shlex.join([*words, *options])
-
-
-def _default_of(cls: type, path: tuple[str, ...]) -> Any:
-    field = next(field for field in dataclasses.fields(cls) if field.name == path[0])
-    found = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    for part in path[1:]:
-        found = getattr(found, part)
-    return found
-
-
-def _option(name: str, value: Any, *, repeated: bool) -> list[str]:
-    if isinstance(value, bool):
-        return [name if value else f"--no-{name[2:]}"]
-    if repeated:
-        return [word for item in value for word in (name, item)]
-    return [name, ",".join(map(str, value)) if isinstance(value, tuple) else str(value)]
+def facts_table(title: str, facts: Mapping[str, object]) -> Table:
+    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are: a path may hold brackets."""
+    table = Table(title=Text(title), show_header=False, title_justify="left")
+    for name, value in facts.items():
+        text = "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
+        table.add_row(name, Text(text, overflow="fold"))
+    return table

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from mae_deploy.images.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
 from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_batch, token_batch

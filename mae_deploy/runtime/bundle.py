@@ -13,9 +13,10 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
-from mae_deploy.images.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.manifest import BLOCKS, IMAGES, MANIFEST_FILE, Manifest, ModelEntry, TensorEntry, TokenMode, read_preprocess, validate_manifest
-from mae_deploy.runtime.parity.compare import Tolerance
+from mae_deploy.runtime.tolerance import Tolerance
 
 _EXTERNAL_DATA = re.compile(rb"\n\x08location\x12([\x80-\xff]*[\x00-\x7f])")
 """Where an ONNX file names external data: a protobuf key 'location', then the value's tag and its length as a varint."""

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, is_image
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, TOKEN_INPUTS
 

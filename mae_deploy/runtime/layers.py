@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import BLOCKS, IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
-from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.profiles import batch_that_fits
+from mae_deploy.runtime.registry import load_engine
 
 FLOOR_DB = 80.0
 """The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of summation."""

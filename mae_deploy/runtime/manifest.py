@@ -13,7 +13,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import sha256
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.runtime.json_types import check, check_keys
-from mae_deploy.runtime.parity.compare import Tolerance
+from mae_deploy.runtime.tolerance import Tolerance
 
 SCHEMA_VERSION = 2
 MANIFEST_FILE = "manifest.json"
@@ -135,7 +135,7 @@ class FileEntry(TypedDict):
 
 
 class ToleranceEntry(TypedDict, total=False):
-    """What every output must meet; see `mae_deploy.runtime.parity.compare.Tolerance`. What is null or absent is not judged."""
+    """What every output must meet; see `mae_deploy.runtime.tolerance.Tolerance`. What is null or absent is not judged."""
 
     cosine: float | None
     max_abs: float | None

@@ -12,7 +12,7 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.files import atomic_path
-from mae_deploy.images.preprocess import Array, UnreadableImage
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.inputs import Keep
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_deploy.errors import MaeDeployError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.registry import TENSORRT, load_engine, open_graph

@@ -95,10 +95,10 @@ def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str], buil
 def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
     # What these import takes a while, and concerns GPUs alone.
     from mae_deploy.runtime.tensorrt.add_engine import build_engine
-    from mae_deploy.runtime.tensorrt.open import open_plan, open_tapped
-    from mae_deploy.runtime.tensorrt.plans import find_plan, why_not
     from mae_deploy.runtime.tensorrt.api import load_tensorrt
     from mae_deploy.runtime.tensorrt.engine import gpu_index
+    from mae_deploy.runtime.tensorrt.open import open_plan, open_tapped
+    from mae_deploy.runtime.tensorrt.plans import find_plan, why_not
 
     api = load_tensorrt(gpu_index(options.device))
     entry = find_plan(bundle, api.version, api.gpu)

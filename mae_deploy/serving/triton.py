@@ -16,7 +16,7 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, EngineEntry, TensorEntry
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.serving.deepstream import write_deepstream
 from mae_deploy.runtime.manifest import EngineEntry
+from mae_deploy.serving.deepstream import write_deepstream
 from mae_deploy.serving.triton import model_folder, write_triton
 
 

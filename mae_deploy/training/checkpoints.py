@@ -12,10 +12,8 @@ from torch import Tensor
 
 from mae_deploy.checkpoint import METADATA, Metadata, write_checkpoint
 from mae_deploy.files import atomic_path, point_link
-from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.job import Job
-from mae_deploy.training.state.run_folder import RunFolder
-from mae_deploy.training.state.sharding import Network, like, load_whole, whole_tensors
+from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.state.progress import (
     OPTIMIZER,
     REST,
@@ -30,6 +28,8 @@ from mae_deploy.training.state.progress import (
     split_weights,
     write_tensors,
 )
+from mae_deploy.training.state.run_folder import RunFolder
+from mae_deploy.training.state.sharding import Network, like, load_whole, whole_tensors
 
 
 class Checkpoints:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from torch import Tensor
 
-from mae_deploy.models.config import keep_count
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.models.masking import Masking, keep_random
 from mae_deploy.seeding import derive_seed
 from mae_deploy.training.step import StepBatch

@@ -13,12 +13,12 @@ from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.training.config import Device, OptimConfig, Precision
 from mae_deploy.training.cpu import advise_bf16
 from mae_deploy.training.job import Evaluation, Job, TrainConfig
-from mae_deploy.training.plan import Plan, make_plan, resume_plan
-from mae_deploy.training.state.run_folder import RunFolder
-from mae_deploy.training.runner import Runner
-from mae_deploy.training.state.progress import STATE, Progress, load_progress
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
+from mae_deploy.training.plan import Plan, make_plan, resume_plan
+from mae_deploy.training.runner import Runner
+from mae_deploy.training.state.progress import STATE, Progress, load_progress
+from mae_deploy.training.state.run_folder import RunFolder
 
 __all__ = ["Evaluation", "Job", "fit", "make_accelerator"]
 

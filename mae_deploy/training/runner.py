@@ -17,22 +17,22 @@ from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.training.checkpoints import Checkpoints
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.cpu import prepare_cpu
-from mae_deploy.training.state.ema import WeightAverage
-from mae_deploy.training.monitor.guard import Guard, StepOutcome
 from mae_deploy.training.job import Job
-from mae_deploy.training.optim.groups import adamw
-from mae_deploy.training.plan import Plan
+from mae_deploy.training.monitor.guard import Guard, StepOutcome
 from mae_deploy.training.monitor.profiling import Profiler
 from mae_deploy.training.monitor.readback import Readback
-from mae_deploy.training.state.run_folder import RunFolder, read_metrics
-from mae_deploy.training.schedule import learning_rate
-from mae_deploy.training.state.sharding import Network
 from mae_deploy.training.monitor.signals import EXIT_STOPPED, Stopped, StopSignals
-from mae_deploy.training.state.progress import Progress
-from mae_deploy.training.step import StepNumbers, Stepper
 from mae_deploy.training.monitor.timing import StepTimer, StepTimes
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
+from mae_deploy.training.optim.groups import adamw
+from mae_deploy.training.plan import Plan
+from mae_deploy.training.schedule import learning_rate
+from mae_deploy.training.state.ema import WeightAverage
+from mae_deploy.training.state.progress import Progress
+from mae_deploy.training.state.run_folder import RunFolder, read_metrics
+from mae_deploy.training.state.sharding import Network
+from mae_deploy.training.step import StepNumbers, Stepper
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,9 +15,9 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from mae_deploy.data.dataset import Batch
 from mae_deploy.seeding import derive_seed, seed_everything, uniform_rows
+from mae_deploy.training.monitor.timing import StepTimer
 from mae_deploy.training.plan import Plan
 from mae_deploy.training.state.sharding import Network, whole
-from mae_deploy.training.monitor.timing import StepTimer
 
 
 @dataclass(frozen=True, slots=True)

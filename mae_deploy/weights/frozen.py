@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import Loaded, encoder_of, model_of
 from mae_deploy.models.taps import DECODER_KINDS, Tap, encoder_depth, unreached
 from mae_deploy.models.vit import Encoder
+from mae_deploy.weights.load import Loaded, encoder_of, model_of
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:

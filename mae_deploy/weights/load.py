@@ -13,10 +13,10 @@ from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 E = TypeVar("E", bound=Encoder)
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.weights.load import Loaded
 
 E = TypeVar("E", bound=Encoder)
 

@@ -13,10 +13,10 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.weights.read.check_names import check_names
-from mae_deploy.weights.read.timm_vit import SPDX
-from mae_deploy.weights.read.files import Source
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
+from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.files import Source
+from mae_deploy.weights.read.timm_vit import SPDX
 
 _SPARE = ("mask_token",)
 """Tensors of a pretraining that the features do not depend on."""

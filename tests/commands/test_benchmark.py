@@ -15,16 +15,16 @@ import pytest
 from onnx import TensorProto, helper
 
 from mae_deploy.cli import main
-from mae_deploy.commands.benchmark import run as benchmark
 from mae_deploy.commands.benchmark import report as benchmark_report
+from mae_deploy.commands.benchmark import run as benchmark
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime import timing as runtime_benchmark
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import probe, registry
-from mae_deploy.runtime.timing import Timing
+from mae_deploy.runtime import timing as runtime_benchmark
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.timing import Timing
 from tests.runtime.tiny_bundle import CLASSES, DEPTH, C, D, H, N, P, W, write_bundle
 from tests.test_cli import TRAINING, run_without
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.images.preprocess import Array, find_images, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import Engine
 from tests.data.image_folders import spoil, write_noise

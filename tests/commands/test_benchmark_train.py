@@ -15,10 +15,10 @@ from mae_deploy.cli import main
 from mae_deploy.commands.benchmark_train import run as benchmark_train
 from mae_deploy.commands.benchmark_train.plain_step import PlainStep
 from mae_deploy.data.transforms import Normalise
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.runtime.timing import Timing
 from mae_deploy.training.optim.groups import adamw, decay_groups
 

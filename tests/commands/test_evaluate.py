@@ -14,7 +14,8 @@ import pytest
 from mae_deploy.cli import main
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.run import run as export
-from mae_deploy.images.preprocess import find_images, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.read import read_image
 from mae_deploy.runtime import Backbone
 from tests.data.image_folders import spoil, write_noise
 from tests.export.tiny_exports import CLASS_NAMES

@@ -15,13 +15,13 @@ from safetensors import safe_open
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import to_dict
-from mae_deploy.weights.write import foreign as weight_export
-from mae_deploy.weights.write import check as weight_proof
 from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.read.convert import ImportOptions, import_weights
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Encoder
+from mae_deploy.weights.load import load_model
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
+from mae_deploy.weights.write import check as weight_proof
+from mae_deploy.weights.write import foreign as weight_export
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, SQUARE, fill, metadata_of, tiny_classifier, tiny_encoder, tiny_mae
 
 PROVENANCE = {"stage": "pretrain", "config": {"mask_ratio": 0.6}, "parent": {"stage": "import", "source": "mae[1].pth"}}

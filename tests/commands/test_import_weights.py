@@ -13,9 +13,9 @@ import torch
 from mae_deploy.checkpoint import open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.models.config import ObjectiveConfig
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
+from mae_deploy.weights.load import load_model
 from tests.models.tiny_models import (
     CLASSES,
     DECODER,

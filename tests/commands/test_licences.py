@@ -10,8 +10,8 @@ import pytest
 from mae_deploy.checkpoint import NON_COMMERCIAL, open_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from tests.data.image_folders import write_classes, write_noise
 from tests.models.tiny_models import fill, write_original
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.images.preprocess import Array, find_images, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Backbone, Features
 from mae_deploy.runtime.predict import top_k
 from tests.data.image_folders import spoil

@@ -12,16 +12,16 @@ from typing import Any
 import pytest
 
 from mae_deploy.cli import main
-from mae_deploy.evaluation import evaluate
-from mae_deploy.commands.report.run import folder_names, was_disturbed
 from mae_deploy.commands.report.config import ReportConfig
+from mae_deploy.commands.report.run import folder_names, was_disturbed
 from mae_deploy.commands.report.student import CALIBRATION_IMAGES, Student, drop
 from mae_deploy.errors import ConfigError
+from mae_deploy.evaluation import evaluate
 from mae_deploy.export import run as export
 from mae_deploy.export.config import Int8Config
-from mae_deploy.runtime.timing import Timing
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.timing import Timing
 from tests.export.robust_exports import CONFIG, robust_classifier, write_blots
 from tests.export.tiny_exports import CLASS_NAMES, write_checkpoint
 from tests.models.tiny_models import tiny_encoder

@@ -15,8 +15,8 @@ from onnx import numpy_helper
 
 from mae_deploy.cli import main
 from mae_deploy.errors import MissingDependency
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.layers import LayerReport
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from tests.runtime.tiny_bundle import rehash, write_bundle
 from tests.test_cli import TRAINING, run_without
 

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import ImageDataset, Sample, collate
-from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.order import Key, Stretch
-from mae_deploy.data.sources.base import UNLABELLED, ImageList
-from mae_deploy.data.sources.base import image_files as unlabelled_images
+from mae_deploy.data.sources.base import UNLABELLED
+from mae_deploy.data.sources.files import ImageList
+from mae_deploy.data.sources.files import image_files as unlabelled_images
+from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess

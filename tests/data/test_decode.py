@@ -10,7 +10,7 @@ from PIL import Image
 
 from mae_deploy.data import decode as module
 from mae_deploy.data.decode import decode
-from mae_deploy.images.preprocess import UnreadableImage, is_image
+from mae_deploy.images.read import UnreadableImage, is_image
 
 
 def jpeg(mode: str = "RGB", size: tuple[int, int] = (67, 41), orientation: int = 1) -> bytes:

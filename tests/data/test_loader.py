@@ -12,7 +12,7 @@ from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import Batch, ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.order import Key, StreamSampler, Stretch
-from mae_deploy.data.sources.base import image_files as unlabelled_images
+from mae_deploy.data.sources.files import image_files as unlabelled_images
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.images.preprocess import default_preprocess
 from tests.data.image_folders import SIZE

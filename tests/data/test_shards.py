@@ -10,14 +10,15 @@ import torch
 
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import Batch, ImageDataset
-from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.order import Stretch
+from mae_deploy.data.sources.base import ImageSource, Joined
+from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.sources.patterns import is_shards, is_streamed, local_shards
 from mae_deploy.data.sources.shards import INDEX, scan, shard_images
-from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import UnreadableImage, default_preprocess
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import UnreadableImage
 from tests.data.tiny_shards import shards_of, write_shard
 
 

@@ -11,10 +11,10 @@ import torch
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import Batch
-from mae_deploy.data.training_set import open_training
 from mae_deploy.data.order import Stretch
 from mae_deploy.data.sources.shards import scan
 from mae_deploy.data.streams import ShardStream
+from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess

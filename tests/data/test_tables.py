@@ -12,7 +12,7 @@ import pytest
 from mae_deploy.data.config import Columns
 from mae_deploy.data.sources.open import labelled_images, split_names, unlabelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import UnreadableImage
+from mae_deploy.images.read import UnreadableImage
 
 pa = pytest.importorskip("pyarrow", reason="the hf extra is not installed")
 pq = pytest.importorskip("pyarrow.parquet", reason="the hf extra is not installed")

@@ -15,7 +15,8 @@ from PIL import Image
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.transforms import Normalise, eval_transform, train_transform
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array, default_preprocess
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.seeding import seed_everything
 
 WHOLE = CropConfig(min_scale=1.0, hflip=0.0)

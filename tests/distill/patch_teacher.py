@@ -9,15 +9,15 @@ import torch
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.sources.files import image_files
 from mae_deploy.data.training_set import train_dataset
-from mae_deploy.data.sources.base import image_files
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.distill.cache import CachedTeacher, open_cache
 from mae_deploy.distill.config import CacheConfig
 from mae_deploy.distill.teachers.answers import pick_rows
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap, Taps
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.step import StepBatch
 
 SPEC = Preprocess(image_size=(6, 10))

@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 
-from mae_deploy.distill.build import RunKind, build_objectives, objective_weights, resolve_block
-from mae_deploy.distill.config import DecoderFeatureConfig, DistillConfig, EdgeConfig, FeatureConfig, LogitsConfig, PooledConfig, RelationConfig, TeacherConfig
+from mae_deploy.distill.build import build_objectives, objective_weights, resolve_block
+from mae_deploy.distill.config import (
+    DecoderFeatureConfig,
+    DistillConfig,
+    EdgeConfig,
+    FeatureConfig,
+    LogitsConfig,
+    PooledConfig,
+    RelationConfig,
+    RunKind,
+    TeacherConfig,
+)
 from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.hard_logits import HardLogits
 from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.schedule import Weight
 from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.taps import Tap
 from mae_deploy.models.vit import Encoder
+from mae_deploy.weights.load import Loaded
 from tests.models.tiny_models import DECODER, ENCODER, metadata_of, tiny_classifier, tiny_mae
 
 STUDENT = replace(ENCODER, depth=4, embed_dim=12, num_heads=3)

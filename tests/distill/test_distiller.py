@@ -16,10 +16,10 @@ from mae_deploy.distill.objectives.base import Objective
 from mae_deploy.distill.objectives.decoder_features import DecoderFeatures
 from mae_deploy.distill.objectives.features import Features
 from mae_deploy.distill.objectives.labels import Labels
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, random_images, random_tensor, tiny_classifier, tiny_mae

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mae_deploy.distill.build import RunKind
-from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureConfig
+from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureConfig, RunKind
 from mae_deploy.distill.masks import Masks
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.masking import random_masking

@@ -17,11 +17,11 @@ from mae_deploy.distill.quantization import student_quantizer
 from mae_deploy.distill.run import run
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import point_link
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.vit import Classifier
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.run_folder import read_metrics
+from mae_deploy.weights.load import load_model
 from tests.distill.test_run import distilling
 from tests.models.tiny_models import random_tensor, tiny_encoder
 from tests.training.tiny_runs import losses_of, optim, progress_of

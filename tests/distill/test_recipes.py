@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.config import RECIPES, from_dict, merge, read_recipe
-from mae_deploy.distill.build import RunKind, objective_weights
-from mae_deploy.distill.config import DistillConfig
+from mae_deploy.distill.build import objective_weights
+from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.student import student_encoder
 

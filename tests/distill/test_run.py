@@ -32,12 +32,12 @@ from mae_deploy.distill.run import run
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.taps import Tap, tapped
 from mae_deploy.models.vit import Classifier
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
+from mae_deploy.weights.load import load_model
 from tests.data.image_folders import write_noise
 from tests.models.tiny_models import random_tensor
 from tests.training.tiny_runs import DECODER, STUDENT, optim

@@ -15,9 +15,9 @@ from mae_deploy.distill.run import run
 from mae_deploy.distill.start import read_start, start
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
+from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.load import Loaded, read_weights
 from mae_deploy.weights.slicing import slice_encoder
-from mae_deploy.models.vit import Encoder
 from tests.models.tiny_models import ENCODER, fill, metadata_of
 from tests.training.tiny_runs import DECODER, STUDENT, optim
 

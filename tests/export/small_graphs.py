@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from tests.export.tiny_exports import open_session
 
 

@@ -13,8 +13,9 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import GraphSpec, Images, TokenMode, build_graph
 from mae_deploy.export.job import _with_one_std
 from mae_deploy.export.reference import Reference
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.weights.load import Loaded, at_image_size, model_of
-from mae_deploy.images.preprocess import Array, Preprocess
 from tests.export.tiny_exports import SavedGraph, graph_of
 from tests.models.tiny_models import ENCODER, fill, metadata_of, tiny_classifier, tiny_encoder, tiny_mae
 

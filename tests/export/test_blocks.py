@@ -10,11 +10,11 @@ import pytest
 import torch
 from timm.models.vision_transformer import Block
 
-from mae_deploy.export.graph.precision import FLOAT16, FLOAT32, arithmetic
 from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
+from mae_deploy.export.graph.precision import FLOAT16, FLOAT32, arithmetic
+from mae_deploy.images.read import Array
 from mae_deploy.models.vit import LayerNorm, transformer_blocks
-from mae_deploy.images.preprocess import Array
 from tests.export.tiny_exports import SavedGraph, assert_close
 from tests.models.tiny_models import fill, random_tensor
 

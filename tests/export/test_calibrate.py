@@ -11,13 +11,16 @@ import numpy as np
 import pytest
 import torch
 
-from mae_deploy.images import preprocess
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.export.quantization.calibrate import Calibration, CalibrationImages, cache_folder, calibrate
+from mae_deploy.export.quantization.calibrate import Calibration, cache_folder, calibrate
+from mae_deploy.export.samples import CalibrationImages
+from mae_deploy.images import preprocess
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.quantization.activations import Observer
 from mae_deploy.models.quantization.rounding import eligible_linears
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array, Preprocess, find_images, read_image
 from tests.data.image_folders import spoil, write_noise
 from tests.models.tiny_models import ENCODER, tiny_encoder, tiny_mae
 

@@ -13,7 +13,8 @@ import pytest
 from mae_deploy.errors import ConfigError
 from mae_deploy.export import config as config_module
 from mae_deploy.export.config import ExportConfig, Int8Config
-from mae_deploy.runtime.profiles import BuildOptions, Range
+from mae_deploy.runtime.profiles import Range
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 
 
 def settings(**more: Any) -> ExportConfig:

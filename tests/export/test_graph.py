@@ -17,11 +17,12 @@ from onnx import TensorProto, numpy_helper
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, available_outputs, block_tensor, build_graph, default_outputs
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid, random_pyramid
+from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify, unpatchify
-from mae_deploy.images.preprocess import Array
+from mae_deploy.weights.pyramid import random_pyramid
 from tests.export.tiny_exports import SavedGraph, assert_close, graph_of, normalised, padded, permutations, pytorch_outputs, random_pixels
 from tests.models.tiny_models import CLASSES, ENCODER, fill, metadata_of, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 

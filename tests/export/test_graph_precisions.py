@@ -19,8 +19,8 @@ from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, available_outputs, build_graph
+from mae_deploy.images.read import Array
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array
 from tests.export.stream_outliers import inputs_of, plant_stream_outliers, trained_like
 from tests.export.tiny_exports import graph_of, input_scales, normalised, padded, permutations, pytorch_outputs, random_pixels, read_graph, sqnr
 from tests.models.tiny_models import ENCODER, metadata_of, random_tensor, tiny_classifier, tiny_mae

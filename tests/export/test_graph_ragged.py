@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.export.graph.encoder import available_outputs
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from tests.export.tiny_exports import SavedGraph, graph_of, input_scales, normalised, padded, pytorch_outputs, random_pixels, sqnr
 from tests.models.tiny_models import ENCODER, metadata_of, tiny_classifier
 

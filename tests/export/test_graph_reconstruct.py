@@ -12,11 +12,12 @@ from PIL import Image
 
 from mae_deploy.config import from_dict
 from mae_deploy.export.graph.encoder import Images, Pixels
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import patchify, unpatchify
-from mae_deploy.images.preprocess import Array, Preprocess
 from mae_deploy.pretrain.reconstruct import draw_reconstructions
 from tests.export.tiny_exports import assert_close, graph_of, normalised, permutations, pytorch_outputs, random_pixels
 from tests.models.tiny_models import ENCODER, fill, metadata_of, random_tensor, tiny_mae

@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from mae_deploy.export.quantization import plan as int8
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import read_image
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import default_preprocess, read_image
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.timing import Timing
 from tests.data.image_folders import spoil

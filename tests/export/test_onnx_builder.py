@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph import builder as onnx_builder
 from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, GraphBuilder
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from tests.export.tiny_exports import SavedGraph, open_session, run_session
 
 # A weight of 19 x 23 floats has 1,748 bytes, one of 7 x 11 has 308: the first may go to a file of its own, the second may not.

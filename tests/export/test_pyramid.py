@@ -13,8 +13,8 @@ from onnx import numpy_helper
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
 from mae_deploy.export.graph.pyramid import write_pyramid
+from mae_deploy.images.read import Array
 from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid
-from mae_deploy.images.preprocess import Array
 from tests.export.tiny_exports import SavedGraph
 from tests.models.tiny_models import fill, random_tensor
 

@@ -14,9 +14,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.graph.precision import Precision, Typing
 from mae_deploy.export.graph.encoder import GraphSpec, build_graph
-from mae_deploy.export.quantization.fake_quant import attention_obstacle, fake_quantized, macs_per_token
+from mae_deploy.export.graph.precision import Precision, Typing
+from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
+from mae_deploy.models.quantization.policy import attention_obstacle
 from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine

@@ -9,10 +9,12 @@ import torch
 from mae_deploy.config import from_dict
 from mae_deploy.export.graph.encoder import TokenMode, available_outputs
 from mae_deploy.export.reference import Reference
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.pyramid import LEVELS, random_pyramid
+from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.vit import Classifier, Encoder, Pool, patchify, unpatchify
-from mae_deploy.images.preprocess import Array, Preprocess
+from mae_deploy.weights.pyramid import random_pyramid
 from tests.export.tiny_exports import padded, permutations, pytorch_outputs
 from tests.models.tiny_models import CLASSES, ENCODER, metadata_of, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 

@@ -20,15 +20,17 @@ from mae_deploy.checkpoint import Metadata
 from mae_deploy.cli import main
 from mae_deploy.config import to_dict
 from mae_deploy.export import job
-from mae_deploy.export.graph import builder as onnx_builder
 from mae_deploy.export import run as export
-from mae_deploy.export.graph.encoder import GraphSpec, build_graph
+from mae_deploy.export.graph import builder as onnx_builder
 from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.graph.encoder import GraphSpec, build_graph
 from mae_deploy.export.reference import Reference
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.images.preprocess import Array, default_preprocess, find_images, read_image
 from mae_deploy.runtime import Backbone, Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import validate_manifest

@@ -19,10 +19,11 @@ from safetensors.torch import save_file
 
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.find import find_images
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
-from mae_deploy.images.preprocess import Array, find_images, read_image
 from mae_deploy.runtime import Backbone, Bundle
 from tests.export.robust_exports import CONFIG, DECODER, Exports, robust_mae, write_blots
 from tests.export.tiny_exports import pytorch_outputs, read_graph, sqnr, write_checkpoint

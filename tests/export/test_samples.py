@@ -11,7 +11,9 @@ import pytest
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.samples import Samples, read_samples, spread_first, token_inputs
-from mae_deploy.images.preprocess import Array, Preprocess, find_images, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime.profiles import Range
 from tests.data.image_folders import spoil, write_noise
 from tests.models.tiny_models import metadata_of, tiny_encoder

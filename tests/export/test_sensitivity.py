@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
-from mae_deploy.export.reference import restoring
 from mae_deploy.export.quantization.sensitivity import Verdict, choose, sensitivities
+from mae_deploy.export.reference import restoring
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.rounding import eligible_linears
 from mae_deploy.models.quantization.smoothing import bias_corrections
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array
 from tests.export.outlier_models import noisy_encoder
 from tests.models.quantization.test_smoothing import observe
 from tests.models.tiny_models import random_tensor, tiny_classifier, tiny_mae

@@ -11,7 +11,9 @@ import pytest
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.run import run
-from mae_deploy.images.preprocess import Preprocess, find_images, read_image
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import read_image
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.serving.deepstream import check_bundle

@@ -17,15 +17,15 @@ from mae_deploy.cli import main
 from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.export import config as config_module
 from mae_deploy.export import tensorrt
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.tensorrt.add_engine import Built
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
-from mae_deploy.runtime.tensorrt.plans import add_plan
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from mae_deploy.runtime.tensorrt.add_engine import Built
 from mae_deploy.runtime.tensorrt.build import Plan
-from mae_deploy.runtime.profiles import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.plans import add_plan
 from tests.export.robust_exports import CONFIG, Exports, robust_mae
 from tests.export.test_run_precisions import KEEP, MODES, runs_as_pytorch
 from tests.export.tiny_exports import read_graph, write_checkpoint

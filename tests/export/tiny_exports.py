@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.config import from_dict
-from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, build_graph
 from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, build_graph
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.images.preprocess import Array, Preprocess
 from tests.models.tiny_models import CLASSES, metadata_of
 
 CLASS_NAMES = tuple(f"class-{letter}" for letter in "abcdefghijk"[:CLASSES])

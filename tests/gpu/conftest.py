@@ -11,7 +11,8 @@ import pytest
 
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda.driver import Gpu, require_gpu
-from mae_deploy.runtime.cuda.memory import BACKENDS, Memory, open_memory
+from mae_deploy.runtime.cuda.memory import Memory
+from mae_deploy.runtime.cuda.open_memory import BACKENDS, open_memory
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
 
 

@@ -16,15 +16,15 @@ from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.onnx_file import GRAPH_INPUT, GRAPH_NAME, GRAPH_NODE, GRAPH_OUTPUT, encode, encode_model, encode_node, encode_value, write_products
-from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.build import Plan, build_plan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.profiles import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.plans import find_plan
 from mae_deploy.runtime.verify import verify_bundle
 
 pytestmark = pytest.mark.gpu

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph, Gpu, gpus, wait_for_stream
-from mae_deploy.runtime.cuda.memory import Memory, open_memory
+from mae_deploy.runtime.cuda.memory import Memory
+from mae_deploy.runtime.cuda.open_memory import open_memory
 
 pytestmark = pytest.mark.gpu
 

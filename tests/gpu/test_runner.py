@@ -17,7 +17,8 @@ import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.runtime.cuda.driver import LIBRARY
-from mae_deploy.runtime.cuda.memory import BACKENDS, Memory, Stream
+from mae_deploy.runtime.cuda.memory import Memory, Stream
+from mae_deploy.runtime.cuda.open_memory import BACKENDS
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine

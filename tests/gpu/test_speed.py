@@ -9,7 +9,7 @@ import pytest
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
-from mae_deploy.runtime.profiles import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 from scripts.gpu_check_speed import BARE, main
 
 pytestmark = pytest.mark.gpu

@@ -12,9 +12,9 @@ torch = pytest.importorskip("torch")
 from mae_deploy.data.config import DataConfig  # noqa: E402
 from mae_deploy.pretrain.run import run as pretrain  # noqa: E402
 from mae_deploy.training.config import LoopConfig  # noqa: E402
+from mae_deploy.training.monitor.timing import StepTimer  # noqa: E402
 from mae_deploy.training.state.run_folder import read_metrics  # noqa: E402
 from mae_deploy.training.step import Stepper  # noqa: E402
-from mae_deploy.training.monitor.timing import StepTimer  # noqa: E402
 from tests.data.image_folders import write_noise  # noqa: E402
 from tests.distill.patch_teacher import PatchTeacher, batch_of, dataset_of, mask, opened  # noqa: E402
 from tests.training.tiny_runs import losses_of, optim, pretraining  # noqa: E402

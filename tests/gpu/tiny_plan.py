@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.cuda.memory import open_memory
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.tensorrt.api import Api, network_flags, set_kernel_sources, share_profiles
 
 C, H, W, D = 3, 5, 7, 11

@@ -14,13 +14,13 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.bands import feature_map, join_bands, split_bands, spread_over_bands
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.load import Loaded, encoder_of, model_of, start_from
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, masking_of, random_masking
 from mae_deploy.models.position import sincos_position_embedding
-from mae_deploy.weights.frozen import image_size_for
 from mae_deploy.models.vit import Classifier, Encoder, patchify
 from mae_deploy.training.optim.groups import layer_decay_groups
+from mae_deploy.weights.frozen import image_size_for
+from mae_deploy.weights.load import Loaded, encoder_of, model_of, start_from
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor, tiny_encoder, tiny_mae
 
 GROUPS = ((0, 3), (4,), (1, 2))

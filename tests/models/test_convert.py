@@ -21,12 +21,12 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig
-from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
-from mae_deploy.weights.load import Loaded, model_of
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool
-from mae_deploy.options import Result
+from mae_deploy.results import Result
+from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
 from tests.models.tiny_models import CLASSES, DECODER, HEADS, SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
 
 OPTIONS = ImportOptions(num_heads=5, decoder_num_heads=3)

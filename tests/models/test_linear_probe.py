@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.models.vit import Classifier
+from mae_deploy.weights.load import Loaded, model_of
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
-from mae_deploy.weights.load import Loaded, model_of
-from mae_deploy.models.vit import Classifier
 from tests.models.tiny_models import SQUARE, random_images, random_tensor, tiny_classifier, write_original
 
 

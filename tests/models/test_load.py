@@ -12,10 +12,10 @@ import torch
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import Loaded, build_model, encoder_of, load_model, load_strict, model_of, read_weights, start_from
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.weights.load import Loaded, build_model, encoder_of, load_model, load_strict, model_of, read_weights, start_from
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, tiny_classifier, tiny_encoder, tiny_mae, write_original
 
 MODELS: dict[str, Callable[[], Encoder]] = {

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.load import build_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.position import sincos_position_embedding
 from mae_deploy.models.vit import Encoder, patchify, unpatchify
+from mae_deploy.weights.load import build_model
 from tests.models.tiny_models import DECODER, ENCODER, fill, metadata_of, random_images, random_tensor, tiny_mae
 
 N = ENCODER.num_patches

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
+from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
 from tests.models.tiny_models import fill
 
 # MAE-Lite's ViT-T, shallow: the width tells it.

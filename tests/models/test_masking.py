@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import MaskSampling, check_masking, mask_unit, num_keep
+from mae_deploy.models.mask_config import MaskSampling, check_masking, mask_unit, num_keep
 from mae_deploy.models.masking import Masking, block_masking, grid_masking, masking_of, random_masking, unit_masking
 
 

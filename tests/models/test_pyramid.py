@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from mae_deploy.checkpoint import OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid, load_pyramid, pyramid_sizes, random_pyramid
+from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid, pyramid_sizes
+from mae_deploy.weights.pyramid import load_pyramid, random_pyramid
 from tests.models.tiny_models import fill, random_tensor
 
 # Half of 13 is 6, a quarter 3: no two of these sizes are equal.

@@ -10,11 +10,11 @@ from torch import Tensor
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
-from mae_deploy.weights.load import Loaded
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import sincos_position_embedding
-from mae_deploy.weights.slicing import choose_blocks, evenly, slice_encoder, start_from_slice
 from mae_deploy.models.vit import Classifier, Encoder, Pool, patchify
+from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.slicing import choose_blocks, evenly, slice_encoder, start_from_slice
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor
 
 LARGER = EncoderConfig(name="larger", image_size=(6, 10), patch_size=2, embed_dim=40, depth=5, num_heads=5)

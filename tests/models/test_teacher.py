@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.weights.load import Loaded, at_image_size
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.taps import Tap, tapped
-from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
 from mae_deploy.models.vit import Encoder
+from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
+from mae_deploy.weights.load import Loaded, at_image_size
 from tests.models.tiny_models import ENCODER, metadata_of, random_images, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 
 DEEP = replace(ENCODER, depth=3)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import to_dict
+from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier, Encoder, Pool
-from mae_deploy.images.preprocess import default_preprocess
 
 M = TypeVar("M", bound=nn.Module)
 

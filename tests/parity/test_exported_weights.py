@@ -18,12 +18,12 @@ from transformers import AutoImageProcessor, ViTForImageClassification, ViTMAEFo
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict, to_dict
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.load import load_model
 from tests.models.tiny_models import CLASSES, ENCODER, SQUARE, metadata_of, random_images, tiny_classifier, tiny_encoder, tiny_mae
 
 NAMES = tuple(f"class {index}" for index in range(CLASSES))

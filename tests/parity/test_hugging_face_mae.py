@@ -17,12 +17,12 @@ from transformers.models.vit.configuration_vit import ViTConfig
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
-from mae_deploy.weights.load import Loaded, load_model, model_of
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.load import Loaded, load_model, model_of
+from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
 from tests.data.image_folders import write_noise
 from tests.models.tiny_models import fill, random_tensor
 

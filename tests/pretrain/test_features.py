@@ -8,17 +8,18 @@ import pytest
 import torch
 
 from mae_deploy.config import from_dict
-from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
-from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run as export
-from mae_deploy.models.config import EncoderConfig
-from mae_deploy.weights.load import at_image_size, read_weights
-from mae_deploy.models.position import interpolate_position_embedding
-from mae_deploy.images.preprocess import Preprocess, read_image
 from mae_deploy.evaluation.config import FeatureConfig
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract, open_source, random_like
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.run import run as export
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import read_image
+from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.weights.load import at_image_size, read_weights
 from tests.data.image_folders import spoil, write_classes
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import ENCODER, tiny_classifier, tiny_encoder, tiny_mae

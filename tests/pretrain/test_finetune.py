@@ -17,7 +17,6 @@ from mae_deploy.cli import main
 from mae_deploy.config import to_dict
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import load_model
 from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import MixConfig
 from mae_deploy.pretrain.finetune import ClassificationLoss, run
@@ -25,6 +24,7 @@ from mae_deploy.seeding import seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
+from mae_deploy.weights.load import load_model
 from tests.data.image_folders import write_noise
 from tests.training.tiny_runs import ENCODER, NO_MIX, finetuning, optim
 

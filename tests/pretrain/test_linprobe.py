@@ -15,14 +15,14 @@ from mae_deploy.checkpoint import open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.data.config import DataConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.load import load_model
-from mae_deploy.models.vit import Classifier
 from mae_deploy.evaluation import linprobe
 from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.evaluation.linprobe import LinearProbe, SharedBatchNorm, run
+from mae_deploy.models.vit import Classifier
 from mae_deploy.training.config import LoopConfig
-from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.state.run_folder import read_metrics
+from mae_deploy.training.validation import Evaluator
+from mae_deploy.weights.load import load_model
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import random_images, random_tensor, tiny_classifier, tiny_encoder
 from tests.training.tiny_runs import losses_of, optim, progress_of

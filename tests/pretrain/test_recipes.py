@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from mae_deploy.config import RECIPES, from_dict, merge, read_recipe
+from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.models.config import ObjectiveConfig
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
-from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.training.config import OptimConfig
 
 STAGES: dict[str, tuple[type, dict[str, str]]] = {

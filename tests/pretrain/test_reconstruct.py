@@ -14,8 +14,9 @@ from PIL import Image
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.masking import random_masking
-from mae_deploy.images.preprocess import Array, default_preprocess, read_image
 from mae_deploy.pretrain.config import ReconstructConfig
 from mae_deploy.pretrain.reconstruct import draw_reconstructions, run
 from tests.data.image_folders import spoil

@@ -9,13 +9,14 @@ from typing import Any
 import pytest
 
 from mae_deploy.cli import main
+from mae_deploy.commands.sweep import run as sweep
+from mae_deploy.commands.sweep.config import SweepConfig
+from mae_deploy.commands.sweep.run import run
 from mae_deploy.config import read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
+from mae_deploy.evaluation.config import FeatureConfig
 from mae_deploy.pretrain import finetune
-from mae_deploy.commands.sweep import run as sweep
 from mae_deploy.pretrain import run as pretrain
-from mae_deploy.evaluation.config import FeatureConfig, SweepConfig
-from mae_deploy.commands.sweep.run import run
 from mae_deploy.training.runner import Runner
 from tests.training.tiny_runs import finetuning, optim, pretraining
 

@@ -13,21 +13,21 @@ from torch.nn import functional as F
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict
-from mae_deploy.data.training_set import open_training
 from mae_deploy.data.order import Stretch
+from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import Normalise, train_transform
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.load import encoder_of, load_model, read_weights, start_from
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, masking_of
 from mae_deploy.models.vit import Classifier, Encoder, patchify
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.pretrain import run as pretrain_run
 from mae_deploy.pretrain.config import ReconstructConfig
 from mae_deploy.pretrain.reconstruct import run as reconstruct
 from mae_deploy.pretrain.run import run
 from mae_deploy.pretrain.targets import TeacherFeatures
+from mae_deploy.weights.load import encoder_of, load_model, read_weights, start_from
 from tests.models.tiny_models import metadata_of, tiny_encoder
 from tests.training.tiny_runs import DECODER, ENCODER, losses_of, optim, pretraining
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.driver import CudaError
 from mae_deploy.runtime.cuda.memory import Event, Memory, Stream
 

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Array, Preprocess
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Backbone, Features
 from tests.runtime.tiny_bundle import CLASSES, OUTPUTS, C, D, H, K, N, P, W, golden_inputs, reference, write_bundle
 

@@ -13,7 +13,7 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.runtime import Backbone, Bundle, bundle
 from mae_deploy.runtime.manifest import file_entry
-from mae_deploy.runtime.parity.compare import Tolerance
+from mae_deploy.runtime.tolerance import Tolerance
 from mae_deploy.runtime.verify import verify_bundle
 from tests.runtime.tiny_bundle import (
     BLOCK_TENSORS,

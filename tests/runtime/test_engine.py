@@ -13,7 +13,7 @@ import onnxruntime
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks

@@ -9,16 +9,17 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.runtime.tensorrt import add_engine as engine_build
-from mae_deploy.runtime.timing import Timing
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine, compare_speed, graph_for, resolve_profiles, verdict
-from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.manifest import file_entry
+from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.parity.compare import Comparison
+from mae_deploy.runtime.tensorrt import add_engine as engine_build
+from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine, compare_speed, resolve_profiles, verdict
 from mae_deploy.runtime.tensorrt.build import Plan
-from mae_deploy.runtime.verify import Check
+from mae_deploy.runtime.tensorrt.plans import graph_for
+from mae_deploy.runtime.timing import Timing
 from tests.runtime.tiny_bundle import K, N, write_bundle
 
 MANIFEST = "manifest.json"

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.parity.compare import TOLERANCES, Comparison, Tolerance, compare
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.parity.compare import Comparison, compare
+from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 from tests.runtime.tiny_bundle import N, golden_inputs, reference
 
 B, S, D = 5, 7, 13

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.parity.compare import TOLERANCES, Tolerance, compare
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.parity.compare import compare
+from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 from tests.runtime.tiny_bundle import N, golden_inputs, reference
 
 PRECISIONS = {"fp32": (0.08, 125.0), "fp16": (0.08, 60.0), "bf16": (0.08, 45.0), "int8": (0.4, 32.0)}

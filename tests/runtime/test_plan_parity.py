@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.parity.checks import Check
+from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.verify import Check
 from tests.runtime.tiny_bundle import OUTPUTS, K, N, write_bundle
 
 PROFILES: list[Profile] = [{"B": (1, 1, 1), "K": (K, K, K)}, {"B": (2, 3, 7), "K": (2, 5, N)}]

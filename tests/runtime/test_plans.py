@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import CheckFailed, MaeDeployError
-from mae_deploy.runtime.tensorrt import plans
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.manifest import EngineEntry, Precision
-from mae_deploy.runtime.tensorrt.plans import add_plan, find_plan, misfit, plan_name, why_not
+from mae_deploy.runtime.tensorrt import plans
 from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.plans import add_plan, find_plan, misfit, plan_name, why_not
 from tests.runtime.planned_bundle import PLAN_FILE, planned
 from tests.runtime.tiny_bundle import write_bundle
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
-from mae_deploy.images.preprocess import Array, read_image
+from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.predict import Predictions, top_k, write_features
 from tests.runtime.tiny_bundle import C, D, K, N, P, write_bundle

@@ -10,17 +10,17 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Backbone
-from mae_deploy.runtime.tensorrt import add_engine as engine_build
-from mae_deploy.runtime.tensorrt import open as plan_engine
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.tensorrt import add_engine as engine_build
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from mae_deploy.runtime.tensorrt import open as plan_engine
 from mae_deploy.runtime.tensorrt.build import Plan
 from mae_deploy.runtime.verify import verify_bundle
 from tests.runtime.planned_bundle import PLAN, PLAN_FILE, planned

@@ -12,13 +12,13 @@ import pytest
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.export.graph import builder as onnx_builder
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.engines.openvino import OpenVinoEngine
-from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.engines.taps import with_outputs
+from mae_deploy.runtime.registry import load_engine
 from tests.runtime.tiny_bundle import BLOCK_TENSORS, OUTPUTS, golden_inputs, reference_blocks, write_bundle
 
 ENGINES = [OnnxRuntimeEngine, OpenVinoEngine]

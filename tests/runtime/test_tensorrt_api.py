@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.api import (
     Api,
     Messages,

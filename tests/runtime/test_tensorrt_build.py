@@ -14,12 +14,13 @@ import pytest
 from onnx import helper
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import build as tensorrt_build
-from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.build import Plan, build_plan, shape_at
-from mae_deploy.runtime.profiles import BuildOptions, Profile
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 from tests.runtime.tiny_bundle import C, H, W, write_bundle
 
 H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=3 << 30, driver="12.4")

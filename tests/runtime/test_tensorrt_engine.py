@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
+from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt import runner as tensorrt_runner
-from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph
-from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.runtime.fake_tensorrt import C, H, W, make_tensorrt, plan, reference
 from tests.runtime.stub_driver import NAME, StubMemory, calls, compile_stub

@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.profiles import BuildOptions, batch_that_fits, covering, read_profiles
+from mae_deploy.runtime.profiles import batch_that_fits, covering, read_profiles
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 
 LATENCY = {"B": (1, 1, 1), "K": (49, 49, 49)}
 THROUGHPUT = {"B": (8, 32, 64), "K": (20, 49, 196)}

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from mae_deploy.files import locked
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.profiles import BuildOptions
-from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep, locked, slug
+from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep, slug
 
 ORIN = Gpu(index=0, name="Orin (nvgpu)", compute_capability=(8, 7), memory_bytes=1 << 33, driver="12.6")
 
@@ -118,7 +119,9 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pyt
 @pytest.mark.parametrize("kind", ["file", "folder"])
 def test_a_lock_holds_across_processes_and_ends_with_them(kind: str, tmp_path: Path) -> None:
     path = tmp_path if kind == "folder" else tmp_path / "lock"
-    waiting = "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.timing_cache import locked\nwith locked(Path(sys.argv[1])):\n    print('in')"
+    waiting = (
+        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.timing_cache import locked\nwith locked(Path(sys.argv[1])):\n    print('in')"
+    )
     with locked(path):
         other = subprocess.Popen([sys.executable, "-c", waiting, str(path)], stdout=subprocess.PIPE, text=True)
         with pytest.raises(subprocess.TimeoutExpired):

@@ -11,12 +11,13 @@ import onnxruntime
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.invariances import other_lengths, samples_alone, variations
 from mae_deploy.runtime.registry import load_engine
-from mae_deploy.runtime.verify import Verification, verify_bundle, verify_engine
+from mae_deploy.runtime.verify import verify_bundle
 from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, SAMPLES, K, N, write_bundle
 
 EVERY_OUTPUT = (*OUTPUTS, *MORE_OUTPUTS)

@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, file_entry
-from mae_deploy.runtime.parity.compare import TOLERANCES
+from mae_deploy.runtime.tolerance import TOLERANCES
 
 # Unequal, so that a transposed or mixed-up axis does not fit.
 C, P, GRID = 3, 2, (3, 7)

@@ -15,11 +15,11 @@ import pytest
 from mae_deploy.commands.config import BuildEngineConfig, VerifyConfig
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.files import read_json
+from mae_deploy.images.find import find_images
 from mae_deploy.options import flags_of
-from mae_deploy.images.preprocess import find_images
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from scripts import gpu_check
 from scripts.gpu_check import Machine, Outcome, Settings, State, Step, plan, read_settings, run_command, run_steps
 from scripts.gpu_check_report import markdown, ratios, report

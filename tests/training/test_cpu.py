@@ -18,8 +18,8 @@ from mae_deploy.models.cpu_kernels import MeasuredLinear
 from mae_deploy.pretrain.run import run as pretrain
 from mae_deploy.training import cpu, step
 from mae_deploy.training.cpu import advise_bf16, bf16_gain, keep_freed_memory, prepare_cpu
-from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.monitor.signals import Stopped
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.training.tiny_runs import pretraining
 
 

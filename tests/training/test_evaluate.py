@@ -10,13 +10,13 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from mae_deploy.data.sources.base import ImageList, labelled_files
+from mae_deploy.data.sources.files import ImageList, labelled_files
 from mae_deploy.data.transforms import eval_transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.kept_patches import KeptPatches
-from mae_deploy.training.validation import Evaluator
 from mae_deploy.training.loop import make_accelerator
+from mae_deploy.training.validation import Evaluator
 from tests.data.image_folders import spoil, write_noise
 
 SPEC = Preprocess(image_size=(17, 13), crop_pct=1.0, mean=(0.0,) * 3, std=(1.0,) * 3)

@@ -15,8 +15,8 @@ from mae_deploy.data.dataset import Batch
 from mae_deploy.errors import CheckFailed
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.monitor.guard import Guard, StepOutcome
-from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.state.progress import Progress, load_progress
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.training.linear_runs import Planted, Trained, train
 from tests.training.tiny_runs import optim, run_processes
 

@@ -25,8 +25,8 @@ from mae_deploy.pretrain.config import MixConfig
 from mae_deploy.pretrain.finetune import run as finetune
 from mae_deploy.pretrain.run import run as pretrain
 from mae_deploy.training.config import LoopConfig
-from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.state.progress import REST
+from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import write_classes, write_noise
 from tests.training.tiny_runs import DECODER, STUDENT, command_of, finetuning, losses_of, optim, pretraining, progress_of, run_command, start_command
 

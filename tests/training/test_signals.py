@@ -12,8 +12,8 @@ import pytest
 
 from mae_deploy.cli import main
 from mae_deploy.data.config import DataConfig
-from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.monitor.signals import EXIT_STOPPED, STOPPING, Stopped, StopSignals
+from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
 from tests.training.linear_runs import squared_error, train
 from tests.training.tiny_runs import command, command_of, losses_of, optim, pretraining, progress_of, run_command, run_processes

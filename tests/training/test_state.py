@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import WEIGHTS
 from mae_deploy.files import read_json
 from mae_deploy.training.optim.groups import adamw, decay_groups
-from mae_deploy.training.state.sharding import whole_tensors
 from mae_deploy.training.state.progress import (
     OPTIMIZER,
     REST,
@@ -26,6 +25,7 @@ from mae_deploy.training.state.progress import (
     split_weights,
     write_tensors,
 )
+from mae_deploy.training.state.sharding import whole_tensors
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mae_deploy.training.monitor.timing import StepTimer, StepTimes
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
-from mae_deploy.training.monitor.timing import StepTimer, StepTimes
 from tests.training.linear_runs import squared_error, train
 from tests.training.tiny_runs import optim
 

@@ -10,9 +10,9 @@ from accelerate.tracking import GeneralTracker, on_main_process
 
 from mae_deploy.cli import main
 from mae_deploy.errors import MissingDependency
-from mae_deploy.training.monitor import trackers
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.loop import make_accelerator
+from mae_deploy.training.monitor import trackers
 from tests.training.linear_runs import Planted, train
 from tests.training.tiny_runs import command_of, optim, pretraining
 

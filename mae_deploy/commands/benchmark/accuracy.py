@@ -12,7 +12,9 @@ import numpy as np
 
 from mae_deploy.commands.benchmark.rows import Loaded, Row
 from mae_deploy.errors import CheckFailed
-from mae_deploy.images.preprocess import Array, Preprocess, UnreadableImage, find_images
+from mae_deploy.images.find import find_images
+from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import run_in_chunks

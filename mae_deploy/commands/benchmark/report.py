@@ -16,7 +16,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from mae_deploy.commands.config import BenchmarkConfig
+from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.files import atomic_path, write_json, write_text

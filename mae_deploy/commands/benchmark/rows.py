@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import keep_count
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.engines.base import Engine
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TensorEntry

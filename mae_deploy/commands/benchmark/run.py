@@ -14,19 +14,19 @@ import numpy as np
 
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark.accuracy import Accuracy, Judge
+from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.commands.benchmark.report import command_line, describe_machine, report_view, write_report
 from mae_deploy.commands.benchmark.rows import LeftOut, Loaded, Row, Subject, bundle_subject, combinations, file_subject
-from mae_deploy.commands.config import BenchmarkConfig
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.files import refuse_to_overwrite
-from mae_deploy.options import Result
 from mae_deploy.progress import notice, progress
-from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.results import Result
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.probe import Probe, probe_graph
 from mae_deploy.runtime.registry import DEFAULT, TENSORRT, load_engine, open_graph
+from mae_deploy.runtime.timing import Timing, measure
 
 _GEMM_SIZE, _GEMM_LENGTH = 768, 4
 """Side of the matrices whose product is the machine's yardstick, and products a call: several, so that the call itself costs nothing."""

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from mae_deploy.config import section
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, num_keep
+from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.mask_config import num_keep
 from mae_deploy.training.config import Device, Precision
 
 

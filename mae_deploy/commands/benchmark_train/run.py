@@ -13,22 +13,22 @@ from torch import Tensor, nn
 
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
-from mae_deploy.commands.benchmark_train.report import command_line, report_view, write_report
 from mae_deploy.commands.benchmark_train.plain_step import PlainStep
+from mae_deploy.commands.benchmark_train.report import command_line, report_view, write_report
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import Batch
 from mae_deploy.data.transforms import Normalise
 from mae_deploy.errors import CheckFailed
 from mae_deploy.files import refuse_to_overwrite
-from mae_deploy.models.config import num_keep
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.cpu_kernels import PRODUCTS
 from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.mask_config import num_keep
 from mae_deploy.models.masking import random_masking
-from mae_deploy.options import Result
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice, progress
-from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.results import Result
 from mae_deploy.runtime.flops import autoencoder_flops
+from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.cpu import prepare_cpu
 from mae_deploy.training.loop import make_accelerator

@@ -12,17 +12,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from mae_deploy.images.arrays import resize_and_cut
 from mae_deploy.commands.data.config import PackConfig
+from mae_deploy.commands.data.survey import Seen, Survey, difference_hash, pixel_hash, surveying
 from mae_deploy.config import to_dict
 from mae_deploy.data.decode import decode
+from mae_deploy.data.sources.base import UNLABELLED, ImageSource
 from mae_deploy.data.sources.open import labelled_images, split_names, unlabelled_images
 from mae_deploy.data.sources.shards import CLASSES, FORMAT, INDEX
-from mae_deploy.data.sources.base import UNLABELLED, ImageSource
-from mae_deploy.commands.data.survey import Seen, Survey, difference_hash, pixel_hash, surveying
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import atomic_path, read_json, refuse_to_overwrite, remove, sha256, write_json, write_text
-from mae_deploy.images.preprocess import Array, UnreadableImage, is_image
+from mae_deploy.images.arrays import resize_and_cut
+from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
 

@@ -14,16 +14,16 @@ import numpy as np
 from PIL import Image
 
 from mae_deploy.commands.data.config import StatsConfig
-from mae_deploy.commands.views import facts_table
+from mae_deploy.commands.data.survey import Seen, pixel_hash, surveying
 from mae_deploy.data.config import Columns
 from mae_deploy.data.decode import decode
-from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.commands.data.survey import Seen, pixel_hash, surveying
+from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.errors import CheckFailed
-from mae_deploy.options import Result
-from mae_deploy.images.preprocess import Array, UnreadableImage
+from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.progress import progress
+from mae_deploy.reporting.tables import facts_table
+from mae_deploy.results import Result
 from mae_deploy.seeding import derive_seed
 
 _LISTED = 20

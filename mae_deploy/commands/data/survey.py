@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from mae_deploy.data.workers import resolve_workers
-from mae_deploy.images.preprocess import Array, is_image
+from mae_deploy.images.read import Array, is_image
 
 R = TypeVar("R")
 

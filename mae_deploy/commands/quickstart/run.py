@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from mae_deploy.commands.config import QuickstartConfig
+from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.quickstart.report import quickstart_table, write_report
 from mae_deploy.config import from_dict, merge, read_recipe
 from mae_deploy.distill import run as distill
@@ -21,14 +21,14 @@ from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.export import run as export
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.files import atomic_path, remove
-from mae_deploy.options import Result
 from mae_deploy.pretrain import finetune, reconstruct
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
 from mae_deploy.progress import console, progress
+from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
-from mae_deploy.runtime.timing import measure
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.timing import measure
 from mae_deploy.runtime.verify import verify_bundle
 
 NUM_UNLABELLED = 1400

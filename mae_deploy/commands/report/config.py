@@ -6,10 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.commands.config import check_shares
 from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import Int8Config
+from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device
 
 

@@ -20,15 +20,16 @@ from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.commands.report.student import Student, drop, linears_in_int8
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import write_json, write_text
-from mae_deploy.models.config import keep_count
-from mae_deploy.options import Result
-from mae_deploy.reporting.tables import Column, command_line, markdown_table, rich_table, shown_columns
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.progress import console, notice, progress
-from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.tables import Column, markdown_table, rich_table, shown_columns
+from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.timing import Timing, measure
 
 STUDENTS = "students"
 """The folder of the bundles, one below it for each run."""

@@ -9,16 +9,16 @@ from typing import Any
 
 from mae_deploy import __version__
 from mae_deploy.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
-from mae_deploy.evaluation import evaluate
-from mae_deploy.commands.config import EvalConfig
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.config import to_dict
-from mae_deploy.data.sources.base import ImageList
+from mae_deploy.data.sources.files import ImageList
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.evaluation import evaluate
+from mae_deploy.evaluation.config import EvalConfig
 from mae_deploy.export import run as export
 from mae_deploy.export.config import ExportConfig, Int8Config
 from mae_deploy.files import read_json, remove, sha256, write_json
-from mae_deploy.images.preprocess import find_images
+from mae_deploy.images.find import find_images
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 

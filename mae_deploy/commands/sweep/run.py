@@ -13,23 +13,25 @@ from typing import Any, TypeVar
 
 from rich.text import Text
 
+from mae_deploy.commands.sweep.config import SweepConfig
 from mae_deploy.config import differences, from_dict, merge, parse_assignment, read_recipe, to_yaml
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import read_json, write_json, write_text
-from mae_deploy.weights.load import read_weights
-from mae_deploy.options import Result
-from mae_deploy.pretrain import finetune
-from mae_deploy.pretrain import run as pretrain
-from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
-from mae_deploy.evaluation.config import SweepConfig
-from mae_deploy.reporting.tables import Column, Curve, Row, command_line, draw_curves, markdown_table, mean_of, rich_table, shown_columns, write_files
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract, resolve_device
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
+from mae_deploy.files import read_json, write_json, write_text
+from mae_deploy.pretrain import finetune
+from mae_deploy.pretrain import run as pretrain
+from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
 from mae_deploy.progress import console
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.plots import Curve, draw_curves
+from mae_deploy.reporting.tables import Column, Row, markdown_table, mean_of, rich_table, shown_columns, write_files
+from mae_deploy.results import Result
 from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
 from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
+from mae_deploy.weights.load import read_weights
 
 C = TypeVar("C")
 

@@ -9,16 +9,16 @@ import torch
 from safetensors.torch import save_file
 
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
-from mae_deploy.commands.config import ExportWeightsConfig
-from mae_deploy.commands.views import facts_table
+from mae_deploy.commands.weights.config import ExportWeightsConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json, write_text
+from mae_deploy.progress import notice
+from mae_deploy.reporting.tables import facts_table
+from mae_deploy.results import Result
 from mae_deploy.weights.load import Loaded, read_weights
 from mae_deploy.weights.write.card import model_card
-from mae_deploy.weights.write.foreign import ForeignModel, Library, foreign_model, header, original_content, plain_tensors
 from mae_deploy.weights.write.check import prove
-from mae_deploy.options import Result
-from mae_deploy.progress import notice
+from mae_deploy.weights.write.foreign import ForeignModel, Library, foreign_model, header, original_content, plain_tensors
 
 
 def run(config: ExportWeightsConfig) -> Result:

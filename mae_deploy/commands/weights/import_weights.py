@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 from mae_deploy.checkpoint import save_checkpoint
-from mae_deploy.commands.config import ImportConfig
-from mae_deploy.commands.views import facts_table
+from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.files import refuse_to_overwrite
-from mae_deploy.weights.read.convert import ImportOptions, import_weights
+from mae_deploy.reporting.tables import facts_table
+from mae_deploy.results import Result
 from mae_deploy.weights.load import Loaded, model_of
-from mae_deploy.options import Result
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 
 def run(config: ImportConfig) -> Result:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from mae_deploy.data.config import Columns
+from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.sources.files import image_files, labelled_files
 from mae_deploy.data.sources.patterns import is_shards, is_streamed, shards_in
 from mae_deploy.data.sources.shards import ShardSource, shard_images
-from mae_deploy.data.sources.base import ImageSource, image_files, labelled_files
 from mae_deploy.data.sources.tables import TableSource, find_tables
 from mae_deploy.errors import ConfigError
 
@@ -66,3 +67,10 @@ def split_names(root: Path | str) -> list[str]:
 
 def _has(root: Path, name: str) -> bool:
     return (root / name).is_dir() or any(next(root.glob(pattern), None) for pattern in (f"{name}-*.tar", f"{name}-*.parquet", f"data/{name}-*.parquet"))
+
+
+def labelled_val(data: Path, class_names: tuple[str, ...] | None) -> ImageSource:
+    """The images of DATA/val if there is a val, else of DATA; labels in the order of the names, where there are any."""
+    has_val = any((data / name).is_dir() or any(data.glob(f"{name}-*")) or any(data.glob(f"data/{name}-*")) for name in ("val", "validation"))
+    root, split = (data, "val") if has_val else (data.parent, data.name)
+    return labelled_images(root, split, class_names)

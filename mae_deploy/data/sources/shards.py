@@ -13,11 +13,12 @@ import numpy as np
 from PIL import Image
 
 from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.patterns import local_shards
 from mae_deploy.data.sources.base import UNLABELLED, Numbers, match_classes
+from mae_deploy.data.sources.patterns import local_shards
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
-from mae_deploy.images.preprocess import Array, UnreadableImage, is_image_name
+from mae_deploy.images.find import is_image_name
+from mae_deploy.images.read import Array, UnreadableImage
 
 INDEX = "index.json"
 """Beside the shards, as `data pack` writes it: what would else be read from every header."""

@@ -16,7 +16,7 @@ from mae_deploy.data.decode import Shrink, decode
 from mae_deploy.data.sources.base import UNLABELLED, Numbers, match_classes, read_file
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
-from mae_deploy.images.preprocess import Array, UnreadableImage
+from mae_deploy.images.read import Array, UnreadableImage
 
 _STATE = "state.json"
 """In each folder of `save_to_disk`."""

@@ -50,3 +50,22 @@ class Policy:
             return dict.fromkeys(names)
         found = activation_scales(stats, self.method, self.percentile, self.rounding)
         return {name: found[name] for name in names}
+
+
+_FUSED_HEAD_DIMS = (16, 32, 64)
+
+
+_FUSED_TOKENS = 512
+
+
+def attention_obstacle(head_dim: int, num_tokens: int) -> str | None:
+    """Why no engine fuses INT8 attention of this shape (TensorRT's conditions), or None if one can.
+
+    Args:
+        num_tokens: the largest T, CLS included.
+    """
+    if head_dim not in _FUSED_HEAD_DIMS:
+        return f"the head dimension is {head_dim}; INT8 attention is fused for {', '.join(map(str, _FUSED_HEAD_DIMS))} only"
+    if num_tokens > _FUSED_TOKENS:
+        return f"there are up to {num_tokens} tokens; INT8 attention is fused up to {_FUSED_TOKENS}"
+    return None

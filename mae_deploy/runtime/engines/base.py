@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.profiles import batch_that_fits

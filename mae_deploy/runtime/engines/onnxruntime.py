@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.engines.saturation import products_saturate

@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError, import_optional
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.engines.affinity import bound_to
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import external_data
+from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 
 DEVICES = ("auto", "cpu")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, follows_keep
 

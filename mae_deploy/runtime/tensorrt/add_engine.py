@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precision
-from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
-from mae_deploy.runtime.tensorrt.plans import add_plan
+from mae_deploy.runtime.parity.checks import Check
+from mae_deploy.runtime.profiles import Profile, read_profiles
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.build import Plan, Report, build_plan
+from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.profiles import BuildOptions, Profile, read_profiles
-from mae_deploy.runtime.verify import Check
+from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.plans import add_plan, graph_for
+from mae_deploy.runtime.timing import Timing, measure
 
 _ROUNDS, _WARMUP = 50, 10
 """Timed calls at each profile's usual size, and those before them."""
@@ -116,29 +117,6 @@ def build_engine(
         latency_ms=1000 * timings[kept.precision][0].median,
     )
     return Built(entry=entry, checks=kept.checks, baseline=speed, rejected=rejected)
-
-
-def graph_for(bundle: Bundle, precision: str) -> str:
-    """The graph of the bundle, by its file, from which an engine of this precision is built.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    manifest, own = bundle.manifest, bundle.precision
-    graph = manifest["graph"]["file"]
-    hint = f"export with --engine trt --precision {precision}"
-    if own in QUANTIZED:
-        if (manifest["quantization"] or {}).get("policy") == "dynamic":
-            raise ConfigError(f"the bundle {bundle.path} has dynamic INT8, which TensorRT does not read", hint=f"{hint} --calib-data DIR")
-        if bundle.baseline is None:
-            raise ConfigError(f"the bundle {bundle.path} has no FP16 graph to compare {own} with", hint=f"{hint} --no-build")
-        if precision == "fp16":
-            return bundle.baseline
-    elif own == "fp32" and manifest["typing"] == "weak" and precision not in QUANTIZED:
-        return graph
-    if precision != own:
-        raise ConfigError(f"the {manifest['typing']}ly typed {own} graph of {bundle.path} cannot be built in {precision}", hint=hint)
-    return graph
 
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:

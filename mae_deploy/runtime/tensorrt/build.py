@@ -12,14 +12,15 @@ from types import FrameType
 from typing import Any
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.tensorrt import api as tensorrt_api
-from mae_deploy.runtime.tensorrt.build_progress import BuildProgress
-from mae_deploy.runtime.cuda.memory import open_memory
-from mae_deploy.runtime.tensorrt.layer_report import summarise
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.manifest import TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs, read_opset
+from mae_deploy.runtime.profiles import Profile
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
-from mae_deploy.runtime.profiles import BuildOptions, Profile
+from mae_deploy.runtime.tensorrt.build_progress import BuildProgress
+from mae_deploy.runtime.tensorrt.layer_report import summarise
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep
 
 Report = Callable[[str, float], None]

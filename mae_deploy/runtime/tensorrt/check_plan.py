@@ -16,13 +16,13 @@ import numpy as np
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
-from mae_deploy.runtime.parity.invariances import Arrays
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TOKEN_INPUTS
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TOKEN_INPUTS
+from mae_deploy.runtime.parity.checks import GOLDEN, Check, judged_by, verify_engine
 from mae_deploy.runtime.parity.compare import compare
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.parity.invariances import Arrays
 from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.verify import GOLDEN, Check, judged_by, verify_engine
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
 
 def prove_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile]) -> list[Check]:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Array
-from mae_deploy.runtime.cuda.memory import open_memory
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.arrays import DeviceArray
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.runner import Runner

@@ -8,11 +8,12 @@ from pathlib import Path
 
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.tensorrt.add_engine import graph_for
 from mae_deploy.runtime.manifest import EngineEntry
+from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.build import build_plan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.profiles import BuildOptions, Profile
+from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.plans import graph_for
 
 
 def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> TensorRtEngine:

@@ -7,14 +7,14 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
-from mae_deploy.errors import MaeDeployError
-from mae_deploy.files import atomic_path, read_json, write_json
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.files import atomic_path, locked, read_json, write_json
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.manifest import MANIFEST_FILE, EngineEntry, Manifest, Precision, file_entry, validate_manifest
-from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.manifest import MANIFEST_FILE, QUANTIZED, EngineEntry, Manifest, Precision, file_entry, validate_manifest
 from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.tensorrt.timing_cache import locked, slug
+from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.timing_cache import slug
 
 FOLDER = "engines"
 
@@ -139,3 +139,26 @@ def _is_later(version: str, built: str) -> bool:
 
 def _capability(numbers: tuple[int, ...]) -> str:
     return "compute capability " + ".".join(map(str, numbers))
+
+
+def graph_for(bundle: Bundle, precision: str) -> str:
+    """The graph of the bundle, by its file, from which an engine of this precision is built.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    manifest, own = bundle.manifest, bundle.precision
+    graph = manifest["graph"]["file"]
+    hint = f"export with --engine trt --precision {precision}"
+    if own in QUANTIZED:
+        if (manifest["quantization"] or {}).get("policy") == "dynamic":
+            raise ConfigError(f"the bundle {bundle.path} has dynamic INT8, which TensorRT does not read", hint=f"{hint} --calib-data DIR")
+        if bundle.baseline is None:
+            raise ConfigError(f"the bundle {bundle.path} has no FP16 graph to compare {own} with", hint=f"{hint} --no-build")
+        if precision == "fp16":
+            return bundle.baseline
+    elif own == "fp32" and manifest["typing"] == "weak" and precision not in QUANTIZED:
+        return graph
+    if precision != own:
+        raise ConfigError(f"the {manifest['typing']}ly typed {own} graph of {bundle.path} cannot be built in {precision}", hint=hint)
+    return graph

@@ -16,10 +16,10 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.cuda.arrays import DeviceView, is_on_device, view_of
 from mae_deploy.runtime.cuda.driver import CudaGraph, wait_for_stream
 from mae_deploy.runtime.cuda.memory import Memory
-from mae_deploy.runtime.cuda.arrays import DeviceView, is_on_device, view_of
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.slots import Prepared, Slot, Ticket
 from mae_deploy.runtime.tensorrt.tensors import (

@@ -7,10 +7,10 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.cuda.arrays import DeviceArray, Lease
 from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph
 from mae_deploy.runtime.cuda.memory import Memory
-from mae_deploy.runtime.cuda.arrays import DeviceArray, Lease
 from mae_deploy.runtime.tensorrt.tensors import Shape, Tensor, to_numpy
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Array
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.tensorrt.api import numpy_dtype
 
 Shape = tuple[int, ...]

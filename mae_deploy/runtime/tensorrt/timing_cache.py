@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import logging
-import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mae_deploy.files import atomic_path
+from mae_deploy.files import atomic_path, locked
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.profiles import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions
 
 _log = logging.getLogger(__name__)
 
@@ -57,14 +53,3 @@ def keep(config: Any, path: Path) -> None:
                 aside.write_bytes(bytes(cache.serialize()))
     except OSError as error:
         _log.warning("the timing cache %s cannot be written: %s", path, error)
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold a lock file, or a folder, alone among all processes and threads; a process that dies lets go of it."""
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

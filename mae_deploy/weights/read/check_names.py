@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.options import Result
+from mae_deploy.results import Result
 
 Shapes = dict[str, tuple[int, ...]]
 

@@ -17,17 +17,17 @@ from torch import Tensor
 from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, Kind, Metadata
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
+from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
 from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
-from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
-from mae_deploy.models.position import sincos_position_embedding
 from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
 from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
-from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
-from mae_deploy.images.preprocess import Preprocess, default_preprocess
 
 OWN_RECORD = "mae_deploy"
 """Under this key, files that we export hold the metadata of their checkpoint."""

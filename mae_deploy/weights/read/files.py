@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.weights.read.unpickle import read_pickle
-from mae_deploy.images.preprocess import Preprocess
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
 """What the weights in a model folder are called, in the order of preference; an index names the shards that hold them."""

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.weights.read.files import Source, read_settings, tensor_of
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.read.files import Source, read_settings, tensor_of
 
 _MODEL_TYPES = ("vit_mae", "vit")
 

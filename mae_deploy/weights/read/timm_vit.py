@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
-from mae_deploy.weights.read.check_names import check_names
-from mae_deploy.models.vit import OpenBlock, transformer_blocks
-from mae_deploy.weights.read.files import Source, tensor_of
 from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.models.vit import OpenBlock, transformer_blocks
+from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.files import Source, tensor_of
 
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
 """timm's names of licences, to SPDX's; others stay as timm writes them."""

@@ -15,11 +15,11 @@ from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.weights.read.convert import ImportOptions, import_weights
-from mae_deploy.weights.load import Loaded, model_of
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.write.foreign import ForeignModel, Library, architecture_of
 
 LIMIT = 2e-5

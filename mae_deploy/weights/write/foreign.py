@@ -13,10 +13,10 @@ from torch import Tensor
 from mae_deploy.checkpoint import NON_COMMERCIAL, Metadata
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.read.convert import OWN_RECORD, is_plain
-from mae_deploy.weights.load import Loaded, encoder_of
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.weights.load import Loaded, encoder_of
+from mae_deploy.weights.read.convert import OWN_RECORD, is_plain
 
 Library = Literal["original", "timm", "huggingface"]
 

@@ -13,10 +13,10 @@ from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.features import Features
 from mae_deploy.distill.objectives.hard_logits import HardLogits
 from mae_deploy.distill.objectives.labels import Labels
+from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled
 from mae_deploy.distill.objectives.relations import Relations
-from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap, Taps
 from tests.models.tiny_models import random_tensor, tiny_mae

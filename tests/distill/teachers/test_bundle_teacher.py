@@ -21,10 +21,10 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.run import run as export
 from mae_deploy.models.taps import Tap
-from mae_deploy.runtime.tensorrt import build as tensorrt_build
-from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from mae_deploy.runtime.tensorrt import build as tensorrt_build
+from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from tests.data.image_folders import write_noise
 from tests.distill.teachers.tiny_teachers import DEEP, FP32, batch_of, masking_of, ready
 from tests.export.tiny_exports import write_checkpoint

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.distill.config import TeacherConfig
-from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import tiny_mae

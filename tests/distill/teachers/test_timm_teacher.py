@@ -21,9 +21,9 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap
+from mae_deploy.models.vit import gather_tokens
 from mae_deploy.weights.frozen import normalised
 from mae_deploy.weights.timm_network import timm_licence
-from mae_deploy.models.vit import gather_tokens
 from tests.distill.teachers.tiny_teachers import batch_of, masking_of, ready
 
 STUDENT = EncoderConfig(name="student", image_size=(32, 48), patch_size=16, embed_dim=8, depth=1, num_heads=2)

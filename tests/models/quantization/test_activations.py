@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats, Observer, activation_scales, attention_scales
 from mae_deploy.models.quantization.histogram import Method
 from mae_deploy.models.quantization.rounding import FP8, eligible_linears
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array
 from tests.models.tiny_models import random_tensor, tiny_encoder, tiny_mae
 
 NAMES = eligible_linears(tiny_encoder())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.histogram import Histogram, Method
-from mae_deploy.images.preprocess import Array
 
 METHODS: tuple[Method, ...] = ("mse", "minmax", "percentile", "entropy")
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.quantization.fake_quant import fake_quantized
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats, Observer, activation_scales
 from mae_deploy.models.quantization.histogram import Method
 from mae_deploy.models.quantization.rounding import eligible_linears
 from mae_deploy.models.quantization.smoothing import assumed_absmax, bias_corrections, correct_biases, smooth, smoothed_stats, smoothing_divisors
 from mae_deploy.models.vit import Encoder
-from mae_deploy.images.preprocess import Array
 from tests.export.outlier_models import CONFIG, decibels, noisy_encoder, plant_outliers
 from tests.models.tiny_models import random_tensor, tiny_mae
 

@@ -1,0 +1,64 @@
+"""Config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mae_deploy.config import setting
+from mae_deploy.errors import ConfigError
+from mae_deploy.models.mask_config import check_shares
+from mae_deploy.training.config import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BenchmarkConfig:
+    """Settings of `mae-deploy benchmark`."""
+
+    bundles: tuple[Path, ...] = setting(argument=True)
+    """Bundle folders; everything is timed in turns, and compared with the first row."""
+    against: tuple[Path, ...] | None = None
+    """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
+    engine: tuple[str, ...] = ("auto",)
+    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle has an engine for this machine,
+    else the one on which it was proven, where it is installed."""
+    keep: tuple[int, ...] | None = None
+    """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
+    keep_ratio: tuple[float, ...] | None = None
+    """The same as shares of the patches; may be given beside --keep."""
+    batch_size: tuple[int, ...] | None = None
+    """Images a call, separated by commas; default: 1, or what a bundle is fixed to."""
+    images: Path | None = None
+    """Folder of images for the cosine with all patches, and for top-1 where they lie in folders named by class; default: the golden samples."""
+    num_images: int = 128
+    """At most this many of them, spread over the folder."""
+    probe: bool = True
+    """Measure load time and peak memory, each row in a fresh process."""
+    out: Path | None = None
+    """Folder to write the report to: benchmark.json, .md and .png."""
+    repeats: int = 30
+    """Timed rounds."""
+    warmup: int = 5
+    """Rounds before them that are not timed."""
+    threads: int | None = None
+    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    affinity: tuple[int, ...] | None = None
+    """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
+    seed: int = 0
+    """Seed of the random images and patches."""
+    device: Device = "cpu"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if min(self.keep or (1,)) < 1:
+            raise ConfigError(f"--keep {min(self.keep or ())} must be at least 1")
+        check_shares(self.keep_ratio)
+        if min(self.repeats, self.num_images, *(self.batch_size or ())) < 1 or self.warmup < 0:
+            raise ConfigError("--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0")
+        if not self.engine:
+            raise ConfigError("--engine needs at least one engine")
+
+    @property
+    def keeps(self) -> tuple[int | float, ...]:
+        """Counts (int) and shares (float) of the patches."""
+        return (*(self.keep or ()), *(self.keep_ratio or ())) or (0.25,)

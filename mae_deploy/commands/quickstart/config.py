@@ -1,0 +1,27 @@
+"""Config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.training.config import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class QuickstartConfig:
+    """Settings of `mae-deploy quickstart`."""
+
+    out: Path = Path("quickstart")
+    """Folder for data, runs, bundles and the report."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the few-label experiments; every accuracy is their mean."""
+    seed: int = 0
+    """Seed of pretraining and of the feature distillation."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+
+    def __post_init__(self) -> None:
+        if not self.seeds:
+            raise ConfigError("--seeds needs at least one seed")

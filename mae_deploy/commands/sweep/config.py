@@ -1,0 +1,67 @@
+"""Config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_deploy.config import section, setting
+from mae_deploy.errors import ConfigError
+from mae_deploy.evaluation.config import FeatureConfig, _check_knn, _check_share
+from mae_deploy.training.config import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SweepConfig:
+    """Settings of `mae-deploy sweep`."""
+
+    data: str = setting(argument=True)
+    """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of train without their labels."""
+    out: Path
+    """Folder of the experiment; the same command goes on where it was killed."""
+    mask_ratio: tuple[float, ...] | None = None
+    """Mask ratios to try, separated by commas: the paper's figure 5."""
+    over: str | None = None
+    """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or norm_pix_loss=true,false."""
+    labelled: Path | None = None
+    """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
+    recipe: str | None = None
+    """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
+    settings: tuple[str, ...] = setting((), flag="--set", repeated=True)
+    """Any setting of pretraining as section.key=value; may be repeated."""
+    knn: bool = True
+    """Judge by k-NN."""
+    linear: Literal["logistic", "ridge", "none"] = "logistic"
+    """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
+    finetune: bool = True
+    """Judge by fine-tuning."""
+    finetune_recipe: str | None = None
+    """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
+    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True)
+    """Any setting of fine-tuning as section.key=value; may be repeated."""
+    scratch: bool = False
+    """Also fine-tune the same network from random weights, for a line to compare with."""
+    k: int = 20
+    """Neighbours that vote."""
+    temperature: float = 0.07
+    """A neighbour's vote is exp(cosine / temperature)."""
+    held_out: float = 0.2
+    """Share of the labelled training images on which the linear probe chooses its regularisation."""
+    seeds: tuple[int, ...] = (0,)
+    """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
+    seed: int = 0
+    """Added to each of --seeds."""
+    device: Device = "auto"
+    """auto, cpu or cuda."""
+    features: FeatureConfig = section(FeatureConfig)
+
+    def __post_init__(self) -> None:
+        if (self.mask_ratio is None) == (self.over is None):
+            raise ConfigError("sweep needs what to vary, once", hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8")
+        if not self.seeds or len({*self.seeds}) < len(self.seeds):
+            raise ConfigError("--seeds needs at least one seed, and each once")
+        if not (self.knn or self.linear != "none" or self.finetune):
+            raise ConfigError("nothing would be judged", hint="leave one of --knn, --linear and --finetune on")
+        _check_knn((self.k,), self.temperature)
+        _check_share(self.held_out)

@@ -1,0 +1,52 @@
+"""Config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_deploy.config import setting
+from mae_deploy.training.config import Device
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ImportConfig:
+    """Settings of `mae-deploy import`."""
+
+    source: Path = setting(argument=True, flag="SRC")
+    """Weights of the original implementation, timm, Hugging Face, mmpretrain or MAE-Lite (.pth, .pth.tar, .bin, .safetensors, or a model folder)."""
+    out: Path
+    """Checkpoint folder to write."""
+    model: str | None = None
+    """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what config.json or the tensors say."""
+    image_size: tuple[int, int] | None = None
+    """Height and width, H[,W]; needed where the patches form no square; for another grid the position embeddings are interpolated."""
+    num_heads: int | None = None
+    """The encoder's attention heads; default: those of the model with this width, else head dim 64."""
+    decoder_num_heads: int | None = None
+    """The decoder's attention heads; default: head dim 32, as the original's."""
+    norm_pix_loss: bool | None = None
+    """Whether the decoder predicts normalised pixels; default: what the file says, else yes."""
+    license: str | None = None
+    """What the weights may be used for; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "cpu"
+    """Not used: weights are converted on the CPU."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExportWeightsConfig:
+    """Settings of `mae-deploy export-weights`."""
+
+    checkpoint: Path = setting(argument=True)
+    """A run folder, a checkpoint folder, or a weights file that import reads."""
+    to: Literal["timm", "huggingface", "original"]
+    """Who is to load it: timm or transformers (a model folder), or the original implementation (a .pth file)."""
+    out: Path
+    """Folder to write, or for original the .pth file."""
+    seed: int = 0
+    """Seed of the images that both models are compared on."""
+    device: Device = "cpu"
+    """Not used: weights are converted and compared on the CPU."""

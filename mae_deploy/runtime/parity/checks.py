@@ -1,0 +1,160 @@
+"""Checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import Engine, run_in_chunks
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
+from mae_deploy.runtime.parity.compare import Comparison, compare
+from mae_deploy.runtime.parity.invariances import Arrays, Variation, even_rows, joined, other_lengths, samples_alone, variations
+from mae_deploy.runtime.profiles import batch_that_fits
+from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
+
+GOLDEN = "golden"
+"""The check of the golden samples as they are; in all others they come in another form."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Check:
+    """One output in one check."""
+
+    name: str
+    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `sample alone`, `other neighbours` or `other lengths`."""
+    comparison: Comparison
+    failures: tuple[str, ...]
+    """What misses the tolerance; empty where all is met."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {"check": self.name, "passed": not self.failures, **self.comparison.to_dict()}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Verification:
+    """The result of `verify_bundle`."""
+
+    bundle: str
+    engine: str
+    engine_version: str
+    device: str
+    num_samples: int
+    tolerance: Tolerance
+    checks: tuple[Check, ...]
+
+    @property
+    def outputs(self) -> tuple[Check, ...]:
+        """The checks against PyTorch's outputs, one for each output."""
+        return tuple(check for check in self.checks if check.name == GOLDEN)
+
+    @property
+    def invariances(self) -> tuple[Check, ...]:
+        """The checks of the golden samples in other forms."""
+        return tuple(check for check in self.checks if check.name != GOLDEN)
+
+    @property
+    def outputs_pass(self) -> bool:
+        """Whether the outputs are PyTorch's, whatever the other checks found."""
+        return not any(check.failures for check in self.outputs)
+
+    @property
+    def failures(self) -> list[str]:
+        """Every miss, a line each."""
+        return [f"{check.name}: {failure}" for check in self.checks for failure in check.failures]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check met the tolerance."""
+        return not self.failures
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        return {
+            "passed": self.passed,
+            "bundle": self.bundle,
+            "engine": self.engine,
+            "engine_version": self.engine_version,
+            "device": self.device,
+            "num_samples": self.num_samples,
+            "tolerance": self.tolerance.to_dict(),
+            "outputs": [check.to_dict() for check in self.outputs],
+            "invariances": [check.to_dict() for check in self.invariances],
+            "failures": self.failures,
+        }
+
+
+def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
+    """`verify_bundle` on an engine that is loaded already.
+
+    Raises:
+        CheckFailed: the golden samples are not what was exported.
+        MaeDeployError: the engine refuses the samples.
+    """
+    golden = bundle.golden()
+    inputs = {name: golden[name] for name in bundle.input_names}
+    return Verification(
+        bundle=str(bundle.path),
+        engine=engine.name,
+        engine_version=engine.version,
+        device=engine.device,
+        num_samples=len(inputs[IMAGES]),
+        tolerance=judged_by(bundle, engine),
+        checks=tuple(_Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})),
+    )
+
+
+def judged_by(bundle: Bundle, engine: Engine) -> Tolerance:
+    """What every output must meet: the bundle's tolerance, or that of the precision in which TensorRT was told to compute an FP32 or INT8 bundle."""
+    return bundle.tolerance if _precision(bundle, engine) == bundle.precision else TOLERANCES[engine.precision]
+
+
+def _precision(bundle: Bundle, engine: Engine) -> str:
+    return engine.precision if engine.name == "tensorrt" else bundle.precision
+
+
+class _Checks:
+    """Runs an engine and judges its outputs."""
+
+    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+        self.bundle, self.engine = bundle, engine
+        self.is_fp32 = _precision(bundle, engine) == "fp32"
+        self.tolerance = judged_by(bundle, engine)
+
+    def all(self, inputs: Arrays, golden: Arrays) -> list[Check]:
+        """Every check of the golden samples."""
+        found = self._run(inputs)
+        checks = self._judge(GOLDEN, golden, found)
+        checks += self._judge("run again", found, self._run(inputs), None if self.is_fp32 else TOLERANCES["fp32"])
+        # FP32 is compared with itself, which finds what PyTorch's outputs would hide in their tolerance. Lower precisions are compared
+        # with PyTorch: the range of a dynamically quantised tensor spans the batch, so a sample with other neighbours is rounded
+        # otherwise, and two right answers, each off by the error that is allowed, differ by up to twice as much.
+        base = found if self.is_fp32 else golden
+        for variation in variations(self.bundle, inputs):
+            if all(self._takes(part) for part in variation.parts):
+                checks += self._vary(variation, base)
+        if self.bundle.token_mode == "ragged" and self.is_fp32:  # the golden file has no PyTorch outputs of other lengths
+            others = other_lengths(self.bundle, inputs)
+            alone = samples_alone(self.bundle, others)
+            if all(self._takes(part) for part in (others, *alone)):
+                checks += self._vary(Variation(name="other lengths", parts=alone), self._run(others))
+        return checks
+
+    def _takes(self, inputs: Arrays) -> bool:
+        """Whether the engine was made for this K, which may be for less than the graph is."""
+        return IDS_KEEP not in inputs or not self.engine.sizes or batch_that_fits(self.engine.sizes, 1, inputs[IDS_KEEP].shape[1]) is not None
+
+    def _vary(self, variation: Variation, base: Arrays) -> list[Check]:
+        expected, found = even_rows([variation.arranged(base), joined([self._run(part) for part in variation.parts])])
+        return self._judge(variation.name, expected, found)
+
+    def _run(self, inputs: Arrays) -> Arrays:
+        return run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=self.bundle.output_names)
+
+    def _judge(self, name: str, expected: Arrays, found: Arrays, tolerance: Tolerance | None = None) -> list[Check]:
+        checks = []
+        for output in self.bundle.output_names:
+            comparison = compare(expected[output], found[output], output)
+            checks.append(Check(name, comparison, tuple(comparison.failures(tolerance or self.tolerance))))
+        return checks

@@ -1,0 +1,36 @@
+"""Options."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mae_deploy.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildOptions:
+    """TensorRT."""
+
+    workspace: int = 4096
+    """Memory in MiB that a kernel may work in; a GPU with less gives what it has."""
+    optimization_level: int | None = None
+    """From 0 (short build) to 5 (long build, every kernel tried); default: TensorRT's own, 3."""
+    timing_cache: str = "auto"
+    """Folder where timings of kernels are kept for the next build, in a file for each TensorRT version, GPU and set of options;
+    auto: ~/.cache/mae-deploy/tensorrt; off: none."""
+    hardware_compatible: Literal["none", "same", "ampere"] = "none"
+    """Which other GPUs the engine also runs on, at a cost in speed: none; same: all of this compute capability (TensorRT 10.9 or later);
+    ampere: all from compute capability 8.0 on."""
+    version_compatible: bool = False
+    """Let later TensorRT versions of the same major run the engine."""
+    strip: bool = False
+    """Leave the weights out of the engine file and take them from the bundle's graph when it is loaded (TensorRT 10 or later)."""
+    refit: bool = False
+    """Let other weights be put into the engine later."""
+
+    def __post_init__(self) -> None:
+        if self.workspace < 1:
+            raise ConfigError(f"--workspace {self.workspace} must be at least 1 MiB")
+        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
+            raise ConfigError(f"--optimization-level {self.optimization_level} must be within 0 and 5")
