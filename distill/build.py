@@ -34,7 +34,13 @@ def objective_weights(config: DistillConfig, kind: RunKind, *, masked: bool) -> 
     Raises:
         ConfigError: none has a weight, or one has that there cannot be in this kind of run.
     """
-    features, relation, decoder, pooled, logits = config.features, config.relation, config.decoder_features, config.pooled, config.logits
+    features, relation, decoder, pooled, logits = (
+        config.features,
+        config.relation,
+        config.decoder_features,
+        config.pooled,
+        config.logits,
+    )
     on_features = kind == "features"
     weights = {
         "feature": Weight(_given(features.feature_weight, on_features), features.feature_schedule),
@@ -49,22 +55,32 @@ def objective_weights(config: DistillConfig, kind: RunKind, *, masked: bool) -> 
     }
     found = {name: weight for name, weight in weights.items() if weight.value > 0}
     if not found:
-        raise ConfigError("every objective has weight 0", hint="such as --feature-weight 1 or --pixel-weight 1" if on_features else "such as --logits-weight 1")
+        raise ConfigError(
+            "every objective has weight 0",
+            hint="such as --feature-weight 1 or --pixel-weight 1" if on_features else "such as --logits-weight 1",
+        )
     if config.edge.outlier_weight > 0:
         found["outlier"] = Weight(config.edge.outlier_weight, config.edge.outlier_schedule)
     for name in ("pixel", "decoder_feature"):
         flag = f"--{name.replace('_', '-')}-weight"
         if name in found and not on_features:
-            raise ConfigError(f"{flag} needs the student's decoder, which a classifier has not", hint="use --objective features")
+            raise ConfigError(
+                f"{flag} needs the student's decoder, which a classifier has not", hint="use --objective features"
+            )
         if name in found and not masked:
             raise ConfigError(
-                f"{flag} needs masked patches to predict, and the student sees whole images", hint=f"pass {flag} 0, or hide some patches in every step"
+                f"{flag} needs masked patches to predict, and the student sees whole images",
+                hint=f"pass {flag} 0, or hide some patches in every step",
             )
     return found
 
 
 def build_objectives(
-    weights: dict[str, Weight], config: DistillConfig, student: Encoder, teacher: Teacher, quantizer: Quantizer | None = None
+    weights: dict[str, Weight],
+    config: DistillConfig,
+    student: Encoder,
+    teacher: Teacher,
+    quantizer: Quantizer | None = None,
 ) -> dict[str, Objective]:
     """The objectives of these weights, in this order.
 
@@ -72,15 +88,21 @@ def build_objectives(
         quantizer: what sees the inputs of the student's Linears, where outliers have a weight.
 
     Raises:
-        ConfigError: a block that student or teacher has not, widths that need a projector, a teacher without blocks or without logits.
+        ConfigError: a block that student or teacher has not, widths that need a projector, a teacher without blocks or
+            without logits.
     """
     for name in ("feature", "relation", "attention"):
         if name in weights and teacher.depth == 0:
             raise ConfigError(
-                f"--{name}-weight compares blocks, and the teacher is no ViT", hint=f"pass --{name}-weight 0, and match --pooled-weight or logits"
+                f"--{name}-weight compares blocks, and the teacher is no ViT",
+                hint=f"pass --{name}-weight 0, and match --pooled-weight or logits",
             )
     objectives = {name: _BUILDERS[name](config, student, teacher) for name in weights if name != "outlier"}
-    return objectives if quantizer is None or "outlier" not in weights else objectives | {"outlier": Outliers(quantizer.penalty)}
+    return (
+        objectives
+        if quantizer is None or "outlier" not in weights
+        else objectives | {"outlier": Outliers(quantizer.penalty)}
+    )
 
 
 def resolve_block(block: int | None, depth: int, flag: str) -> int:
@@ -116,7 +138,9 @@ def _features(config: DistillConfig, student: Encoder, teacher: Teacher) -> Obje
     teacher_block = resolve_block(settings.teacher_block, teacher.depth, "--teacher-block")
     default = resolve_block(settings.student_block, depth, "--student-block"), teacher_block
     pairs = _pairs(settings.feature_blocks, default, (depth, teacher.depth), "--feature-blocks")
-    return Features(pairs, student.config.width, teacher.width, loss=settings.feature_loss, projector_kind=settings.projector)
+    return Features(
+        pairs, student.config.width, teacher.width, loss=settings.feature_loss, projector_kind=settings.projector
+    )
 
 
 def _relations(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
@@ -128,24 +152,44 @@ def _relations(config: DistillConfig, student: Encoder, teacher: Teacher) -> Obj
 
 def _attention(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
     depths = len(student.blocks), teacher.depth
-    return AttentionMaps(_pairs(config.relation.attention_blocks, depths, depths, "--attention-blocks"), student.config.heads, teacher.num_heads)
+    return AttentionMaps(
+        _pairs(config.relation.attention_blocks, depths, depths, "--attention-blocks"),
+        student.config.heads,
+        teacher.num_heads,
+    )
 
 
 def _decoder_features(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
     settings = config.decoder_features
     assert isinstance(student, MaskedAutoencoder)
     if teacher.decoder_depth == 0:
-        raise ConfigError("the teacher has no decoder", hint="take the pretrained autoencoder as --teacher, or --decoder-feature-weight 0")
+        raise ConfigError(
+            "the teacher has no decoder",
+            hint="take the pretrained autoencoder as --teacher, or --decoder-feature-weight 0",
+        )
     depths = student.decoder_config.decoder_depth, teacher.decoder_depth
     ((own, its),) = _pairs(settings.decoder_blocks, (depths[0], -(-depths[1] // 2)), depths, "--decoder-blocks")
     width = student.decoder_config.decoder_embed_dim
-    return DecoderFeatures(own, its, width, teacher.decoder_width, loss=settings.decoder_feature_loss, patches=settings.decoder_feature_patches)
+    return DecoderFeatures(
+        own,
+        its,
+        width,
+        teacher.decoder_width,
+        loss=settings.decoder_feature_loss,
+        patches=settings.decoder_feature_patches,
+    )
 
 
 def _vector(vector: Vector) -> Callable[[DistillConfig, Encoder, Teacher], Objective]:
     def build(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
         settings = config.pooled
-        return Pooled(vector, student.config.width, teacher.width, loss=settings.pooled_loss, projector_kind=settings.pooled_projector)
+        return Pooled(
+            vector,
+            student.config.width,
+            teacher.width,
+            loss=settings.pooled_loss,
+            projector_kind=settings.pooled_projector,
+        )
 
     return build
 
@@ -157,7 +201,10 @@ def _pixels(config: DistillConfig, student: Encoder, teacher: Teacher) -> Object
 
 def _logits(config: DistillConfig, student: Encoder, teacher: Teacher) -> Objective:
     if teacher.num_classes is None:
-        raise ConfigError(f"logits need a fine-tuned teacher, this one is a {teacher.kind}", hint="finetune it first, or use --objective features")
+        raise ConfigError(
+            f"logits need a fine-tuned teacher, this one is a {teacher.kind}",
+            hint="finetune it first, or use --objective features",
+        )
     settings = config.logits
     if settings.logits_loss == "hard":
         return HardLogits()

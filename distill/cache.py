@@ -1,7 +1,9 @@
-"""A teacher's answers on disk: an image whose view comes again does not need the teacher again (Shen and Xing, FKD: https://arxiv.org/abs/2112.01528).
+"""A teacher's answers on disk: an image whose view comes again does not need the teacher again (Shen and Xing, FKD:
+https://arxiv.org/abs/2112.01528).
 
-An answer is a function of the image and of the number of its fixed view, which stands for the augmentation and the mask; everything else that
-it depends on names the folder. Answers are kept and given in FP16, also the first time: what a run computes does not depend on what was there.
+An answer is a function of the image and of the number of its fixed view, which stands for the augmentation and the
+mask; everything else that it depends on names the folder. Answers are kept and given in FP16, also the first time: what
+a run computes does not depend on what was there.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from mae_deploy.training.step import StepBatch, to_device
 _INDEX = "index.json"
 
 _EXAMPLES = 2
-"""Blank images that the teacher answers once, for the shapes of its answers. Of one, `torch.compile` would take the number for a constant."""
+"""Blank images that the teacher answers once, for the shapes of its answers. Of one, `torch.compile` would take the
+number for a constant."""
 
 _LARGEST = torch.finfo(torch.float16).max
 
@@ -58,14 +61,24 @@ class Part(NamedTuple):
 class CachedTeacher:
     """Answers like the teacher, in FP16's precision, from the disk where it can."""
 
-    def __init__(self, teacher: Teacher, store: RowStore, parts: tuple[Part, ...], *, num_images: int, device: torch.device, masked: bool, main: bool) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        store: RowStore,
+        parts: tuple[Part, ...],
+        *,
+        num_images: int,
+        device: torch.device,
+        masked: bool,
+        main: bool,
+    ) -> None:
         """Put a cache before a teacher.
 
         Args:
             parts: what a row holds.
             num_images: of the data set.
-            masked: an image's mask is that of its view, and its answer is kept as the mask leaves it; else the answer to the whole image is kept,
-                and what a mask leaves is picked of it.
+            masked: an image's mask is that of its view, and its answer is kept as the mask leaves it; else the answer
+                to the whole image is kept, and what a mask leaves is picked of it.
             main: this process says what the cache was good for.
         """
         self.teacher = teacher
@@ -104,11 +117,19 @@ class CachedTeacher:
         self.store.close()
         if self.main:
             size = _size(self.store.on_disk())
-            notice("teacher cache:", f"{self.read:,} answers read, {self.computed:,} computed; {size} in {self.store.folder}")
+            notice(
+                "teacher cache:",
+                f"{self.read:,} answers read, {self.computed:,} computed; {size} in {self.store.folder}",
+            )
 
     def _read(self, numbers: Tensor) -> tuple[Tensor, Tensor]:
         """FP16 `(B, row)` on the device, and `(B,)` on the host: which rows were there."""
-        rows = torch.empty(len(numbers), sum(part.numel for part in self.parts), dtype=torch.float16, pin_memory=self.device.type == "cuda")
+        rows = torch.empty(
+            len(numbers),
+            sum(part.numel for part in self.parts),
+            dtype=torch.float16,
+            pin_memory=self.device.type == "cuda",
+        )
         found = self.store.read(numbers.numpy(), rows.view(torch.uint8).numpy())
         return rows.to(self.device, non_blocking=True), torch.from_numpy(found)
 
@@ -127,11 +148,17 @@ class CachedTeacher:
                 self.store.write(numbers.numpy(), rows.view(torch.uint8).numpy())
             except OSError as error:
                 self._full = True
-                notice("teacher cache:", f"cannot write to {self.store.folder} ({error}); the run goes on with what is there")
+                notice(
+                    "teacher cache:",
+                    f"cannot write to {self.store.folder} ({error}); the run goes on with what is there",
+                )
 
     def _unpack(self, rows: Tensor) -> Taps:
         split = rows.split([part.numel for part in self.parts], dim=1)
-        return {part.tap: values.reshape(len(rows), *part.shape).float() for part, values in zip(self.parts, split, strict=True)}
+        return {
+            part.tap: values.reshape(len(rows), *part.shape).float()
+            for part, values in zip(self.parts, split, strict=True)
+        }
 
 
 def open_cache(
@@ -155,14 +182,16 @@ def open_cache(
         main: this process says how large the cache is.
 
     Raises:
-        ConfigError: its folder cannot be written, the disk has no room for it, or the teacher sees patches that each step draws anew.
+        ConfigError: its folder cannot be written, the disk has no room for it, or the teacher sees patches that each
+            step draws anew.
     """
     if settings.teacher_cache is None:
         raise ValueError("there is no folder for a cache")
     masked = masks.settings is not None
     if masks.ever and not masked and not whole:
         raise ConfigError(
-            "--teacher-cache keeps the teacher's answers to patches that come again, and --keep-ratio draws others in each step",
+            "--teacher-cache keeps the teacher's answers to patches that come again, and --keep-ratio draws others in"
+            " each step",
             hint="pass --teacher-view whole, or one --keep-ratio",
         )
     of = {
@@ -184,9 +213,17 @@ def open_cache(
     try:
         store = RowStore(folder, 2 * sum(part.numel for part in parts))
         _check_room(store, settings.teacher_cache, len(dataset) * settings.fixed_views, main=main)
-        write_json(folder / _INDEX, {"of": of, "taps": [{"kind": part.tap.kind, "block": part.tap.block, "shape": list(part.shape)} for part in parts]})
+        write_json(
+            folder / _INDEX,
+            {
+                "of": of,
+                "taps": [{"kind": part.tap.kind, "block": part.tap.block, "shape": list(part.shape)} for part in parts],
+            },
+        )
     except OSError as error:
-        raise ConfigError(f"--teacher-cache {settings.teacher_cache}: {error}", hint="give a folder that can be written") from error
+        raise ConfigError(
+            f"--teacher-cache {settings.teacher_cache}: {error}", hint="give a folder that can be written"
+        ) from error
     return CachedTeacher(teacher, store, parts, num_images=len(dataset), device=device, masked=masked, main=main)
 
 
@@ -214,18 +251,23 @@ def _check_room(store: RowStore, cache: Path, num_rows: int, *, main: bool) -> N
     whole, there, free = num_rows * store.stride, store.on_disk(), shutil.disk_usage(store.folder).free
     if whole - there > free:
         raise ConfigError(
-            f"--teacher-cache {cache}: {num_rows:,} answers of {_size(store.stride)} take {_size(whole)}, {_size(there)} are there, {_size(free)} are free",
+            f"--teacher-cache {cache}: {num_rows:,} answers of {_size(store.stride)} take {_size(whole)},"
+            f" {_size(there)} are there, {_size(free)} are free",
             hint="take fewer --fixed-views, another disk, or objectives that need less of the teacher",
         )
     if main:
         notice(
-            "teacher cache:", f"{num_rows:,} answers of {_size(store.stride)}: {_size(whole)}, {_size(there)} of it in {store.folder}; {_size(free)} are free"
+            "teacher cache:",
+            f"{num_rows:,} answers of {_size(store.stride)}: {_size(whole)}, {_size(there)} of it in {store.folder};"
+            f" {_size(free)} are free",
         )
 
 
 def _rows_of(batch: StepBatch, rows: Tensor, places: Tensor) -> StepBatch:
     """Some rows of a batch, numbered on the host and on the device."""
-    return replace(batch, images=batch.images[places], labels=batch.labels[places], items=batch.items[rows], view=batch.view[rows])
+    return replace(
+        batch, images=batch.images[places], labels=batch.labels[places], items=batch.items[rows], view=batch.view[rows]
+    )
 
 
 def _size(count: int) -> str:

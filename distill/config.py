@@ -37,7 +37,8 @@ class FeatureConfig:
     """Features."""
 
     mask_ratio: float = 0.75
-    """Share of the patches that the student does not see, in runs on features; 0: it sees the whole image (TinyMIM), and reconstructs nothing."""
+    """Share of the patches that the student does not see, in runs on features; 0: it sees the whole image (TinyMIM),
+    and reconstructs nothing."""
     teacher_block: int | None = None
     """The teacher's block whose output is matched, counted from 1; default: at 3/4 of its depth."""
     student_block: int | None = None
@@ -45,13 +46,15 @@ class FeatureConfig:
     feature_blocks: Blocks | None = None
     """Other pairs of blocks in place of these two, STUDENT:TEACHER, such as 6:12,12:24 or last:last."""
     feature_weight: float | None = None
-    """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs on features, else 0."""
+    """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs
+    on features, else 0."""
     feature_loss: Distance = "smooth_l1"
     """That distance; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
     projector: Projector = "linear"
     """From the student's width to the teacher's: linear, mlp (two layers) or none, where the widths are the same."""
     pixel_weight: float | None = None
-    """Weight of the student's own reconstruction loss; default: 1 where there is a mask in a run on features, else 0."""
+    """Weight of the student's own reconstruction loss; default: 1 where there is a mask in a run on features, else
+    0."""
     feature_schedule: Schedule | None = setting(None, hidden=True)
     """Factor of --feature-weight over the run: [[share of the run, factor], ...]."""
     pixel_schedule: Schedule | None = setting(None, hidden=True)
@@ -98,9 +101,11 @@ class DecoderFeatureConfig:
     """Decoder features."""
 
     decoder_feature_weight: float = 0.0
-    """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher needs its decoder."""
+    """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher
+    needs its decoder."""
     decoder_blocks: Blocks | None = None
-    """The pair of decoder blocks, STUDENT:TEACHER; default: the student's last and the teacher's at half of its decoder's depth (G2SD: 4 of 8)."""
+    """The pair of decoder blocks, STUDENT:TEACHER; default: the student's last and the teacher's at half of its
+    decoder's depth (G2SD: 4 of 8)."""
     decoder_feature_loss: Distance = "smooth_l1"
     """That distance."""
     decoder_feature_patches: Literal["masked", "all"] = "masked"
@@ -142,8 +147,8 @@ class LogitsConfig:
     unlabelled: Path | None = None
     """More images without labels, from which the student learns the teacher's logits."""
     logits_loss: Literal["kl", "hard", "dist"] = "kl"
-    """kl: the divergence from the teacher's distribution; hard: the cross-entropy with its decision (DeiT); dist: the correlation with its
-    distribution over classes and over images (DIST)."""
+    """kl: the divergence from the teacher's distribution; hard: the cross-entropy with its decision (DeiT); dist: the
+    correlation with its distribution over classes and over images (DIST)."""
     temperature: float = 1.0
     """Temperature of the softmax on both sides, of kl and dist; the loss is multiplied by its square."""
     logits_weight: float = 1.0
@@ -178,17 +183,18 @@ class TeacherConfig:
     teacher_weights: Path | None = None
     """The weights of --teacher timm:NAME: a file or a model folder of timm's; nothing is downloaded."""
     teacher_view: Literal["visible", "whole"] = "visible"
-    """What the teacher sees where the student sees some patches: the same, or the whole image, of which the student's patches are picked."""
+    """What the teacher sees where the student sees some patches: the same, or the whole image, of which the student's
+    patches are picked."""
     teacher_grid: Literal["resize", "interpolate"] = "resize"
-    """Where its patches are more or fewer than the student's: resize shows it the image at the size at which they are as many; interpolate shows it
-    its own size, and resamples the maps of its tokens (whole images only)."""
+    """Where its patches are more or fewer than the student's: resize shows it the image at the size at which they are
+    as many; interpolate shows it its own size, and resamples the maps of its tokens (whole images only)."""
     teacher_precision: Precision = "auto"
     """Arithmetic of the teacher: fp32, bf16, fp16; auto is bf16 where the device multiplies in it, else fp32."""
     teacher_compile: bool = False
     """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
     teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt"] = "auto"
-    """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt (TensorRT), auto is the one on
-    which the bundle was proven."""
+    """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt
+    (TensorRT), auto is the one on which the bundle was proven."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +202,8 @@ class CacheConfig:
     """Feature cache."""
 
     teacher_cache: Path | None = None
-    """Keep the teacher's answers in this folder, and run the teacher only for images whose answers are not there yet; needs --fixed-views."""
+    """Keep the teacher's answers in this folder, and run the teacher only for images whose answers are not there yet;
+    needs --fixed-views."""
     fixed_views: int = 0
     """Augmentations and masks of each image in all, which the epochs take in turn; 0: every epoch draws new ones."""
 
@@ -205,7 +212,8 @@ class CacheConfig:
             raise ConfigError(f"--fixed-views {self.fixed_views} cannot be negative")
         if self.teacher_cache is not None and self.fixed_views == 0:
             raise ConfigError(
-                "--teacher-cache keeps answers to views that come again, and without --fixed-views every epoch has views of its own",
+                "--teacher-cache keeps answers to views that come again, and without --fixed-views every epoch has"
+                " views of its own",
                 hint="add --fixed-views, such as 1 for whole images without augmentation, 4 for crops",
             )
 
@@ -215,8 +223,9 @@ class EdgeConfig:
     """Quantisation-aware distillation."""
 
     quantize: Literal["none", "dynamic", "static"] = "none"
-    """Round the student's Linears in training as an INT8 export will: dynamic as for ONNX Runtime, with ranges found at run time; static as for OpenVINO
-    and TensorRT, with ranges from the training images. The checkpoint holds plain weights either way."""
+    """Round the student's Linears in training as an INT8 export will: dynamic as for ONNX Runtime, with ranges found at
+    run time; static as for OpenVINO and TensorRT, with ranges from the training images. The checkpoint holds plain
+    weights either way."""
     quantize_from: float = 0.5
     """Share of the run after which the student is rounded."""
     outlier_weight: float = 0.0
@@ -224,7 +233,8 @@ class EdgeConfig:
     outlier_schedule: Schedule | None = setting(None, hidden=True)
     """See feature_schedule."""
     ranges_observed: int = setting(50, hidden=True)
-    """Into how many parts a run is split, from each of which static ranges are taken once: it costs some 30 ms a Linear."""
+    """Into how many parts a run is split, from each of which static ranges are taken once: it costs some 30 ms a
+    Linear."""
     ranges_until: float = setting(0.9, hidden=True)
     """Share of the run from which static ranges stay what they are."""
     smooth_quant: bool = setting(True, hidden=True)
@@ -255,13 +265,15 @@ class ShapeConfig:
     """Student."""
 
     student_width: int | None = None
-    """Width of the student's tokens; default: its model's. A multiple of 64 keeps heads of 64, which TensorRT fuses in INT8."""
+    """Width of the student's tokens; default: its model's. A multiple of 64 keeps heads of 64, which TensorRT fuses in
+    INT8."""
     student_depth: int | None = None
     """The student's blocks; default: its model's."""
     student_heads: int | None = None
     """The student's attention heads; default: its model's, with --student-width one for every 64 of it."""
     init_blocks: SliceBlocks = "even"
-    """Which of its blocks the student gets with --init teacher: even, spread from the first to the last, or first, the first ones."""
+    """Which of its blocks the student gets with --init teacher: even, spread from the first to the last, or first, the
+    first ones."""
 
     def __post_init__(self) -> None:
         for name in ("student_width", "student_depth", "student_heads"):
@@ -276,23 +288,29 @@ class DistillConfig:
     data: Path = setting(argument=True)
     """Any tree of images for features; DATA/train/<class>/… and DATA/val/<class>/… for logits."""
     teacher: Path
-    """The teacher: a run folder, a checkpoint folder, a weights file, a bundle, or timm:NAME with --teacher-weights; a fine-tuned one for logits."""
+    """The teacher: a run folder, a checkpoint folder, a weights file, a bundle, or timm:NAME with --teacher-weights; a
+    fine-tuned one for logits."""
     student: str = setting(flag="--student")
-    """The student's model, such as vit_tiny_patch16 (see pretrain --help); --student-width and the like change its shape."""
+    """The student's model, such as vit_tiny_patch16 (see pretrain --help); --student-width and the like change its
+    shape."""
     out: Path
     """Run folder to write."""
     objective: Literal["auto", "features", "logits"] = "auto"
-    """Match features on visible patches while the student reconstructs, or logits; auto: logits where the teacher is fine-tuned."""
+    """Match features on visible patches while the student reconstructs, or logits; auto: logits where the teacher is
+    fine-tuned."""
     init: Path | None = None
-    """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads and channels; default: random."""
+    """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads
+    and channels; default: random."""
     image_size: tuple[int, int] | None = None
-    """The student's input height and width, H[,W]; default: the teacher's. The teacher sees the image at the size where its patches match."""
+    """The student's input height and width, H[,W]; default: the teacher's. The teacher sees the image at the size where
+    its patches match."""
     patch_size: int | None = None
     """Side of the student's patch in pixels; default: its model's."""
     keep_ratio: tuple[float, float] | None = None
-    """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as many of its patches, so that one
-    student serves every number of patches; one share fixes it. With logits, the teacher sees the whole image; with features, it takes the place of
-    --mask-ratio. Default: all patches with logits, --mask-ratio with features."""
+    """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as
+    many of its patches, so that one student serves every number of patches; one share fixes it. With logits, the
+    teacher sees the whole image; with features, it takes the place of --mask-ratio. Default: all patches with logits,
+    --mask-ratio with features."""
     resume: bool = False
     """Go on with the run in --out, or start it if it is not there."""
     seed: int = 0
@@ -317,7 +335,10 @@ class DistillConfig:
     def __post_init__(self) -> None:
         check_keep_ratio(self.keep_ratio)
         if self.shape.init_blocks != "even" and self.init != FROM_TEACHER:
-            raise ConfigError(f"--init-blocks {self.shape.init_blocks} says which of the teacher's blocks to take", hint="add --init teacher")
+            raise ConfigError(
+                f"--init-blocks {self.shape.init_blocks} says which of the teacher's blocks to take",
+                hint="add --init teacher",
+            )
 
 
 def block_pairs(written: Blocks | None, flag: str) -> tuple[tuple[int, int], ...] | None:
@@ -332,10 +353,16 @@ def block_pairs(written: Blocks | None, flag: str) -> tuple[tuple[int, int], ...
     for text in written:
         first, colon, second = text.partition(":")
         if not (colon and all(block.isdecimal() or block == "last" for block in (first, second))):
-            raise ConfigError(f"{flag} {text} is no pair of blocks", hint="write STUDENT:TEACHER, such as 9:18 or last:last, and in a recipe with quotes")
+            raise ConfigError(
+                f"{flag} {text} is no pair of blocks",
+                hint="write STUDENT:TEACHER, such as 9:18 or last:last, and in a recipe with quotes",
+            )
         pairs.append((_block(first), _block(second)))
     if not pairs or len(set(pairs)) < len(pairs):
-        raise ConfigError(f"{flag} {','.join(written)} names no pair of blocks, or one of them twice", hint="write STUDENT:TEACHER, such as 6:12,12:24")
+        raise ConfigError(
+            f"{flag} {','.join(written)} names no pair of blocks, or one of them twice",
+            hint="write STUDENT:TEACHER, such as 6:12,12:24",
+        )
     return tuple(pairs)
 
 
@@ -344,7 +371,8 @@ def _block(written: str) -> int:
 
 
 def check_weights(config: Any) -> None:
-    """Whether weights and the factors of their schedules are finite and at least 0, and schedules run from the start to the end.
+    """Whether weights and the factors of their schedules are finite and at least 0, and schedules run from the start to
+    the end.
 
     Raises:
         ConfigError: names the setting.
@@ -359,7 +387,10 @@ def check_weights(config: Any) -> None:
             if not rising or not all(0 <= factor < math.inf for _, factor in value):
                 raise ConfigError(
                     f"{field.name} {[list(point) for point in value]} is no schedule",
-                    hint="write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1], [0.5, 1], [1, 0]]",
+                    hint=(
+                        "write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1],"
+                        " [0.5, 1], [1, 0]]"
+                    ),
                 )
 
 

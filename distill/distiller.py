@@ -14,12 +14,15 @@ from mae_deploy.models.vit import Encoder
 
 
 class Distiller(nn.Module):
-    """A student and its objectives. One forward pass of the student serves them all, and runs no more of it than they need.
+    """A student and its objectives. One forward pass of the student serves them all, and runs no more of it than they
+    need.
 
     Parts of the student that no objective reaches are frozen: without a gradient they would stall distributed training.
     """
 
-    def __init__(self, student: Encoder, objectives: Mapping[str, Objective], quantizer: Quantizer | None = None) -> None:
+    def __init__(
+        self, student: Encoder, objectives: Mapping[str, Objective], quantizer: Quantizer | None = None
+    ) -> None:
         super().__init__()
         self.student = student
         self.quantizer = quantizer  # a part of the run's state: it holds the ranges that the student is rounded with
@@ -29,7 +32,9 @@ class Distiller(nn.Module):
         for part in unreached(student, self.student_taps):
             part.requires_grad_(False)
 
-    def forward(self, images: Tensor, labels: Tensor, masking: Masking | None, answers: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    def forward(
+        self, images: Tensor, labels: Tensor, masking: Masking | None, answers: tuple[Tensor, ...]
+    ) -> dict[str, Tensor]:
         """Each objective's loss, unweighted.
 
         Args:
@@ -39,7 +44,10 @@ class Distiller(nn.Module):
             answers: the teacher's `teacher_taps`, in their order.
         """
         view = View(images, labels, masking)
-        student, teacher = tapped(self.student, images, self.student_taps, masking), dict(zip(self.teacher_taps, answers, strict=True))
+        student, teacher = (
+            tapped(self.student, images, self.student_taps, masking),
+            dict(zip(self.teacher_taps, answers, strict=True)),
+        )
         return {name: objective(student, teacher, view) for name, objective in self.objectives.items()}
 
 

@@ -34,11 +34,15 @@ class Masks:
     @property
     def ever(self) -> bool:
         """Whether there are masked patches in any step."""
-        return (self.kept.least if self.kept is not None else num_keep(self.num_patches, self.mask_ratio)) < self.num_patches
+        return (
+            self.kept.least if self.kept is not None else num_keep(self.num_patches, self.mask_ratio)
+        ) < self.num_patches
 
     @property
     def settings(self) -> dict[str, float] | None:
-        """What the patches that an image is seen by follow from, beside the seed; None where they are all, or their number changes from step to step."""
+        """What the patches that an image is seen by follow from, beside the seed; None where they are all, or their
+        number changes from step to step.
+        """
         if self.kept is None:
             return {"mask_ratio": self.mask_ratio} if self.ever else None
         return {"kept": self.kept.most} if self.kept.least == self.kept.most < self.num_patches else None

@@ -17,7 +17,8 @@ from mae_deploy.training.config import Sharding
 
 
 def student_quantizer(student: Encoder, config: EdgeConfig, *, sharding: Sharding) -> Quantizer | None:
-    """What rounds the student's Linears in training, put into it in place; None where nothing is to be rounded or penalised.
+    """What rounds the student's Linears in training, put into it in place; None where nothing is to be rounded or
+    penalised.
 
     Raises:
         ConfigError: the student's weights are not whole on each device.
@@ -25,8 +26,15 @@ def student_quantizer(student: Encoder, config: EdgeConfig, *, sharding: Shardin
     if config.quantize == "none" and config.outlier_weight == 0:
         return None
     if sharding == "fsdp2":
-        flag = f"--quantize {config.quantize}" if config.quantize != "none" else f"--outlier-weight {config.outlier_weight:g}"
-        raise ConfigError(f"{flag} with --sharding fsdp2: ranges need whole weights", hint="leave --sharding out, a student fits on one device")
+        flag = (
+            f"--quantize {config.quantize}"
+            if config.quantize != "none"
+            else f"--outlier-weight {config.outlier_weight:g}"
+        )
+        raise ConfigError(
+            f"{flag} with --sharding fsdp2: ranges need whole weights",
+            hint="leave --sharding out, a student fits on one device",
+        )
     policy = Policy(
         static=config.quantize == "static",
         smooth_alpha=config.smooth_alpha if config.smooth_quant else None,

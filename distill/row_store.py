@@ -1,8 +1,9 @@
 """Rows of bytes on disk, each with a seal: what a kill left half written, and what a disk has damaged, does not count.
 
-A row is written at its own place by one call, together with its seal, so any number of processes may write to the same files without a lock: the worst that can
-happen is that a row does not fit its seal, and is written again. Reads and writes by position, not a memory map: on a full disk a map ends the process
-with SIGBUS, and a file that somebody has cut short does too.
+A row is written at its own place by one call, together with its seal, so any number of processes may write to the same
+files without a lock: the worst that can happen is that a row does not fit its seal, and is written again. Reads and
+writes by position, not a memory map: on a full disk a map ends the process with SIGBUS, and a file that somebody has
+cut short does too.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 _SEAL_BYTES = 8
-"""Before each row: 2**32 + the CRC of its bytes, which starts from its number. A hole in a file reads as 0, which is the seal of no row."""
+"""Before each row: 2**32 + the CRC of its bytes, which starts from its number. A hole in a file reads as 0, which is
+the seal of no row."""
 
 _SHARD_BYTES = 2**30
 
@@ -25,7 +27,9 @@ _READERS = 4
 
 
 class RowStore:
-    """Rows of equal length, by number, in files of about a gigabyte that are as large on disk as the rows that were written."""
+    """Rows of equal length, by number, in files of about a gigabyte that are as large on disk as the rows that were
+    written.
+    """
 
     def __init__(self, folder: Path, row_bytes: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +43,9 @@ class RowStore:
         self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="rows")
 
     def read(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:
-        """Read rows `(n, bytes)`, in place; returns `(n,)`: which of them are there. Of the others, the content is anything."""
+        """Read rows `(n, bytes)`, in place; returns `(n,)`: which of them are there. Of the others, the content is
+        anything.
+        """
         try:
             for shard in np.unique(numbers // self._per_shard):
                 self._file(int(shard))

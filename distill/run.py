@@ -67,13 +67,18 @@ def run(config: DistillConfig) -> dict[str, Any]:
     """
     teacher = open_teacher(config.teacher, config.teaching)
     encoder = student_encoder(config, image_size=teacher.preprocess.image_size, in_chans=teacher.preprocess.channels)
-    kind: RunKind = config.objective if config.objective != "auto" else "logits" if teacher.kind == "classifier" else "features"
+    kind: RunKind = (
+        config.objective if config.objective != "auto" else "logits" if teacher.kind == "classifier" else "features"
+    )
     spec = config.images.preprocess(encoder.image_size, encoder.in_chans, teacher.preprocess)
     init = read_start(config)
     masks = Masks(config, kind, encoder)
     weights = objective_weights(config, kind, masked=masks.always)
     if kind == "features" and config.logits.unlabelled is not None:
-        raise ConfigError("--unlabelled is for runs on logits; a run on features needs no labels in DATA either", hint="put all images below DATA")
+        raise ConfigError(
+            "--unlabelled is for runs on logits; a run on features needs no labels in DATA either",
+            hint="put all images below DATA",
+        )
     data = _unlabelled(config) if kind == "features" else _labelled(config, teacher)
     model = _distiller(config, encoder, data, init, teacher, weights)
     whole = kind == "logits" or config.teaching.teacher_view == "whole"
@@ -81,14 +86,24 @@ def run(config: DistillConfig) -> dict[str, Any]:
         teacher.watch(model.teacher_taps, student=encoder, spec=spec)
         check_view(teacher, masked=masks.ever, whole=whole)
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
-    dataset = train_dataset(data.train, train_transform(spec, config.augment), config.images, seed=config.seed, fixed_views=config.caching.fixed_views)
+    dataset = train_dataset(
+        data.train,
+        train_transform(spec, config.augment),
+        config.images,
+        seed=config.seed,
+        fixed_views=config.caching.fixed_views,
+    )
     answers = _answers(config, teacher, dataset, masks, accelerator, whole=whole) if model.teacher_taps else None
-    folder = RunFolder.open(config.out, config, data.fingerprint, resume=config.resume, write=accelerator.is_main_process)
+    folder = RunFolder.open(
+        config.out, config, data.fingerprint, resume=config.resume, write=accelerator.is_main_process
+    )
     job = Job(
         title=f"distil {kind}",
         model=model,
         saved=model.student,
-        groups=decay_groups(model, config.optim.weight_decay) if kind == "features" else _layer_decay_groups(model, config),
+        groups=(
+            decay_groups(model, config.optim.weight_decay) if kind == "features" else _layer_decay_groups(model, config)
+        ),
         dataset=dataset,
         spec=spec,
         loss=_Loss(model, answers, weights, masks, whole=whole),
@@ -106,7 +121,9 @@ def run(config: DistillConfig) -> dict[str, Any]:
 class _Loss:
     """The teacher's answers, then the weighted sum of the objectives."""
 
-    def __init__(self, model: Distiller, teacher: Answers | None, weights: dict[str, Weight], masks: Masks, *, whole: bool) -> None:
+    def __init__(
+        self, model: Distiller, teacher: Answers | None, weights: dict[str, Weight], masks: Masks, *, whole: bool
+    ) -> None:
         self.taps = model.teacher_taps
         self.quantizer = model.quantizer
         self.teacher = teacher
@@ -120,13 +137,23 @@ class _Loss:
             with batch.timed("teacher"):
                 answers = self.teacher(batch, masking, whole=self.whole)
         with nullcontext() if self.quantizer is None else self.quantizer.step(batch.step, batch.done):
-            parts: dict[str, Tensor] = model(batch.images, batch.labels, masking, tuple(answers[tap] for tap in self.taps))
+            parts: dict[str, Tensor] = model(
+                batch.images, batch.labels, masking, tuple(answers[tap] for tap in self.taps)
+            )
         loss = sum(weight.at(batch.done) * parts[name] for name, weight in self.weights.items())
         assert isinstance(loss, Tensor)
         return {"loss": loss, **{f"{name}_loss": part for name, part in parts.items()}}
 
 
-def _answers(config: DistillConfig, teacher: Teacher, dataset: ImageDataset, masks: Masks, accelerator: Accelerator, *, whole: bool) -> Answers:
+def _answers(
+    config: DistillConfig,
+    teacher: Teacher,
+    dataset: ImageDataset,
+    masks: Masks,
+    accelerator: Accelerator,
+    *,
+    whole: bool,
+) -> Answers:
     """The teacher on its device, behind its cache where there is one."""
     teacher.to(accelerator.device)
     if config.caching.teacher_cache is None:
@@ -145,19 +172,39 @@ def _labelled(config: DistillConfig, teacher: Teacher) -> _Data:
     train = labelled_images(config.data, "train", names, config.images.columns)
     val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     if train.class_names is None or len(train.class_names) != (teacher.num_classes or len(train.class_names)):
-        raise ConfigError(f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}")
+        raise ConfigError(
+            f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}"
+        )
     extra = unlabelled_images(config.logits.unlabelled) if config.logits.unlabelled is not None else None
-    fingerprint = {"train": train.fingerprint(), "val": val.fingerprint(), "unlabelled": extra.fingerprint() if extra else None}
-    return _Data(train=train if extra is None else Joined(train, extra), fingerprint=fingerprint, val=val, class_names=train.class_names)
+    fingerprint = {
+        "train": train.fingerprint(),
+        "val": val.fingerprint(),
+        "unlabelled": extra.fingerprint() if extra else None,
+    }
+    return _Data(
+        train=train if extra is None else Joined(train, extra),
+        fingerprint=fingerprint,
+        val=val,
+        class_names=train.class_names,
+    )
 
 
-def _distiller(config: DistillConfig, encoder: EncoderConfig, data: _Data, init: Loaded | None, teacher: Teacher, weights: dict[str, Weight]) -> Distiller:
+def _distiller(
+    config: DistillConfig,
+    encoder: EncoderConfig,
+    data: _Data,
+    init: Loaded | None,
+    teacher: Teacher,
+    weights: dict[str, Weight],
+) -> Distiller:
     seed_everything(derive_seed(config.seed, "weights"))
     student: MaskedAutoencoder | Classifier
     if data.class_names is None:
         student = MaskedAutoencoder(encoder, config.decoder)
     else:
-        student = Classifier(encoder, num_classes=len(data.class_names), pool=config.logits.pool, drop_path=config.logits.drop_path)
+        student = Classifier(
+            encoder, num_classes=len(data.class_names), pool=config.logits.pool, drop_path=config.logits.drop_path
+        )
     start(student, config, init)
     if isinstance(student, Classifier):
         student.pos_embed.requires_grad_(True)
@@ -170,11 +217,18 @@ def _layer_decay_groups(model: Distiller, config: DistillConfig) -> list[ParamGr
     decay = config.optim.weight_decay
     of_student = layer_decay_groups(model.student, decay, config.logits.layer_decay)
     parts = {"student": of_student, "objectives": decay_groups(model.objectives, decay)}
-    return [group | {"names": [f"{part}.{name}" for name in group["names"]]} for part, groups in parts.items() for group in groups]
+    return [
+        group | {"names": [f"{part}.{name}" for name in group["names"]]}
+        for part, groups in parts.items()
+        for group in groups
+    ]
 
 
-def _evaluation(config: DistillConfig, val: ImageSource, spec: Preprocess, masks: Masks) -> Callable[[Accelerator, Any], dict[str, float]]:
-    """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated without rounding too.
+def _evaluation(
+    config: DistillConfig, val: ImageSource, spec: Preprocess, masks: Masks
+) -> Callable[[Accelerator, Any], dict[str, float]]:
+    """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated
+    without rounding too.
 
     Until a student is rounded that will be, it has no `top1`: no checkpoint is the best that never was rounded.
     """
@@ -194,11 +248,24 @@ def _evaluation(config: DistillConfig, val: ImageSource, spec: Preprocess, masks
     return evaluate
 
 
-def _metadata(config: DistillConfig, model: Distiller, data: _Data, spec: Preprocess, kind: RunKind, teacher: Teacher, init: Loaded | None) -> Metadata:
+def _metadata(
+    config: DistillConfig,
+    model: Distiller,
+    data: _Data,
+    spec: Preprocess,
+    kind: RunKind,
+    teacher: Teacher,
+    init: Loaded | None,
+) -> Metadata:
     student = model.student
     of_kind: dict[str, Any] = {"kind": "mae", "decoder": to_dict(config.decoder)}
     if isinstance(student, Classifier):
-        of_kind = {"kind": "classifier", "pool": student.pool, "num_classes": student.head.out_features, "class_names": data.class_names}
+        of_kind = {
+            "kind": "classifier",
+            "pool": student.pool,
+            "num_classes": student.head.out_features,
+            "class_names": data.class_names,
+        }
     return Metadata(
         encoder=to_dict(student.config),
         preprocess=to_dict(spec),

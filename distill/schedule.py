@@ -15,7 +15,8 @@ class Weight:
 
     value: float
     schedule: Schedule | None = None
-    """Points (share of the run, factor) with straight lines between them, the first and last factor before and after; None: 1 throughout."""
+    """Points (share of the run, factor) with straight lines between them, the first and last factor before and after;
+    None: 1 throughout."""
 
     def at(self, done: float) -> float:
         """The weight where a share of the run's steps is done."""

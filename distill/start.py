@@ -1,4 +1,6 @@
-"""What a student starts from: random weights, a checkpoint of its own shape, or layers, heads and channels of its teacher."""
+"""What a student starts from: random weights, a checkpoint of its own shape, or layers, heads and channels of its
+teacher.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,10 @@ def read_start(config: DistillConfig) -> Loaded | None:
         return None if config.init is None else read_weights(config.init)
     weights = config.teaching.teacher_weights or config.teacher
     if not weights.exists() or (weights / "manifest.json").exists():
-        raise ConfigError(f"--init teacher needs a teacher with weights, and {weights} has none", hint="take the checkpoint that it was made of")
+        raise ConfigError(
+            f"--init teacher needs a teacher with weights, and {weights} has none",
+            hint="take the checkpoint that it was made of",
+        )
     return read_weights(weights)
 
 
@@ -36,4 +41,8 @@ def start(student: E, config: DistillConfig, weights: Loaded | None) -> E:
     """
     if weights is None:
         return student
-    return start_from_slice(student, weights, blocks=config.shape.init_blocks) if config.init == FROM_TEACHER else start_from(student, weights)
+    return (
+        start_from_slice(student, weights, blocks=config.shape.init_blocks)
+        if config.init == FROM_TEACHER
+        else start_from(student, weights)
+    )

@@ -25,12 +25,25 @@ def student_encoder(config: DistillConfig, *, image_size: tuple[int, int], in_ch
     patch = {"patch_size": config.patch_size} if config.patch_size is not None else {}
     given = {"name": config.student, "image_size": config.image_size or image_size, "in_chans": in_chans, **patch}
     encoder, shape = from_dict(EncoderConfig, given), config.shape
-    asked = (shape.student_width or encoder.width, shape.student_depth or encoder.blocks, shape.student_heads or _heads(encoder, shape.student_width))
+    asked = (
+        shape.student_width or encoder.width,
+        shape.student_depth or encoder.blocks,
+        shape.student_heads or _heads(encoder, shape.student_width),
+    )
     if asked != (encoder.width, encoder.blocks, encoder.heads):
         width, depth, heads = asked
-        encoder = replace(encoder, name=f"vit_{width}x{depth}_heads{heads}_patch{encoder.patch}", embed_dim=width, depth=depth, num_heads=heads)
+        encoder = replace(
+            encoder,
+            name=f"vit_{width}x{depth}_heads{heads}_patch{encoder.patch}",
+            embed_dim=width,
+            depth=depth,
+            num_heads=heads,
+        )
     if encoder.width != encoder.heads * HEAD_DIM:
-        notice(f"heads of {encoder.width // encoder.heads}:", f"TensorRT fuses attention in INT8 for heads of {HEAD_DIM}, such as {_nearest(encoder)}")
+        notice(
+            f"heads of {encoder.width // encoder.heads}:",
+            f"TensorRT fuses attention in INT8 for heads of {HEAD_DIM}, such as {_nearest(encoder)}",
+        )
     return encoder
 
 
@@ -38,7 +51,10 @@ def _heads(encoder: EncoderConfig, width: int | None) -> int:
     """Those of the model; of another width one for every 64, or as nearly as the width can be divided."""
     if width is None or width == encoder.width:
         return encoder.heads
-    return min((heads for heads in range(1, width + 1) if width % heads == 0), key=lambda heads: (abs(width / heads - HEAD_DIM), heads))
+    return min(
+        (heads for heads in range(1, width + 1) if width % heads == 0),
+        key=lambda heads: (abs(width / heads - HEAD_DIM), heads),
+    )
 
 
 def _nearest(encoder: EncoderConfig) -> str:

@@ -36,21 +36,25 @@ class Int8Config:
     calib_percentile: float = 99.99
     """Share of the values within the range, for --calib-method percentile."""
     smooth_quant: bool = True
-    """SmoothQuant: move the activations' outlier channels into the weights, folded into LayerNorm and v; without --calib-data from the weights alone."""
+    """SmoothQuant: move the activations' outlier channels into the weights, folded into LayerNorm and v; without
+    --calib-data from the weights alone."""
     smooth_alpha: float = 0.5
     """How much of them moves, from 0 to 1."""
     bias_correction: bool = False
     """Add the mean error of the rounded weights to the biases; needs --calib-data."""
     int8_attention: bool = False
-    """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512 tokens."""
+    """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512
+    tokens."""
     max_drop: float | None = None
-    """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of agreement with FP32."""
+    """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of
+    agreement with FP32."""
     min_cosine: float | None = None
     """Least cosine of centred features, of the worst image; default: 0.995, for FP8 0.95."""
     min_sqnr: float | None = None
     """Least signal-to-noise ratio of an output in dB; default: 30, for FP8 18."""
     max_latency: float = 1.0
-    """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is rejected."""
+    """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is
+    rejected."""
     search: bool = True
     """Where all of it in eight bits misses the budget, find the fastest mix with higher precision that meets it."""
     prefer: Literal["fp16"] | None = None
@@ -79,53 +83,66 @@ class ExportConfig:
     out: Path
     """Bundle folder to write."""
     engine: Literal["onnx", "openvino", "trt"] = "onnx"
-    """The engine that the graph is made for and proven on: onnx (ONNX Runtime) or openvino, each of which runs the other's too; trt: TensorRT,
-    an engine is built on this machine's GPU and put into the bundle."""
+    """The engine that the graph is made for and proven on: onnx (ONNX Runtime) or openvino, each of which runs the
+    other's too; trt: TensorRT, an engine is built on this machine's GPU and put into the bundle."""
     build: bool = True
-    """With --engine trt; --no-build: prove the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine' on the device."""
+    """With --engine trt; --no-build: prove the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine'
+    on the device."""
     tokens: str = "full"
-    """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K; ragged: each image its own
-    number, padded (ragged:K: to K); reconstruct: encoder and decoder, all patches' pixels from the visible ones (reconstruct:K)."""
+    """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K;
+    ragged: each image its own number, padded (ragged:K: to K); reconstruct: encoder and decoder, all patches' pixels
+        from the visible ones (reconstruct:K)."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp32"
     """Arithmetic of the graph; fp8 (E4M3) for TensorRT 10 and later."""
     typing: Literal["auto", "weak", "strong"] = "auto"
-    """weak: an FP32 graph, opset 17, that tells the engine what it may compute in (weights stored in the precision, for TensorRT in FP32; Q/DQ with
-    FP32 scales); strong: the types in the graph say it; auto: strong for fp16, and for bf16 on OpenVINO, else weak; for TensorRT weak where
-    TensorRT 8 is installed, else strong."""
+    """weak: an FP32 graph, opset 17, that tells the engine what it may compute in (weights stored in the precision, for
+    TensorRT in FP32; Q/DQ with FP32 scales); strong: the types in the graph say it; auto: strong for fp16, and for bf16
+    on OpenVINO, else weak; for TensorRT weak where TensorRT 8 is installed, else strong."""
     batch: str | None = None
     """A fixed batch size, or dynamic; default: dynamic, for TensorRT 1 unless --profile gives B."""
     profile: str | None = None
-    """Smallest, usual and largest of the dynamic sizes, such as 'B:1,8,32 K:20,49,196'; default: B:1,8,32 and K from 1 to all patches, usually a quarter.
-    For TensorRT several, separated by ';', each with kernels of its own: 'B:1,1,1 K:49,49,49; B:8,32,64 K:20,49,196'."""
+    """Smallest, usual and largest of the dynamic sizes, such as 'B:1,8,32 K:20,49,196'; default: B:1,8,32 and K from 1
+    to all patches, usually a quarter. For TensorRT several, separated by ';', each with kernels of its own: 'B:1,1,1
+    K:49,49,49; B:8,32,64 K:20,49,196'."""
     outputs: tuple[str, ...] | None = None
-    """Outputs by name: cls, tokens, pooled, logits, feature_map, block_I, p2 to p5, pixels; default: all of the first four that the model has."""
+    """Outputs by name: cls, tokens, pooled, logits, feature_map, block_I, p2 to p5, pixels; default: all of the first
+    four that the model has."""
     layers: tuple[int, ...] | None = None
     """Also the patch tokens after these blocks, counted from 0, as outputs block_I."""
     pyramid: str | None = None
-    """Also ViTDet's simple feature pyramid p2 to p5: a weights file of a detector trained on this backbone, or random (untrained, from --seed)."""
+    """Also ViTDet's simple feature pyramid p2 to p5: a weights file of a detector trained on this backbone, or random
+    (untrained, from --seed)."""
     images: Literal["float32", "float16", "uint8"] = "float32"
-    """Input type: normalised float (B, C, H, W), or uint8 (B, H, W, C) with the normalisation in the graph; float16 only with --precision fp16."""
+    """Input type: normalised float (B, C, H, W), or uint8 (B, H, W, C) with the normalisation in the graph; float16
+    only with --precision fp16."""
     one_std: bool = False
-    """Divide all channels by one standard deviation, their mean, and let the weights take up the difference: DeepStream has one scale for all channels."""
+    """Divide all channels by one standard deviation, their mean, and let the weights take up the difference: DeepStream
+    has one scale for all channels."""
     features: Literal["float32", "float16"] = "float32"
     """Type of the outputs; float16 only with --precision fp16."""
     fp32_ops: tuple[Literal["softmax", "gelu", "norm", "residual"], ...] | None = None
-    """What stays FP32 in an FP16 or strongly typed BF16 graph besides embedding, final norm, pooling and head; default: softmax in FP16, all in BF16;
-    for TensorRT, which fuses attention only without FP32 in it, nothing in FP16, all but softmax in BF16."""
+    """What stays FP32 in an FP16 or strongly typed BF16 graph besides embedding, final norm, pooling and head; default:
+    softmax in FP16, all in BF16; for TensorRT, which fuses attention only without FP32 in it, nothing in FP16, all but
+    softmax in BF16."""
     pixels: Literal["target", "normalised", "image"] = "target"
-    """Reconstructed pixels: as the decoder predicts them, in the space of the normalised images, or of images from 0 to 1."""
+    """Reconstructed pixels: as the decoder predicts them, in the space of the normalised images, or of images from 0 to
+    1."""
     image_size: tuple[int, int] | None = None
-    """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are interpolated."""
+    """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are
+    interpolated."""
     int8: Int8Config = section(Int8Config)
     tensorrt: BuildOptions = section(BuildOptions)
     triton: Path | None = None
-    """Also write a model for Triton Inference Server to this repository, under the bundle's name: the engine, where one is built, else the graph."""
+    """Also write a model for Triton Inference Server to this repository, under the bundle's name: the engine, where one
+    is built, else the graph."""
     deepstream: Path | None = None
-    """Also write the engine to this folder with configurations for DeepStream; only with --tokens full and an engine."""
+    """Also write the engine to this folder with configurations for DeepStream; only with --tokens full and an
+    engine."""
     samples: Path | None = None
     """Folder of images for the parity check; default: the data that the checkpoint was trained on."""
     num_samples: int | None = None
-    """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden samples."""
+    """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
+    samples."""
     threads: int | None = None
     """CPU threads of the engine during the checks; default: one for each core."""
     seed: int = 0
@@ -136,7 +153,10 @@ class ExportConfig:
     def __post_init__(self) -> None:
         mode, colon, keep = self.tokens.partition(":")
         if mode not in _MODES or (colon and (mode == "full" or not keep.isdecimal() or int(keep) < 1)):
-            raise ConfigError(f"--tokens {self.tokens}", hint="write full, visible, ragged or reconstruct, or visible:K such as visible:49")
+            raise ConfigError(
+                f"--tokens {self.tokens}",
+                hint="write full, visible, ragged or reconstruct, or visible:K such as visible:49",
+            )
         if self.batch not in (None, "dynamic") and not (self.batch.isdecimal() and int(self.batch) >= 1):
             raise ConfigError(f"--batch {self.batch}", hint="a number of at least 1, or dynamic")
         if self.outputs is not None and len(set(self.outputs)) < len(self.outputs):
@@ -176,7 +196,11 @@ class ExportConfig:
     def fixed_batch(self) -> int | None:
         """The fixed batch; an engine of TensorRT is fastest at the one size that it is built for."""
         if self.batch is None:
-            return 1 if self.engine == "trt" and not any("B" in profile for profile in read_profiles(self.profile)) else None
+            return (
+                1
+                if self.engine == "trt" and not any("B" in profile for profile in read_profiles(self.profile))
+                else None
+            )
         return None if self.batch == "dynamic" else int(self.batch)
 
     @property
@@ -201,12 +225,20 @@ class ExportConfig:
 
     @property
     def stored_precision(self) -> Literal["fp32", "fp16", "bf16", "int8", "fp8"]:
-        """What the graph is written in: TensorRT is told what to compute a weak one in, and version 8 knows few types to cast weights from."""
-        return "fp32" if self.engine == "trt" and self.resolved_typing == "weak" and self.precision in ("fp16", "bf16") else self.precision
+        """What the graph is written in: TensorRT is told what to compute a weak one in, and version 8 knows few types
+        to cast weights from.
+        """
+        return (
+            "fp32"
+            if self.engine == "trt" and self.resolved_typing == "weak" and self.precision in ("fp16", "bf16")
+            else self.precision
+        )
 
     @property
     def emulates_bf16(self) -> bool:
-        """Whether ONNX Runtime's CPU, which judges graphs for TensorRT, is given products in FP32 of numbers that are rounded to BF16."""
+        """Whether ONNX Runtime's CPU, which judges graphs for TensorRT, is given products in FP32 of numbers that are
+        rounded to BF16.
+        """
         return self.engine == "trt" and self.stored_precision == "bf16"
 
     @property
@@ -232,7 +264,8 @@ class ExportConfig:
         return replace(self, precision=precision, typing=self.resolved_typing, int8=Int8Config(), fp32_ops=fp32_ops)
 
     def profiles(self, num_patches: int) -> list[Profile]:
-        """The sizes that are open, of each profile: min, opt, max of B, and of K where patches are chosen; three equal numbers where fixed.
+        """The sizes that are open, of each profile: min, opt, max of B, and of K where patches are chosen; three equal
+        numbers where fixed.
 
         Raises:
             ConfigError: a K beyond the number of patches.
@@ -254,38 +287,64 @@ class ExportConfig:
         Raises:
             ConfigError: a K beyond the number of patches.
         """
-        return {name: (least, usual, most) for name, (least, usual, most) in covering(self.profiles(num_patches)).items()}
+        return {
+            name: (least, usual, most) for name, (least, usual, most) in covering(self.profiles(num_patches)).items()
+        }
 
     def _check_profile(self) -> None:
         profiles = read_profiles(self.profile)
         given = {name for profile in profiles for name in profile}
-        fixed = [name for name, value in (("B", self.fixed_batch), ("K", self.keep)) if value is not None and name in given]
+        fixed = [
+            name for name, value in (("B", self.fixed_batch), ("K", self.keep)) if value is not None and name in given
+        ]
         if fixed:
-            raise ConfigError(f"--profile {self.profile} gives a range for {fixed[0]}, which is fixed", hint="leave one of the two out")
+            raise ConfigError(
+                f"--profile {self.profile} gives a range for {fixed[0]}, which is fixed",
+                hint="leave one of the two out",
+            )
         if "K" in given and self.token_mode == "full":
             raise ConfigError(f"--profile {self.profile}: a graph of all patches has no K", hint="use --tokens visible")
         if len(profiles) > 1 and self.engine != "trt":
-            raise ConfigError(f"--profile {self.profile}: only engines of TensorRT have several profiles", hint="give one, or pass --engine trt")
+            raise ConfigError(
+                f"--profile {self.profile}: only engines of TensorRT have several profiles",
+                hint="give one, or pass --engine trt",
+            )
 
     def _check_serving(self) -> None:
         if self.one_std and self.token_mode == "reconstruct":
-            raise ConfigError("--one-std with --tokens reconstruct: the decoder predicts pixels divided by each channel's own", hint="leave it out")
+            raise ConfigError(
+                "--one-std with --tokens reconstruct: the decoder predicts pixels divided by each channel's own",
+                hint="leave it out",
+            )
         builds = self.engine == "trt" and self.build
         if self.triton is not None and not builds and (self.precision, self.resolved_typing) == ("bf16", "strong"):
             hint = "pass another --precision; a TensorRT engine of it can be served"
-            raise ConfigError(f"--triton {self.triton}: ONNX Runtime, which serves the graph, does not compute in BF16", hint=hint)
+            raise ConfigError(
+                f"--triton {self.triton}: ONNX Runtime, which serves the graph, does not compute in BF16", hint=hint
+            )
         if self.deepstream is not None and not builds:
             hint = "pass --engine trt without --no-build, or --deepstream to 'mae-deploy build-engine' on the device"
-            raise ConfigError(f"--deepstream {self.deepstream} needs a TensorRT engine, and this export builds none", hint=hint)
+            raise ConfigError(
+                f"--deepstream {self.deepstream} needs a TensorRT engine, and this export builds none", hint=hint
+            )
 
     def _check_tensorrt(self) -> None:
         if self.engine == "trt":
             if self.int8.quantization == "dynamic":
-                raise ConfigError("--quantization dynamic: TensorRT takes INT8 with calibrated ranges only", hint="leave it out, and give --calib-data")
+                raise ConfigError(
+                    "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",
+                    hint="leave it out, and give --calib-data",
+                )
             return
         if self.precision == "fp8":
-            raise ConfigError(f"--precision fp8 with --engine {self.engine}: only TensorRT computes in FP8", hint="pass --engine trt")
-        given = [(not self.build, "--no-build"), (self.int8.prefer is not None, "--prefer"), (self.tensorrt != BuildOptions(), "settings of TensorRT")]
+            raise ConfigError(
+                f"--precision fp8 with --engine {self.engine}: only TensorRT computes in FP8", hint="pass --engine trt"
+            )
+        given = [
+            (not self.build, "--no-build"),
+            (self.int8.prefer is not None, "--prefer"),
+            (self.tensorrt != BuildOptions(), "settings of TensorRT"),
+        ]
         for is_given, name in given:
             if is_given:
                 raise ConfigError(f"{name} with --engine {self.engine}", hint="pass --engine trt, or leave it out")
@@ -293,15 +352,26 @@ class ExportConfig:
     def _check_int8(self) -> None:
         if not self.quantized:
             if self.int8 != Int8Config():
-                raise ConfigError(f"settings of INT8 are given with --precision {self.precision}", hint="pass --precision int8")
+                raise ConfigError(
+                    f"settings of INT8 are given with --precision {self.precision}", hint="pass --precision int8"
+                )
             return
-        if self.precision == "fp8" and (self.int8.quantization == "dynamic" or self.int8.calib_method in ("percentile", "entropy")):
-            raise ConfigError("FP8 has ranges of its own, the largest magnitudes", hint="leave --quantization and --calib-method out")
+        if self.precision == "fp8" and (
+            self.int8.quantization == "dynamic" or self.int8.calib_method in ("percentile", "entropy")
+        ):
+            raise ConfigError(
+                "FP8 has ranges of its own, the largest magnitudes", hint="leave --quantization and --calib-method out"
+            )
         if self.policy == "static" and self.int8.calib_data is None:
             kind = "static INT8" if self.precision == "int8" else "FP8"
-            raise ConfigError(f"{kind} needs --calib-data", hint="a folder of at least 128 images like those that the model will see")
+            raise ConfigError(
+                f"{kind} needs --calib-data", hint="a folder of at least 128 images like those that the model will see"
+            )
         if self.policy == "dynamic" and (self.resolved_typing == "strong" or self.int8.int8_attention):
-            raise ConfigError("dynamic INT8 has neither strong typing nor INT8 attention", hint="pass --quantization static and --calib-data")
+            raise ConfigError(
+                "dynamic INT8 has neither strong typing nor INT8 attention",
+                hint="pass --quantization static and --calib-data",
+            )
         if self.int8.calib_data is None and self.int8.bias_correction:
             raise ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")
 

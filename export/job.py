@@ -52,18 +52,29 @@ class Job:
     calib_images: CalibrationImages | None
     """For the ranges of INT8 and FP8."""
     trials: list[tuple[Arrays, Arrays]] = field(default_factory=list)
-    """Inputs and PyTorch's outputs: all samples first, then a few at each other K of the profiles. Images are normalised float32 here."""
+    """Inputs and PyTorch's outputs: all samples first, then a few at each other K of the profiles. Images are
+    normalised float32 here."""
 
     @cached_property
     def reference(self) -> Reference:
         """PyTorch's side."""
         model = model_of(self.loaded) if self.config.token_mode == "reconstruct" else encoder_of(self.loaded)
         pyramid = self.pyramid.module if self.pyramid is not None else None
-        return Reference(model=model, preprocess=self.preprocess, pyramid=pyramid, pixels=self.config.pixels, device=resolved_device(self.config.device))
+        return Reference(
+            model=model,
+            preprocess=self.preprocess,
+            pyramid=pyramid,
+            pixels=self.config.pixels,
+            device=resolved_device(self.config.device),
+        )
 
     @property
     def _pyramid_weights(self) -> Arrays | None:
-        return None if self.pyramid is None else {name: tensor.cpu().numpy() for name, tensor in self.pyramid.module.state_dict().items()}
+        return (
+            None
+            if self.pyramid is None
+            else {name: tensor.cpu().numpy() for name, tensor in self.pyramid.module.state_dict().items()}
+        )
 
     @property
     def profiles(self) -> list[Profile]:
@@ -101,7 +112,8 @@ class Job:
 
 
 def prepare(config: ExportConfig) -> Job:
-    """Read the checkpoint and the images; everything that can be wrong with the settings is said here, before anything is computed.
+    """Read the checkpoint and the images; everything that can be wrong with the settings is said here, before anything
+    is computed.
 
     Raises:
         ConfigError: a setting that this model cannot have.
@@ -117,7 +129,10 @@ def prepare(config: ExportConfig) -> Job:
     if config.deepstream is not None:
         check_feeding(config.token_mode, config.images, spec, loaded.metadata.class_names)
     if config.images == "uint8" and spec.dtype != "uint8":
-        raise ConfigError(f"--images uint8: this model's pixels have more than 8 bits (--pixel-max {spec.divisor:g})", hint="export with --images float32")
+        raise ConfigError(
+            f"--images uint8: this model's pixels have more than 8 bits (--pixel-max {spec.divisor:g})",
+            hint="export with --images float32",
+        )
     encoder = loaded.encoder_config
     check_decoder(loaded.metadata, config.token_mode)
     names = output_names(config, loaded)
@@ -150,7 +165,9 @@ def output_names(config: ExportConfig, loaded: Loaded) -> tuple[str, ...]:
     known = available_outputs(metadata, config.token_mode, pyramid=config.pyramid is not None)
     for name in names:
         if name not in known:
-            hint = "pass --pyramid with it" if name in LEVELS and config.pyramid is None else f"it has {_summary(known)}"
+            hint = (
+                "pass --pyramid with it" if name in LEVELS and config.pyramid is None else f"it has {_summary(known)}"
+            )
             raise ConfigError(f"this model has no output '{name}' with --tokens {config.tokens}", hint=hint)
     return tuple(dict.fromkeys(names))
 
@@ -174,16 +191,22 @@ def _summary(names: Sequence[str]) -> str:
 def _chosen(job: Job, count: int) -> Arrays:
     if job.config.token_mode == "full":
         return {}
-    return token_inputs(job.config.token_mode, job.loaded.encoder_config.num_tokens, job.ranges["K"], count, job.config.seed)
+    return token_inputs(
+        job.config.token_mode, job.loaded.encoder_config.num_tokens, job.ranges["K"], count, job.config.seed
+    )
 
 
 def _extremes(job: Job, images: Array) -> list[Arrays]:
-    """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are not run with it anyway."""
+    """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are
+    not run with it anyway.
+    """
     if "K" not in job.ranges or job.config.keep is not None:
         return []
     few, N = images[:_EXTREME], job.loaded.encoder_config.num_tokens
     seen = {job.ranges["K"][1]}
-    if job.config.token_mode == "ragged" and job.config.engine == "trt":  # rows of the samples are as long as the largest K
+    if (
+        job.config.token_mode == "ragged" and job.config.engine == "trt"
+    ):  # rows of the samples are as long as the largest K
         seen = set()
     found = []
     for K in sorted({K for profile in job.profiles for K in profile["K"]} - seen):
@@ -195,15 +218,22 @@ def _extremes(job: Job, images: Array) -> list[Arrays]:
     return found
 
 
-def _calib_images(config: ExportConfig, encoder: EncoderConfig, ranges: dict[str, Range], names: tuple[str, ...], spec: Preprocess) -> CalibrationImages | None:
+def _calib_images(
+    config: ExportConfig, encoder: EncoderConfig, ranges: dict[str, Range], names: tuple[str, ...], spec: Preprocess
+) -> CalibrationImages | None:
     """The images of --calib-data, once it is clear that INT8 can be had as asked for."""
     int8 = config.int8
     if int8.max_drop is not None and "logits" not in names:
-        raise ConfigError("--max-drop judges logits, which this graph does not give", hint="--min-sqnr and --min-cosine judge features")
+        raise ConfigError(
+            "--max-drop judges logits, which this graph does not give",
+            hint="--min-sqnr and --min-cosine judge features",
+        )
     if int8.int8_attention:
         K = ranges["K"][2] if "K" in ranges else encoder.num_tokens
         if obstacle := attention_obstacle(encoder.width // encoder.heads, 1 + K):
-            raise ConfigError(f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic")
+            raise ConfigError(
+                f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic"
+            )
     return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
 
 
@@ -211,15 +241,28 @@ def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
     if config.pyramid is None:
         return None
     pyramid_sizes(encoder.grid_size)
-    return random_pyramid(encoder.width, config.seed) if config.pyramid == "random" else load_pyramid(Path(config.pyramid), encoder.width)
+    return (
+        random_pyramid(encoder.width, config.seed)
+        if config.pyramid == "random"
+        else load_pyramid(Path(config.pyramid), encoder.width)
+    )
 
 
 def _with_one_std(loaded: Loaded) -> Loaded:
-    """The same function of an image, its channels all divided by the mean of their standard deviations: `W (x / std) = (W s / std) (x / s)`."""
+    """The same function of an image, its channels all divided by the mean of their standard deviations:
+    `W (x / std) = (W s / std) (x / s)`.
+    """
     std = torch.tensor(from_dict(Preprocess, loaded.metadata.preprocess).std, dtype=torch.float64)
     shared = std.mean()
     groups = loaded.encoder_config.band_groups
-    bands = {"patch_embed.proj.weight": tuple(range(len(std)))} if groups is None else {f"patch_embed.{i}.proj.weight": group for i, group in enumerate(groups)}
-    folded = {name: (loaded.tensors[name].double() * (shared / std[list(own)])[:, None, None]).to(loaded.tensors[name].dtype) for name, own in bands.items()}
+    bands = (
+        {"patch_embed.proj.weight": tuple(range(len(std)))}
+        if groups is None
+        else {f"patch_embed.{i}.proj.weight": group for i, group in enumerate(groups)}
+    )
+    folded = {
+        name: (loaded.tensors[name].double() * (shared / std[list(own)])[:, None, None]).to(loaded.tensors[name].dtype)
+        for name, own in bands.items()
+    }
     metadata = replace(loaded.metadata, preprocess={**loaded.metadata.preprocess, "std": [shared.item()] * len(std)})
     return Loaded(metadata, {**loaded.tensors, **folded}, loaded.record)

@@ -1,4 +1,6 @@
-"""The parity gate: a graph on an engine against PyTorch, for every sample, at both ends of K, and under the invariances."""
+"""The parity gate: a graph on an engine against PyTorch, for every sample, at both ends of K, and under the
+invariances.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,10 @@ class Proof:
 
     def figures(self) -> list[dict[str, Any]]:
         """Each output's measures, as plain values."""
-        return [{key: value for key, value in comparison.to_dict().items() if key != "reason"} for comparison in self.comparisons]
+        return [
+            {key: value for key, value in comparison.to_dict().items() if key != "reason"}
+            for comparison in self.comparisons
+        ]
 
 
 def engine_name(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino", "tensorrt"]:
@@ -48,7 +53,9 @@ def engine_name(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxrunt
 
 
 def judging_engine(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino"]:
-    """The engine that graphs are judged on: their own, but a graph for TensorRT, which builds for minutes, on ONNX Runtime."""
+    """The engine that graphs are judged on: their own, but a graph for TensorRT, which builds for minutes, on ONNX
+    Runtime.
+    """
     return "openvino" if engine == "openvino" else "onnxruntime"
 
 
@@ -58,8 +65,12 @@ def tolerance_of(job: Job) -> Tolerance:
     if int8.min_sqnr is not None:
         tolerance = replace(tolerance, sqnr_db=int8.min_sqnr)
     if int8.min_cosine is not None:
-        tolerance = replace(tolerance, centred_cosine=int8.min_cosine, cosine=min(tolerance.cosine or 1, int8.min_cosine))
-    if int8.max_drop is not None:  # with labels the accuracy is judged, and two models of one accuracy may differ in many images
+        tolerance = replace(
+            tolerance, centred_cosine=int8.min_cosine, cosine=min(tolerance.cosine or 1, int8.min_cosine)
+        )
+    if (
+        int8.max_drop is not None
+    ):  # with labels the accuracy is judged, and two models of one accuracy may differ in many images
         tolerance = replace(tolerance, top1_agreement=None if labels(job) is not None else 1 - int8.max_drop / 100)
     return tolerance
 
@@ -69,12 +80,16 @@ def prove(job: Job, bundle: Bundle, tolerance: Tolerance) -> Proof:
     with _judging(job, bundle) as engine:
         comparisons, failures, accuracy = judge(job, engine, tolerance)
         verification = verify_engine(bundle, engine)
-    return Proof(comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures)))
+    return Proof(
+        comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures))
+    )
 
 
 @contextmanager
 def _judging(job: Job, bundle: Bundle) -> Iterator[Engine]:
-    """The bundle's graph; where its products are BF16, which ONNX Runtime's CPU has not got, one that computes the same of rounded numbers."""
+    """The bundle's graph; where its products are BF16, which ONNX Runtime's CPU has not got, one that computes the same
+    of rounded numbers.
+    """
     name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
     if not job.config.emulates_bf16:
         with load_engine(bundle, name, options) as engine:
@@ -89,10 +104,12 @@ def _judging(job: Job, bundle: Bundle) -> Iterator[Engine]:
 def judge(
     job: Job, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
 ) -> tuple[list[Comparison], list[str], tuple[float, float] | None]:
-    """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles, every miss, and the accuracies.
+    """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles,
+    every miss, and the accuracies.
 
     Args:
-        batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is judged; default: the fixed batch, or 8.
+        batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is judged;
+            default: the fixed batch, or 8.
     """
     comparisons: list[Comparison] = []
     failures: list[str] = []
@@ -115,9 +132,14 @@ def judge(
             few = ({name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (expected, found))
             judge_one(f"{where}golden: ", *few)  # centred on a mean of their own
             accuracy = accuracy or _accuracy(job, expected, found)
-    if accuracy is not None and job.config.int8.max_drop is not None and accuracy[0] - accuracy[1] > job.config.int8.max_drop:
+    if (
+        accuracy is not None
+        and job.config.int8.max_drop is not None
+        and accuracy[0] - accuracy[1] > job.config.int8.max_drop
+    ):
         failures.append(
-            f"top-1 is {accuracy[1]:.2f}, {accuracy[0] - accuracy[1]:.2f} points below FP32's {accuracy[0]:.2f}; --max-drop {job.config.int8.max_drop:g}"
+            f"top-1 is {accuracy[1]:.2f}, {accuracy[0] - accuracy[1]:.2f} points below FP32's {accuracy[0]:.2f};"
+            f" --max-drop {job.config.int8.max_drop:g}"
         )
     return comparisons, failures, accuracy
 
@@ -127,7 +149,9 @@ def refuse(job: Job, failures: list[str]) -> CheckFailed:
     precision = job.config.precision
     hint = "nothing was written; please report this with the checkpoint's metadata.json"
     if precision != "fp32":
-        hint = f"nothing was written; this model does not bear {precision} within the tolerance: export fp32" + (" or bf16" if precision != "bf16" else "")
+        hint = f"nothing was written; this model does not bear {precision} within the tolerance: export fp32" + (
+            " or bf16" if precision != "bf16" else ""
+        )
     return CheckFailed(f"the exported {precision} graph misses parity with PyTorch: {'; '.join(failures)}", hint=hint)
 
 

@@ -38,8 +38,9 @@ class Reference:
         """The named outputs, float32 `(S, ...)`.
 
         Args:
-            inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are seen; `num_keep`, int64 `(S,)`,
-                where the rows of `ids_keep` are padded: each image is then run alone with its own patches, and padded rows are zero.
+            inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are
+                seen; `num_keep`, int64 `(S,)`, where the rows of `ids_keep` are padded: each image is then run alone
+                with its own patches, and padded rows are zero.
         """
         self._place()
         found: dict[str, list[Array]] = {name: [] for name in names}
@@ -51,7 +52,9 @@ class Reference:
 
     @torch.no_grad()
     def blocks(self, inputs: dict[str, Array], num_samples: int, num_tokens: int) -> Array:
-        """Tokens after every block, CLS first: float32 `(S, L, T, D)` for the first samples and at most so many tokens that every sample has."""
+        """Tokens after every block, CLS first: float32 `(S, L, T, D)` for the first samples and at most so many tokens
+        that every sample has.
+        """
         self._place()
         few = {name: array[:num_samples] for name, array in inputs.items()}
         least = 1 + int(few[NUM_KEEP].min()) if NUM_KEEP in few else num_tokens
@@ -68,7 +71,9 @@ class Reference:
             self.pyramid.to(self.device).eval()
 
     def _batches(self, inputs: dict[str, Array]) -> Iterator[tuple[Tensor, Tensor | None]]:
-        images, ids_keep, num_keep = (torch.from_numpy(inputs[name]) if name in inputs else None for name in (IMAGES, IDS_KEEP, NUM_KEEP))
+        images, ids_keep, num_keep = (
+            torch.from_numpy(inputs[name]) if name in inputs else None for name in (IMAGES, IDS_KEEP, NUM_KEEP)
+        )
         assert images is not None
         step = 1 if num_keep is not None else _BATCH
         for first in range(0, len(images), step):
@@ -93,7 +98,9 @@ class Reference:
         if "pixels" in names:
             assert isinstance(model, MaskedAutoencoder)
             assert ids_keep is not None
-            values["pixels"] = self._pixels(model, images, model.forward_decoder(tokens, restoring(ids_keep, model.config.num_patches)))
+            values["pixels"] = self._pixels(
+                model, images, model.forward_decoder(tokens, restoring(ids_keep, model.config.num_patches))
+            )
         return values
 
     def _pixels(self, model: MaskedAutoencoder, images: Tensor, pixels: Tensor) -> Tensor:
@@ -101,7 +108,10 @@ class Reference:
             variance, mean = torch.var_mean(patchify(images, model.config.patch), dim=-1, keepdim=True)
             pixels = pixels * (variance + 1e-6).sqrt() + mean
         if self.pixels == "image":
-            mean, std = (pixels.new_tensor(values).repeat(model.config.patch**2) for values in (self.preprocess.mean, self.preprocess.std))
+            mean, std = (
+                pixels.new_tensor(values).repeat(model.config.patch**2)
+                for values in (self.preprocess.mean, self.preprocess.std)
+            )
             pixels = pixels * std + mean
         return pixels
 
@@ -124,7 +134,9 @@ def _tapped(model: Encoder) -> Iterator[list[Tensor]]:
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:
     """`ids_restore (B, N)` of a shuffle that begins with `ids_keep` (the order of the masked patches means nothing)."""
-    masked = torch.ones(len(ids_keep), num_patches, dtype=torch.bool, device=ids_keep.device).scatter(1, ids_keep, False)
+    masked = torch.ones(len(ids_keep), num_patches, dtype=torch.bool, device=ids_keep.device).scatter(
+        1, ids_keep, False
+    )
     rest = masked.nonzero()[:, 1].reshape(len(ids_keep), -1)
     return torch.cat([ids_keep, rest], dim=1).argsort(dim=1)
 

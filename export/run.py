@@ -25,7 +25,17 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_jso
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, IMAGES, MANIFEST_FILE, SCHEMA_VERSION, Manifest, ModelEntry, file_entry
+from mae_deploy.runtime.manifest import (
+    BLOCKS,
+    GOLDEN_FILE,
+    GRAPH_FILE,
+    IMAGES,
+    MANIFEST_FILE,
+    SCHEMA_VERSION,
+    Manifest,
+    ModelEntry,
+    file_entry,
+)
 from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
@@ -37,7 +47,8 @@ def run(config: ExportConfig) -> Result:
     """Export a checkpoint to a bundle; nothing is left behind unless every output meets its tolerance.
 
     Raises:
-        CheckFailed: the graph does not compute what PyTorch computes, or INT8 is slower or less accurate than its budget.
+        CheckFailed: the graph does not compute what PyTorch computes, or INT8 is slower or less accurate than its
+            budget.
         MissingDependency: the engine's package or its device is absent.
     """
     refuse_to_overwrite(config.out)
@@ -121,7 +132,11 @@ def _data(made: _Made) -> dict[str, Any]:
         "parity": device.record()["outputs"] if device is not None else proof.figures(),
         "samples": made.job.samples.source,
         **({"accuracy": {"fp32": accuracy[0], config.precision: accuracy[1]}} if accuracy is not None else {}),
-        **({"quantization": {**plan.summary(), **(made.bundle.manifest["quantization"] or {})}} if plan is not None else {}),
+        **(
+            {"quantization": {**plan.summary(), **(made.bundle.manifest["quantization"] or {})}}
+            if plan is not None
+            else {}
+        ),
         **({"built": device.summary()} if device is not None else {}),
         "licence": made.bundle.licence,
     }
@@ -164,7 +179,9 @@ def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
         },
         "preprocess": _given(metadata.preprocess),
         "provenance": {"export": to_dict(config), "checkpoint": loaded.record, **pyramid},
-        "licence": metadata.licence if job.pyramid is None else inherited_licence(metadata.licence, job.pyramid.licence),
+        "licence": (
+            metadata.licence if job.pyramid is None else inherited_licence(metadata.licence, job.pyramid.licence)
+        ),
         "tolerance": cast(Any, tolerance_of(job).to_dict()),
         "parity": {},
         "quantization": _quantization(config, plan) if plan is not None else None,
@@ -190,7 +207,9 @@ def _golden(job: Job) -> dict[str, Any]:
 
 def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:
     """The manifest's record; of TensorRT, what its engine is to be compared with."""
-    return plan.record() if config.engine != "trt" else {**plan.record(), "baseline": BASELINE_FILE, "speed": SPEED_LEFT}
+    return (
+        plan.record() if config.engine != "trt" else {**plan.record(), "baseline": BASELINE_FILE, "speed": SPEED_LEFT}
+    )
 
 
 def _record(bundle: Bundle, job: Job, proof: Proof) -> None:
@@ -212,7 +231,10 @@ def _record_device(bundle: Bundle, device: DeviceProof) -> None:
 
 
 def _view(data: dict[str, Any]) -> Table:
-    title = f"{data['out']}: {data['tokens']} tokens, {data['precision']} on {data['engine']}, parity with PyTorch on {data['samples']}"
+    title = (
+        f"{data['out']}: {data['tokens']} tokens, {data['precision']} on {data['engine']}, parity with PyTorch on"
+        f" {data['samples']}"
+    )
     if "quantization" in data:
         title += f"\n{data['quantization']['text']}"
     if "built" in data:
@@ -226,7 +248,14 @@ def _view(data: dict[str, Any]) -> Table:
     for row in data["parity"]:
         noise = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
         agreement = "" if row["top1_agreement"] is None else f"{100 * row['top1_agreement']:.1f} %"
-        table.add_row(row["name"], f"{row['cosine']:.7f}", f"{row['centred_cosine']:.7f}", f"{row['max_abs']:.2e}", noise, agreement)
+        table.add_row(
+            row["name"],
+            f"{row['cosine']:.7f}",
+            f"{row['centred_cosine']:.7f}",
+            f"{row['max_abs']:.2e}",
+            noise,
+            agreement,
+        )
     return table
 
 
@@ -234,4 +263,6 @@ def _say_licence(licence: str) -> None:
     if NON_COMMERCIAL in licence:
         notice("licence:", f"{licence}: these weights derive from a non-commercial release, and so does this bundle")
     elif UNKNOWN_LICENCE in licence:
-        notice("licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for")
+        notice(
+            "licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for"
+        )

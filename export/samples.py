@@ -34,7 +34,8 @@ class Samples:
 
 
 def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, count: int) -> Samples:
-    """Up to `count` images from a folder, else from the data of the checkpoint, else synthetic ones, which is said aloud.
+    """Up to `count` images from a folder, else from the data of the checkpoint, else synthetic ones, which is said
+    aloud.
 
     Raises:
         ConfigError: the folder that was asked for has no readable image.
@@ -51,13 +52,20 @@ def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, coun
 
 
 def spread_first(paths: list[Path], count: int) -> list[Path]:
-    """First `count` paths spread over all, so that not one class alone is seen; then the others, which stand in for files that cannot be read."""
-    spread = [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)] if len(paths) > count else paths
+    """First `count` paths spread over all, so that not one class alone is seen; then the others, which stand in for
+    files that cannot be read.
+    """
+    spread = (
+        [paths[round(index * (len(paths) - 1) / max(count - 1, 1))] for index in range(count)]
+        if len(paths) > count
+        else paths
+    )
     return list(dict.fromkeys([*spread, *paths]))
 
 
 def token_inputs(mode: str, num_patches: int, keep: Range, count: int, seed: int) -> dict[str, Array]:
-    """Random `ids_keep (S, K)`, int64, with K = opt of `keep`; in ragged mode padded to its max, with `num_keep (S,)` from its min to its max.
+    """Random `ids_keep (S, K)`, int64, with K = opt of `keep`; in ragged mode padded to its max, with `num_keep (S,)`
+    from its min to its max.
 
     The padding of a ragged batch holds garbage on purpose: it must not matter.
     """
@@ -139,7 +147,8 @@ class CalibrationImages:
         return min(self._count, len(self._paths))
 
     def batches(self) -> Iterator[tuple[list[Path], Array]]:
-        """Files and their pixels `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another one read in its place.
+        """Files and their pixels `(B, H, W, C)` of at most 8; a file that cannot be read is skipped aloud and another
+        one read in its place.
 
         Raises:
             ConfigError: at the end, if fewer than the minimum could be read.
@@ -177,7 +186,8 @@ class CalibrationImages:
     def _require(self, found: int, kind: str) -> None:
         if found < self._minimum:
             raise ConfigError(
-                f"only {found} {kind}images below --calib-data {self._folder}; calibration needs at least {self._minimum}",
+                f"only {found} {kind}images below --calib-data {self._folder}; calibration needs at least"
+                f" {self._minimum}",
                 hint="add images like those that the model will see; they need no labels",
             )
 

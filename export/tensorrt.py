@@ -1,4 +1,6 @@
-"""What an export for TensorRT does on this machine's GPU: look for it first, build the engine last, and gate it on PyTorch's outputs of all samples."""
+"""What an export for TensorRT does on this machine's GPU: look for it first, build the engine last, and gate it on
+PyTorch's outputs of all samples.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,10 @@ from mae_deploy.runtime.tensorrt.open import open_plan
 BASELINE_FILE = "baseline.onnx"
 """The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""
 
-NO_BUILD = "--no-build writes the bundle here, proven on ONNX Runtime; 'mae-deploy build-engine' then builds the engine on the device"
+NO_BUILD = (
+    "--no-build writes the bundle here, proven on ONNX Runtime; 'mae-deploy build-engine' then builds the engine on the"
+    " device"
+)
 
 SPEED_LEFT = "whether it is faster than FP16 is not known yet: 'mae-deploy build-engine' measures both on the device"
 
@@ -40,8 +45,17 @@ class DeviceProof:
 
     def record(self) -> dict[str, Any]:
         """For `parity` of the manifest."""
-        figures = [{key: value for key, value in comparison.to_dict().items() if key != "reason"} for comparison in self.comparisons]
-        return {"passed": True, "engine": TENSORRT, "file": self.built.entry["file"], "num_samples": self.comparisons[0].num_samples, "outputs": figures}
+        figures = [
+            {key: value for key, value in comparison.to_dict().items() if key != "reason"}
+            for comparison in self.comparisons
+        ]
+        return {
+            "passed": True,
+            "engine": TENSORRT,
+            "file": self.built.entry["file"],
+            "num_samples": self.comparisons[0].num_samples,
+            "outputs": figures,
+        }
 
     def speed(self) -> dict[str, Any]:
         """For the record of quantization, where FP16 was built as well."""
@@ -49,7 +63,11 @@ class DeviceProof:
         if baseline is None:
             return {}
         milliseconds = {name: values[baseline["profile"]] for name, values in baseline["latency_ms"].items()}
-        return {"speed": f"measured on {self.built.entry['gpu']}", "latency_ratio": baseline["latency_ratio"], "latency_ms": milliseconds}
+        return {
+            "speed": f"measured on {self.built.entry['gpu']}",
+            "latency_ratio": baseline["latency_ratio"],
+            "latency_ms": milliseconds,
+        }
 
     def summary(self) -> dict[str, Any]:
         """For the command's result."""
@@ -57,7 +75,14 @@ class DeviceProof:
         text = f"{entry['file']} for {entry['gpu']}, {entry['latency_ms']:.3f} ms"
         if speed:
             text += f", {speed['latency_ratio']:.2f} of FP16's latency"
-        return {"text": text, "file": entry["file"], "gpu": entry["gpu"], "tensorrt": entry["tensorrt"], "latency_ms": entry["latency_ms"], **speed}
+        return {
+            "text": text,
+            "file": entry["file"],
+            "gpu": entry["gpu"],
+            "tensorrt": entry["tensorrt"],
+            "latency_ms": entry["latency_ms"],
+            **speed,
+        }
 
 
 def require_tensorrt(config: ExportConfig) -> None:
@@ -72,13 +97,17 @@ def require_tensorrt(config: ExportConfig) -> None:
         with open_memory(index=api.gpu.index):
             pass
     except MissingDependency as error:
-        raise MissingDependency(f"--engine trt builds an engine on this machine: {error}", hint="; ".join(filter(None, (error.hint, NO_BUILD)))) from error
+        raise MissingDependency(
+            f"--engine trt builds an engine on this machine: {error}",
+            hint="; ".join(filter(None, (error.hint, NO_BUILD))),
+        ) from error
     tensorrt_api.precision_flags(api.module, config.precision, strong=config.resolved_typing == "strong")
     tensorrt_api.check_precision(config.precision, api.gpu)
 
 
 def build_and_gate(job: Job, bundle: Bundle) -> DeviceProof:
-    """Build the engine into the bundle, with FP16 beside it where there is a baseline, and compare it with PyTorch on every sample at every size.
+    """Build the engine into the bundle, with FP16 beside it where there is a baseline, and compare it with PyTorch on
+    every sample at every size.
 
     Raises:
         CheckFailed: its outputs miss the budget, or it is not faster than FP16; both figures are in the message.
@@ -86,7 +115,13 @@ def build_and_gate(job: Job, bundle: Bundle) -> DeviceProof:
     """
     config = job.config
     with percentage("build") as report:
-        built = build_engine(bundle, profiles=job.profiles, options=config.tensorrt, max_latency=config.int8.max_latency, on_progress=report)
+        built = build_engine(
+            bundle,
+            profiles=job.profiles,
+            options=config.tensorrt,
+            max_latency=config.int8.max_latency,
+            on_progress=report,
+        )
     with open_plan(bundle, built.entry, EngineOptions()) as engine:
         return _gate(job, engine, built)
 
@@ -99,8 +134,12 @@ def _gate(job: Job, engine: TensorRtEngine, built: Built) -> DeviceProof:
         failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
     if failures:
         raise CheckFailed(
-            f"the TensorRT {engine.version} engine misses parity with PyTorch on the samples: {'; '.join(dict.fromkeys(failures))}",
-            hint="nothing was written; another --precision, --optimization-level or TensorRT version may compute it right",
+            f"the TensorRT {engine.version} engine misses parity with PyTorch on the samples:"
+            f" {'; '.join(dict.fromkeys(failures))}",
+            hint=(
+                "nothing was written; another --precision, --optimization-level or TensorRT version may compute it"
+                " right"
+            ),
         )
     return DeviceProof(built=built, comparisons=comparisons[: len(job.names)], accuracy=accuracy)
 

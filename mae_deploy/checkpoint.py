@@ -1,4 +1,5 @@
-"""Checkpoints: `model.safetensors` and a `metadata.json` that says what it is, where it came from and what it may be used for.
+"""Checkpoints: `model.safetensors` and a `metadata.json` that says what it is, where it came from and what it may be
+used for.
 
 Reading the metadata needs no torch.
 """
@@ -54,7 +55,8 @@ class Metadata:
     licence: str = UNKNOWN_LICENCE
     """What the weights may be used for; derived weights inherit it."""
     provenance: dict[str, Any] = field(default_factory=dict)
-    """The stage that wrote it, its config and data fingerprint, and the record of the checkpoint before it under `parent`."""
+    """The stage that wrote it, its config and data fingerprint, and the record of the checkpoint before it under
+    `parent`."""
     metrics: dict[str, Any] = field(default_factory=dict)
     """Figures measured when it was written."""
     step: int = 0
@@ -84,7 +86,13 @@ class Checkpoint:
     def record(self) -> dict[str, Any]:
         """What a derived checkpoint or bundle keeps of this one: its provenance, metrics and hash."""
         data = self.metadata
-        return {"path": str(self.path), "sha256": sha256(self.path / WEIGHTS), "kind": data.kind, "metrics": data.metrics, **data.provenance}
+        return {
+            "path": str(self.path),
+            "sha256": sha256(self.path / WEIGHTS),
+            "kind": data.kind,
+            "metrics": data.metrics,
+            **data.provenance,
+        }
 
 
 def save_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
@@ -103,12 +111,18 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadat
     folder.mkdir(parents=True, exist_ok=True)
     # The licence also stands in the file itself, which may be copied without its folder.
     header = {"format": "pt", "licence": metadata.licence}
-    safetensors.save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / WEIGHTS, metadata=header)
+    safetensors.save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        folder / WEIGHTS,
+        metadata=header,
+    )
     write_json(folder / METADATA, {"schema_version": SCHEMA_VERSION, **to_dict(metadata)})
 
 
 def find_checkpoint(path: Path) -> Path | None:
-    """The checkpoint folder that `path` means: itself, the best or last of a run folder, or the folder of a weights file."""
+    """The checkpoint folder that `path` means: itself, the best or last of a run folder, or the folder of a weights
+    file.
+    """
     candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last"]
     if path.name == WEIGHTS:
         candidates.append(path.parent)
@@ -127,7 +141,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
     data = read_json(folder / METADATA)
     version = data.pop("schema_version", None) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
-        raise ConfigError(f"{folder / METADATA} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}", hint="upgrade mae-deploy")
+        raise ConfigError(
+            f"{folder / METADATA} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}",
+            hint="upgrade mae-deploy",
+        )
     return Checkpoint(folder, from_dict(Metadata, data, where="metadata."))
 
 

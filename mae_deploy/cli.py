@@ -36,7 +36,12 @@ app = typer.Typer(
 )
 
 
-data = typer.Typer(help="Look at a data set, or pack it into shards.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich")
+data = typer.Typer(
+    help="Look at a data set, or pack it into shards.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
 app.add_typer(data, name="data")
 
 
@@ -204,7 +209,9 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 143 stopped by a signal."""
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 143
+    stopped by a signal.
+    """
     try:
         app(args=arguments, prog_name="mae-deploy")
     except SystemExit as stop:

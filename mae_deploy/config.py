@@ -29,7 +29,14 @@ EXTENDS = "extends"
 """The key of a recipe that names the recipe it builds on."""
 
 
-def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argument: bool = False, hidden: bool = False, repeated: bool = False) -> Any:
+def setting(
+    default: Any = dataclasses.MISSING,
+    *,
+    flag: str | None = None,
+    argument: bool = False,
+    hidden: bool = False,
+    repeated: bool = False,
+) -> Any:
     """A dataclass field with its place on the command line.
 
     Args:
@@ -39,7 +46,9 @@ def setting(default: Any = dataclasses.MISSING, *, flag: str | None = None, argu
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
         repeated: a tuple of which each value is an option of its own, as its values may hold commas.
     """
-    return dataclasses.field(default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated})
+    return dataclasses.field(
+        default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated}
+    )
 
 
 def section(cls: type[C], **defaults: Any) -> C:
@@ -84,7 +93,8 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 def read_recipe(name: str | Path) -> dict[str, Any]:
     """A recipe's settings: a YAML file, or the name of one that ships with the package.
 
-    A recipe may say `extends: NAME`, another recipe beside it or of the package: its own settings are laid on top of that one's.
+    A recipe may say `extends: NAME`, another recipe beside it or of the package: its own settings are laid on top of
+    that one's.
 
     Raises:
         ConfigError: no such recipe, not a mapping of settings, or recipes that extend each other.
@@ -95,7 +105,10 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
     while (base := values.pop(EXTENDS, None)) is not None:
         path = _find_recipe(path.parent / f"{base}", name=str(base))
         if path in read:
-            raise ConfigError(f"recipe {read[0]} extends itself, by way of {' and '.join(recipe.stem for recipe in read[1:]) or 'itself'}")
+            raise ConfigError(
+                f"recipe {read[0]} extends itself, by way of"
+                f" {' and '.join(recipe.stem for recipe in read[1:]) or 'itself'}"
+            )
         read.append(path)
         values = merge(_read_mapping(path), values)
     return values
@@ -110,7 +123,9 @@ def parse_assignment(text: str) -> dict[str, Any]:
     try:
         nested: Any = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise ConfigError(f"--set {text}: the value is not YAML", hint="quote what YAML reads as its own, such as --set 'key=\"[\"'") from error
+        raise ConfigError(
+            f"--set {text}: the value is not YAML", hint="quote what YAML reads as its own, such as --set 'key=\"[\"'"
+        ) from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
     return typing.cast(dict[str, Any], nested)
@@ -187,7 +202,11 @@ def field_docs(cls: type) -> dict[str, str]:
     docs: dict[str, str] = {}
     body = _class_bodies(cls.__module__)[cls.__name__]
     for statement, after in itertools.pairwise(body):
-        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and isinstance(after, ast.Expr):
+        if (
+            isinstance(statement, ast.AnnAssign)
+            and isinstance(statement.target, ast.Name)
+            and isinstance(after, ast.Expr)
+        ):
             docs[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
     return docs
 
@@ -226,7 +245,9 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if value in get_args(kind):
             return value
         choices = ", ".join(map(str, get_args(kind)))
-        raise ConfigError(f"{where}: {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)]))
+        raise ConfigError(
+            f"{where}: {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)])
+        )
     elif get_origin(kind) is tuple:
         return _coerce_tuple(get_args(kind), value, where)
     elif get_origin(kind) is dict and isinstance(value, dict):

@@ -96,7 +96,9 @@ def remove_partial(folder: Path) -> None:
 def refuse_to_overwrite(path: Path, *, option: str = "--out", hint: str | None = None) -> None:
     """Raise ConfigError if `path`, which an option asks for, is a file or a folder with something in it."""
     if path.is_file() or (path.is_dir() and any(path.iterdir())):
-        raise ConfigError(f"{option} {path} already exists", hint=hint or f"choose another {option}, or remove it first")
+        raise ConfigError(
+            f"{option} {path} already exists", hint=hint or f"choose another {option}, or remove it first"
+        )
 
 
 def _is_running(process: str) -> bool:

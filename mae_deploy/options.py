@@ -12,7 +12,17 @@ from typing import Annotated, Any, Optional, TypeVar, get_args, get_origin
 
 import typer
 
-from mae_deploy.config import field_docs, field_types, from_dict, is_required, merge, optional_of, parse_assignment, read_recipe, to_yaml
+from mae_deploy.config import (
+    field_docs,
+    field_types,
+    from_dict,
+    is_required,
+    merge,
+    optional_of,
+    parse_assignment,
+    read_recipe,
+    to_yaml,
+)
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import write_text
 from mae_deploy.results import _shown, show
@@ -45,7 +55,9 @@ class Flag:
         return "_".join(self.path)
 
 
-def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", defaults: dict[str, Any] | None = None) -> list[Flag]:
+def flags_of(
+    cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", defaults: dict[str, Any] | None = None
+) -> list[Flag]:
     """Every option and argument that a config class gives a command, sections flattened."""
     found: list[Flag] = []
     kinds, docs = field_types(cls), field_docs(cls)
@@ -63,7 +75,8 @@ def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", d
         found.append(
             Flag(
                 path=(*path, field.name),
-                name=field.metadata.get("flag") or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
+                name=field.metadata.get("flag")
+                or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
                 kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
@@ -75,7 +88,9 @@ def flags_of(cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", d
     return found
 
 
-def command(app: typer.Typer, config: type[C], *, name: str | None = None, recipes: bool = False) -> Callable[[Callable[[C], Any]], Callable[[C], Any]]:
+def command(
+    app: typer.Typer, config: type[C], *, name: str | None = None, recipes: bool = False
+) -> Callable[[Callable[[C], Any]], Callable[[C], Any]]:
     """Register `function(config)` as a command whose options are the fields of `config`.
 
     The function returns its result as plain data, or as a `Result` that also knows how to show itself.
@@ -137,7 +152,9 @@ def _parameter(flag: Flag) -> inspect.Parameter:
         names = [flag.name, f"--no-{flag.name[2:]}"] if kind is bool else [flag.name]
         info = typer.Option(
             "/".join(names),
-            help=flag.help + (r" \[required]" if flag.required else "") + (rf" \[default: {flag.default}]" if flag.default is not None else ""),
+            help=flag.help
+            + (r" \[required]" if flag.required else "")
+            + (rf" \[default: {flag.default}]" if flag.default is not None else ""),
             rich_help_panel=flag.panel,
             show_default=False,
         )
@@ -146,7 +163,9 @@ def _parameter(flag: Flag) -> inspect.Parameter:
 
 
 def _typer_kind(kind: Any, several: bool) -> Any:
-    """Typer reads a comma-separated tuple as text, but several positional arguments, and an option that may be repeated, as a list."""
+    """Typer reads a comma-separated tuple as text, but several positional arguments, and an option that may be
+    repeated, as a list.
+    """
     if get_origin(kind) is not tuple:
         return kind
     return list[get_args(kind)[0]] if several else str  # type: ignore[misc]
@@ -158,9 +177,27 @@ def _option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspe
 
 
 _RECIPE_PARAMETERS = [
-    _option("recipe", str | None, None, "--recipe", help="Settings from a YAML file, or the name of a recipe that ships with mae-deploy; flags win over it."),
-    _option("assignments", list[str] | None, None, "--set", help="Any setting as section.key=value, those without an option too; may be repeated."),
-    _option("dump_config", Path | None, None, "--dump-config", help="Write the resolved settings as a recipe (- for stdout) and do nothing else."),
+    _option(
+        "recipe",
+        str | None,
+        None,
+        "--recipe",
+        help="Settings from a YAML file, or the name of a recipe that ships with mae-deploy; flags win over it.",
+    ),
+    _option(
+        "assignments",
+        list[str] | None,
+        None,
+        "--set",
+        help="Any setting as section.key=value, those without an option too; may be repeated.",
+    ),
+    _option(
+        "dump_config",
+        Path | None,
+        None,
+        "--dump-config",
+        help="Write the resolved settings as a recipe (- for stdout) and do nothing else.",
+    ),
 ]
 _JSON_PARAMETER = _option("as_json", bool, False, "--json", help="Print the result as JSON on stdout.")
 

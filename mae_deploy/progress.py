@@ -7,7 +7,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.text import Text
 
 console = Console(stderr=True)
@@ -37,7 +45,9 @@ class Bar:
         elif (now := time.monotonic()) - self._printed > _LINE_SECONDS or self._done == self._total:
             self._printed = now
             left = (now - self._started) / max(self._done - self._first, 1) * (self._total - self._done)
-            console.print(f"{self._title}  {self._done}/{self._total}  {note}  {left:.0f} s left", highlight=False, soft_wrap=True)
+            console.print(
+                f"{self._title}  {self._done}/{self._total}  {note}  {left:.0f} s left", highlight=False, soft_wrap=True
+            )
 
 
 @contextmanager
@@ -63,7 +73,9 @@ def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> 
 
 @contextmanager
 def percentage(title: str) -> Iterator[Callable[[str, float], None]]:
-    """A bar of per cent, moved by calls with what is being done and the share of it all, from 0 to 1; full at the end."""
+    """A bar of per cent, moved by calls with what is being done and the share of it all, from 0 to 1; full at the
+    end.
+    """
     with progress(title, 100) as bar:
         done = 0
 

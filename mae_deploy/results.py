@@ -31,7 +31,9 @@ def show(result: Any, *, as_json: bool) -> None:
     if result.view is not None:
         console.print(result.view)
     elif isinstance(result.data, dict):
-        lines = (f"[bold]{key}[/bold]  {escape(_shown(value))}" for key, value in result.data.items() if value is not None)
+        lines = (
+            f"[bold]{key}[/bold]  {escape(_shown(value))}" for key, value in result.data.items() if value is not None
+        )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 

@@ -1,4 +1,6 @@
-"""Random numbers as a function of what they are for, so that a resumed run draws the same ones with no state to save."""
+"""Random numbers as a function of what they are for, so that a resumed run draws the same ones with no state to
+save.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,11 @@ def derive_seed(seed: int, purpose: str, *counters: int) -> int:
     return int(entropy.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-def random_patches(num_patches: int, num_keep: int, items: Iterable[int], seed: int) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """Random `ids_keep (B, K)`, int64: an image's patches depend on the seed and its number alone, and those for a smaller K are among those for a larger.
+def random_patches(
+    num_patches: int, num_keep: int, items: Iterable[int], seed: int
+) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """Random `ids_keep (B, K)`, int64: an image's patches depend on the seed and its number alone, and those for a
+    smaller K are among those for a larger.
 
     Raises:
         ConfigError: the seed is negative.
@@ -39,7 +44,8 @@ def random_patches(num_patches: int, num_keep: int, items: Iterable[int], seed: 
 
 
 def uniform_rows(seed: int, purpose: str, count: int, *counters: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
-    """Uniform numbers in [0, 1), `(B, count)`: a row is a function of the seed, the purpose and its entry of each `(B,)` counter, on any machine.
+    """Uniform numbers in [0, 1), `(B, count)`: a row is a function of the seed, the purpose and its entry of each
+    `(B,)` counter, on any machine.
 
     SplitMix64's hash of a counter, in place of a generator a row, which would take 20 times as long.
     """

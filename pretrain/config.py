@@ -19,8 +19,8 @@ class PretrainConfig:
     """Settings of `mae-deploy pretrain`."""
 
     data: str = setting(argument=True)
-    """Unlabelled images: a folder in any tree; tar shards, as a folder, a pattern such as 'shards-{000..099}.tar', URLs, or 'pipe:COMMAND', which is run;
-    or a Hugging Face data set on disk."""
+    """Unlabelled images: a folder in any tree; tar shards, as a folder, a pattern such as 'shards-{000..099}.tar',
+    URLs, or 'pipe:COMMAND', which is run; or a Hugging Face data set on disk."""
     out: Path
     """Run folder to write."""
     resume: bool = False
@@ -28,11 +28,13 @@ class PretrainConfig:
     mask_ratio: float = 0.75
     """Share of the patches that the encoder does not see."""
     mask_sampling: MaskSampling = "random"
-    """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of every four."""
+    """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of
+    every four."""
     mask_patch_size: int | None = None
     """Side, in pixels, of the squares that random masking hides or shows as a whole (SimMIM: 32); default: a patch."""
     group_masking: GroupMasking = "independent"
-    """Of --band-groups: independent, each group has masked patches of its own (better in SatMAE); consistent, all have the same."""
+    """Of --band-groups: independent, each group has masked patches of its own (better in SatMAE); consistent, all have
+    the same."""
     norm_pix_loss: bool = True
     """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
     teacher: Path | None = None
@@ -40,7 +42,8 @@ class PretrainConfig:
     pictures_every: int = 20
     """Epochs between reconstruction pictures; the last epoch always draws one."""
     picture_bands: tuple[int, ...] | None = None
-    """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for multispectral images: the first three."""
+    """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for
+    multispectral images: the first three."""
     seed: int = 0
     """Seed of weights, data order, augmentation and masks."""
     device: Device = "auto"
@@ -59,7 +62,9 @@ class PretrainConfig:
         if (self.objective.target == "features") != (self.teacher is not None):
             raise ConfigError("--target features and --teacher go together", hint="give both, or neither")
         if self.teacher is not None and self.objective.target_dim is not None:
-            raise ConfigError(f"--target-dim {self.objective.target_dim} cannot be chosen: a --teacher's features have its width")
+            raise ConfigError(
+                f"--target-dim {self.objective.target_dim} cannot be chosen: a --teacher's features have its width"
+            )
         if self.pictures_every < 1:
             raise ConfigError("--pictures-every must be at least 1")
         check_picture_bands(self.picture_bands, self.model.in_chans)
@@ -112,7 +117,8 @@ class FinetuneConfig:
     model: str | None = None
     """The encoder, where --init does not give it (see pretrain --help)."""
     image_size: tuple[int, int] | None = None
-    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for another."""
+    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
+    another."""
     patch_size: int | None = None
     """Side of a patch in pixels, where --init does not give it."""
     in_chans: int | None = None
@@ -124,8 +130,9 @@ class FinetuneConfig:
     pool: Literal["avg", "cls"] = "avg"
     """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
     keep_ratio: tuple[float, float] | None = None
-    """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as many of its patches, so that one
-    network serves every number of patches; one share fixes it. Validated with the most, and with the fewest. Default: all patches."""
+    """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as
+    many of its patches, so that one network serves every number of patches; one share fixes it. Validated with the
+    most, and with the fewest. Default: all patches."""
     layer_decay: float = 0.65
     """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
     seed: int = 0
@@ -140,7 +147,10 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         if self.init is None and not (self.from_scratch and self.model):
-            raise ConfigError("finetune needs --init", hint="give a pretrained run or checkpoint, or --from-scratch with --model for the baseline")
+            raise ConfigError(
+                "finetune needs --init",
+                hint="give a pretrained run or checkpoint, or --from-scratch with --model for the baseline",
+            )
         check_keep_ratio(self.keep_ratio)
         if not 0 < self.layer_decay <= 1:
             raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
@@ -190,4 +200,7 @@ def check_picture_bands(bands: tuple[int, ...] | None, channels: int) -> None:
     """
     if bands is not None and (len(bands) not in (1, 3) or any(not 0 <= band < channels for band in bands)):
         given = ",".join(map(str, bands))
-        raise ConfigError(f"--picture-bands {given} of {channels} channels", hint=f"one or three of 0 to {channels - 1}, such as 3,2,1")
+        raise ConfigError(
+            f"--picture-bands {given} of {channels} channels",
+            hint=f"one or three of 0 to {channels - 1}, such as 3,2,1",
+        )

@@ -81,7 +81,14 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
             },
         ),
         paper_warmup=PAPER_WARMUP,
-        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers, kept=kept),
+        evaluate=Evaluator(
+            val,
+            eval_transform(spec),
+            spec,
+            batch_size=config.optim.batch_size,
+            num_workers=config.images.num_workers,
+            kept=kept,
+        ),
     )
     return fit(job, folder, accelerator, config)
 
@@ -97,7 +104,16 @@ class ClassificationLoss:
         self.smoothing = mix.label_smoothing
         self.erase = RandomErasing(mix.reprob, mode="pixel", max_count=1, device="cpu") if mix.reprob > 0 else None
         mixes = mix.mixup > 0 or mix.cutmix > 0
-        self.mix = Mixup(mixup_alpha=mix.mixup, cutmix_alpha=mix.cutmix, label_smoothing=mix.label_smoothing, num_classes=num_classes) if mixes else None
+        self.mix = (
+            Mixup(
+                mixup_alpha=mix.mixup,
+                cutmix_alpha=mix.cutmix,
+                label_smoothing=mix.label_smoothing,
+                num_classes=num_classes,
+            )
+            if mixes
+            else None
+        )
         self.kept = kept
 
     def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
@@ -125,12 +141,20 @@ class ClassificationLoss:
 
 
 def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderConfig:
-    asked = {"patch_size": config.patch_size, "in_chans": config.in_chans, "band_groups": config.band_groups, "image_size": config.image_size}
+    asked = {
+        "patch_size": config.patch_size,
+        "in_chans": config.in_chans,
+        "band_groups": config.band_groups,
+        "image_size": config.image_size,
+    }
     given = {name: value for name, value in asked.items() if value is not None}
     if loaded is None:
         return from_dict(EncoderConfig, {"name": config.model, **given})
     for name, value in {**given, "name": config.model}.items():
         own = getattr(loaded.encoder_config, name)
         if name != "image_size" and value is not None and value != own:
-            raise ConfigError(f"--init has {name} {own}, not {value}", hint="leave the option away, or leave --init away and use --from-scratch")
+            raise ConfigError(
+                f"--init has {name} {own}, not {value}",
+                hint="leave the option away, or leave --init away and use --from-scratch",
+            )
     return from_dict(EncoderConfig, {**loaded.metadata.encoder, **given})

@@ -39,9 +39,15 @@ def run(config: ReconstructConfig) -> dict[str, Any]:
     """
     model, loaded = load_model(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
-        raise ConfigError(f"{config.checkpoint} is a {loaded.metadata.kind} without a decoder", hint="give a pretraining run or a checkpoint with its decoder")
+        raise ConfigError(
+            f"{config.checkpoint} is a {loaded.metadata.kind} without a decoder",
+            hint="give a pretraining run or a checkpoint with its decoder",
+        )
     if model.objective.target == "features":
-        raise ConfigError(f"{config.checkpoint} predicts a teacher's features, which are no picture", hint="give a run with --target pixels or pca")
+        raise ConfigError(
+            f"{config.checkpoint} predicts a teacher's features, which are no picture",
+            hint="give a run with --target pixels or pca",
+        )
     check_picture_bands(config.picture_bands, model.config.in_chans)
     unit = mask_unit(config.mask_patch_size, model.config.patch)
     check_masking(config.mask_sampling, config.mask_ratio, model.config.grid_size, unit=unit)
@@ -94,16 +100,24 @@ def draw_reconstructions(
     device = model.cls_token.device
     inputs = torch.from_numpy(spec(list(images))).to(device)
     noise = torch.rand(len(inputs), model.config.num_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
-    masking = masking_of(mask_sampling, noise, mask_ratio, model.config.grid_size, unit=mask_unit, group_masking=group_masking)
+    masking = masking_of(
+        mask_sampling, noise, mask_ratio, model.config.grid_size, unit=mask_unit, group_masking=group_masking
+    )
     was_training = model.training
     output = model.eval()(inputs, masking)
     model.train(was_training)
     target = patchify(inputs, model.config.patch)
     predicted = model.predicted_patches(inputs, output.pixels.float())
     groups = model.config.band_groups
-    hidden = (masking.mask.unsqueeze(-1) if groups is None else spread_over_bands(masking.mask, groups, model.config.patch)).bool()
+    hidden = (
+        masking.mask.unsqueeze(-1) if groups is None else spread_over_bands(masking.mask, groups, model.config.patch)
+    ).bool()
     grey = torch.zeros_like(target)
-    columns = [target, torch.where(hidden, grey, target), torch.where(hidden, predicted, target) if paste_visible else predicted]
+    columns = [
+        target,
+        torch.where(hidden, grey, target),
+        torch.where(hidden, predicted, target) if paste_visible else predicted,
+    ]
     rows = torch.stack([unpatchify(column, model.config.patch, model.config.grid_size) for column in columns], dim=1)
     with atomic_path(out) as aside:
         _grid(_to_pixels(rows, spec, bands)).save(aside, format="PNG")
@@ -113,7 +127,8 @@ def draw_reconstructions(
 def _to_pixels(images: Tensor, spec: Preprocess, bands: tuple[int, ...] | None) -> Array:
     """Normalised `(B, 3, C, H, W)` to uint8 `(B, 3, H, W, C)`.
 
-    Of other images than ordinary ones, the chosen bands, each stretched from the 2nd to the 98th percentile of the originals.
+    Of other images than ordinary ones, the chosen bands, each stretched from the 2nd to the 98th percentile of the
+    originals.
     """
     values = images.permute(0, 1, 3, 4, 2).cpu().numpy() * np.asarray(spec.std) + np.asarray(spec.mean)
     if spec.takes_arrays or bands is not None:

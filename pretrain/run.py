@@ -53,7 +53,14 @@ def run(config: PretrainConfig) -> dict[str, Any]:
 
     def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         noise = batch.rand(config.model.num_tokens)
-        masking = masking_of(config.mask_sampling, noise, config.mask_ratio, config.model.grid_size, unit=config.mask_unit, group_masking=config.group_masking)
+        masking = masking_of(
+            config.mask_sampling,
+            noise,
+            config.mask_ratio,
+            config.model.grid_size,
+            unit=config.mask_unit,
+            group_masking=config.group_masking,
+        )
         return {"loss": model(batch.images, masking, None if target is None else target(batch.images)).loss}
 
     def pictures(model: nn.Module, epochs: int, last: bool) -> None:

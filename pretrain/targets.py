@@ -1,7 +1,9 @@
-"""What the decoder predicts where the images alone do not say it: a frozen teacher's features, and components fitted to the training images.
+"""What the decoder predicts where the images alone do not say it: a frozen teacher's features, and components fitted to
+the training images.
 
-Pixels, and the coefficients of components that are there, are computed by the model itself. Everything else, such as tokens of another model or
-latents, is a `Target`: `pretrain.run` calls it on every batch and gives its answer to the model.
+Pixels, and the coefficients of components that are there, are computed by the model itself. Everything else, such as
+tokens of another model or latents, is a `Target`: `pretrain.run` calls it on every batch and gives its answer to the
+model.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize
 from mae_deploy.weights.load import Loaded, at_image_size
 
 PCA_IMAGES = 2048
-"""Training images, at most, whose patches the principal components are fitted to: 400,000 patches of 224-pixel images."""
+"""Training images, at most, whose patches the principal components are fitted to: 400,000 patches of 224-pixel
+images."""
 
 
 class Target(Protocol):
@@ -89,8 +92,18 @@ class TeacherFeatures:
         return normalised(tapped(self._teacher, resized, {self._tap})[self._tap])[:, 1:]
 
 
-def fit_pca(model: MaskedAutoencoder, images: TrainImages, spec: Preprocess, accelerator: Accelerator, *, batch_size: int, seed: int, num_workers: int) -> None:
-    """Fit the model's principal components to the patches of the first training images of the run, augmented as they are in training.
+def fit_pca(
+    model: MaskedAutoencoder,
+    images: TrainImages,
+    spec: Preprocess,
+    accelerator: Accelerator,
+    *,
+    batch_size: int,
+    seed: int,
+    num_workers: int,
+) -> None:
+    """Fit the model's principal components to the patches of the first training images of the run, augmented as they
+    are in training.
 
     The main process fits, and the others are given what it found.
     """
@@ -120,7 +133,9 @@ def _fit(
     count, total, moments = 0, torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
     batch_size = min(batch_size, len(images))
     batches = min(len(images), PCA_IMAGES) // batch_size or 1
-    for batch in images.stream(Stretch(batch_size, batches, 0, batches), seed=seed, num_workers=num_workers, pin_memory=False):
+    for batch in images.stream(
+        Stretch(batch_size, batches, 0, batches), seed=seed, num_workers=num_workers, pin_memory=False
+    ):
         patches = model.patches(normalise(batch.images.to(device))).flatten(0, 1)
         count += len(patches)
         total += patches.sum(dim=0).double().cpu()

@@ -1,7 +1,9 @@
-"""Everything that only an NVIDIA GPU can show: GPU tests, TensorRT engines of ViT-T/S/B/L/H, their parity and speed, and a report.
+"""Everything that only an NVIDIA GPU can show: GPU tests, TensorRT engines of ViT-T/S/B/L/H, their parity and speed,
+and a report.
 
-Each step leaves a JSON file in the state folder; a later run does what is missing, failed, or was done on another GPU or TensorRT. With PyTorch but
-without TensorRT it exports bundles and times PyTorch; with TensorRT but without PyTorch it builds, verifies and times the bundles in the state folder.
+Each step leaves a JSON file in the state folder; a later run does what is missing, failed, or was done on another GPU
+or TensorRT. With PyTorch but without TensorRT it exports bundles and times PyTorch; with TensorRT but without PyTorch
+it builds, verifies and times the bundles in the state folder.
 """
 
 from __future__ import annotations
@@ -58,7 +60,8 @@ class Machine:
 
     gpu: Gpu | None
     versions: dict[str, str]
-    """Of gpu, export (PyTorch and what else that needs), pytorch, tensorrt and onnxruntime (which compute on the GPU), and pytest; only what is there."""
+    """Of gpu, export (PyTorch and what else that needs), pytorch, tensorrt and onnxruntime (which compute on the GPU),
+    and pytest; only what is there."""
     lacks: dict[str, str]
     """Why the others are not."""
 
@@ -74,16 +77,25 @@ class Machine:
     def facts(self) -> dict[str, str]:
         """For the report."""
         assert self.gpu is not None
-        return {"GPU": self.gpu.name, "driver": f"CUDA {self.gpu.driver}", **{name: self.versions[name] for name in _ON_GPU if name in self.versions}}
+        return {
+            "GPU": self.gpu.name,
+            "driver": f"CUDA {self.gpu.driver}",
+            **{name: self.versions[name] for name in _ON_GPU if name in self.versions},
+        }
 
 
 _PROBES = {
     "export": "import torch, onnx, ml_dtypes, safetensors; print(torch.__version__)",
     "pytest": "import pytest; print(pytest.__version__)",
     "pytorch": "import torch; assert torch.cuda.is_available(), 'torch sees no GPU'; print(torch.__version__)",
-    "tensorrt": "from mae_deploy.runtime.cuda.memory import open_memory; from mae_deploy.runtime.tensorrt.api import load_tensorrt; "
-    "api = load_tensorrt(); open_memory().close(); print(api.version)",
-    "onnxruntime": "import onnxruntime as o; assert 'CUDAExecutionProvider' in o.get_available_providers(), 'no CUDAExecutionProvider'; print(o.__version__)",
+    "tensorrt": (
+        "from mae_deploy.runtime.cuda.memory import open_memory; from mae_deploy.runtime.tensorrt.api import"
+        " load_tensorrt; api = load_tensorrt(); open_memory().close(); print(api.version)"
+    ),
+    "onnxruntime": (
+        "import onnxruntime as o; assert 'CUDAExecutionProvider' in o.get_available_providers(), 'no"
+        " CUDAExecutionProvider'; print(o.__version__)"
+    ),
 }
 """Tried in processes of their own: a library that ends its process takes none of the results along."""
 
@@ -182,7 +194,9 @@ def plan(settings: Settings, machine: Machine) -> list[Step]:
     """Every step, in the order in which they run: model by model, the smallest first."""
     steps = [Step(name="tests", needs=("gpu", "pytest"), run=run_tests)]
     if settings.samples is None:
-        steps.append(Step(name="images", needs=("export",), product=settings.images, run=partial(make_images, settings.images)))
+        steps.append(
+            Step(name="images", needs=("export",), product=settings.images, run=partial(make_images, settings.images))
+        )
     for model in settings.models:
         steps += _steps_of(model, settings, machine)
     return [step for step in steps if step.kind in settings.only]
@@ -191,30 +205,89 @@ def plan(settings: Settings, machine: Machine) -> list[Step]:
 def _steps_of(model: str, settings: Settings, machine: Machine) -> list[Step]:
     checkpoint, steps = settings.checkpoint(model), []
     if model not in settings.checkpoints:
-        steps.append(Step(name=f"weights/{model}", needs=("export",), product=checkpoint, run=partial(make_weights, MODELS[model], checkpoint)))
+        steps.append(
+            Step(
+                name=f"weights/{model}",
+                needs=("export",),
+                product=checkpoint,
+                run=partial(make_weights, MODELS[model], checkpoint),
+            )
+        )
     names = [f"{model}-{tokens}-{precision}" for tokens in TOKENS for precision in settings.precisions]
     for name in names:
         bundle = settings.bundle(name)
         command = export_command(name, settings, on_gpu="pytorch" in machine.versions)
         before = (f"weights/{model}", "images")
         steps += [
-            Step(name=f"export/{name}", needs=("export",), after=before, product=bundle, run=partial(run_command, command)),
-            Step(name=f"build/{name}", needs=("gpu", "tensorrt"), after=(f"export/{name}",), run=partial(run_command, build_command(bundle))),
-            Step(name=f"verify/{name}", needs=("gpu", "tensorrt"), after=(f"build/{name}",), run=partial(run_command, verify_command(bundle))),
+            Step(
+                name=f"export/{name}",
+                needs=("export",),
+                after=before,
+                product=bundle,
+                run=partial(run_command, command),
+            ),
+            Step(
+                name=f"build/{name}",
+                needs=("gpu", "tensorrt"),
+                after=(f"export/{name}",),
+                run=partial(run_command, build_command(bundle)),
+            ),
+            Step(
+                name=f"verify/{name}",
+                needs=("gpu", "tensorrt"),
+                after=(f"build/{name}",),
+                run=partial(run_command, verify_command(bundle)),
+            ),
         ]
     parts = [part for part in ("pytorch", "tensorrt") if part in machine.versions]
-    source, builds = "+".join(parts) or "pytorch+tensorrt", tuple(f"build/{name}" for name in names) if "tensorrt" in parts else ()
+    source, builds = (
+        "+".join(parts) or "pytorch+tensorrt",
+        tuple(f"build/{name}" for name in names) if "tensorrt" in parts else (),
+    )
     needs = ("gpu", *(parts or ["tensorrt"]))
-    steps.append(Step(name=f"speed/{model}/{source}", needs=needs, after=builds, run=partial(run_speed, model, names, parts, settings, machine)))
+    steps.append(
+        Step(
+            name=f"speed/{model}/{source}",
+            needs=needs,
+            after=builds,
+            run=partial(run_speed, model, names, parts, settings, machine),
+        )
+    )
     return steps
 
 
 def export_command(name: str, settings: Settings, *, on_gpu: bool) -> list[str]:
     """Export a bundle for TensorRT without building its engine."""
     model, tokens, precision = name.split("-")
-    command = ["mae-deploy", "export", str(settings.checkpoint(model)), "--out", str(settings.bundle(name)), "--engine", "trt", "--no-build"]
-    command += ["--precision", precision, "--typing", settings.typing, "--tokens", tokens if tokens == "full" else f"visible:{keep_of(model)}"]
-    command += ["--batch", "dynamic", "--profile", "B:1,8,32", "--samples", str(settings.images), "--device", "cuda" if on_gpu else "cpu", "--json"]
+    command = [
+        "mae-deploy",
+        "export",
+        str(settings.checkpoint(model)),
+        "--out",
+        str(settings.bundle(name)),
+        "--engine",
+        "trt",
+        "--no-build",
+    ]
+    command += [
+        "--precision",
+        precision,
+        "--typing",
+        settings.typing,
+        "--tokens",
+        tokens if tokens == "full" else f"visible:{keep_of(model)}",
+    ]
+    command += [
+        "--batch",
+        "dynamic",
+        "--profile",
+        "B:1,8,32",
+        "--samples",
+        str(settings.images),
+        "--device",
+        "cuda" if on_gpu else "cpu",
+        "--json",
+    ]
     if precision in ("int8", "fp8"):
         command += ["--calib-data", str(settings.images), "--calib-images", "128"]
         if model not in settings.checkpoints:  # random weights tell nothing of the accuracy
@@ -250,10 +323,26 @@ def run_command(command: Sequence[str]) -> Outcome:
 
 def run_tests() -> Outcome:
     """The tests that are marked `gpu`; without PyTorch those beside TensorRT alone."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "--confcutdir", "tests/gpu", "tests/gpu"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-m",
+        "gpu",
+        "--confcutdir",
+        "tests/gpu",
+        "tests/gpu",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     summary = _last_line(done.stdout or done.stderr)
-    return Outcome(status="done" if done.returncode == 0 else "failed", result=summary, message="" if done.returncode == 0 else summary)
+    return Outcome(
+        status="done" if done.returncode == 0 else "failed",
+        result=summary,
+        message="" if done.returncode == 0 else summary,
+    )
 
 
 def make_weights(name: str, folder: Path) -> Outcome:
@@ -268,7 +357,9 @@ def make_weights(name: str, folder: Path) -> Outcome:
 
     torch.manual_seed(0)
     model = Encoder(EncoderConfig(name=name))
-    metadata = Metadata(kind="encoder", encoder=to_dict(model.config), preprocess=to_dict(default_preprocess((_SIDE, _SIDE))))
+    metadata = Metadata(
+        kind="encoder", encoder=to_dict(model.config), preprocess=to_dict(default_preprocess((_SIDE, _SIDE)))
+    )
     save_checkpoint(folder, model.state_dict(), metadata)
     return Outcome(status="done")
 
@@ -325,7 +416,9 @@ class State:
     def __init__(self, folder: Path) -> None:
         self._folder = folder / "steps"
         self._folder.mkdir(parents=True, exist_ok=True)
-        self.records: dict[str, dict[str, Any]] = {record["step"]: record for path in sorted(self._folder.glob("*.json")) for record in [read_json(path)]}
+        self.records: dict[str, dict[str, Any]] = {
+            record["step"]: record for path in sorted(self._folder.glob("*.json")) for record in [read_json(path)]
+        }
 
     def keep(self, step: Step, outcome: Outcome, machine: Machine, seconds: float) -> None:
         """Write what came of a step."""
@@ -352,7 +445,9 @@ class State:
 
 
 def why_not(step: Step, steps: Sequence[Step], state: State, machine: Machine) -> str | None:
-    """Why a step cannot run now: what the machine lacks, or a step before it that is not done; speed takes whatever is there."""
+    """Why a step cannot run now: what the machine lacks, or a step before it that is not done; speed takes whatever is
+    there.
+    """
     lacking = machine.lacking(step.needs)
     if lacking is not None:
         return lacking
@@ -362,12 +457,16 @@ def why_not(step: Step, steps: Sequence[Step], state: State, machine: Machine) -
     known = {other.name: other for other in steps}
     waiting = [name for name in step.after if name in known and not _is_done(known[name], state, machine)]
     if step.kind == "speed":
-        return "no engine is built" if waiting and len(waiting) == len(step.after) and "pytorch" not in step.name else None
+        return (
+            "no engine is built" if waiting and len(waiting) == len(step.after) and "pytorch" not in step.name else None
+        )
     return f"waits for {waiting[0]}" if waiting else None
 
 
 def _is_done(step: Step, state: State, machine: Machine) -> bool:
-    return state.is_current(step, machine) and (step.product is not None or state.records[step.name]["status"] == "done")
+    return state.is_current(step, machine) and (
+        step.product is not None or state.records[step.name]["status"] == "done"
+    )
 
 
 def run_steps(steps: Sequence[Step], state: State, machine: Machine, say: Callable[[str], None]) -> dict[str, str]:
@@ -396,15 +495,41 @@ def run_steps(steps: Sequence[Step], state: State, machine: Machine, say: Callab
 
 def read_settings(arguments: Sequence[str] | None = None) -> Settings:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="scripts/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default=",".join(MODELS), help="of tiny, small, base, large and huge, separated by commas; default: all")
-    parser.add_argument("--precisions", default="fp16,int8", help="of fp32, fp16, bf16, int8 and fp8; default: fp16,int8")
-    parser.add_argument("--checkpoint", action="append", default=[], metavar="MODEL=PATH", help="trained weights of a model; without, they are random")
+    parser = argparse.ArgumentParser(
+        prog="scripts/gpu_check.sh", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--models",
+        default=",".join(MODELS),
+        help="of tiny, small, base, large and huge, separated by commas; default: all",
+    )
+    parser.add_argument(
+        "--precisions", default="fp16,int8", help="of fp32, fp16, bf16, int8 and fp8; default: fp16,int8"
+    )
+    parser.add_argument(
+        "--checkpoint",
+        action="append",
+        default=[],
+        metavar="MODEL=PATH",
+        help="trained weights of a model; without, they are random",
+    )
     parser.add_argument("--samples", type=Path, help="folder of at least 128 photographs; default: images are made")
-    parser.add_argument("--state", type=Path, default=Path("gpu-check"), help="folder of what is done, bundles among it; default: gpu-check")
-    parser.add_argument("--out", type=Path, default=Path("docs/results"), help="folder of the report; default: docs/results")
+    parser.add_argument(
+        "--state",
+        type=Path,
+        default=Path("gpu-check"),
+        help="folder of what is done, bundles among it; default: gpu-check",
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("docs/results"), help="folder of the report; default: docs/results"
+    )
     parser.add_argument("--only", default=",".join(KINDS), help=f"kinds of steps, of {', '.join(KINDS)}; default: all")
-    parser.add_argument("--typing", choices=("auto", "weak", "strong"), default="auto", help="of exported graphs; weak for a device with TensorRT 8")
+    parser.add_argument(
+        "--typing",
+        choices=("auto", "weak", "strong"),
+        default="auto",
+        help="of exported graphs; weak for a device with TensorRT 8",
+    )
     parser.add_argument("--repeats", type=int, default=100, help="timed rounds; default: 100")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     given = parser.parse_args(arguments)
@@ -458,7 +583,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         say(f"not run: {name}: {why}")
     if machine.gpu is not None:
         random_weights = [model for model in settings.models if model not in settings.checkpoints]
-        records = {name: record for name, record in state.records.items() if record["on"]["gpu"] in ("", machine.gpu.name)}
+        records = {
+            name: record for name, record in state.records.items() if record["on"]["gpu"] in ("", machine.gpu.name)
+        }
         found = report(records, missing, machine.facts(), random_weights=random_weights)
         path = settings.out / f"gpu-{slug(machine.gpu.name)}"
         write_json(path.with_suffix(".json"), found)

@@ -1,4 +1,5 @@
-"""`mae-deploy build-engine` and `verify` for a Python with TensorRT and NumPy alone, where the command line has no typer and no rich to run with.
+"""`mae-deploy build-engine` and `verify` for a Python with TensorRT and NumPy alone, where the command line has no
+typer and no rich to run with.
 
 python -m scripts.gpu_check_device build-engine BUNDLE [--profile PROFILES] [--json]
 python -m scripts.gpu_check_device verify BUNDLE [--engine ENGINE] [--json]
@@ -31,7 +32,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     try:
         bundle = Bundle.load(given.bundle)
-        print(json.dumps(_build(bundle, given.profile) if given.command == "build-engine" else _verify(bundle, given.engine)))
+        print(
+            json.dumps(
+                _build(bundle, given.profile) if given.command == "build-engine" else _verify(bundle, given.engine)
+            )
+        )
     except MaeDeployError as error:
         print(f"error: {error}", *([f"hint: {error.hint}"] if error.hint else []), sep="\n", file=sys.stderr)
         return error.exit_code

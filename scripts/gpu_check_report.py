@@ -45,24 +45,48 @@ def ratios(model: str, rows: Sequence[Row]) -> list[Ratio]:
     """What can be said of one model from its rows, each of which has the `source` that it was timed in."""
     found: list[Ratio | None] = [
         _ratio(
-            model, "visible patches over all, FP16, batch 32", rows, _tensorrt("visible"), _tensorrt("full"), 32, 3.0 if model in ("base", "large") else None
+            model,
+            "visible patches over all, FP16, batch 32",
+            rows,
+            _tensorrt("visible"),
+            _tensorrt("full"),
+            32,
+            3.0 if model in ("base", "large") else None,
         ),
-        _ratio(model, "TensorRT FP16 over PyTorch eager FP16, batch 1", rows, _tensorrt("full"), _torch("pytorch"), 1, 1.5),
-        _ratio(model, "TensorRT FP16 over torch.compile FP16, batch 32", rows, _tensorrt("full"), _torch("torch.compile"), 32, 1.0),
-        _ratio(model, "TensorRT INT8 over FP16, batch 32", rows, _tensorrt("full", "int8"), _tensorrt("full"), 32, None),
+        _ratio(
+            model, "TensorRT FP16 over PyTorch eager FP16, batch 1", rows, _tensorrt("full"), _torch("pytorch"), 1, 1.5
+        ),
+        _ratio(
+            model,
+            "TensorRT FP16 over torch.compile FP16, batch 32",
+            rows,
+            _tensorrt("full"),
+            _torch("torch.compile"),
+            32,
+            1.0,
+        ),
+        _ratio(
+            model, "TensorRT INT8 over FP16, batch 32", rows, _tensorrt("full", "int8"), _tensorrt("full"), 32, None
+        ),
         _overhead(model, rows),
     ]
     return [ratio for ratio in found if ratio is not None]
 
 
-def _ratio(model: str, what: str, rows: Sequence[Row], mine: Record, other: Record, batch: int, target: float | None) -> Ratio | None:
+def _ratio(
+    model: str, what: str, rows: Sequence[Row], mine: Record, other: Record, batch: int, target: float | None
+) -> Ratio | None:
     """How many times the images a second of another one; of rows timed in turns where there are such."""
     for source in _SOURCES:
         here = [row for row in rows if row["source"] == source]
         if (pair := _pair(here, mine, other, batch)) is not None:
             return Ratio(model=model, what=what, value=pair[1]["p50_ms"] / pair[0]["p50_ms"], target=target)
     pair = _pair(rows, mine, other, batch)
-    return None if pair is None else Ratio(model=model, what=what, value=pair[1]["p50_ms"] / pair[0]["p50_ms"], target=target, in_turns=False)
+    return (
+        None
+        if pair is None
+        else Ratio(model=model, what=what, value=pair[1]["p50_ms"] / pair[0]["p50_ms"], target=target, in_turns=False)
+    )
 
 
 def _overhead(model: str, rows: Sequence[Row]) -> Ratio | None:
@@ -72,7 +96,13 @@ def _overhead(model: str, rows: Sequence[Row]) -> Ratio | None:
         pair = _pair(here, _tensorrt("full"), {**_tensorrt("full"), "engine": BARE}, 1)
         if pair is not None:
             value = 1000 * (pair[0]["p50_ms"] - pair[1]["p50_ms"])
-            return Ratio(model=model, what="a call above TensorRT's bare enqueue, FP16, batch 1", value=value, target=50.0, unit="µs")
+            return Ratio(
+                model=model,
+                what="a call above TensorRT's bare enqueue, FP16, batch 1",
+                value=value,
+                target=50.0,
+                unit="µs",
+            )
     return None
 
 
@@ -86,7 +116,11 @@ def _torch(engine: str) -> Record:
 
 def _pair(rows: Sequence[Row], first: Record, second: Record, batch: int) -> tuple[Row, Row] | None:
     found = [
-        next((row for row in rows if row["batch"] == batch and all(row[key] == value for key, value in wanted.items())), None) for wanted in (first, second)
+        next(
+            (row for row in rows if row["batch"] == batch and all(row[key] == value for key, value in wanted.items())),
+            None,
+        )
+        for wanted in (first, second)
     ]
     return None if found[0] is None or found[1] is None else (found[0], found[1])
 
@@ -94,7 +128,13 @@ def _pair(rows: Sequence[Row], first: Record, second: Record, batch: int) -> tup
 # --- the whole -------------------------------------------------------------------------------------------------------
 
 
-def report(records: Mapping[str, Record], missing: Mapping[str, str], machine: Mapping[str, str], *, random_weights: Sequence[str]) -> dict[str, Any]:
+def report(
+    records: Mapping[str, Record],
+    missing: Mapping[str, str],
+    machine: Mapping[str, str],
+    *,
+    random_weights: Sequence[str],
+) -> dict[str, Any]:
     """Everything, as JSON values.
 
     Args:
@@ -147,21 +187,37 @@ def _engine(name: str, records: Mapping[str, Record]) -> dict[str, Any]:
 def markdown(found: Mapping[str, Any]) -> str:
     """The report as a page."""
     machine = "\n".join(f"| {name} | {value} |" for name, value in found["machine"].items())
-    parts = [f"# {found['machine']['GPU']}\n\n| machine | |\n|---|---|\n{machine}\n| date | {found['created']} |\n", _NOTES]
+    parts = [
+        f"# {found['machine']['GPU']}\n\n| machine | |\n|---|---|\n{machine}\n| date | {found['created']} |\n",
+        _NOTES,
+    ]
     if found["random_weights"]:
-        parts.append(f"Random weights: {', '.join(found['random_weights'])}. Speed does not depend on them; INT8's accuracy was not judged.\n")
+        parts.append(
+            f"Random weights: {', '.join(found['random_weights'])}. Speed does not depend on them; INT8's accuracy was"
+            " not judged.\n"
+        )
     if found["tests"]:
         parts.append(f"GPU tests: {found['tests']}.\n")
-    parts.append("## Ratios\n\n" + _table(("model", "what", "figure", "asked for", "met"), map(_ratio_cells, found["ratios"])))
     parts.append(
-        "## Engines\n\n" + _table(("bundle", "built", "build s", "MB", "fused attention", "worst cosine", "verified"), map(_engine_cells, found["engines"]))
+        "## Ratios\n\n" + _table(("model", "what", "figure", "asked for", "met"), map(_ratio_cells, found["ratios"]))
+    )
+    parts.append(
+        "## Engines\n\n"
+        + _table(
+            ("bundle", "built", "build s", "MB", "fused attention", "worst cosine", "verified"),
+            map(_engine_cells, found["engines"]),
+        )
     )
     for model, rows in found["speed"].items():
         titles = ("engine", "precision", "tokens", "arrays", "batch", "p50 ms", "p95 ms", "images/s", "timed with")
         parts.append(f"## Speed: {model}\n\n" + _table(titles, map(_speed_cells, rows)))
     for title in ("failed", "missing"):
         if found[title]:
-            parts.append(f"## {title.capitalize()}\n\n" + "\n".join(f"- {name}: {why}" for name, why in found[title].items()) + "\n")
+            parts.append(
+                f"## {title.capitalize()}\n\n"
+                + "\n".join(f"- {name}: {why}" for name, why in found[title].items())
+                + "\n"
+            )
     return "\n".join(parts)
 
 
@@ -173,7 +229,11 @@ the whole encoder; its outputs stay on the GPU. A figure marked * is of two proc
 
 def _ratio_cells(ratio: Mapping[str, Any]) -> list[str]:
     sign = "" if ratio["in_turns"] else " *"
-    target = "-" if ratio["target"] is None else f"{'below ' if ratio['unit'] == 'µs' else ''}{ratio['target']:g} {ratio['unit']}"
+    target = (
+        "-"
+        if ratio["target"] is None
+        else f"{'below ' if ratio['unit'] == 'µs' else ''}{ratio['target']:g} {ratio['unit']}"
+    )
     return [ratio["model"], ratio["what"], f"{ratio['value']:.2f} {ratio['unit']}{sign}", target, _yes(ratio["met"])]
 
 

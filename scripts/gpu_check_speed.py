@@ -1,6 +1,8 @@
-"""Time one model on this machine's GPU: TensorRT engines, PyTorch and ONNX Runtime, as far as they are installed, in turns in one process.
+"""Time one model on this machine's GPU: TensorRT engines, PyTorch and ONNX Runtime, as far as they are installed, in
+turns in one process.
 
-`gpu_check.py` runs it in a process of its own: `python -m scripts.gpu_check_speed REQUEST`, REQUEST a JSON file; the rows are printed as JSON.
+`gpu_check.py` runs it in a process of its own: `python -m scripts.gpu_check_speed REQUEST`, REQUEST a JSON file; the
+rows are printed as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +27,13 @@ from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
 from mae_deploy.runtime.tensorrt.plans import find_plan
-from mae_deploy.runtime.tensorrt.tensors import activation_bytes, choose_profile, create_context, read_profiles, read_tensors
+from mae_deploy.runtime.tensorrt.tensors import (
+    activation_bytes,
+    choose_profile,
+    create_context,
+    read_profiles,
+    read_tensors,
+)
 from mae_deploy.runtime.timing import measure
 
 Call = Callable[[], object]
@@ -45,14 +53,26 @@ class OnDevice:
             stream, pointer = memory.stream(), memory.allocate(array.nbytes)
             memory.copy_in(pointer, array, stream)
             stream.synchronize()
-        self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "data": (pointer, False), "stream": None, "version": 3}
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (pointer, False),
+            "stream": None,
+            "version": 3,
+        }
 
 
 def random_inputs(bundle: Bundle, batch: int) -> dict[str, Array]:
     """Images and patches at random; the same for every candidate of a batch size."""
     rng = np.random.default_rng(0)
     images = next(entry for entry in bundle.inputs if entry["name"] == IMAGES)
-    inputs: dict[str, Array] = {IMAGES: rng.standard_normal((batch, *(int(side) for side in images["shape"][1:])), np.float32).astype(images["dtype"])}
+    inputs: dict[str, Array] = {
+        IMAGES: (
+            rng.standard_normal((batch, *(int(side) for side in images["shape"][1:])), np.float32).astype(
+                images["dtype"]
+            )
+        )
+    }
     if IDS_KEEP in bundle.input_names:
         N, K = bundle.num_patches, bundle.keep_range[0]
         inputs[IDS_KEEP] = np.stack([rng.permutation(N)[:K] for _ in range(batch)])
@@ -63,7 +83,9 @@ def random_inputs(bundle: Bundle, batch: int) -> dict[str, Array]:
 
 
 def tensorrt_candidates(bundles: list[Bundle], stack: ExitStack) -> Iterator[Candidate]:
-    """Every bundle's fitting engine: inputs and outputs on the GPU, inputs and outputs on the host, and TensorRT's bare call."""
+    """Every bundle's fitting engine: inputs and outputs on the GPU, inputs and outputs on the host, and TensorRT's bare
+    call.
+    """
     api = load_tensorrt()
     memory = stack.enter_context(open_memory(index=api.gpu.index))
     for bundle in bundles:
@@ -71,7 +93,12 @@ def tensorrt_candidates(bundles: list[Bundle], stack: ExitStack) -> Iterator[Can
         if entry is None:
             continue
         engine: Any = stack.enter_context(load_engine(bundle, "tensorrt"))
-        row = {"engine": "tensorrt", "version": api.version, "precision": entry["precision"], "tokens": bundle.token_mode}
+        row = {
+            "engine": "tensorrt",
+            "version": api.version,
+            "precision": entry["precision"],
+            "tokens": bundle.token_mode,
+        }
         yield {**row, "arrays": "gpu"}, partial(_on_device, engine, bundle, memory)
         yield {**row, "arrays": "host"}, partial(_on_host, engine, bundle)
         if not entry["stripped"]:
@@ -154,7 +181,9 @@ class RawCalls:
 
 
 def pytorch_candidates(name: str, checkpoint: Path | None, keep: int, compiled: bool) -> Iterator[Candidate]:
-    """The encoder in FP16 and BF16, all patches and `keep` of them, eager and compiled; without a checkpoint its weights are random."""
+    """The encoder in FP16 and BF16, all patches and `keep` of them, eager and compiled; without a checkpoint its
+    weights are random.
+    """
     import torch
 
     from mae_deploy.models.config import EncoderConfig
@@ -167,7 +196,13 @@ def pytorch_candidates(name: str, checkpoint: Path | None, keep: int, compiled: 
         variants = {"pytorch": model, **({"torch.compile": torch.compile(model)} if compiled else {})}
         for engine, variant in variants.items():
             for tokens in ("full", "visible"):
-                row = {"engine": engine, "version": torch.__version__, "precision": precision, "tokens": tokens, "arrays": "gpu"}
+                row = {
+                    "engine": engine,
+                    "version": torch.__version__,
+                    "precision": precision,
+                    "tokens": tokens,
+                    "arrays": "gpu",
+                }
                 yield row, partial(_torch_call, variant, model.config, keep if tokens == "visible" else None, dtype)
 
 
@@ -175,7 +210,9 @@ def _torch_call(model: Any, config: Any, keep: int | None, dtype: Any, batch: in
     import torch
 
     images = torch.randn(batch, config.in_chans, *config.image_size, device="cuda", dtype=dtype)
-    ids_keep = None if keep is None else torch.rand(batch, config.num_patches, device="cuda").argsort(1)[:, :keep].contiguous()
+    ids_keep = (
+        None if keep is None else torch.rand(batch, config.num_patches, device="cuda").argsort(1)[:, :keep].contiguous()
+    )
 
     def call() -> None:
         with torch.inference_mode():
@@ -194,7 +231,13 @@ def onnxruntime_candidates(bundles: list[Bundle], stack: ExitStack) -> Iterator[
     for bundle in bundles:
         if bundle.precision == "fp16":
             engine = stack.enter_context(load_engine(bundle, "onnxruntime", EngineOptions(device="cuda")))
-            row = {"engine": "onnxruntime", "version": engine.version, "precision": "fp16", "tokens": bundle.token_mode, "arrays": "host"}
+            row = {
+                "engine": "onnxruntime",
+                "version": engine.version,
+                "precision": "fp16",
+                "tokens": bundle.token_mode,
+                "arrays": "host",
+            }
             yield row, partial(_on_host, engine, bundle)
 
 
@@ -207,7 +250,10 @@ def timed(candidates: list[Candidate], batches: list[int], repeats: int) -> list
     for batch in batches:
         calls = {index: call for index, (_, make) in enumerate(candidates) if (call := make(batch)) is not None}
         timings = measure(calls, repeats=repeats, warmup=max(3, repeats // 5)) if calls else {}
-        rows += [{**candidates[index][0], "batch": batch, **timing.to_dict(), "images_per_second": batch / timing.median} for index, timing in timings.items()]
+        rows += [
+            {**candidates[index][0], "batch": batch, **timing.to_dict(), "images_per_second": batch / timing.median}
+            for index, timing in timings.items()
+        ]
     return rows
 
 

@@ -1,6 +1,7 @@
 """What a teacher costs that is cut behind a block, against its whole encoder: in turns, medians.
 
-python scripts/measure_teacher.py [--model vit_base_patch16] [--image-size 224] [--mask-ratio 0.75] [--batch-size 16] [--precision auto]
+python scripts/measure_teacher.py [--model vit_base_patch16] [--image-size 224] [--mask-ratio 0.75] [--batch-size 16]
+[--precision auto]
     [--device cpu] [--rounds 9] [--bundle BUNDLE]
 """
 
@@ -40,7 +41,9 @@ def main() -> None:
     parser.add_argument("--precision", choices=["auto", "fp32", "bf16", "fp16"], default="auto")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--bundle", type=Path, help="also the same cuts of this bundle, on the engine that it was proven on")
+    parser.add_argument(
+        "--bundle", type=Path, help="also the same cuts of this bundle, on the engine that it was proven on"
+    )
     options = parser.parse_args()
     encoder = EncoderConfig(name=options.model, image_size=(options.image_size, options.image_size))
     device, size = torch.device(options.device), (options.batch_size, 3, *encoder.image_size)
@@ -48,7 +51,9 @@ def main() -> None:
     noise = torch.rand(options.batch_size, encoder.num_patches, device=device)
     masking = random_masking(noise, options.mask_ratio) if options.mask_ratio > 0 else None
     settings = TeacherConfig(teacher_precision=options.precision)
-    cuts = {f"block {block}": block for block in sorted({max(1, encoder.blocks * quarter // 4) for quarter in (1, 2, 3, 4)})}
+    cuts = {
+        f"block {block}": block for block in sorted({max(1, encoder.blocks * quarter // 4) for quarter in (1, 2, 3, 4)})
+    }
 
     def asked(teacher: Teacher, *wanted: Tap) -> Callable[[], object]:
         teacher.watch(wanted, student=encoder, spec=teacher.preprocess)
@@ -61,14 +66,20 @@ def main() -> None:
     ways["embedding"] = lambda: _embedded(full, batch.images, None if masking is None else masking.ids_keep)
     ways |= {name: asked(OwnTeacher(loaded, settings), Tap("tokens", block)) for name, block in cuts.items()}
     if options.bundle is not None:
-        ways |= {f"bundle, {name}": asked(open_teacher(options.bundle, TeacherConfig()), Tap("tokens", block)) for name, block in cuts.items()}
+        ways |= {
+            f"bundle, {name}": asked(open_teacher(options.bundle, TeacherConfig()), Tap("tokens", block))
+            for name, block in cuts.items()
+        }
     seconds = _measured(ways, options.rounds, device)
     encoder_ms, embed_ms = (statistics.median(seconds[name]) * 1e3 for name in (f"block {encoder.blocks}", "embedding"))
     for name, found in seconds.items():
         ms = statistics.median(found) * 1e3
         block = cuts.get(name.removeprefix("bundle, "))
         limit = f"{(embed_ms + (encoder_ms - embed_ms) * block / encoder.blocks) / encoder_ms:6.1%}" if block else ""
-        print(f"{name:20s} {ms:8.1f} ms {options.batch_size / ms * 1e3:8.1f} images/s  {ms / encoder_ms:6.1%} of the encoder  {limit}")
+        print(
+            f"{name:20s} {ms:8.1f} ms {options.batch_size / ms * 1e3:8.1f} images/s  {ms / encoder_ms:6.1%} of the"
+            f" encoder  {limit}"
+        )
 
 
 def _embedded(teacher: OwnTeacher, images: Tensor, ids_keep: Tensor | None) -> Tensor:
@@ -79,12 +90,19 @@ def _embedded(teacher: OwnTeacher, images: Tensor, ids_keep: Tensor | None) -> T
 def _random_weights(encoder: EncoderConfig) -> Loaded:
     torch.manual_seed(0)
     decoder = DecoderConfig()
-    metadata = Metadata(kind="mae", encoder=to_dict(encoder), decoder=to_dict(decoder), preprocess=to_dict(default_preprocess(encoder.image_size)))
+    metadata = Metadata(
+        kind="mae",
+        encoder=to_dict(encoder),
+        decoder=to_dict(decoder),
+        preprocess=to_dict(default_preprocess(encoder.image_size)),
+    )
     return Loaded(metadata, MaskedAutoencoder(encoder, decoder).state_dict(), {"sha256": "random"})
 
 
 def _measured(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each way in every round but the first; on a CPU those of this process, which others on the machine do not lengthen."""
+    """Seconds of each way in every round but the first; on a CPU those of this process, which others on the machine do
+    not lengthen.
+    """
     clock = time.process_time if device.type == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     with torch.no_grad():

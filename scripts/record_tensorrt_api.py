@@ -1,6 +1,8 @@
-"""Print what the installed `tensorrt` module offers, as JSON: its classes with their attributes and signatures, its enumerations, its functions.
+"""Print what the installed `tensorrt` module offers, as JSON: its classes with their attributes and signatures, its
+enumerations, its functions.
 
-`check_tensorrt_api.sh` runs it on the bindings of several versions; the listings in tests/packaging/tensorrt_api/ are its output. Standard library only.
+`check_tensorrt_api.sh` runs it on the bindings of several versions; the listings in tests/packaging/tensorrt_api/ are
+its output. Standard library only.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from typing import Any
 
 import tensorrt
 
-_LEFT_OUT = re.compile(r"Plugin|Calibrator|^Uff|^Caffe|^Dims[A-Z0-9]|^Field|^Algorithm|^IAlgorithm|^IRNN|^RNN|^Permutation|^Safe|^Tiling|^Debug|^IDebug")
+_LEFT_OUT = re.compile(
+    r"Plugin|Calibrator|^Uff|^Caffe|^Dims[A-Z0-9]|^Field|^Algorithm|^IAlgorithm|^IRNN|^RNN|^Permutation|^Safe|^Tiling|^Debug|^IDebug"
+)
 """Classes that no code here has a use for; they would double the listings."""
 
 
@@ -22,8 +26,9 @@ _FUNCTIONS = ("nptype", "volume", "init_libnvinfer_plugins", "get_plugin_registr
 def listing(module: Any) -> dict[str, Any]:
     """Everything public of the module, by kind.
 
-    A class has the names of its bases and its attributes: of a property its type, with `settable` where it can be set; of a method a list of
-    `name, shape -> bool`, one for each way to call it, in which a parameter with a default value ends with `=`.
+    A class has the names of its bases and its attributes: of a property its type, with `settable` where it can be set;
+    of a method a list of `name, shape -> bool`, one for each way to call it, in which a parameter with a default value
+    ends with `=`.
     """
     classes: dict[str, dict[str, Any]] = {}
     enums: dict[str, dict[str, int]] = {}
@@ -35,9 +40,16 @@ def listing(module: Any) -> dict[str, Any]:
             enums[name] = _members(value)
         elif inspect.isclass(value):
             bases = [base.__name__ for base in value.__bases__ if hasattr(module, base.__name__)]
-            classes[name] = {"bases": bases, "attributes": {attribute: _described(module, found) for attribute, found in _attributes(value)}}
+            classes[name] = {
+                "bases": bases,
+                "attributes": {attribute: _described(module, found) for attribute, found in _attributes(value)},
+            }
             enums.update(
-                {f"{name}.{inner}": _members(found) for inner, found in _attributes(value) if inspect.isclass(found) and hasattr(found, "__members__")}
+                {
+                    f"{name}.{inner}": _members(found)
+                    for inner, found in _attributes(value)
+                    if inspect.isclass(found) and hasattr(found, "__members__")
+                }
             )
         elif name in _FUNCTIONS:
             functions[name] = _signatures(module, value)
@@ -62,7 +74,12 @@ def _described(module: Any, value: Any) -> str | list[str]:
 
 def _signatures(module: Any, value: Any) -> list[str]:
     if inspect.isfunction(value):
-        return [", ".join(name + ("=" if parameter.default is not parameter.empty else "") for name, parameter in inspect.signature(value).parameters.items())]
+        return [
+            ", ".join(
+                name + ("=" if parameter.default is not parameter.empty else "")
+                for name, parameter in inspect.signature(value).parameters.items()
+            )
+        ]
     found = re.findall(r"^(?:\d+\. )?\w*\((.*)\) -> (.+)$", value.__doc__ or "", flags=re.MULTILINE)
     return list(dict.fromkeys(_signature(module, *call) for call in found))
 

@@ -1,4 +1,5 @@
-"""Call what `mae_deploy.runtime.tensorrt.api` derives from the `tensorrt` module with the real bindings of one version; needs no GPU.
+"""Call what `mae_deploy.runtime.tensorrt.api` derives from the `tensorrt` module with the real bindings of one version;
+needs no GPU.
 
 `check_tensorrt_api.sh` runs it. The subclasses are made for real, and every type and flag goes through our code.
 """
@@ -28,7 +29,9 @@ assert messages.errors == ["said with INTERNAL_ERROR", "said with ERROR"], messa
 assert messages.warnings == ["said with WARNING"], messages.warnings
 
 told: list[object] = []
-monitor = api.create_progress_monitor(trt, lambda *phase: told.append(phase), lambda *step: bool(told.append(step)), told.append)
+monitor = api.create_progress_monitor(
+    trt, lambda *phase: told.append(phase), lambda *step: bool(told.append(step)), told.append
+)
 assert (monitor is None) == (api.major_version(trt) == 8)
 if monitor is not None:
     monitor.phase_start("build", None, 2)
@@ -39,9 +42,16 @@ if monitor is not None:
 types = [name for name, dtype in trt.DataType.__members__.items() if available(api.numpy_dtype, trt, dtype)]
 assert {"FLOAT", "HALF", "INT8", "INT32", "BOOL"} <= set(types), types
 precisions = {
-    typing: [precision for precision in ("fp32", "fp16", "bf16", "int8", "fp8") if available(api.precision_flags, trt, precision, strong=typing == "strong")]
+    typing: [
+        precision
+        for precision in ("fp32", "fp16", "bf16", "int8", "fp8")
+        if available(api.precision_flags, trt, precision, strong=typing == "strong")
+    ]
     for typing in ("weak", "strong")
 }
 levels = [level for level in ("none", "same", "ampere") if available(api.hardware_level, trt, level)]
 flags = [hex(api.network_flags(trt, strong=strong)) for strong in (False, True)]
-print(f"TensorRT {trt.__version__}: weak {','.join(precisions['weak'])}; strong {','.join(precisions['strong'])}; levels {','.join(levels)}; network {flags}")
+print(
+    f"TensorRT {trt.__version__}: weak {','.join(precisions['weak'])}; strong {','.join(precisions['strong'])}; levels"
+    f" {','.join(levels)}; network {flags}"
+)

@@ -17,7 +17,13 @@ from mae_deploy.images.preprocess import Preprocess, default_preprocess, require
 from mae_deploy.images.read import Array, UnreadableImage, is_image, read_image
 from tests.data.band_files import BANDS, PIXEL_MAX, SIZE, bands_image, write_npy, write_tiff
 
-SPEC = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.1, 0.2, 0.3, 0.4, 0.5), std=(0.2, 0.3, 0.4, 0.5, 0.6), pixel_max=PIXEL_MAX)
+SPEC = Preprocess(
+    image_size=(7, 11),
+    channels=BANDS,
+    mean=(0.1, 0.2, 0.3, 0.4, 0.5),
+    std=(0.2, 0.3, 0.4, 0.5, 0.6),
+    pixel_max=PIXEL_MAX,
+)
 
 
 def read(path: Path, channels: int = BANDS, pixel_max: float | None = PIXEL_MAX) -> Array:
@@ -39,7 +45,14 @@ def test_numpy_files_of_every_type_of_number(tmp_path: Path, dtype: str) -> None
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"compression": "lzw"}, {"compression": "deflate", "predictor": True}, {"tile": (16, 16)}, {"byteorder": ">"}, {"bigtiff": True}],
+    [
+        {},
+        {"compression": "lzw"},
+        {"compression": "deflate", "predictor": True},
+        {"tile": (16, 16)},
+        {"byteorder": ">"},
+        {"bigtiff": True},
+    ],
     ids=["plain", "lzw", "deflate", "tiled", "big-endian", "bigtiff"],
 )
 @pytest.mark.parametrize("dtype", ["uint8", "uint16", "float32"])
@@ -104,7 +117,9 @@ def test_what_is_no_such_image_is_named_with_the_reason(tmp_path: Path, pixels: 
 
 
 def test_more_than_eight_bits_need_pixel_max(tmp_path: Path) -> None:
-    with pytest.raises(UnreadableImage, match="the pixels are uint16; say what they are to be divided by with --pixel-max"):
+    with pytest.raises(
+        UnreadableImage, match="the pixels are uint16; say what they are to be divided by with --pixel-max"
+    ):
         read(write_npy(tmp_path / "a.npy", bands_image(0)), pixel_max=None)
 
 
@@ -144,11 +159,20 @@ def test_numpy_files_are_images_only_where_there_are_no_others(tmp_path: Path) -
 def test_bands_are_cropped_as_grey_images_are(shape: tuple[int, int], interpolation: str) -> None:
     """To the pixel for 8 bits, whose path is another; with `pixel_max`, to the rounding of 8 bits."""
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, BANDS), dtype=np.uint8)
-    spec = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.0,) * BANDS, std=(1.0,) * BANDS, interpolation=interpolation)
+    spec = Preprocess(
+        image_size=(7, 11), channels=BANDS, mean=(0.0,) * BANDS, std=(1.0,) * BANDS, interpolation=interpolation
+    )
     grey = Preprocess(image_size=(7, 11), channels=1, mean=(0.0,), std=(1.0,), interpolation=interpolation)
     expected = np.concatenate([grey.crop(Image.fromarray(pixels[:, :, band])) for band in range(BANDS)], axis=2)
     np.testing.assert_array_equal(spec.crop(pixels), expected)
-    wide = Preprocess(image_size=(7, 11), channels=BANDS, mean=(0.0,) * BANDS, std=(1.0,) * BANDS, interpolation=interpolation, pixel_max=255)
+    wide = Preprocess(
+        image_size=(7, 11),
+        channels=BANDS,
+        mean=(0.0,) * BANDS,
+        std=(1.0,) * BANDS,
+        interpolation=interpolation,
+        pixel_max=255,
+    )
     found = wide.crop(pixels)
     assert (spec.dtype, wide.dtype, found.dtype.name) == ("uint8", "float32", "float32")
     # Pillow rounds after each of two passes, and clips what bicubic overshoots.
@@ -157,12 +181,16 @@ def test_bands_are_cropped_as_grey_images_are(shape: tuple[int, int], interpolat
 
 def test_nothing_is_lost_of_sixteen_bits() -> None:
     pixels = bands_image(0)[:7, :11]
-    np.testing.assert_array_equal(Preprocess(**{**vars_of(SPEC), "crop_pct": 1.0}).crop(pixels), pixels.astype(np.float32))
+    np.testing.assert_array_equal(
+        Preprocess(**{**vars_of(SPEC), "crop_pct": 1.0}).crop(pixels), pixels.astype(np.float32)
+    )
 
 
 def test_pixels_are_divided_by_pixel_max() -> None:
     pixels = np.stack([SPEC.crop(bands_image(seed)) for seed in range(2)])
-    expected = ((pixels.astype(np.float64) / PIXEL_MAX - np.array(SPEC.mean)) / np.array(SPEC.std)).transpose(0, 3, 1, 2)
+    expected = ((pixels.astype(np.float64) / PIXEL_MAX - np.array(SPEC.mean)) / np.array(SPEC.std)).transpose(
+        0, 3, 1, 2
+    )
     found = SPEC.normalise(pixels)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-5)  # FP32 of numbers up to 5

@@ -49,36 +49,95 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     pretrained = command("pretrain", "photos", "--out", "runs/mae", "--recipe", "tiny.yaml", "--epochs", 2, *TRAINING)
     assert (pretrained["steps"], pretrained["unreadable"]) == (4, 0)
     assert 0 < pretrained["last_loss"] < 10
-    drawn = command("reconstruct", "photos", "--checkpoint", "runs/mae", "--out", "pictures/grid.png", "--num-images", 3, "--device", "cpu")
+    drawn = command(
+        "reconstruct",
+        "photos",
+        "--checkpoint",
+        "runs/mae",
+        "--out",
+        "pictures/grid.png",
+        "--num-images",
+        3,
+        "--device",
+        "cpu",
+    )
     assert drawn["images"] == 3
     with Image.open("pictures/grid.png") as picture:
         # Three rows of three cells, 15x10 pixels enlarged ten times to at least 96, with gaps of four.
         assert picture.size == (3 * 104 - 4, 3 * 154 - 4)
 
     # Fine-tune it, and distil it: features without labels, then logits.
-    tuned = command("finetune", "labelled", "--init", "runs/mae", "--out", "runs/classifier", "--epochs", 8, "--batch-size", 6, "--lr", 2e-2, *PLAIN, *TRAINING)
+    tuned = command(
+        "finetune",
+        "labelled",
+        "--init",
+        "runs/mae",
+        "--out",
+        "runs/classifier",
+        "--epochs",
+        8,
+        "--batch-size",
+        6,
+        "--lr",
+        2e-2,
+        *PLAIN,
+        *TRAINING,
+    )
     assert tuned["top1"] == 100, "dark and light are easily told apart"
-    student = command("distill", "photos", "--teacher", "runs/mae", "--out", "runs/student", "--epochs", 2, *STUDENT, *TRAINING)
+    student = command(
+        "distill", "photos", "--teacher", "runs/mae", "--out", "runs/student", "--epochs", 2, *STUDENT, *TRAINING
+    )
     assert student["steps"] == 4
     distilled = command(
-        *("distill", "labelled", "--teacher", "runs/classifier", "--init", "runs/student", "--unlabelled", "photos", "--out", "runs/student-classifier"),
+        *(
+            "distill",
+            "labelled",
+            "--teacher",
+            "runs/classifier",
+            "--init",
+            "runs/student",
+            "--unlabelled",
+            "photos",
+            "--out",
+            "runs/student-classifier",
+        ),
         *("--epochs", 4, *STUDENT, *TRAINING),
     )
     assert distilled["steps"] == 4 * (23 // 5), "12 labelled images and 11 without labels"
 
     # Export: full, any number of patches, exactly two.
-    full = command("export", "runs/student-classifier", "--out", "bundles/classifier", "--engine", "onnx", "--tokens", "full")
+    full = command(
+        "export", "runs/student-classifier", "--out", "bundles/classifier", "--engine", "onnx", "--tokens", "full"
+    )
     assert full["samples"] == "6 images of labelled/val"
     assert [row["name"] for row in full["parity"]] == ["logits", "pooled"]
     visible = command("export", "runs/student", "--out", "bundles/visible", "--tokens", "visible", "--num-samples", 5)
     assert (visible["samples"], visible["licence"]) == ("5 images of photos", "own")
-    command("export", "runs/mae", "--out", "bundles/visible-2", "--tokens", "visible:2", "--batch", 1, "--samples", "photos")
-    pixels = command("export", "runs/mae", "--out", "bundles/decoder", "--tokens", "reconstruct", "--pixels", "image", "--precision", "fp16")
+    command(
+        "export", "runs/mae", "--out", "bundles/visible-2", "--tokens", "visible:2", "--batch", 1, "--samples", "photos"
+    )
+    pixels = command(
+        "export",
+        "runs/mae",
+        "--out",
+        "bundles/decoder",
+        "--tokens",
+        "reconstruct",
+        "--pixels",
+        "image",
+        "--precision",
+        "fp16",
+    )
     assert (pixels["samples"], [row["name"] for row in pixels["parity"]]) == ("11 images of photos", ["pixels"])
 
     # Verify and run.
     tokens = ["cls", "tokens", "pooled"]
-    for name, outputs in (("classifier", ["logits", "pooled"]), ("visible", tokens), ("visible-2", tokens), ("decoder", ["pixels"])):
+    for name, outputs in (
+        ("classifier", ["logits", "pooled"]),
+        ("visible", tokens),
+        ("visible-2", tokens),
+        ("decoder", ["pixels"]),
+    ):
         verified = command("verify", f"bundles/{name}")
         assert verified["passed"] is True
         assert [row["name"] for row in verified["outputs"]] == outputs
@@ -91,25 +150,67 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     assert written["outputs"] == {"cls": [11, 64], "tokens": [11, 2, 64], "pooled": [11, 64]}
     with np.load("features.npz") as archive:
         assert archive["paths"].tolist() == [f"photos/{number:02d}.png" for number in range(11)]
-    rows = main(["benchmark", "bundles/classifier", "bundles/visible", "--repeats", "2", "--warmup", "0", "--no-probe", "--json"])
+    rows = main(
+        [
+            "benchmark",
+            "bundles/classifier",
+            "bundles/visible",
+            "--repeats",
+            "2",
+            "--warmup",
+            "0",
+            "--no-probe",
+            "--json",
+        ]
+    )
     assert rows == 0
     assert [row["patches"] for row in json.loads(capsys.readouterr().out)["rows"]] == [6, 1]
 
     # Whoever holds the bundle knows where it came from.
     record = command("info", "bundles/classifier")["provenance"]["checkpoint"]
-    assert (record["stage"], record["objective"], record["metrics"]) == ("distill", "logits", {"top1": distilled["best_top1"]})
+    assert (record["stage"], record["objective"], record["metrics"]) == (
+        "distill",
+        "logits",
+        {"top1": distilled["best_top1"]},
+    )
     assert (record["teacher"]["stage"], record["teacher"]["parent"]["stage"]) == ("finetune", "pretrain")
-    assert (record["parent"]["stage"], record["parent"]["objective"], record["parent"]["teacher"]["stage"]) == ("distill", "features", "pretrain")
+    assert (record["parent"]["stage"], record["parent"]["objective"], record["parent"]["teacher"]["stage"]) == (
+        "distill",
+        "features",
+        "pretrain",
+    )
     assert command("info", "runs/student-classifier")["provenance"]["teacher"] == record["teacher"]
 
     # Weights alone come back through import, with a licence that the bundle inherits.
     shutil.copy("runs/mae/checkpoints/last/model.safetensors", "weights.safetensors")
     imported = command(
-        *("import", "weights.safetensors", "--out", "checkpoints/imported", "--image-size", "15,10", "--num-heads", 3, "--decoder-num-heads", 2),
+        *(
+            "import",
+            "weights.safetensors",
+            "--out",
+            "checkpoints/imported",
+            "--image-size",
+            "15,10",
+            "--num-heads",
+            3,
+            "--decoder-num-heads",
+            2,
+        ),
         *("--license", "CC-BY-NC-4.0"),
     )
     assert (imported["kind"], imported["missing"], imported["unexpected"]) == ("mae", [], [])
-    again = command("export", "checkpoints/imported", "--out", "bundles/imported", "--tokens", "visible:2", "--batch", 1, "--samples", "photos")
+    again = command(
+        "export",
+        "checkpoints/imported",
+        "--out",
+        "bundles/imported",
+        "--tokens",
+        "visible:2",
+        "--batch",
+        1,
+        "--samples",
+        "photos",
+    )
     assert again["licence"] == "CC-BY-NC-4.0"
     for name in ("visible-2", "imported"):
         command("predict", f"bundles/{name}", "photos", "--num-keep", 2, "--out", f"{name}.npz")

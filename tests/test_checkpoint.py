@@ -47,7 +47,9 @@ def test_round_trip(tmp_path: Path) -> None:
     assert checkpoint.metadata == METADATA
     tensors = checkpoint.tensors()
     assert tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(tensors[name], tensor) and tensors[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
     assert {path.name for path in checkpoint.path.iterdir()} == {"model.safetensors", "metadata.json"}
 

@@ -1,4 +1,6 @@
-"""The command line as a user and a script meet it: exit codes, one-line errors, pure JSON, and what is said where a package is missing."""
+"""The command line as a user and a script meet it: exit codes, one-line errors, pure JSON, and what is said where a
+package is missing.
+"""
 
 from __future__ import annotations
 
@@ -50,17 +52,37 @@ with Backbone(bundle, Backbone.load(bundle.path).engine) as backbone:
 """
 """Nothing here needs more than NumPy and ONNX Runtime."""
 
-TRAINING = ("torch", "torchvision", "timm", "safetensors", "yaml", "accelerate", "tensorboard", "onnx", "transformers", "sklearn", "webdataset", "simplejpeg")
+TRAINING = (
+    "torch",
+    "torchvision",
+    "timm",
+    "safetensors",
+    "yaml",
+    "accelerate",
+    "tensorboard",
+    "onnx",
+    "transformers",
+    "sklearn",
+    "webdataset",
+    "simplejpeg",
+)
 
 
-def run_without(absent: tuple[str, ...], *arguments: str, cwd: Path | None = None, program: str = COMMAND) -> subprocess.CompletedProcess[str]:
+def run_without(
+    absent: tuple[str, ...], *arguments: str, cwd: Path | None = None, program: str = COMMAND
+) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
     command = [sys.executable, "-c", WITHOUT.format(absent=set(absent), program=program), *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment)
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "mae_deploy", *arguments], capture_output=True, text=True, env={**os.environ, **environment})
+    return subprocess.run(
+        [sys.executable, "-m", "mae_deploy", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, **environment},
+    )
 
 
 def failing(error: BaseException) -> Callable[[str], Any]:
@@ -83,7 +105,19 @@ def test_help_is_0_and_nothing_is_2(capsys: pytest.CaptureFixture[str]) -> None:
     helped = capsys.readouterr().out
     assert all(
         command in helped
-        for command in ("pretrain", "finetune", "distill", "import", "export", "verify", "predict", "reconstruct", "info", "doctor", "quickstart")
+        for command in (
+            "pretrain",
+            "finetune",
+            "distill",
+            "import",
+            "export",
+            "verify",
+            "predict",
+            "reconstruct",
+            "info",
+            "doctor",
+            "quickstart",
+        )
     )
     assert main([]) == 2
 
@@ -113,7 +147,11 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
         (["pretrain", "--out", "run"], "error: DATA is missing", None),
         (["verify"], "error: BUNDLE is missing", "hint: Bundle folder."),
         (["distill", "images", "--out", "run", "--student", "vit_tiny_patch4"], "error: --teacher is missing", None),
-        (["pretrain", "images", "--out", "run", "--set", "optim.ephocs=3"], "error: unknown setting 'optim.ephocs'", "hint: did you mean 'epochs'?"),
+        (
+            ["pretrain", "images", "--out", "run", "--set", "optim.ephocs=3"],
+            "error: unknown setting 'optim.ephocs'",
+            "hint: did you mean 'epochs'?",
+        ),
         (
             ["pretrain", "images", "--out", "run", "--image-size", "30"],
             "error: image size 30x30 is not a multiple of the patch size 16",
@@ -124,7 +162,12 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
     ],
 )
 def test_a_mistake_is_2_with_one_line_and_a_hint(
-    arguments: list[str], error: str, hint: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    error: str,
+    hint: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2
@@ -145,7 +188,11 @@ def test_a_mistake_is_2_with_one_line_and_a_hint(
         (MaeDeployError("it broke"), 1, "error: it broke\n"),
         (ConfigError("wrong value"), 2, "error: wrong value\n"),
         (MissingDependency("no GPU"), 3, "error: no GPU\n"),
-        (ZeroDivisionError("division\nby zero"), 1, "error: ZeroDivisionError: division by zero\nhint: MAE_DEPLOY_DEBUG=1 shows the traceback\n"),
+        (
+            ZeroDivisionError("division\nby zero"),
+            1,
+            "error: ZeroDivisionError: division by zero\nhint: MAE_DEPLOY_DEBUG=1 shows the traceback\n",
+        ),
         (KeyboardInterrupt(), 130, ""),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
@@ -159,8 +206,12 @@ def test_each_kind_of_failure_has_its_code(
     assert capsys.readouterr().err == printed
 
 
-@pytest.mark.parametrize(("error", "code"), [(ConfigError("wrong value"), 2), (ZeroDivisionError("division by zero"), 1)])
-def test_debug_shows_the_traceback_and_keeps_the_code(error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("error", "code"), [(ConfigError("wrong value"), 2), (ZeroDivisionError("division by zero"), 1)]
+)
+def test_debug_shows_the_traceback_and_keeps_the_code(
+    error: Exception, code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("MAE_DEPLOY_DEBUG", "1")
     monkeypatch.setattr(cli, "_needs_torch", failing(error))
     assert main(["pretrain", "images", "--out", "run"]) == code
@@ -192,13 +243,31 @@ def test_json_of_a_passed_and_of_a_failed_check(tmp_path: Path, capsys: pytest.C
     assert captured.err.startswith(f"error: {bad} misses parity: ")
 
 
-def test_dump_config_is_a_recipe_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dump_config_is_a_recipe_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
-    arguments = ["pretrain", "images", "--out", "run", "--model", "vit_tiny_patch4", "--image-size", "32,48", "--set", "optim.betas=[0.9, 0.99]"]
+    arguments = [
+        "pretrain",
+        "images",
+        "--out",
+        "run",
+        "--model",
+        "vit_tiny_patch4",
+        "--image-size",
+        "32,48",
+        "--set",
+        "optim.betas=[0.9, 0.99]",
+    ]
     assert main([*arguments, "--dump-config", "-"]) == 0
     first = capsys.readouterr().out
     values = yaml.safe_load(first)
-    assert (values["data"], values["out"], values["model"]["image_size"], values["optim"]["betas"]) == ("images", "run", [32, 48], [0.9, 0.99])
+    assert (values["data"], values["out"], values["model"]["image_size"], values["optim"]["betas"]) == (
+        "images",
+        "run",
+        [32, 48],
+        [0.9, 0.99],
+    )
     # What was dumped gives the same settings again.
     Path("recipe.yaml").write_text(first)
     assert main(["pretrain", "--recipe", "recipe.yaml", "--dump-config", "-"]) == 0
@@ -220,12 +289,16 @@ def test_dump_config_is_a_recipe_and_nothing_else(tmp_path: Path, monkeypatch: p
         (["pretrain", "images", "--out", "run", "--set", "seed=3"], "yaml", "train"),
     ],
 )
-def test_a_missing_package_is_3_and_names_the_extra(arguments: list[str], package: str, extra: str, tmp_path: Path) -> None:
+def test_a_missing_package_is_3_and_names_the_extra(
+    arguments: list[str], package: str, extra: str, tmp_path: Path
+) -> None:
     done = run_without(TRAINING, *arguments, cwd=tmp_path)
     assert done.returncode == 3
     assert done.stdout == ""
-    assert done.stderr == (
-        f"error: this needs the package '{package}', which cannot be imported (No module named '{package}')\nhint: pip install 'mae-deploy[{extra}]'\n"
+    assert (
+        done.stderr
+        == f"error: this needs the package '{package}', which cannot be imported (No module named '{package}')\nhint:"
+        f" pip install 'mae-deploy[{extra}]'\n"
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -239,7 +312,11 @@ def test_the_runtime_needs_numpy_and_an_engine(tmp_path: Path) -> None:
 def test_a_device_without_torch_verifies_describes_and_predicts(tmp_path: Path) -> None:
     bundle, image = write_bundle(tmp_path / "bundle"), tmp_path / "image.png"
     Image.new("RGB", (17, 13), "orange").save(image)
-    for arguments in (["verify", str(bundle), "--json"], ["info", str(bundle), "--json"], ["predict", str(bundle), str(image), "--json"]):
+    for arguments in (
+        ["verify", str(bundle), "--json"],
+        ["info", str(bundle), "--json"],
+        ["predict", str(bundle), str(image), "--json"],
+    ):
         done = run_without(TRAINING, *arguments)
         assert done.returncode == 0, done.stderr
         assert json.loads(done.stdout)

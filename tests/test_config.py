@@ -224,8 +224,16 @@ def test_a_partial_section_keeps_the_defaults_of_its_place() -> None:
 
 
 def test_shipped_sections_keep_the_defaults_of_their_place() -> None:
-    finetune = from_dict(FinetuneConfig, {"data": "d", "out": "o", "init": "i", "optim": {"batch_size": 7}, "augment": {"hflip": 0}})
-    assert (finetune.optim.batch_size, finetune.optim.epochs, finetune.optim.blr, finetune.optim.min_lr, finetune.optim.betas) == (
+    finetune = from_dict(
+        FinetuneConfig, {"data": "d", "out": "o", "init": "i", "optim": {"batch_size": 7}, "augment": {"hflip": 0}}
+    )
+    assert (
+        finetune.optim.batch_size,
+        finetune.optim.epochs,
+        finetune.optim.blr,
+        finetune.optim.min_lr,
+        finetune.optim.betas,
+    ) == (
         7,
         100,
         5e-4,
@@ -235,7 +243,12 @@ def test_shipped_sections_keep_the_defaults_of_their_place() -> None:
     assert finetune.augment.min_scale == 0.08
     pretrain = from_dict(PretrainConfig, {"data": "d", "out": "o", "optim": {"batch_size": 7}})
     assert (pretrain.optim.epochs, pretrain.optim.blr, pretrain.optim.betas) == (800, 1.5e-4, (0.9, 0.95))
-    assert (pretrain.mask_ratio, pretrain.norm_pix_loss, pretrain.augment.min_scale, pretrain.optim.weight_decay) == (0.75, True, 0.2, 0.05)
+    assert (pretrain.mask_ratio, pretrain.norm_pix_loss, pretrain.augment.min_scale, pretrain.optim.weight_decay) == (
+        0.75,
+        True,
+        0.2,
+        0.05,
+    )
 
 
 def test_merge_goes_section_by_section() -> None:
@@ -315,7 +328,11 @@ def test_a_recipe_that_extends_another(tmp_path: Path, monkeypatch: pytest.Monke
     (shipped / "hot.yaml").write_text("extends: plain\noven: {degrees: 220}\n", encoding="utf-8")
     (tmp_path / "mine.yaml").write_text("extends: hot\nname: mine\noven: {fan: true}\n", encoding="utf-8")
     (tmp_path / "yours.yaml").write_text("extends: mine.yaml\nname: yours\n", encoding="utf-8")
-    assert read_recipe(tmp_path / "yours.yaml") == {"name": "yours", "shape": "round", "oven": {"degrees": 220, "trays": 3, "fan": True}}
+    assert read_recipe(tmp_path / "yours.yaml") == {
+        "name": "yours",
+        "shape": "round",
+        "oven": {"degrees": 220, "trays": 3, "fan": True},
+    }
 
 
 def test_recipes_that_extend_nothing_or_each_other(tmp_path: Path) -> None:
@@ -345,7 +362,9 @@ def test_shipped_recipes_fit_a_command(file: Path) -> None:
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("config", "required"), COMMANDS, ids=lambda value: value.__name__ if isinstance(value, type) else "")
+@pytest.mark.parametrize(
+    ("config", "required"), COMMANDS, ids=lambda value: value.__name__ if isinstance(value, type) else ""
+)
 def test_every_command_config_survives_yaml_and_json(config: type, required: dict[str, Any]) -> None:
     first: Any = from_dict(config, required)
     assert from_dict(config, yaml.safe_load(to_yaml(first))) == first
@@ -353,7 +372,15 @@ def test_every_command_config_survives_yaml_and_json(config: type, required: dic
 
 
 def test_values_away_from_the_defaults_survive() -> None:
-    changed = cake(shape="square", size="24,36", layers=[1.5, 2], recipe="a/b", eggs=3, notes={"x": [1, None]}, oven={"degrees": 1e-7, "fan": True})
+    changed = cake(
+        shape="square",
+        size="24,36",
+        layers=[1.5, 2],
+        recipe="a/b",
+        eggs=3,
+        notes={"x": [1, None]},
+        oven={"degrees": 1e-7, "fan": True},
+    )
     assert to_dict(changed) == {
         "name": "plum",
         "shape": "square",
@@ -371,7 +398,11 @@ def test_differences() -> None:
     old = cake()
     assert differences(old, old) == []
     new = cake(size=24, oven={"degrees": 200, "fan": True})
-    assert differences(old, new) == ["size: (26, 26) -> (24, 24)", "oven.degrees: 160.0 -> 200.0", "oven.fan: False -> True"]
+    assert differences(old, new) == [
+        "size: (26, 26) -> (24, 24)",
+        "oven.degrees: 160.0 -> 200.0",
+        "oven.fan: False -> True",
+    ]
     assert differences(old, new, ignore=frozenset({"size", "fan"})) == ["oven.degrees: 160.0 -> 200.0"]
     assert differences(old, new, ignore=frozenset({"size", "oven"})) == []
 
@@ -380,7 +411,11 @@ def test_differences() -> None:
 
 
 def test_docs_are_the_strings_below_the_fields() -> None:
-    assert field_docs(Oven) == {"degrees": "Temperature in °C.", "fan": "Whether the air moves.", "trays": "How many trays stand above each other."}
+    assert field_docs(Oven) == {
+        "degrees": "Temperature in °C.",
+        "fan": "Whether the air moves.",
+        "trays": "How many trays stand above each other.",
+    }
     assert field_types(Oven) == {"degrees": float, "fan": bool, "trays": int}
 
 
@@ -394,7 +429,17 @@ def test_required_and_optional() -> None:
 def test_configs_that_ship_are_found() -> None:
     names = {config.__name__ for config in SHIPPED}
     assert {config.__name__ for config, _ in COMMANDS} <= names
-    assert {"EncoderConfig", "DecoderConfig", "OptimConfig", "LoopConfig", "DataConfig", "CropConfig", "MixConfig", "Metadata", "ImportOptions"} <= names
+    assert {
+        "EncoderConfig",
+        "DecoderConfig",
+        "OptimConfig",
+        "LoopConfig",
+        "DataConfig",
+        "CropConfig",
+        "MixConfig",
+        "Metadata",
+        "ImportOptions",
+    } <= names
 
 
 @pytest.mark.parametrize("config", SHIPPED, ids=lambda config: config.__name__)
@@ -417,7 +462,11 @@ def test_every_shipped_setting_is_explained(config: type) -> None:
         (PretrainConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0 must be above 0 and below 1"),
         (PretrainConfig, {"mask_ratio": 0.0}, "--mask-ratio 0.0 must be above 0 and below 1"),
         (PretrainConfig, {"mask_ratio": 0.999}, "--mask-ratio 0.999 of 196 patches leaves nothing to see"),
-        (PretrainConfig, {"mask_ratio": 0.75, "model": {"image_size": 16}}, "--mask-ratio 0.75 of 1 patches leaves nothing"),
+        (
+            PretrainConfig,
+            {"mask_ratio": 0.75, "model": {"image_size": 16}},
+            "--mask-ratio 0.75 of 1 patches leaves nothing",
+        ),
         (PretrainConfig, {"pictures_every": 0}, "--pictures-every must be at least 1"),
         (PretrainConfig, {"optim": {"epochs": 0}}, "--epochs, --batch-size and --accum-iter must be at least 1"),
         (PretrainConfig, {"optim": {"lr": -1}}, "--lr -1.0 cannot be negative"),
@@ -450,7 +499,13 @@ def test_no_default_is_infinite_or_nan() -> None:
     def numbers(value: Any) -> list[float]:
         if isinstance(value, dict):
             value = list(value.values())
-        return [number for item in value for number in numbers(item)] if isinstance(value, list) else [value] if isinstance(value, float) else []
+        return (
+            [number for item in value for number in numbers(item)]
+            if isinstance(value, list)
+            else [value]
+            if isinstance(value, float)
+            else []
+        )
 
     for config, required in COMMANDS:
         assert all(math.isfinite(number) for number in numbers(to_dict(from_dict(config, required)))), config

@@ -9,7 +9,17 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import atomic_path, point_link, read_json, refuse_to_overwrite, remove, remove_partial, sha256, write_json, write_text
+from mae_deploy.files import (
+    atomic_path,
+    point_link,
+    read_json,
+    refuse_to_overwrite,
+    remove,
+    remove_partial,
+    sha256,
+    write_json,
+    write_text,
+)
 
 
 def names(folder: Path) -> set[str]:

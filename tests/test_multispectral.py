@@ -1,4 +1,6 @@
-"""The whole chain on five bands of 16 bits in three groups: TIFF and NumPy files to a bundle that runs without PyTorch."""
+"""The whole chain on five bands of 16 bits in three groups: TIFF and NumPy files to a bundle that runs without
+PyTorch.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,19 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capt
 
 
 def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
-    pretrained = command("pretrain", "scenes", "--out", "runs/mae", "--recipe", "bands.yaml", "--epochs", 2, "--picture-bands", "3,2,1", *TRAINING)
+    pretrained = command(
+        "pretrain",
+        "scenes",
+        "--out",
+        "runs/mae",
+        "--recipe",
+        "bands.yaml",
+        "--epochs",
+        2,
+        "--picture-bands",
+        "3,2,1",
+        *TRAINING,
+    )
     assert (pretrained["steps"], pretrained["unreadable"]) == (4, 0)
     with Image.open("runs/mae/reconstruction-0002.png") as picture:
         assert (picture.mode, picture.width) == ("RGB", 3 * 104 - 4)
@@ -61,10 +75,27 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     with Image.open("grid.png") as picture:
         assert picture.mode == "L"
 
-    tuned = command("finetune", "labelled", "--init", "runs/mae", "--out", "runs/classifier", "--epochs", 8, "--batch-size", 6, "--lr", 2e-2, *PLAIN, *TRAINING)
+    tuned = command(
+        "finetune",
+        "labelled",
+        "--init",
+        "runs/mae",
+        "--out",
+        "runs/classifier",
+        "--epochs",
+        8,
+        "--batch-size",
+        6,
+        "--lr",
+        2e-2,
+        *PLAIN,
+        *TRAINING,
+    )
     assert tuned["top1"] == 100, "dark and light are easily told apart"
 
-    command("export", "runs/mae", "--out", "bundles/visible", "--tokens", "visible", "--outputs", "cls,tokens,feature_map")
+    command(
+        "export", "runs/mae", "--out", "bundles/visible", "--tokens", "visible", "--outputs", "cls,tokens,feature_map"
+    )
     command("export", "runs/classifier", "--out", "bundles/classifier", "--samples", "labelled", "--num-samples", 8)
     shutil.rmtree("runs")
     manifest = json.loads(Path("bundles/visible/manifest.json").read_text())
@@ -114,7 +145,12 @@ def test_unreadable_scenes_are_named_and_left_out(command: Command, capsys: pyte
     Path("broken.npy").rename("scenes/03.tif")
     write_npy(Path("arrays/0.npy"), np.full((9, 9, BANDS), np.nan))
     write_npy(Path("arrays/1.npy"), bands_image(1))
-    assert command("pretrain", "scenes", "--out", "runs/mae", "--recipe", "bands.yaml", "--epochs", 1, *TRAINING)["unreadable"] == 1
+    assert (
+        command("pretrain", "scenes", "--out", "runs/mae", "--recipe", "bands.yaml", "--epochs", 1, *TRAINING)[
+            "unreadable"
+        ]
+        == 1
+    )
     command("export", "runs/mae", "--out", "bundle")
     (unreadable,) = command("predict", "bundle", "arrays")["unreadable"]
     assert unreadable["path"] == "arrays/0.npy"
@@ -131,12 +167,16 @@ def test_unreadable_scenes_are_named_and_left_out(command: Command, capsys: pyte
         (("--color-jitter", 0.3), "colours of 5 channels with --pixel-max cannot be augmented"),
     ],
 )
-def test_what_cannot_be(command: Command, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str) -> None:
+def test_what_cannot_be(
+    command: Command, capsys: pytest.CaptureFixture[str], arguments: tuple[object, ...], message: str
+) -> None:
     assert main(["pretrain", "scenes", "--out", "run", "--recipe", "bands.yaml", *map(str, arguments)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_export_refuses_what_there_is_not_for_these_pixels(command: Command, capsys: pytest.CaptureFixture[str]) -> None:
+def test_export_refuses_what_there_is_not_for_these_pixels(
+    command: Command, capsys: pytest.CaptureFixture[str]
+) -> None:
     command("pretrain", "scenes", "--out", "runs/mae", "--recipe", "bands.yaml", "--epochs", 1, *TRAINING)
     for option, message in (
         (("--images", "uint8"), "this model's pixels have more than 8 bits (--pixel-max 10000)"),

@@ -20,7 +20,8 @@ from mae_deploy.options import Flag, command, flags_of
 from mae_deploy.results import Result, show
 
 SNAPSHOT = Path(__file__).with_name("command_options.json")
-"""Every argument and option of every command. Programs rely on them: a change here is one that users see, and stands in the changelog."""
+"""Every argument and option of every command. Programs rely on them: a change here is one that users see, and stands in
+the changelog."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -81,9 +82,25 @@ def baked(*arguments: str) -> Cake:
 def test_flags_of_a_config() -> None:
     flags = {flag.name: flag for flag in flags_of(Cake)}
     assert list(flags) == ["CAKE", "--out", "--shape", "--size", "--tag", "--seed", "--degrees", "--fan"]
-    assert flags["CAKE"] == Flag(path=("name",), name="CAKE", kind=str, panel="Options", help="What it is called.", default=None, argument=True, required=True)
+    assert flags["CAKE"] == Flag(
+        path=("name",),
+        name="CAKE",
+        kind=str,
+        panel="Options",
+        help="What it is called.",
+        default=None,
+        argument=True,
+        required=True,
+    )
     assert flags["--degrees"] == Flag(
-        path=("oven", "degrees"), name="--degrees", kind=float, panel="Oven settings", help="Temperature in °C.", default="160", argument=False, required=False
+        path=("oven", "degrees"),
+        name="--degrees",
+        kind=float,
+        panel="Oven settings",
+        help="Temperature in °C.",
+        default="160",
+        argument=False,
+        required=False,
     )
     assert (flags["--size"].kind, flags["--size"].default) == (str, "26,28")
     assert (flags["--fan"].kind, flags["--fan"].default) == (bool, "yes")
@@ -97,8 +114,25 @@ def test_defaults() -> None:
 
 
 def test_every_kind_of_option() -> None:
-    given = baked("plum", "--out", "t", "--shape", "square", "--size", "3,5", "--tag", "x", "--seed", "7", "--degrees", "1e2", "--no-fan")
-    assert given == Cake(name="plum", out=Path("t"), shape="square", size=(3, 5), label="x", seed=7, oven=Oven(degrees=100, fan=False))
+    given = baked(
+        "plum",
+        "--out",
+        "t",
+        "--shape",
+        "square",
+        "--size",
+        "3,5",
+        "--tag",
+        "x",
+        "--seed",
+        "7",
+        "--degrees",
+        "1e2",
+        "--no-fan",
+    )
+    assert given == Cake(
+        name="plum", out=Path("t"), shape="square", size=(3, 5), label="x", seed=7, oven=Oven(degrees=100, fan=False)
+    )
     assert baked("plum", "--out", "t", "--size", "3").size == (3, 3)
 
 
@@ -107,13 +141,29 @@ def test_precedence(tmp_path: Path) -> None:
     recipe.write_text("name: apple\nout: recipe\nsize: 3\nlabel: recipe\nseed: 3\noven: {fan: false, gas_mark: 3}\n")
     base = ("--recipe", str(recipe))
     # Defaults < recipe: what it leaves out keeps the section's own default.
-    assert baked(*base) == Cake(name="apple", out=Path("recipe"), size=(3, 3), label="recipe", seed=3, oven=Oven(degrees=160, fan=False, gas_mark=3))
+    assert baked(*base) == Cake(
+        name="apple",
+        out=Path("recipe"),
+        size=(3, 3),
+        label="recipe",
+        seed=3,
+        oven=Oven(degrees=160, fan=False, gas_mark=3),
+    )
     # recipe < --set, and a later --set < nothing but a flag.
     assigned = (*base, "--set", "seed=4", "--set", "oven.gas_mark=4", "--set", "label=set", "--set", "seed=5")
-    assert baked(*assigned) == Cake(name="apple", out=Path("recipe"), size=(3, 3), label="set", seed=5, oven=Oven(degrees=160, fan=False, gas_mark=4))
+    assert baked(*assigned) == Cake(
+        name="apple",
+        out=Path("recipe"),
+        size=(3, 3),
+        label="set",
+        seed=5,
+        oven=Oven(degrees=160, fan=False, gas_mark=4),
+    )
     # --set < flags.
     given = baked("plum", *assigned, "--seed", "6", "--fan", "--out", "flag")
-    assert given == Cake(name="plum", out=Path("flag"), size=(3, 3), label="set", seed=6, oven=Oven(degrees=160, fan=True, gas_mark=4))
+    assert given == Cake(
+        name="plum", out=Path("flag"), size=(3, 3), label="set", seed=6, oven=Oven(degrees=160, fan=True, gas_mark=4)
+    )
 
 
 def test_a_flag_that_is_false_wins_over_a_recipe(tmp_path: Path) -> None:
@@ -128,13 +178,19 @@ def test_a_flag_that_is_false_wins_over_a_recipe(tmp_path: Path) -> None:
     [
         (("--out", "t"), "CAKE is missing", "What it is called."),
         (("plum",), "--out is missing", "Where it goes."),
-        (("plum", "--out", "t", "--set", "size=[1,2,3]"), "size: 1,2,3 must be one value or 2 separated by commas", None),
+        (
+            ("plum", "--out", "t", "--set", "size=[1,2,3]"),
+            "size: 1,2,3 must be one value or 2 separated by commas",
+            None,
+        ),
         (("plum", "--out", "t", "--set", "oven.degree=3"), "unknown setting 'oven.degree'", "did you mean 'degrees'?"),
         (("plum", "--out", "t", "--set", "seed=["), "--set seed=[: the value is not YAML", None),
         (("plum", "--out", "t", "--recipe", "none"), "no recipe 'none'", None),
     ],
 )
-def test_what_cannot_be_used_is_refused_before_the_command_runs(arguments: tuple[str, ...], message: str, hint: str | None) -> None:
+def test_what_cannot_be_used_is_refused_before_the_command_runs(
+    arguments: tuple[str, ...], message: str, hint: str | None
+) -> None:
     app = typer.Typer(pretty_exceptions_enable=False)
     command(app, Cake, name="bake", recipes=True)(lambda _: pytest.fail("it ran"))
     with pytest.raises(ConfigError) as caught:
@@ -167,7 +223,15 @@ def test_help_has_a_panel_for_each_section(capsys: pytest.CaptureFixture[str], m
     assert "Bake a cake." in text
     panels = re.findall(r"[╭+][─-] ([A-Z][a-z ]+?) [─-]", text)
     assert panels == ["Arguments", "Options", "Common", "Oven settings"]
-    for expected in ("Where it goes. [required]", "round|square", "[default: 26,28]", "[default: 160]", "[default: yes]", "L[,W]", "--no-fan"):
+    for expected in (
+        "Where it goes. [required]",
+        "round|square",
+        "[default: 26,28]",
+        "[default: 160]",
+        "[default: yes]",
+        "L[,W]",
+        "--no-fan",
+    ):
         assert expected in text, expected
     assert "gas-mark" not in text
 
@@ -176,13 +240,25 @@ def test_help_has_a_panel_for_each_section(capsys: pytest.CaptureFixture[str], m
 
 
 def test_results_as_json_are_nothing_but_json(capsys: pytest.CaptureFixture[str]) -> None:
-    run = cake_command(lambda cake: Result({"name": cake.name, "out": cake.out, "list": [1, 0.5, None, True], "ö": "[bold]ß"}, view="not this"))
+    run = cake_command(
+        lambda cake: Result(
+            {"name": cake.name, "out": cake.out, "list": [1, 0.5, None, True], "ö": "[bold]ß"}, view="not this"
+        )
+    )
     assert run("plum", "--out", "t", "--json") == 0
-    assert json.loads(capsys.readouterr().out) == {"name": "plum", "out": "t", "list": [1, 0.5, None, True], "ö": "[bold]ß"}
+    assert json.loads(capsys.readouterr().out) == {
+        "name": "plum",
+        "out": "t",
+        "list": [1, 0.5, None, True],
+        "ö": "[bold]ß",
+    }
 
 
 def test_results_for_people(capsys: pytest.CaptureFixture[str]) -> None:
-    show({"loss": 0.123456789, "size": (3, 5), "done": True, "metrics": {"top1": 0.5}, "path": "runs/[/red]/[bold]a"}, as_json=False)
+    show(
+        {"loss": 0.123456789, "size": (3, 5), "done": True, "metrics": {"top1": 0.5}, "path": "runs/[/red]/[bold]a"},
+        as_json=False,
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines == ["loss  0.123457", "size  3,5", "done  yes", "metrics  top1 0.5", "path  runs/[/red]/[bold]a"]
     show(Result({"a": 1}, view="a view"), as_json=False)
@@ -211,14 +287,23 @@ def parameters_of_commands() -> dict[str, list[Any]]:
     found: dict[str, list[Any]] = {}
     for name, one in group.commands.items():
         within = getattr(one, "commands", {})
-        found |= {f"{name} {inner}": list(each.params) for inner, each in within.items()} if within else {name: list(one.params)}
+        found |= (
+            {f"{name} {inner}": list(each.params) for inner, each in within.items()}
+            if within
+            else {name: list(one.params)}
+        )
     return found
 
 
 def options_of_commands() -> dict[str, list[str]]:
     return {
         name: [
-            parameter.metavar if parameter.param_type_name == "argument" else "/".join([*parameter.opts, *parameter.secondary_opts]) for parameter in parameters
+            (
+                parameter.metavar
+                if parameter.param_type_name == "argument"
+                else "/".join([*parameter.opts, *parameter.secondary_opts])
+            )
+            for parameter in parameters
         ]
         for name, parameters in parameters_of_commands().items()
     }
@@ -229,7 +314,9 @@ def test_options_are_those_that_programs_rely_on() -> None:
     found = options_of_commands()
     assert list(found) == list(expected)
     for name, options in found.items():
-        assert options == expected[name], f"{name}: where this change is meant, update {SNAPSHOT.name} and the changelog"
+        assert options == expected[name], (
+            f"{name}: where this change is meant, update {SNAPSHOT.name} and the changelog"
+        )
 
 
 @pytest.mark.parametrize("name", parameters_of_commands())

@@ -1,4 +1,6 @@
-"""Real files of every kind in, 8-bit pixels of the right shape out; the crop is torchvision's; what cannot be read is refused with a reason."""
+"""Real files of every kind in, 8-bit pixels of the right shape out; the crop is torchvision's; what cannot be read is
+refused with a reason.
+"""
 
 from __future__ import annotations
 
@@ -85,7 +87,13 @@ FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int
     "YCbCr TIFF": (lambda: flat("YCbCr"), "a.tif", {"compression": "tiff_lzw"}, COLOUR, JPEG),
     "16-bit PNG": (sixteen_bit, "a.png", {}, (200,) * 3, 0),
     "16-bit PNG, dark": (lambda: sixteen_bit(3 * 257), "a.png", {}, (3,) * 3, 0),
-    "16-bit PNG between two grey levels": (lambda: sixteen_bit(51456), "a.png", {}, (200,) * 3, 0),  # 255/65535 of it is 200.2
+    "16-bit PNG between two grey levels": (
+        lambda: sixteen_bit(51456),
+        "a.png",
+        {},
+        (200,) * 3,
+        0,
+    ),  # 255/65535 of it is 200.2
     "16-bit TIFF": (sixteen_bit, "a.tiff", {}, (200,) * 3, 0),
     "16-bit TIFF, big-endian": (lambda: sixteen_bit(mode="I;16B"), "a.tiff", {}, (200,) * 3, 0),
     "16-bit PGM": (sixteen_bit, "a.pgm", {}, (200,) * 3, 0),
@@ -94,16 +102,25 @@ FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int
 
 @pytest.mark.parametrize(("make", "name", "options", "colour", "tolerance"), FILES.values(), ids=FILES)
 def test_every_kind_of_file(
-    tmp_path: Path, make: Callable[[], Image.Image], name: str, options: dict[str, Any], colour: tuple[int, ...], tolerance: int
+    tmp_path: Path,
+    make: Callable[[], Image.Image],
+    name: str,
+    options: dict[str, Any],
+    colour: tuple[int, ...],
+    tolerance: int,
 ) -> None:
     make().save(tmp_path / name, **options)
     image = read_image(tmp_path / name)
     assert is_image(image)
     assert (image.mode, image.size) == ("RGB", SIZE)
-    np.testing.assert_allclose(np.asarray(image, np.int64), np.broadcast_to(colour, (*SIZE[::-1], 3)), rtol=0, atol=tolerance)
+    np.testing.assert_allclose(
+        np.asarray(image, np.int64), np.broadcast_to(colour, (*SIZE[::-1], 3)), rtol=0, atol=tolerance
+    )
 
 
-@pytest.mark.parametrize(("channels", "mode", "pixel"), [(1, "L", (GREY,)), (3, "RGB", COLOUR), (4, "RGBA", (*COLOUR, 127))])
+@pytest.mark.parametrize(
+    ("channels", "mode", "pixel"), [(1, "L", (GREY,)), (3, "RGB", COLOUR), (4, "RGBA", (*COLOUR, 127))]
+)
 def test_channels(tmp_path: Path, channels: int, mode: str, pixel: tuple[int, ...]) -> None:
     with_alpha("RGB", 127).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", channels)
@@ -211,8 +228,12 @@ def test_unreadable_files_are_named_with_a_reason(tmp_path: Path, kind: str, rea
     assert "\n" not in message
 
 
-@pytest.mark.parametrize("error", [RuntimeError, NotImplementedError, KeyError, struct.error, ZeroDivisionError, MemoryError])
-def test_whatever_a_plug_in_raises_is_an_unreadable_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]) -> None:
+@pytest.mark.parametrize(
+    "error", [RuntimeError, NotImplementedError, KeyError, struct.error, ZeroDivisionError, MemoryError]
+)
+def test_whatever_a_plug_in_raises_is_an_unreadable_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
     """The first two were found by damaging AVIF and DDS files."""
 
     def load(_: Image.Image) -> None:
@@ -259,11 +280,17 @@ def test_another_number_of_channels_than_an_image_has_is_no_conversion(tmp_path:
 
 
 @pytest.mark.parametrize("side", [32, 97, 224])
-@pytest.mark.parametrize("size", [(1, 1), (31, 47), (36, 36), (97, 97), (333, 500), (501, 373), (701, 13), (640, 480)], ids=str)
+@pytest.mark.parametrize(
+    "size", [(1, 1), (31, 47), (36, 36), (97, 97), (333, 500), (501, 373), (701, 13), (640, 480)], ids=str
+)
 def test_the_crop_is_torchvisions(side: int, size: tuple[int, int]) -> None:
-    """To the pixel: both ask Pillow for the same resize. The original evaluates so (its `datasets.py`, `build_transform`)."""
+    """To the pixel: both ask Pillow for the same resize. The original evaluates so (its `datasets.py`,
+    `build_transform`).
+    """
     image = noise(*size)
-    expected = transforms.CenterCrop(side)(transforms.Resize(int(side / 0.875), transforms.InterpolationMode.BICUBIC)(image))
+    expected = transforms.CenterCrop(side)(
+        transforms.Resize(int(side / 0.875), transforms.InterpolationMode.BICUBIC)(image)
+    )
     np.testing.assert_array_equal(Preprocess(image_size=(side, side)).crop(image), np.asarray(expected))
 
 
@@ -274,7 +301,9 @@ def test_an_image_that_fits_is_left_as_it_is() -> None:
 
 def test_the_centre_is_cut_out_of_what_is_wider() -> None:
     image = noise(12, 5)
-    np.testing.assert_array_equal(Preprocess(image_size=(5, 7), crop_pct=1.0).crop(image), np.asarray(image)[:, 2:9])  # 2.5 to the even, as torchvision
+    np.testing.assert_array_equal(
+        Preprocess(image_size=(5, 7), crop_pct=1.0).crop(image), np.asarray(image)[:, 2:9]
+    )  # 2.5 to the even, as torchvision
 
 
 def test_the_centre_is_cut_out_of_what_is_higher() -> None:
@@ -283,7 +312,9 @@ def test_the_centre_is_cut_out_of_what_is_higher() -> None:
 
 
 @pytest.mark.parametrize("size", [(3, 20011), (20011, 3), (1, 65500)], ids=str)
-def test_strips_are_cropped_without_resizing_all_of_them(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
+def test_strips_are_cropped_without_resizing_all_of_them(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]
+) -> None:
     asked: list[tuple[int, int]] = []
     resize = Image.Image.resize
 
@@ -304,12 +335,18 @@ def test_strips_are_cropped_without_resizing_all_of_them(monkeypatch: pytest.Mon
 @pytest.mark.parametrize(("channels", "pixels"), [(1, (5, 7)), (1, (5, 7, 1)), (3, (5, 7, 3)), (4, (5, 7, 4))], ids=str)
 def test_arrays_as_input(channels: int, pixels: tuple[int, ...]) -> None:
     array = np.random.default_rng(0).integers(0, 256, pixels, dtype=np.uint8)
-    spec = Preprocess(image_size=(5, 7), channels=channels, crop_pct=1.0, mean=(0.5,) * channels, std=(0.25,) * channels)
+    spec = Preprocess(
+        image_size=(5, 7), channels=channels, crop_pct=1.0, mean=(0.5,) * channels, std=(0.25,) * channels
+    )
     expected = array.reshape(5, 7, channels).transpose(2, 0, 1)[None] / 255 * 4 - 2
     np.testing.assert_allclose(spec([array]), expected, atol=1e-6)  # float32 beside float64, values up to 2
 
 
-@pytest.mark.parametrize("array", [np.zeros((5, 7, 3), np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros(5, np.uint8)], ids=["float", "2 channels", "1-D"])
+@pytest.mark.parametrize(
+    "array",
+    [np.zeros((5, 7, 3), np.float32), np.zeros((5, 7, 2), np.uint8), np.zeros(5, np.uint8)],
+    ids=["float", "2 channels", "1-D"],
+)
 def test_arrays_that_are_no_images(array: Array) -> None:
     with pytest.raises(ConfigError, match=r"must be uint8 \(H, W\)"):
         from_array(array)
@@ -337,7 +374,9 @@ def test_images_of_several_sizes_make_one_batch() -> None:
 
 
 def test_defaults_are_the_originals() -> None:
-    assert default_preprocess((224, 224)) == Preprocess(image_size=(224, 224), crop_pct=0.875, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+    assert default_preprocess((224, 224)) == Preprocess(
+        image_size=(224, 224), crop_pct=0.875, mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225)
+    )
     assert default_preprocess((448, 224)).crop_pct == 1.0
     assert default_preprocess((32, 32), 1).mean == (0.5,)
     assert default_preprocess((32, 32), 4).std == (0.25,) * 4
@@ -352,7 +391,9 @@ def test_settings_that_do_not_go_together() -> None:
 
 def test_a_palette_image_of_the_callers_is_converted_without_a_warning() -> None:
     image = palette(transparency=b"\x00\x7f")
-    np.testing.assert_array_equal(Preprocess(image_size=(7, 13), crop_pct=1.0).crop(image), np.broadcast_to(COLOUR, (7, 13, 3)))
+    np.testing.assert_array_equal(
+        Preprocess(image_size=(7, 13), crop_pct=1.0).crop(image), np.broadcast_to(COLOUR, (7, 13, 3))
+    )
 
 
 # --- finding files ---------------------------------------------------------------------------------------------------
@@ -369,7 +410,18 @@ def names_below(root: Path) -> list[str]:
 
 
 def test_images_are_found_flat_and_nested_in_a_stable_order(tmp_path: Path) -> None:
-    touch(tmp_path, "b.png", "a/z.JPG", "a/b/c.Jpeg", "a.webp", "A.TIFF", "notes.txt", "model.pth", "no_suffix", "paper.pdf")
+    touch(
+        tmp_path,
+        "b.png",
+        "a/z.JPG",
+        "a/b/c.Jpeg",
+        "a.webp",
+        "A.TIFF",
+        "notes.txt",
+        "model.pth",
+        "no_suffix",
+        "paper.pdf",
+    )
     assert names_below(tmp_path) == ["A.TIFF", "a.webp", "a/b/c.Jpeg", "a/z.JPG", "b.png"]
 
 

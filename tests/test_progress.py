@@ -1,4 +1,6 @@
-"""What a run says while it works: a bar on a terminal, a line now and then elsewhere, nothing from the other processes."""
+"""What a run says while it works: a bar on a terminal, a line now and then elsewhere, nothing from the other
+processes.
+"""
 
 from __future__ import annotations
 

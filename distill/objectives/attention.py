@@ -1,7 +1,8 @@
 """Attention maps: each token of the student is to look where the teacher's looks.
 
-Gao et al., An Experimental Study on Exploring Strong Lightweight Vision Transformers via Masked Image Modeling Pre-Training (MAE-Lite, D-MAE):
-https://arxiv.org/abs/2404.12210, first as Wang et al., A Closer Look at Self-Supervised Lightweight Vision Transformers: https://arxiv.org/abs/2205.14443
+Gao et al., An Experimental Study on Exploring Strong Lightweight Vision Transformers via Masked Image Modeling
+Pre-Training (MAE-Lite, D-MAE): https://arxiv.org/abs/2404.12210, first as Wang et al., A Closer Look at Self-Supervised
+Lightweight Vision Transformers: https://arxiv.org/abs/2205.14443
 """
 
 from __future__ import annotations
@@ -17,18 +18,27 @@ from mae_deploy.models.taps import Tap, Taps
 
 
 class AttentionMaps(Objective):
-    """The mean squared error of softmaxed attention maps, the mean over pairs of blocks; where the numbers of heads differ, behind a 1x1 convolution."""
+    """The mean squared error of softmaxed attention maps, the mean over pairs of blocks; where the numbers of heads
+    differ, behind a 1x1 convolution.
+    """
 
     def __init__(self, pairs: Pairs, student_heads: int, teacher_heads: int) -> None:
         super().__init__(tuple(Tap("qkv", own) for own, _ in pairs), tuple(Tap("qkv", its) for _, its in pairs))
         same = student_heads == teacher_heads
-        self.adapters = nn.ModuleList(nn.Identity() if same else nn.Conv2d(student_heads, teacher_heads, 1, bias=False) for _ in pairs)
+        self.adapters = nn.ModuleList(
+            nn.Identity() if same else nn.Conv2d(student_heads, teacher_heads, 1, bias=False) for _ in pairs
+        )
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, 3, heads, 1 + K, head_dim)` of both to a scalar."""
         each = zip(self.adapters, self.student_taps, self.teacher_taps, strict=True)
         with full_precision(view.images):
-            return torch.stack([F.mse_loss(adapt(_attention(student[own])), _attention(teacher[its].detach())) for adapt, own, its in each]).mean()
+            return torch.stack(
+                [
+                    F.mse_loss(adapt(_attention(student[own])), _attention(teacher[its].detach()))
+                    for adapt, own, its in each
+                ]
+            ).mean()
 
 
 def _attention(qkv: Tensor) -> Tensor:

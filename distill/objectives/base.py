@@ -37,9 +37,13 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
-        """The loss, a float32 scalar. It has a gradient for the student's taps and for its own parameters, none for the teacher's taps."""
+        """The loss, a float32 scalar. It has a gradient for the student's taps and for its own parameters, none for the
+        teacher's taps.
+        """
 
 
 def full_precision(like: Tensor) -> torch.autocast:
-    """A context on the tensor's device in which products are taken in the precision of their inputs, also within autocast."""
+    """A context on the tensor's device in which products are taken in the precision of their inputs, also within
+    autocast.
+    """
     return torch.autocast(like.device.type, enabled=False)

@@ -20,10 +20,19 @@ Patches = Literal["masked", "all"]
 
 
 class DecoderFeatures(Objective):
-    """The distance between linearly projected patch tokens of a student's decoder block and a teacher's normalised ones."""
+    """The distance between linearly projected patch tokens of a student's decoder block and a teacher's normalised
+    ones.
+    """
 
     def __init__(
-        self, student_block: int, teacher_block: int, student_dim: int, teacher_dim: int, *, loss: Distance = "smooth_l1", patches: Patches = "masked"
+        self,
+        student_block: int,
+        teacher_block: int,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        loss: Distance = "smooth_l1",
+        patches: Patches = "masked",
     ) -> None:
         super().__init__((Tap("decoder", student_block),), (Tap("decoder", teacher_block),))
         self.loss = loss

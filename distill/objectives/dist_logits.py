@@ -1,4 +1,5 @@
-"""DIST: the student's probabilities are to rise and fall with the teacher's, over the classes of an image and over the images of a class.
+"""DIST: the student's probabilities are to rise and fall with the teacher's, over the classes of an image and over the
+images of a class.
 
 Huang et al., Knowledge Distillation from A Stronger Teacher: https://arxiv.org/abs/2205.10536
 """
@@ -13,10 +14,11 @@ from mae_deploy.models.taps import Tap, Taps
 
 
 class DistLogits(Objective):
-    """One minus Pearson's correlation of probabilities: the mean over images of that between classes, plus the mean over classes of that between
-    images; both times the temperature's square.
+    """One minus Pearson's correlation of probabilities: the mean over images of that between classes, plus the mean
+    over classes of that between images; both times the temperature's square.
 
-    The second is as good as the batch of one process is large; a batch of one image has no correlation, and its second term is 1.
+    The second is as good as the batch of one process is large; a batch of one image has no correlation, and its second
+    term is 1.
     """
 
     def __init__(self, temperature: float = 1.0) -> None:
@@ -32,4 +34,6 @@ class DistLogits(Objective):
 
 def _pearson(first: Tensor, second: Tensor, dim: int) -> Tensor:
     """Correlation along an axis; 0 where one of both is constant."""
-    return F.cosine_similarity(first - first.mean(dim=dim, keepdim=True), second - second.mean(dim=dim, keepdim=True), dim=dim)
+    return F.cosine_similarity(
+        first - first.mean(dim=dim, keepdim=True), second - second.mean(dim=dim, keepdim=True), dim=dim
+    )

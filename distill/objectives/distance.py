@@ -1,4 +1,6 @@
-"""How far predicted vectors are from a teacher's, whatever they stand for, and what brings the student's to the teacher's width."""
+"""How far predicted vectors are from a teacher's, whatever they stand for, and what brings the student's to the
+teacher's width.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,19 @@ def _cosine(predicted: Tensor, target: Tensor) -> Tensor:
     return 1 - F.cosine_similarity(predicted, target, dim=-1).mean()
 
 
-_DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {"smooth_l1": _smooth_l1, "l1": F.l1_loss, "mse": F.mse_loss, "cosine": _cosine}
+_DISTANCES: dict[Distance, Callable[[Tensor, Tensor], Tensor]] = {
+    "smooth_l1": _smooth_l1,
+    "l1": F.l1_loss,
+    "mse": F.mse_loss,
+    "cosine": _cosine,
+}
 
 
 def distance(kind: Distance, predicted: Tensor, target: Tensor) -> Tensor:
     """The mean distance of `(…, D)` vectors, a scalar in float32 without a gradient for the target.
 
-    `smooth_l1` has beta 2; `cosine` is 1 minus the cosine of the angle between two vectors, the others are means over their elements.
+    `smooth_l1` has beta 2; `cosine` is 1 minus the cosine of the angle between two vectors, the others are means over
+    their elements.
     """
     return _DISTANCES[kind](predicted.float(), target.detach().float())
 
@@ -42,7 +50,8 @@ class Normalise(nn.Module):
 
 
 def projector(kind: Projector, student_dim: int, teacher_dim: int) -> nn.Module:
-    """From the student's width to the teacher's: a linear layer, two of them with a GELU between, or none, which only normalises.
+    """From the student's width to the teacher's: a linear layer, two of them with a GELU between, or none, which only
+    normalises.
 
     Raises:
         ConfigError: none, and the widths differ.
@@ -52,5 +61,8 @@ def projector(kind: Projector, student_dim: int, teacher_dim: int) -> nn.Module:
     if kind == "mlp":
         return nn.Sequential(nn.Linear(student_dim, teacher_dim), nn.GELU(), nn.Linear(teacher_dim, teacher_dim))
     if student_dim != teacher_dim:
-        raise ConfigError(f"without a projector the student's width {student_dim} would have to be the teacher's {teacher_dim}", hint="use --projector linear")
+        raise ConfigError(
+            f"without a projector the student's width {student_dim} would have to be the teacher's {teacher_dim}",
+            hint="use --projector linear",
+        )
     return Normalise()

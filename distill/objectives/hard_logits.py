@@ -1,7 +1,8 @@
 """Hard logits: the class that the teacher decides on is the student's label.
 
-Touvron et al., Training data-efficient image transformers & distillation through attention (DeiT): https://arxiv.org/abs/2012.12877
-Half of it and half of the cross-entropy with the labels is G2SD's second stage: https://arxiv.org/abs/2302.14771
+Touvron et al., Training data-efficient image transformers & distillation through attention (DeiT):
+https://arxiv.org/abs/2012.12877 Half of it and half of the cross-entropy with the labels is G2SD's second stage:
+https://arxiv.org/abs/2302.14771
 """
 
 from __future__ import annotations

@@ -13,7 +13,9 @@ from mae_deploy.models.taps import Tap, Taps
 
 
 class SoftLogits(Objective):
-    """KL divergence of the student's softmax from the teacher's, times the temperature's square; the mean over all images, labelled or not."""
+    """KL divergence of the student's softmax from the teacher's, times the temperature's square; the mean over all
+    images, labelled or not.
+    """
 
     def __init__(self, temperature: float = 1.0) -> None:
         super().__init__((Tap("logits"),), (Tap("logits"),))

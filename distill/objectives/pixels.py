@@ -14,12 +14,15 @@ from mae_deploy.models.taps import Tap, Taps
 
 
 class Pixels(Objective):
-    """The autoencoder's loss of its prediction: by default the mean squared error on the masked patches of normalised pixels."""
+    """The autoencoder's loss of its prediction: by default the mean squared error on the masked patches of normalised
+    pixels.
+    """
 
     def __init__(self, loss: Callable[[Tensor, Tensor, Tensor], Tensor]) -> None:
         """
         Args:
-            loss: images `(B, C, H, W)`, prediction `(B, N, T)` and mask `(B, N)` to a scalar: the student's `forward_loss`.
+            loss: images `(B, C, H, W)`, prediction `(B, N, T)` and mask `(B, N)` to a scalar: the student's
+                `forward_loss`.
         """
         super().__init__((Tap("pixels"),))
         self.loss = loss

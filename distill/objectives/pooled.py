@@ -26,7 +26,15 @@ class Pooled(Objective):
         ConfigError: no projector, and the widths differ.
     """
 
-    def __init__(self, vector: Vector, student_dim: int, teacher_dim: int, *, loss: Distance = "smooth_l1", projector_kind: Projector = "linear") -> None:
+    def __init__(
+        self,
+        vector: Vector,
+        student_dim: int,
+        teacher_dim: int,
+        *,
+        loss: Distance = "smooth_l1",
+        projector_kind: Projector = "linear",
+    ) -> None:
         super().__init__((Tap(vector),), (Tap(vector),))
         self.loss = loss
         self.projector = projector(projector_kind, student_dim, teacher_dim)
@@ -34,4 +42,6 @@ class Pooled(Objective):
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, D)` and `(B, D')` to a scalar."""
-        return distance(self.loss, self.projector(student[self.student_taps[0]]), self.normalise(teacher[self.teacher_taps[0]]))
+        return distance(
+            self.loss, self.projector(student[self.student_taps[0]]), self.normalise(teacher[self.teacher_taps[0]])
+        )

@@ -1,4 +1,5 @@
-"""Attention relations: how the student's queries, keys and values relate to one another, token by token, is to be how the teacher's do.
+"""Attention relations: how the student's queries, keys and values relate to one another, token by token, is to be how
+the teacher's do.
 
 Ren et al., TinyMIM: An Empirical Study of Distilling MIM Pre-trained Models: https://arxiv.org/abs/2301.01296
 Relation heads: Wang et al., MiniLMv2: https://arxiv.org/abs/2012.15828
@@ -20,14 +21,24 @@ Relation = Literal["qk", "vv", "qq", "kk"]
 
 
 class Relations(Objective):
-    """KL divergence of softmaxed relations, the mean over images, heads, tokens and pairs of blocks, summed over the kinds of relations.
+    """KL divergence of softmaxed relations, the mean over images, heads, tokens and pairs of blocks, summed over the
+    kinds of relations.
 
-    Relations are compared head by head, and the student may have other heads than the teacher. Queries, keys and values of all heads stand side by
-    side in their D channels; on both sides these are cut anew into the same number of relation heads (`relation_heads`). TinyMIM gives the
-    student's last block the teacher's number of heads instead, which is a different student.
+    Relations are compared head by head, and the student may have other heads than the teacher. Queries, keys and values
+    of all heads stand side by side in their D channels; on both sides these are cut anew into the same number of
+    relation heads (`relation_heads`). TinyMIM gives the student's last block the teacher's number of heads instead,
+    which is a different student.
     """
 
-    def __init__(self, pairs: Pairs, student_dim: int, teacher_dim: int, teacher_heads: int, *, kinds: tuple[Relation, ...] = ("qk", "vv")) -> None:
+    def __init__(
+        self,
+        pairs: Pairs,
+        student_dim: int,
+        teacher_dim: int,
+        teacher_heads: int,
+        *,
+        kinds: tuple[Relation, ...] = ("qk", "vv"),
+    ) -> None:
         super().__init__(tuple(Tap("qkv", own) for own, _ in pairs), tuple(Tap("qkv", its) for _, its in pairs))
         self.kinds = kinds
         self.num_heads = relation_heads(student_dim, teacher_dim, teacher_heads)
@@ -39,7 +50,10 @@ class Relations(Objective):
 
     def _divergence(self, own: Tensor, its: Tensor) -> Tensor:
         with full_precision(own):
-            terms = [_kl(relation(its.float(), kind, self.num_heads), relation(own.float(), kind, self.num_heads)) for kind in self.kinds]
+            terms = [
+                _kl(relation(its.float(), kind, self.num_heads), relation(own.float(), kind, self.num_heads))
+                for kind in self.kinds
+            ]
         return torch.stack(terms).sum()
 
 
@@ -49,7 +63,9 @@ def relation_heads(student_dim: int, teacher_dim: int, teacher_heads: int) -> in
 
 
 def relation(qkv: Tensor, kind: Relation, num_heads: int) -> Tensor:
-    """Scaled products of two of queries, keys and values before the softmax: `(B, 3, heads, T, head_dim) -> (B, num_heads, T, T)`."""
+    """Scaled products of two of queries, keys and values before the softmax:
+    `(B, 3, heads, T, head_dim) -> (B, num_heads, T, T)`.
+    """
     first, second = (_cut(qkv[:, "qkv".index(letter)], num_heads) for letter in kind)
     return first @ second.transpose(-2, -1) / math.sqrt(first.shape[-1])
 
@@ -62,4 +78,8 @@ def _cut(vectors: Tensor, num_heads: int) -> Tensor:
 
 def _kl(teacher: Tensor, student: Tensor) -> Tensor:
     """The mean over all rows of KL(teacher || student) of their softmax over the last axis."""
-    return F.kl_div(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="none", log_target=True).sum(dim=-1).mean()
+    return (
+        F.kl_div(F.log_softmax(student, dim=-1), F.log_softmax(teacher, dim=-1), reduction="none", log_target=True)
+        .sum(dim=-1)
+        .mean()
+    )

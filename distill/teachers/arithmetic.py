@@ -22,7 +22,9 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
         MissingDependency: fp16 on a CPU.
     """
     if precision == "fp16" and device.type == "cpu":
-        raise MissingDependency("--teacher-precision fp16 needs a CUDA device", hint="use --teacher-precision bf16 or fp32")
+        raise MissingDependency(
+            "--teacher-precision fp16 needs a CUDA device", hint="use --teacher-precision bf16 or fp32"
+        )
     if precision != "auto":
         return precision
     if device.type == "cpu":
@@ -32,10 +34,13 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
     return "bf16" if multiplies else "fp32"
 
 
-def set_precision(model: nn.Module, precision: Precision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
+def set_precision(
+    model: nn.Module, precision: Precision, device: torch.device
+) -> Callable[[], AbstractContextManager[Any]]:
     """Store the weights of products in this precision, and return what to enter for the arithmetic.
 
-    Norms, residual stream and position embeddings stay FP32: all in BF16 is no faster, and its error twice as large (docs/distillation.md).
+    Norms, residual stream and position embeddings stay FP32: all in BF16 is no faster, and its error twice as large
+    (docs/distillation.md).
     """
     resolved = resolve_precision(precision, device)
     if resolved == "fp32":

@@ -43,18 +43,23 @@ class Teacher(Protocol):
     record: dict[str, Any]
     """Where it comes from, for the student's provenance."""
     preprocess: Preprocess
-    """The images that it was trained on: the student's size, channels, mean and deviation unless others are asked for."""
+    """The images that it was trained on: the student's size, channels, mean and deviation unless others are asked
+    for."""
     encoder_config: EncoderConfig | None
     """The shape of an encoder of ours; None of a timm model."""
 
     @property
     def key(self) -> str:
-        """A hash of the weights and of everything that changes the answers, once `watch` and `to` were called; for caches."""
+        """A hash of the weights and of everything that changes the answers, once `watch` and `to` were called; for
+        caches.
+        """
         ...
 
     @property
     def needs_whole(self) -> str | None:
-        """Why it can only be shown whole images, in words, once `watch` was called; None: it can be shown the visible patches alone."""
+        """Why it can only be shown whole images, in words, once `watch` was called; None: it can be shown the visible
+        patches alone.
+        """
         ...
 
     def watch(self, wanted: Collection[Tap], *, student: EncoderConfig, spec: Preprocess) -> None:
@@ -78,11 +83,14 @@ class Teacher(Protocol):
         ...
 
     def __call__(self, batch: StepBatch, masking: Masking | None, *, whole: bool) -> Taps:
-        """The taps of a batch, without gradients, in float32, in the student's grid; tokens and decoder normalised (LayerNorm without affine).
+        """The taps of a batch, without gradients, in float32, in the student's grid; tokens and decoder normalised
+        (LayerNorm without affine).
 
         Args:
-            masking: the student's view; None: the whole image. Tokens, qkv and latent have CLS and the rows of its `ids_keep`.
-            whole: it sees the whole image, and the kept patches' rows are picked of its answer; else it sees what the student sees.
+            masking: the student's view; None: the whole image. Tokens, qkv and latent have CLS and the rows of its
+                `ids_keep`.
+            whole: it sees the whole image, and the kept patches' rows are picked of its answer; else it sees what the
+                student sees.
         """
         ...
 
@@ -94,10 +102,19 @@ def check_view(teacher: Teacher, *, masked: bool, whole: bool) -> None:
         ConfigError: says why not.
     """
     if masked and not whole and (reason := teacher.needs_whole) is not None:
-        raise ConfigError(f"the teacher can only be shown whole images: {reason}", hint="pass --teacher-view whole, or --mask-ratio 0")
+        raise ConfigError(
+            f"the teacher can only be shown whole images: {reason}", hint="pass --teacher-view whole, or --mask-ratio 0"
+        )
 
 
-def check_offered(wanted: Collection[Tap], *, kinds: Collection[str], depth: int, decoder_depth: int = 0, hints: dict[str, str] | None = None) -> None:
+def check_offered(
+    wanted: Collection[Tap],
+    *,
+    kinds: Collection[str],
+    depth: int,
+    decoder_depth: int = 0,
+    hints: dict[str, str] | None = None,
+) -> None:
     """Whether there are all of these taps.
 
     Args:

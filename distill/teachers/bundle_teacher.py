@@ -1,4 +1,6 @@
-"""Exported bundles as teachers, on ONNX Runtime, OpenVINO or TensorRT; where blocks are tapped, only the graph's part up to them is run."""
+"""Exported bundles as teachers, on ONNX Runtime, OpenVINO or TensorRT; where blocks are tapped, only the graph's part
+up to them is run.
+"""
 
 from __future__ import annotations
 
@@ -50,12 +52,21 @@ class BundleTeacher:
 
     def __init__(self, path: Path, settings: TeacherConfig) -> None:
         if settings.teacher_engine == "torch":
-            raise ConfigError(f"--teacher-engine torch runs checkpoints, and {path} is a bundle", hint="pass --teacher-engine auto, onnx, openvino or trt")
+            raise ConfigError(
+                f"--teacher-engine torch runs checkpoints, and {path} is a bundle",
+                hint="pass --teacher-engine auto, onnx, openvino or trt",
+            )
         if settings.teacher_compile or settings.teacher_precision != "auto":
-            raise ConfigError(f"--teacher-compile and --teacher-precision are for PyTorch, and {path} is a bundle", hint="its precision is that of its export")
+            raise ConfigError(
+                f"--teacher-compile and --teacher-precision are for PyTorch, and {path} is a bundle",
+                hint="its precision is that of its export",
+            )
         self.bundle = bundle = Bundle.load(path)
         manifest = bundle.manifest
-        shape = from_dict(EncoderConfig, {name: value for name, value in manifest["model"].items() if name in EncoderConfig.__dataclass_fields__})
+        shape = from_dict(
+            EncoderConfig,
+            {name: value for name, value in manifest["model"].items() if name in EncoderConfig.__dataclass_fields__},
+        )
         self.encoder_config: EncoderConfig | None = shape
         self.depth, self.width, self.num_heads = shape.blocks, shape.width, shape.heads
         self.decoder_depth = self.decoder_width = 0
@@ -86,18 +97,27 @@ class BundleTeacher:
         self.found, self.asked = config.grid_size, student.grid_size
         unlike, spatial = unlike_grid(self.found, self.asked), any(tap.kind in SPATIAL_KINDS for tap in wanted)
         if spatial and config.band_groups is not None:
-            raise ConfigError("the teacher has groups of bands, and so several tokens at each place", hint="distil its logits")
+            raise ConfigError(
+                "the teacher has groups of bands, and so several tokens at each place", hint="distil its logits"
+            )
         if spatial and unlike is not None and (self.settings.teacher_grid == "resize" or Tap("pixels") in wanted):
             size = ",".join(str(side * config.patch) for side in student.grid_size)
-            raise ConfigError(f"the bundle's graph has one size: {unlike}", hint=f"export it with --image-size {size}, or pass --teacher-grid interpolate")
-        self.needs_whole = "its graph takes every patch; export it with --tokens visible" if bundle.token_mode == "full" else unlike
+            raise ConfigError(
+                f"the bundle's graph has one size: {unlike}",
+                hint=f"export it with --image-size {size}, or pass --teacher-grid interpolate",
+            )
+        self.needs_whole = (
+            "its graph takes every patch; export it with --tokens visible" if bundle.token_mode == "full" else unlike
+        )
         self._images = TeacherImages(spec, self.preprocess, config.image_size)
         self._answers = [self.wanted, self.asked, to_dict(spec), to_dict(self.preprocess)]
 
     def to(self, device: torch.device) -> None:
         """See `Teacher`."""
         name = _engine_for(self.bundle, self.settings.teacher_engine, device)
-        options = EngineOptions(device=_device_for(name, device), threads=torch.get_num_threads() if device.type == "cpu" else None)
+        options = EngineOptions(
+            device=_device_for(name, device), threads=torch.get_num_threads() if device.type == "cpu" else None
+        )
         if any(tap.kind == "tokens" for tap in self.wanted):
             self._names = {name: output_of(name) for tap in self.wanted for name in self._tensors(tap)}
             with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
@@ -115,7 +135,9 @@ class BundleTeacher:
         inputs = {IMAGES: self._as_graph_takes(images), **token_batch(self.bundle, kept, None, len(images))}
         found = self._outputs(inputs, None if kept is None else kept.shape[1])
         taps = {tap: self._read(tap, found).to(batch.images.device) for tap in self.wanted}
-        return answers_for(taps, masking.ids_keep if masking is not None and whole else None, found=self.found, asked=self.asked)
+        return answers_for(
+            taps, masking.ids_keep if masking is not None and whole else None, found=self.found, asked=self.asked
+        )
 
     def _tensors(self, tap: Tap) -> tuple[str, ...]:
         """The graph's tensors that a tap is read from."""
@@ -128,7 +150,9 @@ class BundleTeacher:
         return torch.cat([values[0].unsqueeze(1), values[1]], dim=1) if tap.kind == "latent" else values[0]
 
     def _as_graph_takes(self, images: Tensor) -> Array:
-        """Normalised `(B, C, H, W)` in the graph's own type; where it normalises, the pixels that they were, `(B, H, W, C)`."""
+        """Normalised `(B, C, H, W)` in the graph's own type; where it normalises, the pixels that they were,
+        `(B, H, W, C)`.
+        """
         if self.bundle.image_dtype != "uint8":
             return images.numpy().astype(self.bundle.image_dtype, copy=False)
         mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (self.preprocess.mean, self.preprocess.std))
@@ -140,13 +164,20 @@ class BundleTeacher:
         engine = self.engine
         total = len(inputs[IMAGES])
         keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
-        batch = self.bundle.fixed_batch or (batch_that_fits(engine.sizes, total, keep) if engine.sizes else None) or total
+        batch = (
+            self.bundle.fixed_batch or (batch_that_fits(engine.sizes, total, keep) if engine.sizes else None) or total
+        )
         chunks = []
         for start in range(0, total, batch):
             fits = start + batch <= total
             rows = slice(start, start + batch) if fits else np.minimum(np.arange(start, start + batch), total - 1)
-            chunks.append(engine.run({name: array[rows] for name, array in inputs.items()}, tuple(self._names.values())))
-        return {name: self._joined(name, [chunk[output] for chunk in chunks], batch, kept)[:total] for name, output in self._names.items()}
+            chunks.append(
+                engine.run({name: array[rows] for name, array in inputs.items()}, tuple(self._names.values()))
+            )
+        return {
+            name: self._joined(name, [chunk[output] for chunk in chunks], batch, kept)[:total]
+            for name, output in self._names.items()
+        }
 
     def _joined(self, name: str, parts: Sequence[Array], batch: int, kept: int | None) -> Tensor:
         """The chunks of one tensor; tokens of blocks may be rows of all images, and of ragged graphs end in padding."""
@@ -161,7 +192,11 @@ def _kinds_of(bundle: Bundle) -> tuple[str, ...]:
     """What the graph gives."""
     names = bundle.output_names
     latent = ("latent",) if {"cls", "tokens"} <= set(names) else ()
-    return (*(("tokens",) if bundle.blocks else ()), *latent, *(name for name in ("cls", "pooled", "logits", "pixels") if name in names))
+    return (
+        *(("tokens",) if bundle.blocks else ()),
+        *latent,
+        *(name for name in ("cls", "pooled", "logits", "pixels") if name in names),
+    )
 
 
 def _engine_for(bundle: Bundle, asked: str, device: torch.device) -> str:

@@ -56,12 +56,16 @@ class OwnTeacher(TorchTeacher):
             loaded = at_image_size(loaded, size if self.settings.teacher_grid == "resize" else None)
         config = loaded.encoder_config
         if Tap("pixels") in wanted and config.grid_size != student.grid_size:
-            raise ConfigError("pixels of another grid are no pixels of the student's patches", hint="pass --teacher-grid resize")
+            raise ConfigError(
+                "pixels of another grid are no pixels of the student's patches", hint="pass --teacher-grid resize"
+            )
         if config.band_groups is not None:
             self.needs_whole = "it has groups of bands, and so several tokens at each place"
         model = frozen(loaded, wanted)
         self.sees_all = isinstance(model, MaskedAutoencoder) and model.objective.encoder_mask_tokens
-        self.prepare(model, wanted, student=student, spec=spec, grid_size=config.grid_size, image_size=config.image_size)
+        self.prepare(
+            model, wanted, student=student, spec=spec, grid_size=config.grid_size, image_size=config.image_size
+        )
 
     def forward(self, images: Tensor, masking: Masking | None) -> tuple[Tensor, ...]:
         """See `TorchTeacher`."""

@@ -18,7 +18,8 @@ def output_of(tensor: str) -> str:
 
 
 def write_prefix(graph: Path, tensors: Sequence[str], folder: Path) -> Path:
-    """Write the part of a graph that gives these tensors, in float32, and return its path; weights of the rest are left out.
+    """Write the part of a graph that gives these tensors, in float32, and return its path; weights of the rest are left
+    out.
 
     Args:
         tensors: names of outputs or inner tensors; `output_of` says what they are called.
@@ -30,7 +31,10 @@ def write_prefix(graph: Path, tensors: Sequence[str], folder: Path) -> Path:
     _keep(model.graph.node, [*nodes, *casts])
     _keep(model.graph.initializer, [weight for weight in model.graph.initializer if weight.name in needed])
     _keep(model.graph.input, [entry for entry in model.graph.input if entry.name in needed])
-    _keep(model.graph.output, [helper.make_tensor_value_info(output_of(tensor), TensorProto.FLOAT, None) for tensor in tensors])
+    _keep(
+        model.graph.output,
+        [helper.make_tensor_value_info(output_of(tensor), TensorProto.FLOAT, None) for tensor in tensors],
+    )
     _keep(model.graph.value_info, [entry for entry in model.graph.value_info if entry.name in needed])
     path = folder / _GRAPH
     onnx.save_model(model, path, save_as_external_data=True, all_tensors_to_one_file=True, location=_DATA)

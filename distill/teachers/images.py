@@ -11,7 +11,8 @@ from mae_deploy.weights.frozen import resize_images
 
 
 class TeacherImages(nn.Module):
-    """Normalised images in one specification to those in another; where the two have the same statistics, images of the right size are not touched.
+    """Normalised images in one specification to those in another; where the two have the same statistics, images of the
+    right size are not touched.
 
     Raises:
         ConfigError: other channels.
@@ -20,11 +21,16 @@ class TeacherImages(nn.Module):
     def __init__(self, given: Preprocess, asked: Preprocess, image_size: tuple[int, int]) -> None:
         super().__init__()
         if given.channels != asked.channels:
-            raise ConfigError(f"the teacher reads {asked.channels} channels, the student {given.channels}", hint="give the student the teacher's channels")
+            raise ConfigError(
+                f"the teacher reads {asked.channels} channels, the student {given.channels}",
+                hint="give the student the teacher's channels",
+            )
         self.image_size = image_size
         # x = (p / divisor - mean) / std on both sides, for the same pixels p.
         factor = given.divisor / asked.divisor
-        mean, std, own_mean, own_std = (torch.tensor(values, dtype=torch.float64) for values in (given.mean, given.std, asked.mean, asked.std))
+        mean, std, own_mean, own_std = (
+            torch.tensor(values, dtype=torch.float64) for values in (given.mean, given.std, asked.mean, asked.std)
+        )
         self.same = (given.mean, given.std, factor) == (asked.mean, asked.std, 1)
         self.scale: Tensor
         self.shift: Tensor

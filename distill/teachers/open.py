@@ -27,10 +27,15 @@ def open_teacher(path: Path, settings: TeacherConfig) -> Teacher:
 
         _check_engine(settings, "a timm model")
         if settings.teacher_weights is None:
-            raise ConfigError(f"--teacher {path} needs its weights", hint="pass --teacher-weights FILE; nothing is downloaded")
+            raise ConfigError(
+                f"--teacher {path} needs its weights", hint="pass --teacher-weights FILE; nothing is downloaded"
+            )
         return TimmTeacher(name, settings.teacher_weights, settings)
     if settings.teacher_weights is not None:
-        raise ConfigError("--teacher-weights goes with --teacher timm:NAME", hint=f"or give the file itself: --teacher {settings.teacher_weights}")
+        raise ConfigError(
+            "--teacher-weights goes with --teacher timm:NAME",
+            hint=f"or give the file itself: --teacher {settings.teacher_weights}",
+        )
     if (path / MANIFEST_FILE).is_file():
         from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher
 
@@ -45,5 +50,8 @@ def _check_engine(settings: TeacherConfig, what: str) -> None:
     if settings.teacher_engine not in ("auto", "torch"):
         raise ConfigError(
             f"--teacher-engine {settings.teacher_engine} runs bundles, and the teacher is {what}",
-            hint="mae-deploy export --tokens full (or visible, where the teacher sees the student's patches) makes a bundle of a checkpoint",
+            hint=(
+                "mae-deploy export --tokens full (or visible, where the teacher sees the student's patches) makes a"
+                " bundle of a checkpoint"
+            ),
         )

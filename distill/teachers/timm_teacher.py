@@ -1,4 +1,6 @@
-"""Any timm model with a weights file as a teacher, computed by timm itself: of ViTs every tap of the encoder, of other networks pooled and logits."""
+"""Any timm model with a weights file as a teacher, computed by timm itself: of ViTs every tap of the encoder, of other
+networks pooled and logits.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ _HINTS = {
 
 
 class TimmTeacher(TorchTeacher):
-    """A timm model, cut behind the deepest tap. Registers are left out; where there is no class token, the mean of the patch tokens stands for it."""
+    """A timm model, cut behind the deepest tap. Registers are left out; where there is no class token, the mean of the
+    patch tokens stands for it.
+    """
 
     model: Any
 
@@ -50,7 +54,9 @@ class TimmTeacher(TorchTeacher):
         self.decoder_depth = self.decoder_width = 0
         self.num_classes: int | None = model.num_classes or None
         names = source.settings.get("label_names")
-        self.class_names: tuple[str, ...] | None = tuple(map(str, names)) if isinstance(names, list) and len(names) == self.num_classes else None
+        self.class_names: tuple[str, ...] | None = (
+            tuple(map(str, names)) if isinstance(names, list) and len(names) == self.num_classes else None
+        )
         self.kind: Kind = "classifier" if self.num_classes else "encoder"
         self.licence = timm_licence(model, architecture) or UNKNOWN_LICENCE
         self.record = {"timm": architecture, "path": str(source.file), "source_sha256": source.sha256}
@@ -71,7 +77,10 @@ class TimmTeacher(TorchTeacher):
             self.needs_whole = f"timm's {type(model).__name__} takes no choice of patches"
         if self.is_vit:
             if any(tap.kind in SPATIAL_KINDS for tap in wanted) and self.settings.teacher_grid == "resize":
-                built, cells = model.patch_embed.img_size, model.patch_embed.grid_size  # of hybrids, patches of a feature map
+                built, cells = (
+                    model.patch_embed.img_size,
+                    model.patch_embed.grid_size,
+                )  # of hybrids, patches of a feature map
                 size = (grid[0] * built[0] // cells[0], grid[1] * built[1] // cells[1])
                 model.set_input_size(img_size=size)
             grid = tuple(model.patch_embed.grid_size)
@@ -100,7 +109,10 @@ class TimmTeacher(TorchTeacher):
             intermediates_only=not final,
         )
         last, inner = found if final else (None, found)
-        tokens = {block: torch.cat([rows[1], rows[0]], dim=1) if prefix else rows for block, rows in zip(self._blocks, inner, strict=True)}
+        tokens = {
+            block: torch.cat([rows[1], rows[0]], dim=1) if prefix else rows
+            for block, rows in zip(self._blocks, inner, strict=True)
+        }
         return tuple(self._read(tap, tokens, last) for tap in self.wanted)
 
     def _kinds(self) -> tuple[str, ...]:
@@ -139,9 +151,13 @@ class _KeepPatches(nn.Module):
         self.ids_keep: Tensor | None = None
 
     def forward(self, tokens: Tensor) -> Any:
-        """`(B, prefix + N, D) -> (B, prefix + K, D)`, with the indices where the model turns its rotary embeddings by them."""
+        """`(B, prefix + N, D) -> (B, prefix + K, D)`, with the indices where the model turns its rotary embeddings by
+        them.
+        """
         if self.ids_keep is not None:
-            tokens = torch.cat([tokens[:, : self.prefix], gather_tokens(tokens[:, self.prefix :], self.ids_keep)], dim=1)
+            tokens = torch.cat(
+                [tokens[:, : self.prefix], gather_tokens(tokens[:, self.prefix :], self.ids_keep)], dim=1
+            )
         return (tokens, self.ids_keep) if self.with_indices else tokens
 
 
@@ -166,6 +182,9 @@ def _picks_patches(model: Any) -> bool:
 
 def _is_vit(model: Any) -> bool:
     """Whether all blocks have the patch embedding's grid and width, and can be read one by one."""
-    if not all(hasattr(model, name) for name in ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates", "set_input_size")):
+    if not all(
+        hasattr(model, name)
+        for name in ("blocks", "patch_embed", "num_prefix_tokens", "forward_intermediates", "set_input_size")
+    ):
         return False
     return len({(info["num_chs"], info["reduction"]) for info in model.feature_info}) == 1

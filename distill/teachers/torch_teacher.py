@@ -41,10 +41,19 @@ class TorchTeacher(ABC):
     @property
     def key(self) -> str:
         """See `Teacher`."""
-        return key_of(self.record.get("timm"), self.record.get("sha256") or self.record.get("source_sha256"), *self._answers)
+        return key_of(
+            self.record.get("timm"), self.record.get("sha256") or self.record.get("source_sha256"), *self._answers
+        )
 
     def prepare(
-        self, model: nn.Module, wanted: Collection[Tap], *, student: EncoderConfig, spec: Preprocess, grid_size: tuple[int, int], image_size: tuple[int, int]
+        self,
+        model: nn.Module,
+        wanted: Collection[Tap],
+        *,
+        student: EncoderConfig,
+        spec: Preprocess,
+        grid_size: tuple[int, int],
+        image_size: tuple[int, int],
     ) -> None:
         """Take the network that is left of the teacher, for `watch` to end with.
 
@@ -57,7 +66,12 @@ class TorchTeacher(ABC):
         self.found, self.asked = grid_size, student.grid_size
         self.needs_whole = self.needs_whole or unlike_grid(self.found, self.asked)
         self._images = TeacherImages(spec, self.preprocess, image_size)
-        self._answers = [self.wanted, image_size, self.asked, *(to_dict(known) for known in (spec, self.preprocess, self.encoder_config) if known)]
+        self._answers = [
+            self.wanted,
+            image_size,
+            self.asked,
+            *(to_dict(known) for known in (spec, self.preprocess, self.encoder_config) if known),
+        ]
         self._run = torch.compile(self.forward) if self.settings.teacher_compile else self.forward
 
     def to(self, device: torch.device) -> None:

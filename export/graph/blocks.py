@@ -25,11 +25,14 @@ class BlockWriter:
     """Writes blocks into a graph; values are named by the state dict's names.
 
     Args:
-        padding: added to the scores of attention, FP32 `(B, 1, 1, T)`: 0 where a token is real, very negative where it is padding.
-        sizes: B and T, one of which may be -1 for a dynamic size. The blocks then work on rows, `(B * T, D)`, where a linear map is one Gemm:
-            3 % faster on ONNX Runtime (docs/results/cpu.md). None where both are dynamic: rows could not be told apart without shape arithmetic.
+        padding: added to the scores of attention, FP32 `(B, 1, 1, T)`: 0 where a token is real, very negative where it
+            is padding.
+        sizes: B and T, one of which may be -1 for a dynamic size. The blocks then work on rows, `(B * T, D)`, where a
+            linear map is one Gemm: 3 % faster on ONNX Runtime (docs/results/cpu.md). None where both are dynamic: rows
+            could not be told apart without shape arithmetic.
         rounding: in which eight-bit type the `quantized` Linears multiply.
-        stores_rounded: whether static weights are stored in that type; else in FP32 with a QuantizeLinear behind them, as TensorRT 8 needs them.
+        stores_rounded: whether static weights are stored in that type; else in FP32 with a QuantizeLinear behind them,
+            as TensorRT 8 needs them.
     """
 
     def __init__(
@@ -57,32 +60,55 @@ class BlockWriter:
 
     def rows(self, tokens: str, dim: int, name: str) -> str:
         """What the blocks work on: `(B, T, D) -> (B * T, D)`, or the tokens as they are where there are no rows."""
-        return tokens if self.sizes is None else self.builder.node("Reshape", [tokens, self.builder.integers(-1, dim)], name)
+        return (
+            tokens
+            if self.sizes is None
+            else self.builder.node("Reshape", [tokens, self.builder.integers(-1, dim)], name)
+        )
 
     def tokens(self, rows: str, dim: int, name: str) -> str:
         """The inverse of `rows`."""
-        return rows if self.sizes is None else self.builder.node("Reshape", [rows, self.builder.integers(*self.sizes, dim)], name)
+        return (
+            rows
+            if self.sizes is None
+            else self.builder.node("Reshape", [rows, self.builder.integers(*self.sizes, dim)], name)
+        )
 
     def block(self, tokens: str, name: str, num_heads: int) -> str:
-        """Pre-norm attention and MLP with their residuals, on rows or tokens of width D, in the residual stream's type."""
+        """Pre-norm attention and MLP with their residuals, on rows or tokens of width D, in the residual stream's
+        type.
+        """
         attention = self._attention(self.layer_norm(tokens, f"{name}.norm1"), f"{name}.attn", num_heads)
         tokens = self._residual(tokens, attention, f"{name}/attn_residual")
-        hidden = self.gelu(self._linear(self.layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp.gelu")
+        hidden = self.gelu(
+            self._linear(self.layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp.gelu"
+        )
         return self._residual(tokens, self._linear(hidden, f"{name}.mlp.fc2"), f"{name}/mlp_residual")
 
     def layer_norm(self, value: str, name: str, *, dtype: DType | None = None) -> str:
         """One LayerNormalization node that accumulates in FP32; in `dtype`, or as the blocks have it."""
         b, stream = self.builder, self.arithmetic.stream
         given, dtype = dtype is not None, dtype or self.arithmetic.of("norm")
-        scale, bias = (b.weight(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias"))
-        normed = b.node("LayerNormalization", [b.cast(value, dtype), scale, bias], f"{name}/LayerNormalization", axis=-1, epsilon=_EPSILON, stash_type=1)
+        scale, bias = (
+            b.weight(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias")
+        )
+        normed = b.node(
+            "LayerNormalization",
+            [b.cast(value, dtype), scale, bias],
+            f"{name}/LayerNormalization",
+            axis=-1,
+            epsilon=_EPSILON,
+            stash_type=1,
+        )
         return normed if given else b.cast(normed, stream)
 
     def fp32_linear(self, value: str, name: str, *, bias: Array | None = None) -> str:
         """`x W^T + b` in FP32, whatever the precision of the blocks."""
         b = self.builder
         bias = self.weights[f"{name}.bias"] if bias is None else bias
-        product = b.node("MatMul", [value, b.weight(f"{name}.weight", self.weights[f"{name}.weight"].T)], f"{name}/MatMul")
+        product = b.node(
+            "MatMul", [value, b.weight(f"{name}.weight", self.weights[f"{name}.weight"].T)], f"{name}/MatMul"
+        )
         return b.node("Add", [product, b.weight(f"{name}.bias", bias)], f"{name}/Add")
 
     def _attention(self, tokens: str, name: str, num_heads: int) -> str:
@@ -96,17 +122,26 @@ class BlockWriter:
         qkv = self._linear(tokens, f"{name}.qkv", weight * scale[:, None], bias * scale)
         qkv = b.node("Reshape", [qkv, b.integers(*(self.sizes or (0, 0)), 3, num_heads, d)], f"{name}/heads")
         qkv = b.node("Transpose", [qkv], f"{name}/qkv_first", perm=[2, 0, 3, 1, 4])
-        q, k, v = (b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv"))
+        q, k, v = (
+            b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv")
+        )
         k = b.node("Transpose", [k], f"{name}/k_transposed", perm=[0, 1, 3, 2])
-        if name in self.attention_scales:  # behind the Transpose: TensorRT fuses attention whose products read DequantizeLinear directly
-            q, k, v = (self._round_trip(value, scale, value) for value, scale in zip((q, k, v), self.attention_scales[name], strict=True))
+        if (
+            name in self.attention_scales
+        ):  # behind the Transpose: TensorRT fuses attention whose products read DequantizeLinear directly
+            q, k, v = (
+                self._round_trip(value, scale, value)
+                for value, scale in zip((q, k, v), self.attention_scales[name], strict=True)
+            )
         scores = b.node("MatMul", [b.cast(q, dtype), b.cast(k, dtype)], f"{name}/qk")
         shares = b.cast(self._softmax(scores, name), dtype)
         if name in self.attention_scales:
             shares = self._round_trip(shares, self.rounding.softmax_scale, shares)
         mixed = b.node("MatMul", [shares, b.cast(v, dtype)], f"{name}/av")
         mixed = b.node("Transpose", [b.cast(mixed, self.arithmetic.stream)], f"{name}/heads_last", perm=[0, 2, 1, 3])
-        merged = b.node("Reshape", [mixed, b.integers(0, 0, D) if self.sizes is None else b.integers(-1, D)], f"{name}/merged")
+        merged = b.node(
+            "Reshape", [mixed, b.integers(0, 0, D) if self.sizes is None else b.integers(-1, D)], f"{name}/merged"
+        )
         return self._linear(merged, f"{name}.proj")
 
     def _softmax(self, scores: str, name: str) -> str:
@@ -137,20 +172,32 @@ class BlockWriter:
         if name not in self.quantized:
             if self.sizes is not None and types.product == types.stream:
                 stored = b.cast(b.weight(f"{name}.weight", weight.astype(types.stored, copy=False)), types.product)
-                return b.node("Gemm", [value, stored, b.weight(f"{name}.bias", bias.astype(types.stream))], f"{name}/Gemm", transB=1)
+                return b.node(
+                    "Gemm",
+                    [value, stored, b.weight(f"{name}.bias", bias.astype(types.stream))],
+                    f"{name}/Gemm",
+                    transB=1,
+                )
             stored = b.cast(b.weight(f"{name}.weight", weight.T.astype(types.stored, copy=False)), types.product)
             product = b.node("MatMul", [b.cast(value, types.product), stored], f"{name}/MatMul")
         elif (scale := self.quantized[name]) is not None:
             product = self._static_product(value, scale, weight, name)
         else:
             product = self._dynamic_product(value, weight, name)
-        return b.node("Add", [b.cast(product, types.stream), b.weight(f"{name}.bias", bias.astype(types.stream))], f"{name}/Add")
+        return b.node(
+            "Add", [b.cast(product, types.stream), b.weight(f"{name}.bias", bias.astype(types.stream))], f"{name}/Add"
+        )
 
     def _static_product(self, value: str, scale: float, weight: Array, name: str) -> str:
-        """Explicit Q/DQ: activations per tensor, weights per output channel (FP8: per tensor), both symmetric with zero points of 0."""
+        """Explicit Q/DQ: activations per tensor, weights per output channel (FP8: per tensor), both symmetric with zero
+        points of 0.
+        """
         b = self.builder
         rounded, scales = quantize_weight(weight, f"{name}.weight", self.rounding)
-        constants = [b.weight(f"{name}.weight_scale", scales.astype(b.types[value])), b.weight(f"{name}.weight_zero", np.zeros(scales.shape, rounded.dtype))]
+        constants = [
+            b.weight(f"{name}.weight_scale", scales.astype(b.types[value])),
+            b.weight(f"{name}.weight_zero", np.zeros(scales.shape, rounded.dtype)),
+        ]
         stored = b.weight(f"{name}.weight", (rounded if self.stores_rounded else weight).T)
         axis: dict[str, Any] = {"axis": 1} if self.rounding.per_channel else {}
         if not self.stores_rounded:

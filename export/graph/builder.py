@@ -58,7 +58,8 @@ class GraphBuilder:
         """Begin an empty graph.
 
         Args:
-            emulates_bf16: compute in FP32 what is BF16, and round the result to BF16: for engines that store BF16 and do not compute in it.
+            emulates_bf16: compute in FP32 what is BF16, and round the result to BF16: for engines that store BF16 and
+                do not compute in it.
         """
         self.name = name
         self.opset = opset
@@ -72,14 +73,20 @@ class GraphBuilder:
     def input(self, name: str, dtype: npt.DTypeLike, shape: Sequence[Dim]) -> str:
         """Declare a graph input; returns its name."""
         self.types[name] = np.dtype(dtype)
-        self._inputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape)))
+        self._inputs.append(
+            helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
+        )
         return name
 
     def output(self, name: str, value: str, shape: Sequence[Dim], dtype: npt.DTypeLike = np.float32) -> None:
         """Declare a graph output: `value` under the name that users see, in `dtype`."""
         dtype = np.dtype(dtype)
-        attributes: dict[str, Any] = {} if self.types[value] == dtype else {"to": helper.np_dtype_to_tensor_dtype(dtype)}
-        self._nodes[f"output/{name}"] = helper.make_node("Cast" if attributes else "Identity", [value], [name], name=f"output/{name}", **attributes)
+        attributes: dict[str, Any] = (
+            {} if self.types[value] == dtype else {"to": helper.np_dtype_to_tensor_dtype(dtype)}
+        )
+        self._nodes[f"output/{name}"] = helper.make_node(
+            "Cast" if attributes else "Identity", [value], [name], name=f"output/{name}", **attributes
+        )
         self._outputs.append(helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(dtype), list(shape)))
 
     def weight(self, name: str, value: Array) -> str:
@@ -97,8 +104,12 @@ class GraphBuilder:
         dtype = np.dtype(dtype)
         return self.weight(f"const/{dtype.name}/{value!r}", np.array(value, dtype))
 
-    def node(self, op: str, inputs: Sequence[str], name: str, *, extra_outputs: Sequence[str] = (), **attributes: Any) -> str:
-        """Add a node whose first output carries the node's name; returns that. The same name again means the same node."""
+    def node(
+        self, op: str, inputs: Sequence[str], name: str, *, extra_outputs: Sequence[str] = (), **attributes: Any
+    ) -> str:
+        """Add a node whose first output carries the node's name; returns that. The same name again means the same
+        node.
+        """
         if self.emulates_bf16 and op != "Cast" and any(self.types[value] == BFLOAT16 for value in inputs):
             wide = [self.cast(value, FLOAT32) if self.types[value] == BFLOAT16 else value for value in inputs]
             return self.cast(self.node(op, wide, f"{name}/wide", **attributes), BFLOAT16, name=name)
@@ -115,7 +126,9 @@ class GraphBuilder:
         name = name or f"{value}/{dtype.name}"
         if self.types[value] == dtype:
             return value
-        return name if name in self.types else self.node("Cast", [value], name, to=helper.np_dtype_to_tensor_dtype(dtype))
+        return (
+            name if name in self.types else self.node("Cast", [value], name, to=helper.np_dtype_to_tensor_dtype(dtype))
+        )
 
     def mean(self, value: str, axis: int, name: str, *, keepdims: bool = False) -> str:
         """The mean along an axis; from opset 18 on, ReduceMean takes the axes as an input."""
@@ -150,7 +163,12 @@ class GraphBuilder:
         else:
             tensors += [_inline(name, value) for name, value in large.items()]
         graph = helper.make_graph(list(self._nodes.values()), self.name, self._inputs, self._outputs, tensors)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=_IR_VERSIONS[self.opset], producer_name="mae-deploy")
+        model = helper.make_model(
+            graph,
+            opset_imports=[helper.make_opsetid("", self.opset)],
+            ir_version=_IR_VERSIONS[self.opset],
+            producer_name="mae-deploy",
+        )
         onnx.save_model(model, path)
         try:
             onnx.checker.check_model(str(path), full_check=True)
@@ -175,7 +193,9 @@ def _entry(info: onnx.ValueInfoProto) -> TensorEntry:
 
 
 def _inline(name: str, value: Array) -> onnx.TensorProto:
-    return helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True)
+    return helper.make_tensor(
+        name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True
+    )
 
 
 def _write_external(path: Path, weights: dict[str, Array]) -> list[onnx.TensorProto]:
@@ -186,7 +206,12 @@ def _write_external(path: Path, weights: dict[str, Array]) -> list[onnx.TensorPr
             file.seek(-(-file.tell() // _ALIGNMENT) * _ALIGNMENT)
             offset = file.tell()
             np.ascontiguousarray(value).tofile(file)
-            tensor = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(value.dtype), dims=value.shape, data_location=TensorProto.EXTERNAL)
+            tensor = TensorProto(
+                name=name,
+                data_type=helper.np_dtype_to_tensor_dtype(value.dtype),
+                dims=value.shape,
+                data_location=TensorProto.EXTERNAL,
+            )
             for key, entry in (("location", path.name), ("offset", offset), ("length", value.nbytes)):
                 tensor.external_data.add(key=key, value=str(entry))
             tensors.append(tensor)

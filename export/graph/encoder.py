@@ -1,6 +1,7 @@
 """The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
 
-Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width. With G groups of bands, what is
+Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width.
+    With G groups of bands, what is
 kept is of the G * N patches of all groups, group by group.
 """
 
@@ -48,7 +49,8 @@ class GraphSpec:
     """Which graph to write."""
 
     token_mode: TokenMode
-    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct: encoder and decoder."""
+    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct:
+    encoder and decoder."""
     keep: int | None = None
     """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
     batch: int | None = None
@@ -60,14 +62,16 @@ class GraphSpec:
     features: Images = "float32"
     """Type of the outputs: float32 or float16."""
     pixels: Pixels = "target"
-    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to 1."""
+    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to
+    1."""
     precision: Precision = "fp32"
     typing: Typing = "weak"
     """See `export.arithmetic`."""
     fp32_ops: tuple[Island, ...] = ()
     """Operators kept in FP32 in an FP16 graph."""
     quantized: Mapping[str, float | None] = field(default_factory=dict)
-    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run time."""
+    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run
+    time."""
     attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
     stores_rounded: bool = True
@@ -86,7 +90,8 @@ def block_tensor(index: int) -> str:
 def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
     """What a model can give.
 
-    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its head reads.
+    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its
+    head reads.
     """
     blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
     inner = (*(LEVELS if pyramid else ()), *blocks)
@@ -111,8 +116,8 @@ def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec)
         tensors: the checkpoint's state dict.
 
     Raises:
-        ConfigError: an output that the model does not have, a K outside 1 to N, a mode that needs a decoder without one, or that groups of bands
-            do not have.
+        ConfigError: an output that the model does not have, a K outside 1 to N, a mode that needs a decoder without
+            one, or that groups of bands do not have.
     """
     config = from_dict(EncoderConfig, metadata.encoder)
     check_decoder(metadata, spec.token_mode)
@@ -132,12 +137,16 @@ def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
     """Whether there is a graph of this mode.
 
     Raises:
-        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder with mask tokens.
+        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder
+            with mask tokens.
     """
     if token_mode != "reconstruct":
         return
     if metadata.kind != "mae":
-        raise ConfigError(f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}", hint="give a pretraining run")
+        raise ConfigError(
+            f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}",
+            hint="give a pretraining run",
+        )
     objective = from_dict(ObjectiveConfig, metadata.objective or {})
     obstacles = {
         "a model with --band-groups": metadata.encoder.get("band_groups") is not None,
@@ -146,7 +155,9 @@ def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
     }
     for model, found in obstacles.items():
         if found:
-            raise ConfigError(f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged")
+            raise ConfigError(
+                f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged"
+            )
 
 
 class _Graph:
@@ -155,7 +166,9 @@ class _Graph:
     def __init__(self, metadata: Metadata, config: EncoderConfig, weights: dict[str, Array], spec: GraphSpec) -> None:
         self.metadata, self.config, self.weights, self.spec = metadata, config, weights, spec
         typed_scales = spec.precision in ROUNDINGS and spec.typing == "strong"
-        self.builder = GraphBuilder(config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET, emulates_bf16=spec.emulates_bf16)
+        self.builder = GraphBuilder(
+            config.name, opset=OPSET_TYPED_SCALES if typed_scales else OPSET, emulates_bf16=spec.emulates_bf16
+        )
         self.arithmetic = arithmetic(spec.precision, spec.typing, spec.fp32_ops)
         self.batch: Dim = spec.batch or "B"
         self.visible = spec.token_mode != "full"
@@ -186,7 +199,10 @@ class _Graph:
                 tokens = writer.layer_norm(tokens, "norm", dtype=FLOAT32)
             values |= self._features(writer, tokens, names)
             if "pixels" in names:
-                values["pixels"] = self._reconstruct(tokens, patches), [self.batch, self.config.num_patches, self.config.patch_dim]
+                values["pixels"] = (
+                    self._reconstruct(tokens, patches),
+                    [self.batch, self.config.num_patches, self.config.patch_dim],
+                )
         for name in names:
             self.builder.output(name, *values[name], dtype=self.spec.features)
         return self.builder
@@ -206,7 +222,8 @@ class _Graph:
             stores_rounded=self.spec.stores_rounded,
         )
 
-    # --- images to tokens ------------------------------------------------------------------------------------------------
+    # --- images to tokens
+    # ------------------------------------------------------------------------------------------------
 
     def _patches(self) -> str:
         """All patches, row by row, channels last within a patch: FP32 `(B, N, P * P * C)`."""
@@ -226,8 +243,8 @@ class _Graph:
     def _embed(self, patches: str) -> str:
         """CLS as patch 0, the kept ones gathered, one linear map, one table of positions: FP32 `(B, T, D)`."""
         b = self.builder
-        # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the table
-        # makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
+        # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the
+        # table makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
         groups = self.config.band_groups
         kernels = self._patch_kernels()
         embeds = "" if groups is None else self._embed_groups(patches, [kernel for kernel, _ in kernels])
@@ -242,16 +259,29 @@ class _Graph:
             tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
             positions = b.node("Gather", [positions, ids], "keep/positions", axis=0)
         if groups is None:
-            tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0][0])], "patch_embed/MatMul")
+            tokens = b.node(
+                "MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0][0])], "patch_embed/MatMul"
+            )
         return b.node("Add", [tokens, positions], "patch_embed/Add")
 
     def _embed_groups(self, patches: str, kernels: list[Array]) -> str:
-        """Each group's bands of all patches through its own linear map, group by group: `(B, N, P * P * C) -> (B, G * N, D)`."""
+        """Each group's bands of all patches through its own linear map, group by group:
+        `(B, N, P * P * C) -> (B, G * N, D)`.
+        """
         b, c = self.builder, self.config
         embeds = []
         for group, (bands, kernel) in enumerate(zip(c.band_groups or (), kernels, strict=True)):
-            own = b.node("Gather", [patches, b.weight(f"patch_embed.{group}/columns", self._columns(bands))], f"patch_embed.{group}/patches", axis=2)
-            embeds.append(b.node("MatMul", [own, b.weight(f"patch_embed.{group}.proj.weight", kernel)], f"patch_embed.{group}/MatMul"))
+            own = b.node(
+                "Gather",
+                [patches, b.weight(f"patch_embed.{group}/columns", self._columns(bands))],
+                f"patch_embed.{group}/patches",
+                axis=2,
+            )
+            embeds.append(
+                b.node(
+                    "MatMul", [own, b.weight(f"patch_embed.{group}.proj.weight", kernel)], f"patch_embed.{group}/MatMul"
+                )
+            )
         return b.node("Concat", embeds, "patch_embed/groups", axis=1)
 
     def _columns(self, bands: tuple[int, ...]) -> Array:
@@ -291,7 +321,10 @@ class _Graph:
     def _statistics(self) -> tuple[Array, Array]:
         """Mean and standard deviation for each value of a patch, `(P * P * C,)`, float64."""
         preprocess = from_dict(Preprocess, self.metadata.preprocess)
-        mean, std = (np.tile(np.asarray(values, np.float64), self.config.patch**2) for values in (preprocess.mean, preprocess.std))
+        mean, std = (
+            np.tile(np.asarray(values, np.float64), self.config.patch**2)
+            for values in (preprocess.mean, preprocess.std)
+        )
         return mean, std
 
     def _token_ids(self) -> str:
@@ -303,7 +336,9 @@ class _Graph:
             # Padding may hold anything: it becomes copies of CLS, which read no pixel and can widen no range of values.
             kept = b.node("Where", [real, kept, b.scalar(-1, np.int64)], "ids/safe")
             self.padding = self._mask(real)
-        self.places = b.node("Pad", [b.node("Add", [kept, b.integers(1)], "ids/shift"), b.integers(0, 1, 0, 0)], "ids/cls")
+        self.places = b.node(
+            "Pad", [b.node("Add", [kept, b.integers(1)], "ids/shift"), b.integers(0, 1, 0, 0)], "ids/cls"
+        )
         return self.places
 
     def _real(self, kept: str) -> str:
@@ -319,7 +354,9 @@ class _Graph:
         return b.node("LessOrEqual", [ordinals, num_keep], "padding/real")
 
     def _mask(self, real: str) -> str:
-        """What keeps padding out of attention: FP32 `(B, 1, 1, T)`, 0 where a token is real, very negative where it is padding."""
+        """What keeps padding out of attention: FP32 `(B, 1, 1, T)`, 0 where a token is real, very negative where it is
+        padding.
+        """
         b = self.builder
         tokens = b.node("Pad", [b.cast(real, FLOAT32), b.integers(0, 1, 0, 0), b.scalar(1.0)], "padding/tokens")
         masked = b.scalar(_MASKED[self.arithmetic.of("softmax").name])
@@ -331,23 +368,31 @@ class _Graph:
         """FP32 `(B, T, 1)`: 1 where a token is real, 0 where it is padding."""
         return self.builder.node("Unsqueeze", ["padding/tokens", self.builder.integers(2)], "padding/rows")
 
-    # --- tokens to outputs -----------------------------------------------------------------------------------------------
+    # --- tokens to outputs
+    # -----------------------------------------------------------------------------------------------
 
     def _after(self, writer: BlockWriter, blocks: list[str], index: int) -> str:
         """FP32 tokens after a block, `(B, T, D)`."""
         index %= len(blocks)
         return self.builder.cast(writer.tokens(blocks[index], self.config.width, f"blocks.{index}/tokens"), FLOAT32)
 
-    def _inner(self, writer: BlockWriter, blocks: list[str], names: tuple[str, ...]) -> dict[str, tuple[str, list[Dim]]]:
+    def _inner(
+        self, writer: BlockWriter, blocks: list[str], names: tuple[str, ...]
+    ) -> dict[str, tuple[str, list[Dim]]]:
         """What is asked for of the tokens before the final norm: `block_I` and the pyramid."""
         b = self.builder
         values: dict[str, tuple[str, list[Dim]]] = {}
         for name in names:
             if match := re.fullmatch(r"block_(\d+)", name):
-                values[name] = self._patch_tokens(self._after(writer, blocks, int(match[1])), name), [self.batch, self.keep, self.config.width]
+                values[name] = (
+                    self._patch_tokens(self._after(writer, blocks, int(match[1])), name),
+                    [self.batch, self.keep, self.config.width],
+                )
         if levels := [name for name in names if name in LEVELS]:
             assert self.spec.pyramid is not None
-            last = self._feature_map(self._after(writer, blocks, -1), "last_block")  # ViTDet's encoder has no final norm
+            last = self._feature_map(
+                self._after(writer, blocks, -1), "last_block"
+            )  # ViTDet's encoder has no final norm
             values |= write_pyramid(b, last, self.spec.pyramid, self.config.grid_size, self.batch, levels)
         return values
 
@@ -364,7 +409,10 @@ class _Graph:
             pooled = self._mean(values["tokens"][0])
             values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
         if "logits" in names:
-            values["logits"] = writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head"), [B, self.metadata.num_classes or 0]
+            values["logits"] = (
+                writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head"),
+                [B, self.metadata.num_classes or 0],
+            )
         if "feature_map" in names:
             values["feature_map"] = self._feature_map(tokens, "tokens"), [B, D, *self.config.grid_size]
         return values
@@ -396,7 +444,9 @@ class _Graph:
         b, c = self.builder, self.config
         patches = self._without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
         if c.band_groups is not None:
-            patches = b.node("Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups")
+            patches = b.node(
+                "Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups"
+            )
             if self.visible:
                 total = b.node("ReduceSum", [patches, b.integers(1)], f"maps/{name}/sum", keepdims=0)
                 patches = b.node("Div", [total, self._groups_seen], f"maps/{name}/mean")
@@ -408,7 +458,8 @@ class _Graph:
     def _placed(self, tokens: str) -> str:
         """Tokens at their rows of the position table, zeros elsewhere: `(B, T, D) -> (B, 1 + N, D)`.
 
-        A product with one-hot rows: it needs no shape arithmetic, is exact, and costs less than one linear map of one block.
+        A product with one-hot rows: it needs no shape arithmetic, is exact, and costs less than one linear map of one
+        block.
         """
         return self.builder.node("MatMul", [self._one_hot, tokens], f"{tokens}/placed")
 
@@ -424,16 +475,23 @@ class _Graph:
     def _groups_seen(self) -> str:
         """How many groups are visible at each place, at least 1: FP32 `(B, N, 1)`."""
         b, c = self.builder, self.config
-        seen = self._without_cls(b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches")
+        seen = self._without_cls(
+            b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches"
+        )
         seen = b.node("Reshape", [seen, b.integers(0, c.num_groups, c.num_patches, 1)], "places/seen_groups")
-        return b.node("Max", [b.node("ReduceSum", [seen, b.integers(1)], "places/groups", keepdims=0), b.scalar(1.0)], "places/groups_seen")
+        return b.node(
+            "Max",
+            [b.node("ReduceSum", [seen, b.integers(1)], "places/groups", keepdims=0), b.scalar(1.0)],
+            "places/groups_seen",
+        )
 
     def _reconstruct(self, latent: str, patches: str) -> str:
         """The decoder: every patch's pixels from the latent of the visible ones, FP32 `(B, N, P * P * C)`."""
         b, weights = self.builder, self.weights
         decoder = from_dict(DecoderConfig, self.metadata.decoder or {})
         writer = self._block_writer(self.config.num_patches)
-        # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed, and the table has the rest.
+        # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed,
+        # and the table has the rest.
         mask_token = weights["mask_token"][0, 0]
         visible = writer.fp32_linear(latent, "decoder_embed", bias=weights["decoder_embed.bias"] - mask_token)
         table = b.weight("decoder_table", weights["decoder_pos_embed"][0] + mask_token)
@@ -441,27 +499,40 @@ class _Graph:
         rows = writer.rows(tokens, decoder.decoder_embed_dim, "decoder_blocks/rows")
         for index in range(decoder.decoder_depth):
             rows = writer.block(rows, f"decoder_blocks.{index}", decoder.heads)
-        # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the graph has Q/DQ.
-        tokens = writer.layer_norm(writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32)
+        # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the
+        # graph has Q/DQ.
+        tokens = writer.layer_norm(
+            writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32
+        )
         return self._pixels(writer.fp32_linear(self._without_cls(tokens, "decoder/patches"), "decoder_pred"), patches)
 
     def _pixels(self, pixels: str, patches: str) -> str:
-        """From the decoder's target to the space asked for; each patch's mean and variance are those of the input image."""
+        """From the decoder's target to the space asked for; each patch's mean and variance are those of the input
+        image.
+        """
         b, (mean, std) = self.builder, self._statistics()
         if self.spec.pixels == "target":
             return pixels
-        per_value = [b.weight(f"pixels/{name}", values.astype(np.float32)) for name, values in (("mean", mean), ("std", std))]
+        per_value = [
+            b.weight(f"pixels/{name}", values.astype(np.float32)) for name, values in (("mean", mean), ("std", std))
+        ]
         if self.metadata.norm_pix_loss:
             if self.spec.images == "uint8":
                 patches = b.node("Div", [patches, b.scalar(255.0)], "pixels/unit")
-                patches = b.node("Div", [b.node("Sub", [patches, per_value[0]], "pixels/shifted"), per_value[1]], "pixels/normalised")
+                patches = b.node(
+                    "Div", [b.node("Sub", [patches, per_value[0]], "pixels/shifted"), per_value[1]], "pixels/normalised"
+                )
             n = self.config.patch_dim
             centre = b.mean(patches, 2, "pixels/centre", keepdims=True)
             away = b.node("Sub", [patches, centre], "pixels/away")
             spread = b.mean(b.node("Mul", [away, away], "pixels/squares"), 2, "pixels/spread", keepdims=True)
             variance = b.node("Mul", [spread, b.scalar(n / (n - 1))], "pixels/variance")
-            deviation = b.node("Sqrt", [b.node("Add", [variance, b.scalar(_PIXEL_EPSILON)], "pixels/floored")], "pixels/deviation")
+            deviation = b.node(
+                "Sqrt", [b.node("Add", [variance, b.scalar(_PIXEL_EPSILON)], "pixels/floored")], "pixels/deviation"
+            )
             pixels = b.node("Add", [b.node("Mul", [pixels, deviation], "pixels/scaled"), centre], "pixels/restored")
         if self.spec.pixels == "image":
-            pixels = b.node("Add", [b.node("Mul", [pixels, per_value[1]], "pixels/contrast"), per_value[0]], "pixels/image")
+            pixels = b.node(
+                "Add", [b.node("Mul", [pixels, per_value[1]], "pixels/contrast"), per_value[0]], "pixels/image"
+            )
         return pixels

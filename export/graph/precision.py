@@ -1,7 +1,7 @@
 """In which types a graph stores, multiplies and adds: the precisions and what stays FP32 in each.
 
-In every precision the patch embedding, the positions, the final norm, pooling, the head, and the decoder's first and last
-linear maps are FP32: they are under 2 % of the arithmetic, and what they lose goes straight to the outputs.
+In every precision the patch embedding, the positions, the final norm, pooling, the head, and the decoder's first and
+last linear maps are FP32: they are under 2 % of the arithmetic, and what they lose goes straight to the outputs.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ class Arithmetic:
 def arithmetic(precision: Precision, typing: Typing, islands: tuple[Island, ...] = ()) -> Arithmetic:
     """The types of a graph.
 
-    Weak: the graph computes in FP32 and the engine is told by the manifest in what it may compute; weights are stored in the
+    Weak: the graph computes in FP32 and the engine is told by the manifest in what it may compute; weights are stored
+        in the
     precision, which halves the file. Strong: the types in the graph say what is computed in what.
 
     Raises:
@@ -57,12 +58,19 @@ def arithmetic(precision: Precision, typing: Typing, islands: tuple[Island, ...]
     strong = typing == "strong"
     if precision == "fp8" and not strong:
         raise ConfigError("--precision fp8 --typing weak: FP8 is a type in the graph", hint="leave --typing out")
-    if precision == "bf16" and strong:  # eight bits of mantissa are too few for the residual stream: FP32 but for the products, unless islands say what is
-        chosen = Arithmetic(stored=BFLOAT16, product=BFLOAT16, stream=BFLOAT16 if islands else FLOAT32, islands=frozenset(islands))
+    if (
+        precision == "bf16" and strong
+        # eight bits of mantissa are too few for the residual stream: FP32 but for the products, unless islands say what is
+    ):
+        chosen = Arithmetic(
+            stored=BFLOAT16, product=BFLOAT16, stream=BFLOAT16 if islands else FLOAT32, islands=frozenset(islands)
+        )
     elif strong and precision in ("fp16", "int8", "fp8"):
         chosen = Arithmetic(stored=FLOAT16, product=FLOAT16, stream=FLOAT16, islands=frozenset(islands))
     else:
         chosen = Arithmetic(stored=FLOAT32 if precision == "int8" else _TYPES[precision])
     if islands and chosen.stream == FLOAT32:
-        raise ConfigError(f"--fp32-ops {','.join(islands)}: with --precision {precision} --typing {typing} these are FP32 already")
+        raise ConfigError(
+            f"--fp32-ops {','.join(islands)}: with --precision {precision} --typing {typing} these are FP32 already"
+        )
     return chosen

@@ -1,7 +1,7 @@
 """ViTDet's simple feature pyramid as ONNX nodes, on top of an encoder's feature map.
 
-Its module stands in models/pyramid.py. FP32 whatever the precision of the blocks: detectors regress coordinates from these maps.
-Shapes: B images, D width, H' x W' patches, E output channels.
+Its module stands in models/pyramid.py. FP32 whatever the precision of the blocks: detectors regress coordinates from
+these maps. Shapes: B images, D width, H' x W' patches, E output channels.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ def write_pyramid(
     """Add the nodes of the levels asked for; returns each level's value and its shape `(B, E, height, width)`.
 
     Args:
-        feature_map: a value of shape `(B, D, H', W')`, of any float type: the last block's patch tokens before the final norm.
+        feature_map: a value of shape `(B, D, H', W')`, of any float type: the last block's patch tokens before the
+            final norm.
         weights: float32 arrays by the state-dict names of `SimpleFeaturePyramid`; others among them are left alone.
 
     Raises:
@@ -63,14 +64,22 @@ class _PyramidWriter:
         """Twice the height and width."""
         b = self.builder
         constants = [b.weight(f"{name}.{part}", self.weights[f"{name}.{part}"]) for part in ("weight", "bias")]
-        return b.node("ConvTranspose", [value, *constants], f"{name}/ConvTranspose", kernel_shape=[2, 2], strides=[2, 2])
+        return b.node(
+            "ConvTranspose", [value, *constants], f"{name}/ConvTranspose", kernel_shape=[2, 2], strides=[2, 2]
+        )
 
     def _normed_conv(self, value: str, name: str) -> str:
         """A convolution that keeps height and width, then its norm."""
         b = self.builder
         kernel = self.weights[f"{name}.weight"]
         side = kernel.shape[-1]
-        value = b.node("Conv", [value, b.weight(f"{name}.weight", kernel)], f"{name}/Conv", kernel_shape=[side, side], pads=[side // 2] * 4)
+        value = b.node(
+            "Conv",
+            [value, b.weight(f"{name}.weight", kernel)],
+            f"{name}/Conv",
+            kernel_shape=[side, side],
+            pads=[side // 2] * 4,
+        )
         return self._layer_norm(value, f"{name}.norm")
 
     def _layer_norm(self, value: str, name: str) -> str:

@@ -1,4 +1,6 @@
-"""Calibration: what a model's activations are on real images, in one streamed pass, kept in a cache for the next export of the same model."""
+"""Calibration: what a model's activations are on real images, in one streamed pass, kept in a cache for the next export
+of the same model.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,12 @@ class Calibration:
             scales: all that was derived from it, by name.
         """
         derived = hashlib.sha256(json.dumps(scales, sort_keys=True).encode()).hexdigest()
-        return {"num_images": self.num_images, "images_sha256": self.images_sha256, "scales_sha256": derived, "cached": self.cached}
+        return {
+            "num_images": self.num_images,
+            "images_sha256": self.images_sha256,
+            "scales_sha256": derived,
+            "cached": self.cached,
+        }
 
 
 def calibrate(
@@ -70,7 +77,8 @@ def calibrate(
     device: str = "cpu",
     cache: Path | None = None,
 ) -> Calibration:
-    """Run the model over the images and keep statistics of the inputs of the named Linears; from the cache where the same was done before.
+    """Run the model over the images and keep statistics of the inputs of the named Linears; from the cache where the
+    same was done before.
 
     Args:
         names: Linears of the encoder, and of the decoder if it is an autoencoder that reconstructs.
@@ -85,7 +93,9 @@ def calibrate(
     found = _load(file, names)
     if found is None:
         found = _observe(model.to(device).eval(), images, names, token_sizes, seed)
-        if images.sha256 == found.images_sha256 or not images.has_spare:  # else others stood in, whose contents are not in the key
+        if (
+            images.sha256 == found.images_sha256 or not images.has_spare
+        ):  # else others stood in, whose contents are not in the key
             _save(file, found)
     return found
 
@@ -97,7 +107,9 @@ def cache_folder() -> Path:
 
 
 @torch.no_grad()
-def _observe(model: Encoder, images: CalibrationImages, names: Sequence[str], token_sizes: Sequence[int], seed: int) -> Calibration:
+def _observe(
+    model: Encoder, images: CalibrationImages, names: Sequence[str], token_sizes: Sequence[int], seed: int
+) -> Calibration:
     observer = Observer(names)
     read: list[Path] = []
     decode = any(name.startswith("decoder_") for name in names)
@@ -161,7 +173,9 @@ def _load(file: Path, names: Sequence[str]) -> Calibration | None:
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
             return Calibration(
-                stats={name: ActivationStats(**{field: arrays[f"{name}/{field}"] for field in _FIELDS}) for name in names},
+                stats={
+                    name: ActivationStats(**{field: arrays[f"{name}/{field}"] for field in _FIELDS}) for name in names
+                },
                 attention_absmax={name: arrays[f"{name}/absmax"] for name in attentions},
                 num_images=int(arrays["num_images"]),
                 images_sha256=str(arrays["images_sha256"]),
@@ -172,7 +186,9 @@ def _load(file: Path, names: Sequence[str]) -> Calibration | None:
 
 
 def _save(file: Path, found: Calibration) -> None:
-    arrays: dict[str, Any] = {f"{name}/{field}": getattr(entry, field) for name, entry in found.stats.items() for field in _FIELDS}
+    arrays: dict[str, Any] = {
+        f"{name}/{field}": getattr(entry, field) for name, entry in found.stats.items() for field in _FIELDS
+    }
     arrays |= {f"{name}/absmax": values for name, values in found.attention_absmax.items()}
     try:
         with atomic_path(file) as aside, aside.open("wb") as stream:

@@ -1,4 +1,6 @@
-"""PyTorch made to compute what a quantised graph computes, attention products included, and what INT8 attention needs."""
+"""PyTorch made to compute what a quantised graph computes, attention products included, and what INT8 attention
+needs.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,15 @@ import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
-from mae_deploy.models.quantization.rounding import INT8, AttentionScales, Rounding, dynamic_round_trip, linear_of, rounded_weight, static_round_trip
+from mae_deploy.models.quantization.rounding import (
+    INT8,
+    AttentionScales,
+    Rounding,
+    dynamic_round_trip,
+    linear_of,
+    rounded_weight,
+    static_round_trip,
+)
 
 
 def macs_per_token(model: nn.Module, name: str) -> int:
@@ -28,7 +38,8 @@ def fake_quantized(
     corrections: Mapping[str, Tensor] | None = None,
     rounding: Rounding = INT8,
 ) -> Iterator[nn.Module]:
-    """The model with these Linears rounded as in the exported graph; restored afterwards. Its tensors are replaced, not written to.
+    """The model with these Linears rounded as in the exported graph; restored afterwards. Its tensors are replaced, not
+    written to.
 
     Args:
         scales: for each Linear the scale of its input, or None for a range found at each call.
@@ -65,7 +76,12 @@ def _round_input(scale: float | None, rounding: Rounding, _: nn.Module, inputs: 
 def _attention(attention: Attention, scales: AttentionScales, rounding: Rounding, tokens: Tensor, **_: Any) -> Tensor:
     """Attention written out with every operand of its two products rounded: `(B, T, D) -> (B, T, D)`."""
     B, T, D = tokens.shape
-    q, k, v = attention.qkv(tokens).reshape(B, T, 3, attention.num_heads, D // attention.num_heads).permute(2, 0, 3, 1, 4)
-    q, k, v = (static_round_trip(part, scale, rounding) for part, scale in zip((q * attention.scale, k, v), scales, strict=True))
+    q, k, v = (
+        attention.qkv(tokens).reshape(B, T, 3, attention.num_heads, D // attention.num_heads).permute(2, 0, 3, 1, 4)
+    )
+    q, k, v = (
+        static_round_trip(part, scale, rounding)
+        for part, scale in zip((q * attention.scale, k, v), scales, strict=True)
+    )
     shares = static_round_trip((q @ k.transpose(-2, -1)).softmax(dim=-1), rounding.softmax_scale, rounding)
     return attention.proj((shares @ v).transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]

@@ -86,7 +86,10 @@ def write_table(stem: Path, rows: Sequence[LayerRow]) -> list[Path]:
 
 def _plain(row: LayerRow) -> dict[str, Any]:
     """JSON has no infinity: no noise at all is null."""
-    return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in asdict(row).items()}
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value
+        for key, value in asdict(row).items()
+    }
 
 
 def _picture(figures: Any, rows: Sequence[LayerRow]) -> Any:
@@ -106,7 +109,9 @@ def _picture(figures: Any, rows: Sequence[LayerRow]) -> Any:
     for axes in (noise, cost):
         axes.xaxis.grid(True, linewidth=0.4)
         axes.set_axisbelow(True)
-    figure.suptitle("Precision by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10)
+    figure.suptitle(
+        "Precision by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10
+    )
     return figure
 
 

@@ -1,7 +1,7 @@
 """INT8 and FP8: which Linears, with which ranges, and whether the result is worth having.
 
-All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is judged on ONNX Runtime here; whether
-its engine is faster than one in FP16 is measured once, on the device (`runtime.engine_build`).
+All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is judged on ONNX
+Runtime here; whether its engine is faster than one in FP16 is measured once, on the device (`runtime.engine_build`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.weights.load import Loaded
 
 _MARGIN_DB = 0.3
-"""By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine, too."""
+"""By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine,
+too."""
 
 _ROUNDS = 15
 """Timed rounds of INT8 against FP32."""
@@ -68,18 +69,31 @@ class Int8Plan:
     def summary(self) -> dict[str, Any]:
         """For the command's result."""
         record = self.record()
-        text = f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()} ({self.facts['policy']})"
+        text = (
+            f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()}"
+            f" ({self.facts['policy']})"
+        )
         if self.latency is not None:
             milliseconds = record["latency_ms"]
-            text += f", {record['latency_ratio']:.2f} of FP32's latency ({milliseconds['int8']:.1f} against {milliseconds['fp32']:.1f} ms)"
+            text += (
+                f", {record['latency_ratio']:.2f} of FP32's latency ({milliseconds['int8']:.1f} against"
+                f" {milliseconds['fp32']:.1f} ms)"
+            )
         return {"text": text, **record}
 
     def record(self) -> dict[str, Any]:
         """For the manifest."""
-        found = {**self.facts, "linears": self.num_linears, "quantized": dict(self.quantized), "attention": list(self.attention)}
+        found = {
+            **self.facts,
+            "linears": self.num_linears,
+            "quantized": dict(self.quantized),
+            "attention": list(self.attention),
+        }
         if self.latency is not None:
             found["latency_ratio"] = self.latency[1].ratio(self.latency[0])
-            found["latency_ms"] = {name: 1000 * timing.median for name, timing in zip(("fp32", "int8"), self.latency, strict=True)}
+            found["latency_ms"] = {
+                name: 1000 * timing.median for name, timing in zip(("fp32", "int8"), self.latency, strict=True)
+            }
         return found
 
     def write_table(self, folder: Path) -> list[Path]:
@@ -88,13 +102,15 @@ class Int8Plan:
 
 
 def plan_int8(job: Job, folder: Path) -> Int8Plan:
-    """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster than FP32, if that can be known here.
+    """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster
+    than FP32, if that can be known here.
 
     Args:
         folder: for graphs that are only tried; they are removed again.
 
     Raises:
-        CheckFailed: nothing meets the budget, or what does is not faster than FP32; the per-layer table is left beside `--out`.
+        CheckFailed: nothing meets the budget, or what does is not faster than FP32; the per-layer table is left beside
+            `--out`.
         ConfigError: too few calibration images that can be read.
     """
     attempt = _Attempt(job, folder)
@@ -109,11 +125,17 @@ def plan_int8(job: Job, folder: Path) -> Int8Plan:
     if not verdict.passes:
         chosen, failures = None, "; ".join(attempt.failures)
         if job.config.int8.search:
-            notice(f"{attempt.name}:", f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix that meets it")
+            notice(
+                f"{attempt.name}:",
+                f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix"
+                " that meets it",
+            )
             chosen, rows = attempt.search()
     if chosen is None:
         none = f"no mix of {attempt.name} and higher precision meets the budget; " if job.config.int8.search else ""
-        raise attempt.rejected(rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything))
+        raise attempt.rejected(
+            rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything)
+        )
     timings = attempt.time(chosen)
     if timings is not None and not timings[1].ratio(timings[0]) < job.config.int8.max_latency:
         raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", timings)
@@ -149,10 +171,14 @@ class _Attempt:
         self.stats: dict[str, ActivationStats] = smoothed_stats(calibration.stats, divisors) if calibration else {}
         self.job = _with_tensors(job, smooth(job.loaded.tensors, divisors))
         self.scales = policy.scales(self.names, self.stats)
-        self.corrections = bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
+        self.corrections = (
+            bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
+        )
         self.attention: dict[str, AttentionScales] = {}
         if int8.int8_attention and calibration:
-            self.attention = attention_scales(job.reference.model, calibration.attention_absmax, divisors, self.rounding)
+            self.attention = attention_scales(
+                job.reference.model, calibration.attention_absmax, divisors, self.rounding
+            )
         halves = self.config.resolved_typing == "strong" or self.config.engine == "trt"
         self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
         """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
@@ -167,26 +193,42 @@ class _Attempt:
             comparisons, failures, _ = judge(self.job, engine, self.tolerance)
         self._figures[chosen] = comparisons
         above = -max(self._deficit(comparison) for comparison in comparisons)
-        self.failures = failures or ([f"only {above:.2f} dB above the floor, {_MARGIN_DB} are wanted"] if above < _MARGIN_DB else [])
+        self.failures = failures or (
+            [f"only {above:.2f} dB above the floor, {_MARGIN_DB} are wanted"] if above < _MARGIN_DB else []
+        )
         return Verdict(passes=not self.failures, deficit_db=_MARGIN_DB - above if math.isfinite(above) else None)
 
     def search(self) -> tuple[frozenset[str] | None, list[LayerRow]]:
         """The fastest mix that meets the budget, or None, and the per-layer table."""
         model, N = self.job.reference.model, self.job.loaded.encoder_config.num_tokens
         few = {name: array[:_SENSITIVITY_SAMPLES] for name, array in self.job.trials[0][0].items()}
-        noise = sensitivities(model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding)
+        noise = sensitivities(
+            model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding
+        )
         K = self.job.ranges["K"][1] if "K" in self.job.ranges else N
         tokens = {name: 1 + (N if name.startswith("decoder_") else K) for name in self.names}
         cost = {name: float(macs_per_token(model, name) * tokens[name]) for name in self.names}
         chosen = choose(noise, cost, self.judge)
-        return chosen, table_rows(noise, cost, self.scales, self.stats, chosen or frozenset(), precision=self.config.precision, otherwise=self.rest)
+        return chosen, table_rows(
+            noise,
+            cost,
+            self.scales,
+            self.stats,
+            chosen or frozenset(),
+            precision=self.config.precision,
+            otherwise=self.rest,
+        )
 
     def time(self, chosen: frozenset[str]) -> tuple[Timing, Timing] | None:
-        """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for TensorRT, which the device times."""
+        """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for
+        TensorRT, which the device times.
+        """
         if self.config.engine == "trt":
             return None
         inputs, _ = self.job.trials[0]
-        samples = np.arange(self.config.fixed_batch or 1) % len(self.job.samples.pixels)  # a batch may be larger than what there is
+        samples = np.arange(self.config.fixed_batch or 1) % len(
+            self.job.samples.pixels
+        )  # a batch may be larger than what there is
         batch = {name: array[samples] for name, array in self.job.as_graph_takes(inputs).items()}
         with ExitStack() as stack:
             graphs = {"fp32": self.job.in_precision("fp32").graph(), "int8": self._graph(chosen)}
@@ -213,14 +255,17 @@ class _Attempt:
         """With both figures, and the per-layer table left beside `--out`."""
         if timings is not None:
             fp32, int8 = timings
-            why += f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against {1000 * fp32.median:.2f} ms"
+            why += (
+                f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against"
+                f" {1000 * fp32.median:.2f} ms"
+            )
         table = write_table(self.config.out.with_name(f"{self.config.out.name}-sensitivity"), rows) if rows else []
         other = "fp16 (--prefer fp16)" if self.config.engine == "trt" else "fp32 or bf16"
         return CheckFailed(
             f"{self.name} is rejected: {why}",
             hint=("" if self.config.int8.search else "leave out --no-search, ")
-            + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop, --max-latency"
-            + (f"; the layers are in {table[0]}" if table else ""),
+            + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop,"
+            " --max-latency" + (f"; the layers are in {table[0]}" if table else ""),
         )
 
     def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
@@ -231,7 +276,9 @@ class _Attempt:
         files = graph.save(self.folder / f"tried-{precision}.onnx")
         options = EngineOptions(threads=self.config.threads)
         arithmetic = "int8-bf16" if precision == "int8" and self.rest == "bf16" else precision
-        engine = stack.enter_context(open_graph(files[0], judging_engine(self.config.engine), options, precision=arithmetic))
+        engine = stack.enter_context(
+            open_graph(files[0], judging_engine(self.config.engine), options, precision=arithmetic)
+        )
         for file in files:  # the engine has read them
             remove(file)
         return engine
@@ -247,7 +294,9 @@ class _Attempt:
                 found.append(10 * math.log10(max(1 - getattr(comparison, measure_), 1e-12) / (1 - least)))
         agreement, least = comparison.top1_agreement, tolerance.top1_agreement
         if agreement is not None and least is not None:
-            differing = 0.0 if least == 1 else max(1 - least, 1 / comparison.num_samples)  # one sample may always differ
+            differing = (
+                0.0 if least == 1 else max(1 - least, 1 / comparison.num_samples)
+            )  # one sample may always differ
             if 1 - agreement > differing + 1e-9:  # images change class in proportion to the noise's magnitude
                 found.append(20 * math.log10((1 - agreement) / max(differing, 1e-3)))
         return max(found)
@@ -257,14 +306,26 @@ def _calibration(job: Job, names: list[str]) -> Calibration | None:
     if job.calib_images is None:
         return None
     sizes = sorted({job.ranges["K"][1], job.ranges["K"][2]}) if "K" in job.ranges else []
-    return calibrate(job.reference.model, job.calib_images, names, token_sizes=sizes, seed=job.config.seed, device=job.reference.device)
+    return calibrate(
+        job.reference.model,
+        job.calib_images,
+        names,
+        token_sizes=sizes,
+        seed=job.config.seed,
+        device=job.reference.device,
+    )
 
 
 def _facts(job: Job, calibration: Calibration | None, scales: dict[str, float | None]) -> dict[str, Any]:
     int8 = job.config.int8
-    facts: dict[str, Any] = {"policy": job.config.policy, "smooth_alpha": int8.smooth_alpha if int8.smooth_quant else None}
+    facts: dict[str, Any] = {
+        "policy": job.config.policy,
+        "smooth_alpha": int8.smooth_alpha if int8.smooth_quant else None,
+    }
     if calibration is not None:  # dynamic ranges need no method: it only smooths and corrects
-        method = None if job.config.policy == "dynamic" else "minmax" if job.config.precision == "fp8" else int8.calib_method
+        method = (
+            None if job.config.policy == "dynamic" else "minmax" if job.config.precision == "fp8" else int8.calib_method
+        )
         facts["calibration"] = {"method": method, **calibration.record(scales)}
     return facts
 

@@ -25,7 +25,8 @@ Array = npt.NDArray[Any]
 _BATCH = 8
 
 _CAUTION = 0.95
-"""Share of the noise that a verdict allows, to which the next set is filled: the noise of single Linears adds up nearly, not exactly."""
+"""Share of the noise that a verdict allows, to which the next set is filled: the noise of single Linears adds up
+nearly, not exactly."""
 
 _WORTH = 0.01
 """Share of the cost below which one more Linear in INT8 is not worth another verdict."""
@@ -43,13 +44,13 @@ def sensitivities(
 ) -> dict[str, float]:
     """For each Linear noise over signal, in energy, of the worst output when it alone is in eight bits.
 
-    The outputs are CLS and patch tokens, `pooled` and `logits` of a classifier, and pixels if there are Linears of a decoder. A run begins with the
-    block of its Linear, at what the FP32 blocks before it gave.
+    The outputs are CLS and patch tokens, `pooled` and `logits` of a classifier, and pixels if there are Linears of a
+    decoder. A run begins with the block of its Linear, at what the FP32 blocks before it gave.
 
     Args:
         scales: for each Linear the scale of its input, or None for a range found at each call.
-        inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are seen; `num_keep`, int64 `(S,)`, where its
-            rows are padded.
+        inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are seen;
+            `num_keep`, int64 `(S,)`, where its rows are padded.
         attention: scales of attention products in INT8; what they add is counted with the qkv before them.
         corrections: of the biases, where they will be corrected (`models.quantization.smoothing.bias_corrections`).
     """
@@ -80,7 +81,10 @@ def _batches(inputs: Mapping[str, Array]) -> list[tuple[Array, Array | None]]:
     if ids_keep is not None and num_keep is not None:
         return [(images[row : row + 1], ids_keep[row : row + 1, :length]) for row, length in enumerate(num_keep)]
     starts = range(0, len(images), _BATCH)
-    return [(images[first : first + _BATCH], None if ids_keep is None else ids_keep[first : first + _BATCH]) for first in starts]
+    return [
+        (images[first : first + _BATCH], None if ids_keep is None else ids_keep[first : first + _BATCH])
+        for first in starts
+    ]
 
 
 def _energy(values: Tensor) -> float:
@@ -121,15 +125,23 @@ class Verdict:
     passes: bool
     """Whether the budget is met."""
     deficit_db: float | None = None
-    """By how many dB the noise must shrink to meet the budget just so; negative by how many it could grow; None where that cannot be told."""
+    """By how many dB the noise must shrink to meet the budget just so; negative by how many it could grow; None where
+    that cannot be told."""
 
 
-def choose(noise: Mapping[str, float], cost: Mapping[str, float], judge: Callable[[frozenset[str]], Verdict], *, trials: int = 8) -> frozenset[str] | None:
+def choose(
+    noise: Mapping[str, float],
+    cost: Mapping[str, float],
+    judge: Callable[[frozenset[str]], Verdict],
+    *,
+    trials: int = 8,
+) -> frozenset[str] | None:
     """The set of Linears of the largest cost that meets the budget in INT8, or None if none does.
 
-    The noise of a set is predicted as the sum of what its members add alone. Each verdict tells how much predicted noise is allowed; the next set
-    is filled up to that, the Linears of the least noise for their cost first. So the first set, all of them, is tightened until one meets the
-    budget, and Linears are admitted again as long as there is room between the last set that meets it and the first that does not.
+    The noise of a set is predicted as the sum of what its members add alone. Each verdict tells how much predicted
+    noise is allowed; the next set is filled up to that, the Linears of the least noise for their cost first. So the
+    first set, all of them, is tightened until one meets the budget, and Linears are admitted again as long as there is
+    room between the last set that meets it and the first that does not.
 
     Args:
         noise: for each Linear noise over signal when it alone is in INT8 (`sensitivities`).
@@ -154,7 +166,9 @@ def choose(noise: Mapping[str, float], cost: Mapping[str, float], judge: Callabl
 
 
 def _allowed(verdict: Verdict, predicted: float, fits: float, fails: float) -> float:
-    """Predicted noise to which the next set is filled: as the last verdict says, or half-way between the last set that fits and the first that fails."""
+    """Predicted noise to which the next set is filled: as the last verdict says, or half-way between the last set that
+    fits and the first that fails.
+    """
     allowed = math.inf if verdict.deficit_db is None else predicted * 10 ** (-verdict.deficit_db / 10) * _CAUTION
     return allowed if allowed < fails else (fits + fails) / 2
 

@@ -33,14 +33,22 @@ def run(config: BuildEngineConfig) -> Result:
     load_tensorrt()  # what is missing is said before a bar is shown
     with percentage("build") as report:
         built = build_engine(
-            bundle, precision=config.precision, profiles=read_profiles(config.profile), options=config.build, prefer=config.prefer, on_progress=report
+            bundle,
+            precision=config.precision,
+            profiles=read_profiles(config.profile),
+            options=config.build,
+            prefer=config.prefer,
+            on_progress=report,
         )
     if built.rejected is not None:
         notice("FP16 is kept:", built.rejected)
     written = write_for_servers(bundle, built.entry, triton=config.triton, deepstream=config.deepstream)
     for server, folder in written.items():
         notice(f"{server}:", f"written to {folder}")
-    return Result({**_data(bundle, built), **({"served": written} if written else {})}, facts_table(f"{bundle.path / built.entry['file']}", _facts(built)))
+    return Result(
+        {**_data(bundle, built), **({"served": written} if written else {})},
+        facts_table(f"{bundle.path / built.entry['file']}", _facts(built)),
+    )
 
 
 def _data(bundle: Bundle, built: Built) -> dict[str, Any]:
@@ -54,7 +62,10 @@ def _facts(built: Built) -> dict[str, object]:
     facts: dict[str, object] = {
         "engine": engine_summary(entry),
         "size": f"{record['size'] / 1e6:.1f} MB, built in {record['seconds']:.0f} s",
-        "kernels": f"{kernels['layers']} layers, {kernels['fused_attention']} of them fused attention; {counted or 'no precisions told'}",
+        "kernels": (
+            f"{kernels['layers']} layers, {kernels['fused_attention']} of them fused attention;"
+            f" {counted or 'no precisions told'}"
+        ),
         "parity": f"{entry['parity']['checks']} checks passed: {', '.join(entry['parity']['sizes'])}",
         "warnings": len(record["warnings"]) or "-",
     }

@@ -23,8 +23,8 @@ class VerifyConfig:
     layers: bool = False
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
     engine: str = "auto"
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on which the
-    bundle was proven, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
+    machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -42,9 +42,11 @@ class BuildEngineConfig:
     bundle: Path = setting(argument=True)
     """Bundle folder; the engine is added to it."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
-    """Arithmetic of the engine; default: the bundle's. An FP32 bundle with weak typing can also be built in fp16 and bf16, an INT8 or FP8 bundle in fp16."""
+    """Arithmetic of the engine; default: the bundle's. An FP32 bundle with weak typing can also be built in fp16 and
+    bf16, an INT8 or FP8 bundle in fp16."""
     profile: str | None = None
-    """Smallest, usual and largest sizes to build for, such as 'B:1,8,32 K:20,49,196', several separated by ';'; default: those of the export."""
+    """Smallest, usual and largest sizes to build for, such as 'B:1,8,32 K:20,49,196', several separated by ';';
+    default: those of the export."""
     prefer: Literal["fp16"] | None = None
     """fp16: keep FP16 where INT8 or FP8 is not faster, or misses its accuracy budget, instead of an error."""
     triton: Path | None = None
@@ -60,7 +62,10 @@ class BuildEngineConfig:
     def __post_init__(self) -> None:
         read_profiles(self.profile)
         if self.prefer is not None and self.precision not in (None, *QUANTIZED):
-            raise ConfigError(f"--prefer {self.prefer} has no meaning with --precision {self.precision}", hint="it is for int8 and fp8")
+            raise ConfigError(
+                f"--prefer {self.prefer} has no meaning with --precision {self.precision}",
+                hint="it is for int8 and fp8",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,14 +83,15 @@ class PredictConfig:
     outputs: tuple[str, ...] | None = None
     """Outputs to compute, by name; default: all."""
     keep: tuple[int, ...] | None = None
-    """Patches that the encoder sees, row-major indices separated by commas (visible, ragged and reconstruct bundles); default: all."""
+    """Patches that the encoder sees, row-major indices separated by commas (visible, ragged and reconstruct bundles);
+    default: all."""
     num_keep: int | None = None
     """See this many patches of each image instead, drawn at random."""
     batch_size: int | None = None
     """Images at a time; default: the graph's fixed batch, or 8."""
     engine: str = "auto"
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on which the
-    bundle was proven, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
+    machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None

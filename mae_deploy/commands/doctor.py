@@ -19,7 +19,17 @@ from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
 
-_TRAIN = ("torch", "torchvision", "timm", "accelerate", "safetensors", "yaml", "tensorboard", "webdataset", "simplejpeg")
+_TRAIN = (
+    "torch",
+    "torchvision",
+    "timm",
+    "accelerate",
+    "safetensors",
+    "yaml",
+    "tensorboard",
+    "webdataset",
+    "simplejpeg",
+)
 
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
@@ -60,7 +70,19 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """The extra and the modules behind each command."""
 
-CPU_FEATURES = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve")
+CPU_FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx_vnni",
+    "avx512_vnni",
+    "avx512_bf16",
+    "amx_int8",
+    "amx_bf16",
+    "asimddp",
+    "i8mm",
+    "bf16",
+    "sve",
+)
 """What makes INT8 (vnni, amx_int8, asimddp, i8mm) and BF16 fast on a CPU, under the names that Linux has for it."""
 
 _CPUINFO = Path("/proc/cpuinfo")
@@ -70,14 +92,31 @@ _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", 
 
 def run(_: DoctorConfig) -> Result:
     """Look at packages, engines and devices; always succeeds."""
-    modules = sorted({"numpy", "PIL", "typer", "rich"} | {module for _, needed in NEEDS.values() for module in needed} | {_CUDA_BINDINGS})
+    modules = sorted(
+        {"numpy", "PIL", "typer", "rich"}
+        | {module for _, needed in NEEDS.values() for module in needed}
+        | {_CUDA_BINDINGS}
+    )
     packages = {module: _version(module) for module in modules}
     commands = {
-        name: {"missing": missing, "install": f"pip install 'mae-deploy[{extra}]'" if extra else "pip install --force-reinstall mae-deploy"}
-        if missing
-        else None
+        name: (
+            {
+                "missing": missing,
+                "install": (
+                    f"pip install 'mae-deploy[{extra}]'" if extra else "pip install --force-reinstall mae-deploy"
+                ),
+            }
+            if missing
+            else None
+        )
         for name, (extra, needed) in NEEDS.items()
-        for missing in [[module for module in needed if packages[module] is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])]]
+        for missing in [
+            [
+                module
+                for module in needed
+                if packages[module] is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])
+            ]
+        ]
     }
     machine = {
         "mae_deploy": __version__,
@@ -86,7 +125,10 @@ def run(_: DoctorConfig) -> Result:
         "cpu_cores": os.cpu_count(),
         "cpu_features": _cpu_features(),
         "nvidia_gpus": len(gpus()),
-        "gpus": [f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}, CUDA {gpu.driver}" for gpu in gpus()],
+        "gpus": [
+            f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}, CUDA {gpu.driver}"
+            for gpu in gpus()
+        ],
     }
     data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
     return Result(data, _view(data))
@@ -107,7 +149,12 @@ def _version(module: str) -> str | None:
 def _cpu_features() -> list[str] | None:
     """Those of `CPU_FEATURES` that this CPU has; None where the system does not say."""
     try:
-        flags = {flag for line in _CPUINFO.read_text().splitlines() if line.lower().startswith(("flags", "features")) for flag in line.split()}
+        flags = {
+            flag
+            for line in _CPUINFO.read_text().splitlines()
+            if line.lower().startswith(("flags", "features"))
+            for flag in line.split()
+        }
     except OSError:
         return None
     return [feature for feature in CPU_FEATURES if feature in flags]
@@ -134,7 +181,9 @@ def _tensorrt(packages: dict[str, str | None]) -> str:
     """Where it computes, or what it lacks; the package itself is not imported."""
     backend = next((name for name in (_PYCUDA, _CUDA_BINDINGS) if packages[name] is not None), None)
     if backend is None:
-        return f"{packages['tensorrt']}, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'"
+        return (
+            f"{packages['tensorrt']}, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'"
+        )
     try:
         gpu = require_gpu()
     except MissingDependency as error:
@@ -154,15 +203,27 @@ def _openvino() -> str:
 
     core = openvino_core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    return f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}: {', '.join(name for name in ('FP32', 'FP16', 'BF16', 'INT8') if name in capabilities)}"
+    return (
+        f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}:"
+        f" {', '.join(name for name in ('FP32', 'FP16', 'BF16', 'INT8') if name in capabilities)}"
+    )
 
 
 def _view(data: dict[str, Any]) -> Group:
     commands = Table("command", "state", title="Commands", title_justify="left")
     for name, problem in data["commands"].items():
-        state = Text("ready", "green") if problem is None else Text(f"needs {', '.join(problem['missing'])}: {problem['install']}", "yellow")
+        state = (
+            Text("ready", "green")
+            if problem is None
+            else Text(f"needs {', '.join(problem['missing'])}: {problem['install']}", "yellow")
+        )
         commands.add_row(name, state)
     packages = {name: version or "-" for name, version in data["packages"].items()}
     machine = {**data["machine"], "cpu_features": " ".join(data["machine"]["cpu_features"] or "-")}
     machine["gpus"] = "\n".join(machine["gpus"]) or "-"
-    return Group(facts_table("Machine", machine), facts_table("Packages", packages), facts_table("Engines", data["engines"]), commands)
+    return Group(
+        facts_table("Machine", machine),
+        facts_table("Packages", packages),
+        facts_table("Engines", data["engines"]),
+        commands,
+    )

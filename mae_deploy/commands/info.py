@@ -40,14 +40,20 @@ def run(config: InfoConfig) -> Result:
         report = {"type": "weights", **imported.report}
         return Result(report, facts_table(str(path), report))
     if (path / "config.yaml").is_file():
-        raise ConfigError(f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume")
+        raise ConfigError(
+            f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume"
+        )
     raise ConfigError(f"{path} is no run, checkpoint, weights file or bundle")
 
 
 def _checkpoint(path: Path) -> Result:
     checkpoint = open_checkpoint(path)
     metadata = checkpoint.metadata
-    data = {"type": "run" if (path / "checkpoints").is_dir() else "checkpoint", "path": str(checkpoint.path), **to_dict(metadata)}
+    data = {
+        "type": "run" if (path / "checkpoints").is_dir() else "checkpoint",
+        "path": str(checkpoint.path),
+        **to_dict(metadata),
+    }
     facts = {
         "type": data["type"],
         "checkpoint": checkpoint.path,
@@ -76,8 +82,14 @@ def _bundle(path: Path) -> Result:
         "batch": manifest["batch"] or "dynamic",
         "proven for": ", ".join(_proven(name, numbers) for name, numbers in manifest["profile"].items()),
         "made for": manifest["engine"],
-        "proven on": ", ".join(dict.fromkeys(record["engine"] for record in manifest["parity"].values() if "engine" in record)) or "-",
-        "precision": f"{manifest['precision']}, {'in the types of the graph' if manifest['typing'] == 'strong' else 'chosen by the engine'}",
+        "proven on": (
+            ", ".join(dict.fromkeys(record["engine"] for record in manifest["parity"].values() if "engine" in record))
+            or "-"
+        ),
+        "precision": (
+            f"{manifest['precision']},"
+            f" {'in the types of the graph' if manifest['typing'] == 'strong' else 'chosen by the engine'}"
+        ),
         "quantization": _scalars(manifest["quantization"] or {}),
         "images": _IMAGES[bundle.image_dtype],
         "outputs": ", ".join(bundle.output_names),
@@ -104,7 +116,8 @@ def _scalars(record: dict[str, Any]) -> str:
 def _model(model: dict[str, Any]) -> str:
     size = "x".join(map(str, (model["in_chans"], *model["image_size"])))
     return (
-        f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks, {model['num_heads']} heads{_groups(model)}"
+        f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks,"
+        f" {model['num_heads']} heads{_groups(model)}"
     )
 
 
@@ -117,6 +130,9 @@ def _lineage(record: Any) -> str:
     """The stages that led here, the first one last; `-` where a bundle made elsewhere keeps no record of ours."""
     stages = []
     while isinstance(record, dict) and record:
-        stages.append(str(record.get("stage", "?")) + (f" (teacher: {_lineage(record['teacher'])})" if record.get("teacher") else ""))
+        stages.append(
+            str(record.get("stage", "?"))
+            + (f" (teacher: {_lineage(record['teacher'])})" if record.get("teacher") else "")
+        )
         record = record.get("parent")
     return " < ".join(stages) or "-"

@@ -30,9 +30,19 @@ def run(config: PredictConfig) -> Result:
     if config.out is not None:
         _check_out(config.out)
     paths = find_images(config.images)
-    with Backbone.load(config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity) as backbone:
+    with Backbone.load(
+        config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
+    ) as backbone:
         names = config.outputs or (backbone.output_names if config.out is not None else _cheap(backbone.bundle))
-        predictions = Predictions(backbone, paths, batch_size=config.batch_size, keep=config.keep, num_keep=config.num_keep, seed=config.seed, outputs=names)
+        predictions = Predictions(
+            backbone,
+            paths,
+            batch_size=config.batch_size,
+            keep=config.keep,
+            num_keep=config.num_keep,
+            seed=config.seed,
+            outputs=names,
+        )
         read: list[Path] = []
         shapes: dict[str, list[int]] = {}
         parts: dict[str, list[Any]] = {name: [] for name in names if config.out is not None or name == "logits"}
@@ -76,6 +86,8 @@ def _check_out(path: Path) -> None:
 
 
 def _cheap(bundle: Bundle) -> tuple[str, ...]:
-    """Where nothing is written, what is larger than a vector need not be fetched from the engine; without vectors, one output stands for all."""
+    """Where nothing is written, what is larger than a vector need not be fetched from the engine; without vectors, one
+    output stands for all.
+    """
     vectors = tuple(entry["name"] for entry in bundle.manifest["graph"]["outputs"] if len(entry["shape"]) == 2)
     return ("logits",) if "logits" in vectors else vectors or bundle.output_names[:1]

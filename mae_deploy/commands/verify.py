@@ -20,14 +20,17 @@ def run(config: VerifyConfig) -> Result:
     """Verify a bundle; with `layers`, also compare the tokens after every block.
 
     Raises:
-        CheckFailed: a file is not what was exported, an output misses its tolerance, or a block gives what is no number.
+        CheckFailed: a file is not what was exported, an output misses its tolerance, or a block gives what is no
+            number.
         ConfigError: no bundle, an engine that cannot do this, or `layers` of a bundle without block outputs.
         MissingDependency: the engine's package or its device is absent.
     """
     bundle = Bundle.load(config.bundle)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
     verification = verify_bundle(bundle, config.engine, options)
-    layers = trace_layers(bundle, config.engine, options, outputs_pass=verification.outputs_pass) if config.layers else None
+    layers = (
+        trace_layers(bundle, config.engine, options, outputs_pass=verification.outputs_pass) if config.layers else None
+    )
     result = _result(verification, layers)
     failures = verification.failures
     if layers is not None and layers.broken is not None:

@@ -34,7 +34,14 @@ def layers_table(report: LayerReport) -> Table:
         table.add_column(name, justify="right" if name else "left")
     for layer in report.layers:
         found, drop = layer.comparison, "-" if layer.drop_db is None else f"{layer.drop_db:.1f}"
-        figures = (f"{found.cosine:.7f}", f"{found.centred_cosine:.7f}", f"{found.sqnr_db:.1f}", drop, f"{found.max_abs:.2e}", f"{layer.peak:.4g}")
+        figures = (
+            f"{found.cosine:.7f}",
+            f"{found.centred_cosine:.7f}",
+            f"{found.sqnr_db:.1f}",
+            drop,
+            f"{found.max_abs:.2e}",
+            f"{layer.peak:.4g}",
+        )
         table.add_row(str(layer.block), *figures, "[red]here[/red]" if layer is report.lost_at else "")
     return table
 
@@ -43,12 +50,17 @@ def prediction_table(paths: Sequence[Path], ranked: Sequence[Sequence[tuple[str,
     """A row for each image: its most likely classes."""
     table = Table("image", "classes")
     for path, classes in zip(paths, ranked, strict=True):
-        table.add_row(Text(str(path), overflow="fold"), Text("  ".join(f"{name} {share:.1%}" for name, share in classes)))
+        table.add_row(
+            Text(str(path), overflow="fold"), Text("  ".join(f"{name} {share:.1%}" for name, share in classes))
+        )
     return table
 
 
 def engine_summary(entry: EngineEntry) -> str:
     """One line on a TensorRT engine: precision, version, GPU, sizes and latency."""
-    profiles = "; ".join(" ".join(f"{name}:{','.join(map(str, sizes))}" for name, sizes in profile.items()) for profile in entry["profiles"])
+    profiles = "; ".join(
+        " ".join(f"{name}:{','.join(map(str, sizes))}" for name, sizes in profile.items())
+        for profile in entry["profiles"]
+    )
     latency = "" if entry["latency_ms"] is None else f", {entry['latency_ms']:.2f} ms"
     return f"{entry['precision']}, TensorRT {entry['tensorrt']}, {entry['gpu']}, {profiles}{latency}"

@@ -31,13 +31,15 @@ class DataConfig:
     std: tuple[float, ...] | None = None
     """Standard deviation of each channel; default: ImageNet's for RGB, 0.25 otherwise."""
     pixel_max: float | None = None
-    """What pixels of more than 8 bits are divided by before --mean and --std, such as 65535, 10000 (Sentinel-2) or 1; default: 8-bit pixels, 255."""
+    """What pixels of more than 8 bits are divided by before --mean and --std, such as 65535, 10000 (Sentinel-2) or 1;
+    default: 8-bit pixels, 255."""
     crop_pct: float | None = None
     """Evaluation crop as a share of the resized image; default: 0.875 up to 224 px, 1.0 above."""
     cache: bool = setting(False)
     """Keep decoded images in memory, for small sets of small images."""
     repeated_aug: int = 1
-    """Views of each image in a batch, which is decoded once for them all; an epoch keeps its length and sees fewer images."""
+    """Views of each image in a batch, which is decoded once for them all; an epoch keeps its length and sees fewer
+    images."""
     shuffle_buffer: int = 1000
     """Images that each worker mixes, where shards are streamed from a URL or a pipe."""
     epoch_images: int | None = None
@@ -64,8 +66,16 @@ class DataConfig:
 
     def preprocess(self, image_size: tuple[int, int], channels: int, base: Preprocess | None = None) -> Preprocess:
         """The evaluation transform: what is set here, else `base` (a checkpoint's), else the default."""
-        spec = replace(base, image_size=image_size) if base is not None and base.channels == channels else default_preprocess(image_size, channels)
-        given = {name: value for name in ("mean", "std", "crop_pct", "pixel_max") if (value := getattr(self, name)) is not None}
+        spec = (
+            replace(base, image_size=image_size)
+            if base is not None and base.channels == channels
+            else default_preprocess(image_size, channels)
+        )
+        given = {
+            name: value
+            for name in ("mean", "std", "crop_pct", "pixel_max")
+            if (value := getattr(self, name)) is not None
+        }
         return replace(spec, **given)
 
 
@@ -74,7 +84,8 @@ class CropConfig:
     """Augmentation."""
 
     crop: Literal["random", "fixed", "none"] = "random"
-    """random: resized crop; fixed: a crop of fixed size at a random place; none: the centre, without flips (paper, table 1e)."""
+    """random: resized crop; fixed: a crop of fixed size at a random place; none: the centre, without flips (paper,
+    table 1e)."""
     color_jitter: float = 0.0
     """Random change of brightness, contrast and saturation, each by up to this share; for 1, 3 and 4 channels."""
     min_scale: float = 0.2
@@ -84,7 +95,8 @@ class CropConfig:
     hflip: float = 0.5
     """Probability of a horizontal flip."""
     translate: float = 0.0
-    """Random shift by up to this share of the image's side, instead of the random resized crop, where above 0 (digits, aligned scans)."""
+    """Random shift by up to this share of the image's side, instead of the random resized crop, where above 0 (digits,
+    aligned scans)."""
 
     def __post_init__(self) -> None:
         if not 0 < self.min_scale <= self.max_scale:

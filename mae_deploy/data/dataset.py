@@ -96,7 +96,10 @@ class ImageDataset(Dataset[Sample]):
         fixed_views: int = 0,
     ) -> None:
         if 0 < fixed_views < views:
-            raise ConfigError(f"--fixed-views {fixed_views} is less than --repeated-aug {views}", hint="a batch would hold the same view twice")
+            raise ConfigError(
+                f"--fixed-views {fixed_views} is less than --repeated-aug {views}",
+                hint="a batch would hold the same view twice",
+            )
         require_readers(map(images.key, range(len(images))), transform.spec)
         self.images = images
         self.transform = transform
@@ -128,14 +131,22 @@ class ImageDataset(Dataset[Sample]):
                 continue
             view, draw = self._draw(key, index)
             seed_everything(derive_seed(self.seed, "augment", *draw))
-            return Sample(self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index), index, view)
+            return Sample(
+                self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index), index, view
+            )
         # Not raised: an error in a worker process arrives as a page of traceback.
         return Sample(None, self.images.labels[key.item], tuple(unreadable), self.images.key(key.item))
 
     def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
-        """The micro-batches of a part of the run, for one process: the same effective batches on any number of processes."""
+        """The micro-batches of a part of the run, for one process: the same effective batches on any number of
+        processes.
+        """
         sampler = StreamSampler(len(self), where, seed=seed, views=self.views)
-        return iter(DataLoader(self, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(num_workers)))
+        return iter(
+            DataLoader(
+                self, batch_sampler=sampler, collate_fn=collate, pin_memory=pin_memory, **worker_options(num_workers)
+            )
+        )
 
     def fingerprint(self) -> dict[str, int | str]:
         """Tells this data set from others; see the source's."""
@@ -157,7 +168,10 @@ class ImageDataset(Dataset[Sample]):
         """The number of the fixed view, and what the augmentation of an image depends on."""
         if self.fixed_views:
             view = (key.epoch * self.views + key.view) % self.fixed_views
-            return view, (view, index)  # the image that is there: in the place of a broken one, too, a view looks as it always does
+            return view, (
+                view,
+                index,
+            )  # the image that is there: in the place of a broken one, too, a view looks as it always does
         return 0, (key.epoch, key.item, *((key.view,) if key.view else ()))
 
     def _read(self, index: int) -> Image.Image | Array:
@@ -175,7 +189,22 @@ class ImageDataset(Dataset[Sample]):
 def collate(samples: list[Sample]) -> Batch:
     """Stack the samples that have an image."""
     readable = [sample for sample in samples if sample.image is not None]
-    images = torch.stack([sample.image for sample in readable if sample.image is not None]) if readable else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
-    labels, items, views = torch.tensor([(sample.label, sample.item, sample.view) for sample in readable], dtype=torch.int64).reshape(-1, 3).unbind(1)
+    images = (
+        torch.stack([sample.image for sample in readable if sample.image is not None])
+        if readable
+        else torch.empty(0, 0, 0, 0, dtype=torch.uint8)
+    )
+    labels, items, views = (
+        torch.tensor([(sample.label, sample.item, sample.view) for sample in readable], dtype=torch.int64)
+        .reshape(-1, 3)
+        .unbind(1)
+    )
     unreadable = tuple(line for sample in samples for line in sample.unreadable)
-    return Batch(images, labels.contiguous(), unreadable, tuple(sample.name for sample in readable), items.contiguous(), views.contiguous())
+    return Batch(
+        images,
+        labels.contiguous(),
+        unreadable,
+        tuple(sample.name for sample in readable),
+        items.contiguous(),
+        views.contiguous(),
+    )

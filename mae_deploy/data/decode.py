@@ -26,7 +26,9 @@ _ORIENTATION = 0x0112
 """EXIF tag; 1 is upright."""
 
 
-def decode(name: str, content: bytes, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+def decode(
+    name: str, content: bytes, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+) -> Image.Image | Array:
     """Decode an image file's bytes; a JPEG that need not be made smaller comes as an array `(H, W, 3)` where it can.
 
     Args:
@@ -42,14 +44,20 @@ def decode(name: str, content: bytes, channels: int, pixel_max: float | None = N
 
 
 def _jpeg(content: bytes, shrink: Shrink) -> Array | None:
-    """An upright RGB JPEG by libjpeg-turbo without a detour over Pillow's memory: the same pixels in two thirds of the time. None: Pillow's turn."""
+    """An upright RGB JPEG by libjpeg-turbo without a detour over Pillow's memory: the same pixels in two thirds of the
+    time. None: Pillow's turn.
+    """
     if _simplejpeg is None or not content.startswith(b"\xff\xd8"):
         return None
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(content), formats=("JPEG", "MPO")) as image:  # the header only
-                if image.mode != "RGB" or shrink(image.width, image.height) > 1 or image.getexif().get(_ORIENTATION, 1) != 1:
+                if (
+                    image.mode != "RGB"
+                    or shrink(image.width, image.height) > 1
+                    or image.getexif().get(_ORIENTATION, 1) != 1
+                ):
                     return None
         pixels: Array = _simplejpeg.decode_jpeg(content, "RGB")
     except Exception:  # Pillow says what is wrong, or reads it after all

@@ -9,7 +9,9 @@ from mae_deploy.data.order import Key
 from mae_deploy.data.workers import worker_options
 
 
-def eval_loader(dataset: ImageDataset, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1) -> DataLoader[Sample]:
+def eval_loader(
+    dataset: ImageDataset, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+) -> DataLoader[Sample]:
     """Every image once, in order; each process takes its share."""
     keys = [Key(0, index) for index in range(rank, len(dataset), world_size)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]

@@ -1,4 +1,6 @@
-"""Which images each batch of a run holds: a function of the seed and the place in the run, so that a run starts anywhere at no cost."""
+"""Which images each batch of a run holds: a function of the seed and the place in the run, so that a run starts
+anywhere at no cost.
+"""
 
 from __future__ import annotations
 
@@ -39,11 +41,13 @@ class Stretch:
 class StreamSampler(Sampler[list[Key]]):
     """Micro-batches of shuffled epochs, one after the other, for one of several processes.
 
-    Each epoch is a fresh permutation; its last, incomplete batch is dropped, as in the original. Micro-batch m of process r holds the samples from
-    `(m × world_size + r) × batch_size` on, so the effective batches of a run are the same on any number of processes.
+    Each epoch is a fresh permutation; its last, incomplete batch is dropped, as in the original. Micro-batch m of
+    process r holds the samples from `(m × world_size + r) × batch_size` on, so the effective batches of a run are the
+    same on any number of processes.
 
     Args:
-        views: take each image this many times in a row (repeated augmentation); the epoch keeps its length and has fewer images.
+        views: take each image this many times in a row (repeated augmentation); the epoch keeps its length and has
+            fewer images.
     """
 
     def __init__(self, num_samples: int, where: Stretch, *, seed: int, views: int = 1) -> None:

@@ -1,4 +1,6 @@
-"""Tar shards that can only be read from front to back, from URLs, `pipe:` commands and compressed files, by the WebDataset library."""
+"""Tar shards that can only be read from front to back, from URLs, `pipe:` commands and compressed files, by the
+WebDataset library.
+"""
 
 from __future__ import annotations
 
@@ -34,8 +36,8 @@ from mae_deploy.seeding import derive_seed, seed_everything
 class ShardStream:
     """Shards shared out among processes and workers, mixed in a buffer, without end.
 
-    Each worker's images are a function of the seed, the process and the worker; so a resumed run skips, without decoding, what was seen, and goes on
-    with the same images on the same number of processes and workers.
+    Each worker's images are a function of the seed, the process and the worker; so a resumed run skips, without
+    decoding, what was seen, and goes on with the same images on the same number of processes and workers.
 
     Raises:
         ConfigError: neither an `index.json` beside the shards nor the settings say how many images make an epoch.
@@ -47,7 +49,9 @@ class ShardStream:
         self.urls = tuple(expand(data))
         images = config.epoch_images or _counted(self.urls)
         if images is None:
-            raise ConfigError(f"nobody has counted the images of {data}", hint="say with --epoch-images how many make an epoch")
+            raise ConfigError(
+                f"nobody has counted the images of {data}", hint="say with --epoch-images how many make an epoch"
+            )
         self.epoch_images = images
         self.transform = transform
         self.config = config
@@ -64,19 +68,30 @@ class ShardStream:
             ConfigError: fewer shards than processes.
         """
         if len(self.urls) < where.world_size:
-            raise ConfigError(f"{len(self.urls)} shard(s) of {self.name} cannot be shared among {where.world_size} processes")
+            raise ConfigError(
+                f"{len(self.urls)} shard(s) of {self.name} cannot be shared among {where.world_size} processes"
+            )
         if where.batch_size % self.config.repeated_aug:
-            raise ConfigError(f"--batch-size {where.batch_size} is no multiple of --repeated-aug {self.config.repeated_aug}")
+            raise ConfigError(
+                f"--batch-size {where.batch_size} is no multiple of --repeated-aug {self.config.repeated_aug}"
+            )
         asked, most = resolve_workers(num_workers), len(self.urls) // where.world_size
         workers = min(asked, most)
         if workers < asked and where.rank == 0:
-            notice("workers:", f"{len(self.urls)} shard(s) on {where.world_size} process(es) keep {workers} of {asked} workers busy")
+            notice(
+                "workers:",
+                f"{len(self.urls)} shard(s) on {where.world_size} process(es) keep {workers} of {asked} workers busy",
+            )
         part = _Part(self.urls, self.transform, self.config, where, seed)
         return iter(DataLoader(part, batch_size=None, pin_memory=pin_memory, **worker_options(workers)))
 
     def fingerprint(self) -> dict[str, int | str]:
         """Images of an epoch, and a hash of the shards' names; what is in them is not read."""
-        return {"images": len(self), "sha256": hashlib.sha256("\0".join(self.urls).encode()).hexdigest(), "workers": resolve_workers(self.config.num_workers)}
+        return {
+            "images": len(self),
+            "sha256": hashlib.sha256("\0".join(self.urls).encode()).hexdigest(),
+            "workers": resolve_workers(self.config.num_workers),
+        }
 
     def first(self, count: int) -> list[Image.Image | Array]:
         """The first few images of the first shard that can be read, for pictures."""
@@ -121,7 +136,9 @@ class _Errors:
 class _Part(IterableDataset[Batch]):
     """Every n-th micro-batch of one process, for one of n workers."""
 
-    def __init__(self, urls: tuple[str, ...], transform: Transform, config: DataConfig, where: Stretch, seed: int) -> None:
+    def __init__(
+        self, urls: tuple[str, ...], transform: Transform, config: DataConfig, where: Stretch, seed: int
+    ) -> None:
         self.urls = urls
         self.transform = transform
         self.config = config
@@ -129,7 +146,9 @@ class _Part(IterableDataset[Batch]):
         self.seed = seed
 
     def __iter__(self) -> Iterator[Batch]:
-        """Batches of one lane: the loader takes the first from worker 0, so which lane a worker has depends on where the run goes on."""
+        """Batches of one lane: the loader takes the first from worker 0, so which lane a worker has depends on where
+        the run goes on.
+        """
         where, info = self.where, get_worker_info()
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
         lane = (where.start + worker) % workers
@@ -157,7 +176,9 @@ class _Part(IterableDataset[Batch]):
         return mixed
 
     def _endless(self, part: int, parts: int, errors: _Errors) -> Iterator[_Raw]:
-        """This part's images, pass after pass over all shards in a fresh order; ends after a pass in which none could be read."""
+        """This part's images, pass after pass over all shards in a fresh order; ends after a pass in which none could
+        be read.
+        """
         for passes in itertools.count():
             order = np.random.default_rng(derive_seed(self.seed, "shards", passes)).permutation(len(self.urls))
             mine = [self.urls[index] for index in order[part::parts]]
@@ -169,11 +190,15 @@ class _Part(IterableDataset[Batch]):
                 return
 
     def _samples(self, raws: list[_Raw], place: tuple[int, ...]) -> list[Sample]:
-        """Views of each image; one that cannot be read gives its place to the next, so that a batch always takes as many from the stream."""
+        """Views of each image; one that cannot be read gives its place to the next, so that a batch always takes as
+        many from the stream.
+        """
         spec, lines, images = self.transform.spec, [], []
         for raw in raws:
             try:
-                images.append((raw, decode(raw.name, raw.content, spec.channels, spec.pixel_max, self.transform.shrink)))
+                images.append(
+                    (raw, decode(raw.name, raw.content, spec.channels, spec.pixel_max, self.transform.shrink))
+                )
             except UnreadableImage as error:
                 lines.append(str(error))
         samples = [] if images else [Sample(None, UNLABELLED, tuple(lines), raws[0].name)]

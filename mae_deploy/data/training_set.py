@@ -22,10 +22,20 @@ def open_training(data: str, transform: Transform, config: DataConfig, *, seed: 
     return train_dataset(unlabelled_images(data, config.columns), transform, config, seed=seed)
 
 
-def train_dataset(images: ImageSource, transform: Transform, config: DataConfig, *, seed: int, fixed_views: int = 0) -> ImageDataset:
+def train_dataset(
+    images: ImageSource, transform: Transform, config: DataConfig, *, seed: int, fixed_views: int = 0
+) -> ImageDataset:
     """Images that can be read in any order, as a run trains on them.
 
     Args:
         fixed_views: see `ImageDataset`.
     """
-    return ImageDataset(images, transform, seed=seed, replace_unreadable=True, cache=config.cache, views=config.repeated_aug, fixed_views=fixed_views)
+    return ImageDataset(
+        images,
+        transform,
+        seed=seed,
+        replace_unreadable=True,
+        cache=config.cache,
+        views=config.repeated_aug,
+        fixed_views=fixed_views,
+    )

@@ -1,4 +1,6 @@
-"""Training augmentation on Pillow images and arrays (torchvision, timm), evaluation by the deployed preprocessing; all give uint8, or float32 for more bits."""
+"""Training augmentation on Pillow images and arrays (torchvision, timm), evaluation by the deployed preprocessing; all
+give uint8, or float32 for more bits.
+"""
 
 from __future__ import annotations
 
@@ -47,39 +49,55 @@ class Transform:
     steps: tuple[Step, ...] = ()
     """Random changes, the last of which leave the image at its size; none: the deployed resize and centre crop."""
     shrink: Callable[[int, int], int] | None = None
-    """By what factor a JPEG of this width and height may be made smaller while it is decoded: no crop is enlarged for it."""
+    """By what factor a JPEG of this width and height may be made smaller while it is decoded: no crop is enlarged for
+    it."""
 
     def __call__(self, image: Image.Image | Array) -> Tensor:
         """uint8, or float32 where the specification has `pixel_max`."""
         if not self.steps:
             return torch.from_numpy(self.spec.crop(image).transpose(2, 0, 1).copy())
-        changed: Any = image if is_image(image) else torch.from_numpy(image.astype(self.spec.dtype, copy=False)).permute(2, 0, 1)
+        changed: Any = (
+            image if is_image(image) else torch.from_numpy(image.astype(self.spec.dtype, copy=False)).permute(2, 0, 1)
+        )
         for step in self.steps:
             changed = step(changed)
         return _to_tensor(changed).contiguous()
 
 
 def train_transform(spec: Preprocess, crop: CropConfig, *, auto_augment: str | None = None) -> Transform:
-    """The crop (paper, table 1e) or shift, flip, colour jitter, and RandAugment in timm's notation, such as `rand-m9-mstd0.5-inc1`.
+    """The crop (paper, table 1e) or shift, flip, colour jitter, and RandAugment in timm's notation, such as
+    `rand-m9-mstd0.5-inc1`.
 
     Raises:
-        ConfigError: `auto_augment` is not in that notation, or colours are to change in images of other channels than Pillow's.
+        ConfigError: `auto_augment` is not in that notation, or colours are to change in images of other channels than
+            Pillow's.
     """
     if spec.takes_arrays and (auto_augment is not None or crop.color_jitter > 0):
         option = "--auto-augment none" if auto_augment is not None else "--color-jitter 0"
-        raise ConfigError(f"colours of {spec.channels} channels{' with --pixel-max' if spec.pixel_max else ''} cannot be augmented", hint=f"use {option}")
+        raise ConfigError(
+            f"colours of {spec.channels} channels{' with --pixel-max' if spec.pixel_max else ''} cannot be augmented",
+            hint=f"use {option}",
+        )
     colours: list[Step] = [_jitter(crop.color_jitter)] if crop.color_jitter > 0 else []
     if auto_augment is not None:
         colours.append(_rand_augment(auto_augment, spec))
     if crop.translate > 0:
-        shift = transforms.RandomAffine(0, translate=(crop.translate, crop.translate), interpolation=InterpolationMode.BILINEAR)
-        place: list[Step] = [partial(resize, size=list(spec.image_size), interpolation=InterpolationMode.BICUBIC), shift]
+        shift = transforms.RandomAffine(
+            0, translate=(crop.translate, crop.translate), interpolation=InterpolationMode.BILINEAR
+        )
+        place: list[Step] = [
+            partial(resize, size=list(spec.image_size), interpolation=InterpolationMode.BICUBIC),
+            shift,
+        ]
         shrink = partial(_shrink, max(spec.image_size), 0.0)
     elif crop.crop == "random":
         place = [partial(_random_resized_crop, spec.image_size, (crop.min_scale, crop.max_scale))]
         shrink = partial(_shrink, max(spec.image_size), max(spec.image_size) / math.sqrt(_SQUAREST * crop.min_scale))
     elif crop.crop == "fixed":
-        place, shrink = [partial(_fixed_crop, spec.image_size)], partial(_shrink, max(spec.image_size) / _FIXED_CROP, 0.0)
+        place, shrink = (
+            [partial(_fixed_crop, spec.image_size)],
+            partial(_shrink, max(spec.image_size) / _FIXED_CROP, 0.0),
+        )
     else:
         place, shrink = [partial(_centre_crop, spec)], partial(_shrink, max(spec.image_size) / spec.crop_pct, 0.0)
     flips = crop.hflip > 0 and (crop.crop != "none" or crop.translate > 0)
@@ -93,7 +111,9 @@ def eval_transform(spec: Preprocess) -> Transform:
 
 
 class Normalise(nn.Module):
-    """uint8 or float32 `(B, C, H, W)` on any device to float32, `(x / 255 - mean) / std`, with `pixel_max` for 255 where it is given."""
+    """uint8 or float32 `(B, C, H, W)` on any device to float32, `(x / 255 - mean) / std`, with `pixel_max` for 255
+    where it is given.
+    """
 
     mean: Tensor
     std: Tensor
@@ -114,7 +134,8 @@ def _random_resized_crop(image_size: tuple[int, int], scale: tuple[float, float]
     top, left, height, width = transforms.RandomResizedCrop.get_params(image, list(scale), [_SQUAREST, 1 / _SQUAREST])
     image = F.crop(image, top, left, height, width)
     weighs_alpha = getattr(image, "mode", None) == "RGBA"  # Pillow does, PyTorch does not
-    # Of torchvision's two functions only the newer resizes in uint8; the other, by way of float32, is slower than Pillow.
+    # Of torchvision's two functions only the newer resizes in uint8; the other, by way of float32, is slower than
+    # Pillow.
     return resize(image if weighs_alpha else _to_tensor(image), list(image_size), InterpolationMode.BICUBIC)
 
 
@@ -134,7 +155,9 @@ def _to_pillow(image: Any) -> Any:
 
 
 def _fixed_crop(image_size: tuple[int, int], image: Any) -> Any:
-    """A crop of `image_size` at a random place of the image, which is first resized to cover 8/7 of it, or padded where it has that size already."""
+    """A crop of `image_size` at a random place of the image, which is first resized to cover 8/7 of it, or padded where
+    it has that size already.
+    """
     height, width = image_size
     _, *found = F.get_dimensions(image)
     if tuple(found) == image_size:
@@ -155,7 +178,9 @@ def _centre_crop(spec: Preprocess, image: Any) -> Any:
 
 
 def _shrink(side: float, mean_side: float, width: int, height: int) -> int:
-    """The largest factor, of those that JPEG offers, that leaves both sides, and the root of the area, at least as long as these."""
+    """The largest factor, of those that JPEG offers, that leaves both sides, and the root of the area, at least as long
+    as these.
+    """
     for factor in (8, 4, 2):
         if min(width, height) >= factor * side and math.sqrt(width * height) >= factor * mean_side:
             return factor
@@ -168,11 +193,18 @@ def _jitter(strength: float) -> Step:
 
 def _rand_augment(notation: str, spec: Preprocess) -> Callable[[Image.Image], Image.Image]:
     fill = tuple(round(255 * value) for value in spec.mean)
-    options = {"translate_const": int(min(spec.image_size) * 0.45), "img_mean": fill, "interpolation": Image.Resampling.BICUBIC}
+    options = {
+        "translate_const": int(min(spec.image_size) * 0.45),
+        "img_mean": fill,
+        "interpolation": Image.Resampling.BICUBIC,
+    }
     try:
         augment = rand_augment_transform(notation, options)
     except (AssertionError, ValueError, KeyError) as error:
-        raise ConfigError(f"--auto-augment {notation} is no RandAugment in timm's notation", hint="such as rand-m9-mstd0.5-inc1, or none") from error
+        raise ConfigError(
+            f"--auto-augment {notation} is no RandAugment in timm's notation",
+            hint="such as rand-m9-mstd0.5-inc1, or none",
+        ) from error
     for operation in augment.ops:
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
@@ -186,7 +218,9 @@ def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, max(1, bits))
 
 
-def _beside_alpha(change: Callable[..., Image.Image], image: Image.Image, *arguments: Any, **options: Any) -> Image.Image:
+def _beside_alpha(
+    change: Callable[..., Image.Image], image: Image.Image, *arguments: Any, **options: Any
+) -> Image.Image:
     """Change colours, which Pillow does to grey and RGB only, and leave a fourth channel as it is."""
     if image.mode != "RGBA":
         return change(image, *arguments, **options)

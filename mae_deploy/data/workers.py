@@ -12,7 +12,9 @@ _MOST = 16
 
 
 def resolve_workers(num_workers: int) -> int:
-    """Worker processes to start: as asked for, or, for -1, one for each core but one, shared among the processes of this machine."""
+    """Worker processes to start: as asked for, or, for -1, one for each core but one, shared among the processes of
+    this machine.
+    """
     if num_workers >= 0:
         return num_workers
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -21,7 +23,9 @@ def resolve_workers(num_workers: int) -> int:
 
 
 def leave_signals_to_parent(_: int) -> None:
-    """A batch system and a terminal signal every process of a run; workers decode until the training process has finished its step and goes."""
+    """A batch system and a terminal signal every process of a run; workers decode until the training process has
+    finished its step and goes.
+    """
     for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
@@ -30,6 +34,7 @@ def leave_signals_to_parent(_: int) -> None:
 def worker_options(num_workers: int) -> dict[str, Any]:
     """The DataLoader's arguments that say who decodes."""
     workers = resolve_workers(num_workers)
-    # Python 3.14 no longer forks by default; each worker would spend seconds on importing torch, for each evaluation anew.
+    # Python 3.14 no longer forks by default; each worker would spend seconds on importing torch, for each evaluation
+    # anew.
     context = "fork" if workers > 0 and sys.platform == "linux" else None
     return {"num_workers": workers, "multiprocessing_context": context, "worker_init_fn": leave_signals_to_parent}

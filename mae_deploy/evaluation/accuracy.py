@@ -14,7 +14,8 @@ class Accuracy:
     """What a classifier got right, in whole numbers.
 
     Args:
-        unranked: a score that says nothing of its class (k-NN: no neighbour has it); such a class is never among the first five.
+        unranked: a score that says nothing of its class (k-NN: no neighbour has it); such a class is never among the
+            first five.
     """
 
     def __init__(self, num_classes: int, *, unranked: float | None = None) -> None:
@@ -24,13 +25,17 @@ class Accuracy:
         self.unranked = unranked
 
     def add(self, scores: Array, labels: Array) -> None:
-        """Count one batch: `(B, classes)` scores of any scale, `(B,)` labels. Equal scores rank in the order of the classes.
+        """Count one batch: `(B, classes)` scores of any scale, `(B,)` labels. Equal scores rank in the order of the
+        classes.
 
         Raises:
             CheckFailed: a score is NaN or infinite.
         """
         if not np.isfinite(scores).all():
-            raise CheckFailed("the scores have NaN or infinite values", hint="the weights are damaged, or the arithmetic overflows: try --precision fp32")
+            raise CheckFailed(
+                "the scores have NaN or infinite values",
+                hint="the weights are damaged, or the arithmetic overflows: try --precision fp32",
+            )
         np.add.at(self.confusion, (labels, scores.argmax(axis=1)), 1)
         own = scores[np.arange(len(labels)), labels][:, None]
         before = np.arange(scores.shape[1])[None] < labels[:, None]

@@ -14,7 +14,15 @@ from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import CompareConfig
-from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, FeatureSource, extract, open_source, random_like, resolve_device
+from mae_deploy.evaluation.features import (
+    EncoderFeatures,
+    FeatureSet,
+    FeatureSource,
+    extract,
+    open_source,
+    random_like,
+    resolve_device,
+)
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
 from mae_deploy.evaluation.timm_features import TimmFeatures
@@ -80,7 +88,9 @@ def run(config: CompareConfig) -> Result:
     }
     if config.out is not None:
         _write(config.out, config, report)
-    narrow = [column for column in _columns(config) if column.key not in ("features", "dim", "linear_top5", "licence")]  # 80 characters
+    narrow = [
+        column for column in _columns(config) if column.key not in ("features", "dim", "linear_top5", "licence")
+    ]  # 80 characters
     return Result(report, rich_table(f"top-1 on {config.data}", narrow, rows))
 
 
@@ -112,7 +122,9 @@ def _entry(word: str) -> Entry:
     if not Path(path).exists():
         raise ConfigError(f"no encoder at {path}", hint="give a run, a checkpoint, a weights file, a bundle, or random")
     if at and not architecture:
-        raise ConfigError(f"{word} names no architecture", hint="such as dino=weights.safetensors@vit_small_patch14_dinov2")
+        raise ConfigError(
+            f"{word} names no architecture", hint="such as dino=weights.safetensors@vit_small_patch14_dinov2"
+        )
     return Entry(name or Path(path).resolve().name, Path(path), architecture or None)
 
 
@@ -121,14 +133,21 @@ def _model_for_random(entries: list[Entry]) -> Loaded | None:
     if not any(entry.kind == "random" for entry in entries):
         return None
     # Runs and checkpoint folders first: a weights file is only read where there is none.
-    known = sorted((entry for entry in entries if entry.kind == "checkpoint"), key=lambda entry: find_checkpoint(entry.path or Path()) is None)
+    known = sorted(
+        (entry for entry in entries if entry.kind == "checkpoint"),
+        key=lambda entry: find_checkpoint(entry.path or Path()) is None,
+    )
     if not known:
-        raise ConfigError("random has no network to take: there is no checkpoint among the encoders", hint="add a run or a checkpoint")
+        raise ConfigError(
+            "random has no network to take: there is no checkpoint among the encoders", hint="add a run or a checkpoint"
+        )
     assert known[0].path is not None
     return read_weights(known[0].path)
 
 
-def _judge(entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSource, model: Loaded | None) -> dict[str, Any]:
+def _judge(
+    entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSource, model: Loaded | None
+) -> dict[str, Any]:
     """A row: figures are means over the seeds, with `_range` beside them."""
     console.print(Text(entry.name, style="bold"))
     found: list[dict[str, Any]] = []
@@ -138,7 +157,10 @@ def _judge(entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSo
         if sets is None or entry.kind == "random":
             source = _open(entry, config, model, seed)
             try:
-                sets = tuple(extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val)))  # type: ignore[assignment]
+                sets = tuple(
+                    extract(source, images, config.features, title=title)
+                    for title, images in (("train", train), ("val", val))
+                )  # type: ignore[assignment]
             finally:
                 source.close()
             about = {"features": source.description, "parameters": source.parameters, "licence": source.licence}
@@ -170,7 +192,9 @@ def _open(entry: Entry, config: CompareConfig, model: Loaded | None, seed: int) 
 def _probe(config: CompareConfig, train: FeatureSet, val: FeatureSet, num_classes: int, seed: int) -> dict[str, float]:
     device = resolve_device(config.device)
     neighbours = knn(train, val, num_classes, config.k, temperature=config.temperature, device=device)
-    fitted = fit_linear(config.linear, train.features, train.labels, num_classes, held_out=config.held_out, seed=seed, device=device)
+    fitted = fit_linear(
+        config.linear, train.features, train.labels, num_classes, held_out=config.held_out, seed=seed, device=device
+    )
     linear = fitted.accuracy(val.features, val.labels)
     shares = {f"knn{k}_top1": neighbours[min(k, len(train.labels))]["top1"] for k in config.k}
     return {**shares, "linear_top1": linear.top1, "linear_top5": linear.top5}
@@ -199,10 +223,10 @@ def _write(folder: Path, config: CompareConfig, report: dict[str, Any]) -> None:
     rows, command = report["encoders"], command_line("compare", config)
     seeds = ",".join(map(str, report["seeds"]))
     page = (
-        f"# Encoders compared\n\n```sh\n{command}\n```\n\n"
-        f"{report['train_images']} training and {report['val_images']} validation images of {report['classes']} classes; top-1 in per cent; "
-        f"{config.linear} linear probe on standardised features; mean and range over the seeds {seeds}. images/s is the rate of the encoder alone.\n\n"
-        f"{markdown_table(_columns(config), rows)}\n\n![top-1](compare.png)\n"
+        f"# Encoders compared\n\n```sh\n{command}\n```\n\n{report['train_images']} training and {report['val_images']}"
+        f" validation images of {report['classes']} classes; top-1 in per cent; {config.linear} linear probe on"
+        f" standardised features; mean and range over the seeds {seeds}. images/s is the rate of the encoder"
+        f" alone.\n\n{markdown_table(_columns(config), rows)}\n\n![top-1](compare.png)\n"
     )
     bars = [*(Curve(f"{k}-NN", f"knn{k}_top1") for k in config.k), Curve("linear", "linear_top1")]
     with atomic_path(folder) as aside:

@@ -1,4 +1,6 @@
-"""Settings of what judges encoders: linear probe, k-NN, comparison, and sweeps over a setting of pretraining. No torch here."""
+"""Settings of what judges encoders: linear probe, k-NN, comparison, and sweeps over a setting of pretraining. No torch
+here.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +22,11 @@ class FeatureConfig:
     """Features."""
 
     pool: Literal["auto", "cls", "avg"] = "auto"
-    """What is a feature: cls, the CLS token, or avg, the mean of the patch tokens, both after the last norm; auto: what a classifier's head reads,
-    else the CLS token."""
+    """What is a feature: cls, the CLS token, or avg, the mean of the patch tokens, both after the last norm; auto: what
+    a classifier's head reads, else the CLS token."""
     image_size: tuple[int, int] | None = None
-    """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own. Bundles are fixed to theirs."""
+    """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own.
+    Bundles are fixed to theirs."""
     batch_size: int = 64
     """Images at a time."""
     precision: Precision = "auto"
@@ -53,14 +56,17 @@ class LinprobeConfig:
     out: Path
     """Run folder to write; its checkpoint is a classifier."""
     solver: Literal["lars", "logistic", "ridge"] = "lars"
-    """lars: the paper's recipe, with augmentation. For small data, on features that are computed once: logistic, multinomial logistic regression, or
-    ridge, least squares on one-hot labels in closed form."""
+    """lars: the paper's recipe, with augmentation. For small data, on features that are computed once: logistic,
+    multinomial logistic regression, or ridge, least squares on one-hot labels in closed form."""
     pool: Literal["cls", "avg"] = "cls"
-    """What the head reads: the CLS token, as in the paper, or the mean of the patch tokens through a norm without weights."""
+    """What the head reads: the CLS token, as in the paper, or the mean of the patch tokens through a norm without
+    weights."""
     image_size: tuple[int, int] | None = None
-    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for another."""
+    """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
+    another."""
     held_out: float = 0.2
-    """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of them."""
+    """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of
+    them."""
     resume: bool = False
     """Go on with the run in --out, or start it if it is not there."""
     seed: int = 0
@@ -75,7 +81,9 @@ class LinprobeConfig:
     def __post_init__(self) -> None:
         _check_share(self.held_out)
         if self.loop.sharding != "ddp":
-            raise ConfigError("--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it away")
+            raise ConfigError(
+                "--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it away"
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,8 +117,9 @@ class CompareConfig:
     """Settings of `mae-deploy compare`."""
 
     encoders: tuple[str, ...] = setting(argument=True)
-    """Encoders, each PATH or NAME=PATH: a run, checkpoint, weights file or bundle; PATH@ARCHITECTURE for a weights file of any timm model, such as
-    dino=weights.safetensors@vit_small_patch14_dinov2; random for the first checkpoint's network with random weights."""
+    """Encoders, each PATH or NAME=PATH: a run, checkpoint, weights file or bundle; PATH@ARCHITECTURE for a weights file
+    of any timm model, such as dino=weights.safetensors@vit_small_patch14_dinov2; random for the first checkpoint's
+    network with random weights."""
     data: Path
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
     out: Path | None = None
@@ -161,13 +170,14 @@ class EvalConfig:
     confusion: Path | None = None
     """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
     keep_ratio: tuple[float, ...] | None = None
-    """Shares of the patches that the classifier sees, separated by commas, such as 1,0.5,0.25: top-1 with each, every image with its own random patches;
-    below 1 of checkpoints and of bundles of --tokens visible or ragged; default: all patches."""
+    """Shares of the patches that the classifier sees, separated by commas, such as 1,0.5,0.25: top-1 with each, every
+    image with its own random patches; below 1 of checkpoints and of bundles of --tokens visible or ragged; default: all
+    patches."""
     batch_size: int | None = None
     """Images at a time; default: a bundle's fixed batch, or 64."""
     engine: str = "auto"
-    """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this machine, else the one on
-    which the bundle was proven, where it is installed, else onnxruntime."""
+    """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
+    for this machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     precision: Precision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     num_workers: int = -1

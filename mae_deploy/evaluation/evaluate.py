@@ -1,4 +1,6 @@
-"""`mae-deploy eval`: top-1 and top-5 of a checkpoint or a bundle on labelled images; torch is needed for checkpoints only."""
+"""`mae-deploy eval`: top-1 and top-5 of a checkpoint or a bundle on labelled images; torch is needed for checkpoints
+only.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ class Classifier(Protocol):
     unreadable: list[str]
 
     def logits(self, images: ImageSource, keeps: Sequence[int | None]) -> Iterator[tuple[list[Array], Array]]:
-        """`(B, classes)` with each number of patches (None: all), and labels `(B,)`, for the images that can be read."""
+        """`(B, classes)` with each number of patches (None: all), and labels `(B,)`, for the images that can be
+        read.
+        """
         ...
 
 
@@ -50,7 +54,8 @@ def run(config: EvalConfig) -> Result:
     """Count what a classifier gets right.
 
     Raises:
-        ConfigError: no classifier, no labelled images, classes that are not the classifier's, or numbers of patches that it cannot take.
+        ConfigError: no classifier, no labelled images, classes that are not the classifier's, or numbers of patches
+            that it cannot take.
         CheckFailed: no image can be read, or logits that are no numbers.
         MissingDependency: a checkpoint without torch, or an engine or device that is absent.
     """
@@ -60,7 +65,9 @@ def run(config: EvalConfig) -> Result:
     images = _images(config.data, classifier)
     counts = [keep_count(classifier.num_patches, ratio) for ratio in config.keep_ratio or (1.0,)]
     found = [Accuracy(classifier.num_classes) for _ in counts]
-    for logits, labels in classifier.logits(images, [None if count == classifier.num_patches else count for count in counts]):
+    for logits, labels in classifier.logits(
+        images, [None if count == classifier.num_patches else count for count in counts]
+    ):
         for accuracy, scores in zip(found, logits, strict=True):
             accuracy.add(scores, labels)
     first = found[0]
@@ -81,7 +88,8 @@ def run(config: EvalConfig) -> Result:
     }
     if config.keep_ratio is not None:
         data["keep_ratios"] = [
-            {"keep_ratio": ratio, "patches": count, **accuracy.summary()} for ratio, count, accuracy in zip(config.keep_ratio, counts, found, strict=True)
+            {"keep_ratio": ratio, "patches": count, **accuracy.summary()}
+            for ratio, count, accuracy in zip(config.keep_ratio, counts, found, strict=True)
         ]
     return Result(data, _table(data) if config.keep_ratio is None else _ratio_table(data))
 
@@ -102,11 +110,16 @@ class _Bundle:
     """A bundle on its engine."""
 
     def __init__(self, config: EvalConfig) -> None:
-        self._backbone = Backbone.load(config.model, config.engine, device=config.device, threads=config.threads, affinity=config.affinity)
+        self._backbone = Backbone.load(
+            config.model, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
+        )
         bundle = self._backbone.bundle
         entry = next((entry for entry in bundle.manifest["graph"]["outputs"] if entry["name"] == _LOGITS), None)
         if entry is None:
-            raise ConfigError(f"{config.model} has no logits, only {', '.join(bundle.output_names)}", hint="export a fine-tuned checkpoint")
+            raise ConfigError(
+                f"{config.model} has no logits, only {', '.join(bundle.output_names)}",
+                hint="export a fine-tuned checkpoint",
+            )
         self.description = f"{bundle.precision} on {self._backbone.engine.name}"
         self.num_classes, self.num_patches = int(entry["shape"][-1]), bundle.num_patches
         self.class_names = tuple(bundle.class_names) if bundle.class_names is not None else None
@@ -121,15 +134,26 @@ class _Bundle:
         with self._backbone as backbone, ThreadPoolExecutor() as pool, progress("eval", len(images)) as bar:
             for first in range(0, len(images), self._batch_size):
                 indices = range(first, min(first + self._batch_size, len(images)))
-                read = [(index, pixels) for index, pixels in zip(indices, pool.map(lambda index: self._read(images, index), indices), strict=True)]
+                read = [
+                    (index, pixels)
+                    for index, pixels in zip(
+                        indices, pool.map(lambda index: self._read(images, index), indices), strict=True
+                    )
+                ]
                 kept = [(index, pixels) for index, pixels in read if not isinstance(pixels, str)]
                 for _, why in read:
                     if isinstance(why, str):
                         _leave_out(self.unreadable, why)
                 if kept:
                     pixels, items = np.stack([pixels for _, pixels in kept]), [next(numbers) for _ in kept]
-                    ids = [None if keep is None else random_patches(self.num_patches, keep, items, self._seed) for keep in keeps]
-                    found = [backbone.run_cropped(pixels, ids_keep, outputs=[_LOGITS])[_LOGITS].astype(np.float32) for ids_keep in ids]
+                    ids = [
+                        None if keep is None else random_patches(self.num_patches, keep, items, self._seed)
+                        for keep in keeps
+                    ]
+                    found = [
+                        backbone.run_cropped(pixels, ids_keep, outputs=[_LOGITS])[_LOGITS].astype(np.float32)
+                        for ids_keep in ids
+                    ]
                     yield found, labels[[index for index, _ in kept]]
                 bar.advance(len(indices))
 
@@ -140,10 +164,15 @@ class _Bundle:
         if all(least <= (keep or N) <= most for keep in keeps):
             return
         if bundle.token_mode == "full":
-            raise ConfigError("--keep-ratio below 1, but this bundle's graph takes whole images", hint="export with --tokens visible")
+            raise ConfigError(
+                "--keep-ratio below 1, but this bundle's graph takes whole images", hint="export with --tokens visible"
+            )
         taken = f"{most}" if least == most else f"{least} to {most}"
         share = math.ceil(10_000 * most / N) / 10_000  # of which `keep_count` makes no less
-        raise ConfigError(f"this bundle's graph takes {taken} of {N} patches", hint=f"give a share that it takes, such as --keep-ratio {share:g}")
+        raise ConfigError(
+            f"this bundle's graph takes {taken} of {N} patches",
+            hint=f"give a share that it takes, such as --keep-ratio {share:g}",
+        )
 
     def _read(self, images: ImageSource, index: int) -> Array | str:
         preprocess = self._backbone.preprocess
@@ -161,7 +190,10 @@ class _Checkpoint:
         loaded = self._features.read_weights(config.model)
         metadata = loaded.metadata
         if metadata.kind != "classifier":
-            raise ConfigError(f"{config.model} is a {metadata.kind} without a head", hint="fine-tune it first, or judge it by linprobe or knn")
+            raise ConfigError(
+                f"{config.model} is a {metadata.kind} without a head",
+                hint="fine-tune it first, or judge it by linprobe or knn",
+            )
         self._loaded, self._config = loaded, config
         self.description = f"torch on {self._features.resolve_device(config.device)}"
         self.num_classes, self.num_patches = int(metadata.num_classes or 0), loaded.encoder_config.num_tokens
@@ -171,8 +203,12 @@ class _Checkpoint:
     def logits(self, images: ImageSource, keeps: Sequence[int | None]) -> Iterator[tuple[list[Array], Array]]:
         """All at once."""
         config = self._config
-        source = self._features.classifier_logits(self._loaded, config.precision, config.device, keeps=keeps, seed=config.seed)
-        settings = self._features.FeatureConfig(batch_size=config.batch_size or _BATCH, num_workers=config.num_workers, max_corrupt=len(images))
+        source = self._features.classifier_logits(
+            self._loaded, config.precision, config.device, keeps=keeps, seed=config.seed
+        )
+        settings = self._features.FeatureConfig(
+            batch_size=config.batch_size or _BATCH, num_workers=config.num_workers, max_corrupt=len(images)
+        )
         found = self._features.extract(source, images, settings, title="eval")
         self.unreadable += found.unreadable
         yield np.split(found.features.numpy(), len(keeps), axis=1), found.labels.numpy()
@@ -202,7 +238,13 @@ def _table(data: dict[str, Any]) -> Table:
 
 def _ratio_table(data: dict[str, Any]) -> Table:
     """A row for each share of the patches."""
-    table = Table("patches kept", "patches", "top-1", "top-5", title=Text(f"{data['model']}, {data['on']}, {data['images']} images"))
+    table = Table(
+        "patches kept",
+        "patches",
+        "top-1",
+        "top-5",
+        title=Text(f"{data['model']}, {data['on']}, {data['images']} images"),
+    )
     for row in data["keep_ratios"]:
         table.add_row(f"{row['keep_ratio']:g}", str(row["patches"]), f"{row['top1']:.2f} %", f"{row['top5']:.2f} %")
     return table

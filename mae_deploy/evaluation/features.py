@@ -90,7 +90,9 @@ def open_source(path: Path, config: FeatureConfig, device: Device) -> FeatureSou
     return EncoderFeatures(read_weights(path), config, device)
 
 
-def extract(source: FeatureSource, images: ImageSource, config: FeatureConfig, *, title: str = "features") -> FeatureSet:
+def extract(
+    source: FeatureSource, images: ImageSource, config: FeatureConfig, *, title: str = "features"
+) -> FeatureSet:
     """Run every image through the encoder once.
 
     Raises:
@@ -109,7 +111,8 @@ def extract(source: FeatureSource, images: ImageSource, config: FeatureConfig, *
             unreadable += batch.unreadable
             if len(unreadable) > config.max_corrupt:
                 raise CheckFailed(
-                    f"{len(unreadable)} unreadable images in {images.name}", hint=f"mend them, or allow more than --max-corrupt {config.max_corrupt}"
+                    f"{len(unreadable)} unreadable images in {images.name}",
+                    hint=f"mend them, or allow more than --max-corrupt {config.max_corrupt}",
                 )
             if len(batch.images):
                 started = time.perf_counter()
@@ -121,7 +124,10 @@ def extract(source: FeatureSource, images: ImageSource, config: FeatureConfig, *
         raise CheckFailed(f"no readable image in {images.name}")
     found = torch.cat(features)
     if not found.isfinite().all():
-        raise CheckFailed(f"features of {source.description} are NaN or infinite", hint="try --precision fp32; else the weights are damaged")
+        raise CheckFailed(
+            f"features of {source.description} are NaN or infinite",
+            hint="try --precision fp32; else the weights are damaged",
+        )
     return FeatureSet(found, torch.cat(labels), tuple(unreadable), len(found) / max(seconds, 1e-9))
 
 
@@ -144,7 +150,9 @@ class ModuleFeatures:
         self.device = resolve_device(device)
         self.model = model.requires_grad_(False).eval().to(self.device)
         self.spec, self.description, self.licence = spec, description, licence
-        self.parameters = sum(parameter.numel() for name, parameter in model.named_parameters() if name.split(".")[0] != "head")
+        self.parameters = sum(
+            parameter.numel() for name, parameter in model.named_parameters() if name.split(".")[0] != "head"
+        )
         self._pooled = pooled
         self._normalise = Normalise(spec).to(self.device)
         self._autocast = autocast_for(self.device, precision)
@@ -169,9 +177,18 @@ class EncoderFeatures(ModuleFeatures):
         headed = isinstance(model, Classifier) and model.pool == "avg"
         pool = _pool_of(config.pool, ("avg",) if headed else ("cls", "avg"))
         encoder = loaded.encoder_config
-        description = f"{encoder.name} at {encoder.image_size[0]}x{encoder.image_size[1]}, {'fc_norm of ' if headed else ''}{pool}"
+        description = (
+            f"{encoder.name} at {encoder.image_size[0]}x{encoder.image_size[1]},"
+            f" {'fc_norm of ' if headed else ''}{pool}"
+        )
         super().__init__(
-            model, _pooling(model, pool), from_dict(Preprocess, loaded.metadata.preprocess), description, loaded.metadata.licence, config.precision, device
+            model,
+            _pooling(model, pool),
+            from_dict(Preprocess, loaded.metadata.preprocess),
+            description,
+            loaded.metadata.licence,
+            config.precision,
+            device,
         )
         self.loaded = loaded
 
@@ -191,20 +208,27 @@ class BundleFeatures:
         self.description = f"{model['name']}, {bundle.precision} on {self._backbone.engine.name}, {pool}"
         shape = {name: value for name, value in model.items() if name in EncoderConfig.__dataclass_fields__}
         with torch.device("meta"):
-            self.parameters = sum(parameter.numel() for parameter in Encoder(from_dict(EncoderConfig, shape)).parameters())
+            self.parameters = sum(
+                parameter.numel() for parameter in Encoder(from_dict(EncoderConfig, shape)).parameters()
+            )
 
     def __call__(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` pixels to float32 `(B, D)`."""
         pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        return torch.from_numpy(self._backbone.run_cropped(pixels, outputs=[self._output])[self._output].astype(np.float32))
+        return torch.from_numpy(
+            self._backbone.run_cropped(pixels, outputs=[self._output])[self._output].astype(np.float32)
+        )
 
     def close(self) -> None:
         """Free the engine."""
         self._backbone.close()
 
 
-def classifier_logits(loaded: Loaded, precision: Precision, device: Device, *, keeps: Sequence[int | None] = (None,), seed: int = 0) -> ModuleFeatures:
-    """A classifier's logits in the place of features, one after the other for each number of patches: `(B, len(keeps) * classes)`.
+def classifier_logits(
+    loaded: Loaded, precision: Precision, device: Device, *, keeps: Sequence[int | None] = (None,), seed: int = 0
+) -> ModuleFeatures:
+    """A classifier's logits in the place of features, one after the other for each number of patches:
+    `(B, len(keeps) * classes)`.
 
     Args:
         keeps: patches that the classifier sees, the n-th image those that `random_patches` gives the n-th; None: all.
@@ -214,16 +238,37 @@ def classifier_logits(loaded: Loaded, precision: Precision, device: Device, *, k
 
     def logits(images: Tensor) -> Tensor:
         items = [next(numbers) for _ in images]
-        ids = [None if keep is None else torch.from_numpy(random_patches(num_patches, keep, items, seed)).to(images.device) for keep in keeps]
+        ids = [
+            None if keep is None else torch.from_numpy(random_patches(num_patches, keep, items, seed)).to(images.device)
+            for keep in keeps
+        ]
         return torch.cat([model(images, ids_keep) for ids_keep in ids], dim=1)
 
-    return ModuleFeatures(model, logits, from_dict(Preprocess, metadata.preprocess), loaded.encoder_config.name, metadata.licence, precision, device)
+    return ModuleFeatures(
+        model,
+        logits,
+        from_dict(Preprocess, metadata.preprocess),
+        loaded.encoder_config.name,
+        metadata.licence,
+        precision,
+        device,
+    )
 
 
 def random_like(loaded: Loaded, seed: int) -> Loaded:
     """The same encoder with random weights: what an architecture gives without training."""
     seed_everything(derive_seed(seed, "weights"))
-    metadata = replace(loaded.metadata, kind="encoder", decoder=None, pool=None, num_classes=None, class_names=None, licence="own", provenance={}, metrics={})
+    metadata = replace(
+        loaded.metadata,
+        kind="encoder",
+        decoder=None,
+        pool=None,
+        num_classes=None,
+        class_names=None,
+        licence="own",
+        provenance={},
+        metrics={},
+    )
     return Loaded(metadata, Encoder(loaded.encoder_config).state_dict(), {})
 
 
@@ -259,7 +304,10 @@ def _pool_of(asked: str, offered: tuple[str, ...]) -> str:
     if not offered:
         raise ConfigError("this bundle has neither a cls nor a pooled output", hint="export it with --tokens full")
     if asked != "auto" and asked not in offered:
-        raise ConfigError(f"--pool {asked}, but this encoder offers {' and '.join(offered)}", hint="a mean-pooled classifier has no norm for its CLS token")
+        raise ConfigError(
+            f"--pool {asked}, but this encoder offers {' and '.join(offered)}",
+            hint="a mean-pooled classifier has no norm for its CLS token",
+        )
     return offered[0] if asked == "auto" else asked
 
 

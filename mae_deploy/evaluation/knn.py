@@ -41,7 +41,15 @@ def run(config: KnnConfig) -> Result:
     finally:
         source.close()
     device = resolve_device(config.device)
-    found = knn(known, asked, len(train.class_names), config.k, temperature=config.temperature, block_size=config.block_size, device=device)
+    found = knn(
+        known,
+        asked,
+        len(train.class_names),
+        config.k,
+        temperature=config.temperature,
+        block_size=config.block_size,
+        device=device,
+    )
     data = {
         "encoder": str(config.init),
         "features": source.description,
@@ -68,7 +76,9 @@ def knn(
     block_size: int = BLOCK_SIZE,
     device: torch.device | None = None,
 ) -> dict[int, dict[str, Any]]:
-    """Top-1 and top-5 in per cent for each k; a k beyond the number of training images means all of them, and is reported as that."""
+    """Top-1 and top-5 in per cent for each k; a k beyond the number of training images means all of them, and is
+    reported as that.
+    """
     if max(ks) > len(train.labels):
         notice("k-NN:", f"there are only {len(train.labels)} training images: --k {max(ks)} means all of them")
         ks = tuple(dict.fromkeys(min(k, len(train.labels)) for k in ks))
@@ -83,10 +93,14 @@ def knn(
     return {k: accuracy.summary() for k, accuracy in counts.items()}
 
 
-def nearest(train: Tensor, queries: Tensor, k: int, *, block_size: int = BLOCK_SIZE, device: torch.device | None = None) -> tuple[Tensor, Tensor]:
-    """The k training features with the highest cosine, best first: `(S, D), (Q, D) -> (Q, k)` cosines and `(Q, k)` indices, on the CPU.
+def nearest(
+    train: Tensor, queries: Tensor, k: int, *, block_size: int = BLOCK_SIZE, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The k training features with the highest cosine, best first: `(S, D), (Q, D) -> (Q, k)` cosines and `(Q, k)`
+    indices, on the CPU.
 
-    The training features come in blocks, of which the best k so far are kept: never more than `Q * (block_size + k)` cosines are held.
+    The training features come in blocks, of which the best k so far are kept: never more than `Q * (block_size + k)`
+    cosines are held.
     """
     queries = F.normalize(queries.to(device), dim=1)
     best = torch.empty(len(queries), 0, device=queries.device)

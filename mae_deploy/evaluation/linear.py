@@ -1,4 +1,6 @@
-"""Linear classifiers on features that are computed once: ridge regression in closed form, and multinomial logistic regression by L-BFGS."""
+"""Linear classifiers on features that are computed once: ridge regression in closed form, and multinomial logistic
+regression by L-BFGS.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ STRENGTHS: dict[Solver, tuple[float, ...]] = {
     "ridge": (1e1, 1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
     "logistic": (1e0, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5),
 }
-"""Factors of the squared weights beside the mean loss of an image, on standardised features, from strong to weak; scikit-learn's C is 1 / (factor * images)."""
+"""Factors of the squared weights beside the mean loss of an image, on standardised features, from strong to weak;
+scikit-learn's C is 1 / (factor * images)."""
 
 _ITERATIONS = 300
 """L-BFGS steps at most for each strength; the weaker ones start from the stronger one's weights."""
@@ -62,7 +65,8 @@ def fit_linear(
 ) -> LinearFit:
     """Choose the regularisation on a held-out share of each class, then fit all images: `(S, D)` float32, `(S,)` int64.
 
-    Features are standardised first (mean 0 and deviation 1 of each channel over the images fitted), and the weights are given back for features as they are.
+    Features are standardised first (mean 0 and deviation 1 of each channel over the images fitted), and the weights are
+    given back for features as they are.
     """
     solve = {"ridge": ridge, "logistic": logistic}[solver]
     strengths = strengths or STRENGTHS[solver]
@@ -78,7 +82,9 @@ def fit_linear(
 
 
 def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices to fit and to hold out, drawn class by class; of a class with two images or more, at least one is on either side."""
+    """Indices to fit and to hold out, drawn class by class; of a class with two images or more, at least one is on
+    either side.
+    """
     generator = torch.Generator().manual_seed(derive_seed(seed, "held-out"))
     kept: list[Tensor] = []
     out: list[Tensor] = []
@@ -91,10 +97,14 @@ def hold_out(labels: Tensor, share: float, seed: int) -> tuple[Tensor, Tensor]:
     return torch.cat(kept), torch.cat(out)
 
 
-def ridge(features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
-    """Least squares on one-hot labels in closed form, the intercept free: for each strength, `(classes, D)` and `(classes,)` in float64.
+def ridge(
+    features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...]
+) -> list[tuple[Tensor, Tensor]]:
+    """Least squares on one-hot labels in closed form, the intercept free: for each strength, `(classes, D)` and
+    `(classes,)` in float64.
 
-    Minimises the mean over images of `|W x + b - y|²`, plus strength times `|W|²`. One eigendecomposition serves all strengths.
+    Minimises the mean over images of `|W x + b - y|²`, plus strength times `|W|²`. One eigendecomposition serves all
+    strengths.
     """
     S = len(features)
     x = features.double()
@@ -111,23 +121,34 @@ def ridge(features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[f
     return found
 
 
-def logistic(features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...]) -> list[tuple[Tensor, Tensor]]:
+def logistic(
+    features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...]
+) -> list[tuple[Tensor, Tensor]]:
     """Multinomial logistic regression: for each strength, `(classes, D)` and `(classes,)`.
 
     Minimises the mean cross-entropy plus half the strength times `|W|²`, the intercept free, by L-BFGS.
     """
-    weight = torch.zeros(num_classes, features.shape[1], dtype=features.dtype, device=features.device, requires_grad=True)
+    weight = torch.zeros(
+        num_classes, features.shape[1], dtype=features.dtype, device=features.device, requires_grad=True
+    )
     bias = torch.zeros(num_classes, dtype=features.dtype, device=features.device, requires_grad=True)
     found = []
     with progress("logistic", len(strengths), enabled=len(strengths) > 1) as bar:
         for strength in strengths:
             optimizer = torch.optim.LBFGS(
-                [weight, bias], max_iter=_ITERATIONS, history_size=20, line_search_fn="strong_wolfe", tolerance_grad=1e-5, tolerance_change=1e-8
+                [weight, bias],
+                max_iter=_ITERATIONS,
+                history_size=20,
+                line_search_fn="strong_wolfe",
+                tolerance_grad=1e-5,
+                tolerance_change=1e-8,
             )
 
             def closure(optimizer: torch.optim.LBFGS = optimizer, strength: float = strength) -> Tensor:
                 optimizer.zero_grad()
-                loss = F.cross_entropy(F.linear(features, weight, bias), labels) + 0.5 * strength * weight.square().sum()
+                loss = (
+                    F.cross_entropy(F.linear(features, weight, bias), labels) + 0.5 * strength * weight.square().sum()
+                )
                 loss.backward()
                 return loss
 
@@ -140,19 +161,30 @@ def logistic(features: Tensor, labels: Tensor, num_classes: int, strengths: tupl
 Solve = Callable[[Tensor, Tensor, int, tuple[float, ...]], list[tuple[Tensor, Tensor]]]
 
 
-def _fit(solve: Solve, features: Tensor, labels: Tensor, num_classes: int, strengths: tuple[float, ...], device: torch.device | None) -> list[LinearFit]:
+def _fit(
+    solve: Solve,
+    features: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    strengths: tuple[float, ...],
+    device: torch.device | None,
+) -> list[LinearFit]:
     """Standardise, solve for all strengths, and undo the standardisation in the weights."""
     mean, deviation = features.double().mean(dim=0), features.double().std(dim=0, correction=0)
     deviation = torch.where(deviation > 1e-12, deviation, 1.0)  # a channel that is the same for all images
     standardised = ((features - mean.float()) / deviation.float()).to(device)
     fits = []
-    for strength, (weight, bias) in zip(strengths, solve(standardised, labels.to(device), num_classes, strengths), strict=True):
+    for strength, (weight, bias) in zip(
+        strengths, solve(standardised, labels.to(device), num_classes, strengths), strict=True
+    ):
         raw, offset = unstandardise(weight.cpu(), bias.cpu(), mean, deviation)
         fits.append(LinearFit(raw, offset, strength, {}))
     return fits
 
 
 def unstandardise(weight: Tensor, bias: Tensor, mean: Tensor, deviation: Tensor) -> tuple[Tensor, Tensor]:
-    """`W ((x - mean) / deviation) + b = W' x + b'`: `(classes, D), (classes,), (D,), (D,)` to `W'` and `b'` in float64."""
+    """`W ((x - mean) / deviation) + b = W' x + b'`: `(classes, D), (classes,), (D,), (D,)` to `W'` and `b'` in
+    float64.
+    """
     raw = weight.double() / deviation.double()
     return raw, bias.double() - raw @ mean.double()

@@ -1,4 +1,6 @@
-"""The linear probe: a frozen encoder, BatchNorm without affine weights, a linear head, LARS (paper, appendix A.1, table 10)."""
+"""The linear probe: a frozen encoder, BatchNorm without affine weights, a linear head, LARS (paper, appendix A.1, table
+10).
+"""
 
 from __future__ import annotations
 
@@ -49,18 +51,25 @@ def run(config: LinprobeConfig) -> dict[str, Any]:
     loaded = read_weights(config.init)
     stored = loaded.encoder_config
     encoder = replace(stored, image_size=config.image_size or stored.image_size)
-    spec = config.images.preprocess(encoder.image_size, encoder.in_chans, from_dict(Preprocess, loaded.metadata.preprocess))
+    spec = config.images.preprocess(
+        encoder.image_size, encoder.in_chans, from_dict(Preprocess, loaded.metadata.preprocess)
+    )
     train = labelled_images(config.data, "train", columns=config.images.columns)
     assert train.class_names is not None
     val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     data = {"train": train.fingerprint(), "val": val.fingerprint()}
     seed_everything(derive_seed(config.seed, "weights"))
     classifier = start_from(Classifier(encoder, num_classes=len(train.class_names), pool=config.pool), loaded)
-    if config.pool == "avg" and "fc_norm.weight" in loaded.tensors:  # of a fine-tuned classifier; a pretrained encoder has none
+    if (
+        config.pool == "avg" and "fc_norm.weight" in loaded.tensors
+    ):  # of a fine-tuned classifier; a pretrained encoder has none
         load_strict(classifier.fc_norm, {part: loaded.tensors[f"fc_norm.{part}"] for part in ("weight", "bias")})
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     if config.solver != "lars" and accelerator.num_processes > 1:
-        raise ConfigError(f"--solver {config.solver} runs in one process, not {accelerator.num_processes}", hint="start it without torchrun")
+        raise ConfigError(
+            f"--solver {config.solver} runs in one process, not {accelerator.num_processes}",
+            hint="start it without torchrun",
+        )
     folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
 
     metadata = Metadata(
@@ -79,7 +88,9 @@ def run(config: LinprobeConfig) -> dict[str, Any]:
 
 
 class SharedBatchNorm(nn.BatchNorm1d):
-    """BatchNorm of frozen features over the images of all processes: the same on one process and on several, and nothing to differentiate."""
+    """BatchNorm of frozen features over the images of all processes: the same on one process and on several, and
+    nothing to differentiate.
+    """
 
     @torch.no_grad()
     def forward(self, input: Tensor) -> Tensor:
@@ -103,8 +114,9 @@ class SharedBatchNorm(nn.BatchNorm1d):
 class LinearProbe(nn.Module):
     """A frozen classifier whose head is trained behind BatchNorm without affine weights.
 
-    Whenever the classifier's state is read, its own head becomes the trained one with the BatchNorm's running statistics folded in:
-    `W (x - mean) / sqrt(var + eps) + b`, the same logits. What is saved is therefore a classifier as any other.
+    Whenever the classifier's state is read, its own head becomes the trained one with the BatchNorm's running
+    statistics folded in: `W (x - mean) / sqrt(var + eps) + b`, the same logits. What is saved is therefore a classifier
+    as any other.
     """
 
     def __init__(self, classifier: Classifier) -> None:
@@ -170,7 +182,9 @@ def _train(
         loss=loss,
         metadata=lambda: metadata,
         paper_warmup=PAPER_WARMUP,
-        evaluate=Evaluator(val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers),
+        evaluate=Evaluator(
+            val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers
+        ),
     )
     return fit(job, folder, accelerator, config)
 
@@ -179,16 +193,36 @@ def _train(
 
 
 def _solve(
-    config: LinprobeConfig, classifier: Classifier, metadata: Metadata, folder: RunFolder, train: ImageSource, val: ImageSource, spec: Preprocess
+    config: LinprobeConfig,
+    classifier: Classifier,
+    metadata: Metadata,
+    folder: RunFolder,
+    train: ImageSource,
+    val: ImageSource,
+    spec: Preprocess,
 ) -> dict[str, Any]:
     assert config.solver != "lars"
     assert train.class_names is not None
     name = f"{classifier.config.name}, {config.pool}"
-    source = ModuleFeatures(classifier, classifier.forward_pooled, spec, name, metadata.licence, config.loop.precision, config.device)
-    settings = FeatureConfig(batch_size=config.optim.batch_size, num_workers=config.images.num_workers, max_corrupt=config.images.max_corrupt)
-    known, asked = (_cached(source, images, settings, folder, split) for split, images in (("train", train), ("val", val)))
+    source = ModuleFeatures(
+        classifier, classifier.forward_pooled, spec, name, metadata.licence, config.loop.precision, config.device
+    )
+    settings = FeatureConfig(
+        batch_size=config.optim.batch_size, num_workers=config.images.num_workers, max_corrupt=config.images.max_corrupt
+    )
+    known, asked = (
+        _cached(source, images, settings, folder, split) for split, images in (("train", train), ("val", val))
+    )
     device = resolve_device(config.device)
-    fitted = fit_linear(config.solver, known.features, known.labels, len(train.class_names), held_out=config.held_out, seed=config.seed, device=device)
+    fitted = fit_linear(
+        config.solver,
+        known.features,
+        known.labels,
+        len(train.class_names),
+        held_out=config.held_out,
+        seed=config.seed,
+        device=device,
+    )
     with torch.no_grad():
         classifier.head.weight.copy_(fitted.weight)
         classifier.head.bias.copy_(fitted.bias)
@@ -214,14 +248,20 @@ def _solve(
     }
 
 
-def _cached(source: FeatureSource, images: ImageSource, config: FeatureConfig, folder: RunFolder, split: str) -> FeatureSet:
-    """The features of this run: computed once, then read from its folder, whose config and data have been checked to be the same."""
+def _cached(
+    source: FeatureSource, images: ImageSource, config: FeatureConfig, folder: RunFolder, split: str
+) -> FeatureSet:
+    """The features of this run: computed once, then read from its folder, whose config and data have been checked to be
+    the same.
+    """
     path = folder.path / f"features-{split}.safetensors"
     about = path.with_suffix(".json")
     if about.is_file():
         facts = read_json(about)
         tensors = load_file(path)
-        return FeatureSet(tensors["features"], tensors["labels"], tuple(facts["unreadable"]), facts["images_per_second"])
+        return FeatureSet(
+            tensors["features"], tensors["labels"], tuple(facts["unreadable"]), facts["images_per_second"]
+        )
     found = extract(source, images, config, title=f"features of {split}")
     with atomic_path(path) as aside:
         save_file({"features": found.features, "labels": found.labels}, aside)

@@ -17,9 +17,11 @@ from mae_deploy.weights.timm_network import build_timm, load_timm, timm_licence,
 
 
 class TimmFeatures(ModuleFeatures):
-    """`timm.create_model(architecture)` with the weights of a file, under timm's own preprocessing; nothing is downloaded.
+    """`timm.create_model(architecture)` with the weights of a file, under timm's own preprocessing; nothing is
+    downloaded.
 
-    The feature is the CLS token after the last norm, or with `avg` the mean of the patch tokens; for networks without tokens, what their head reads.
+    The feature is the CLS token after the last norm, or with `avg` the mean of the patch tokens; for networks without
+    tokens, what their head reads.
     """
 
     def __init__(self, path: Path, architecture: str, config: FeatureConfig, device: Device) -> None:
@@ -40,9 +42,13 @@ def _pooling(model: Any, asked: str) -> tuple[str, Callable[[Tensor], Tensor]]:
     offered = ("head",) if not by_tokens else ("avg",) if headed or not prefix else ("cls", "avg")
     pool = offered[0] if asked == "auto" else asked
     if pool not in offered:
-        raise ConfigError(f"--pool {asked}, but {type(model).__name__} offers {' and '.join(offered)}", hint="leave --pool away")
+        raise ConfigError(
+            f"--pool {asked}, but {type(model).__name__} offers {' and '.join(offered)}", hint="leave --pool away"
+        )
     if offered == ("head",) or headed:
-        return "what its head reads" if pool == "head" else pool, lambda images: model.forward_head(model.forward_features(images), pre_logits=True)
+        return "what its head reads" if pool == "head" else pool, lambda images: model.forward_head(
+            model.forward_features(images), pre_logits=True
+        )
 
     def pooled(images: Tensor) -> Tensor:
         tokens: Tensor = model.forward_features(images)

@@ -1,4 +1,6 @@
-"""Images of any number of channels and any type of number, as NumPy and TIFF files hold them; resized in Pillow channel by channel."""
+"""Images of any number of channels and any type of number, as NumPy and TIFF files hold them; resized in Pillow channel
+by channel.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def read_array(path: Path, file: BinaryIO | None = None) -> Array:
         ValueError: not an image; the message says why.
         MissingDependency: `tifffile`, which TIFF needs, is not installed.
     """
-    values = np.load(file or path, allow_pickle=False) if path.suffix.lower() == NUMPY_SUFFIX else _read_tiff(file or path)
+    values = (
+        np.load(file or path, allow_pickle=False) if path.suffix.lower() == NUMPY_SUFFIX else _read_tiff(file or path)
+    )
     if not isinstance(values, np.ndarray):
         raise ValueError("it holds several arrays; one image is one array (H, W, C)")
     return channels_last(values)
@@ -53,7 +57,8 @@ def channels_last(values: Array) -> Array:
 
 
 def resize_and_cut(pixels: Array, size: tuple[int, int], box: tuple[int, int, int, int], interpolation: str) -> Array:
-    """Each channel resized to `size` and cut to `box`, with Pillow's filter: `(H, W, C)` to uint8, where it is uint8, else float32.
+    """Each channel resized to `size` and cut to `box`, with Pillow's filter: `(H, W, C)` to uint8, where it is uint8,
+    else float32.
 
     Args:
         size: width and height.

@@ -17,7 +17,8 @@ from mae_deploy.images.read import _formats
 
 
 def find_images(root: Path) -> list[Path]:
-    """All image files at or below `root`, or all `.npy` files where there is no image, in a stable order; hidden files and folders are left out.
+    """All image files at or below `root`, or all `.npy` files where there is no image, in a stable order; hidden files
+    and folders are left out.
 
     Raises:
         ConfigError: nothing is there.
@@ -29,9 +30,14 @@ def find_images(root: Path) -> list[Path]:
     known = _image_suffixes()
     files = sorted(_walk(root), key=lambda path: path.relative_to(root).as_posix())
     # Beside images, .npy files are labels, masks or features; where there is nothing else, they are the images.
-    found = [path for path in files if path.suffix.lower() in known] or [path for path in files if path.suffix.lower() == NUMPY_SUFFIX]
+    found = [path for path in files if path.suffix.lower() in known] or [
+        path for path in files if path.suffix.lower() == NUMPY_SUFFIX
+    ]
     if not found:
-        raise ConfigError(f"no images below {root}", hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders")
+        raise ConfigError(
+            f"no images below {root}",
+            hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders",
+        )
     return found
 
 

@@ -21,7 +21,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 _LONGEST = 100
-"""Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels would take gigabytes."""
+"""Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels
+would take gigabytes."""
 
 _INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
 
@@ -47,11 +48,17 @@ class Preprocess:
 
     def __post_init__(self) -> None:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
-            raise ConfigError(f"mean and std need one value for each of {self.channels} channels, not {len(self.mean)} and {len(self.std)}")
+            raise ConfigError(
+                f"mean and std need one value for each of {self.channels} channels, not {len(self.mean)} and"
+                f" {len(self.std)}"
+            )
         if self.interpolation not in _INTERPOLATIONS:
             raise ConfigError(f"interpolation {self.interpolation!r} is not one of {', '.join(_INTERPOLATIONS)}")
         if self.pixel_max is not None and not self.pixel_max > 0:
-            raise ConfigError(f"pixel_max {self.pixel_max:g} must be above 0", hint="65535 for 16-bit images, 10000 for Sentinel-2's reflectance")
+            raise ConfigError(
+                f"pixel_max {self.pixel_max:g} must be above 0",
+                hint="65535 for 16-bit images, 10000 for Sentinel-2's reflectance",
+            )
 
     @property
     def takes_arrays(self) -> bool:
@@ -73,7 +80,8 @@ class Preprocess:
         return read_image(path, self.channels, self.pixel_max)
 
     def crop(self, image: Image.Image | Array) -> Array:
-        """Resize so that the crop covers `image_size`, and cut out the centre: `(H, W, C)`, uint8 or, where `pixel_max` is given, float32.
+        """Resize so that the crop covers `image_size`, and cut out the centre: `(H, W, C)`, uint8 or, where `pixel_max`
+        is given, float32.
 
         For a square, to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates with.
 
@@ -91,7 +99,9 @@ class Preprocess:
         return np.asarray(image.crop(box)).reshape(*self.image_size, self.channels)
 
     def normalise(self, pixels: Array) -> Array:
-        """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255 where it is given."""
+        """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255
+        where it is given.
+        """
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         scaled = (pixels.astype(np.float32) / np.float32(self.divisor) - mean) / std
         return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
@@ -116,7 +126,9 @@ class Preprocess:
         height, width, _ = pixels.shape
         left, top, right, bottom = _middle(width, height)
         size, box = self._place((right - left, bottom - top))
-        return resize_and_cut(pixels[top:bottom, left:right], size, box, self.interpolation).astype(self.dtype, copy=False)
+        return resize_and_cut(pixels[top:bottom, left:right], size, box, self.interpolation).astype(
+            self.dtype, copy=False
+        )
 
 
 def require_readers(names: Iterable[str], spec: Preprocess) -> None:
@@ -142,7 +154,9 @@ def _middle(width: int, height: int) -> tuple[int, int, int, int]:
 
 
 def default_preprocess(image_size: tuple[int, int], channels: int = 3) -> Preprocess:
-    """The original's evaluation transform for this size; ImageNet statistics for RGB, 0.5 and 0.25 for other channels."""
+    """The original's evaluation transform for this size; ImageNet statistics for RGB, 0.5 and 0.25 for other
+    channels.
+    """
     rgb = channels == 3
     return Preprocess(
         image_size=image_size,

@@ -40,28 +40,40 @@ def is_image(value: object) -> TypeIs[Image.Image]:
 
 
 def takes_arrays(channels: int, pixel_max: float | None = None) -> bool:
-    """Whether such images are NumPy arrays: another number of channels than 1, 3 and 4, or pixels of more than 8 bits."""
+    """Whether such images are NumPy arrays: another number of channels than 1, 3 and 4, or pixels of more than 8
+    bits.
+    """
     return channels not in MODES or pixel_max is not None
 
 
 def read_image(
-    path: Path, channels: int = 3, pixel_max: float | None = None, *, content: bytes | None = None, shrink: Callable[[int, int], int] | None = None
+    path: Path,
+    channels: int = 3,
+    pixel_max: float | None = None,
+    *,
+    content: bytes | None = None,
+    shrink: Callable[[int, int], int] | None = None,
 ) -> Image.Image | Array:
-    """Read an image file: a Pillow image of 8 bits, upright (EXIF), in the mode of `channels`, or an array `(H, W, C)` where `takes_arrays`.
+    """Read an image file: a Pillow image of 8 bits, upright (EXIF), in the mode of `channels`, or an array `(H, W, C)`
+    where `takes_arrays`.
 
     Args:
         content: the file's bytes, where `path` is but its name in a shard or a table.
-        shrink: by what factor a JPEG of this width and height may be made smaller while it is decoded; training only, the pixels are not quite the same.
+        shrink: by what factor a JPEG of this width and height may be made smaller while it is decoded; training only,
+            the pixels are not quite the same.
 
     Raises:
-        UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb; an array of another number of channels.
+        UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb; an array of
+            another number of channels.
         MissingDependency: a TIFF file that only `tifffile` reads.
     """
     from PIL import Image, ImageOps
 
     file = None if content is None else io.BytesIO(content)
     try:
-        if path.suffix.lower() == NUMPY_SUFFIX or (takes_arrays(channels, pixel_max) and path.suffix.lower() in TIFF_SUFFIXES):
+        if path.suffix.lower() == NUMPY_SUFFIX or (
+            takes_arrays(channels, pixel_max) and path.suffix.lower() in TIFF_SUFFIXES
+        ):
             pixels = as_array(read_array(path, file), channels, pixel_max)
             return pixels if takes_arrays(channels, pixel_max) else from_array(pixels)
         with warnings.catch_warnings():
@@ -73,7 +85,9 @@ def read_image(
                 image.load()
                 upright = ImageOps.exif_transpose(image)
                 if takes_arrays(channels, pixel_max):
-                    return as_array(np.asarray(upright.convert("RGB") if upright.mode == "P" else upright), channels, pixel_max)
+                    return as_array(
+                        np.asarray(upright.convert("RGB") if upright.mode == "P" else upright), channels, pixel_max
+                    )
                 return to_mode(upright, channels)
     except MaeDeployError:
         raise
@@ -128,7 +142,9 @@ def as_array(values: Array, channels: int, pixel_max: float | None) -> Array:
         swapped = "; arrays are (H, W, C)" if values.ndim == 3 and values.shape[0] == channels else ""
         raise UnreadableImage(f"the image has {found} channel{'s' * (found != 1)}, not {channels}{swapped}")
     if pixel_max is None and pixels.dtype != np.uint8:
-        raise UnreadableImage(f"the pixels are {pixels.dtype}; say what they are to be divided by with --pixel-max, such as 65535")
+        raise UnreadableImage(
+            f"the pixels are {pixels.dtype}; say what they are to be divided by with --pixel-max, such as 65535"
+        )
     return pixels
 
 
@@ -150,7 +166,9 @@ def from_array(pixels: Array) -> Image.Image:
 
 @functools.cache
 def _formats() -> tuple[str, ...]:
-    """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a file that nobody checked."""
+    """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a
+    file that nobody checked.
+    """
     from PIL import Image
 
     Image.init()

@@ -26,7 +26,8 @@ PRESETS = {
     "vit_base_patch16": Preset(16, 768, 12, 12),
     "vit_large_patch16": Preset(16, 1024, 24, 16),
     "vit_huge_patch14": Preset(14, 1280, 32, 16),
-    # For small images: the same family with patches of 2 to 8 pixels. Head dim 64 throughout, which TensorRT can fuse in INT8.
+    # For small images: the same family with patches of 2 to 8 pixels. Head dim 64 throughout, which TensorRT can fuse
+    # in INT8.
     "vit_tiny_patch2": Preset(2, 192, 12, 3),
     "vit_tiny_patch4": Preset(4, 192, 12, 3),
     "vit_tiny_patch8": Preset(8, 192, 12, 3),
@@ -52,7 +53,8 @@ class EncoderConfig:
     in_chans: int = 3
     """Input channels: 1 grey, 3 RGB, 4 RGBA, any number from TIFF and NumPy files."""
     band_groups: tuple[tuple[int, ...], ...] | None = None
-    """Groups of channels, each with tokens of its own, such as '0,1,2;3,4,5;6,7' (SatMAE); every channel in one of them; default: none."""
+    """Groups of channels, each with tokens of its own, such as '0,1,2;3,4,5;6,7' (SatMAE); every channel in one of
+    them; default: none."""
     embed_dim: int | None = setting(None, hidden=True)
     """Width of the tokens; default: the model's."""
     depth: int | None = setting(None, hidden=True)
@@ -74,20 +76,29 @@ class EncoderConfig:
                 if given is None:
                     object.__setattr__(self, field.name, own)
                 elif given != own and field.name != "patch_size":
-                    raise ConfigError(f"model '{self.name}' has {field.name} {own}, not {given}", hint="give a shape of your own a name of its own")
+                    raise ConfigError(
+                        f"model '{self.name}' has {field.name} {own}, not {given}",
+                        hint="give a shape of your own a name of its own",
+                    )
         if min(*self.image_size, self.patch, self.in_chans, self.blocks, self.heads, self.width) < 1:
             raise ConfigError(f"sizes of model '{self.name}' must be at least 1")
         if any(side % self.patch for side in self.image_size):
             raise ConfigError(
-                f"image size {self.image_size[0]}x{self.image_size[1]} is not a multiple of the patch size {self.patch}",
-                hint=f"the nearest is {','.join(str(max(1, round(side / self.patch)) * self.patch) for side in self.image_size)}",
+                f"image size {self.image_size[0]}x{self.image_size[1]} is not a multiple of the patch size"
+                f" {self.patch}",
+                hint=(
+                    "the nearest is"
+                    f" {','.join(str(max(1, round(side / self.patch)) * self.patch) for side in self.image_size)}"
+                ),
             )
         if self.width % self.heads or self.width % 4:
             raise ConfigError(f"embed_dim {self.width} must be a multiple of 4 and of num_heads {self.heads}")
         if self.band_groups is not None:
             check_band_groups(self.band_groups, self.in_chans)
             if self.width < 8:
-                raise ConfigError(f"embed_dim {self.width} has no room for a code of the group of bands", hint="at least 8")
+                raise ConfigError(
+                    f"embed_dim {self.width} has no room for a code of the group of bands", hint="at least 8"
+                )
 
     @property
     def patch(self) -> int:
@@ -131,7 +142,9 @@ class EncoderConfig:
 
     @property
     def group_dim(self) -> int:
-        """Channels of a position embedding that tell the group of bands: 256 from ViT-B on, as SatMAE has it, else a quarter; 0 without groups."""
+        """Channels of a position embedding that tell the group of bands: 256 from ViT-B on, as SatMAE has it, else a
+        quarter; 0 without groups.
+        """
         if self.band_groups is None:
             return 0
         return 256 if self.width >= 768 else quarter(self.width)
@@ -143,7 +156,9 @@ class EncoderConfig:
 
 
 def quarter(dim: int) -> int:
-    """A quarter of a width in multiples of 4, at least 4: what SatMAE's decoder gives to the code of the group of bands."""
+    """A quarter of a width in multiples of 4, at least 4: what SatMAE's decoder gives to the code of the group of
+    bands.
+    """
     return max(4, dim // 16 * 4)
 
 
@@ -159,7 +174,10 @@ def check_band_groups(groups: tuple[tuple[int, ...], ...], channels: int) -> Non
     if not groups or not all(groups):
         raise ConfigError(f"--band-groups {written} has an empty group", hint=hint)
     if outside := [band for band in listed if not 0 <= band < channels]:
-        raise ConfigError(f"--band-groups {written} names band {outside[0]} of {channels}", hint=f"{hint}; --in-chans is the number of bands")
+        raise ConfigError(
+            f"--band-groups {written} names band {outside[0]} of {channels}",
+            hint=f"{hint}; --in-chans is the number of bands",
+        )
     for band in range(channels):
         if listed.count(band) != 1:
             raise ConfigError(f"--band-groups {written} names band {band} {listed.count(band)} times", hint=hint)
@@ -170,7 +188,8 @@ class DecoderConfig:
     """Decoder."""
 
     decoder_depth: int = 8
-    """Blocks of the decoder (paper, table 1a: 1 to 12); 0: one linear layer on the encoder's tokens, with --encoder-mask-tokens (SimMIM)."""
+    """Blocks of the decoder (paper, table 1a: 1 to 12); 0: one linear layer on the encoder's tokens, with
+    --encoder-mask-tokens (SimMIM)."""
     decoder_embed_dim: int = 512
     """Width of the decoder (paper, table 1b: 128 to 1024)."""
     decoder_num_heads: int | None = None
@@ -179,11 +198,18 @@ class DecoderConfig:
     def __post_init__(self) -> None:
         if self.decoder_num_heads is None:
             most = max(1, self.decoder_embed_dim // 32)
-            object.__setattr__(self, "decoder_num_heads", next(heads for heads in range(most, 0, -1) if self.decoder_embed_dim % heads == 0))
+            object.__setattr__(
+                self,
+                "decoder_num_heads",
+                next(heads for heads in range(most, 0, -1) if self.decoder_embed_dim % heads == 0),
+            )
         if self.decoder_depth < 0 or min(self.decoder_embed_dim, self.heads) < 1:
             raise ConfigError("the decoder's width and heads must be at least 1, its depth at least 0")
         if self.decoder_embed_dim % self.heads or self.decoder_embed_dim % 4:
-            raise ConfigError(f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads {self.heads}")
+            raise ConfigError(
+                f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads"
+                f" {self.heads}"
+            )
 
     @property
     def heads(self) -> int:
@@ -202,8 +228,8 @@ class ObjectiveConfig:
     """Objective."""
 
     target: TargetKind = "pixels"
-    """What is predicted of a patch: its pixels, the largest coefficients of its principal components (paper, table 1d), or a --teacher's features.
-    --norm-pix-loss normalises the patches of the first two."""
+    """What is predicted of a patch: its pixels, the largest coefficients of its principal components (paper, table 1d),
+    or a --teacher's features. --norm-pix-loss normalises the patches of the first two."""
     target_dim: int | None = None
     """Numbers predicted for a patch with --target pca; default: 96, as in the paper, at most those of a patch."""
     loss: Literal["mse", "l1", "smooth_l1"] = "mse"
@@ -211,7 +237,8 @@ class ObjectiveConfig:
     loss_on: Literal["masked", "all"] = "masked"
     """Patches that the loss counts (paper, footnote 1: counting all patches costs about 0.5 % of accuracy)."""
     encoder_mask_tokens: bool = False
-    """The encoder runs on mask tokens too, as BEiT's and SimMIM's does: slower and less accurate (paper, table 1c), for comparison."""
+    """The encoder runs on mask tokens too, as BEiT's and SimMIM's does: slower and less accurate (paper, table 1c), for
+    comparison."""
 
     def __post_init__(self) -> None:
         if self.target_dim is not None and (self.target_dim < 1 or self.target == "pixels"):
@@ -233,11 +260,16 @@ def check_objective(encoder: EncoderConfig, decoder: DecoderConfig, objective: O
         ConfigError: names what does not go together.
     """
     if decoder.decoder_depth == 0 and not objective.encoder_mask_tokens:
-        raise ConfigError("--decoder-depth 0 leaves masked patches without a token", hint="pass --encoder-mask-tokens with it, as SimMIM does")
+        raise ConfigError(
+            "--decoder-depth 0 leaves masked patches without a token",
+            hint="pass --encoder-mask-tokens with it, as SimMIM does",
+        )
     if encoder.band_groups is not None and (objective.target != "pixels" or objective.encoder_mask_tokens):
         raise ConfigError("--band-groups go with --target pixels, and without --encoder-mask-tokens")
     if objective.target == "pca" and objective.width(encoder) > encoder.patch_dim:
-        raise ConfigError(f"--target-dim {objective.target_dim} is more than the {encoder.patch_dim} numbers of a patch")
+        raise ConfigError(
+            f"--target-dim {objective.target_dim} is more than the {encoder.patch_dim} numbers of a patch"
+        )
 
 
 SliceBlocks = Literal["even", "first"]

@@ -1,9 +1,10 @@
 """Linear layers and attention in training on a CPU, each by the kernel that is the fastest there.
 
-What PyTorch takes by default is not: MKL's matrix products run on AMD at half (Zen 5) to nine tenths (Zen 4) of oneDNN's rate, and the fused
-attention's backward pass loses to attention written out for short sequences. Which is faster depends on the CPU, the threads and the sizes, so it is
-measured when a size is first met. All are FP32 arithmetic; they differ in the order of summation.
-Shapes: M rows (images times tokens), K inputs, N outputs; B images, H heads, T tokens, D head width.
+What PyTorch takes by default is not: MKL's matrix products run on AMD at half (Zen 5) to nine tenths (Zen 4) of
+oneDNN's rate, and the fused attention's backward pass loses to attention written out for short sequences. Which is
+faster depends on the CPU, the threads and the sizes, so it is measured when a size is first met. All are FP32
+arithmetic; they differ in the order of summation. Shapes: M rows (images times tokens), K inputs, N outputs; B images,
+H heads, T tokens, D head width.
 """
 
 from __future__ import annotations
@@ -45,14 +46,16 @@ _MARGIN = 0.97
 """Another kernel must take less than this share of the default's time."""
 
 _TOLERANCE = 1e-5
-"""Largest difference to the default, relative to its largest value. FP32 sums of 10,000 numbers stay below 2e-6; TF32 and BF16 do not pass."""
+"""Largest difference to the default, relative to its largest value. FP32 sums of 10,000 numbers stay below 2e-6; TF32
+and BF16 do not pass."""
 
 
 class Kernels:
     """What was found to be the fastest, by the kind and size of the product.
 
-    A choice changes the last bits of a loss. So that a run and its continuation, or two runs on one machine, agree to the last bit, it is made once:
-    `chosen` is plain data, kept with a run and given to its continuation, and what is not in it is looked up in the machine's file.
+    A choice changes the last bits of a loss. So that a run and its continuation, or two runs on one machine, agree to
+    the last bit, it is made once: `chosen` is plain data, kept with a run and given to its continuation, and what is
+    not in it is looked up in the machine's file.
     """
 
     def __init__(self, chosen: dict[str, str] | None = None, *, file: Path | None = None) -> None:
@@ -75,12 +78,16 @@ class Kernels:
         return self.chosen.get(key) or self._choose(key, PRODUCTS[kind], lambda: _operands(kind, M, K, N))
 
     def fused_attention(self, B: int, H: int, T: int, D: int, *, unmeasured: bool) -> bool:
-        """Whether the fused kernel is faster than attention written out, forward and backward pass together; `unmeasured` where it is not measured."""
+        """Whether the fused kernel is faster than attention written out, forward and backward pass together;
+        `unmeasured` where it is not measured.
+        """
         if 4 * B * H * T * T * D < _SMALLEST or T > _MOST_TOKENS:
             return unmeasured
         B = min(B, _MOST_IMAGES)
         key = f"{_machine()}/{torch.get_num_threads()} threads/attention/{B}x{H}x{T}x{D}"
-        return (self.chosen.get(key) or self._choose(key, ATTENTION, lambda: torch.randn(3, B, H, T, D).unbind())) == "fused"
+        return (
+            self.chosen.get(key) or self._choose(key, ATTENTION, lambda: torch.randn(3, B, H, T, D).unbind())
+        ) == "fused"
 
     def summary(self) -> str | None:
         """One line on what was measured since the last time, if anything was."""
@@ -91,9 +98,14 @@ class Kernels:
         if not faster:
             return "PyTorch's own are the fastest here"
         mean = math.exp(sum(map(math.log, faster)) / len(faster))
-        return f"{len(faster)} of {len(gains)} sizes have one that is faster than PyTorch's own, {mean:.2f} times in the mean; kept with the run"
+        return (
+            f"{len(faster)} of {len(gains)} sizes have one that is faster than PyTorch's own, {mean:.2f} times in the"
+            " mean; kept with the run"
+        )
 
-    def _choose(self, key: str, candidates: Mapping[str, Callable[..., Tensor]], operands: Callable[[], Sequence[Tensor]]) -> str:
+    def _choose(
+        self, key: str, candidates: Mapping[str, Callable[..., Tensor]], operands: Callable[[], Sequence[Tensor]]
+    ) -> str:
         name = _read(self.file).get(key, "")
         if name not in candidates:
             with torch.random.fork_rng(devices=[]), torch.enable_grad():
@@ -108,7 +120,9 @@ class Kernels:
 
 
 def machine_file() -> Path:
-    """Where choices are kept for other runs: in $MAE_DEPLOY_CACHE, else in the user's cache folder. Without the file, the next run measures again."""
+    """Where choices are kept for other runs: in $MAE_DEPLOY_CACHE, else in the user's cache folder. Without the file,
+    the next run measures again.
+    """
     return Path(os.environ.get("MAE_DEPLOY_CACHE") or Path.home() / ".cache" / "mae-deploy") / "kernels.json"
 
 
@@ -129,10 +143,11 @@ def _remember(file: Path, key: str, name: str) -> None:
 
 
 def measure(candidates: Mapping[str, Callable[..., Tensor]], operands: Sequence[Tensor]) -> dict[str, float]:
-    """Shortest time of each, taken in turns after a call that is not timed; those that fail here, or compute something else, are left out.
+    """Shortest time of each, taken in turns after a call that is not timed; those that fail here, or compute something
+    else, are left out.
 
-    The first is what the others are compared with. The time is that of this thread on the CPU, where the system can tell it: it works as long as
-    the others of its pool, and what else runs on the machine is not counted.
+    The first is what the others are compared with. The time is that of this thread on the CPU, where the system can
+    tell it: it works as long as the others of its pool, and what else runs on the machine is not counted.
     """
     clock = time.thread_time if time.get_clock_info("thread_time").resolution < 1e-5 else time.perf_counter
     seconds: dict[str, float] = {}
@@ -140,7 +155,11 @@ def measure(candidates: Mapping[str, Callable[..., Tensor]], operands: Sequence[
     for number, (name, kernel) in enumerate(candidates.items()):
         try:
             found = kernel(*operands)
-        except (AttributeError, NotImplementedError, RuntimeError):  # the operators of oneDNN are PyTorch's own business, and may change
+        except (
+            AttributeError,
+            NotImplementedError,
+            RuntimeError,
+        ):  # the operators of oneDNN are PyTorch's own business, and may change
             continue
         if number == 0:
             reference = found
@@ -190,7 +209,8 @@ PRODUCTS: dict[str, dict[str, Callable[..., Tensor]]] = {
         "onednn transposed": lambda grad, x: _onednn(x.t(), grad.t()).t().contiguous(),
     },
 }
-"""The three products of a linear layer: `x (M, K), weight (N, K), bias (N,)`; `grad (M, N), weight (N, K)`; `grad (M, N), x (M, K)`."""
+"""The three products of a linear layer: `x (M, K), weight (N, K), bias (N,)`; `grad (M, N), weight (N, K)`;
+`grad (M, N), x (M, K)`."""
 
 
 class _Linear(torch.autograd.Function):
@@ -219,7 +239,9 @@ class _Linear(torch.autograd.Function):
 
 
 class MeasuredLinear(nn.Linear):
-    """A linear layer that computes by the kernels chosen for its sizes; elsewhere than on a CPU in FP32 it is `nn.Linear`."""
+    """A linear layer that computes by the kernels chosen for its sizes; elsewhere than on a CPU in FP32 it is
+    `nn.Linear`.
+    """
 
     kernels: Kernels
 
@@ -236,7 +258,12 @@ class MeasuredLinear(nn.Linear):
 
     def measures(self, x: Tensor) -> bool:
         """Whether what is computed from x is by measured kernels."""
-        return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu")
+        return (
+            x.is_cpu
+            and x.dtype == torch.float32
+            and not torch.compiler.is_compiling()
+            and not torch.is_autocast_enabled("cpu")
+        )
 
 
 def use_kernels(model: nn.Module, kernels: Kernels) -> None:
@@ -266,7 +293,10 @@ def _with_backward(attention: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return both
 
 
-ATTENTION: dict[str, Callable[..., Tensor]] = {"fused": _with_backward(F.scaled_dot_product_attention), "explicit": _with_backward(_explicit)}
+ATTENTION: dict[str, Callable[..., Tensor]] = {
+    "fused": _with_backward(F.scaled_dot_product_attention),
+    "explicit": _with_backward(_explicit),
+}
 """`q, k, v (B, H, T, D) -> (B, H, T, D)`, forward and backward pass."""
 
 
@@ -285,7 +315,9 @@ def _power_of_two(number: int) -> int:
 
 @cache
 def _machine() -> str:
-    """PyTorch's version and the CPU: family and model where Linux tells them, because cloud machines of one name differ in both."""
+    """PyTorch's version and the CPU: family and model where Linux tells them, because cloud machines of one name differ
+    in both.
+    """
     path = Path("/proc/cpuinfo")
     lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
     entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -17,7 +17,15 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConf
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.pca import PatchPca
 from mae_deploy.models.position import sincos_group_embedding, sincos_position_embedding
-from mae_deploy.models.vit import Encoder, LayerNorm, gather_tokens, initialise_linear, patchify, run_blocks, transformer_blocks
+from mae_deploy.models.vit import (
+    Encoder,
+    LayerNorm,
+    gather_tokens,
+    initialise_linear,
+    patchify,
+    run_blocks,
+    transformer_blocks,
+)
 
 _ERRORS = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 
@@ -34,13 +42,21 @@ class MaeOutput(NamedTuple):
 class MaskedAutoencoder(Encoder):
     """Encoder plus decoder, with the original's state-dict names side by side.
 
-    With mask tokens in the encoder, `mask_token` is as wide as the encoder. Without decoder blocks, `decoder_pred` reads the encoder's tokens.
+    With mask tokens in the encoder, `mask_token` is as wide as the encoder. Without decoder blocks, `decoder_pred`
+    reads the encoder's tokens.
 
     Raises:
         ConfigError: no decoder blocks, and no mask tokens in the encoder that could stand for them.
     """
 
-    def __init__(self, config: EncoderConfig, decoder: DecoderConfig, *, norm_pix_loss: bool = True, objective: ObjectiveConfig | None = None) -> None:
+    def __init__(
+        self,
+        config: EncoderConfig,
+        decoder: DecoderConfig,
+        *,
+        norm_pix_loss: bool = True,
+        objective: ObjectiveConfig | None = None,
+    ) -> None:
         super().__init__(config)
         self.decoder_config = decoder
         self.norm_pix_loss = norm_pix_loss
@@ -50,13 +66,19 @@ class MaskedAutoencoder(Encoder):
         if decoder.decoder_depth:
             self.decoder_embed = nn.Linear(config.width, D)
             code = quarter(D) if config.band_groups is not None else 0
-            self.decoder_pos_embed = nn.Parameter(sincos_position_embedding(D - code, config.grid_size), requires_grad=False)
+            self.decoder_pos_embed = nn.Parameter(
+                sincos_position_embedding(D - code, config.grid_size), requires_grad=False
+            )
             if config.band_groups is not None:  # one more, for CLS
-                self.decoder_channel_embed = nn.Parameter(sincos_group_embedding(code, config.num_groups + 1), requires_grad=False)
+                self.decoder_channel_embed = nn.Parameter(
+                    sincos_group_embedding(code, config.num_groups + 1), requires_grad=False
+                )
             self.decoder_norm = LayerNorm(D)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, config.width if self.objective.encoder_mask_tokens else D))
         self.decoder_blocks = transformer_blocks(D, decoder.decoder_depth, decoder.heads)
-        self.decoder_pred: Any = nn.Linear(D, self.objective.width(config)) if config.band_groups is None else GroupedPrediction(D, config)
+        self.decoder_pred: Any = (
+            nn.Linear(D, self.objective.width(config)) if config.band_groups is None else GroupedPrediction(D, config)
+        )
         self.pca = PatchPca(config.patch_dim, self.objective.width(config)) if self.objective.target == "pca" else None
         nn.init.normal_(self.mask_token, std=0.02)
         for name, module in self.named_children():
@@ -68,7 +90,9 @@ class MaskedAutoencoder(Encoder):
         return super().forward(images, ids_keep)
 
     def forward_masked_encoder(self, images: Tensor, mask: Tensor) -> Tensor:
-        """The latent of all patches, mask tokens in place of the masked ones: `(B, C, H, W), (B, N) -> (B, 1 + N, D)`."""
+        """The latent of all patches, mask tokens in place of the masked ones:
+        `(B, C, H, W), (B, N) -> (B, 1 + N, D)`.
+        """
         return self.norm(run_blocks(self.blocks, self.embed_masked(images, mask)))  # type: ignore[no-any-return]
 
     def embed_masked(self, images: Tensor, mask: Tensor) -> Tensor:
@@ -79,7 +103,9 @@ class MaskedAutoencoder(Encoder):
         return torch.cat([tokens[:, :1], patches], dim=1)
 
     def forward_latent(self, images: Tensor, masking: Masking) -> Tensor:
-        """What the decoder reads, by the kind of encoder: `(B, C, H, W) -> (B, 1 + K, D)`, or `(B, 1 + N, D)` with mask tokens in the encoder."""
+        """What the decoder reads, by the kind of encoder: `(B, C, H, W) -> (B, 1 + K, D)`, or `(B, 1 + N, D)` with mask
+        tokens in the encoder.
+        """
         if self.objective.encoder_mask_tokens:
             return self.forward_masked_encoder(images, masking.mask)
         return self.forward_encoder(images, masking.ids_keep)
@@ -95,7 +121,9 @@ class MaskedAutoencoder(Encoder):
         return self.predict(self.decoder_norm(tokens))
 
     def embed_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """What the decoder's first block reads: every patch in its place, mask tokens for those not seen, CLS first: `-> (B, 1 + N, D')`."""
+        """What the decoder's first block reads: every patch in its place, mask tokens for those not seen, CLS first:
+        `-> (B, 1 + N, D')`.
+        """
         tokens: Tensor = self.decoder_embed(latent)
         if not self.objective.encoder_mask_tokens:
             B, visible, D = tokens.shape
@@ -105,7 +133,9 @@ class MaskedAutoencoder(Encoder):
         return tokens + self.decoder_positions()
 
     def decoder_positions(self) -> Tensor:
-        """What is added to every token of the decoder, CLS first: `(1, 1 + N, D)`, with groups of bands `(1, 1 + G * N, D)`."""
+        """What is added to every token of the decoder, CLS first: `(1, 1 + N, D)`, with groups of bands
+        `(1, 1 + G * N, D)`.
+        """
         if self.config.band_groups is None:
             return self.decoder_pos_embed
         return group_positions(self.decoder_pos_embed, self.decoder_channel_embed, self.config.num_groups)
@@ -113,7 +143,8 @@ class MaskedAutoencoder(Encoder):
     def patches(self, images: Tensor) -> Tensor:
         """The patches that are to be predicted: `(B, C, H, W) -> (B, N, P * P * C)`.
 
-        With `norm_pix_loss`, each (of each group of bands) is normalised by its own mean and unbiased variance, eps 1e-6 inside the root.
+        With `norm_pix_loss`, each (of each group of bands) is normalised by its own mean and unbiased variance, eps
+        1e-6 inside the root.
         """
         patches = patchify(images, self.config.patch)
         if self.norm_pix_loss:
@@ -144,7 +175,9 @@ class MaskedAutoencoder(Encoder):
         return patches
 
     def forward_loss(self, images: Tensor, pixels: Tensor, mask: Tensor, target: Tensor | None = None) -> Tensor:
-        """The error of a prediction over the masked patches (paper, section 3, "Reconstruction target"), or over all, a scalar in float32."""
+        """The error of a prediction over the masked patches (paper, section 3, "Reconstruction target"), or over all, a
+        scalar in float32.
+        """
         target = self.target(images.float()) if target is None else target.float()
         error = _ERRORS[self.objective.loss](pixels.float(), target, reduction="none")
         error = error.mean(dim=-1) if self.config.band_groups is None else group_means(error, self.config.band_groups)
@@ -165,7 +198,9 @@ class MaskedAutoencoder(Encoder):
         return self.decoder_pred(tokens)[:, 1:] if self.config.band_groups is None else self.decoder_pred(tokens[:, 1:])  # type: ignore[no-any-return]
 
     def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor]:
-        """Unbiased variance and mean of each patch, or of each group's part of it: `(B, N, 1)` or `(B, N, P * P * C)`."""
+        """Unbiased variance and mean of each patch, or of each group's part of it: `(B, N, 1)` or
+        `(B, N, P * P * C)`.
+        """
         if self.config.band_groups is None:
             variance, mean = torch.var_mean(patches, dim=-1, keepdim=True)
             return variance, mean

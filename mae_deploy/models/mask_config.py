@@ -51,7 +51,10 @@ def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
         ConfigError: they are not.
     """
     if keep_ratio is not None and not 0 < keep_ratio[0] <= keep_ratio[1] <= 1:
-        raise ConfigError(f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} must be LOW,HIGH, above 0 and at most 1", hint="such as 0.15,1, or one share")
+        raise ConfigError(
+            f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} must be LOW,HIGH, above 0 and at most 1",
+            hint="such as 0.15,1, or one share",
+        )
 
 
 def mask_unit(mask_patch_size: int | None, patch_size: int) -> int:
@@ -81,11 +84,16 @@ def check_masking(kind: MaskSampling, mask_ratio: float, grid_size: tuple[int, i
     if rows % unit or columns % unit:
         raise ConfigError(f"--mask-patch-size of {unit} patches does not divide a grid of {rows}x{columns} patches")
     if kind == "grid" and mask_ratio != GRID_MASK_RATIO:
-        raise ConfigError(f"--mask-sampling grid keeps one of every four patches, which is no --mask-ratio {mask_ratio}", hint="use --mask-ratio 0.75")
+        raise ConfigError(
+            f"--mask-sampling grid keeps one of every four patches, which is no --mask-ratio {mask_ratio}",
+            hint="use --mask-ratio 0.75",
+        )
     if kind == "grid" and (rows % 2 or columns % 2):
         raise ConfigError(f"--mask-sampling grid needs an even number of patches down and across, not {rows}x{columns}")
     if kind == "block" and min(grid_size) < BLOCK_MIN_GRID:
-        raise ConfigError(f"--mask-sampling block needs at least {BLOCK_MIN_GRID}x{BLOCK_MIN_GRID} patches, not {rows}x{columns}")
+        raise ConfigError(
+            f"--mask-sampling block needs at least {BLOCK_MIN_GRID}x{BLOCK_MIN_GRID} patches, not {rows}x{columns}"
+        )
     squares = rows * columns // unit**2
     if num_keep(squares, mask_ratio) in (0, squares):
         what = "patches" if unit == 1 else f"squares of {unit}x{unit} patches"

@@ -1,7 +1,9 @@
-"""Which patches the encoder sees: at random (paper, section 3, "Simple implementation"), in blocks, or on a grid (paper, figure 6).
+"""Which patches the encoder sees: at random (paper, section 3, "Simple implementation"), in blocks, or on a grid
+(paper, figure 6).
 
-Every kind is an order of the patches that follows from uniform noise, of which the first K stay visible: the same noise gives the same
-masks on any number of processes, every sample keeps equally many patches, and nothing waits for the device.
+Every kind is an order of the patches that follows from uniform noise, of which the first K stay visible: the same noise
+gives the same masks on any number of processes, every sample keeps equally many patches, and nothing waits for the
+device.
 """
 
 from __future__ import annotations
@@ -47,7 +49,8 @@ def masking_of(
     """The masking of one kind.
 
     Args:
-        noise: `(B, G * N)` uniform in [0, 1), for G groups of the grid's N patches. Blocks and grids are drawn for each group.
+        noise: `(B, G * N)` uniform in [0, 1), for G groups of the grid's N patches. Blocks and grids are drawn for each
+            group.
         unit: side, in patches, of the squares that random masking hides or shows as a whole (SimMIM).
         group_masking: consistent: the same places in every group, which follow from the first group's noise.
     """
@@ -63,7 +66,10 @@ def repeat_masking(places: Masking, num_groups: int) -> Masking:
     """The same places in every group of bands: `(B, N)` to `(B, G * N)` (SatMAE's consistent masking)."""
     (_, N), K = places.mask.shape, places.ids_keep.shape[1]
     hidden = places.ids_restore >= K
-    restored = [torch.where(hidden, (num_groups - 1) * K + group * (N - K), group * K) + places.ids_restore for group in range(num_groups)]
+    restored = [
+        torch.where(hidden, (num_groups - 1) * K + group * (N - K), group * K) + places.ids_restore
+        for group in range(num_groups)
+    ]
     return Masking(
         ids_keep=torch.cat([places.ids_keep + group * N for group in range(num_groups)], dim=1),
         ids_restore=torch.cat(restored, dim=1),
@@ -90,7 +96,8 @@ def keep_random(noise: Tensor, kept: int) -> Masking:
 
 
 def unit_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int], unit: int) -> Masking:
-    """Keep the squares of `unit x unit` patches with the smallest noise in their first patch (SimMIM: 32 pixels on patches of 16).
+    """Keep the squares of `unit x unit` patches with the smallest noise in their first patch (SimMIM: 32 pixels on
+    patches of 16).
 
     Args:
         noise: `(B, G * N)` uniform in [0, 1).
@@ -119,10 +126,12 @@ def grid_masking(noise: Tensor, grid_size: tuple[int, int]) -> Masking:
 
 
 def block_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int]) -> Masking:
-    """Hide large rectangles until the ratio is reached, as BEiT does, with exactly K patches left (BEiT, algorithm 1: https://arxiv.org/abs/2106.08254).
+    """Hide large rectangles until the ratio is reached, as BEiT does, with exactly K patches left (BEiT, algorithm 1:
+    https://arxiv.org/abs/2106.08254).
 
-    Rectangles of random area, shape and place are laid one after the other, each no larger than what is still to be hidden. Patches are hidden in the
-    order of the rectangles, within one from its centre outwards; should all rectangles together fall short, those nearest to one follow.
+    Rectangles of random area, shape and place are laid one after the other, each no larger than what is still to be
+    hidden. Patches are hidden in the order of the rectangles, within one from its centre outwards; should all
+    rectangles together fall short, those nearest to one follow.
 
     Args:
         noise: `(B, G * N)` uniform in [0, 1).
@@ -133,7 +142,12 @@ def block_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int]) 
     groups = noise.reshape(-1, N)
     hidden = N - num_keep(N, mask_ratio)
     smallest = _BLOCK_MIN_SHARE * N
-    y, x = (axis.flatten() for axis in torch.meshgrid(*(torch.arange(side, device=noise.device) + 0.5 for side in grid_size), indexing="ij"))
+    y, x = (
+        axis.flatten()
+        for axis in torch.meshgrid(
+            *(torch.arange(side, device=noise.device) + 0.5 for side in grid_size), indexing="ij"
+        )
+    )
     blocks = min(_MAX_BLOCKS, N // 4)
     inside = torch.full_like(groups, math.inf)
     outside = torch.full_like(groups, math.inf)

@@ -1,4 +1,6 @@
-"""Principal components of patches as a target (paper, table 1d): a linear map that lives in the checkpoint, and its way back to pixels."""
+"""Principal components of patches as a target (paper, table 1d): a linear map that lives in the checkpoint, and its way
+back to pixels.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ class PatchPca(nn.Module):
             return (patches.float() - self.mean) @ self.components.T
 
     def inverse(self, coefficients: Tensor) -> Tensor:
-        """The patches of these coefficients, without what the components do not hold: `(B, N, T) -> (B, N, P * P * C)`."""
+        """The patches of these coefficients, without what the components do not hold:
+        `(B, N, T) -> (B, N, P * P * C)`.
+        """
         lengths = self.components.square().sum(dim=1)  # the rows are orthogonal
         return (coefficients / lengths) @ self.components + self.mean
 
@@ -31,7 +35,8 @@ class PatchPca(nn.Module):
     def fit(self, count: int, total: Tensor, moments: Tensor) -> None:
         """Take the components from sums over patches.
 
-        Every component points to where its largest weight is positive, so that the same patches give the same components.
+        Every component points to where its largest weight is positive, so that the same patches give the same
+        components.
 
         Args:
             count: patches that were summed.
@@ -43,7 +48,8 @@ class PatchPca(nn.Module):
         values, vectors = torch.linalg.eigh(covariance)
         components = vectors.flip(1).T[: len(self.components)]
         largest = components.gather(1, components.abs().argmax(dim=1, keepdim=True))
-        # One scale for all coefficients: their target then has the size of normalised pixels, and their proportions stay.
+        # One scale for all coefficients: their target then has the size of normalised pixels, and their proportions
+        # stay.
         deviation = values[-len(self.components) :].clamp(min=0).mean().sqrt().clamp(min=1e-6)
         self.mean.copy_(mean)
         self.components.copy_(components * largest.sign() / deviation)

@@ -23,12 +23,16 @@ def sincos_position_embedding(embed_dim: int, grid_size: tuple[int, int]) -> Ten
 
 
 def sincos_group_embedding(embed_dim: int, num_groups: int) -> Tensor:
-    """The codes of groups of bands, in order: `(1, G, E)` (SatMAE, Cong et al.: https://arxiv.org/abs/2207.08051, section 3.3)."""
+    """The codes of groups of bands, in order: `(1, G, E)` (SatMAE, Cong et al.: https://arxiv.org/abs/2207.08051,
+    section 3.3).
+    """
     return torch.from_numpy(_sincos(embed_dim, np.arange(num_groups, dtype=np.float64))).float()[None]
 
 
 def interpolate_position_embedding(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of the patch part from grid `source` to grid `target`: `(1, 1 + N, D) -> (1, 1 + N', D)`."""
+    """Bicubic interpolation of the patch part from grid `source` to grid `target`:
+    `(1, 1 + N, D) -> (1, 1 + N', D)`.
+    """
     if source == target:
         return pos_embed
     _, _, D = pos_embed.shape
@@ -37,7 +41,9 @@ def interpolate_position_embedding(pos_embed: Tensor, source: tuple[int, int], t
     return torch.cat([pos_embed[:, :1], patches.permute(0, 2, 3, 1).reshape(1, -1, D)], dim=1)
 
 
-def _sincos(dim: int, positions: np.ndarray[tuple[int], np.dtype[np.float64]]) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def _sincos(
+    dim: int, positions: np.ndarray[tuple[int], np.dtype[np.float64]]
+) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
     omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
     angles = np.outer(positions, omega)
     return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)

@@ -1,8 +1,8 @@
 """ViTDet's simple feature pyramid: four maps for a detector from a plain ViT's last one.
 
-Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection" (https://arxiv.org/abs/2203.16527), section 3.
-State-dict names, initialisation and arithmetic are those of Detectron2's `SimpleFeaturePyramid` with `norm="LN"`.
-Shapes: B images, D width, H' x W' patches, E output channels.
+Li et al. 2022, "Exploring Plain Vision Transformer Backbones for Object Detection" (https://arxiv.org/abs/2203.16527),
+section 3. State-dict names, initialisation and arithmetic are those of Detectron2's `SimpleFeaturePyramid` with
+`norm="LN"`. Shapes: B images, D width, H' x W' patches, E output channels.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from mae_deploy.errors import ConfigError
 
 LEVELS = ("p2", "p3", "p4", "p5")
-"""Names of the maps, fine to coarse. For patches of 16 pixels their strides are 4, 8, 16 and 32 (two to the power of the digit)."""
+"""Names of the maps, fine to coarse. For patches of 16 pixels their strides are 4, 8, 16 and 32 (two to the power of
+the digit)."""
 
 OUT_CHANNELS = 256
 
@@ -37,7 +38,13 @@ class SimpleFeaturePyramid(nn.Module):
         super().__init__()
         self.out_channels = out_channels
         half, quarter = width // 2, width // 4
-        self.simfp_2 = nn.Sequential(_double(width, half), LayerNorm2d(half, eps=1e-6), nn.GELU(), _double(half, quarter), *_project(quarter, out_channels))
+        self.simfp_2 = nn.Sequential(
+            _double(width, half),
+            LayerNorm2d(half, eps=1e-6),
+            nn.GELU(),
+            _double(half, quarter),
+            *_project(quarter, out_channels),
+        )
         self.simfp_3 = nn.Sequential(_double(width, half), *_project(half, out_channels))
         self.simfp_4 = nn.Sequential(*_project(width, out_channels))
         self.simfp_5 = nn.Sequential(nn.MaxPool2d(kernel_size=2, stride=2), *_project(width, out_channels))
@@ -46,9 +53,15 @@ class SimpleFeaturePyramid(nn.Module):
         """The maps by name, p2 first: `(B, D, H', W') -> (B, E, ...)`, of the sizes that `pyramid_sizes` gives.
 
         Args:
-            feature_map: the last block's patch tokens. ViTDet's encoder has no final norm: its pyramid is trained on what comes before ours.
+            feature_map: the last block's patch tokens. ViTDet's encoder has no final norm: its pyramid is trained on
+                what comes before ours.
         """
-        return {"p2": self.simfp_2(feature_map), "p3": self.simfp_3(feature_map), "p4": self.simfp_4(feature_map), "p5": self.simfp_5(feature_map)}
+        return {
+            "p2": self.simfp_2(feature_map),
+            "p3": self.simfp_3(feature_map),
+            "p4": self.simfp_4(feature_map),
+            "p5": self.simfp_5(feature_map),
+        }
 
 
 def pyramid_sizes(grid_size: tuple[int, int]) -> dict[str, tuple[int, int]]:
@@ -59,8 +72,16 @@ def pyramid_sizes(grid_size: tuple[int, int]) -> dict[str, tuple[int, int]]:
     """
     rows, columns = grid_size
     if min(grid_size) < 2:
-        raise ConfigError(f"a feature pyramid needs at least 2x2 patches, the image has {rows}x{columns}", hint="take a larger --image-size")
-    return {"p2": (4 * rows, 4 * columns), "p3": (2 * rows, 2 * columns), "p4": (rows, columns), "p5": (rows // 2, columns // 2)}
+        raise ConfigError(
+            f"a feature pyramid needs at least 2x2 patches, the image has {rows}x{columns}",
+            hint="take a larger --image-size",
+        )
+    return {
+        "p2": (4 * rows, 4 * columns),
+        "p3": (2 * rows, 2 * columns),
+        "p4": (rows, columns),
+        "p5": (rows // 2, columns // 2),
+    }
 
 
 def _double(in_channels: int, out_channels: int) -> nn.Module:

@@ -1,4 +1,5 @@
-"""What a network computes on its way, by name: tokens after a block, queries, keys and values, the decoder's tokens, latent, pooled, logits.
+"""What a network computes on its way, by name: tokens after a block, queries, keys and values, the decoder's tokens,
+latent, pooled, logits.
 
 A student is compared with its teacher in these. Only the blocks that are needed are run.
 Shapes: B images, N patches, K kept patches, D width, T numbers predicted for a patch.
@@ -61,7 +62,8 @@ def tapped(model: Encoder, images: Tensor, wanted: Collection[Tap], masking: Mas
 
     Args:
         images: `(B, C, H, W)`.
-        masking: which patches the encoder sees; None: all, in order. An autoencoder with mask tokens in its encoder sees all patches either way.
+        masking: which patches the encoder sees; None: all, in order. An autoencoder with mask tokens in its encoder
+            sees all patches either way.
 
     Raises:
         ValueError: the network has no such place, or a decoder is tapped without a masking.
@@ -72,7 +74,12 @@ def tapped(model: Encoder, images: Tensor, wanted: Collection[Tap], masking: Mas
     if not behind:
         return taps
     latent: Tensor = model.norm(tokens)
-    read = {"latent": lambda: latent, "cls": lambda: latent[:, 0], "pooled": lambda: pooled(model, latent), "logits": lambda: logits(model, latent)}
+    read = {
+        "latent": lambda: latent,
+        "cls": lambda: latent[:, 0],
+        "pooled": lambda: pooled(model, latent),
+        "logits": lambda: logits(model, latent),
+    }
     taps.update({tap: read[tap.kind]() for tap in behind if tap.kind not in DECODER_KINDS})
     if decoded := [tap for tap in behind if tap.kind in DECODER_KINDS]:
         _run_decoder(model, latent, masking, decoded, taps)
@@ -98,7 +105,9 @@ def logits(model: Encoder, latent: Tensor) -> Tensor:
 
 
 def unreached(model: Encoder, wanted: Collection[Tap]) -> Iterator[nn.Module | nn.Parameter]:
-    """The parts that `wanted` does not depend on: without a gradient from anywhere else they have none, for which distributed training would wait."""
+    """The parts that `wanted` does not depend on: without a gradient from anywhere else they have none, for which
+    distributed training would wait.
+    """
     depth = encoder_depth(wanted, len(model.blocks))
     kinds = {tap.kind for tap in wanted}
     yield from model.blocks[depth:]
@@ -117,7 +126,11 @@ def unreached(model: Encoder, wanted: Collection[Tap]) -> Iterator[nn.Module | n
 
 def only_qkv(wanted: Collection[Tap], depth: int) -> bool:
     """Whether the last block that is run serves its queries, keys and values alone."""
-    return Tap("qkv", depth) in wanted and Tap("tokens", depth) not in wanted and all(tap.kind in BLOCK_KINDS for tap in wanted)
+    return (
+        Tap("qkv", depth) in wanted
+        and Tap("tokens", depth) not in wanted
+        and all(tap.kind in BLOCK_KINDS for tap in wanted)
+    )
 
 
 def _embedded(model: Encoder, images: Tensor, masking: Masking | None) -> Tensor:

@@ -26,8 +26,8 @@ Pool = Literal["avg", "cls"]
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 EXPLICIT_ATTENTION_TOKENS = 65
-"""Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward pass). Where it is measured,
-what was measured counts (`Kernels.fused_attention`)."""
+"""Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward
+pass). Where it is measured, what was measured counts (`Kernels.fused_attention`)."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -64,22 +64,36 @@ class PatchEmbed(nn.Module):
         return F.linear(patches, self.proj.weight.permute(0, 2, 3, 1).flatten(1), self.proj.bias)
 
 
-def transformer_blocks(dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0) -> nn.ModuleList:
+def transformer_blocks(
+    dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0
+) -> nn.ModuleList:
     """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
     rates = np.linspace(0, drop_path, depth).tolist()
-    return nn.ModuleList(OpenBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates)
+    return nn.ModuleList(
+        OpenBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
+    )
 
 
 class OpenBlock(Block):
-    """timm's block, which also gives its queries, keys and values where they are asked for. Calls go through the block, as FSDP2 needs it."""
+    """timm's block, which also gives its queries, keys and values where they are asked for. Calls go through the block,
+    as FSDP2 needs it.
+    """
 
-    def forward(self, x: Tensor, *args: Any, inner: Literal["with_qkv", "only_qkv"] | None = None, **kwargs: Any) -> Any:
-        """`(B, T, D)` to the same, to that and what the `qkv` layer gives, `(B, 3, heads, T, D / heads)`, or to the latter alone."""
+    def forward(
+        self, x: Tensor, *args: Any, inner: Literal["with_qkv", "only_qkv"] | None = None, **kwargs: Any
+    ) -> Any:
+        """`(B, T, D)` to the same, to that and what the `qkv` layer gives, `(B, 3, heads, T, D / heads)`, or to the
+        latter alone.
+        """
         if inner is None:
             return super().forward(x, *args, **kwargs)
         attention: Any = self.attn
         B, T, _ = x.shape
-        qkv = attention.qkv(self.norm1(x)).reshape(B, T, 3, attention.num_heads, attention.head_dim).permute(0, 2, 3, 1, 4)
+        qkv = (
+            attention.qkv(self.norm1(x))
+            .reshape(B, T, 3, attention.num_heads, attention.head_dim)
+            .permute(0, 2, 3, 1, 4)
+        )
         if inner == "only_qkv":
             return qkv
         x = x + self.drop_path1(self.ls1(_attended(attention, qkv)))
@@ -128,10 +142,16 @@ class Encoder(nn.Module):
         self.patch_embed: Any = PatchEmbed(config) if config.band_groups is None else GroupedPatchEmbed(config)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
         # A parameter, because fine-tuning may train it; fixed until then.
-        self.pos_embed = nn.Parameter(sincos_position_embedding(D - config.group_dim, config.grid_size), requires_grad=False)
+        self.pos_embed = nn.Parameter(
+            sincos_position_embedding(D - config.group_dim, config.grid_size), requires_grad=False
+        )
         if config.band_groups is not None:
-            self.channel_embed = nn.Parameter(sincos_group_embedding(config.group_dim, config.num_groups), requires_grad=False)
-        self.blocks = transformer_blocks(D, config.blocks, config.heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path)
+            self.channel_embed = nn.Parameter(
+                sincos_group_embedding(config.group_dim, config.num_groups), requires_grad=False
+            )
+        self.blocks = transformer_blocks(
+            D, config.blocks, config.heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path
+        )
         self.norm: nn.Module = LayerNorm(D)
         self._initialise()
 
@@ -139,7 +159,9 @@ class Encoder(nn.Module):
         """Patch embedding plus position of the kept patches, CLS in front: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
         B, C, H, W = images.shape
         if (C, H, W) != (self.config.in_chans, *self.config.image_size):
-            raise ValueError(f"the encoder takes {self.config.in_chans}x{self.config.image_size} images, not {(C, H, W)}")
+            raise ValueError(
+                f"the encoder takes {self.config.in_chans}x{self.config.image_size} images, not {(C, H, W)}"
+            )
         patches, table = patchify(images, self.config.patch), self.positions()
         grouped = self.config.band_groups is not None
         if grouped:  # the groups' patches differ in width: tokens can be picked once they are embedded
@@ -154,14 +176,18 @@ class Encoder(nn.Module):
 
     def positions(self) -> Tensor:
         """What is added to every token, CLS first: `(1, 1 + N, D)`, with groups of bands `(1, 1 + G * N, D)`."""
-        return self.pos_embed if self.config.band_groups is None else group_positions(self.pos_embed, self.channel_embed, self.config.num_groups)
+        return (
+            self.pos_embed
+            if self.config.band_groups is None
+            else group_positions(self.pos_embed, self.channel_embed, self.config.num_groups)
+        )
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """CLS and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`.
 
         Args:
-            ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order. With groups of bands, patch n of
-                group g is `g * N + n`.
+            ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order. With
+                groups of bands, patch n of group g is `g * N + n`.
 
         Raises:
             ValueError: the images have another size or number of channels.
@@ -188,7 +214,8 @@ def initialise_linear(module: nn.Module) -> None:
 class Classifier(Encoder):
     """Encoder and linear head, as the original fine-tunes it.
 
-    `pool="avg"`: mean of the patch tokens, then `fc_norm`, and no norm before it. `pool="cls"`: the CLS token after `norm`.
+    `pool="avg"`: mean of the patch tokens, then `fc_norm`, and no norm before it. `pool="cls"`: the CLS token after
+    `norm`.
     """
 
     def __init__(self, config: EncoderConfig, *, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0) -> None:

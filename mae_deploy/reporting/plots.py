@@ -35,11 +35,17 @@ def draw_curves(path: Path, rows: Sequence[Row], curves: Sequence[Curve], *, lab
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
     places = list(values) if numbers else list(range(len(values)))
     for index, curve in enumerate(curves):
-        points = [(place, row[curve.key], *row[f"{curve.key}_range"]) for place, row in zip(places, rows, strict=True) if row.get(curve.key) is not None]
+        points = [
+            (place, row[curve.key], *row[f"{curve.key}_range"])
+            for place, row in zip(places, rows, strict=True)
+            if row.get(curve.key) is not None
+        ]
         if not points:
             continue
         x, mean, least, most = zip(*sorted(points), strict=True)
-        axes.plot(x, mean, color=f"C{index}", label=curve.title, **({"linestyle": "--"} if curve.flat else {"marker": "o"}))
+        axes.plot(
+            x, mean, color=f"C{index}", label=curve.title, **({"linestyle": "--"} if curve.flat else {"marker": "o"})
+        )
         axes.fill_between(x, least, most, color=f"C{index}", alpha=0.15)
     axes.set(xlabel=label, ylabel="top-1, %")
     axes.set_xticks(places, [str(value) for value in values])
@@ -54,7 +60,9 @@ def draw_bars(path: Path, rows: Sequence[Row], bars: Sequence[Curve]) -> None:
     Raises:
         MissingDependency: matplotlib is not installed.
     """
-    figure = import_optional("matplotlib.figure", extra="train").Figure(figsize=(2 + 1.2 * len(rows), 4), layout="constrained")
+    figure = import_optional("matplotlib.figure", extra="train").Figure(
+        figsize=(2 + 1.2 * len(rows), 4), layout="constrained"
+    )
     axes = figure.subplots()
     width = 0.8 / len(bars)
     for index, bar in enumerate(bars):

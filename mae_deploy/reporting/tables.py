@@ -18,7 +18,9 @@ Row = dict[str, Any]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Column:
-    """One column: its title, the figure that it shows, and how; where seeds differ, their range stands beside the mean."""
+    """One column: its title, the figure that it shows, and how; where seeds differ, their range stands beside the
+    mean.
+    """
 
     title: str
     key: str
@@ -78,9 +80,13 @@ def write_files(folder: Path, stem: str, report: dict[str, Any], page: str, draw
 
 
 def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are: a path may hold brackets."""
+    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are:
+    a path may hold brackets.
+    """
     table = Table(title=Text(title), show_header=False, title_justify="left")
     for name, value in facts.items():
-        text = "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
+        text = (
+            "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
+        )
         table.add_row(name, Text(text, overflow="fold"))
     return table

@@ -53,9 +53,10 @@ class Backbone:
         """Load the bundle in a folder; see `EngineOptions` for device, threads and affinity.
 
         Args:
-            engine: auto, onnxruntime, openvino or tensorrt; auto is TensorRT where the bundle has an engine for this machine, else the one on which the
-                bundle was proven, where it is installed, else onnxruntime.
-            build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which takes minutes.
+            engine: auto, onnxruntime, openvino or tensorrt; auto is TensorRT where the bundle has an engine for this
+                machine, else the one on which the bundle was proven, where it is installed, else onnxruntime.
+            build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which
+                takes minutes.
 
         Raises:
             ConfigError: no bundle, a broken or newer one, an unknown engine or device, or a core that is not there.
@@ -81,17 +82,27 @@ class Backbone:
         """What a call returns unless it names `outputs`."""
         return self.bundle.output_names
 
-    def __call__(self, images: Images, keep: Keep | None = None, *, num_keep: NumKeep | None = None, outputs: Sequence[str] | None = None) -> Features:
+    def __call__(
+        self,
+        images: Images,
+        keep: Keep | None = None,
+        *,
+        num_keep: NumKeep | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Features:
         """Features of one image or of many, always with the batch as the first axis, in the graph's own type.
 
         Args:
-            images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images of any sizes,
-                or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size (not where the graph normalises). Where the
-                model takes pixels of more than 8 bits, arrays of any type of number take the place of uint8.
-            keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles exported with
-                `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of unequal length, and give back
-                `tokens` of the longest, zero where a row has ended. None keeps all. `tokens` come back in the order of `keep`.
-            num_keep: `(B,)`: only so many indices of each row of `keep (B, K)` are real, the others may be anything; for ragged bundles.
+            images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images
+                of any sizes, or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size
+                (not where the graph normalises). Where the model takes pixels of more than 8 bits, arrays of any type
+                of number take the place of uint8.
+            keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles
+                exported with `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of
+                unequal length, and give back `tokens` of the longest, zero where a row has ended. None keeps all.
+                `tokens` come back in the order of `keep`.
+            num_keep: `(B,)`: only so many indices of each row of `keep (B, K)` are real, the others may be anything;
+                for ragged bundles.
             outputs: names of the outputs to compute; None for all.
 
         Raises:
@@ -100,7 +111,14 @@ class Backbone:
         """
         return self._run(image_batch(images, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
-    def run_cropped(self, pixels: Array, keep: Keep | None = None, *, num_keep: NumKeep | None = None, outputs: Sequence[str] | None = None) -> Features:
+    def run_cropped(
+        self,
+        pixels: Array,
+        keep: Keep | None = None,
+        *,
+        num_keep: NumKeep | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Features:
         """As a call, for images that `preprocess.crop` made: `(B, H, W, C)`, neither resized nor cropped again."""
         return self._run(pixel_batch(pixels, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
@@ -111,10 +129,14 @@ class Backbone:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
-    def _run(self, images: Array, keep: Keep | None, num_keep: NumKeep | None, outputs: Sequence[str] | None) -> Features:
+    def _run(
+        self, images: Array, keep: Keep | None, num_keep: NumKeep | None, outputs: Sequence[str] | None
+    ) -> Features:
         names = check_outputs(outputs, self.output_names)
         inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
         return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))

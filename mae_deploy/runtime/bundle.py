@@ -1,4 +1,6 @@
-"""A bundle: a folder with a graph, its manifest and golden samples, in which no file is parsed before its hash is checked."""
+"""A bundle: a folder with a graph, its manifest and golden samples, in which no file is parsed before its hash is
+checked.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +17,22 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.manifest import BLOCKS, IMAGES, MANIFEST_FILE, Manifest, ModelEntry, TensorEntry, TokenMode, read_preprocess, validate_manifest
+from mae_deploy.runtime.manifest import (
+    BLOCKS,
+    IMAGES,
+    MANIFEST_FILE,
+    Manifest,
+    ModelEntry,
+    TensorEntry,
+    TokenMode,
+    read_preprocess,
+    validate_manifest,
+)
 from mae_deploy.runtime.tolerance import Tolerance
 
 _EXTERNAL_DATA = re.compile(rb"\n\x08location\x12([\x80-\xff]*[\x00-\x7f])")
-"""Where an ONNX file names external data: a protobuf key 'location', then the value's tag and its length as a varint."""
+"""Where an ONNX file names external data: a protobuf key 'location', then the value's tag and its length as a
+varint."""
 
 
 class Bundle:
@@ -39,7 +52,10 @@ class Bundle:
         """
         folder = Path(path)
         if not (folder / MANIFEST_FILE).is_file():
-            raise ConfigError(f"no bundle at {folder}: there is no {MANIFEST_FILE}", hint="a bundle is the folder that 'mae-deploy export' writes")
+            raise ConfigError(
+                f"no bundle at {folder}: there is no {MANIFEST_FILE}",
+                hint="a bundle is the folder that 'mae-deploy export' writes",
+            )
         return cls(folder, validate_manifest(read_json(folder / MANIFEST_FILE)))
 
     def reload(self) -> None:
@@ -54,7 +70,9 @@ class Bundle:
 
     @property
     def token_mode(self) -> TokenMode:
-        """`full` (every patch), `visible` (K patches of each image), `ragged` (of each image its own number), `reconstruct` (K patches to all pixels)."""
+        """`full` (every patch), `visible` (K patches of each image), `ragged` (of each image its own number),
+        `reconstruct` (K patches to all pixels).
+        """
         return self.manifest["token_mode"]
 
     @property
@@ -64,7 +82,9 @@ class Bundle:
 
     @property
     def arithmetic(self) -> str:
-        """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was proven so."""
+        """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was proven
+        so.
+        """
         quantization = self.manifest["quantization"] or {}
         if self.precision == "int8":
             return "int8-bf16" if quantization.get("rest") == "bf16" else "int8"
@@ -88,9 +108,13 @@ class Bundle:
 
     @property
     def keep_range(self) -> tuple[int, int]:
-        """The smallest and the largest number of an image's patches for which the graph was proven; N and N for a full graph."""
+        """The smallest and the largest number of an image's patches for which the graph was proven; N and N for a full
+        graph.
+        """
         smallest, _, largest = self.manifest["profile"].get("K", [self.num_patches] * 3)
-        if self.token_mode == "ragged" and self.fixed_keep is not None:  # the rows have one length, what is real in them is free
+        if (
+            self.token_mode == "ragged" and self.fixed_keep is not None
+        ):  # the rows have one length, what is real in them is free
             smallest = 1
         return smallest, largest
 
@@ -145,17 +169,20 @@ class Bundle:
         return Tolerance(**self.manifest["tolerance"])
 
     def file(self, name: str) -> Path:
-        """The path of a file of the bundle, after its content has been checked against the manifest (once for each Bundle).
+        """The path of a file of the bundle, after its content has been checked against the manifest (once for each
+        Bundle).
 
         Raises:
-            CheckFailed: not listed in the manifest, outside of the bundle's folder, missing, or not the file that was exported.
+            CheckFailed: not listed in the manifest, outside of the bundle's folder, missing, or not the file that was
+                exported.
         """
         if name not in self._checked:
             self._checked[name] = self._check(name)
         return self._checked[name]
 
     def graph(self, name: str | None = None) -> Path:
-        """The path of the ONNX graph, or of another one by the name of its file, after it and all external data that it names have been checked.
+        """The path of the ONNX graph, or of another one by the name of its file, after it and all external data that it
+        names have been checked.
 
         Raises:
             CheckFailed: as `file`.
@@ -176,7 +203,8 @@ class Bundle:
             self.file(name)
 
     def golden(self) -> dict[str, Array]:
-        """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`, and `blocks` (see `GoldenEntry`).
+        """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`, and
+        `blocks` (see `GoldenEntry`).
 
         Raises:
             CheckFailed: as `file`, or an array is missing or of another length or type than the manifest says.
@@ -186,28 +214,53 @@ class Bundle:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = {name: archive[name] for name in archive.files}
-        except (OSError, ValueError, EOFError, AttributeError, TypeError, zipfile.BadZipFile) as error:  # a bare .npy is no context manager
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            AttributeError,
+            TypeError,
+            zipfile.BadZipFile,
+        ) as error:  # a bare .npy is no context manager
             raise CheckFailed(f"{path} holds no arrays: {error}", hint="export the bundle again") from error
         for name in (*self.input_names, *self.output_names):
             if name not in arrays or arrays[name].shape[:1] != (golden["num_samples"],):
                 found = f"has the shape {arrays[name].shape}" if name in arrays else "is missing"
-                raise CheckFailed(f"{path}: '{name}' {found}; the manifest promises {golden['num_samples']} samples", hint="export the bundle again")
+                raise CheckFailed(
+                    f"{path}: '{name}' {found}; the manifest promises {golden['num_samples']} samples",
+                    hint="export the bundle again",
+                )
         for entry in self.inputs:
             if arrays[entry["name"]].dtype != entry["dtype"]:
-                raise CheckFailed(f"{path}: '{entry['name']}' is {arrays[entry['name']].dtype}, not {entry['dtype']}", hint="export the bundle again")
+                raise CheckFailed(
+                    f"{path}: '{entry['name']}' is {arrays[entry['name']].dtype}, not {entry['dtype']}",
+                    hint="export the bundle again",
+                )
         shape: tuple[int, ...] = arrays[BLOCKS].shape if BLOCKS in arrays else ()
-        if self.blocks and not (len(shape) == 4 and 1 <= shape[0] <= golden["num_samples"] and shape[1::2] == (len(self.blocks), self.model["embed_dim"])):
+        if self.blocks and not (
+            len(shape) == 4
+            and 1 <= shape[0] <= golden["num_samples"]
+            and shape[1::2] == (len(self.blocks), self.model["embed_dim"])
+        ):
             found = f"has the shape {shape}" if shape else "is missing"
-            raise CheckFailed(f"{path}: '{BLOCKS}' {found}; the manifest promises {len(self.blocks)} blocks", hint="export the bundle again")
+            raise CheckFailed(
+                f"{path}: '{BLOCKS}' {found}; the manifest promises {len(self.blocks)} blocks",
+                hint="export the bundle again",
+            )
         return arrays
 
     def _check(self, name: str) -> Path:
         entry = self.manifest["files"].get(name)
         if entry is None:
-            raise CheckFailed(f"'{name}' is not among the files of the bundle {self.path}: {', '.join(self.manifest['files'])}")
+            raise CheckFailed(
+                f"'{name}' is not among the files of the bundle {self.path}: {', '.join(self.manifest['files'])}"
+            )
         path = self.path / name
         if not _is_inside(name, self.path):
-            raise CheckFailed(f"'{name}' is outside of the bundle {self.path}", hint="a bundle's files are inside its folder, and links may not lead out of it")
+            raise CheckFailed(
+                f"'{name}' is outside of the bundle {self.path}",
+                hint="a bundle's files are inside its folder, and links may not lead out of it",
+            )
         if not path.is_file():
             raise CheckFailed(f"{path} is missing", hint="copy the whole bundle folder, or export it again")
         try:
@@ -216,8 +269,8 @@ class Bundle:
             raise CheckFailed(f"cannot read {path}: {error.strerror}") from error
         if found != entry["sha256"]:
             raise CheckFailed(
-                f"{path} is not the file that was exported: expected SHA-256 {entry['sha256']} ({entry['size']} bytes), "
-                f"found {found} ({path.stat().st_size} bytes)",
+                f"{path} is not the file that was exported: expected SHA-256 {entry['sha256']} ({entry['size']} bytes),"
+                f" found {found} ({path.stat().st_size} bytes)",
                 hint="copy the bundle again, or export it again",
             )
         return path

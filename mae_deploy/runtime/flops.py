@@ -12,7 +12,9 @@ from mae_deploy.runtime.manifest import Manifest, ModelEntry, TensorEntry
 
 
 def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
-    """Operations for one image of which the graph sees `num_keep` patches, K; None where the manifest does not have the decoder's numbers."""
+    """Operations for one image of which the graph sees `num_keep` patches, K; None where the manifest does not have the
+    decoder's numbers.
+    """
     model = manifest["model"]
     outputs = {entry["name"]: entry for entry in manifest["graph"]["outputs"]}
     operations = _encoder(model, num_keep, _depth(model, list(outputs)))
@@ -23,11 +25,15 @@ def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
         operations += _decoder(model, decoder, num_keep, manifest["num_patches"])
     if "logits" in outputs:
         operations += 2 * model["embed_dim"] * int(outputs["logits"]["shape"][-1])
-    return operations + sum(_pyramid_level(model, entry) for name, entry in outputs.items() if name in ("p2", "p3", "p4", "p5"))
+    return operations + sum(
+        _pyramid_level(model, entry) for name, entry in outputs.items() if name in ("p2", "p3", "p4", "p5")
+    )
 
 
 def autoencoder_flops(model: ModelEntry, decoder: Mapping[str, int], num_keep: int, num_patches: int) -> int:
-    """Operations of a masked autoencoder's forward pass for one image: the encoder on `num_keep` patches, the decoder on all."""
+    """Operations of a masked autoencoder's forward pass for one image: the encoder on `num_keep` patches, the decoder
+    on all.
+    """
     return _encoder(model, num_keep, model["depth"]) + _decoder(model, decoder, num_keep, num_patches)
 
 
@@ -55,12 +61,15 @@ def _decoder(model: ModelEntry, decoder: Mapping[str, int], num_keep: int, num_p
 
 
 def _pyramid_level(model: ModelEntry, entry: TensorEntry) -> int:
-    """One map `(B, E, h, w)`: the transposed convolutions that double its sides, then convolutions of 1 x 1 and 3 x 3."""
+    """One map `(B, E, h, w)`: the transposed convolutions that double its sides, then convolutions of 1 x 1 and 3 x
+    3.
+    """
     D, E = model["embed_dim"], int(entry["shape"][1])
     pixels = int(entry["shape"][2]) * int(entry["shape"][3])
-    width, doubled = {"p2": (D // 4, pixels * (D // 2) * (D // 4) + pixels // 4 * D * (D // 2)), "p3": (D // 2, pixels * D * (D // 2))}.get(
-        entry["name"], (D, 0)
-    )
+    width, doubled = {
+        "p2": (D // 4, pixels * (D // 2) * (D // 4) + pixels // 4 * D * (D // 2)),
+        "p3": (D // 2, pixels * D * (D // 2)),
+    }.get(entry["name"], (D, 0))
     return 2 * (doubled + pixels * (width * E + 9 * E * E))
 
 

@@ -21,17 +21,23 @@ Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Ar
 NumKeep: TypeAlias = "Array | Sequence[int]"
 
 _ACCEPTED_ARRAYS = (
-    "images are numbers as the files hold them, (H, W), (H, W, C) or (B, H, W, C), but floating-point batches as a list; or normalised float32 (B, C, H, W)"
+    "images are numbers as the files hold them, (H, W), (H, W, C) or (B, H, W, C), but floating-point batches as a"
+    " list; or normalised float32 (B, C, H, W)"
 )
 
-_ACCEPTED = "images are uint8 (H, W), (H, W, C) or (B, H, W, C), a list of such arrays or of Pillow images, or normalised float32 (B, C, H, W)"
+_ACCEPTED = (
+    "images are uint8 (H, W), (H, W, C) or (B, H, W, C), a list of such arrays or of Pillow images, or normalised"
+    " float32 (B, C, H, W)"
+)
 
 
 def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") -> Array:
-    """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`.
+    """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8
+    `(B, H, W, C)`.
 
-    A uint8 array of three axes is one image `(H, W, C)`; a batch of grey images is `(B, H, W, 1)`. Pillow images are turned upright (EXIF).
-    Where pixels have more than 8 bits (`pixel_max`), arrays are of any type of number; of floating-point ones, those of four axes are normalised already.
+    A uint8 array of three axes is one image `(H, W, C)`; a batch of grey images is `(B, H, W, 1)`. Pillow images are
+    turned upright (EXIF). Where pixels have more than 8 bits (`pixel_max`), arrays are of any type of number; of
+    floating-point ones, those of four axes are normalised already.
 
     Args:
         dtype: what the graph takes. With uint8 the graph normalises, and no floating-point work is done here.
@@ -52,7 +58,9 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
         raise ConfigError(f"images are of type {type(images).__name__}", hint=_accepted(preprocess))
     if not images:
         raise ConfigError("there are no images", hint="give at least one")
-    return pixel_batch(np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]), preprocess, dtype)
+    return pixel_batch(
+        np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]), preprocess, dtype
+    )
 
 
 def pixel_batch(pixels: Array, preprocess: Preprocess, dtype: str) -> Array:
@@ -76,14 +84,19 @@ def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, bat
         raise ConfigError(f"num_keep cannot be used with token mode '{mode}'", hint="export with --tokens ragged")
     if mode == "full":
         if keep is not None:
-            raise ConfigError("this bundle's graph takes every patch, so keep cannot be used", hint="export with --tokens visible")
+            raise ConfigError(
+                "this bundle's graph takes every patch, so keep cannot be used", hint="export with --tokens visible"
+            )
         return {}
     if keep is None:
         if num_keep is not None:
             raise ConfigError("num_keep without keep", hint="pass keep, the padded indices (B, K)")
         if most < bundle.num_patches:
             number = f"{most}" if least == most else f"{least} to {most}"
-            raise ConfigError(f"this bundle's graph takes {number} of {bundle.num_patches} patches", hint=f"pass keep, the indices of {number} patches")
+            raise ConfigError(
+                f"this bundle's graph takes {number} of {bundle.num_patches} patches",
+                hint=f"pass keep, the indices of {number} patches",
+            )
         keep = np.arange(bundle.num_patches)
     if num_keep is not None:
         ids, lengths = _given_rows(keep, num_keep, batch)
@@ -96,31 +109,45 @@ def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, bat
 
 
 def _given_rows(keep: Keep, num_keep: NumKeep, batch: int) -> tuple[Array, Array]:
-    """Rows that the caller padded, and how many of each are real: `(B, K)` and `(B,)`; the padding may hold anything."""
+    """Rows that the caller padded, and how many of each are real: `(B, K)` and `(B,)`; the padding may hold
+    anything.
+    """
     ids, lengths = _as_integers(keep, "keep"), _as_integers(num_keep, "num_keep")
     if ids.ndim != 2 or len(ids) != batch or lengths.shape != (batch,):
         raise ConfigError(
-            f"keep has the shape {ids.shape} and num_keep {lengths.shape} for {batch} images", hint="with num_keep (B,), keep is (B, K): a padded row for each"
+            f"keep has the shape {ids.shape} and num_keep {lengths.shape} for {batch} images",
+            hint="with num_keep (B,), keep is (B, K): a padded row for each",
         )
     outside = lengths[(lengths < 1) | (lengths > ids.shape[1])]
     if outside.size:
-        raise ConfigError(f"num_keep has {outside[0]} for rows of {ids.shape[1]}", hint="each is at least 1 and at most the length of the rows")
+        raise ConfigError(
+            f"num_keep has {outside[0]} for rows of {ids.shape[1]}",
+            hint="each is at least 1 and at most the length of the rows",
+        )
     return ids, lengths.astype(np.int64)
 
 
 def _padded_rows(keep: Keep, batch: int, *, ragged: bool, length: int | None) -> tuple[Array, Array]:
-    """A row for each image, padded with 0 to `length` or to the longest: `(B, K)` and how many of each are real `(B,)`."""
+    """A row for each image, padded with 0 to `length` or to the longest: `(B, K)` and how many of each are real
+    `(B,)`.
+    """
     if not _is_uneven(keep):
         ids = _as_integers(keep, "keep")
         rows = [ids] * batch if ids.ndim == 1 else list(ids) if ids.ndim == 2 else []
         shape = f"the shape {ids.shape}"
     elif not ragged:
-        raise ConfigError("keep has rows of unequal length", hint="give every image the same number of patches, or export with --tokens ragged")
+        raise ConfigError(
+            "keep has rows of unequal length",
+            hint="give every image the same number of patches, or export with --tokens ragged",
+        )
     else:
         rows = [_as_integers(row, "keep") for row in keep]
         shape = f"{len(rows)} rows"
     if len(rows) != batch or any(row.ndim != 1 or not row.size for row in rows):
-        raise ConfigError(f"keep has {shape} for {batch} images", hint="give (K,) indices for every image, or a row for each; K is at least 1")
+        raise ConfigError(
+            f"keep has {shape} for {batch} images",
+            hint="give (K,) indices for every image, or a row for each; K is at least 1",
+        )
     lengths = np.array([len(row) for row in rows], np.int64)
     longest = int(lengths.max())
     ids = np.zeros((batch, max(longest, length or 0) if ragged else longest), np.int64)
@@ -133,18 +160,28 @@ def _check_lengths(width: int, lengths: Array, bundle: Bundle) -> None:
     """Whether the graph was proven for rows of this width and for these numbers of patches in them."""
     fixed, (least, most) = bundle.fixed_keep, bundle.keep_range
     if fixed is not None and width != fixed:
-        raise ConfigError(f"keep has {width} patches an image, the graph is fixed to {fixed}", hint=f"export with --tokens {bundle.token_mode} for any number")
+        raise ConfigError(
+            f"keep has {width} patches an image, the graph is fixed to {fixed}",
+            hint=f"export with --tokens {bundle.token_mode} for any number",
+        )
     for number in (width, int(lengths.min())):
         if not least <= number <= most:
-            raise ConfigError(f"keep has {number} patches an image, the graph was proven for {least} to {most}", hint="export with another --profile K")
+            raise ConfigError(
+                f"keep has {number} patches an image, the graph was proven for {least} to {most}",
+                hint="export with another --profile K",
+            )
 
 
 def _check_patches(ids: Array, lengths: Array, num_patches: int) -> None:
     real = np.arange(ids.shape[1]) < lengths[:, None]
     outside = ids[real & ((ids < 0) | (ids >= num_patches))]
     if outside.size:
-        raise ConfigError(f"keep has the patch {outside[0]}", hint=f"patches are 0 to {num_patches - 1}, row by row from the top left")
-    ordered = np.sort(np.where(real, ids.astype(np.int64), np.arange(-ids.shape[1], 0)), axis=1)  # in padding, numbers that differ
+        raise ConfigError(
+            f"keep has the patch {outside[0]}", hint=f"patches are 0 to {num_patches - 1}, row by row from the top left"
+        )
+    ordered = np.sort(
+        np.where(real, ids.astype(np.int64), np.arange(-ids.shape[1], 0)), axis=1
+    )  # in padding, numbers that differ
     twice = ordered[:, 1:][ordered[:, 1:] == ordered[:, :-1]]
     if twice.size:
         raise ConfigError(f"keep has the patch {twice[0]} twice for one image", hint="list each patch once")
@@ -154,12 +191,16 @@ def _normalised(images: Array, preprocess: Preprocess, dtype: str) -> Array:
     height, width = preprocess.image_size
     if dtype == "uint8":
         raise ConfigError(
-            f"images are {images.dtype} {images.shape}, and this bundle's graph normalises them itself", hint="give the pixels as they are, uint8 (B, H, W, C)"
+            f"images are {images.dtype} {images.shape}, and this bundle's graph normalises them itself",
+            hint="give the pixels as they are, uint8 (B, H, W, C)",
         )
     if images.ndim != 4 or images.shape[1:] != (preprocess.channels, height, width) or len(images) == 0:
         raise ConfigError(
             f"{images.dtype} images have the shape {images.shape}, not (B, {preprocess.channels}, {height}, {width})",
-            hint=f"{images.dtype} is taken as normalised already; give {'a list' if preprocess.pixel_max else 'uint8'} for images of any size",
+            hint=(
+                f"{images.dtype} is taken as normalised already; give {'a list' if preprocess.pixel_max else 'uint8'}"
+                " for images of any size"
+            ),
         )
     return np.ascontiguousarray(images, dtype=dtype)
 
@@ -177,7 +218,15 @@ def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
             return preprocess.crop(ImageOps.exif_transpose(image))
     except ConfigError as error:
         raise ConfigError(f"image {index}: {error}", hint=error.hint or _accepted(preprocess)) from error
-    except (UnreadableImage, OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError) as error:  # Pillow decodes late
+    except (
+        UnreadableImage,
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        TypeError,
+    ) as error:  # Pillow decodes late
         raise ConfigError(f"image {index} cannot be decoded: {' '.join(str(error).split())}") from error
     raise ConfigError(f"image {index} is of type {type(image).__name__}", hint=_accepted(preprocess))
 
@@ -200,7 +249,9 @@ def _as_integers(values: Any, name: str) -> Array:
     try:
         numbers = np.asarray(values)
     except ValueError as error:  # NumPy's word for lists that form no array
-        raise ConfigError(f"{name} is no list of whole numbers", hint="give (K,) indices for every image, or a row for each") from error
+        raise ConfigError(
+            f"{name} is no list of whole numbers", hint="give (K,) indices for every image, or a row for each"
+        ) from error
     if numbers.size and numbers.dtype.kind not in "iu":
         raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}")
     return numbers

@@ -19,7 +19,8 @@ from mae_deploy.runtime.profiles import batch_that_fits
 from mae_deploy.runtime.registry import load_engine
 
 FLOOR_DB = 80.0
-"""The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of summation."""
+"""The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of
+summation."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,16 +30,25 @@ class LayerDrift:
     block: int
     """From 0."""
     comparison: Comparison
-    """Each token of each sample is one row: the cosines are those of the worst row, centred on the mean over all rows."""
+    """Each token of each sample is one row: the cosines are those of the worst row, centred on the mean over all
+    rows."""
     peak: float
     """The engine's largest magnitude; float16 ends at 65,504. NaN or infinite where a value is."""
     drop_db: float | None
-    """By how much the SQNR is below that of the block before; None for the first block, and where one of the two is not finite."""
+    """By how much the SQNR is below that of the block before; None for the first block, and where one of the two is not
+    finite."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
-        figures = {name: value for name, value in self.comparison.to_dict().items() if name not in ("name", "top1_agreement")}
-        return {"block": self.block, **figures, "peak": self.peak if math.isfinite(self.peak) else None, "drop_db": self.drop_db}
+        figures = {
+            name: value for name, value in self.comparison.to_dict().items() if name not in ("name", "top1_agreement")
+        }
+        return {
+            "block": self.block,
+            **figures,
+            "peak": self.peak if math.isfinite(self.peak) else None,
+            "drop_db": self.drop_db,
+        }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,9 +72,12 @@ class LayerReport:
     def lost_at(self) -> LayerDrift | None:
         """Where precision is lost: the first block that is broken or below the floor.
 
-        Without one, the block that loses most against the block before, if the outputs miss their tolerance all the same; None if they meet it.
+        Without one, the block that loses most against the block before, if the outputs miss their tolerance all the
+        same; None if they meet it.
         """
-        below = next((layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None)  # NaN is below
+        below = next(
+            (layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None
+        )  # NaN is below
         losing = [layer for layer in self.layers if layer.drop_db is not None and layer.drop_db > 0]
         if below is not None or self.outputs_pass or not losing:
             return below
@@ -77,10 +90,17 @@ class LayerReport:
         if lost is not None and lost.comparison.reason is not None:
             return f"precision is lost in block {lost.block}: {lost.comparison.reason}"
         if lost is not None and lost.comparison.sqnr_db < self.floor_db:
-            return f"precision is lost in block {lost.block}, the first below {self.floor_db:g} dB: {lost.comparison.sqnr_db:.1f} dB"
+            return (
+                f"precision is lost in block {lost.block}, the first below {self.floor_db:g} dB:"
+                f" {lost.comparison.sqnr_db:.1f} dB"
+            )
         if self.outputs_pass:
             return above
-        loss = "after the last block" if lost is None else f"after the blocks, or in block {lost.block}, which loses most: {lost.drop_db:.1f} dB"
+        loss = (
+            "after the last block"
+            if lost is None
+            else f"after the blocks, or in block {lost.block}, which loses most: {lost.drop_db:.1f} dB"
+        )
         return f"{above}, but the outputs miss their tolerance: precision is lost {loss}"
 
     def to_dict(self) -> dict[str, Any]:
@@ -95,14 +115,17 @@ class LayerReport:
         }
 
 
-def trace_layers(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, outputs_pass: bool) -> LayerReport:
+def trace_layers(
+    bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, outputs_pass: bool
+) -> LayerReport:
     """Run the golden samples that have PyTorch's block outputs, and compare the tokens after every block.
 
-    The engine is loaded once more (TensorRT: built once more), with every block as a further output: what it fuses across blocks elsewhere, it does
-    not fuse here.
+    The engine is loaded once more (TensorRT: built once more), with every block as a further output: what it fuses
+    across blocks elsewhere, it does not fuse here.
 
     Args:
-        outputs_pass: whether `verify_bundle` found the outputs right; decides which block is named where all are above the floor.
+        outputs_pass: whether `verify_bundle` found the outputs right; decides which block is named where all are above
+            the floor.
 
     Raises:
         ConfigError: the bundle holds no block outputs, or this engine cannot show inner tensors.
@@ -125,19 +148,39 @@ def trace_layers(bundle: Bundle, engine: str = "auto", options: EngineOptions = 
         if comparison.reason is None and not math.isfinite(peak):
             comparison = Comparison(name=name, reason=f"NaN or infinite values behind the first {T} tokens")
         drop = (layers[-1].comparison.sqnr_db if layers else math.nan) - comparison.sqnr_db
-        layers.append(LayerDrift(block=block, comparison=comparison, peak=peak, drop_db=drop if math.isfinite(drop) else None))
+        layers.append(
+            LayerDrift(block=block, comparison=comparison, peak=peak, drop_db=drop if math.isfinite(drop) else None)
+        )
     floor = bundle.tolerance.sqnr_db
-    return LayerReport(layers=tuple(layers), floor_db=FLOOR_DB if floor is None else floor, outputs_pass=outputs_pass, num_samples=S, num_tokens=T)
+    return LayerReport(
+        layers=tuple(layers),
+        floor_db=FLOOR_DB if floor is None else floor,
+        outputs_pass=outputs_pass,
+        num_samples=S,
+        num_tokens=T,
+    )
 
 
 def _run(engine: Engine, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
-    """The tokens of the samples after every block, `(S, 1 + K, D)`, also of graphs that work on rows, `(B * (1 + K), D)`."""
+    """The tokens of the samples after every block, `(S, 1 + K, D)`, also of graphs that work on rows,
+    `(B * (1 + K), D)`.
+    """
     S = len(inputs[IMAGES])
-    fitting = batch_that_fits(engine.sizes, S, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None) if engine.sizes else S
+    fitting = (
+        batch_that_fits(engine.sizes, S, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None)
+        if engine.sizes
+        else S
+    )
     batch = bundle.fixed_batch or fitting or S
     order = np.arange(-(-S // batch) * batch) % S  # a fixed batch is filled up with the first samples again
-    chunks = [engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks) for first in range(0, len(order), batch)]
-    return {name: np.concatenate([chunk[name].reshape(batch, -1, bundle.model["embed_dim"]) for chunk in chunks])[:S] for name in bundle.blocks}
+    chunks = [
+        engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks)
+        for first in range(0, len(order), batch)
+    ]
+    return {
+        name: np.concatenate([chunk[name].reshape(batch, -1, bundle.model["embed_dim"]) for chunk in chunks])[:S]
+        for name in bundle.blocks
+    }
 
 
 def _real(tokens: Array, inputs: Mapping[str, Array]) -> Array:

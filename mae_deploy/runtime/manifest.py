@@ -34,7 +34,12 @@ Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 QUANTIZED = ("int8", "fp8")
 """The precisions whose bundle has a record of quantization."""
 
-TOKEN_INPUTS: dict[str, tuple[str, ...]] = {"full": (), "visible": (IDS_KEEP,), "ragged": (IDS_KEEP, NUM_KEEP), "reconstruct": (IDS_KEEP,)}
+TOKEN_INPUTS: dict[str, tuple[str, ...]] = {
+    "full": (),
+    "visible": (IDS_KEEP,),
+    "ragged": (IDS_KEEP, NUM_KEEP),
+    "reconstruct": (IDS_KEEP,),
+}
 """What a graph of each token mode takes beside the images; all int64."""
 
 BLOCKS = "blocks"
@@ -77,16 +82,19 @@ class GraphEntry(TypedDict):
     file: str
     opset: int
     inputs: list[TensorEntry]
-    """`images` is float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`, which the graph normalises."""
+    """`images` is float32 or float16 `(B, C, H, W)`, normalised, or uint8 `(B, H, W, C)`, which the graph
+    normalises."""
     outputs: list[TensorEntry]
     blocks: list[str]
-    """The graph's tensors after each encoder block, `(B, 1 + K, D)` or `(B * (1 + K), D)`; empty where the golden file has no `blocks`."""
+    """The graph's tensors after each encoder block, `(B, 1 + K, D)` or `(B * (1 + K), D)`; empty where the golden file
+    has no `blocks`."""
 
 
 class GoldenEntry(TypedDict):
     """Sample inputs with PyTorch's FP32 outputs, as an npz under the graph's own names for inputs and outputs.
 
-    `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS first) after each of L blocks for the first S' samples.
+    `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS first) after each of L blocks for the
+    first S' samples.
     """
 
     file: str
@@ -135,7 +143,9 @@ class FileEntry(TypedDict):
 
 
 class ToleranceEntry(TypedDict, total=False):
-    """What every output must meet; see `mae_deploy.runtime.tolerance.Tolerance`. What is null or absent is not judged."""
+    """What every output must meet; see `mae_deploy.runtime.tolerance.Tolerance`. What is null or absent is not
+    judged.
+    """
 
     cosine: float | None
     max_abs: float | None
@@ -175,7 +185,8 @@ class Manifest(TypedDict):
     quantization: dict[str, Any] | None
     """How INT8 or FP8 was chosen: policy, layers, calibration; None in other precisions.
 
-    `baseline` in it names the graph of the same weights in FP16, in the bundle's typing, with which a TensorRT engine is compared."""
+    `baseline` in it names the graph of the same weights in FP16, in the bundle's typing, with which a TensorRT engine
+    is compared."""
     graph: GraphEntry
     preprocess: dict[str, Any]
     """The fields of `mae_deploy.images.preprocess.Preprocess`."""
@@ -201,7 +212,8 @@ def file_entry(path: Path) -> FileEntry:
 
 
 def read_preprocess(values: dict[str, Any]) -> Preprocess:
-    """The preprocessing that a manifest describes; a field that this version does not know would change the pixels, and is refused.
+    """The preprocessing that a manifest describes; a field that this version does not know would change the pixels, and
+    is refused.
 
     Raises:
         ConfigError: a field is missing, unknown or of the wrong type.
@@ -210,9 +222,14 @@ def read_preprocess(values: dict[str, Any]) -> Preprocess:
     names = [field.name for field in dataclasses.fields(Preprocess)]
     unknown = [name for name in values if name not in names]
     if unknown:
-        raise ConfigError(f"manifest: unknown preprocessing '{unknown[0]}'", hint="the bundle needs a newer mae-deploy: pip install --upgrade mae-deploy")
+        raise ConfigError(
+            f"manifest: unknown preprocessing '{unknown[0]}'",
+            hint="the bundle needs a newer mae-deploy: pip install --upgrade mae-deploy",
+        )
     check_keys(values, {name: hints[name] for name in names}, frozenset(names) - {"pixel_max"}, "preprocess.")
-    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    fields: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
+    }
     return Preprocess(**fields)
 
 
@@ -233,7 +250,15 @@ def validate_manifest(value: Any) -> Manifest:
         )
     check(value, Manifest, "")
     manifest = typing.cast(Manifest, value)
-    for problem in (_model_problem, _sizes_problem, _graph_problem, _outputs_problem, _files_problem, _engines_problem, _tolerance_problem):
+    for problem in (
+        _model_problem,
+        _sizes_problem,
+        _graph_problem,
+        _outputs_problem,
+        _files_problem,
+        _engines_problem,
+        _tolerance_problem,
+    ):
         if message := problem(manifest):
             raise ConfigError(f"manifest: {message}", hint="export the bundle again")
     return manifest
@@ -250,11 +275,20 @@ def _model_problem(manifest: Manifest) -> str | None:
         return f"the groups of bands {groups} do not have each of {model['in_chans']} channels once"
     if manifest["num_patches"] != num_patches:
         of_groups = "" if groups is None else f" in {len(groups)} groups of bands"
-        return f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of {patch}{of_groups}"
+        return (
+            f"num_patches is {manifest['num_patches']}, but image size {size} has {num_patches} patches of"
+            f" {patch}{of_groups}"
+        )
     if list(preprocess.image_size) != size or preprocess.channels != model["in_chans"]:
-        return f"preprocess makes {preprocess.channels} x {preprocess.image_size}, the model takes {model['in_chans']} x {size}"
+        return (
+            f"preprocess makes {preprocess.channels} x {preprocess.image_size}, the model takes {model['in_chans']} x"
+            f" {size}"
+        )
     if (manifest["precision"] in QUANTIZED) != (manifest["quantization"] is not None):
-        return f"precision {manifest['precision']} {'without' if manifest['quantization'] is None else 'with'} a record of quantization"
+        return (
+            f"precision {manifest['precision']} {'without' if manifest['quantization'] is None else 'with'} a record of"
+            " quantization"
+        )
     return None
 
 
@@ -267,7 +301,10 @@ def _sizes_problem(manifest: Manifest) -> str | None:
         return f"keep {fixed['K']} does not fit token mode '{mode}' with {num_patches} patches"
     sizes = {"B"} if mode == "full" else {"B", "K"}
     if set(profile) != sizes:
-        return f"the profile of token mode '{mode}' is of {', '.join(sorted(sizes))}, not of {', '.join(profile) or 'nothing'}"
+        return (
+            f"the profile of token mode '{mode}' is of {', '.join(sorted(sizes))}, not of"
+            f" {', '.join(profile) or 'nothing'}"
+        )
     for name, numbers in profile.items():
         if len(numbers) != 3 or not 1 <= numbers[0] <= numbers[1] <= numbers[2]:
             return f"the profile {numbers} of {name} is not a smallest, usual and largest size"
@@ -283,7 +320,10 @@ def _graph_problem(manifest: Manifest) -> str | None:
     inputs = {entry["name"]: entry for entry in graph["inputs"]}
     names = (IMAGES, *TOKEN_INPUTS[mode])
     if len(graph["inputs"]) != len(names) or set(inputs) != set(names):
-        return f"a graph of token mode '{mode}' has the inputs {', '.join(names)}, not {', '.join(entry['name'] for entry in graph['inputs'])}"
+        return (
+            f"a graph of token mode '{mode}' has the inputs {', '.join(names)}, not"
+            f" {', '.join(entry['name'] for entry in graph['inputs'])}"
+        )
     C, (H, W) = model["in_chans"], model["image_size"]
     B: Dim = manifest["batch"] or "B"
     layouts: dict[str, list[Dim]] = {"float32": [B, C, H, W], "float16": [B, C, H, W], "uint8": [B, H, W, C]}
@@ -291,7 +331,11 @@ def _graph_problem(manifest: Manifest) -> str | None:
     for name, entry in inputs.items():
         dtype, shape = wanted.get(name) or (entry["dtype"], layouts.get(entry["dtype"], []))
         if entry["dtype"] != dtype or not _fits(entry["shape"], shape):
-            return f"the input {name} is {entry['dtype']} {entry['shape']}, not {dtype} {shape}" if shape else f"the input {name} cannot be {entry['dtype']}"
+            return (
+                f"the input {name} is {entry['dtype']} {entry['shape']}, not {dtype} {shape}"
+                if shape
+                else f"the input {name} cannot be {entry['dtype']}"
+            )
     blocks = graph["blocks"]
     if blocks and (len(blocks) != model["depth"] or len(set(blocks)) != len(blocks)):
         return f"graph.blocks has {len(set(blocks))} names for {model['depth']} blocks"
@@ -342,7 +386,11 @@ def _fits(found: list[Dim], wanted: list[Dim]) -> bool:
     if len(found) != len(wanted):
         return False
     return all(
-        isinstance(size, str) if name in ("B", "K") else isinstance(size, int) and size >= 1 and (isinstance(name, str) or size == name)
+        (
+            isinstance(size, str)
+            if name in ("B", "K")
+            else isinstance(size, int) and size >= 1 and (isinstance(name, str) or size == name)
+        )
         for size, name in zip(found, wanted, strict=True)
     )
 
@@ -372,8 +420,13 @@ def _engines_problem(manifest: Manifest) -> str | None:
         if not entry["profiles"]:
             return f"{where} has no profile"
         for profile in entry["profiles"]:
-            if set(profile) != set(manifest["profile"]) or any(len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2] for sizes in profile.values()):
-                return f"{where}: the profile {profile} does not give a smallest, usual and largest {' and '.join(manifest['profile'])}"
+            if set(profile) != set(manifest["profile"]) or any(
+                len(sizes) != 3 or not 1 <= sizes[0] <= sizes[1] <= sizes[2] for sizes in profile.values()
+            ):
+                return (
+                    f"{where}: the profile {profile} does not give a smallest, usual and largest"
+                    f" {' and '.join(manifest['profile'])}"
+                )
     return None
 
 

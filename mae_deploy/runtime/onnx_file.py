@@ -1,6 +1,8 @@
-"""As much of the ONNX file format as a device needs, without the onnx package: what a graph takes, and a graph of matrix products.
+"""As much of the ONNX file format as a device needs, without the onnx package: what a graph takes, and a graph of
+matrix products.
 
-The format is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a list of fields, each a number with an integer or with bytes.
+The format is protobuf (https://protobuf.dev/programming-guides/encoding/): a message is a list of fields, each a number
+with an integer or with bytes.
 """
 
 from __future__ import annotations
@@ -32,7 +34,17 @@ _SHAPE_DIM = 1
 _DIM_SIZE, _DIM_NAME = 1, 2
 
 _FLOAT = 1
-_DTYPES = {_FLOAT: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 9: "bool", 10: "float16", 11: "float64", 16: "bfloat16"}
+_DTYPES = {
+    _FLOAT: "float32",
+    2: "uint8",
+    3: "int8",
+    6: "int32",
+    7: "int64",
+    9: "bool",
+    10: "float16",
+    11: "float64",
+    16: "bfloat16",
+}
 
 
 def read_inputs(path: Path) -> list[TensorEntry]:
@@ -52,21 +64,33 @@ def read_opset(path: Path) -> int:
         ConfigError: no such file, or it is no ONNX model.
     """
     with _opened(path) as model:
-        return max(opset.integer(_OPSET_VERSION) for opset in model.messages(_MODEL_OPSET) if not any(name.text() for name in opset.messages(_OPSET_DOMAIN)))
+        return max(
+            opset.integer(_OPSET_VERSION)
+            for opset in model.messages(_MODEL_OPSET)
+            if not any(name.text() for name in opset.messages(_OPSET_DOMAIN))
+        )
 
 
 def write_products(path: Path, size: int, length: int) -> None:
-    """Write a graph that multiplies its input `x`, float32 `(size, size)`, `length` times by a constant matrix of that shape.
+    """Write a graph that multiplies its input `x`, float32 `(size, size)`, `length` times by a constant matrix of that
+    shape.
 
-    The matrix keeps the scale of what it multiplies: no value overflows or becomes so small that it slows the processor.
+    The matrix keeps the scale of what it multiplies: no value overflows or becomes so small that it slows the
+    processor.
     """
     weight = np.random.default_rng(0).standard_normal((size, size), np.float32) / np.float32(size**0.5)
-    initializer = encode(_INITIALIZER_DIMS, size) * 2 + encode(_INITIALIZER_TYPE, _FLOAT) + encode(_INITIALIZER_NAME, b"w")
+    initializer = (
+        encode(_INITIALIZER_DIMS, size) * 2 + encode(_INITIALIZER_TYPE, _FLOAT) + encode(_INITIALIZER_NAME, b"w")
+    )
     values = [b"x", *(b"y%d" % index for index in range(length))]
-    graph = b"".join(encode(GRAPH_NODE, encode_node(b"MatMul", [before, b"w"], after)) for before, after in pairwise(values))
+    graph = b"".join(
+        encode(GRAPH_NODE, encode_node(b"MatMul", [before, b"w"], after)) for before, after in pairwise(values)
+    )
     graph += encode(GRAPH_NAME, b"products")
     graph += encode(_GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, weight.tobytes()))
-    graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size)))
+    graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(
+        GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size))
+    )
     path.write_bytes(encode_model(graph))
 
 
@@ -170,13 +194,19 @@ def encode_model(graph: bytes) -> bytes:
 
 def encode_node(operator: bytes, inputs: Sequence[bytes], output: bytes) -> bytes:
     """A node without attributes."""
-    return b"".join(encode(_NODE_INPUT, name) for name in inputs) + encode(_NODE_OUTPUT, output) + encode(_NODE_OPERATOR, operator)
+    return (
+        b"".join(encode(_NODE_INPUT, name) for name in inputs)
+        + encode(_NODE_OUTPUT, output)
+        + encode(_NODE_OPERATOR, operator)
+    )
 
 
 def encode_value(name: bytes, kind: int, shape: Sequence[int]) -> bytes:
     """An input or output; `kind` is the number that onnx.proto gives the type of its elements."""
     sizes = b"".join(encode(_SHAPE_DIM, encode(_DIM_SIZE, size)) for size in shape)
-    return encode(VALUE_NAME, name) + encode(_VALUE_TYPE, encode(_TYPE_TENSOR, encode(_TENSOR_TYPE, kind) + encode(_TENSOR_SHAPE, sizes)))
+    return encode(VALUE_NAME, name) + encode(
+        _VALUE_TYPE, encode(_TYPE_TENSOR, encode(_TENSOR_TYPE, kind) + encode(_TENSOR_SHAPE, sizes))
+    )
 
 
 def encode(number: int, value: int | bytes) -> bytes:

@@ -1,4 +1,6 @@
-"""Features and classes for image files: unreadable ones are reported, and what comes out is written whole or not at all."""
+"""Features and classes for image files: unreadable ones are reported, and what comes out is written whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,13 @@ class Predictions:
 
         Args:
             keep: as for `Backbone`.
-            num_keep: instead of `keep`, this many patches of each image at random. The choice depends on `seed` and the file's place in `paths`
+            num_keep: instead of `keep`, this many patches of each image at random. The choice depends on `seed` and the
+                file's place in `paths`
                 alone: neither the batch size nor an unreadable file changes it.
 
         Raises:
-            ConfigError: no paths, a batch size below 1, or both `keep` and `num_keep`, or one that the bundle cannot take.
+            ConfigError: no paths, a batch size below 1, or both `keep` and `num_keep`, or one that the bundle cannot
+                take.
         """
         batch_size = (backbone.bundle.fixed_batch or 8) if batch_size is None else batch_size
         if not paths or batch_size < 1:
@@ -81,15 +85,21 @@ class Predictions:
                 batch = []
         if len(self.unreadable) == len(self._paths):
             first = self.unreadable[0]
-            raise CheckFailed(f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}")
+            raise CheckFailed(
+                f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}"
+            )
 
     def _run(self, batch: list[tuple[int, Array]]) -> tuple[list[Path], Features]:
         indices = [index for index, _ in batch]
         pixels = np.stack([pixels for _, pixels in batch])
         keep = self._keep
         if self._num_keep is not None:
-            keep = np.stack([_random_patches(self._backbone.num_patches, self._num_keep, (self._seed, index)) for index in indices])
-        return [self._paths[index] for index in indices], self._backbone.run_cropped(pixels, keep, outputs=self._outputs)
+            keep = np.stack(
+                [_random_patches(self._backbone.num_patches, self._num_keep, (self._seed, index)) for index in indices]
+            )
+        return [self._paths[index] for index in indices], self._backbone.run_cropped(
+            pixels, keep, outputs=self._outputs
+        )
 
 
 def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[list[tuple[str, float]]]:
@@ -112,7 +122,10 @@ def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     names = class_names if class_names is not None else [str(index) for index in range(num_classes)]
-    return [[(names[int(index)], float(row[index])) for index in order] for row, order in zip(probabilities, best, strict=True)]
+    return [
+        [(names[int(index)], float(row[index])) for index in order]
+        for row, order in zip(probabilities, best, strict=True)
+    ]
 
 
 def write_features(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
@@ -142,7 +155,9 @@ def _write_npz(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) ->
 def _write_parquet(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
     arrow, parquet = import_optional("pyarrow", extra="parquet"), import_optional("pyarrow.parquet", extra="parquet")
     # Parquet's text is UTF-8: a file name in another encoding is shown with replacement characters.
-    columns = {PATHS: arrow.array([os.fsencode(name).decode("utf-8", "replace") for name in names], type=arrow.string())}
+    columns = {
+        PATHS: arrow.array([os.fsencode(name).decode("utf-8", "replace") for name in names], type=arrow.string())
+    }
     for name, array in arrays.items():
         column = arrow.array(array.reshape(-1))
         for size in reversed(array.shape[1:]):
@@ -157,9 +172,14 @@ def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> Non
     if keep is not None:
         raise ConfigError("keep and num_keep exclude one another")
     if backbone.bundle.token_mode == "full":
-        raise ConfigError("this bundle's graph takes every patch, so num_keep cannot be used", hint="export with --tokens visible")
+        raise ConfigError(
+            "this bundle's graph takes every patch, so num_keep cannot be used", hint="export with --tokens visible"
+        )
     if not least <= num_keep <= most:
-        raise ConfigError(f"num_keep {num_keep} cannot be used", hint=f"this graph takes {most if least == most else f'{least} to {most}'} patches")
+        raise ConfigError(
+            f"num_keep {num_keep} cannot be used",
+            hint=f"this graph takes {most if least == most else f'{least} to {most}'} patches",
+        )
 
 
 def _random_patches(num_patches: int, num_keep: int, seed: tuple[int, int]) -> Array:

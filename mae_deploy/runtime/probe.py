@@ -1,4 +1,6 @@
-"""What a graph costs from nothing: load time and peak memory of a process that loads it, runs it and does nothing else."""
+"""What a graph costs from nothing: load time and peak memory of a process that loads it, runs it and does nothing
+else.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,19 @@ class Probe:
     load_seconds: float
     """From the file to an engine that can run, without the import of the engine's package."""
     peak_mib: float | None
-    """The most memory that the process held, Python and the engine's package included; None where the system does not say."""
+    """The most memory that the process held, Python and the engine's package included; None where the system does not
+    say."""
 
 
-def probe_graph(graph: Path, engine: str, options: EngineOptions, inputs: Mapping[str, Array], *, precision: str = "fp32", bundle: Path | None = None) -> Probe:
+def probe_graph(
+    graph: Path,
+    engine: str,
+    options: EngineOptions,
+    inputs: Mapping[str, Array],
+    *,
+    precision: str = "fp32",
+    bundle: Path | None = None,
+) -> Probe:
     """Load an ONNX file, or with TensorRT the engine of a bundle, and run it once on `inputs`, in a process of its own.
 
     Args:
@@ -75,7 +86,15 @@ def peak_memory() -> float | None:
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
 
 
-def _measure(folder: Path, graph: str, bundle: str | None, engine: str, options: dict[str, object], precision: str, inputs: list[str]) -> Probe:
+def _measure(
+    folder: Path,
+    graph: str,
+    bundle: str | None,
+    engine: str,
+    options: dict[str, object],
+    precision: str,
+    inputs: list[str],
+) -> Probe:
     with np.load(folder / _INPUTS) as archive:
         arrays = {name: archive[f"arr_{index}"] for index, name in enumerate(inputs)}
     importlib.import_module(engine)

@@ -1,4 +1,6 @@
-"""How a TensorRT engine is to be built: options, and the sizes that it is built for. Nothing is imported here but what every device has."""
+"""How a TensorRT engine is to be built: options, and the sizes that it is built for. Nothing is imported here but what
+every device has.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ Range = tuple[int, int, int]
 """Smallest, usual and largest."""
 
 Profile = dict[str, Range]
-"""The sizes that one optimisation profile is for: `{"B": (1, 8, 32), "K": (20, 49, 196)}`; a graph of all patches has no K."""
+"""The sizes that one optimisation profile is for: `{"B": (1, 8, 32), "K": (20, 49, 196)}`; a graph of all patches has
+no K."""
 
 _PROFILE_HINT = "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'; several are separated by ';'"
 
@@ -28,16 +31,24 @@ def read_profiles(text: str | None) -> list[Profile]:
 def covering(profiles: Sequence[Mapping[str, Sequence[int]]]) -> dict[str, list[int]]:
     """The smallest, usual and largest size over all profiles; usual is that of the first."""
     names = profiles[0]
-    return {name: [min(p[name][0] for p in profiles), profiles[0][name][1], max(p[name][2] for p in profiles)] for name in names}
+    return {
+        name: [min(p[name][0] for p in profiles), profiles[0][name][1], max(p[name][2] for p in profiles)]
+        for name in names
+    }
 
 
 def batch_that_fits(profiles: Sequence[Mapping[str, Sequence[int]]], batch: int, keep: int | None) -> int | None:
-    """How many samples at a time an engine of these profiles takes, where it is given `batch` of them with `keep` patches each.
+    """How many samples at a time an engine of these profiles takes, where it is given `batch` of them with `keep`
+    patches each.
 
-    `batch` itself if a profile holds it; else the largest batch below it, else the smallest above it, which has to be filled up.
-    None: no profile holds `keep`.
+    `batch` itself if a profile holds it; else the largest batch below it, else the smallest above it, which has to be
+    filled up. None: no profile holds `keep`.
     """
-    ranges = [profile["B"] for profile in profiles if keep is None or "K" not in profile or profile["K"][0] <= keep <= profile["K"][2]]
+    ranges = [
+        profile["B"]
+        for profile in profiles
+        if keep is None or "K" not in profile or profile["K"][0] <= keep <= profile["K"][2]
+    ]
     if not ranges:
         return None
     below = [min(most, batch) for least, _, most in ranges if least <= batch]

@@ -20,14 +20,23 @@ TENSORRT = "tensorrt"
 _log = logging.getLogger(__name__)
 
 
-def load_engine(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions(), *, taps: Sequence[str] = (), build: bool = False) -> Engine:
+def load_engine(
+    bundle: Bundle,
+    engine: str = "auto",
+    options: EngineOptions = EngineOptions(),
+    *,
+    taps: Sequence[str] = (),
+    build: bool = False,
+) -> Engine:
     """Load the bundle's graph, or an engine that was built from it, after its hash has been checked.
 
     Args:
-        engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine; else the engine on which the
-            bundle was proven, where it is installed and has the device; else ONNX Runtime.
-        taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is not kept.
-        build: where the bundle has no TensorRT engine that fits this machine, and TensorRT is wanted or the bundle was made for it, build one and add it.
+        engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine;
+            else the engine on which the bundle was proven, where it is installed and has the device; else ONNX Runtime.
+        taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is
+            not kept.
+        build: where the bundle has no TensorRT engine that fits this machine, and TensorRT is wanted or the bundle was
+            made for it, build one and add it.
 
     Raises:
         ConfigError: an unknown engine, options that it cannot take, or no TensorRT engine that fits.
@@ -46,13 +55,16 @@ def load_engine(bundle: Bundle, engine: str = "auto", options: EngineOptions = E
     if set(loaded.input_names) != set(bundle.input_names) or set(loaded.output_names) != set(names):
         loaded.close()
         raise CheckFailed(
-            f"the graph of {bundle.path} takes {loaded.input_names} and gives {loaded.output_names}, its manifest says {bundle.input_names} and {names}",
+            f"the graph of {bundle.path} takes {loaded.input_names} and gives {loaded.output_names}, its manifest says"
+            f" {bundle.input_names} and {names}",
             hint="export the bundle again",
         )
     return loaded
 
 
-def open_graph(path: Path, engine: str = DEFAULT, options: EngineOptions = EngineOptions(), *, precision: str = "fp32") -> Engine:
+def open_graph(
+    path: Path, engine: str = DEFAULT, options: EngineOptions = EngineOptions(), *, precision: str = "fp32"
+) -> Engine:
     """Load a bare ONNX file, which no manifest describes and no hash protects: the user names it and trusts it.
 
     Raises:
@@ -70,7 +82,9 @@ def _class_of(engine: str) -> type[Engine]:
     if name == TENSORRT:
         raise ConfigError("TensorRT runs bundles, not bare ONNX files", hint="export a bundle with --engine trt")
     if name not in ENGINES:
-        raise ConfigError(f"unknown engine '{engine}'", hint=f"known: {', '.join(['auto', *ALIASES, *ENGINES, TENSORRT])}")
+        raise ConfigError(
+            f"unknown engine '{engine}'", hint=f"known: {', '.join(['auto', *ALIASES, *ENGINES, TENSORRT])}"
+        )
     return ENGINES[name]()
 
 
@@ -106,7 +120,10 @@ def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build
         build_engine(bundle)
         entry = find_plan(bundle, api.version, api.gpu)
     if entry is None:
-        raise ConfigError(why_not(bundle, api.version, api.gpu), hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle")
+        raise ConfigError(
+            why_not(bundle, api.version, api.gpu),
+            hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle",
+        )
     return open_tapped(bundle, entry, options, taps) if taps else open_plan(bundle, entry, options)
 
 
@@ -123,6 +140,7 @@ def _openvino() -> type[Engine]:
 
 
 ENGINES: dict[str, Callable[[], type[Engine]]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
-"""The name of each engine that reads the graph, which is that of its package, and what gives its class; the package is imported when an engine loads."""
+"""The name of each engine that reads the graph, which is that of its package, and what gives its class; the package is
+imported when an engine loads."""
 
 ALIASES = {"onnx": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}

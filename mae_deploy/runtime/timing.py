@@ -36,7 +36,10 @@ class Timing:
     def to_dict(self) -> dict[str, float]:
         """Median, percentiles and extremes in milliseconds, and the number of calls."""
         marks = {"min_ms": 0, "p50_ms": 50, "p95_ms": 95, "p99_ms": 99, "max_ms": 100}
-        return {**{name: self.percentile(percent) * 1000 for name, percent in marks.items()}, "calls": len(self.seconds)}
+        return {
+            **{name: self.percentile(percent) * 1000 for name, percent in marks.items()},
+            "calls": len(self.seconds),
+        }
 
 
 def measure(

@@ -12,8 +12,9 @@ from mae_deploy.errors import ConfigError
 class Tolerance:
     """What an output must meet; None leaves a measure unjudged, but some measure must judge every output.
 
-    An output misses `max_abs` and `max_relative` only if it misses both: in the inner blocks of large models single values reach
-    1,500, of which float32 knows four digits after the point, and an output that is small all over has a large share of error.
+    An output misses `max_abs` and `max_relative` only if it misses both: in the inner blocks of large models single
+    values reach 1,500, of which float32 knows four digits after the point, and an output that is small all over has a
+    large share of error.
     """
 
     cosine: float | None = None
@@ -27,17 +28,22 @@ class Tolerance:
     sqnr_db: float | None = None
     """The least signal-to-noise ratio in dB."""
     top1_agreement: float | None = None
-    """The least share of samples with the same most likely class (logits only). Unless it is 1, one sample may always differ:
-    one of eight does not refute 99 %."""
+    """The least share of samples with the same most likely class (logits only). Unless it is 1, one sample may always
+    differ: one of eight does not refute 99 %."""
 
     def __post_init__(self) -> None:
         limits = self.to_dict()
         for name, limit in limits.items():
             share = name in ("cosine", "centred_cosine", "top1_agreement")
             if not (0 < limit <= 1 if share else 0 <= limit < math.inf):
-                raise ConfigError(f"tolerance: {name} {limit} must be {'in (0, 1]' if share else 'at least 0 and finite'}")
+                raise ConfigError(
+                    f"tolerance: {name} {limit} must be {'in (0, 1]' if share else 'at least 0 and finite'}"
+                )
         if not set(limits) - {"top1_agreement"}:
-            raise ConfigError("tolerance: no measure judges every output", hint="set cosine, centred_cosine, sqnr_db, max_abs or max_relative")
+            raise ConfigError(
+                "tolerance: no measure judges every output",
+                hint="set cosine, centred_cosine, sqnr_db, max_abs or max_relative",
+            )
 
     def to_dict(self) -> dict[str, float]:
         """The limits that are set, as a manifest holds them."""
@@ -53,7 +59,8 @@ TOLERANCES = {
 }
 """What every output must meet in each precision.
 
-FP32 differs from PyTorch's FP32 by the order of summation only. In the others the plain cosine is no proof (18 dB still show 0.993,
-and features of a ViT share most of their norm): noise is judged by SQNR, and what tells images apart by the centred cosine.
-FP8 has three bits of mantissa: each operand is off by 32 dB, whatever its scale, and the outputs of a ViT-S or ViT-B with all its Linears in FP8 by 21 dB.
+FP32 differs from PyTorch's FP32 by the order of summation only. In the others the plain cosine is no proof (18 dB still
+show 0.993, and features of a ViT share most of their norm): noise is judged by SQNR, and what tells images apart by the
+centred cosine. FP8 has three bits of mantissa: each operand is off by 32 dB, whatever its scale, and the outputs of a
+ViT-S or ViT-B with all its Linears in FP8 by 21 dB.
 """

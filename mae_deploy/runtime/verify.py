@@ -9,7 +9,8 @@ from mae_deploy.runtime.registry import load_engine
 
 
 def verify_bundle(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions()) -> Verification:
-    """Check the hash of every file, then run the golden samples and compare all outputs with PyTorch's and with themselves under invariances.
+    """Check the hash of every file, then run the golden samples and compare all outputs with PyTorch's and with
+    themselves under invariances.
 
     Raises:
         CheckFailed: a file is not what was exported. A missed tolerance is no exception: see `Verification.passed`.

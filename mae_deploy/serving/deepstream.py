@@ -1,4 +1,5 @@
-"""DeepStream's files for a TensorRT plan of a bundle: nvinfer runs it, nvdspreprocess cuts out what the model was trained to see.
+"""DeepStream's files for a TensorRT plan of a bundle: nvinfer runs it, nvdspreprocess cuts out what the model was
+trained to see.
 
 https://docs.nvidia.com/metropolis/deepstream/dev-guide/text/DS_plugin_gst-nvinfer.html
 https://docs.nvidia.com/metropolis/deepstream/dev-guide/text/DS_plugin_gst-nvdspreprocess.html
@@ -32,8 +33,8 @@ _FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
 _CUSTOM_LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/gst-plugins/libcustom2d_preprocess.so"
 
 _GEOMETRY = """\
-# nvinfer alone squeezes the whole frame into the input. The model was trained on the centre of the image: for what it saw,
-# put nvdspreprocess with {preprocess} in front, and set input-tensor-meta=1 on nvinfer.
+# nvinfer alone squeezes the whole frame into the input. The model was trained on the centre of the image: for what it
+# saw, put nvdspreprocess with {preprocess} in front, and set input-tensor-meta=1 on nvinfer.
 """
 
 _FRAME_NOTE = """\
@@ -54,10 +55,16 @@ def write_deepstream(bundle: Bundle, folder: Path, engine: EngineEntry) -> Path:
     if engine["stripped"]:
         raise _refusal(f"{engine['file']} was built without its weights", hint="build it without --strip")
     if engine["version_compatible"]:
-        raise _refusal("nvinfer does not load engines with code for the CPU, as version-compatible ones are", hint="build it without --version-compatible")
+        raise _refusal(
+            "nvinfer does not load engines with code for the CPU, as version-compatible ones are",
+            hint="build it without --version-compatible",
+        )
     if engine["profiles"][0]["B"][0] > 1:
         smallest = engine["profiles"][0]["B"][0]
-        raise _refusal(f"a stream's last batch is smaller than the engine's smallest, {smallest}", hint="build it with a profile that starts at B 1")
+        raise _refusal(
+            f"a stream's last batch is smaller than the engine's smallest, {smallest}",
+            hint="build it with a profile that starts at B 1",
+        )
     with atomic_path(folder) as aside:
         aside.mkdir()
         shutil.copyfile(bundle.file(engine["file"]), aside / PLAN_FILE)
@@ -78,7 +85,8 @@ def check_bundle(bundle: Bundle) -> None:
 
 
 def check_feeding(token_mode: str, images: str, spec: Preprocess, class_names: Sequence[str] | None) -> None:
-    """Refuse what nvinfer and nvdspreprocess cannot feed exactly: they write FP32, `factor * (pixel - the channel's offset)`, to the only input.
+    """Refuse what nvinfer and nvdspreprocess cannot feed exactly: they write FP32,
+    `factor * (pixel - the channel's offset)`, to the only input.
 
     Args:
         images: type of the graph's images.
@@ -87,11 +95,18 @@ def check_feeding(token_mode: str, images: str, spec: Preprocess, class_names: S
         ConfigError: why, and what to do.
     """
     if token_mode != "full":
-        raise _refusal(f"it feeds images only, and --tokens {token_mode} has other inputs", hint="export with --tokens full")
+        raise _refusal(
+            f"it feeds images only, and --tokens {token_mode} has other inputs", hint="export with --tokens full"
+        )
     if images != "float32":
-        raise _refusal(f"it writes float32 (B, C, H, W), and the images are {images}", hint="export with --images float32")
+        raise _refusal(
+            f"it writes float32 (B, C, H, W), and the images are {images}", hint="export with --images float32"
+        )
     if spec.pixel_max is not None:
-        raise _refusal(f"its pixels have 8 bits, and the model's are divided by {spec.pixel_max:g}", hint="it takes models without --pixel-max")
+        raise _refusal(
+            f"its pixels have 8 bits, and the model's are divided by {spec.pixel_max:g}",
+            hint="it takes models without --pixel-max",
+        )
     if spec.channels not in _COLOUR_FORMATS:
         raise _refusal(f"it has no format of {spec.channels} channels", hint="it takes images of 1 or 3 channels")
     if len(set(spec.std)) > 1:
@@ -99,11 +114,16 @@ def check_feeding(token_mode: str, images: str, spec: Preprocess, class_names: S
         hint = "export with --one-std: the weights take up the difference"
         raise _refusal(f"it has one scale for all channels, and the standard deviations are {deviations}", hint=hint)
     if spoilt := [name for name in class_names or () if set(name) & set(";\n\r")]:
-        raise _refusal(f"its label files hold no semicolons and no line breaks, and the class {spoilt[0]!r} does", hint="rename the class")
+        raise _refusal(
+            f"its label files hold no semicolons and no line breaks, and the class {spoilt[0]!r} does",
+            hint="rename the class",
+        )
 
 
 def net_scale_factor(preprocess: Preprocess) -> float:
-    """What the differences of pixels from 0 to 255 are multiplied with: `(x / 255 - mean) / std = (x - 255 mean) / (255 std)`."""
+    """What the differences of pixels from 0 to 255 are multiplied with:
+    `(x / 255 - mean) / std = (x - 255 mean) / (255 std)`.
+    """
     return 1 / (255 * preprocess.std[0])
 
 
@@ -125,10 +145,14 @@ def _refusal(why: str, *, hint: str) -> ConfigError:
 
 
 def _infer(bundle: Bundle, engine: EngineEntry) -> str:
-    """nvinfer reads classes from FP32 logits where they are the only output; anything else is left to the application, as tensors."""
+    """nvinfer reads classes from FP32 logits where they are the only output; anything else is left to the application,
+    as tensors.
+    """
     spec = bundle.preprocess
     outputs = bundle.manifest["graph"]["outputs"]
-    classifier = bundle.class_names is not None and [(entry["name"], entry["dtype"]) for entry in outputs] == [("logits", "float32")]
+    classifier = bundle.class_names is not None and [(entry["name"], entry["dtype"]) for entry in outputs] == [
+        ("logits", "float32")
+    ]
     height, width = spec.image_size
     values: dict[str, object] = {
         "gie-unique-id": 1,
@@ -142,7 +166,11 @@ def _infer(bundle: Bundle, engine: EngineEntry) -> str:
         "offsets": _list(offsets(spec)),
         "maintain-aspect-ratio": 0,
         "scaling-filter": _FILTERS[spec.interpolation],
-        **({"network-type": 1, "labelfile-path": LABELS, "classifier-threshold": 0} if classifier else {"network-type": 100}),
+        **(
+            {"network-type": 1, "labelfile-path": LABELS, "classifier-threshold": 0}
+            if classifier
+            else {"network-type": 100}
+        ),
         "output-tensor-meta": 1,
     }
     return _GEOMETRY.format(preprocess=PREPROCESS_FILE) + _group("property", values)
@@ -180,7 +208,14 @@ def _preprocess(bundle: Bundle, engine: EngineEntry) -> str:
         "roi-params-src-0": ";".join(map(str, centre(spec, FRAME))),
     }
     note = _FRAME_NOTE.format(width=FRAME[1], height=FRAME[0])
-    return _group("property", values) + "\n" + _group("user-configs", normalisation) + "\n" + note + _group("group-0", group)
+    return (
+        _group("property", values)
+        + "\n"
+        + _group("user-configs", normalisation)
+        + "\n"
+        + note
+        + _group("group-0", group)
+    )
 
 
 def _group(name: str, values: Mapping[str, object]) -> str:

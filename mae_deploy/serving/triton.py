@@ -1,4 +1,5 @@
-"""A model repository for Triton Inference Server from a bundle: its ONNX graph, or a TensorRT plan that was built from it.
+"""A model repository for Triton Inference Server from a bundle: its ONNX graph, or a TensorRT plan that was built from
+it.
 
 https://docs.nvidia.com/deeplearning/triton-inference-server/user-guide/docs/user_guide/model_configuration.html
 """
@@ -25,7 +26,13 @@ QUEUE_DELAY = 100
 
 LABELS = "labels.txt"
 
-_TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8", "int64": "TYPE_INT64", "int32": "TYPE_INT32"}
+_TYPES = {
+    "float32": "TYPE_FP32",
+    "float16": "TYPE_FP16",
+    "uint8": "TYPE_UINT8",
+    "int64": "TYPE_INT64",
+    "int32": "TYPE_INT32",
+}
 
 _ANY_DEVICE = ("fp32", "fp16")
 """Precisions whose graphs ONNX Runtime computes on GPUs as it does on CPUs, where they were proven."""
@@ -50,7 +57,9 @@ def write_triton(bundle: Bundle, repository: Path, engine: EngineEntry | None = 
         _copy_model(bundle, engine, aside / "1")
         (aside / "config.pbtxt").write_text(_text(served.config(model.name)), encoding="utf-8")
         if served.labels:
-            (aside / LABELS).write_text("".join(f"{' '.join(name.split())}\n" for name in served.labels), encoding="utf-8")
+            (aside / LABELS).write_text(
+                "".join(f"{' '.join(name.split())}\n" for name in served.labels), encoding="utf-8"
+            )
         for name, values in served.warmup_files().items():
             (aside / "warmup").mkdir(exist_ok=True)
             (aside / "warmup" / name).write_bytes(values.tobytes())
@@ -135,7 +144,12 @@ class _Served:
     def _tensor(self, entry: TensorEntry) -> dict[str, Any]:
         dims = [-1 if isinstance(size, str) else size for size in self._shape(entry)]
         # Triton refuses an empty shape: each request gives one number, which the graph takes as (B,).
-        return {"name": entry["name"], "data_type": self._type(entry), "dims": dims or [1], **({} if dims else {"reshape": {"shape": []}})}
+        return {
+            "name": entry["name"],
+            "data_type": self._type(entry),
+            "dims": dims or [1],
+            **({} if dims else {"reshape": {"shape": []}}),
+        }
 
     def _shape(self, entry: TensorEntry) -> list[int | str]:
         """Without the batch where Triton makes batches."""
@@ -162,7 +176,8 @@ class _Served:
         delay = {"max_queue_delay_microseconds": QUEUE_DELAY}
         if self.engine is None:
             return {"dynamic_batching": delay}
-        # TensorRT chose its kernels for the usual size of each profile; Triton's guide advises against preferred sizes elsewhere. 1 would end all waiting.
+        # TensorRT chose its kernels for the usual size of each profile; Triton's guide advises against preferred sizes
+        # elsewhere. 1 would end all waiting.
         usual = {min(profile["B"][1], self.max_batch_size) for profile in self.profiles}
         return {"dynamic_batching": {"preferred_batch_size": sorted({*usual, self.max_batch_size} - {1}), **delay}}
 
@@ -173,7 +188,8 @@ class _Served:
         return _each_once([{**sizes, "B": min(sizes["B"], most) if most else sizes["B"]} for sizes in usual])
 
     def _cuda_graphs(self) -> dict[str, Any]:
-        # A reshaped input (num_keep) has one shape in the request and another in the engine: which of them finds a graph is not documented.
+        # A reshaped input (num_keep) has one shape in the request and another in the engine: which of them finds a
+        # graph is not documented.
         if self.engine is None or (self.bundle.token_mode == "ragged" and self.max_batch_size):
             return {}
         usual = self._usual_sizes()
@@ -182,7 +198,10 @@ class _Served:
         return {"optimization": {"cuda": {"graphs": True, "graph_spec": specs}}}
 
     def _is_taken(self, sizes: Mapping[str, int]) -> bool:
-        return any(all(profile[name][0] <= size <= profile[name][2] for name, size in sizes.items()) for profile in self.profiles)
+        return any(
+            all(profile[name][0] <= size <= profile[name][2] for name, size in sizes.items())
+            for profile in self.profiles
+        )
 
     def _graph_spec(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         inputs = [{"key": entry["name"], "value": {"dim": self._sized(entry, sizes)}} for entry in self.bundle.inputs]
@@ -191,8 +210,17 @@ class _Served:
     def _warmup(self, sizes: Mapping[str, int]) -> dict[str, Any]:
         inputs = []
         for entry in self.bundle.inputs:
-            data = {"random_data": True} if entry["name"] == IMAGES else {"input_data_file": _warmup_file(entry["name"], sizes)}
-            inputs.append({"key": entry["name"], "value": {"data_type": self._type(entry), "dims": self._sized(entry, sizes) or [1], **data}})
+            data = (
+                {"random_data": True}
+                if entry["name"] == IMAGES
+                else {"input_data_file": _warmup_file(entry["name"], sizes)}
+            )
+            inputs.append(
+                {
+                    "key": entry["name"],
+                    "value": {"data_type": self._type(entry), "dims": self._sized(entry, sizes) or [1], **data},
+                }
+            )
         name = " ".join(f"{name}={size}" for name, size in sizes.items())
         return {"name": name, "batch_size": sizes["B"] if self.max_batch_size else 1, "inputs": inputs}
 
@@ -203,7 +231,10 @@ def largest_batch(profiles: Sequence[Mapping[str, Sequence[int]]]) -> int:
     Triton batches requests as they come: a batch size that falls between two profiles would be an error at run time.
     """
     keeps = {K for profile in profiles for K in range(profile.get("K", [0])[0], profile.get("K", [0])[-1] + 1)}
-    return min(_reach([profile["B"] for profile in profiles if "K" not in profile or profile["K"][0] <= K <= profile["K"][2]]) for K in keeps)
+    return min(
+        _reach([profile["B"] for profile in profiles if "K" not in profile or profile["K"][0] <= K <= profile["K"][2]])
+        for K in keeps
+    )
 
 
 def _reach(ranges: Sequence[Sequence[int]]) -> int:

@@ -23,7 +23,9 @@ def refuse_to_serve_over(bundle: Path, *, triton: Path | None, deepstream: Path 
         refuse_to_overwrite(deepstream, option="--deepstream")
 
 
-def write_for_servers(bundle: Bundle, engine: EngineEntry | None, *, triton: Path | None, deepstream: Path | None) -> dict[str, str]:
+def write_for_servers(
+    bundle: Bundle, engine: EngineEntry | None, *, triton: Path | None, deepstream: Path | None
+) -> dict[str, str]:
     """Write what is asked for; returns the folders, under `triton` and `deepstream`.
 
     Args:

@@ -1,4 +1,6 @@
-"""Writing a run's checkpoints and going back to one: weights, optimiser, moving average and progress, whole or not at all."""
+"""Writing a run's checkpoints and going back to one: weights, optimiser, moving average and progress, whole or not at
+all.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,9 @@ class Checkpoints:
         return self.average.shown() if self.average is not None else nullcontext()
 
     def save(self, metadata: Metadata, *, best: bool, finished: bool) -> None:
-        """Write `step-N` aside, rename it, then move `best` and `last`. Every process comes here, and only where tensors are sharded, waits."""
+        """Write `step-N` aside, rename it, then move `best` and `last`. Every process comes here, and only where
+        tensors are sharded, waits.
+        """
         state, accelerator = self.state, self.network.accelerator
         state.candidate = state.step
         if accelerator.scaler is not None:
@@ -98,7 +102,9 @@ class Checkpoints:
                 self.folder.prune(self.keep, spare=state.good)
 
     def go_back(self) -> str:
-        """Load the last good checkpoint, or the state of the start; returns its name. Every process reads it from the run folder."""
+        """Load the last good checkpoint, or the state of the start; returns its name. Every process reads it from the
+        run folder.
+        """
         state = self.state
         state.candidate = None
         self.network.accelerator.wait_for_everyone()  # until the main process has written it
@@ -124,7 +130,12 @@ class Checkpoints:
         with self.shown():
             shown, rest = split_weights(whole_tensors(model.state_dict(), keep=keep), self.prefix)
         trained = whole_tensors(model.state_dict(), keep=keep) if self.average is not None else {}
-        return {"": shown, REST: rest, TRAINED: trained, OPTIMIZER: whole_tensors(optimizer_tensors(self.optimizer), keep=keep)}
+        return {
+            "": shown,
+            REST: rest,
+            TRAINED: trained,
+            OPTIMIZER: whole_tensors(optimizer_tensors(self.optimizer), keep=keep),
+        }
 
     def _write(self, folder: Path, contents: dict[str, dict[str, Tensor]], metadata: Metadata) -> None:
         write_checkpoint(folder, contents.pop(""), metadata)

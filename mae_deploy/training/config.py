@@ -41,8 +41,8 @@ class OptimConfig:
     clip_grad: float | None = None
     """Clip the gradient's global norm to this; default: no clipping, as in the paper."""
     ema: float | None = None
-    """Keep an exponential moving average of the weights with this decay, such as 0.9999, at most (1 + step) / (10 + step); it is what is evaluated
-    and exported. Default: none."""
+    """Keep an exponential moving average of the weights with this decay, such as 0.9999, at most (1 + step) / (10 +
+    step); it is what is evaluated and exported. Default: none."""
 
     def __post_init__(self) -> None:
         if min(self.epochs, self.batch_size, self.accum_iter) < 1:
@@ -71,8 +71,8 @@ class LoopConfig:
     eval_every: int = 1
     """Epochs between evaluations, where there is a validation set; the last epoch is always evaluated."""
     max_skips: int = 3
-    """Steps with a non-finite loss or gradient in a row, which are skipped, until the run goes back to its last good checkpoint with half the
-    learning rate."""
+    """Steps with a non-finite loss or gradient in a row, which are skipped, until the run goes back to its last good
+    checkpoint with half the learning rate."""
     max_rollbacks: int = 3
     """Times that the run goes back, until it stops."""
     sharding: Sharding = "ddp"
@@ -80,12 +80,13 @@ class LoopConfig:
     compile: bool = False
     """Compile the model with torch.compile: minutes at the start, then faster steps on a GPU."""
     measure_kernels: bool = True
-    """On a CPU, take for every matrix product and attention the FP32 kernel that is the fastest at its size, measured when it is first met and kept with
-    the run."""
+    """On a CPU, take for every matrix product and attention the FP32 kernel that is the fastest at its size, measured
+    when it is first met and kept with the run."""
     tracker: tuple[str, ...] = ()
     """Also log to these, separated by commas: wandb, mlflow; TensorBoard and JSONL are always written."""
     profile: bool = False
-    """Write a trace of a few steps after the first ones, and a table of the costliest operators, to profile/ in the run folder."""
+    """Write a trace of a few steps after the first ones, and a table of the costliest operators, to profile/ in the run
+    folder."""
 
     def __post_init__(self) -> None:
         if min(self.max_skips, self.max_rollbacks + 1) < 1:
@@ -95,7 +96,9 @@ class LoopConfig:
         if self.sharding == "fsdp2" and self.precision == "fp16":
             raise ConfigError("--sharding fsdp2 does not work with --precision fp16", hint="use --precision bf16")
         if min(self.checkpoint_every, self.keep_checkpoints, self.eval_every) < 1 or self.checkpoint_minutes <= 0:
-            raise ConfigError("--checkpoint-every, --keep-checkpoints, --eval-every and --checkpoint-minutes must be above 0")
+            raise ConfigError(
+                "--checkpoint-every, --keep-checkpoints, --eval-every and --checkpoint-minutes must be above 0"
+            )
 
 
 DOES_NOT_CHANGE_LOSSES = frozenset(
@@ -124,4 +127,5 @@ DOES_NOT_CHANGE_LOSSES = frozenset(
         "profile",
     }
 )
-"""Settings that may differ between a run and its resumption; the product of batch size, accumulation and processes may not."""
+"""Settings that may differ between a run and its resumption; the product of batch size, accumulation and processes may
+not."""

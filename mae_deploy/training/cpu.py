@@ -32,8 +32,8 @@ def prepare_cpu(model: nn.Module, chosen: dict[str, str], *, measured: bool) -> 
 def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next one.
 
-    glibc gives buffers of more than 32 MB, and the top of its heap, back to the system; a step of ViT-B on 32 images then takes 0.3 to 1.2 million page
-    faults, a tenth of its time. Other C libraries are left as they are.
+    glibc gives buffers of more than 32 MB, and the top of its heap, back to the system; a step of ViT-B on 32 images
+    then takes 0.3 to 1.2 million page faults, a tenth of its time. Other C libraries are left as they are.
     """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
@@ -45,7 +45,10 @@ def keep_freed_memory() -> None:
 def advise_bf16() -> None:
     """Say once how much faster this CPU multiplies BF16, if it has instructions for it."""
     if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
-        notice("bf16:", f"this CPU multiplies BF16 matrices {bf16_gain():.1f} times as fast as FP32: --precision bf16 uses that")
+        notice(
+            "bf16:",
+            f"this CPU multiplies BF16 matrices {bf16_gain():.1f} times as fast as FP32: --precision bf16 uses that",
+        )
 
 
 def bf16_gain() -> float:

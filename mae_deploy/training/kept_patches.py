@@ -1,7 +1,9 @@
-"""Training on as many patches as each step draws, so that one network serves every number of them ("token-elastic"); one number is a special case.
+"""Training on as many patches as each step draws, so that one network serves every number of them ("token-elastic");
+one number is a special case.
 
-The idea is that of networks that run at any width (Yu and Huang, Universally Slimmable Networks: https://arxiv.org/abs/1903.05134), and of ViTs
-that are trained on random shares of their patches (Liu et al., PatchDropout: https://arxiv.org/abs/2208.07220).
+The idea is that of networks that run at any width (Yu and Huang, Universally Slimmable Networks:
+https://arxiv.org/abs/1903.05134), and of ViTs that are trained on random shares of their patches (Liu et al.,
+PatchDropout: https://arxiv.org/abs/2208.07220).
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ from mae_deploy.seeding import derive_seed
 from mae_deploy.training.step import StepBatch
 
 _MOST_SIZES = 16
-"""Numbers of patches that are drawn from: `torch.compile` and the measured kernels deal with each size that they meet."""
+"""Numbers of patches that are drawn from: `torch.compile` and the measured kernels deal with each size that they
+meet."""
 
 
 class KeptPatches:
@@ -27,7 +30,9 @@ class KeptPatches:
     def __init__(self, num_patches: int, keep_ratio: tuple[float, float]) -> None:
         self.num_patches = num_patches
         least, most = (keep_count(num_patches, ratio) for ratio in keep_ratio)
-        self.counts: tuple[int, ...] = tuple(dict.fromkeys(np.linspace(least, most, min(_MOST_SIZES, most - least + 1)).round().astype(int).tolist()))
+        self.counts: tuple[int, ...] = tuple(
+            dict.fromkeys(np.linspace(least, most, min(_MOST_SIZES, most - least + 1)).round().astype(int).tolist())
+        )
         """What K is drawn from, ascending: evenly spaced, each as likely as the others."""
 
     @property

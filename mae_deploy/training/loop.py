@@ -55,7 +55,18 @@ def fit(job: Job, folder: RunFolder, accelerator: Accelerator, config: TrainConf
     state, plan = _resolve(job, folder, config.optim, accelerator)
     trackers = Trackers(accelerator, config.loop.tracker, folder.path, step=state.step)
     unreadable = Unreadable(folder.path, config.images.max_corrupt, accelerator)
-    runner = Runner(job, folder, accelerator, plan, state, trackers, unreadable, optim=config.optim, loop=config.loop, seed=config.seed)
+    runner = Runner(
+        job,
+        folder,
+        accelerator,
+        plan,
+        state,
+        trackers,
+        unreadable,
+        optim=config.optim,
+        loop=config.loop,
+        seed=config.seed,
+    )
     if accelerator.is_main_process:
         folder.forget_after(state.step)
     try:

@@ -23,7 +23,9 @@ class Plan:
     warmup_epochs: float
 
 
-def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_warmup: float, quiet: bool = False) -> Plan:
+def make_plan(
+    num_images: int, optim: OptimConfig, *, world_size: int, paper_warmup: float, quiet: bool = False
+) -> Plan:
     """Batch size, steps and learning rate; a data set smaller than one batch makes the batch smaller, and says so.
 
     Raises:
@@ -33,15 +35,21 @@ def make_plan(num_images: int, optim: OptimConfig, *, world_size: int, paper_war
         raise ConfigError(f"{num_images} image(s) cannot be shared among {world_size} processes")
     batch_size = min(optim.batch_size, max(1, num_images // world_size))
     if batch_size < optim.batch_size and not quiet:
-        notice("batch size:", f"{num_images} images do not fill {optim.batch_size} on {world_size} process(es): using {batch_size}")
+        notice(
+            "batch size:",
+            f"{num_images} images do not fill {optim.batch_size} on {world_size} process(es): using {batch_size}",
+        )
     accum = min(optim.accum_iter, num_images // (batch_size * world_size))
     return _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
 
 
-def resume_plan(num_images: int, optim: OptimConfig, state: Progress, *, world_size: int, paper_warmup: float, quiet: bool = False) -> Plan:
+def resume_plan(
+    num_images: int, optim: OptimConfig, state: Progress, *, world_size: int, paper_warmup: float, quiet: bool = False
+) -> Plan:
     """The plan that keeps a run's effective batch, on any number of processes.
 
-    The settings as they are where their product fits; where they are those of the run before, batch size and accumulation are chosen.
+    The settings as they are where their product fits; where they are those of the run before, batch size and
+    accumulation are chosen.
 
     Raises:
         ConfigError: the settings ask for another effective batch, or the processes cannot share it.
@@ -50,12 +58,15 @@ def resume_plan(num_images: int, optim: OptimConfig, state: Progress, *, world_s
     if batch_size * accum * world_size != effective:
         if (batch_size, accum) != (state.batch_size, state.accum_iter):
             raise ConfigError(
-                f"--resume with batch size {batch_size} x accumulation {accum} x {world_size} process(es) of a run with {effective} images a step",
+                f"--resume with batch size {batch_size} x accumulation {accum} x {world_size} process(es) of a run with"
+                f" {effective} images a step",
                 hint="their product must stay what it was",
             )
         batch_size, accum = _split(effective, world_size, batch_size)
         if world_size != state.processes and not quiet:
-            kept = f"{effective} images a step: batch size {batch_size} x accumulation {accum} x {world_size} process(es)"
+            kept = (
+                f"{effective} images a step: batch size {batch_size} x accumulation {accum} x {world_size} process(es)"
+            )
             notice("batch size:", f"resumed on {world_size} process(es) instead of {state.processes}, still {kept}")
     return _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
 
@@ -73,7 +84,9 @@ def _split(effective: int, world_size: int, largest: int) -> tuple[int, int]:
     return batch_size, share // batch_size
 
 
-def _plan(num_images: int, optim: OptimConfig, batch_size: int, accum: int, world_size: int, paper_warmup: float) -> Plan:
+def _plan(
+    num_images: int, optim: OptimConfig, batch_size: int, accum: int, world_size: int, paper_warmup: float
+) -> Plan:
     effective = batch_size * accum * world_size
     steps = num_images // effective
     peak = optim.lr if optim.lr is not None else optim.blr * effective / 256

@@ -70,7 +70,11 @@ class Runner:
         self.job, self.folder, self.accelerator, self.plan, self.state = job, folder, accelerator, plan, state
         self.trackers, self.unreadable, self.optim, self.loop, self.seed = trackers, unreadable, optim, loop, seed
         self.checkpoints = Checkpoints(job, folder, state, keep=loop.keep_checkpoints)
-        self.kernels = prepare_cpu(job.model, state.kernels, measured=loop.measure_kernels) if accelerator.device.type == "cpu" else None
+        self.kernels = (
+            prepare_cpu(job.model, state.kernels, measured=loop.measure_kernels)
+            if accelerator.device.type == "cpu"
+            else None
+        )
         network = Network(job.model, accelerator, sharded=loop.sharding == "fsdp2", compiled=loop.compile)
         groups = network.groups(job.groups)
         optimizer = adamw(groups, betas=optim.betas) if job.optimizer is None else job.optimizer(groups)
@@ -81,7 +85,9 @@ class Runner:
         self.stepper = Stepper(job.loss, network, optimizer, normalise, plan, clip_grad=optim.clip_grad, seed=seed)
         self.readback: Readback[_Launched] = Readback(accelerator.device)
         process = accelerator.process_index if accelerator.num_processes > 1 else None
-        self.guard = Guard(state, loop, folder.path, process=process, late=self.readback.late, total_steps=plan.total_steps)
+        self.guard = Guard(
+            state, loop, folder.path, process=process, late=self.readback.late, total_steps=plan.total_steps
+        )
         self.signals = StopSignals(launched=accelerator.num_processes > 1)
         self.batches: list[Batch] = []
         self.waited = 0.0
@@ -115,15 +121,28 @@ class Runner:
     def summary(self) -> dict[str, Any]:
         """First and last loss, images seen, and the last and best evaluation."""
         state, metrics = self.state, read_metrics(self.folder.path)
-        summary: dict[str, Any] = {"out": str(self.folder.path), "steps": state.step, "unreadable": len(self.unreadable.seen)}
+        summary: dict[str, Any] = {
+            "out": str(self.folder.path),
+            "steps": state.step,
+            "unreadable": len(self.unreadable.seen),
+        }
         if state.skipped:
             summary |= {"skipped": state.skipped, "rollbacks": state.rollbacks}
         if finite := [line for line in metrics if line["loss"] is not None]:
-            window = [line["loss"] for line in metrics[-self.plan.steps_per_epoch :] if line["loss"] is not None] or [finite[-1]["loss"]]
+            window = [line["loss"] for line in metrics[-self.plan.steps_per_epoch :] if line["loss"] is not None] or [
+                finite[-1]["loss"]
+            ]
             rates = sorted(line["images_per_second"] for line in metrics)
-            summary |= {"first_loss": finite[0]["loss"], "last_loss": sum(window) / len(window), "images_per_second": rates[len(rates) // 2]}
+            summary |= {
+                "first_loss": finite[0]["loss"],
+                "last_loss": sum(window) / len(window),
+                "images_per_second": rates[len(rates) // 2],
+            }
         if evaluations := read_metrics(self.folder.path, "eval.jsonl"):
-            summary |= {**{k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")}, "best_top1": state.best}
+            summary |= {
+                **{k: v for k, v in evaluations[-1].items() if k not in ("step", "epoch")},
+                "best_top1": state.best,
+            }
         return summary
 
     def _stream(self, num_workers: int) -> Iterator[Batch]:
@@ -136,7 +155,9 @@ class Runner:
             rank=self.accelerator.process_index,
             world_size=self.accelerator.num_processes,
         )
-        return self.job.dataset.stream(where, seed=self.seed, num_workers=num_workers, pin_memory=self.accelerator.device.type == "cuda")
+        return self.job.dataset.stream(
+            where, seed=self.seed, num_workers=num_workers, pin_memory=self.accelerator.device.type == "cuda"
+        )
 
     # --- a step ------------------------------------------------------------------------------------------------------
 
@@ -144,7 +165,9 @@ class Runner:
         """Start one optimiser step and the copy of its numbers."""
         plan, state, optim = self.plan, self.state, self.optim
         epoch = state.step / plan.steps_per_epoch
-        scheduled = learning_rate(epoch, peak=plan.peak_lr, min_lr=optim.min_lr, warmup_epochs=plan.warmup_epochs, epochs=optim.epochs)
+        scheduled = learning_rate(
+            epoch, peak=plan.peak_lr, min_lr=optim.min_lr, warmup_epochs=plan.warmup_epochs, epochs=optim.epochs
+        )
         lr = state.lr_factor * scheduled
         self.batches, self.waited, self.new_unreadable = [], 0.0, 0
         numbers = self.stepper.take(self._next_batches(stream), state.step, lr, self._flags)
@@ -175,7 +198,17 @@ class Runner:
     def _push(self, numbers: StepNumbers, lr: float) -> None:
         now = time.monotonic()
         images = sum(len(batch.images) for batch in self.batches) * self.accelerator.num_processes
-        launched = _Launched(self.state.step, numbers.names, numbers.num_flags, tuple(self.batches), lr, images, now - self.since, self.waited, numbers.timer)
+        launched = _Launched(
+            self.state.step,
+            numbers.names,
+            numbers.num_flags,
+            tuple(self.batches),
+            lr,
+            images,
+            now - self.since,
+            self.waited,
+            numbers.timer,
+        )
         self.since = now
         self.readback.push(launched, numbers.values)
 
@@ -191,7 +224,9 @@ class Runner:
             unreadable, stop, save = values[split : split + launched.num_flags]
             norm, scale, *own = values[split + launched.num_flags :]
             fp16 = self.accelerator.scaler is not None
-            outcome = StepOutcome(launched.step, parts["loss"], norm, tuple(own), launched.batches, scale if fp16 else None)
+            outcome = StepOutcome(
+                launched.step, parts["loss"], norm, tuple(own), launched.batches, scale if fp16 else None
+            )
             end = self.guard.observe(outcome)
             if outcome.finite:
                 self.checkpoints.confirm(launched.step)
@@ -206,8 +241,17 @@ class Runner:
     def _log(self, launched: _Launched, parts: dict[str, float], bar: Bar) -> None:
         if not self.accelerator.is_main_process:
             return
-        step, times = launched.step, StepTimes(launched.images, launched.seconds, launched.waited, launched.timer.seconds())
-        line = {"step": step, "epoch": step / self.plan.steps_per_epoch, **parts, "lr": launched.lr, "skipped": self.state.skipped}
+        step, times = (
+            launched.step,
+            StepTimes(launched.images, launched.seconds, launched.waited, launched.timer.seconds()),
+        )
+        line = {
+            "step": step,
+            "epoch": step / self.plan.steps_per_epoch,
+            **parts,
+            "lr": launched.lr,
+            "skipped": self.state.skipped,
+        }
         line |= times.metrics()
         self.folder.append("metrics.jsonl", line)
         self.trackers.log({name: value for name, value in line.items() if name != "step"}, step)
@@ -232,7 +276,9 @@ class Runner:
             self.since = time.monotonic()  # the next step's seconds are its own
 
     def _end_epoch(self, epochs: int, last: bool) -> float | None:
-        """Validate and draw with the weights that are exported; returns top-1 where the stage has it and it is its turn."""
+        """Validate and draw with the weights that are exported; returns top-1 where the stage has it and it is its
+        turn.
+        """
         evaluate = self.job.evaluate if last or epochs % self.loop.eval_every == 0 else None
         if evaluate is None and self.job.epoch_end is None:
             return None
@@ -264,6 +310,7 @@ class Runner:
             raise SystemExit(EXIT_STOPPED)
         signal = self.signals.received or "a signal to another process"
         raise Stopped(
-            f"stopped by {signal} after step {self.state.step} of {self.plan.total_steps}; its checkpoint is in {self.folder.path}",
+            f"stopped by {signal} after step {self.state.step} of {self.plan.total_steps}; its checkpoint is in"
+            f" {self.folder.path}",
             hint="repeat the command with --resume to go on",
         )

@@ -41,7 +41,8 @@ class StepBatch:
     items: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
     """int64 `(B,)`, on the CPU: number of each image in its data set; -1 where a stream has none."""
     view: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
-    """int64 `(B,)`, on the CPU: number of each among the image's fixed views; 0 where every epoch has views of its own."""
+    """int64 `(B,)`, on the CPU: number of each among the image's fixed views; 0 where every epoch has views of its
+    own."""
     timer: StepTimer = field(default_factory=lambda: StepTimer(torch.device("cpu")), repr=False, compare=False)
     """Of the step that this batch is a part of."""
     _calls: Iterator[int] = field(default_factory=itertools.count, repr=False, compare=False)
@@ -50,7 +51,8 @@ class StepBatch:
         """Uniform numbers in [0, 1), `(B, *shape)` on the device.
 
         An image's row depends on the seed, the step, its place in the effective batch and the count of calls, so any
-        number of processes and any accumulation draw the same. Rows of the whole effective batch are drawn for that: for small shapes.
+        number of processes and any accumulation draw the same. Rows of the whole effective batch are drawn for that:
+        for small shapes.
         """
         B, device = len(self.images), self.images.device
         generator = torch.Generator(device).manual_seed(derive_seed(self.seed, "rand", self.step, next(self._calls)))
@@ -58,12 +60,16 @@ class StepBatch:
         return rows[self.first : self.first + B]
 
     def image_rand(self, *shape: int) -> Tensor:
-        """Uniform numbers in [0, 1), `(B, *shape)` on the device, that depend on the seed, the image and its fixed view only; each call gives the same."""
+        """Uniform numbers in [0, 1), `(B, *shape)` on the device, that depend on the seed, the image and its fixed view
+        only; each call gives the same.
+        """
         rows = uniform_rows(self.seed, "image", math.prod(shape), self.items.numpy(), self.view.numpy())
         return to_device(torch.from_numpy(rows).reshape(-1, *shape), self.images.device)
 
     def timed(self, part: str) -> AbstractContextManager[None]:
-        """Within the block, time counts as that of a part of the step, such as the teacher, which is then shown and logged beside the rest."""
+        """Within the block, time counts as that of a part of the step, such as the teacher, which is then shown and
+        logged beside the rest.
+        """
         return self.timer.part(part)
 
 
@@ -79,15 +85,26 @@ class StepNumbers:
     """Of the loss's parts."""
     num_flags: int
     values: Tensor
-    """The parts' means, the sums of the flags, the gradient's norm, fp16's loss scale (else 1), this process's own losses."""
+    """The parts' means, the sums of the flags, the gradient's norm, fp16's loss scale (else 1), this process's own
+    losses."""
     timer: StepTimer
 
 
 class Stepper:
-    """One optimiser step of all processes together: forward, backward, the guard's check, the update; nothing waits for the device."""
+    """One optimiser step of all processes together: forward, backward, the guard's check, the update; nothing waits for
+    the device.
+    """
 
     def __init__(
-        self, loss: Loss, network: Network, optimizer: torch.optim.Optimizer, normalise: nn.Module, plan: Plan, *, clip_grad: float | None, seed: int
+        self,
+        loss: Loss,
+        network: Network,
+        optimizer: torch.optim.Optimizer,
+        normalise: nn.Module,
+        plan: Plan,
+        *,
+        clip_grad: float | None,
+        seed: int,
     ) -> None:
         self.loss = loss
         self.network = network
@@ -97,7 +114,9 @@ class Stepper:
         self.clip_grad = clip_grad
         self.seed = seed
         self.accelerator = network.accelerator
-        self._parameters: list[nn.Parameter] = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self._parameters: list[nn.Parameter] = [
+            parameter for group in optimizer.param_groups for parameter in group["params"]
+        ]
         self._buffers = [buffer for buffer in network.model.buffers() if buffer.is_floating_point()]
 
     def take(self, batches: Iterable[Batch], step: int, lr: float, flags: Callable[[], Sequence[float]]) -> StepNumbers:
@@ -121,7 +140,9 @@ class Stepper:
         reduced: Any = self.accelerator.reduce(torch.cat([means / self.accelerator.num_processes, told]), "sum")
         loss = reduced[list(parts[0]).index("loss")]
         scaler: Any = self.accelerator.scaler
-        scale: Tensor = scaler._scale.clone() if scaler is not None else torch.ones_like(loss)  # get_scale() would wait for the device
+        scale: Tensor = (
+            scaler._scale.clone() if scaler is not None else torch.ones_like(loss)
+        )  # get_scale() would wait for the device
         norm, finite = self._update(loss)
         for buffer, before in zip(self._buffers, buffers, strict=True):
             buffer.copy_(torch.where(finite, buffer, before))
@@ -151,7 +172,9 @@ class Stepper:
         return {name: value.detach().float() for name, value in parts.items()}
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        """Clip and step, unless the loss or the gradient is not finite; returns the gradient's norm and whether both are finite."""
+        """Clip and step, unless the loss or the gradient is not finite; returns the gradient's norm and whether both
+        are finite.
+        """
         optimizer, scaler = self.optimizer, self.accelerator.scaler
         if scaler is not None:
             scaler.unscale_(optimizer)

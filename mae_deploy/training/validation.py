@@ -28,7 +28,14 @@ class Evaluator:
     """
 
     def __init__(
-        self, images: ImageSource, transform: Transform, spec: Preprocess, *, batch_size: int, num_workers: int, kept: KeptPatches | None = None
+        self,
+        images: ImageSource,
+        transform: Transform,
+        spec: Preprocess,
+        *,
+        batch_size: int,
+        num_workers: int,
+        kept: KeptPatches | None = None,
     ) -> None:
         self.dataset = ImageDataset(images, transform, seed=0, replace_unreadable=False)
         self.spec = spec
@@ -39,7 +46,8 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
-        """Accuracies in per cent and the mean cross-entropy; `top1_of_K` with K patches, where K is the fewest of several numbers.
+        """Accuracies in per cent and the mean cross-entropy; `top1_of_K` with K patches, where K is the fewest of
+        several numbers.
 
         Raises:
             CheckFailed: not one validation image can be read.
@@ -47,10 +55,16 @@ class Evaluator:
         was_training = model.training
         model.eval()
         normalise = Normalise(self.spec).to(accelerator.device)
-        counts: tuple[int | None, ...] = (None,) if self.kept is None else tuple(dict.fromkeys((self.kept.most, self.kept.least)))
+        counts: tuple[int | None, ...] = (
+            (None,) if self.kept is None else tuple(dict.fromkeys((self.kept.most, self.kept.least)))
+        )
         totals = torch.zeros(len(counts), 4, dtype=torch.float64, device=accelerator.device)
         loader = eval_loader(
-            self.dataset, batch_size=self.batch_size, num_workers=self.num_workers, rank=accelerator.process_index, world_size=accelerator.num_processes
+            self.dataset,
+            batch_size=self.batch_size,
+            num_workers=self.num_workers,
+            rank=accelerator.process_index,
+            world_size=accelerator.num_processes,
         )
         for batch in loader:
             for line in set(batch.unreadable) - self._reported:
@@ -65,14 +79,18 @@ class Evaluator:
                     logits = model(images, *seen).float()
                 ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels.unsqueeze(1))
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                row += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]).double()
+                row += torch.stack(
+                    [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]
+                ).double()
         model.train(was_training)
         summed: Any = accelerator.reduce(totals, "sum")
         (top1, top5, loss, count), *fewer = summed.tolist()
         if count == 0:
             raise CheckFailed(f"no readable validation image below {self.dataset.name}")
         found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
-        return found | {f"top1_of_{kept}": 100 * right / count for kept, (right, *_) in zip(counts[1:], fewer, strict=True)}
+        return found | {
+            f"top1_of_{kept}": 100 * right / count for kept, (right, *_) in zip(counts[1:], fewer, strict=True)
+        }
 
     def _seen(self, count: int | None, items: Tensor) -> tuple[Tensor, ...]:
         """The patches that each image is seen by, `(B, K)`, always the same ones; nothing where all are."""

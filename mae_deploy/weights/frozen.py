@@ -1,4 +1,6 @@
-"""Frozen networks whose answers somebody else learns: only the parts that are needed are kept and run, without gradients."""
+"""Frozen networks whose answers somebody else learns: only the parts that are needed are kept and run, without
+gradients.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def frozen(loaded: Loaded, wanted: Collection[Tap]) -> Encoder:
-    """The network without what `wanted` does not need: blocks behind the deepest tap, decoder and head; in evaluation mode, without gradients.
+    """The network without what `wanted` does not need: blocks behind the deepest tap, decoder and head; in evaluation
+    mode, without gradients.
 
     An autoencoder with mask tokens in its encoder is a plain encoder here unless its decoder is asked.
     """
@@ -43,7 +46,10 @@ def image_size_for(loaded: Loaded, grid_size: tuple[int, int]) -> tuple[int, int
     """
     stored = loaded.encoder_config
     if stored.band_groups is not None:
-        raise ConfigError("the teacher has groups of bands, and so several tokens at each place", hint="fine-tune it, and distil its logits")
+        raise ConfigError(
+            "the teacher has groups of bands, and so several tokens at each place",
+            hint="fine-tune it, and distil its logits",
+        )
     return grid_size[0] * stored.patch, grid_size[1] * stored.patch
 
 

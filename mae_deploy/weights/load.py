@@ -39,7 +39,8 @@ class Loaded:
 
 
 def read_weights(path: Path) -> Loaded:
-    """Read a run folder, a checkpoint folder, or a weights file of ours, of the original implementation, timm or Hugging Face.
+    """Read a run folder, a checkpoint folder, or a weights file of ours, of the original implementation, timm or
+    Hugging Face.
 
     Raises:
         ConfigError: nothing is there.
@@ -56,10 +57,15 @@ def build_model(metadata: Metadata) -> Encoder:
     """An untrained model of the checkpoint's kind."""
     config = from_dict(EncoderConfig, metadata.encoder)
     if metadata.kind == "mae":
-        decoder, objective = from_dict(DecoderConfig, metadata.decoder or {}), from_dict(ObjectiveConfig, metadata.objective or {})
+        decoder, objective = (
+            from_dict(DecoderConfig, metadata.decoder or {}),
+            from_dict(ObjectiveConfig, metadata.objective or {}),
+        )
         return MaskedAutoencoder(config, decoder, norm_pix_loss=metadata.norm_pix_loss, objective=objective)
     if metadata.kind == "classifier":
-        return Classifier(config, num_classes=metadata.num_classes or 0, pool="cls" if metadata.pool == "cls" else "avg")
+        return Classifier(
+            config, num_classes=metadata.num_classes or 0, pool="cls" if metadata.pool == "cls" else "avg"
+        )
     return Encoder(config)
 
 
@@ -120,7 +126,10 @@ def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
     source = loaded.encoder_config
     for name in ("patch_size", "in_chans", "band_groups", "embed_dim", "depth", "num_heads", "mlp_ratio"):
         if getattr(source, name) != getattr(target, name):
-            raise ConfigError(f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has {getattr(target, name)}")
+            raise ConfigError(
+                f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has"
+                f" {getattr(target, name)}"
+            )
     tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
     tensors["pos_embed"] = interpolate_position_embedding(tensors["pos_embed"], source.grid_size, target.grid_size)
     return tensors

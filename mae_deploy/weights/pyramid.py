@@ -22,8 +22,8 @@ _NAME = re.compile(r"((?:.*\.)?)(simfp_\d+\..+)")
 
 
 _CONVERT_PICKLE = (
-    "where you trust the file: python -c "
-    "\"import pickle, safetensors.numpy as s; s.save_file(pickle.load(open('model.pkl', 'rb'))['model'], 'model.safetensors')\""
+    'where you trust the file: python -c "import pickle, safetensors.numpy as s;'
+    " s.save_file(pickle.load(open('model.pkl', 'rb'))['model'], 'model.safetensors')\""
 )
 """Detectron2's model zoo pickles NumPy arrays."""
 
@@ -40,7 +40,9 @@ class Pyramid:
 
 
 def random_pyramid(width: int, seed: int, out_channels: int = OUT_CHANNELS) -> Pyramid:
-    """An untrained pyramid, to build and time what stands on it; the same seed gives the same weights, and torch's own state stays."""
+    """An untrained pyramid, to build and time what stands on it; the same seed gives the same weights, and torch's own
+    state stays.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(derive_seed(seed, "pyramid"))
         module = SimpleFeaturePyramid(width, out_channels)
@@ -48,14 +50,17 @@ def random_pyramid(width: int, seed: int, out_channels: int = OUT_CHANNELS) -> P
 
 
 def load_pyramid(path: Path, width: int) -> Pyramid:
-    """Read a trained pyramid, alone or out of a whole detector: .safetensors, or a .pth of Detectron2; the file's other tensors are left aside.
+    """Read a trained pyramid, alone or out of a whole detector: .safetensors, or a .pth of Detectron2; the file's other
+    tensors are left aside.
 
     Raises:
         ConfigError: no such file.
         CheckFailed: the file is damaged, carries code, or its pyramid is not exactly one for maps `width` wide.
     """
     if not path.is_file():
-        raise ConfigError(f"no pyramid weights at {path}", hint="give a .safetensors or .pth file, or 'random' for untrained weights")
+        raise ConfigError(
+            f"no pyramid weights at {path}", hint="give a .safetensors or .pth file, or 'random' for untrained weights"
+        )
     if path.suffix == ".pkl":
         raise CheckFailed(f"refused to unpickle {path}: a .pkl can run code", hint=_CONVERT_PICKLE)
     source = read_source(path)
@@ -64,7 +69,12 @@ def load_pyramid(path: Path, width: int) -> Pyramid:
     with torch.device("meta"):  # nothing is allocated or initialised that the weights replace
         module = SimpleFeaturePyramid(width, last.shape[0] if last is not None and last.ndim == 4 else OUT_CHANNELS)
     expected = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
-    check_names(tensors, expected, path, hint=f"it must be Detectron2's SimpleFeaturePyramid with norm='LN' on an encoder {width} wide")
+    check_names(
+        tensors,
+        expected,
+        path,
+        hint=f"it must be Detectron2's SimpleFeaturePyramid with norm='LN' on an encoder {width} wide",
+    )
     module.load_state_dict(tensors, assign=True)
     return Pyramid(module.eval(), {"source": path.name, "source_sha256": source.sha256}, UNKNOWN_LICENCE)
 
@@ -76,7 +86,13 @@ def _pyramid_tensors(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor
         if match := _NAME.fullmatch(name):
             found.setdefault(match[1], {})[match[2]] = tensor.float()
     if not found:
-        raise CheckFailed(f"{file} holds no feature pyramid: none of its {len(tensors)} tensors is named simfp_… (found {', '.join(list(tensors)[:4])} …)")
+        raise CheckFailed(
+            f"{file} holds no feature pyramid: none of its {len(tensors)} tensors is named simfp_… (found"
+            f" {', '.join(list(tensors)[:4])} …)"
+        )
     if len(found) > 1:
-        raise CheckFailed(f"{file} holds {len(found)} feature pyramids: {', '.join(f'{prefix}simfp_…' for prefix in found)}", hint="give a file with one")
+        raise CheckFailed(
+            f"{file} holds {len(found)} feature pyramids: {', '.join(f'{prefix}simfp_…' for prefix in found)}",
+            hint="give a file with one",
+        )
     return next(iter(found.values()))

@@ -1,8 +1,8 @@
 """A smaller encoder out of a larger one's own layers, heads and channels.
 
-Xu et al., Initializing Models with Larger Ones (weight selection): https://arxiv.org/abs/2311.18823. Channels are chosen evenly spaced, and the same
-ones wherever a tensor touches the residual stream, so that what one layer writes, the next one reads; a head is chosen as a whole.
-Shapes: D width, H heads, C channels of an image, P patch side.
+Xu et al., Initializing Models with Larger Ones (weight selection): https://arxiv.org/abs/2311.18823. Channels are
+chosen evenly spaced, and the same ones wherever a tensor touches the residual stream, so that what one layer writes,
+the next one reads; a head is chosen as a whole. Shapes: D width, H heads, C channels of an image, P patch side.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ E = TypeVar("E", bound=Encoder)
 def start_from_slice(model: E, larger: Loaded, *, blocks: SliceBlocks = "even") -> E:
     """Put a slice of a larger encoder into a model; its decoder stays as it is.
 
-    The head goes along where both are classifiers of as many classes that pool alike. A model of the larger one's shape computes what that does.
+    The head goes along where both are classifiers of as many classes that pool alike. A model of the larger one's shape
+    computes what that does.
 
     Args:
         blocks: which ones: evenly spaced, the first and the last among them, or the first ones.
@@ -53,17 +54,24 @@ def slice_encoder(larger: Loaded, target: EncoderConfig, blocks: SliceBlocks = "
     sliced = {
         "cls_token": _take(tensors["cls_token"], None, None, channels),
         "pos_embed": _positions(tensors["pos_embed"], source, target),
-        "patch_embed.proj.weight": resample_patch_embed(_take(tensors["patch_embed.proj.weight"], channels), [target.patch, target.patch]),
+        "patch_embed.proj.weight": resample_patch_embed(
+            _take(tensors["patch_embed.proj.weight"], channels), [target.patch, target.patch]
+        ),
         "patch_embed.proj.bias": _take(tensors["patch_embed.proj.bias"], channels),
     }
     axes = _block_axes(source, target)
     for block, chosen in enumerate(choose_blocks(target.blocks, source.blocks, blocks)):
-        sliced |= {f"blocks.{block}.{name}": _take(tensors[f"blocks.{chosen}.{name}"], *picked) for name, picked in axes.items()}
+        sliced |= {
+            f"blocks.{block}.{name}": _take(tensors[f"blocks.{chosen}.{name}"], *picked)
+            for name, picked in axes.items()
+        }
     return sliced | {name: _take(tensors[name], channels) for name in ("norm.weight", "norm.bias") if name in tensors}
 
 
 def evenly(count: int, total: int) -> Tensor:
-    """`count` of `total` indices, evenly spaced from the first on. Of sin-cos positions, these channels have the frequencies of the smaller table."""
+    """`count` of `total` indices, evenly spaced from the first on. Of sin-cos positions, these channels have the
+    frequencies of the smaller table.
+    """
     return torch.arange(count) * total // count
 
 
@@ -79,29 +87,55 @@ def _block_axes(source: EncoderConfig, target: EncoderConfig) -> dict[str, tuple
     channels = evenly(target.width, source.width)
     hidden = evenly(_hidden(target), _hidden(source))
     head_dim = source.width // source.heads
-    inner = (evenly(target.heads, source.heads)[:, None] * head_dim + evenly(target.width // target.heads, head_dim)).flatten()
+    inner = (
+        evenly(target.heads, source.heads)[:, None] * head_dim + evenly(target.width // target.heads, head_dim)
+    ).flatten()
     qkv = torch.cat([part * source.width + inner for part in range(3)])
-    axes: dict[str, tuple[Tensor, ...]] = {f"{norm}.{part}": (channels,) for norm in ("norm1", "norm2") for part in ("weight", "bias")}
-    for layer, rows, columns in (("attn.qkv", qkv, channels), ("attn.proj", channels, inner), ("mlp.fc1", hidden, channels), ("mlp.fc2", channels, hidden)):
+    axes: dict[str, tuple[Tensor, ...]] = {
+        f"{norm}.{part}": (channels,) for norm in ("norm1", "norm2") for part in ("weight", "bias")
+    }
+    for layer, rows, columns in (
+        ("attn.qkv", qkv, channels),
+        ("attn.proj", channels, inner),
+        ("mlp.fc1", hidden, channels),
+        ("mlp.fc2", channels, hidden),
+    ):
         axes |= {f"{layer}.weight": (rows, columns), f"{layer}.bias": (rows,)}
     return axes
 
 
 def _positions(larger: Tensor, source: EncoderConfig, target: EncoderConfig) -> Tensor:
-    """The target's own sin-cos table, plus what the larger one has learned on top of its: `(1, 1 + N, D) -> (1, 1 + N', D')`."""
-    learned = interpolate_position_embedding(larger - sincos_position_embedding(source.width, source.grid_size), source.grid_size, target.grid_size)
-    return sincos_position_embedding(target.width, target.grid_size) + _take(learned, None, None, evenly(target.width, source.width))
+    """The target's own sin-cos table, plus what the larger one has learned on top of its:
+    `(1, 1 + N, D) -> (1, 1 + N', D')`.
+    """
+    learned = interpolate_position_embedding(
+        larger - sincos_position_embedding(source.width, source.grid_size), source.grid_size, target.grid_size
+    )
+    return sincos_position_embedding(target.width, target.grid_size) + _take(
+        learned, None, None, evenly(target.width, source.width)
+    )
 
 
 def _heads_alike(model: Classifier, larger: Loaded) -> bool:
     metadata = larger.metadata
-    return metadata.kind == "classifier" and metadata.pool == model.pool and metadata.num_classes == model.head.out_features
+    return (
+        metadata.kind == "classifier"
+        and metadata.pool == model.pool
+        and metadata.num_classes == model.head.out_features
+    )
 
 
 def _slice_head(larger: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
     channels = evenly(target.width, larger.encoder_config.width)
-    head = {"head.weight": _take(larger.tensors["head.weight"], None, channels), "head.bias": larger.tensors["head.bias"]}
-    return head | {name: _take(larger.tensors[name], channels) for name in ("fc_norm.weight", "fc_norm.bias") if name in larger.tensors}
+    head = {
+        "head.weight": _take(larger.tensors["head.weight"], None, channels),
+        "head.bias": larger.tensors["head.bias"],
+    }
+    return head | {
+        name: _take(larger.tensors[name], channels)
+        for name in ("fc_norm.weight", "fc_norm.bias")
+        if name in larger.tensors
+    }
 
 
 def _take(tensor: Tensor, *axes: Tensor | None) -> Tensor:
@@ -130,5 +164,12 @@ def _check(source: EncoderConfig, target: EncoderConfig) -> None:
     }
     for side, (wanted, there) in sides.items():
         if wanted > there:
-            what = f"a width of {wanted}, and the larger encoder has {there}" if side == "width" else f"{wanted} {side}, and the larger encoder has {there}"
-            raise ConfigError(f"the student has {what}: it cannot be a slice of it", hint="start it at random, or choose its shape within the other's")
+            what = (
+                f"a width of {wanted}, and the larger encoder has {there}"
+                if side == "width"
+                else f"{wanted} {side}, and the larger encoder has {there}"
+            )
+            raise ConfigError(
+                f"the student has {what}: it cannot be a slice of it",
+                hint="start it at random, or choose its shape within the other's",
+            )

@@ -1,4 +1,6 @@
-"""Any timm model with the weights of a file, computed by timm itself: also those whose arithmetic our own encoder does not have."""
+"""Any timm model with the weights of a file, computed by timm itself: also those whose arithmetic our own encoder does
+not have.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def build_timm(architecture: str, *, image_size: tuple[int, int] | None = None, 
     try:
         return timm.create_model(architecture, pretrained=False, num_classes=num_classes, **size)
     except Exception as error:  # timm asserts and raises whatever its arguments lead to
-        raise ConfigError(f"timm {timm.__version__} cannot build {architecture}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"timm {timm.__version__} cannot build {architecture}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def load_timm(model: Any, source: Source, architecture: str) -> None:
@@ -46,7 +50,9 @@ def load_timm(model: Any, source: Source, architecture: str) -> None:
         CheckFailed: the file is not of this model.
     """
     tensors: dict[str, Tensor] = source.tensors
-    convert: Callable[..., dict[str, Tensor]] | None = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    convert: Callable[..., dict[str, Tensor]] | None = getattr(
+        sys.modules[type(model).__module__], "checkpoint_filter_fn", None
+    )
     if convert is not None:
         _check_patches(model, source)
         try:
@@ -55,7 +61,9 @@ def load_timm(model: Any, source: Source, architecture: str) -> None:
             raise CheckFailed(f"{source.file} is not of {architecture}: {' '.join(str(error).split())}") from error
     spare = (*_SPARE, *head_names(model.pretrained_cfg))
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    tensors = {name: tensor.float() for name, tensor in tensors.items() if name in expected or not name.startswith(spare)}
+    tensors = {
+        name: tensor.float() for name, tensor in tensors.items() if name in expected or not name.startswith(spare)
+    }
     check_names(tensors, expected, source.file, model=architecture)
     model.load_state_dict(tensors)
 
@@ -102,11 +110,19 @@ def _check_known(architecture: str) -> None:
     name, _, _ = architecture.partition(".")
     if not timm.is_model(name):
         near = difflib.get_close_matches(name, timm.list_models(), n=1)
-        raise ConfigError(f"timm {timm.__version__} has no model '{name}'", hint=f"did you mean '{near[0]}'?" if near else "see timm.list_models()")
+        raise ConfigError(
+            f"timm {timm.__version__} has no model '{name}'",
+            hint=f"did you mean '{near[0]}'?" if near else "see timm.list_models()",
+        )
 
 
 def _check_patches(model: Any, source: Source) -> None:
     """timm would resample patch embeddings of another size and go on."""
-    own, given = getattr(getattr(model, "patch_embed", None), "proj", None), source.tensors.get("patch_embed.proj.weight")
+    own, given = (
+        getattr(getattr(model, "patch_embed", None), "proj", None),
+        source.tensors.get("patch_embed.proj.weight"),
+    )
     if own is not None and given is not None and given.ndim == 4 and given.shape != own.weight.shape:
-        raise CheckFailed(f"{source.file}: patch_embed.proj.weight has the shape {tuple(given.shape)}, not {tuple(own.weight.shape)}")
+        raise CheckFailed(
+            f"{source.file}: patch_embed.proj.weight has the shape {tuple(given.shape)}, not {tuple(own.weight.shape)}"
+        )

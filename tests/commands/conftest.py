@@ -19,7 +19,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("exported")
     write_noise(root / "photos", 11)
     encoder = write_checkpoint(root / "checkpoints" / "encoder", tiny_encoder(), licence="own")
-    classifier = write_checkpoint(root / "checkpoints" / "classifier", tiny_classifier("avg"), licence="own", class_names=CLASS_NAMES)
+    classifier = write_checkpoint(
+        root / "checkpoints" / "classifier", tiny_classifier("avg"), licence="own", class_names=CLASS_NAMES
+    )
     export(ExportConfig(checkpoint=encoder, out=root / "encoder", tokens="visible", samples=root / "photos"))
     export(ExportConfig(checkpoint=classifier, out=root / "classifier", samples=root / "photos"))
     return root

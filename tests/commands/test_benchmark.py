@@ -1,4 +1,6 @@
-"""`mae-deploy benchmark` as it is typed: what is timed, fed with what, in which order, what is left out, and what the figures mean."""
+"""`mae-deploy benchmark` as it is typed: what is timed, fed with what, in which order, what is left out, and what the
+figures mean.
+"""
 
 from __future__ import annotations
 
@@ -84,8 +86,17 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Call]]:
     return seen
 
 
-def stranger(path: Path, *, images: list[Any] | None = None, ids: list[Any] | None = None, dtype: int = TensorProto.FLOAT, more: Any = None) -> Path:
-    """Somebody else's graph: the sum of each image, and where there are any the sum of the patch numbers; their inputs have their own names."""
+def stranger(
+    path: Path,
+    *,
+    images: list[Any] | None = None,
+    ids: list[Any] | None = None,
+    dtype: int = TensorProto.FLOAT,
+    more: Any = None,
+) -> Path:
+    """Somebody else's graph: the sum of each image, and where there are any the sum of the patch numbers; their inputs
+    have their own names.
+    """
     inputs = [helper.make_tensor_value_info("pixel values", dtype, images or ["n", C, H, W])]
     nodes = [helper.make_node("ReduceSum", ["pixel values"], ["total"], keepdims=0)]
     outputs = [helper.make_tensor_value_info("total", dtype, [])]
@@ -106,37 +117,62 @@ def keys(report: dict[str, Any], *names: str) -> list[tuple[Any, ...]]:
 # --- which rows there are --------------------------------------------------------------------------------------------
 
 
-def test_every_combination_takes_its_turn(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+def test_every_combination_takes_its_turn(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]
+) -> None:
     full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible")
     report = run(full, visible, "--keep", "3,21", "--keep-ratio", "0.5,0.001", "--batch-size", "2,1")
-    images, ids = {batch: ("float32", (batch, C, H, W)) for batch in (1, 2)}, {(b, k): ("int64", (b, k)) for b in (1, 2) for k in (1, 3, 10, 21)}
+    images, ids = (
+        {batch: ("float32", (batch, C, H, W)) for batch in (1, 2)},
+        {(b, k): ("int64", (b, k)) for b in (1, 2) for k in (1, 3, 10, 21)},
+    )
     one_round: list[tuple[str, Call]] = [("full", {"images": images[2]}), ("full", {"images": images[1]})]
     one_round += [("visible", {"images": images[b], "ids_keep": ids[b, k]}) for b in (2, 1) for k in (3, 21, 10, 1)]
     assert calls == one_round * 3, "three rounds, the first of them not timed"
-    expected = [(str(full), "full", b, N) for b in (2, 1)] + [(str(visible), "visible", b, k) for b in (2, 1) for k in (3, 21, 10, 1)]
+    expected = [(str(full), "full", b, N) for b in (2, 1)] + [
+        (str(visible), "visible", b, k) for b in (2, 1) for k in (3, 21, 10, 1)
+    ]
     assert keys(report, "graph", "tokens", "batch", "patches") == expected
-    assert {(row["calls"], row["engine"], row["device"], row["precision"]) for row in report["rows"]} == {(2, "onnxruntime", "cpu", "fp32")}
+    assert {(row["calls"], row["engine"], row["device"], row["precision"]) for row in report["rows"]} == {
+        (2, "onnxruntime", "cpu", "fp32")
+    }
     assert report["left_out"] == []
     for row in report["rows"]:
         assert 0 < row["min_ms"] <= row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["max_ms"]
 
 
-def test_defaults_are_one_image_and_a_quarter_of_the_patches(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+def test_defaults_are_one_image_and_a_quarter_of_the_patches(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
     assert keys(run(write_bundle(tmp_path / "visible")), "batch", "patches") == [(1, N // 4)]
 
 
-def test_what_a_graph_fixes_is_its_own_and_other_batches_are_left_out(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
-    fixed, free = write_bundle(tmp_path / "fixed", batch=2, keep=4), write_bundle(tmp_path / "free", profile_keep=(2, 4, 9))
+def test_what_a_graph_fixes_is_its_own_and_other_batches_are_left_out(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
+    fixed, free = (
+        write_bundle(tmp_path / "fixed", batch=2, keep=4),
+        write_bundle(tmp_path / "free", profile_keep=(2, 4, 9)),
+    )
     assert keys(run(fixed, free), "batch", "patches") == [(2, 4), (1, 5)]
     report = run(fixed, free, "--batch-size", "1,2", "--keep", "9,10,1,30")
     assert keys(report, "batch", "patches") == [(2, 4), (1, 9), (2, 9)]
-    outside = [{"row": f"{free}, batch {b}, {k} patches", "why": "the graph takes 2 to 9 patches"} for b in (1, 2) for k in (10, 1, 30)]
-    assert report["left_out"] == [{"row": f"{fixed}, batch 1, 4 patches", "why": "the graph takes 2 images a call"}, *outside]
+    outside = [
+        {"row": f"{free}, batch {b}, {k} patches", "why": "the graph takes 2 to 9 patches"}
+        for b in (1, 2)
+        for k in (10, 1, 30)
+    ]
+    assert report["left_out"] == [
+        {"row": f"{fixed}, batch 1, 4 patches", "why": "the graph takes 2 images a call"},
+        *outside,
+    ]
     assert f"left out: {fixed}, batch 1, 4 patches: the graph takes 2 images a call\n" in report["said"]
     assert report["said"].count("left out: ") == 7
 
 
-def test_every_form_of_graph_gets_what_it_takes(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+def test_every_form_of_graph_gets_what_it_takes(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]
+) -> None:
     ragged = write_bundle(tmp_path / "ragged", token_mode="ragged")
     pixels = write_bundle(tmp_path / "pixels", token_mode="reconstruct", outputs=["pixels"])
     byte = write_bundle(tmp_path / "byte", token_mode="full", images="uint8")
@@ -148,15 +184,27 @@ def test_every_form_of_graph_gets_what_it_takes(tmp_path: Path, run: Callable[..
         ("byte", {"images": ("uint8", (3, H, W, C))}),
         ("half", {"images": ("float16", (3, C, H, W)), "ids_keep": ("int64", (3, 5))}),
     ]
-    assert keys(report, "tokens", "precision") == [("ragged", "fp32"), ("reconstruct", "fp32"), ("full", "fp32"), ("visible", "fp16")]
+    assert keys(report, "tokens", "precision") == [
+        ("ragged", "fp32"),
+        ("reconstruct", "fp32"),
+        ("full", "fp32"),
+        ("visible", "fp16"),
+    ]
     assert [row["cosine"] is None for row in report["rows"]] == [False, True, False, False]
-    assert [row["gflops"] is None for row in report["rows"]] == [False, True, False, False], "nobody says how large the decoder is"
+    assert [row["gflops"] is None for row in report["rows"]] == [
+        False,
+        True,
+        False,
+        False,
+    ], "nobody says how large the decoder is"
 
 
 # --- somebody else's graphs ------------------------------------------------------------------------------------------
 
 
-def test_somebody_elses_graphs(tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]) -> None:
+def test_somebody_elses_graphs(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], calls: list[tuple[str, Call]]
+) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     free = stranger(tmp_path / "free" / "a.onnx", images=["n", None, None, None], ids=["n", "k"])
     fixed = stranger(tmp_path / "fixed" / "b.onnx", images=[2, 1, 5, 8], dtype=TensorProto.FLOAT16, ids=[2, 6])
@@ -171,18 +219,36 @@ def test_somebody_elses_graphs(tmp_path: Path, run: Callable[..., dict[str, Any]
     ]
     others = [row for row in report["rows"] if row["graph"] != str(bundle)]
     assert [row["patches"] for row in others] == [4, 7, 4, 7, 6, None, None]
-    assert {(row["tokens"], row["precision"], row["cosine"], row["top1"], row["gflop_per_image"], row["gflops"], row["gemm_share"]) for row in others} == {
-        (None,) * 7
-    }
-    assert [row["size_bytes"] for row in others] == [path.stat().st_size for path in (free, free, free, free, fixed, whole, whole)]
+    assert {
+        (
+            row["tokens"],
+            row["precision"],
+            row["cosine"],
+            row["top1"],
+            row["gflop_per_image"],
+            row["gflops"],
+            row["gemm_share"],
+        )
+        for row in others
+    } == {(None,) * 7}
+    assert [row["size_bytes"] for row in others] == [
+        path.stat().st_size for path in (free, free, free, free, fixed, whole, whole)
+    ]
     assert report["left_out"] == [{"row": f"{fixed}, batch 1, 6 patches", "why": "the graph takes 2 images a call"}]
 
 
-def test_size_is_that_of_the_graph_and_the_weights_beside_it(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+def test_size_is_that_of_the_graph_and_the_weights_beside_it(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
     bundle, other = write_bundle(tmp_path / "bundle"), tmp_path / "other.onnx"
-    onnx.save(onnx.load(bundle / "encoder.onnx"), other, save_as_external_data=True, location="my weights", size_threshold=500)
+    onnx.save(
+        onnx.load(bundle / "encoder.onnx"), other, save_as_external_data=True, location="my weights", size_threshold=500
+    )
     sizes = [row["size_bytes"] for row in run(bundle, "--against", other)["rows"]]
-    assert sizes == [(bundle / "encoder.onnx").stat().st_size, other.stat().st_size + (tmp_path / "my weights").stat().st_size]
+    assert sizes == [
+        (bundle / "encoder.onnx").stat().st_size,
+        other.stat().st_size + (tmp_path / "my weights").stat().st_size,
+    ]
     assert (tmp_path / "my weights").stat().st_size > 500
 
 
@@ -190,12 +256,20 @@ def test_size_is_that_of_the_graph_and_the_weights_beside_it(tmp_path: Path, run
     ("made", "said"),
     [
         ({"more": ("scale", TensorProto.FLOAT, [1])}, "nothing is known to feed the input 'scale' with, float32 (1)"),
-        ({"more": ("again", TensorProto.FLOAT, ["n", 3, 2, 2])}, "nothing is known to feed the input 'again' with, float32 (n, 3, 2, 2)"),
-        ({"ids": ["n", "k"], "more": ("ids", TensorProto.INT32, ["n", "k"])}, "nothing is known to feed the input 'ids' with, int32 (n, k)"),
+        (
+            {"more": ("again", TensorProto.FLOAT, ["n", 3, 2, 2])},
+            "nothing is known to feed the input 'again' with, float32 (n, 3, 2, 2)",
+        ),
+        (
+            {"ids": ["n", "k"], "more": ("ids", TensorProto.INT32, ["n", "k"])},
+            "nothing is known to feed the input 'ids' with, int32 (n, k)",
+        ),
         ({"images": ["n", 12]}, "nothing is known to feed the input 'pixel values' with, float32 (n, 12)"),
     ],
 )
-def test_an_input_that_nothing_is_known_of(tmp_path: Path, made: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_input_that_nothing_is_known_of(
+    tmp_path: Path, made: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     more = made.pop("more", None)
     path = stranger(tmp_path / "a.onnx", more=helper.make_tensor_value_info(*more) if more else None, **made)
     assert main(measured(write_bundle(tmp_path / "bundle"), "--against", path)) == 2
@@ -204,7 +278,12 @@ def test_an_input_that_nothing_is_known_of(tmp_path: Path, made: dict[str, Any],
 
 def test_a_graph_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     ids = helper.make_tensor_value_info("ids", TensorProto.INT64, ["n", "k"])
-    body = helper.make_graph([helper.make_node("Identity", ["ids"], ["y"])], "g", [ids], [helper.make_tensor_value_info("y", TensorProto.INT64, ["n", "k"])])
+    body = helper.make_graph(
+        [helper.make_node("Identity", ["ids"], ["y"])],
+        "g",
+        [ids],
+        [helper.make_tensor_value_info("y", TensorProto.INT64, ["n", "k"])],
+    )
     onnx.save(helper.make_model(body), tmp_path / "a.onnx")
     assert main(measured(write_bundle(tmp_path / "bundle"), "--against", tmp_path / "a.onnx")) == 2
     assert f"{tmp_path / 'a.onnx'}: no input takes images" in capsys.readouterr().err
@@ -212,7 +291,9 @@ def test_a_graph_without_images(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 def test_a_graph_that_refuses_its_inputs_is_left_out(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     # The batch is written into a Reshape, though the input leaves it open.
-    shape = helper.make_node("Constant", [], ["shape"], value=helper.make_tensor("s", TensorProto.INT64, [2], [1, C * H * W]))
+    shape = helper.make_node(
+        "Constant", [], ["shape"], value=helper.make_tensor("s", TensorProto.INT64, [2], [1, C * H * W])
+    )
     body = helper.make_graph(
         [shape, helper.make_node("Reshape", ["images", "shape"], ["y"])],
         "g",
@@ -234,15 +315,27 @@ def test_a_graph_that_refuses_its_inputs_is_left_out(tmp_path: Path, run: Callab
 def test_two_engines(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
     bundle, other = write_bundle(tmp_path / "bundle"), stranger(tmp_path / "a.onnx")
     report = run(bundle, "--engine", "auto,ov,onnxruntime", "--against", other, "--keep", "4,21")
-    expected = [(str(bundle), "onnxruntime", 4), (str(bundle), "onnxruntime", N), (str(bundle), "openvino", 4), (str(bundle), "openvino", N)]
-    assert keys(report, "graph", "engine", "patches") == [*expected, (str(other), "onnxruntime", None), (str(other), "openvino", None)]
+    expected = [
+        (str(bundle), "onnxruntime", 4),
+        (str(bundle), "onnxruntime", N),
+        (str(bundle), "openvino", 4),
+        (str(bundle), "openvino", N),
+    ]
+    assert keys(report, "graph", "engine", "patches") == [
+        *expected,
+        (str(other), "onnxruntime", None),
+        (str(other), "openvino", None),
+    ]
     assert list(report["gemm_gflops"]) == list(report["machine"]["engines"]) == ["onnxruntime", "openvino"]
     assert report["rows"][0]["cosine"] == pytest.approx(report["rows"][2]["cosine"], abs=1e-5)
     assert [row["speedup_over_full"] == 1 for row in report["rows"]] == [False, True, False, True, False, False]
 
 
 def test_an_engine_that_is_not_there_is_left_out(
-    tmp_path: Path, run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    run: Callable[..., dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def absent() -> Any:
         raise MissingDependency("no OpenVINO here", hint="install it")
@@ -256,7 +349,9 @@ def test_an_engine_that_is_not_there_is_left_out(
     assert capsys.readouterr().err == "error: no OpenVINO here\nhint: install it\n"
 
 
-def test_threads_and_cores_reach_the_engines(tmp_path: Path, run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_cores_reach_the_engines(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[tuple[Any, ...]] = []
     original = onnxruntime.InferenceSession
 
@@ -278,9 +373,15 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int, int | Non
     """Put durations by folder, batch and K in; the products take 2 ms, all others 1 ms."""
     durations: dict[tuple[str, int, int | None], tuple[float, ...]] = {}
 
-    def measure(functions: Mapping[Any, Callable[[], object]], *, repeats: int, warmup: int, after_call: Any) -> dict[Any, Timing]:
+    def measure(
+        functions: Mapping[Any, Callable[[], object]], *, repeats: int, warmup: int, after_call: Any
+    ) -> dict[Any, Timing]:
         def seconds(row: Any) -> tuple[float, ...]:
-            return (0.002,) if isinstance(row, str) else durations.get((row.subject.graph.parent.name, row.batch, row.keep), (0.001,))
+            return (
+                (0.002,)
+                if isinstance(row, str)
+                else durations.get((row.subject.graph.parent.name, row.batch, row.keep), (0.001,))
+            )
 
         return {row: Timing(seconds(row)) for row in functions}
 
@@ -288,14 +389,36 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int, int | Non
     return durations
 
 
-def test_the_figures_by_hand(tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]) -> None:
-    stopwatch |= {("full", 2, None): (0.004, 0.002, 0.008), ("visible", 2, 5): (0.001, 0.003, 0.001), ("visible", 4, 5): (0.0015,)}
-    report = run(write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible"), "--keep", "5", "--batch-size", "2,4")
+def test_the_figures_by_hand(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]
+) -> None:
+    stopwatch |= {
+        ("full", 2, None): (0.004, 0.002, 0.008),
+        ("visible", 2, 5): (0.001, 0.003, 0.001),
+        ("visible", 4, 5): (0.0015,),
+    }
+    report = run(
+        write_bundle(tmp_path / "full", token_mode="full"),
+        write_bundle(tmp_path / "visible"),
+        "--keep",
+        "5",
+        "--batch-size",
+        "2,4",
+    )
     full, _, visible, more = report["rows"]
-    assert (full["p50_ms"], full["images_per_second"], full["ratio"], full["speedup_over_full"]) == pytest.approx((4, 2 / 0.004, 1, 1))
+    assert (full["p50_ms"], full["images_per_second"], full["ratio"], full["speedup_over_full"]) == pytest.approx(
+        (4, 2 / 0.004, 1, 1)
+    )
     assert full["p95_ms"] == pytest.approx(7.6), "nine tenths of the way from the second to the third"
-    assert (visible["p50_ms"], visible["images_per_second"], visible["ratio"], visible["speedup_over_full"]) == pytest.approx((1, 2 / 0.001, 0.25, 4))
-    assert (more["ratio"], more["speedup_over_full"]) == pytest.approx((0.1875, 2 / 3)), "of an image; and over the full row of the same batch size"
+    assert (
+        visible["p50_ms"],
+        visible["images_per_second"],
+        visible["ratio"],
+        visible["speedup_over_full"],
+    ) == pytest.approx((1, 2 / 0.001, 0.25, 4))
+    assert (more["ratio"], more["speedup_over_full"]) == pytest.approx((0.1875, 2 / 3)), (
+        "of an image; and over the full row of the same batch size"
+    )
     assert visible["gflop_per_image"] == pytest.approx(FLOPS_OF_5 / 1e9)
     assert visible["gflops"] == pytest.approx(2 * FLOPS_OF_5 / 0.001 / 1e9)
     gemm = 4 * 2 * 768**3 / 0.002 / 1e9
@@ -303,7 +426,9 @@ def test_the_figures_by_hand(tmp_path: Path, run: Callable[..., dict[str, Any]],
     assert visible["gemm_share"] == pytest.approx(visible["gflops"] / gemm)
 
 
-def test_full_is_a_row_of_its_kind(tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]) -> None:
+def test_full_is_a_row_of_its_kind(
+    tmp_path: Path, run: Callable[..., dict[str, Any]], stopwatch: dict[Any, tuple[float, ...]]
+) -> None:
     def wider(manifest: dict[str, Any]) -> None:
         manifest["model"] = {**manifest["model"], "name": "other"}
 
@@ -319,14 +444,20 @@ def test_full_is_a_row_of_its_kind(tmp_path: Path, run: Callable[..., dict[str, 
         stopwatch[name, 1, N] = (0.001 * index,)
     arguments: list[Any] = [*bundles, "--against", other, "--keep", "3,21"]
     found = run(*arguments)["rows"]
-    assert [row["speedup_over_full"] for row in found] == pytest.approx([2, 1, 3, 1, 4, 1, 5, 1, 2, 7, 1]), "each graph's own K = N; the fixed one's kin"
+    assert [row["speedup_over_full"] for row in found] == pytest.approx([2, 1, 3, 1, 4, 1, 5, 1, 2, 7, 1]), (
+        "each graph's own K = N; the fixed one's kin"
+    )
     stopwatch["full", 1, None] = (0.009,)
     found = run(*arguments, write_bundle(tmp_path / "full", token_mode="full"))["rows"]
-    assert [row["speedup_over_full"] for row in found[:2]] == pytest.approx([9, 4.5]), "a full graph of the model is a better yardstick than K = N"
+    assert [row["speedup_over_full"] for row in found[:2]] == pytest.approx([9, 4.5]), (
+        "a full graph of the model is a better yardstick than K = N"
+    )
     assert run(bundles[4])["rows"][0]["speedup_over_full"] is None
 
 
-def test_load_time_and_memory_in_a_process_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_time_and_memory_in_a_process_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     good, other = write_bundle(tmp_path / "good", token_mode="full"), stranger(tmp_path / "a.onnx")
     arguments = ["benchmark", str(good), "--against", str(other), "--repeats", "1", "--warmup", "0", "--json"]
     assert main(arguments) == 0
@@ -363,7 +494,11 @@ def test_load_time_and_memory_in_a_process_of_its_own(tmp_path: Path, capsys: py
         (["a"], ["--keep-ratio", "0"], "--keep-ratio 0 must be above 0 and at most 1"),
         (["a"], ["--keep-ratio", "0.5,1.5"], "--keep-ratio 1.5 must be above 0 and at most 1"),
         (["a"], ["--repeats", "0"], "--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0"),
-        (["a"], ["--batch-size", "1,0"], "--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0"),
+        (
+            ["a"],
+            ["--batch-size", "1,0"],
+            "--batch-size, --repeats and --num-images must be at least 1, --warmup at least 0",
+        ),
         (["a"], ["--engine", "abacus"], "unknown engine 'abacus'"),
         (["a"], ["--engine", ","], "--engine needs at least one engine"),
         (["a"], ["--threads", "0"], "threads must be at least 1, not 0"),
@@ -373,7 +508,12 @@ def test_load_time_and_memory_in_a_process_of_its_own(tmp_path: Path, capsys: py
     ],
 )
 def test_mistakes_are_2(
-    tmp_path: Path, names: list[str], more: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    names: list[str],
+    more: list[str],
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_bundle(tmp_path / "a")
     monkeypatch.chdir(tmp_path)
@@ -395,7 +535,16 @@ def test_a_tampered_bundle_is_not_timed(tmp_path: Path, capsys: pytest.CaptureFi
 
 def test_without_the_training_packages(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
-    done = run_without((*TRAINING, "matplotlib", "openvino"), "benchmark", str(bundle), "--repeats", "1", "--out", str(tmp_path / "report"), "--json")
+    done = run_without(
+        (*TRAINING, "matplotlib", "openvino"),
+        "benchmark",
+        str(bundle),
+        "--repeats",
+        "1",
+        "--out",
+        str(tmp_path / "report"),
+        "--json",
+    )
     assert done.returncode == 0, done.stderr
     assert len(json.loads(done.stdout)["rows"]) == 1
     assert sorted(path.name for path in (tmp_path / "report").iterdir()) == ["benchmark.json", "benchmark.md"]
@@ -416,19 +565,38 @@ def test_the_report_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str], m
     assert sorted(path.name for path in folder.iterdir()) == ["benchmark.json", "benchmark.md", "benchmark.png"]
     assert json.loads((folder / "benchmark.json").read_text()) == report
     assert (folder / "benchmark.png").read_bytes().startswith(b"\x89PNG")
-    assert shlex.split(report["command"]) == ["mae-deploy", "benchmark", "a[/x]", "b", *arguments[3:5], "--no-probe", "--out", "report/one", *arguments[5:9]]
+    assert shlex.split(report["command"]) == [
+        "mae-deploy",
+        "benchmark",
+        "a[/x]",
+        "b",
+        *arguments[3:5],
+        "--no-probe",
+        "--out",
+        "report/one",
+        *arguments[5:9],
+    ]
     text = (folder / "benchmark.md").read_text()
     assert report["command"] in text
     assert "![accuracy and latency against patches](benchmark.png)" in text
     assert "- a[/x], batch 1, 4 patches: the graph takes 2 images a call" in text
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| 1 |")]
+    cells = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| 1 |")
+    ]
     first = report["rows"][0]
     assert cells[0] == ["1", "a[/x]", "fp32", "onnxruntime", "2", "4", f"{first['p50_ms']:.2f}", "1.000"]
-    assert cells[1][:4] == ["1", f"{first['p95_ms']:.2f}", f"{first['p99_ms']:.2f}", f"{first['images_per_second']:.1f}"]
+    assert cells[1][:4] == [
+        "1",
+        f"{first['p95_ms']:.2f}",
+        f"{first['p99_ms']:.2f}",
+        f"{first['images_per_second']:.1f}",
+    ]
     assert main([*arguments, "--out", "report/one"]) == 2, "nothing is overwritten"
 
 
-def test_the_tables_in_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stopwatch: Any) -> None:
+def test_the_tables_in_the_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stopwatch: Any
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     stopwatch |= {("full", 2, None): (0.004, 0.002, 0.008), ("x]", 2, 5): (0.001, 0.003, 0.001)}
     full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "a[" / "x]")
@@ -468,13 +636,30 @@ class PlanOnCpu(OnnxRuntimeEngine):
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps, build: PlanOnCpu(bundle.graph(), options))
-    monkeypatch.setattr(benchmark_report, "gpus", lambda: [Gpu(index=0, name="Quick", compute_capability=(9, 0), memory_bytes=1, driver="12.4")])
+    monkeypatch.setattr(
+        benchmark_report,
+        "gpus",
+        lambda: [Gpu(index=0, name="Quick", compute_capability=(9, 0), memory_bytes=1, driver="12.4")],
+    )
 
 
 @pytest.mark.usefixtures("plans")
-def test_plans_are_timed_at_the_sizes_that_they_were_built_for(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
+def test_plans_are_timed_at_the_sizes_that_they_were_built_for(
+    tmp_path: Path, run: Callable[..., dict[str, Any]]
+) -> None:
     full, visible = write_bundle(tmp_path / "full", token_mode="full"), write_bundle(tmp_path / "visible")
-    report = run(full, visible, "--engine", "onnxruntime,tensorrt", "--keep", "5,7", "--batch-size", "2,4", "--out", tmp_path / "report")
+    report = run(
+        full,
+        visible,
+        "--engine",
+        "onnxruntime,tensorrt",
+        "--keep",
+        "5,7",
+        "--batch-size",
+        "2,4",
+        "--out",
+        tmp_path / "report",
+    )
     on_plans = [row for row in report["rows"] if row["engine"] == "tensorrt"]
     assert [(Path(row["graph"]).name, row["batch"], row["patches"], row["precision"]) for row in on_plans] == [
         ("full", 2, N, "fp16"),
@@ -492,6 +677,12 @@ def test_plans_are_timed_at_the_sizes_that_they_were_built_for(tmp_path: Path, r
 
 @pytest.mark.usefixtures("plans")
 def test_files_of_others_run_on_an_engine_that_reads_them(tmp_path: Path, run: Callable[..., dict[str, Any]]) -> None:
-    report = run(write_bundle(tmp_path / "full", token_mode="full"), "--engine", "trt", "--against", stranger(tmp_path / "other.onnx"))
+    report = run(
+        write_bundle(tmp_path / "full", token_mode="full"),
+        "--engine",
+        "trt",
+        "--against",
+        stranger(tmp_path / "other.onnx"),
+    )
     assert keys(report, "engine", "precision") == [("tensorrt", "fp16"), ("onnxruntime", None)]
     assert list(report["gemm_gflops"]) == ["onnxruntime"]

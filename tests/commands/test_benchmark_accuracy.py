@@ -66,7 +66,9 @@ def test_cosine_on_the_golden_samples(tmp_path: Path, run: Callable[..., Report]
 
 
 @pytest.mark.parametrize(("outputs", "name"), [(["tokens", "cls"], "cls"), (["logits", "pooled", "cls"], "pooled")])
-def test_the_features_that_a_graph_has(tmp_path: Path, outputs: list[str], name: str, run: Callable[..., Report]) -> None:
+def test_the_features_that_a_graph_has(
+    tmp_path: Path, outputs: list[str], name: str, run: Callable[..., Report]
+) -> None:
     report = run(write_bundle(tmp_path / "bundle", outputs=outputs), "--keep", "3")
     assert cosines(report) == [pytest.approx(cosine(golden_inputs(visible=True)["images"], 3, name), abs=1e-6)]
 
@@ -78,22 +80,35 @@ def test_without_features(tmp_path: Path, labelled: Path, run: Callable[..., Rep
     assert report["rows"][0]["top1"] is not None
 
 
-def test_a_graph_that_cannot_take_all_patches_is_compared_with_one_of_the_same_weights(tmp_path: Path, run: Callable[..., Report]) -> None:
+def test_a_graph_that_cannot_take_all_patches_is_compared_with_one_of_the_same_weights(
+    tmp_path: Path, run: Callable[..., Report]
+) -> None:
     def other_weights(manifest: dict[str, Any]) -> None:
         manifest["provenance"] = {"checkpoint": "another"}
 
-    fixed, few = write_bundle(tmp_path / "fixed", keep=6, batch=2), write_bundle(tmp_path / "few", profile_keep=(1, 4, 9))
+    fixed, few = (
+        write_bundle(tmp_path / "fixed", keep=6, batch=2),
+        write_bundle(tmp_path / "few", profile_keep=(1, 4, 9)),
+    )
     full = write_bundle(tmp_path / "full", token_mode="full")
     expected = pytest.approx(cosine(golden_inputs(visible=True)["images"], 6), abs=1e-6)
     assert cosines(run(fixed, few, full, "--keep", "6")) == [expected, expected, 1]
     assert cosines(run(fixed, few, "--keep", "6")) == [None, None]
-    assert cosines(run(fixed, write_bundle(tmp_path / "stranger", token_mode="full", change=other_weights))) == [None, 1]
+    assert cosines(run(fixed, write_bundle(tmp_path / "stranger", token_mode="full", change=other_weights))) == [
+        None,
+        1,
+    ]
     assert cosines(run(fixed, write_bundle(tmp_path / "int8", token_mode="full", precision="int8"))) == [expected, 1]
-    assert cosines(run(fixed, write_bundle(tmp_path / "byte", token_mode="full", images="uint8"))) == [None, 1], "other golden images"
+    assert cosines(run(fixed, write_bundle(tmp_path / "byte", token_mode="full", images="uint8"))) == [None, 1], (
+        "other golden images"
+    )
 
 
 def test_the_features_of_fp32_are_what_all_are_compared_with(tmp_path: Path, run: Callable[..., Report]) -> None:
-    coarse, fine = write_bundle(tmp_path / "coarse", token_mode="full", precision="int8", bits=2), write_bundle(tmp_path / "fine")
+    coarse, fine = (
+        write_bundle(tmp_path / "coarse", token_mode="full", precision="int8", bits=2),
+        write_bundle(tmp_path / "fine"),
+    )
     alone = cosines(run(coarse))
     assert alone == [1]
     for bundles in ((coarse, fine), (fine, coarse)):
@@ -102,7 +117,9 @@ def test_the_features_of_fp32_are_what_all_are_compared_with(tmp_path: Path, run
         assert (found[coarse] or 1) < 0.9999
 
 
-def test_every_graph_sees_the_photos_as_it_takes_them(tmp_path: Path, labelled: Path, run: Callable[..., Report]) -> None:
+def test_every_graph_sees_the_photos_as_it_takes_them(
+    tmp_path: Path, labelled: Path, run: Callable[..., Report]
+) -> None:
     bundles = [
         write_bundle(tmp_path / "float"),
         write_bundle(tmp_path / "byte", images="uint8"),
@@ -142,14 +159,25 @@ def test_images_without_labels_or_of_other_classes(tmp_path: Path, labelled: Pat
     report = run(bundle, other, "--images", labelled, "--keep", "3,4")
     assert {row["top1"] for row in report["rows"]} == {None}
     lines = [line for line in report["said"].splitlines() if line.startswith("no top-1: ")]
-    assert lines == [f"no top-1: 'unicorn' of {labelled} is no folder named after a class of {path}" for path in (bundle, other)]
+    assert lines == [
+        f"no top-1: 'unicorn' of {labelled} is no folder named after a class of {path}" for path in (bundle, other)
+    ]
     (photo, *_) = find_images(labelled)
     assert f"no top-1: '{photo.name}' of {photo.parent}" in run(bundle, "--images", photo.parent)["said"]
     assert f"no top-1: '{photo.name}' of {photo} is" in run(bundle, "--images", photo)["said"]
-    assert "no top-1" not in run(write_bundle(tmp_path / "nameless", change=lambda manifest: manifest.update(class_names=None)), "--images", photo)["said"]
+    assert (
+        "no top-1"
+        not in run(
+            write_bundle(tmp_path / "nameless", change=lambda manifest: manifest.update(class_names=None)),
+            "--images",
+            photo,
+        )["said"]
+    )
 
 
-def test_some_of_the_images_spread_over_the_folder(tmp_path: Path, labelled: Path, run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_some_of_the_images_spread_over_the_folder(
+    tmp_path: Path, labelled: Path, run: Callable[..., Report], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[int] = []
     original = Engine.run
 
@@ -174,7 +202,10 @@ def test_some_of_the_images_spread_over_the_folder(tmp_path: Path, labelled: Pat
 def test_no_image_can_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_noise(tmp_path / "photos", 1)
     spoil(tmp_path / "photos" / "00.png")
-    assert main(["benchmark", str(write_bundle(tmp_path / "bundle")), "--images", str(tmp_path / "photos"), "--no-probe"]) == 1
+    assert (
+        main(["benchmark", str(write_bundle(tmp_path / "bundle")), "--images", str(tmp_path / "photos"), "--no-probe"])
+        == 1
+    )
     assert f"error: none of 1 images of {tmp_path / 'photos'} can be read\n" in capsys.readouterr().err
 
 

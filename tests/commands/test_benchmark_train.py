@@ -1,4 +1,6 @@
-"""`mae-deploy benchmark-train` as it is typed: two steps that compute the same, figures that follow from their times, and the report."""
+"""`mae-deploy benchmark-train` as it is typed: two steps that compute the same, figures that follow from their times,
+and the report.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,18 @@ from mae_deploy.models.masking import random_masking
 from mae_deploy.runtime.timing import Timing
 from mae_deploy.training.optim.groups import adamw, decay_groups
 
-TINY = ("--model", "vit_nano_patch4", "--image-size", "12,20", "--decoder-depth", "1", "--decoder-embed-dim", "32", "--batch-size", "3")
+TINY = (
+    "--model",
+    "vit_nano_patch4",
+    "--image-size",
+    "12,20",
+    "--decoder-depth",
+    "1",
+    "--decoder-embed-dim",
+    "32",
+    "--batch-size",
+    "3",
+)
 
 N, K, D, P, E = 15, 2, 64, 4, 32
 """At a mask ratio of 0.8, 2 of 15 patches stay: the original truncates 2.9999999999999996."""
@@ -47,7 +60,9 @@ def command(*more: str) -> list[str]:
     return ["benchmark-train", *TINY, "--mask-ratio", "0.8", "--repeats", "2", "--device", "cpu", *more]
 
 
-def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_figures_follow_from_the_times(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     def timed(functions: Mapping[str, Callable[[], object]], **_: Any) -> dict[str, Timing]:
         for function in functions.values():
             function()
@@ -61,7 +76,12 @@ def test_figures_follow_from_the_times(monkeypatch: pytest.MonkeyPatch, capsys: 
     assert report["speedup"] == 2.0
     ours, plain = report["rows"]
     assert (ours["step"], ours["step_ms"], ours["images_per_second"]) == ("mae-deploy", 1000.0, 3.0)
-    assert (plain["step"], plain["step_ms"], plain["fastest_ms"], plain["images_per_second"]) == ("plain", 2000.0, 1500.0, 1.5)
+    assert (plain["step"], plain["step_ms"], plain["fastest_ms"], plain["images_per_second"]) == (
+        "plain",
+        2000.0,
+        1500.0,
+        1.5,
+    )
     assert ours["gflop_per_image"] == pytest.approx(FLOPS / 1e9)
     assert ours["gemm_share"] == pytest.approx(3 * FLOPS / (2 * 64**3 / 0.25))
     written = json.loads((tmp_path / "report" / "benchmark-train.json").read_text())

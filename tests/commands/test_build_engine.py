@@ -61,21 +61,54 @@ def test_without_a_gpu_it_says_so(bundle: Path, without_a_gpu: None, capsys: pyt
     assert sorted(path.name for path in bundle.rglob("*")) == before
 
 
-def test_what_is_asked_for(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_asked_for(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked = fake(monkeypatch, tmp_path / "other")
-    arguments = ["--precision", "int8", "--profile", "B:1,1,1 K:4,4,4; B:8,8,8", "--prefer", "fp16", "--workspace", "512", "--optimization-level", "2"]
-    arguments += ["--timing-cache", "off", "--hardware-compatible", "ampere", "--version-compatible", "--strip", "--refit"]
+    arguments = [
+        "--precision",
+        "int8",
+        "--profile",
+        "B:1,1,1 K:4,4,4; B:8,8,8",
+        "--prefer",
+        "fp16",
+        "--workspace",
+        "512",
+        "--optimization-level",
+        "2",
+    ]
+    arguments += [
+        "--timing-cache",
+        "off",
+        "--hardware-compatible",
+        "ampere",
+        "--version-compatible",
+        "--strip",
+        "--refit",
+    ]
     assert main(["build-engine", str(bundle), *arguments, "--json"]) == 0
     assert (asked["bundle"], asked["precision"], asked["prefer"]) == (bundle, "int8", "fp16")
     assert asked["profiles"] == [{"B": (1, 1, 1), "K": (4, 4, 4)}, {"B": (8, 8, 8)}]
     options = asked["options"]
-    assert (options.workspace, options.optimization_level, options.timing_cache, options.hardware_compatible) == (512, 2, "off", "ampere")
+    assert (options.workspace, options.optimization_level, options.timing_cache, options.hardware_compatible) == (
+        512,
+        2,
+        "off",
+        "ampere",
+    )
     assert (options.version_compatible, options.strip, options.refit) == (True, True, True)
     found = json.loads(capsys.readouterr().out)
-    assert (found["bundle"], found["file"], found["latency_ms"], found["rejected"]) == (str(bundle), PLAN_FILE, 0.5, None)
+    assert (found["bundle"], found["file"], found["latency_ms"], found["rejected"]) == (
+        str(bundle),
+        PLAN_FILE,
+        0.5,
+        None,
+    )
 
 
-def test_for_people(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_for_people(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     speed = {"latency_ratio": 1.25, "profile": 0, "latency_ms": {"int8": [2.5], "fp16": [2.0]}}
     fake(monkeypatch, tmp_path / "other", baseline=speed, rejected="INT8 is rejected: it is not faster")
@@ -93,11 +126,16 @@ def test_for_people(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert "FP16 is kept: INT8 is rejected: it is not faster" in captured.err
 
 
-def test_an_engine_that_is_refused(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_is_refused(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     fake(monkeypatch, tmp_path / "other")
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise CheckFailed("INT8 is rejected: it is not faster; it takes 1.20 of FP16's latency, 1.200 against 1.000 ms", hint="--prefer fp16")
+        raise CheckFailed(
+            "INT8 is rejected: it is not faster; it takes 1.20 of FP16's latency, 1.200 against 1.000 ms",
+            hint="--prefer fp16",
+        )
 
     monkeypatch.setattr(command, "build_engine", refuse)
     assert main(["build-engine", str(bundle)]) == 1

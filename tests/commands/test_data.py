@@ -65,7 +65,10 @@ def test_statistics_of_every_channel(tmp_path: Path, num_workers: int) -> None:
 def test_statistics_of_a_sample_and_of_arrays(images: Path, tmp_path: Path) -> None:
     data = stats(StatsConfig(data=str(images), sample=3, num_workers=0)).data
     assert (data["images"], data["read"], sum(data["formats"].values())) == (11, 3, 3)
-    np.save(tmp_path / "a.npy", np.stack([np.full((5, 3), value, np.uint16) for value in (0, 1000, 5000, 10000, 2500)], axis=2))
+    np.save(
+        tmp_path / "a.npy",
+        np.stack([np.full((5, 3), value, np.uint16) for value in (0, 1000, 5000, 10000, 2500)], axis=2),
+    )
     data = stats(StatsConfig(data=str(tmp_path / "a.npy"), in_chans=5, pixel_max=10000.0, num_workers=0)).data
     assert (data["mean"], data["formats"]) == ([0.0, 0.1, 0.5, 1.0, 0.25], {"NPY": 1})
 
@@ -107,7 +110,9 @@ def test_labelled_trees_keep_their_classes(tmp_path: Path) -> None:
     for split in ("train", "val"):
         packed, files = labelled_images(tmp_path / "out", split), labelled_images(tmp_path / "classes", split)
         assert packed.class_names == files.class_names == ("dark", "light")
-        assert sorted((packed.raw(i), packed.labels[i]) for i in range(len(packed))) == sorted((files.raw(i), files.labels[i]) for i in range(len(files)))
+        assert sorted((packed.raw(i), packed.labels[i]) for i in range(len(packed))) == sorted(
+            (files.raw(i), files.labels[i]) for i in range(len(files))
+        )
 
 
 def test_images_are_made_smaller(tmp_path: Path) -> None:

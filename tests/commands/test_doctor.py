@@ -45,10 +45,14 @@ def test_openvino_says_in_which_precisions_it_computes(capsys: pytest.CaptureFix
     name, _, precisions = found["engines"]["openvino"].rpartition(": ")
     assert name == core.get_property("CPU", "FULL_DEVICE_NAME")
     assert precisions.startswith("FP32")
-    assert set(precisions.split(", ")) == {"FP32", "FP16", "BF16", "INT8"} & set(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    assert set(precisions.split(", ")) == {"FP32", "FP16", "BF16", "INT8"} & set(
+        core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    )
 
 
-def test_an_engine_that_is_installed_and_does_not_load(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_engine_that_is_installed_and_does_not_load(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     pytest.importorskip("openvino")
 
     def fail() -> str:
@@ -67,12 +71,19 @@ H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=
     [
         ({"tensorrt", "pycuda", "cuda.bindings"}, [H200], "10.3.0 with pycuda on NVIDIA H200", None),
         ({"tensorrt", "cuda.bindings"}, [H200], "10.3.0 with cuda.bindings on NVIDIA H200", None),
-        ({"tensorrt"}, [H200], "10.3.0, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'", ["pycuda"]),
+        (
+            {"tensorrt"},
+            [H200],
+            "10.3.0, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'",
+            ["pycuda"],
+        ),
         ({"tensorrt", "pycuda"}, [], "10.3.0 with pycuda, but there is no driver", None),
         ({"pycuda"}, [H200], "not installed: pip install 'mae-deploy[trt]'", ["tensorrt"]),
     ],
 )
-def test_what_tensorrt_lacks(there: set[str], gpus: list[Gpu], state: str, missing: list[str] | None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_tensorrt_lacks(
+    there: set[str], gpus: list[Gpu], state: str, missing: list[str] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def require_gpu() -> Gpu:
         if not gpus:
             raise MissingDependency("there is no driver")
@@ -82,24 +93,35 @@ def test_what_tensorrt_lacks(there: set[str], gpus: list[Gpu], state: str, missi
     monkeypatch.setattr(doctor, "gpus", lambda: gpus)
     monkeypatch.setattr(doctor, "require_gpu", require_gpu)
     concerned = ("tensorrt", "pycuda", "cuda.bindings")
-    monkeypatch.setattr(doctor, "_version", lambda module: ("10.3.0" if module in there else None) if module in concerned else version(module))
+    monkeypatch.setattr(
+        doctor,
+        "_version",
+        lambda module: ("10.3.0" if module in there else None) if module in concerned else version(module),
+    )
     found = doctor.run(DoctorConfig()).data
     assert found["engines"]["tensorrt"] == state
-    assert found["commands"]["build-engine"] == (None if missing is None else {"missing": missing, "install": "pip install 'mae-deploy[trt]'"})
+    assert found["commands"]["build-engine"] == (
+        None if missing is None else {"missing": missing, "install": "pip install 'mae-deploy[trt]'"}
+    )
     assert found["machine"]["gpus"] == ["NVIDIA H200, compute capability 9.0, CUDA 12.4"] * len(gpus)
 
 
 @pytest.mark.parametrize(
     ("cpuinfo", "features"),
     [
-        ("processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\nprocessor\t: 1\nflags\t\t: fpu avx2", ["avx2", "avx512f", "avx512_vnni"]),
+        (
+            "processor\t: 0\nflags\t\t: fpu avx2 avx512f avx512_vnni\nprocessor\t: 1\nflags\t\t: fpu avx2",
+            ["avx2", "avx512f", "avx512_vnni"],
+        ),
         ("processor\t: 0\nFeatures\t: fp asimd i8mm asimddp\n", ["asimddp", "i8mm"]),
         ("processor : 0\n", []),
         (None, None),
     ],
     ids=["x86", "Arm", "neither", "not Linux"],
 )
-def test_features_of_the_cpu(cpuinfo: str | None, features: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_the_cpu(
+    cpuinfo: str | None, features: list[str] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
@@ -123,7 +145,10 @@ def test_without_the_training_packages() -> None:
     assert set(pretrain["missing"]) == set(NEEDS["pretrain"][1])
     assert pretrain["install"] == "pip install 'mae-deploy[train]'"
     assert found["engines"]["openvino"] == "not installed: pip install 'mae-deploy[openvino]'"
-    assert found["commands"]["predict --engine openvino"] == {"missing": ["openvino"], "install": "pip install 'mae-deploy[openvino]'"}
+    assert found["commands"]["predict --engine openvino"] == {
+        "missing": ["openvino"],
+        "install": "pip install 'mae-deploy[openvino]'",
+    }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
         "verify",
         "predict",

@@ -1,4 +1,6 @@
-"""`mae-deploy eval`: a checkpoint and its bundle get the same right, classes are matched by name, and a bundle needs no torch."""
+"""`mae-deploy eval`: a checkpoint and its bundle get the same right, classes are matched by name, and a bundle needs no
+torch.
+"""
 
 from __future__ import annotations
 
@@ -53,10 +55,14 @@ def by_hand(bundle: Path, folder: Path) -> tuple[float, float]:
     return 100 * first / count, 100 * five / count
 
 
-def test_a_checkpoint_and_its_bundle(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_and_its_bundle(
+    exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle, checkpoint = exported / "classifier", exported / "checkpoints" / "classifier"
     found = evaluate(capsys, bundle, labelled, "--batch-size", "3", "--confusion", tmp_path / "bundle.csv")
-    other = evaluate(capsys, checkpoint, labelled, "--batch-size", "4", "--device", "cpu", "--confusion", tmp_path / "checkpoint.csv")
+    other = evaluate(
+        capsys, checkpoint, labelled, "--batch-size", "4", "--device", "cpu", "--confusion", tmp_path / "checkpoint.csv"
+    )
     same = ("images", "top1", "top5", "classes", "unreadable", "data")
     assert {key: found[key] for key in same} == {key: other[key] for key in same}
     assert (found["top1"], found["top5"]) == by_hand(bundle, labelled / "val")
@@ -80,19 +86,33 @@ def test_a_checkpoint_and_its_bundle(exported: Path, labelled: Path, tmp_path: P
 def visible(exported: Path) -> Path:
     """The classifier as a graph of some patches."""
     out = exported / "visible-classifier"
-    export(ExportConfig(checkpoint=exported / "checkpoints" / "classifier", out=out, tokens="visible", samples=exported / "photos"))
+    export(
+        ExportConfig(
+            checkpoint=exported / "checkpoints" / "classifier", out=out, tokens="visible", samples=exported / "photos"
+        )
+    )
     return out
 
 
-def test_shares_of_the_patches(exported: Path, visible: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A checkpoint and its bundle see the same patches, in batches of any size; all of them are what `eval` sees anyway."""
+def test_shares_of_the_patches(
+    exported: Path, visible: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint and its bundle see the same patches, in batches of any size; all of them are what `eval` sees
+    anyway.
+    """
     shares = ("--keep-ratio", "1,0.5,0.2")
     found = evaluate(capsys, visible, labelled, *shares, "--batch-size", "3")
-    other = evaluate(capsys, exported / "checkpoints" / "classifier", labelled, *shares, "--batch-size", "4", "--device", "cpu")
+    other = evaluate(
+        capsys, exported / "checkpoints" / "classifier", labelled, *shares, "--batch-size", "4", "--device", "cpu"
+    )
     assert found["keep_ratios"] == other["keep_ratios"]
     whole = evaluate(capsys, exported / "classifier", labelled)
     rows = found["keep_ratios"]
-    assert [(row["keep_ratio"], row["patches"]) for row in rows] == [(1, NUM_PATCHES), (0.5, NUM_PATCHES // 2), (0.2, NUM_PATCHES // 5)]
+    assert [(row["keep_ratio"], row["patches"]) for row in rows] == [
+        (1, NUM_PATCHES),
+        (0.5, NUM_PATCHES // 2),
+        (0.2, NUM_PATCHES // 5),
+    ]
     assert (rows[0]["top1"], rows[0]["top5"]) == (whole["top1"], whole["top5"]) == (found["top1"], found["top5"])
     assert len({row["top5"] for row in rows}) > 1  # patches matter to this network
     assert rows[2] == evaluate(capsys, visible, labelled, "--keep-ratio", "0.2")["keep_ratios"][0]
@@ -106,7 +126,9 @@ def test_a_table_of_shares(visible: Path, labelled: Path, capsys: pytest.Capture
     assert f" {NUM_PATCHES // 5} " in out
 
 
-def test_shares_that_cannot_be_seen(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_shares_that_cannot_be_seen(
+    exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for asked, message in (
         (["--keep-ratio", "0.5"], "this bundle's graph takes whole images"),
         (["--keep-ratio", "0"], "--keep-ratio 0 must be above 0"),
@@ -117,11 +139,17 @@ def test_shares_that_cannot_be_seen(exported: Path, labelled: Path, tmp_path: Pa
         assert message in capsys.readouterr().err
 
 
-def test_a_graph_of_fixed_patches(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_graph_of_fixed_patches(
+    exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """What it takes is said as an option that gives it."""
     keep = 4
     checkpoint = exported / "checkpoints" / "classifier"
-    export(ExportConfig(checkpoint=checkpoint, out=tmp_path / "fixed", tokens=f"visible:{keep}", samples=exported / "photos"))
+    export(
+        ExportConfig(
+            checkpoint=checkpoint, out=tmp_path / "fixed", tokens=f"visible:{keep}", samples=exported / "photos"
+        )
+    )
     for asked in ([], ["--keep-ratio", "1,0.1"]):
         assert main(["eval", str(tmp_path / "fixed"), str(labelled), *asked]) == 2
         error = capsys.readouterr().err
@@ -136,7 +164,9 @@ def test_classes_at_the_top_of_the_folder(exported: Path, labelled: Path, capsys
     assert (found["images"], found["top5"]) == (14, whole["top5"])
 
 
-def test_unreadable_images_are_named_and_left_out(exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_named_and_left_out(
+    exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = spoil(labelled / "val" / NAMES[1] / "11.png")
     both = [evaluate(capsys, exported / path, labelled) for path in ("classifier", "checkpoints/classifier")]
     for found in both:
@@ -151,14 +181,18 @@ def test_unreadable_images_are_named_and_left_out(exported: Path, labelled: Path
 
 
 @pytest.mark.parametrize("model", ["classifier", "checkpoints/classifier"])
-def test_classes_that_are_not_the_classifiers(exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str], model: str) -> None:
+def test_classes_that_are_not_the_classifiers(
+    exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str], model: str
+) -> None:
     (labelled / "val" / NAMES[0]).rename(labelled / "val" / "zebra")
     assert main(["eval", str(exported / model), str(labelled)]) == 2
     error = capsys.readouterr().err
     assert "zebra is not one of the 11 classes: class-a" in error
 
 
-def test_without_names_there_is_a_folder_for_each_class(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_names_there_is_a_folder_for_each_class(
+    exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(exported / "checkpoints" / "classifier", tmp_path / "nameless")
     file = tmp_path / "nameless" / "metadata.json"
     metadata = json.loads(file.read_text())
@@ -172,13 +206,19 @@ def test_without_names_there_is_a_folder_for_each_class(exported: Path, labelled
     assert found["top5"] == evaluate(capsys, exported / "classifier", labelled)["top5"]
 
 
-@pytest.mark.parametrize(("model", "message"), [("encoder", "has no logits"), ("checkpoints/encoder", "is a encoder without a head")])
-def test_an_encoder_has_nothing_to_evaluate(exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str], model: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("model", "message"), [("encoder", "has no logits"), ("checkpoints/encoder", "is a encoder without a head")]
+)
+def test_an_encoder_has_nothing_to_evaluate(
+    exported: Path, labelled: Path, capsys: pytest.CaptureFixture[str], model: str, message: str
+) -> None:
     assert main(["eval", str(exported / model), str(labelled)]) == 2
     assert message in capsys.readouterr().err
 
 
-def test_a_confusion_matrix_is_not_overwritten(exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_confusion_matrix_is_not_overwritten(
+    exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "there.csv").write_text("mine")
     assert main(["eval", str(exported / "classifier"), str(labelled), "--confusion", str(tmp_path / "there.csv")]) == 2
     assert (tmp_path / "there.csv").read_text() == "mine"

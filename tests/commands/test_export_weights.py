@@ -1,4 +1,6 @@
-"""`mae-deploy export-weights` as it is typed: a folder or a file that passed its proof, or nothing. What other libraries make of it: tests/parity."""
+"""`mae-deploy export-weights` as it is typed: a folder or a file that passed its proof, or nothing. What other
+libraries make of it: tests/parity.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,25 @@ from mae_deploy.weights.load import load_model
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.write import check as weight_proof
 from mae_deploy.weights.write import foreign as weight_export
-from tests.models.tiny_models import CLASSES, DECODER, ENCODER, SQUARE, fill, metadata_of, tiny_classifier, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    CLASSES,
+    DECODER,
+    ENCODER,
+    SQUARE,
+    fill,
+    metadata_of,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 PROVENANCE = {"stage": "pretrain", "config": {"mask_ratio": 0.6}, "parent": {"stage": "import", "source": "mae[1].pth"}}
 
 
 def saved(folder: Path, model: Encoder, **more: Any) -> Path:
-    save_checkpoint(folder, dict(model.state_dict()), metadata_of(model, **{"licence": "MIT", "provenance": PROVENANCE, **more}))
+    save_checkpoint(
+        folder, dict(model.state_dict()), metadata_of(model, **{"licence": "MIT", "provenance": PROVENANCE, **more})
+    )
     return folder
 
 
@@ -68,7 +82,9 @@ def test_the_originals_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["timm", "huggingface"])
 def test_licence_and_provenance_go_along(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert export(saved(tmp_path / "checkpoint", tiny_encoder(SQUARE), licence="CC-BY-NC-4.0"), to, tmp_path / "out") == 0
+    assert (
+        export(saved(tmp_path / "checkpoint", tiny_encoder(SQUARE), licence="CC-BY-NC-4.0"), to, tmp_path / "out") == 0
+    )
     assert "licence: CC-BY-NC-4.0: these weights derive from a non-commercial release" in capsys.readouterr().err
     with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:
         header = file.metadata()
@@ -82,7 +98,12 @@ def test_licence_and_provenance_go_along(tmp_path: Path, to: str, capsys: pytest
 
 
 @pytest.mark.parametrize(
-    ("licence", "front"), [("own", 'license: other\nlicense_name: "own"\n'), ("unspecified", "license: unknown\n"), ("MIT", "license: mit\n")]
+    ("licence", "front"),
+    [
+        ("own", 'license: other\nlicense_name: "own"\n'),
+        ("unspecified", "license: unknown\n"),
+        ("MIT", "license: mit\n"),
+    ],
 )
 def test_licences_in_the_words_of_a_hub(tmp_path: Path, licence: str, front: str) -> None:
     assert export(saved(tmp_path / "checkpoint", tiny_encoder(SQUARE), licence=licence), "timm", tmp_path / "out") == 0
@@ -92,11 +113,24 @@ def test_licences_in_the_words_of_a_hub(tmp_path: Path, licence: str, front: str
 
 def test_the_settings_of_hugging_face(tmp_path: Path) -> None:
     names = tuple(f"class {index}" for index in range(CLASSES))
-    assert export(saved(tmp_path / "classifier", tiny_classifier("cls", SQUARE), class_names=names), "huggingface", tmp_path / "out") == 0
+    assert (
+        export(
+            saved(tmp_path / "classifier", tiny_classifier("cls", SQUARE), class_names=names),
+            "huggingface",
+            tmp_path / "out",
+        )
+        == 0
+    )
     config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert (config["architectures"], config["layer_norm_eps"], config["num_attention_heads"]) == (["ViTForImageClassification"], 1e-6, 5)
+    assert (config["architectures"], config["layer_norm_eps"], config["num_attention_heads"]) == (
+        ["ViTForImageClassification"],
+        1e-6,
+        5,
+    )
     assert config["id2label"]["3"] == "class 3"
-    assert export(saved(tmp_path / "mae", tiny_mae(SQUARE, norm_pix_loss=False)), "huggingface", tmp_path / "mae-out") == 0
+    assert (
+        export(saved(tmp_path / "mae", tiny_mae(SQUARE, norm_pix_loss=False)), "huggingface", tmp_path / "mae-out") == 0
+    )
     config = json.loads((tmp_path / "mae-out" / "config.json").read_text())
     assert (config["norm_pix_loss"], config["mask_ratio"], config["decoder_num_attention_heads"]) == (False, 0.6, 3)
 
@@ -108,7 +142,9 @@ def test_the_settings_of_hugging_face(tmp_path: Path) -> None:
         (tiny_mae(), "huggingface", "wants square images, not 6x10", ""),
     ],
 )
-def test_what_the_other_library_cannot_express(tmp_path: Path, model: Encoder, to: str, said: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_the_other_library_cannot_express(
+    tmp_path: Path, model: Encoder, to: str, said: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert export(saved(tmp_path / "checkpoint", model), to, tmp_path / "out") == 2
     error = capsys.readouterr().err
     assert said in error.splitlines()[0]
@@ -133,7 +169,9 @@ def test_groups_of_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface", "original"])
-def test_what_computes_something_else_is_not_left_behind(tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_computes_something_else_is_not_left_behind(
+    tmp_path: Path, to: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = saved(tmp_path / "checkpoint", tiny_encoder(SQUARE))
     spoiled = weight_export.ForeignModel
 
@@ -161,12 +199,19 @@ def test_another_number_of_heads_is_found_here_and_by_the_other_library(
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint"}
 
 
-def test_without_transformers_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_transformers_the_report_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name, *rest))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "transformers" else find(name, *rest)
+    )
     assert export(saved(tmp_path / "checkpoint", tiny_encoder(SQUARE)), "huggingface", tmp_path / "out", "--json") == 0
     proof = json.loads(capsys.readouterr().out)["proof"]
-    assert proof == {"round_trip": "same tensors and settings", "transformers": "not installed: its outputs were not compared"}
+    assert proof == {
+        "round_trip": "same tensors and settings",
+        "transformers": "not installed: its outputs were not compared",
+    }
     assert "- transformers: not installed" in (tmp_path / "out" / "README.md").read_text()
 
 
@@ -179,6 +224,9 @@ def test_names_that_cannot_be_written(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 def test_a_file_of_someone_elses_in_one_step(tmp_path: Path) -> None:
-    torch.save({"model": tiny_encoder(EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))).state_dict()}, tmp_path / "encoder.pth")
+    torch.save(
+        {"model": tiny_encoder(EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))).state_dict()},
+        tmp_path / "encoder.pth",
+    )
     assert export(tmp_path / "encoder.pth", "timm", tmp_path / "out") == 0
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_args"]["num_heads"] == 1

@@ -41,27 +41,49 @@ def test_an_original_checkpoint_becomes_ours(tmp_path: Path, capsys: pytest.Capt
     captured = capsys.readouterr()
     report = json.loads(captured.out)
     assert captured.err == ""
-    assert (report["source"], report["out"], report["kind"], report["licence"]) == (str(source), str(out), "mae", "CC-BY-NC-4.0")
-    assert (report["tensors"], report["missing"], report["unexpected"], report["reshaped"]) == (len(model.state_dict()), [], [], [])
+    assert (report["source"], report["out"], report["kind"], report["licence"]) == (
+        str(source),
+        str(out),
+        "mae",
+        "CC-BY-NC-4.0",
+    )
+    assert (report["tensors"], report["missing"], report["unexpected"], report["reshaped"]) == (
+        len(model.state_dict()),
+        [],
+        [],
+        [],
+    )
     read, loaded = load_model(out)
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in model.state_dict().items())
     assert (loaded.metadata.licence, loaded.metadata.norm_pix_loss) == ("CC-BY-NC-4.0", False)
     assert loaded.record["source"] == "mae_pretrain_vit_base.pth"
 
 
-def test_the_report_for_people(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_report_for_people(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     source = write_original(tmp_path / "weights.pth", tiny_mae(SQUARE).state_dict())
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, "--image-size", "6,14"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("original or timm", "pos_embed: interpolated from 5x5 to 3x7 patches", "unspecified", "vit_20x2_patch2"):
+    for expected in (
+        "original or timm",
+        "pos_embed: interpolated from 5x5 to 3x7 patches",
+        "unspecified",
+        "vit_20x2_patch2",
+    ):
         assert expected in printed, expected
 
 
 def test_a_classifier_runs_after_import(tmp_path: Path) -> None:
     model, images = tiny_classifier("avg"), random_images()
     source = write_original(tmp_path / "finetuned.pth", model.state_dict())
-    assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, "--image-size", "6,10", "--license", "MIT"]) == 0
+    assert (
+        main(
+            ["import", str(source), "--out", str(tmp_path / "out"), *HEADS, "--image-size", "6,10", "--license", "MIT"]
+        )
+        == 0
+    )
     read, loaded = load_model(tmp_path / "out")
     assert isinstance(read, Classifier)
     with torch.no_grad():
@@ -69,7 +91,9 @@ def test_a_classifier_runs_after_import(tmp_path: Path) -> None:
     assert (loaded.metadata.licence, loaded.metadata.num_classes) == ("MIT", CLASSES)
 
 
-@pytest.mark.parametrize(("flag", "expected"), [((), False), (("--norm-pix-loss",), True), (("--no-norm-pix-loss",), False)])
+@pytest.mark.parametrize(
+    ("flag", "expected"), [((), False), (("--norm-pix-loss",), True), (("--no-norm-pix-loss",), False)]
+)
 def test_norm_pix_loss(tmp_path: Path, flag: tuple[str, ...], expected: bool) -> None:
     source = write_original(tmp_path / "weights.pth", tiny_mae(SQUARE).state_dict(), norm_pix_loss=False)
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS, *flag]) == 0
@@ -133,7 +157,9 @@ def test_code_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFix
         (["--image-size", "6,10", "--num-heads", "5", "--decoder-num-heads", "5"], "decoder_embed_dim 12"),
     ],
 )
-def test_options_that_do_not_fit_the_file(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_that_do_not_fit_the_file(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_original(tmp_path / "weights.pth", tiny_mae(ENCODER).state_dict())
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *arguments]) == 2
     assert said in capsys.readouterr().err.splitlines()[0]
@@ -142,12 +168,17 @@ def test_options_that_do_not_fit_the_file(tmp_path: Path, arguments: list[str], 
 
 def misfit(folder: Path) -> Path:
     tensors = {**tiny_encoder(SQUARE).state_dict(), "gamma[1]": torch.zeros(3), "norm.weight": torch.zeros(2, 3)}
-    for name in ("norm.bias", *(f"blocks.1.{part}" for part in ("norm1.bias", "norm2.bias", "attn.qkv.bias", "attn.proj.bias"))):
+    for name in (
+        "norm.bias",
+        *(f"blocks.1.{part}" for part in ("norm1.bias", "norm2.bias", "attn.qkv.bias", "attn.proj.bias")),
+    ):
         del tensors[name]
     return write_original(folder / "weights.pth", tensors)
 
 
-def test_tensors_that_do_not_fit_are_all_shown_above_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tensors_that_do_not_fit_are_all_shown_above_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "160")
     source = misfit(tmp_path)
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 1
@@ -155,10 +186,18 @@ def test_tensors_that_do_not_fit_are_all_shown_above_one_line(tmp_path: Path, ca
     assert captured.out == ""
     *table, error, hint = captured.err.splitlines()
     assert error.startswith(f"error: {source} does not fit: 5 missing: blocks.1.norm1.bias, ")
-    assert error.endswith("attn.proj.bias, blocks.1.norm2.bias …; 1 unexpected: gamma[1]; 1 misshapen: norm.weight (2, 3) instead of (20,)")
+    assert error.endswith(
+        "attn.proj.bias, blocks.1.norm2.bias …; 1 unexpected: gamma[1]; 1 misshapen: norm.weight (2, 3) instead of"
+        " (20,)"
+    )
     assert hint == "hint: if it is a timm model, say which: --model NAME"
     rows = [" ".join(line.replace("│", " ").split()) for line in table]
-    for row in ("missing norm.bias - 20", "missing blocks.1.attn.qkv.bias - 60", "unexpected gamma[1] 3 -", "reshaped norm.weight 2x3 20"):
+    for row in (
+        "missing norm.bias - 20",
+        "missing blocks.1.attn.qkv.bias - 60",
+        "unexpected gamma[1] 3 -",
+        "reshaped norm.weight 2x3 20",
+    ):
         assert row in rows, row
     assert not (tmp_path / "out").exists()
 
@@ -176,7 +215,20 @@ def test_a_model_by_timms_name(tmp_path: Path, capsys: pytest.CaptureFixture[str
     # All that is built in and refused by name: tests/parity/test_timm_vit.py.
     theirs = timm.create_model("test_vit", num_classes=CLASSES)
     torch.save({"state_dict": theirs.state_dict()}, tmp_path / "weights.pth.tar")
-    assert main(["import", str(tmp_path / "weights.pth.tar"), "--out", str(tmp_path / "out"), "--model", "test_vit", "--json"]) == 0
+    assert (
+        main(
+            [
+                "import",
+                str(tmp_path / "weights.pth.tar"),
+                "--out",
+                str(tmp_path / "out"),
+                "--model",
+                "test_vit",
+                "--json",
+            ]
+        )
+        == 0
+    )
     report = json.loads(capsys.readouterr().out)
     assert (report["layout"], report["architecture"], report["kind"]) == ("timm", "test_vit", "classifier")
     assert open_checkpoint(tmp_path / "out").metadata.preprocess["mean"] == [0.5, 0.5, 0.5]

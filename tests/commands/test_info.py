@@ -16,7 +16,11 @@ from tests.models.tiny_models import CLASSES, fill, metadata_of, tiny_classifier
 from tests.runtime.planned_bundle import planned
 from tests.runtime.tiny_bundle import write_bundle
 
-PROVENANCE = {"stage": "distill", "teacher": {"stage": "finetune", "parent": {"stage": "import"}}, "parent": {"stage": "pretrain"}}
+PROVENANCE = {
+    "stage": "distill",
+    "teacher": {"stage": "finetune", "parent": {"stage": "import"}},
+    "parent": {"stage": "pretrain"},
+}
 
 
 def info(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -35,18 +39,33 @@ def shown(path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
 def checkpoint(folder: Path) -> Path:
     model = tiny_classifier("cls")
-    save_checkpoint(folder, model.state_dict(), metadata_of(model, licence="CC-BY-NC-4.0", provenance=PROVENANCE, metrics={"top1": 0.75}, step=17))
+    save_checkpoint(
+        folder,
+        model.state_dict(),
+        metadata_of(model, licence="CC-BY-NC-4.0", provenance=PROVENANCE, metrics={"top1": 0.75}, step=17),
+    )
     return folder
 
 
 def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     folder = checkpoint(tmp_path / "checkpoint")
     data = info(folder, capsys)
-    assert (data["type"], data["path"], data["kind"], data["num_classes"], data["step"]) == ("checkpoint", str(folder), "classifier", CLASSES, 17)
+    assert (data["type"], data["path"], data["kind"], data["num_classes"], data["step"]) == (
+        "checkpoint",
+        str(folder),
+        "classifier",
+        CLASSES,
+        17,
+    )
     assert (data["licence"], data["metrics"], data["provenance"]) == ("CC-BY-NC-4.0", {"top1": 0.75}, PROVENANCE)
     assert info(folder / "model.safetensors", capsys) == data
     printed = shown(folder, capsys, monkeypatch)
-    for expected in ("tiny, 3x6x10, patch 2, 20 wide, 2 blocks, 5 heads", "CC-BY-NC-4.0", "distill (teacher: finetune < import) < pretrain", "17"):
+    for expected in (
+        "tiny, 3x6x10, patch 2, 20 wide, 2 blocks, 5 heads",
+        "CC-BY-NC-4.0",
+        "distill (teacher: finetune < import) < pretrain",
+        "17",
+    ):
         assert expected in printed, expected
 
 
@@ -71,16 +90,32 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
 
     bundle = write_bundle(tmp_path / "bundle", keep=4, batch=2, change=keep_the_record)
     data = info(bundle, capsys)
-    assert (data["type"], data["path"], data["token_mode"], data["keep"], data["licence"]) == ("bundle", str(bundle), "visible", 4, "Apache-2.0")
+    assert (data["type"], data["path"], data["token_mode"], data["keep"], data["licence"]) == (
+        "bundle",
+        str(bundle),
+        "visible",
+        4,
+        "Apache-2.0",
+    )
     printed = shown(bundle, capsys, monkeypatch)
     assert "made for │ tensorrt" in " ".join(printed.split())
     assert "proven on │ onnxruntime" in " ".join(printed.split())
-    for expected in ("visible, K = 4", "Apache-2.0", "distill (teacher: finetune < import) < pretrain", "cls, tokens, pooled, logits", "tiny, 3x6x14, patch 2"):
+    for expected in (
+        "visible, K = 4",
+        "Apache-2.0",
+        "distill (teacher: finetune < import) < pretrain",
+        "cls, tokens, pooled, logits",
+        "tiny, 3x6x14, patch 2",
+    ):
         assert expected in printed, expected
 
 
-def test_what_a_bundle_was_proven_for(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = write_bundle(tmp_path / "bundle", token_mode="ragged", batch=2, precision="int8", images="uint8", profile_keep=(2, 5, 9))
+def test_what_a_bundle_was_proven_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = write_bundle(
+        tmp_path / "bundle", token_mode="ragged", batch=2, precision="int8", images="uint8", profile_keep=(2, 5, 9)
+    )
     printed = " ".join(shown(bundle, capsys, monkeypatch).split())
     for expected in (
         "ragged",
@@ -93,10 +128,14 @@ def test_what_a_bundle_was_proven_for(tmp_path: Path, capsys: pytest.CaptureFixt
         assert expected in printed, expected
 
 
-def test_the_engines_of_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_engines_of_a_bundle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = planned(tmp_path / "bundle").path
     assert [entry["gpu"] for entry in info(bundle, capsys)["engines"]] == ["Orin"]
-    assert "fp16, TensorRT 10.3.0, Orin, B:1,8,32 K:1,4,21, 0.50 ms" in " ".join(shown(bundle, capsys, monkeypatch).split())
+    assert "fp16, TensorRT 10.3.0, Orin, B:1,8,32 K:1,4,21, 0.50 ms" in " ".join(
+        shown(bundle, capsys, monkeypatch).split()
+    )
 
 
 def test_a_bundle_without_a_record_of_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

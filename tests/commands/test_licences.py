@@ -1,4 +1,6 @@
-"""The licence of imported weights is that of everything made of them: classifier, linear probe, student, bundle, and weights for elsewhere."""
+"""The licence of imported weights is that of everything made of them: classifier, linear probe, student, bundle, and
+weights for elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,21 @@ from tests.models.tiny_models import fill, write_original
 
 NANO = EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))
 TRAINING = ("--num-workers", "0", "--device", "cpu")
-PLAIN = ("--drop-path", "0", "--label-smoothing", "0", "--mixup", "0", "--cutmix", "0", "--reprob", "0", "--auto-augment", "none", *TRAINING)
+PLAIN = (
+    "--drop-path",
+    "0",
+    "--label-smoothing",
+    "0",
+    "--mixup",
+    "0",
+    "--cutmix",
+    "0",
+    "--reprob",
+    "0",
+    "--auto-augment",
+    "none",
+    *TRAINING,
+)
 
 
 @pytest.fixture
@@ -43,7 +59,9 @@ def test_what_is_made_of_a_release_inherits_its_licence(released: Path) -> None:
     assert main(["linprobe", "labelled", "--init", "mae", "--out", "probe", "--solver", "ridge", *TRAINING]) == 0
     student = ("--student", "vit_nano_patch4", "--image-size", "12,12", *small, *TRAINING)
     assert main(["distill", "photos", "--teacher", "mae", "--out", "student", *student]) == 0
-    assert {name: licence(name) for name in ("tuned", "probe", "student")} == dict.fromkeys(("tuned", "probe", "student"), NON_COMMERCIAL)
+    assert {name: licence(name) for name in ("tuned", "probe", "student")} == dict.fromkeys(
+        ("tuned", "probe", "student"), NON_COMMERCIAL
+    )
     assert main(["export", "tuned", "--out", "bundle", "--samples", "photos", "--num-samples", "3"]) == 0
     assert json.loads(Path("bundle/manifest.json").read_text())["licence"] == NON_COMMERCIAL
     for to, out in (("timm", "timm"), ("huggingface", "vit_mae"), ("original", "renamed.pth")):

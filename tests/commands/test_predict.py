@@ -1,4 +1,6 @@
-"""`mae-deploy predict` as it is typed: classes on the terminal, features in a file, and no hour of work lost at its end."""
+"""`mae-deploy predict` as it is typed: classes on the terminal, features in a file, and no hour of work lost at its
+end.
+"""
 
 from __future__ import annotations
 
@@ -51,10 +53,14 @@ def test_top_classes_in_json(exported: Path, photos: Path, capsys: pytest.Captur
     for row, classes in zip(found["predictions"], expected, strict=True):
         assert [entry["class"] for entry in row["classes"]] == [name for name, _ in classes]
         # Probabilities are rounded to six digits.
-        assert [entry["probability"] for entry in row["classes"]] == pytest.approx([share for _, share in classes], abs=1e-6)
+        assert [entry["probability"] for entry in row["classes"]] == pytest.approx(
+            [share for _, share in classes], abs=1e-6
+        )
 
 
-def test_top_classes_for_people(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_top_classes_for_people(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["predict", str(exported / "classifier"), str(photos), "--top-k", "2"]) == 0
     captured = capsys.readouterr()
@@ -68,14 +74,18 @@ def test_top_classes_for_people(exported: Path, photos: Path, capsys: pytest.Cap
     assert "skipped" not in captured.err
 
 
-def test_one_image_and_five_classes_by_default(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_one_image_and_five_classes_by_default(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = predict(capsys, exported / "classifier", photos / "02.png")
     assert [row["path"] for row in found["predictions"]] == [str(photos / "02.png")]
     assert len(found["predictions"][0]["classes"]) == 5
 
 
 def test_the_batch_size_does_not_matter(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    whole, single = (predict(capsys, exported / "classifier", photos, "--batch-size", size)["predictions"] for size in ("5", "2"))
+    whole, single = (
+        predict(capsys, exported / "classifier", photos, "--batch-size", size)["predictions"] for size in ("5", "2")
+    )
     for one, other in zip(whole, single, strict=True):
         assert one["path"] == other["path"]
         shares = ([entry["probability"] for entry in row["classes"]] for row in (one, other))
@@ -86,7 +96,9 @@ def test_the_batch_size_does_not_matter(exported: Path, photos: Path, capsys: py
 # --- features --------------------------------------------------------------------------------------------------------
 
 
-def test_an_encoder_without_out_gives_shapes_and_leaves_the_tokens_where_they_are(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_encoder_without_out_gives_shapes_and_leaves_the_tokens_where_they_are(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = predict(capsys, exported / "encoder", photos)
     assert found == {"images": 5, "unreadable": [], "outputs": {"cls": [5, 20], "pooled": [5, 20]}, "out": None}
     assert main(["predict", str(exported / "encoder"), str(photos)]) == 0
@@ -102,7 +114,12 @@ def test_an_encoder_without_out_gives_shapes_and_leaves_the_tokens_where_they_ar
     ],
 )
 def test_large_outputs_are_neither_fetched_nor_kept_where_nothing_is_written(
-    tmp_path: Path, photos: Path, outputs: tuple[str, ...], fetched: dict[str, list[int]], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    photos: Path,
+    outputs: tuple[str, ...],
+    fetched: dict[str, list[int]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", token_mode="reconstruct", outputs=outputs)
     asked: list[tuple[str, ...]] = []
@@ -131,7 +148,9 @@ def test_npz(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.Captur
     assert [path.name for path in out.parent.iterdir()] == ["features.npz"]
 
 
-def test_a_classifier_writes_features_and_prints_classes(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_classifier_writes_features_and_prints_classes(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     found = predict(capsys, exported / "classifier", photos, "--out", tmp_path / "f.npz")
     assert set(arrays_of(tmp_path / "f.npz")) == {"paths", "logits", "pooled"}
     assert len(found["predictions"]) == 5
@@ -148,7 +167,9 @@ def test_parquet(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("outputs", ["pooled", "tokens,cls", "cls,pooled,cls"])
-def test_chosen_outputs(exported: Path, photos: Path, tmp_path: Path, outputs: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_chosen_outputs(
+    exported: Path, photos: Path, tmp_path: Path, outputs: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     predict(capsys, exported / "encoder", photos, "--out", tmp_path / "f.npz", "--outputs", outputs)
     assert set(arrays_of(tmp_path / "f.npz")) == {"paths", *outputs.split(",")}
 
@@ -160,9 +181,13 @@ def test_given_patches(exported: Path, photos: Path, tmp_path: Path, capsys: pyt
     np.testing.assert_allclose(arrays_of(tmp_path / "f.npz")["tokens"], expected.tokens, rtol=0, atol=1e-6)  # as above
 
 
-def test_random_patches_follow_the_seed(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_random_patches_follow_the_seed(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        predict(capsys, exported / "encoder", photos, "--out", tmp_path / f"{name}.npz", "--num-keep", "4", "--seed", seed)
+        predict(
+            capsys, exported / "encoder", photos, "--out", tmp_path / f"{name}.npz", "--num-keep", "4", "--seed", seed
+        )
     a, b, c = (arrays_of(tmp_path / f"{name}.npz")["tokens"] for name in "abc")
     assert a.shape == (5, 4, 20)
     np.testing.assert_array_equal(a, b)
@@ -172,7 +197,9 @@ def test_random_patches_follow_the_seed(exported: Path, photos: Path, tmp_path: 
 # --- files that cannot be read or written ----------------------------------------------------------------------------
 
 
-def test_unreadable_files_are_named_and_left_out(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_files_are_named_and_left_out(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     broken = spoil(photos / "a[" / "x].png")
     (photos / "01.png").write_bytes(b"")
     assert main(["predict", str(exported / "classifier"), str(photos), "--out", str(tmp_path / "f.npz"), "--json"]) == 0
@@ -188,7 +215,9 @@ def test_unreadable_files_are_named_and_left_out(exported: Path, photos: Path, t
     assert [row["path"] for row in found["predictions"]] == readable
 
 
-def test_no_readable_image_is_1_and_writes_nothing(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_readable_image_is_1_and_writes_nothing(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for path in find_images(photos):
         spoil(path)
     out = tmp_path / "new" / "f.npz"
@@ -217,17 +246,24 @@ def test_a_missing_pyarrow_is_noticed_before_computing(
 
 
 @pytest.mark.usefixtures("idle")
-def test_what_is_there_is_not_overwritten(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_there_is_not_overwritten(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "a[x].npz"
     out.write_text("kept")
     assert main(["predict", str(exported / "encoder"), str(photos), "--out", str(out)]) == 2
-    assert capsys.readouterr().err == f"error: --out {out} already exists\nhint: choose another --out, or remove it first\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --out {out} already exists\nhint: choose another --out, or remove it first\n"
+    )
     assert out.read_text() == "kept"
 
 
 @pytest.mark.usefixtures("idle")
 @pytest.mark.parametrize("name", ["f.csv", "f", "f.npz.txt"])
-def test_a_suffix_that_is_not_written(exported: Path, photos: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_suffix_that_is_not_written(
+    exported: Path, photos: Path, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["predict", str(exported / "encoder"), str(photos), "--out", str(tmp_path / name)]) == 2
     assert capsys.readouterr().err == f"error: --out {tmp_path / name} must end in .npz or .parquet\n"
 
@@ -252,7 +288,9 @@ def test_a_suffix_that_is_not_written(exported: Path, photos: Path, tmp_path: Pa
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else value[:10],
 )
-def test_mistakes_are_2(exported: Path, photos: Path, name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_are_2(
+    exported: Path, photos: Path, name: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["predict", str(exported / name), str(photos), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
@@ -261,7 +299,9 @@ def test_mistakes_are_2(exported: Path, photos: Path, name: str, arguments: list
     assert len(hints) <= 1
 
 
-def test_a_fixed_number_of_patches_must_be_given(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fixed_number_of_patches_must_be_given(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     bundle = write_bundle(tmp_path / "bundle", keep=4)
     assert main(["predict", str(bundle), str(photos)]) == 2
     assert capsys.readouterr().err.startswith("error: this bundle's graph takes 4 of 21 patches\n")
@@ -271,13 +311,18 @@ def test_a_fixed_number_of_patches_must_be_given(tmp_path: Path, photos: Path, c
 def test_nothing_to_look_at(exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "a[").mkdir()
     (tmp_path / "a[" / "x]").mkdir()
-    for folder, said in ((tmp_path / "nowhere", "no such file or folder: "), (tmp_path / "a[" / "x]", "no images below ")):
+    for folder, said in (
+        (tmp_path / "nowhere", "no such file or folder: "),
+        (tmp_path / "a[" / "x]", "no images below "),
+    ):
         assert main(["predict", str(exported / "encoder"), str(folder)]) == 2
         assert capsys.readouterr().err.startswith(f"error: {said}{folder}\n")
 
 
 def test_without_the_training_packages(exported: Path, photos: Path, tmp_path: Path) -> None:
-    done = run_without(TRAINING, "predict", str(exported / "classifier"), str(photos), "--out", str(tmp_path / "f.npz"), "--json")
+    done = run_without(
+        TRAINING, "predict", str(exported / "classifier"), str(photos), "--out", str(tmp_path / "f.npz"), "--json"
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["images"] == 5
     assert set(arrays_of(tmp_path / "f.npz")) == {"paths", "logits", "pooled"}

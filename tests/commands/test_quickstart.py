@@ -1,4 +1,6 @@
-"""`mae-deploy quickstart` from end to end on real digits, with networks so small that it takes seconds; its figures are not judged here."""
+"""`mae-deploy quickstart` from end to end on real digits, with networks so small that it takes seconds; its figures are
+not judged here.
+"""
 
 from __future__ import annotations
 
@@ -32,15 +34,23 @@ PARTS = ["teacher", "teacher_from_scratch", "student", "student_from_scratch"]
 
 def tiny_recipe(kind: type[Any], name: str, **settings: Any) -> Any:
     """The shipped recipe with one epoch, and a teacher of one block."""
-    small: dict[str, Any] = {"optim": {"epochs": 1, "batch_size": 175, "warmup_epochs": 0}, "images": {"num_workers": 0}}
+    small: dict[str, Any] = {
+        "optim": {"epochs": 1, "batch_size": 175, "warmup_epochs": 0},
+        "images": {"num_workers": 0},
+    }
     if kind is PretrainConfig:
-        small |= {"model": {"embed_dim": 12, "depth": 1, "num_heads": 3}, "decoder": {"decoder_depth": 1, "decoder_embed_dim": 8}}
+        small |= {
+            "model": {"embed_dim": 12, "depth": 1, "num_heads": 3},
+            "decoder": {"decoder_depth": 1, "decoder_embed_dim": 8},
+        }
     return from_dict(kind, merge(merge(read_recipe(name), settings), small))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> Iterator[None]:
-    """Small recipes; files that need not survive a power cut; and the number of threads, which the quickstart sets, as it was."""
+    """Small recipes; files that need not survive a power cut; and the number of threads, which the quickstart sets, as
+    it was.
+    """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "_recipe", tiny_recipe)
@@ -62,9 +72,22 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, 
 def test_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     assert json.loads((out / "report.json").read_text()) == report
-    assert list(report) == ["dataset", "protocol", "mae_loss", "top1", "parity", "latency", "size_bytes", "reconstruction", "seconds"]
+    assert list(report) == [
+        "dataset",
+        "protocol",
+        "mae_loss",
+        "top1",
+        "parity",
+        "latency",
+        "size_bytes",
+        "reconstruction",
+        "seconds",
+    ]
     assert (report["dataset"]["licence"], "doi:10.24432/C50P49" in report["dataset"]["source"]) == ("CC BY 4.0", True)
-    assert {key: report["protocol"][key] for key in ("unlabelled_images", "labels_per_class", "test_images", "seeds", "pretraining_seed")} == {
+    assert {
+        key: report["protocol"][key]
+        for key in ("unlabelled_images", "labels_per_class", "test_images", "seeds", "pretraining_seed")
+    } == {
         "unlabelled_images": 1400,
         "labels_per_class": 5,
         "test_images": 397,
@@ -86,27 +109,48 @@ def test_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
 
 def test_the_bundles_are_there_and_pass(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
-    assert set(report["parity"]) == set(report["size_bytes"]) == {path.name for path in (out / "bundles").iterdir()} == set(quickstart.BUNDLES)
+    assert (
+        set(report["parity"])
+        == set(report["size_bytes"])
+        == {path.name for path in (out / "bundles").iterdir()}
+        == set(quickstart.BUNDLES)
+    )
     for name, parity in report["parity"].items():
         bundle = Bundle.load(out / "bundles" / name)
         verification = verify_bundle(bundle, options=EngineOptions(threads=1))
         assert verification.passed
         assert parity["passed"] is True
         # Verified a second time on the same machine: the same figures but for the order of threads.
-        assert parity["max_abs"] == pytest.approx(max(check.comparison.max_abs for check in verification.outputs), abs=1e-5)
-        assert report["size_bytes"][name] == sum((bundle.path / file).stat().st_size for file in ("encoder.onnx", "golden.npz"))
+        assert parity["max_abs"] == pytest.approx(
+            max(check.comparison.max_abs for check in verification.outputs), abs=1e-5
+        )
+        assert report["size_bytes"][name] == sum(
+            (bundle.path / file).stat().st_size for file in ("encoder.onnx", "golden.npz")
+        )
         assert (bundle.licence, bundle.preprocess.channels, bundle.model["image_size"]) == ("own", 1, [32, 32])
     assert Bundle.load(out / "bundles" / "encoder-visible").token_mode == "visible"
     student = Bundle.load(out / "bundles" / "student")
     assert student.class_names == [str(digit) for digit in range(10)]
     record = student.manifest["provenance"]["checkpoint"]
-    assert (record["stage"], record["teacher"]["stage"], record["parent"]["stage"]) == ("distill", "finetune", "distill")
+    assert (record["stage"], record["teacher"]["stage"], record["parent"]["stage"]) == (
+        "distill",
+        "finetune",
+        "distill",
+    )
 
 
 def test_the_report_for_people(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     page = (out / "report.md").read_text(encoding="utf-8")
-    for text in ("43 writers", "CC BY 4.0", "1400 images without labels", "5 labels a class", "397 other images", f"Seeds {SEED};", "](reconstruction.png)"):
+    for text in (
+        "43 writers",
+        "CC BY 4.0",
+        "1400 images without labels",
+        "5 labels a class",
+        "397 other images",
+        f"Seeds {SEED};",
+        "](reconstruction.png)",
+    ):
         assert text in page, text
     rows = [line for line in page.splitlines() if line.startswith("| ")]
     assert len(rows) == 1 + 1 + len(PARTS) + 3 + 2 + 3
@@ -131,8 +175,12 @@ def test_a_second_run_trains_nothing_and_reports_the_same(
     assert main(["quickstart", "--out", str(out), "--seeds", str(SEED), "--device", "cpu", "--json"]) == 0
     captured = capsys.readouterr()
     again = json.loads(captured.out)
-    assert {key: again[key] for key in ("mae_loss", "top1", "protocol")} == {key: report[key] for key in ("mae_loss", "top1", "protocol")}
-    assert [line for line in captured.err.splitlines() if line[:2] in ("1/", "2/", "3/", "4/", "5/", "6/")][-1] == "6/6 reconstruction pictures and the report"
+    assert {key: again[key] for key in ("mae_loss", "top1", "protocol")} == {
+        key: report[key] for key in ("mae_loss", "top1", "protocol")
+    }
+    assert [line for line in captured.err.splitlines() if line[:2] in ("1/", "2/", "3/", "4/", "5/", "6/")][
+        -1
+    ] == "6/6 reconstruction pictures and the report"
 
 
 def test_another_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -185,7 +233,9 @@ def test_few_labels_are_drawn_from_the_unlabelled(digits: Path, seed: int) -> No
     chosen = numbers(few / "train")
     assert len(set(chosen)) == 10 * LABELS_PER_CLASS == 50
     assert set(chosen) < set(numbers(digits / "unlabelled"))
-    assert {folder.name: len(list(folder.iterdir())) for folder in (few / "train").iterdir()} == {str(digit): 5 for digit in range(10)}
+    assert {folder.name: len(list(folder.iterdir())) for folder in (few / "train").iterdir()} == {
+        str(digit): 5 for digit in range(10)
+    }
     assert numbers(few / "val") == numbers(digits / "val")
 
 
@@ -230,7 +280,9 @@ def test_what_a_killed_run_left_is_completed(tmp_path: Path, few_digits: Callabl
     (tmp_path / "data" / "unlabelled").rename(tmp_path / "data" / ".partial-1-unlabelled")
     next((tmp_path / "data" / "val" / "3").iterdir()).unlink()
     few_digits(tmp_path / "data")
-    assert {name: data for name, data in content(tmp_path / "data").items() if not name.startswith(".partial-")} == whole
+    assert {
+        name: data for name, data in content(tmp_path / "data").items() if not name.startswith(".partial-")
+    } == whole
 
 
 def test_finished_data_is_not_written_again(tmp_path: Path, few_digits: Callable[[Path], Path]) -> None:

@@ -1,4 +1,6 @@
-"""A report exports, judges and times trained classifiers, says what INT8 is worth, and after a kill does only what is missing."""
+"""A report exports, judges and times trained classifiers, says what INT8 is worth, and after a kill does only what is
+missing.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +35,19 @@ QUICK = ("--threads", "1", "--repeats", "2", "--warmup", "0", "--max-latency", "
 
 @pytest.fixture(scope="module")
 def students(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runs `plain` and `elastic`, which was trained on half of the patches and more, `encoder` without a head, and `data/val` of two classes."""
+    """The runs `plain` and `elastic`, which was trained on half of the patches and more, `encoder` without a head, and
+    `data/val` of two classes.
+    """
     root = tmp_path_factory.mktemp("students")
     model = robust_classifier()
     write_checkpoint(root / "plain", model, licence="own", class_names=CLASS_NAMES)
-    write_checkpoint(root / "elastic", model, licence="own", class_names=CLASS_NAMES, provenance={"config": {"keep_ratio": [0.4, 1.0]}})
+    write_checkpoint(
+        root / "elastic",
+        model,
+        licence="own",
+        class_names=CLASS_NAMES,
+        provenance={"config": {"keep_ratio": [0.4, 1.0]}},
+    )
     write_checkpoint(root / "encoder", tiny_encoder(), licence="own")
     for index, name in enumerate(CLASS_NAMES[:2]):
         write_blots(root / "data" / "val" / name, IMAGES // 2, first=100 * index)
@@ -81,15 +91,25 @@ def test_students_side_by_side(students: Path, tmp_path: Path, capsys: pytest.Ca
     found = report(capsys, students / "plain", students / "elastic", "--data", students / "data", "--out", out)
     assert found["images"] == IMAGES
     plain, *elastic = rows = found["rows"]
-    assert [(row["keep_ratio"], row["patches"]) for row in rows] == [(1, N), (1, N), (0.75, int(0.75 * N)), (0.5, N // 2), (0.4, int(0.4 * N))]
+    assert [(row["keep_ratio"], row["patches"]) for row in rows] == [
+        (1, N),
+        (1, N),
+        (0.75, int(0.75 * N)),
+        (0.5, N // 2),
+        (0.4, int(0.4 * N)),
+    ]
     assert [Path(row["run"]).name for row in rows] == ["plain", *["elastic"] * 4]
-    assert {row["parameters"] for row in rows} == {sum(parameter.numel() for parameter in robust_classifier().parameters())}
+    assert {row["parameters"] for row in rows} == {
+        sum(parameter.numel() for parameter in robust_classifier().parameters())
+    }
     for row in (plain, elastic[-1]):
         share = ("--keep-ratio", f"{row['keep_ratio']}") if row is not plain else ()
         assert row["top1"] == top1(capsys, row["fp32_bundle"], students, *share)
         assert row["int8_top1"] == top1(capsys, row["int8_bundle"], students, *share)
         assert row["int8_drop"] == row["top1"] - row["int8_top1"]
-        assert row["gflop"] == pytest.approx((flops_per_image(Bundle.load(row["fp32_bundle"]).manifest, row["patches"]) or 0) / 1e9)
+        assert row["gflop"] == pytest.approx(
+            (flops_per_image(Bundle.load(row["fp32_bundle"]).manifest, row["patches"]) or 0) / 1e9
+        )
     for row in rows:
         assert row["int8_ratio"] == pytest.approx(row["int8_ms"] / row["fp32_ms"])
         assert row["int8_linears"] == "8 of 8"
@@ -102,12 +122,27 @@ def test_students_side_by_side(students: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 def test_shares_that_are_asked_for(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = report(capsys, students / "plain", "--data", students / "data", "--out", tmp_path / "report", "--keep-ratio", "0.6")
+    found = report(
+        capsys, students / "plain", "--data", students / "data", "--out", tmp_path / "report", "--keep-ratio", "0.6"
+    )
     assert [(row["keep_ratio"], row["patches"]) for row in found["rows"]] == [(0.6, int(0.6 * N))]
 
 
 def test_tables_in_the_terminal(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["report", str(students / "plain"), "--data", str(students / "data"), "--out", str(tmp_path / "report"), *QUICK]) == 0
+    assert (
+        main(
+            [
+                "report",
+                str(students / "plain"),
+                "--data",
+                str(students / "data"),
+                "--out",
+                str(tmp_path / "report"),
+                *QUICK,
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "params M" in out
     assert "INT8 top-1" in out
@@ -143,7 +178,9 @@ def test_int8_that_takes_longer_or_loses_too_much_is_a_row_that_says_so(
     assert work[-2:] == ["export plain/int8-mix", "eval plain/int8-mix"]
 
 
-def test_int8_that_export_refuses_is_a_row_without_figures(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_int8_that_export_refuses_is_a_row_without_figures(
+    students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--data", students / "data", "--out", tmp_path / "report", "--min-sqnr", "90", "--no-search")
     (row,) = report(capsys, students / "plain", *arguments)["rows"]
     assert row["verdict"].startswith("rejected: INT8 is rejected: ")
@@ -161,11 +198,19 @@ def test_int8_that_export_refuses_is_a_row_without_figures(students: Path, tmp_p
         ("dynamic", {"engine": "openvino"}, True),
     ],
 )
-def test_int8_is_what_the_student_learned_with(students: Path, tmp_path: Path, learned: str, settings: dict[str, Any], calibrated: bool) -> None:
+def test_int8_is_what_the_student_learned_with(
+    students: Path, tmp_path: Path, learned: str, settings: dict[str, Any], calibrated: bool
+) -> None:
     """With ranges found at run time it was smoothed by its weights alone, as an export without calibration does it."""
     shutil.copytree(students / "data", tmp_path / "data")
     write_blots(tmp_path / "data" / "train", CALIBRATION_IMAGES)
-    write_checkpoint(tmp_path / "run", robust_classifier(), licence="own", class_names=CLASS_NAMES, provenance={"config": {"edge": {"quantize": learned}}})
+    write_checkpoint(
+        tmp_path / "run",
+        robust_classifier(),
+        licence="own",
+        class_names=CLASS_NAMES,
+        provenance={"config": {"edge": {"quantize": learned}}},
+    )
     config = ReportConfig(runs=(tmp_path / "run",), data=tmp_path / "data", out=tmp_path / "report", **settings)
     asked = replace(config, int8=replace(config.int8, calib_data=tmp_path / "data" / "train"))
     student, told = (Student(tmp_path / "run", tmp_path / "report", settings) for settings in (config, asked))
@@ -178,7 +223,9 @@ def test_int8_is_what_the_student_learned_with(students: Path, tmp_path: Path, l
 
 
 def test_images_in_shards_or_at_the_top_of_the_folder(students: Path, tmp_path: Path) -> None:
-    """Shards are judged on, and nothing is taken of them as files; the classes' own folder has the samples of the exports too."""
+    """Shards are judged on, and nothing is taken of them as files; the classes' own folder has the samples of the
+    exports too.
+    """
 
     def exports(data: Path) -> list[tuple[Path | None, Path | None]]:
         config = ReportConfig(runs=(students / "plain",), data=data, out=tmp_path / "report")
@@ -220,15 +267,22 @@ def test_after_a_kill_only_what_is_missing_is_done(
     work.clear()
     capsys.readouterr()
     found = report(capsys, *arguments)
-    assert work == ["eval plain/int8", *(f"{what} elastic/{part}" for part in ("fp32", "int8") for what in ("export", "eval"))]
+    assert work == [
+        "eval plain/int8",
+        *(f"{what} elastic/{part}" for part in ("fp32", "int8") for what in ("export", "eval")),
+    ]
     work.clear()
     again = report(capsys, *arguments)
     assert work == []
     timed = {"fp32_ms", "fp32_min_ms", "int8_ms", "int8_min_ms", "int8_ratio"}
-    assert [{key: row[key] for key in row.keys() - timed} for row in again["rows"]] == [{key: row[key] for key in row.keys() - timed} for row in found["rows"]]
+    assert [{key: row[key] for key in row.keys() - timed} for row in again["rows"]] == [
+        {key: row[key] for key in row.keys() - timed} for row in found["rows"]
+    ]
 
 
-def test_other_images_or_weights_are_judged_anew(students: Path, tmp_path: Path, work: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_other_images_or_weights_are_judged_anew(
+    students: Path, tmp_path: Path, work: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     data, run, out = tmp_path / "data", tmp_path / "run", tmp_path / "report"
     shutil.copytree(students / "data", data)
     shutil.copytree(students / "plain", run)
@@ -262,14 +316,18 @@ def test_other_images_or_weights_are_judged_anew(students: Path, tmp_path: Path,
         (["nothing"], "no checkpoint at"),
     ],
 )
-def test_what_cannot_be_reported(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+def test_what_cannot_be_reported(
+    students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
     given = [str(students / word) if (students / word).exists() or word == "nothing" else word for word in arguments]
     assert main(["report", *given, "--data", str(students / "data"), "--out", str(tmp_path / "report")]) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "report").exists()
 
 
-def test_a_folder_of_something_else_is_left_alone(students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_of_something_else_is_left_alone(
+    students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / "letter.txt").write_text("mine")
     assert main(["report", str(students / "plain"), "--data", str(students / "data"), "--out", str(tmp_path)]) == 2
     assert "holds something else" in capsys.readouterr().err
@@ -283,6 +341,10 @@ def test_a_busy_machine_is_told() -> None:
 
 def test_a_folder_for_each_run() -> None:
     assert folder_names([Path("/a/b/run")]) == ["run"]
-    assert folder_names([Path("/a/x/seed-0"), Path("/a/x/seed-1"), Path("/a/y/seed-0")]) == ["x-seed-0", "x-seed-1", "y-seed-0"]
+    assert folder_names([Path("/a/x/seed-0"), Path("/a/x/seed-1"), Path("/a/y/seed-0")]) == [
+        "x-seed-0",
+        "x-seed-1",
+        "y-seed-0",
+    ]
     with pytest.raises(ConfigError, match="named twice"):
         folder_names([Path("/a/x"), Path("/a/b/../x")])

@@ -1,4 +1,6 @@
-"""`mae-deploy verify` as it is typed: 0 for what was exported, 1 for anything else, and what was found is printed either way."""
+"""`mae-deploy verify` as it is typed: 0 for what was exported, 1 for anything else, and what was found is printed
+either way.
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,17 @@ def perturb(bundle: Path, weight: str = "blocks.1.mlp.fc2.weight", by: float = 0
 
 def rows(printed: str) -> list[list[str]]:
     """The cells of a printed table."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")]
+    return [
+        [cell.strip() for cell in line.strip("│").split("│")] for line in printed.splitlines() if line.startswith("│")
+    ]
 
 
 # --- what was exported -----------------------------------------------------------------------------------------------
 
 
-def test_what_was_exported_passes(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_exported_passes(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["verify", str(bundle)]) == 0
     captured = capsys.readouterr()
@@ -88,7 +94,9 @@ def never(*_: Any, **__: Any) -> None:
 
 
 @pytest.mark.parametrize("name", ["encoder.onnx", "golden.npz"])
-def test_a_tampered_file_is_1_before_anything_is_parsed(bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_tampered_file_is_1_before_anything_is_parsed(
+    bundle: Path, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     content = bytearray((bundle / name).read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / name).write_bytes(content)
@@ -139,13 +147,17 @@ def test_a_broken_manifest(bundle: Path, content: str, capsys: pytest.CaptureFix
 # --- graphs that compute something else ------------------------------------------------------------------------------
 
 
-def test_other_weights_under_the_right_hash(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_weights_under_the_right_hash(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     perturb(bundle)
     assert main(["verify", str(bundle)]) == 1
     captured = capsys.readouterr()
     results = {(row[0], row[1]): row[-1] for row in rows(captured.out)}
-    assert {output for check, output in results if check == "golden" and results[check, output] == "miss"} == set(OUTPUTS)
+    assert {output for check, output in results if check == "golden" and results[check, output] == "miss"} == set(
+        OUTPUTS
+    )
     assert {result for (check, _), result in results.items() if check != "golden"} == {"ok"}
     assert captured.err.startswith(f"error: {bundle} misses parity: golden: cls: ")
     assert len(captured.err.splitlines()) == 1
@@ -187,7 +199,9 @@ def test_layers(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert len(rows(printed)) == len(CHECKS) * len(OUTPUTS) + len(blocks)
 
 
-def test_the_block_that_loses_precision_is_named(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_block_that_loses_precision_is_named(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     perturb(bundle, "blocks.1.mlp.fc2.weight")
     assert main(["verify", str(bundle), "--layers"]) == 1
@@ -215,7 +229,9 @@ def test_a_block_that_overflows_is_named(tmp_path: Path, capsys: pytest.CaptureF
     assert "precision is lost in block 1: the output has " in captured.err
 
 
-def test_a_block_that_overflows_is_1_although_the_outputs_pass(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_that_overflows_is_1_although_the_outputs_pass(
+    bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LayerReport, "broken", property(lambda report: report.layers[1]))
     assert main(["verify", str(bundle), "--layers"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {bundle} misses parity: ")
@@ -225,7 +241,10 @@ def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFi
     path = write_bundle(tmp_path / "bundle", change=lambda manifest: manifest["graph"].update(blocks=[]))
     assert main(["verify", str(path)]) == 0
     assert main(["verify", str(path), "--layers"]) == 2
-    assert capsys.readouterr().err == f"error: the bundle {path} holds no outputs of its blocks\nhint: export the bundle again\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: the bundle {path} holds no outputs of its blocks\nhint: export the bundle again\n"
+    )
 
 
 # --- usage -----------------------------------------------------------------------------------------------------------
@@ -241,7 +260,12 @@ def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_what_cannot_be_done_here(
-    bundle: Path, arguments: list[str], code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bundle: Path,
+    arguments: list[str],
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def no_gpu(_: int) -> None:
         raise MissingDependency("there is no NVIDIA driver")

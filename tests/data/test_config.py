@@ -15,8 +15,12 @@ BASE = Preprocess(image_size=(8, 8), crop_pct=0.5, mean=(0.1, 0.2, 0.3), std=(0.
 
 def test_precedence() -> None:
     assert DataConfig().preprocess((10, 15), 3) == default_preprocess((10, 15))
-    assert DataConfig().preprocess((10, 15), 3, BASE) == Preprocess(image_size=(10, 15), crop_pct=0.5, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6))
-    assert DataConfig(crop_pct=0.9).preprocess((10, 15), 3, BASE) == Preprocess(image_size=(10, 15), crop_pct=0.9, mean=BASE.mean, std=BASE.std)
+    assert DataConfig().preprocess((10, 15), 3, BASE) == Preprocess(
+        image_size=(10, 15), crop_pct=0.5, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6)
+    )
+    assert DataConfig(crop_pct=0.9).preprocess((10, 15), 3, BASE) == Preprocess(
+        image_size=(10, 15), crop_pct=0.9, mean=BASE.mean, std=BASE.std
+    )
     # Another number of channels has other statistics.
     assert DataConfig().preprocess((10, 15), 1, BASE) == default_preprocess((10, 15), 1)
     assert DataConfig(mean=(0.7,), std=(0.8,)).preprocess((10, 15), 1).mean == (0.7,)

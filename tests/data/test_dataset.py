@@ -26,7 +26,9 @@ from mae_deploy.images.preprocess import default_preprocess
 from tests.data.image_folders import spoil, write_classes, write_noise
 
 
-def dataset_of(images: ImageList, *, seed: int = 3, replace_unreadable: bool = True, cache: bool = False) -> ImageDataset:
+def dataset_of(
+    images: ImageList, *, seed: int = 3, replace_unreadable: bool = True, cache: bool = False
+) -> ImageDataset:
     transform = train_transform(default_preprocess((10, 15)), CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
     return ImageDataset(images, transform, seed=seed, replace_unreadable=replace_unreadable, cache=cache)
 
@@ -103,7 +105,9 @@ def test_all_unreadable(images: Path) -> None:
 
 def views_of(images: ImageList, fixed_views: int, *, repeated: int = 1) -> ImageDataset:
     dataset = dataset_of(images)
-    return ImageDataset(images, dataset.transform, seed=3, replace_unreadable=True, views=repeated, fixed_views=fixed_views)
+    return ImageDataset(
+        images, dataset.transform, seed=3, replace_unreadable=True, views=repeated, fixed_views=fixed_views
+    )
 
 
 def test_fixed_views_come_again(images: Path) -> None:
@@ -155,7 +159,9 @@ def test_batches_say_which_images_and_views_they_hold(images: Path) -> None:
 def test_unlabelled_images_of_a_tree_and_of_one_file(images: Path) -> None:
     found = unlabelled_images(images)
     assert found.root == images
-    assert [path.relative_to(images).as_posix() for path in found.paths] == [f"a/{n:02d}.png" for n in range(7)] + [f"b/{n:02d}.png" for n in range(7, 11)]
+    assert [path.relative_to(images).as_posix() for path in found.paths] == [f"a/{n:02d}.png" for n in range(7)] + [
+        f"b/{n:02d}.png" for n in range(7, 11)
+    ]
     assert found.labels == (UNLABELLED,) * 11
     one = unlabelled_images(images / "a" / "03.png")
     assert (one.root, one.paths) == (images / "a", (images / "a" / "03.png",))
@@ -222,7 +228,10 @@ def test_the_fingerprint_sees_names_sizes_and_labels(images: Path) -> None:
 def test_the_fingerprint_does_not_depend_on_the_place(tmp_path: Path) -> None:
     write_noise(tmp_path / "here", 2)
     write_noise(tmp_path / "there" / "deep", 2)
-    assert unlabelled_images(tmp_path / "here").fingerprint() == unlabelled_images(tmp_path / "there" / "deep").fingerprint()
+    assert (
+        unlabelled_images(tmp_path / "here").fingerprint()
+        == unlabelled_images(tmp_path / "there" / "deep").fingerprint()
+    )
 
 
 def test_the_fingerprint_of_broken_links_and_odd_names(tmp_path: Path) -> None:
@@ -248,7 +257,13 @@ def test_repeated_views_follow_one_another_and_are_decoded_once(images: Path, mo
         return read(self, index, *more)
 
     monkeypatch.setattr(ImageList, "read", counted)
-    dataset = ImageDataset(unlabelled_images(images), train_transform(default_preprocess((10, 15)), CropConfig()), seed=3, replace_unreadable=True, views=3)
+    dataset = ImageDataset(
+        unlabelled_images(images),
+        train_transform(default_preprocess((10, 15)), CropConfig()),
+        seed=3,
+        replace_unreadable=True,
+        views=3,
+    )
     batches = list(dataset.stream(Stretch(5, 2, 0, 2), seed=0, num_workers=0, pin_memory=False))
     names = [name for batch in batches for name in batch.names]
     assert [len(set(names[first : first + 3])) for first in (0, 3, 6)] == [1, 1, 1]

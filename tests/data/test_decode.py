@@ -33,7 +33,9 @@ def whole(width: int, height: int) -> int:
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_pixels_are_those_of_pillow(mode: str, orientation: int, channels: int) -> None:
     content = jpeg(mode, orientation=orientation)
-    np.testing.assert_array_equal(np.asarray(decode("a.jpg", content, channels, shrink=whole)), np.asarray(decode("a.jpg", content, channels)))
+    np.testing.assert_array_equal(
+        np.asarray(decode("a.jpg", content, channels, shrink=whole)), np.asarray(decode("a.jpg", content, channels))
+    )
 
 
 def test_the_faster_decoder_is_used_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,7 +51,9 @@ def test_large_ones_come_smaller() -> None:
     assert is_image(image)
     assert image.size == (40, 30)
     small = np.asarray(image, np.float32)
-    expected = np.asarray(decode("a.jpg", jpeg(size=(160, 120)), 3), np.float32).reshape(30, 4, 40, 4, 3).mean(axis=(1, 3))
+    expected = (
+        np.asarray(decode("a.jpg", jpeg(size=(160, 120)), 3), np.float32).reshape(30, 4, 40, 4, 3).mean(axis=(1, 3))
+    )
     assert np.abs(small - expected).mean() < 2  # grey levels
 
 

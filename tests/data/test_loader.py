@@ -1,4 +1,6 @@
-"""One stream of batches: every start gives the tail of the same stream, and processes share each batch out among themselves."""
+"""One stream of batches: every start gives the tail of the same stream, and processes share each batch out among
+themselves.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,18 @@ SAMPLES, BATCH, PER_EPOCH, EPOCHS = 23, 3, 7, 4
 """Two samples of each epoch do not fill a batch."""
 
 
-def stream(start: int = 0, *, batch_size: int = BATCH, rank: int = 0, world_size: int = 1, per_epoch: int = PER_EPOCH, seed: int = 0) -> StreamSampler:
-    return StreamSampler(SAMPLES, Stretch(batch_size, per_epoch, start, EPOCHS * per_epoch, rank, world_size), seed=seed)
+def stream(
+    start: int = 0,
+    *,
+    batch_size: int = BATCH,
+    rank: int = 0,
+    world_size: int = 1,
+    per_epoch: int = PER_EPOCH,
+    seed: int = 0,
+) -> StreamSampler:
+    return StreamSampler(
+        SAMPLES, Stretch(batch_size, per_epoch, start, EPOCHS * per_epoch, rank, world_size), seed=seed
+    )
 
 
 @pytest.mark.parametrize("start", range(EPOCHS * PER_EPOCH + 1))
@@ -76,7 +88,14 @@ def test_evaluation_takes_each_image_once_in_order(images: Path) -> None:
     found = unlabelled_images(images)
     dataset = ImageDataset(found, eval_transform(default_preprocess(SIZE)), seed=0, replace_unreadable=False)
     alone = torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0)])
-    assert torch.equal(alone, torch.stack([image for index in range(11) if (image := dataset[Key(0, index)].image) is not None]))
-    shares = [torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0, rank=rank, world_size=3)]) for rank in range(3)]
+    assert torch.equal(
+        alone, torch.stack([image for index in range(11) if (image := dataset[Key(0, index)].image) is not None])
+    )
+    shares = [
+        torch.cat(
+            [batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0, rank=rank, world_size=3)]
+        )
+        for rank in range(3)
+    ]
     assert [len(share) for share in shares] == [4, 4, 3]
     assert all(torch.equal(share, alone[rank::3]) for rank, share in enumerate(shares))

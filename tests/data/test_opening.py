@@ -40,7 +40,9 @@ def test_pretraining_on_shards_and_streams(images: Path, tmp_path: Path) -> None
 def test_fine_tuning_on_shards(tmp_path: Path, pretrained: Path) -> None:
     classes = write_classes(tmp_path / "classes")
     for split in ("train", "val"):
-        members: list[Member] = [(f"{file.parent.name}/{file.name}", file.read_bytes()) for file in sorted((classes / split).rglob("*.png"))]
+        members: list[Member] = [
+            (f"{file.parent.name}/{file.name}", file.read_bytes()) for file in sorted((classes / split).rglob("*.png"))
+        ]
         write_shard(tmp_path / "packed" / f"{split}-0.tar", members)
     for data in (classes, tmp_path / "packed"):
         finetune(finetuning(data, tmp_path / f"run-{data.name}", pretrained))

@@ -23,7 +23,9 @@ from tests.data.tiny_shards import shards_of, write_shard
 
 
 def batches(images: ImageSource, where: Stretch) -> list[Batch]:
-    dataset = ImageDataset(images, train_transform(default_preprocess((10, 15)), CropConfig()), seed=3, replace_unreadable=True)
+    dataset = ImageDataset(
+        images, train_transform(default_preprocess((10, 15)), CropConfig()), seed=3, replace_unreadable=True
+    )
     return list(dataset.stream(where, seed=5, num_workers=0, pin_memory=False))
 
 
@@ -63,7 +65,11 @@ def test_the_index_says_what_the_headers_say(images: Path, tmp_path: Path) -> No
     write_index(shards)
     indexed = shard_images(str(shards))
     assert indexed.fingerprint() == scanned.fingerprint()
-    assert [indexed.raw(i) for i in range(11)] == [scanned.raw(i) for i in range(11)] == [png(images, i) for i in range(11)]
+    assert (
+        [indexed.raw(i) for i in range(11)]
+        == [scanned.raw(i) for i in range(11)]
+        == [png(images, i) for i in range(11)]
+    )
     assert list(indexed.labels) == list(scanned.labels) == [number % 3 for number in range(11)]
 
 
@@ -172,7 +178,12 @@ def test_patterns(tmp_path: Path) -> None:
     for number in range(3):
         write_shard(tmp_path / f"s-{number:02d}.tar", [])
     names = [f"s-{number:02d}.tar" for number in range(3)]
-    for pattern in (f"{tmp_path}", f"{tmp_path}/s-{{00..02}}.tar", f"{tmp_path}/s-*.tar", f"{tmp_path}/{{s-00,s-0[12]}}.tar"):
+    for pattern in (
+        f"{tmp_path}",
+        f"{tmp_path}/s-{{00..02}}.tar",
+        f"{tmp_path}/s-*.tar",
+        f"{tmp_path}/{{s-00,s-0[12]}}.tar",
+    ):
         assert is_shards(pattern)
         assert [path.name for path in local_shards(pattern)] == names
     with pytest.raises(ConfigError, match=r"no such shard: .*s-03.tar"):

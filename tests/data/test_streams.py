@@ -1,4 +1,6 @@
-"""Streams start anywhere with the same images, share them out among processes and workers, and go on behind what is broken."""
+"""Streams start anywhere with the same images, share them out among processes and workers, and go on behind what is
+broken.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_each_pass_sees_every_image_in_a_fresh_order(pipe: str) -> None:
     assert all(sorted(found) == [f"{number:04d}.png" for number in range(11)] for found in passes)
     assert len(set(map(tuple, passes))) > 1
     found = batches(opened(pipe, shuffle_buffer=8), Stretch(1, 11, 0, 11))
-    assert [(batch.items.tolist(), batch.views.tolist()) for batch in found] == [([-1], [0])] * 11  # nobody knows their numbers
+    assert [(batch.items.tolist(), batch.views.tolist()) for batch in found] == [
+        ([-1], [0])
+    ] * 11  # nobody knows their numbers
     mixed = names(found)
     assert mixed != passes[0]
 
@@ -66,7 +70,10 @@ def test_every_start_gives_the_tail(pipe: str, num_workers: int) -> None:
 
 def test_processes_read_different_shards(pipe: str) -> None:
     where = [Stretch(1, 5, 0, 4, rank, 2) for rank in range(2)]
-    shares = [{name.rpartition("/")[0] for batch in batches(opened(pipe, shuffle_buffer=1), part) for name in batch.names} for part in where]
+    shares = [
+        {name.rpartition("/")[0] for batch in batches(opened(pipe, shuffle_buffer=1), part) for name in batch.names}
+        for part in where
+    ]
     assert shares[0].isdisjoint(shares[1])
     with pytest.raises(ConfigError, match=r"4 shard\(s\) of pipe:cat .* cannot be shared among 5 processes"):
         opened(pipe).stream(Stretch(1, 2, 0, 2, 0, 5), seed=0, num_workers=0, pin_memory=False)
@@ -123,7 +130,9 @@ def test_an_index_beside_the_shards_counts_them(images: Path, tmp_path: Path) ->
     (shards / "index.json").write_text(json.dumps({"format": 1, "shards": entries}))
     assert len(opened(url, epoch_images=None)) == 8
     assert len(opened(url, epoch_images=5)) == 5
-    assert sorted(names(batches(opened(url, epoch_images=None), Stretch(1, 8, 0, 8)))) == [f"{number:04d}.png" for number in range(8)]
+    assert sorted(names(batches(opened(url, epoch_images=None), Stretch(1, 8, 0, 8)))) == [
+        f"{number:04d}.png" for number in range(8)
+    ]
 
 
 def test_pictures_are_of_the_first_shard(pipe: str) -> None:

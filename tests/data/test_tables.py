@@ -20,9 +20,17 @@ pq = pytest.importorskip("pyarrow.parquet", reason="the hf extra is not installe
 
 def table_of(images: Path, *, label: str = "label", names: list[str] | None = None) -> Any:
     files = sorted(images.rglob("*.png"))
-    pixels = pa.array([{"bytes": file.read_bytes(), "path": file.name} for file in files], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
-    features = {"image": {"_type": "Image"}, label: {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": "int64"}}
-    schema = pa.schema([("image", pixels.type), (label, pa.int64())], {"huggingface": json.dumps({"info": {"features": features}})})
+    pixels = pa.array(
+        [{"bytes": file.read_bytes(), "path": file.name} for file in files],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    features = {
+        "image": {"_type": "Image"},
+        label: {"_type": "ClassLabel", "names": names} if names else {"_type": "Value", "dtype": "int64"},
+    }
+    schema = pa.schema(
+        [("image", pixels.type), (label, pa.int64())], {"huggingface": json.dumps({"info": {"features": features}})}
+    )
     return pa.table([pixels, pa.array([number % 2 for number in range(len(files))])], schema=schema)
 
 
@@ -33,7 +41,9 @@ def save_to_disk(table: Any, folder: Path) -> Path:
     for part, name in enumerate(files):
         with pa.OSFile(str(folder / name), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as writer:
             writer.write_table(table.slice(6 * part, 6), max_chunksize=4)
-    (folder / "state.json").write_text(json.dumps({"_data_files": [{"filename": name} for name in files], "_indices_files": []}))
+    (folder / "state.json").write_text(
+        json.dumps({"_data_files": [{"filename": name} for name in files], "_indices_files": []})
+    )
     return folder
 
 
@@ -59,7 +69,9 @@ def test_labels_have_the_names_of_the_set(images: Path, tmp_path: Path) -> None:
 def test_parquet_of_splits(images: Path, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     for split, count in (("train", 8), ("validation", 3)):
-        pq.write_table(table_of(images, label="kind").slice(0, count), tmp_path / "data" / f"{split}-00000-of-00001.parquet")
+        pq.write_table(
+            table_of(images, label="kind").slice(0, count), tmp_path / "data" / f"{split}-00000-of-00001.parquet"
+        )
     assert split_names(tmp_path) == ["train", "val"]
     columns = Columns(label="kind")
     train, val = (labelled_images(tmp_path, split, ("0", "1"), columns) for split in ("train", "val"))
@@ -88,7 +100,10 @@ def test_columns_that_are_not_there_and_labels_in_words(images: Path, tmp_path: 
 
 def test_rows_that_name_a_file_or_nothing(images: Path, tmp_path: Path) -> None:
     file = sorted(images.rglob("*.png"))[0]
-    rows = pa.array([{"bytes": None, "path": str(file)}, {"bytes": None, "path": None}], pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
+    rows = pa.array(
+        [{"bytes": None, "path": str(file)}, {"bytes": None, "path": None}],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
     pq.write_table(pa.table({"image": rows}), tmp_path / "a.parquet")
     found = unlabelled_images(tmp_path)
     assert found.raw(0) == file.read_bytes()

@@ -1,4 +1,6 @@
-"""Augmentation keeps shape and channels whatever it draws; evaluation is the deployed preprocessing; both reach the workers."""
+"""Augmentation keeps shape and channels whatever it draws; evaluation is the deployed preprocessing; both reach the
+workers.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ def image_of(pixels: Array) -> Image.Image:
 @pytest.mark.parametrize("notation", [None, "rand-m9-mstd0.5-inc1", "rand-m10-n3"])
 @pytest.mark.parametrize("translate", [0.0, 0.2])
 def test_shape_and_type_hold_for_every_draw(channels: int, notation: str | None, translate: float) -> None:
-    """timm's strongest level asks Pillow for 0 bits, and its colour operations do not know RGBA: both raised about once in a thousand images."""
-    transform = train_transform(default_preprocess((10, 15), channels), CropConfig(translate=translate), auto_augment=notation)
+    """timm's strongest level asks Pillow for 0 bits, and its colour operations do not know RGBA: both raised about once
+    in a thousand images.
+    """
+    transform = train_transform(
+        default_preprocess((10, 15), channels), CropConfig(translate=translate), auto_augment=notation
+    )
     image = image_of(pixels_of(channels))
     seed_everything(0)
     for _ in range(60):
@@ -100,7 +106,9 @@ def test_the_crop_is_random_and_within_its_share() -> None:
     for _ in range(40):
         found = transform(image).float()
         # The corners' centres lie half a target pixel inside.
-        areas.append(float((found[0, -1, 0] - found[0, 0, 0]) * (found[1, 0, -1] - found[1, 0, 0])) * (40 / 39) ** 2 / 200**2)
+        areas.append(
+            float((found[0, -1, 0] - found[0, 0, 0]) * (found[1, 0, -1] - found[1, 0, 0])) * (40 / 39) ** 2 / 200**2
+        )
     assert len({round(area, 3) for area in areas}) > 9
     # Rounding of two grey levels a side of about 100, and of the crop to whole pixels.
     assert all(0.25 * 0.93 < area < 0.36 * 1.07 for area in areas)
@@ -136,8 +144,12 @@ def test_transforms_can_be_sent_to_workers_that_are_not_forked() -> None:
 # --- the paper's other crops, table 1e ------------------------------------------------------------------------------
 
 
-def places_of(crop: CropConfig, size: tuple[int, int], image_size: tuple[int, int], draws: int = 40) -> list[tuple[int, int, int]]:
-    """Row and column that each crop's corner shows, and the width it spans; each pixel's value is its place, plus 50."""
+def places_of(
+    crop: CropConfig, size: tuple[int, int], image_size: tuple[int, int], draws: int = 40
+) -> list[tuple[int, int, int]]:
+    """Row and column that each crop's corner shows, and the width it spans; each pixel's value is its place, plus
+    50.
+    """
     rows, columns = np.meshgrid(np.arange(size[0]) + 50, np.arange(size[1]) + 50, indexing="ij")
     image = Image.fromarray(np.stack([rows, columns, rows * 0], axis=2).astype(np.uint8))
     transform = train_transform(default_preprocess(image_size), crop)
@@ -150,7 +162,9 @@ def test_no_augmentation_is_the_deployed_crop() -> None:
     pixels = pixels_of(3, 23, 29)
     transform = train_transform(default_preprocess((10, 15)), CropConfig(crop="none"))
     for _ in range(5):
-        np.testing.assert_array_equal(transform(image_of(pixels)).permute(1, 2, 0), default_preprocess((10, 15)).crop(image_of(pixels)))
+        np.testing.assert_array_equal(
+            transform(image_of(pixels)).permute(1, 2, 0), default_preprocess((10, 15)).crop(image_of(pixels))
+        )
 
 
 def test_a_fixed_crop_of_small_images_moves_by_an_eighth() -> None:
@@ -172,7 +186,9 @@ def test_a_fixed_crop_of_large_images_keeps_its_scale() -> None:
 def test_colour_jitter_changes_colours_and_no_alpha(channels: int) -> None:
     pixels = np.full((13, 13, channels), 100, np.uint8)
     pixels[0, 0, :] = (200, 20, 90, 7)[:channels]
-    transform = train_transform(default_preprocess((13, 13), channels), CropConfig(min_scale=1.0, hflip=0.0, color_jitter=0.8))
+    transform = train_transform(
+        default_preprocess((13, 13), channels), CropConfig(min_scale=1.0, hflip=0.0, color_jitter=0.8)
+    )
     seed_everything(0)
     found = transform(image_of(pixels)).permute(1, 2, 0).numpy()
     assert found.shape == pixels.shape
@@ -183,7 +199,9 @@ def test_colour_jitter_changes_colours_and_no_alpha(channels: int) -> None:
 # --- more channels, more bits, smaller decoding -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("crop", [CropConfig(), CropConfig(crop="fixed"), CropConfig(crop="none"), CropConfig(translate=0.1)])
+@pytest.mark.parametrize(
+    "crop", [CropConfig(), CropConfig(crop="fixed"), CropConfig(crop="none"), CropConfig(translate=0.1)]
+)
 @pytest.mark.parametrize(("dtype", "pixel_max"), [(np.uint8, None), (np.uint16, 10000.0), (np.float32, 1.0)])
 def test_arrays_of_any_channels_and_numbers(crop: CropConfig, dtype: type, pixel_max: float | None) -> None:
     spec = replace(default_preprocess((10, 15), 5), pixel_max=pixel_max)
@@ -203,7 +221,9 @@ def test_an_array_and_a_picture_are_drawn_alike() -> None:
         assert torch.equal(transform(pixels), expected)
 
 
-@pytest.mark.parametrize(("more", "option"), [({"auto_augment": "rand-m9-mstd0.5-inc1"}, "--auto-augment none"), ({}, "--color-jitter 0")])
+@pytest.mark.parametrize(
+    ("more", "option"), [({"auto_augment": "rand-m9-mstd0.5-inc1"}, "--auto-augment none"), ({}, "--color-jitter 0")]
+)
 def test_colours_of_many_channels_cannot_be_augmented(more: dict[str, str], option: str) -> None:
     with pytest.raises(ConfigError, match="colours of 5 channels") as caught:
         train_transform(default_preprocess((10, 15), 5), CropConfig(color_jitter=0.4), **more)

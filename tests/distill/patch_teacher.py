@@ -40,7 +40,10 @@ class PatchTeacher:
         self.shown.append(len(batch.images))
         B = len(batch.images)
         patches = batch.images.unfold(2, 2, 2).unfold(3, 2, 2).permute(0, 2, 3, 1, 4, 5).reshape(B, N, 12)
-        taps = {Tap("tokens", 2): torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1), Tap("logits"): self.factor * batch.images.mean((2, 3))[:, :2]}
+        taps = {
+            Tap("tokens", 2): torch.cat([patches.mean(dim=1, keepdim=True), patches], dim=1),
+            Tap("logits"): self.factor * batch.images.mean((2, 3))[:, :2],
+        }
         return taps if masking is None else pick_rows(taps, masking.ids_keep)
 
 
@@ -63,8 +66,16 @@ def dataset_of(images: Path, *, seed: int = 5) -> ImageDataset:
 
 
 def batch_of(*items: int, view: int = 0) -> StepBatch:
-    images = torch.stack([torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(100 * view + item)) for item in items])
-    return StepBatch(images, torch.zeros(len(items), dtype=torch.int64), seed=5, items=torch.tensor(items), view=torch.full((len(items),), view))
+    images = torch.stack(
+        [torch.randn(3, 6, 10, generator=torch.Generator().manual_seed(100 * view + item)) for item in items]
+    )
+    return StepBatch(
+        images,
+        torch.zeros(len(items), dtype=torch.int64),
+        seed=5,
+        items=torch.tensor(items),
+        view=torch.full((len(items),), view),
+    )
 
 
 def opened(teacher: PatchTeacher, dataset: ImageDataset, folder: Path, **more: Any) -> CachedTeacher:

@@ -1,4 +1,6 @@
-"""From settings to objectives: which have a weight in which kind of run, which blocks they compare, and what is refused."""
+"""From settings to objectives: which have a weight in which kind of run, which blocks they compare, and what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -83,18 +85,45 @@ def test_the_weights_of_each_kind_of_run() -> None:
 
 
 def test_schedules_go_with_their_weights() -> None:
-    found = objective_weights(distilling(features=FeatureConfig(pixel_schedule=((0, 1), (1, 0)))), "features", masked=True)
+    found = objective_weights(
+        distilling(features=FeatureConfig(pixel_schedule=((0, 1), (1, 0)))), "features", masked=True
+    )
     assert [weight.at(0.5) for weight in found.values()] == [1, 0.5]
 
 
 @pytest.mark.parametrize(
     ("kind", "masked", "more", "message"),
     [
-        ("features", True, {"features": FeatureConfig(feature_weight=0.0, pixel_weight=0.0)}, "every objective has weight 0"),
-        ("logits", False, {"logits": LogitsConfig(logits_weight=0.0, label_weight=0.0)}, "every objective has weight 0"),
-        ("features", False, {"features": FeatureConfig(pixel_weight=1.0)}, "--pixel-weight needs masked patches to predict"),
-        ("features", False, {"decoder_features": DecoderFeatureConfig(decoder_feature_weight=1.0)}, "--decoder-feature-weight needs masked patches"),
-        ("logits", True, {"features": FeatureConfig(pixel_weight=1.0)}, "--pixel-weight needs the student's decoder, which a classifier has not"),
+        (
+            "features",
+            True,
+            {"features": FeatureConfig(feature_weight=0.0, pixel_weight=0.0)},
+            "every objective has weight 0",
+        ),
+        (
+            "logits",
+            False,
+            {"logits": LogitsConfig(logits_weight=0.0, label_weight=0.0)},
+            "every objective has weight 0",
+        ),
+        (
+            "features",
+            False,
+            {"features": FeatureConfig(pixel_weight=1.0)},
+            "--pixel-weight needs masked patches to predict",
+        ),
+        (
+            "features",
+            False,
+            {"decoder_features": DecoderFeatureConfig(decoder_feature_weight=1.0)},
+            "--decoder-feature-weight needs masked patches",
+        ),
+        (
+            "logits",
+            True,
+            {"features": FeatureConfig(pixel_weight=1.0)},
+            "--pixel-weight needs the student's decoder, which a classifier has not",
+        ),
     ],
 )
 def test_weights_that_cannot_be(kind: RunKind, masked: bool, more: dict[str, Any], message: str) -> None:
@@ -117,8 +146,18 @@ def test_three_quarters_up_unless_told() -> None:
     ("name", "more", "own", "its"),
     [
         ("feature", {}, [Tap("tokens", 3)], [Tap("tokens", 6)]),
-        ("feature", {"features": FeatureConfig(student_block=1, teacher_block=8)}, [Tap("tokens", 1)], [Tap("tokens", 8)]),
-        ("feature", {"features": FeatureConfig(feature_blocks=("2:4", "4:8"))}, [Tap("tokens", 2), Tap("tokens", 4)], [Tap("tokens", 4), Tap("tokens", 8)]),
+        (
+            "feature",
+            {"features": FeatureConfig(student_block=1, teacher_block=8)},
+            [Tap("tokens", 1)],
+            [Tap("tokens", 8)],
+        ),
+        (
+            "feature",
+            {"features": FeatureConfig(feature_blocks=("2:4", "4:8"))},
+            [Tap("tokens", 2), Tap("tokens", 4)],
+            [Tap("tokens", 4), Tap("tokens", 8)],
+        ),
         ("relation", {}, [Tap("qkv", 4)], [Tap("qkv", 6)]),
         (
             "feature",
@@ -129,7 +168,12 @@ def test_three_quarters_up_unless_told() -> None:
         ("relation", {"relation": RelationConfig(relation_blocks=("1:2",))}, [Tap("qkv", 1)], [Tap("qkv", 2)]),
         ("attention", {}, [Tap("qkv", 4)], [Tap("qkv", 8)]),
         ("decoder_feature", {}, [Tap("decoder", 2)], [Tap("decoder", 4)]),
-        ("decoder_feature", {"decoder_features": DecoderFeatureConfig(decoder_blocks=("1:7",))}, [Tap("decoder", 1)], [Tap("decoder", 7)]),
+        (
+            "decoder_feature",
+            {"decoder_features": DecoderFeatureConfig(decoder_blocks=("1:7",))},
+            [Tap("decoder", 1)],
+            [Tap("decoder", 7)],
+        ),
         ("pooled", {}, [Tap("pooled")], [Tap("pooled")]),
         ("cls", {}, [Tap("cls")], [Tap("cls")]),
         ("pixel", {}, [Tap("pixels")], []),
@@ -150,11 +194,31 @@ def test_the_losses_of_logits(loss: Any, objective: type) -> None:
 @pytest.mark.parametrize(
     ("name", "more", "message"),
     [
-        ("feature", {"features": FeatureConfig(feature_blocks=("2:9",))}, "--feature-blocks 2:9: the teacher's blocks are 1 to 8"),
-        ("feature", {"features": FeatureConfig(feature_blocks=("5:1",))}, "--feature-blocks 5:1: the student's blocks are 1 to 4"),
-        ("relation", {"relation": RelationConfig(relation_blocks=("0:1",))}, "--relation-blocks 0:1: the student's blocks are 1 to 4"),
-        ("decoder_feature", {"decoder_features": DecoderFeatureConfig(decoder_blocks=("3:1",))}, "--decoder-blocks 3:1: the student's blocks are 1 to 2"),
-        ("feature", {"features": FeatureConfig(projector="none")}, "without a projector the student's width 12 would have to be the teacher's 20"),
+        (
+            "feature",
+            {"features": FeatureConfig(feature_blocks=("2:9",))},
+            "--feature-blocks 2:9: the teacher's blocks are 1 to 8",
+        ),
+        (
+            "feature",
+            {"features": FeatureConfig(feature_blocks=("5:1",))},
+            "--feature-blocks 5:1: the student's blocks are 1 to 4",
+        ),
+        (
+            "relation",
+            {"relation": RelationConfig(relation_blocks=("0:1",))},
+            "--relation-blocks 0:1: the student's blocks are 1 to 4",
+        ),
+        (
+            "decoder_feature",
+            {"decoder_features": DecoderFeatureConfig(decoder_blocks=("3:1",))},
+            "--decoder-blocks 3:1: the student's blocks are 1 to 2",
+        ),
+        (
+            "feature",
+            {"features": FeatureConfig(projector="none")},
+            "without a projector the student's width 12 would have to be the teacher's 20",
+        ),
         ("logits", {}, "logits need a fine-tuned teacher, this one is a mae"),
     ],
 )

@@ -1,4 +1,6 @@
-"""The cache gives what the teacher gives, to FP16's rounding, whatever is on the disk; the teacher answers only what is not."""
+"""The cache gives what the teacher gives, to FP16's rounding, whatever is on the disk; the teacher answers only what is
+not.
+"""
 
 from __future__ import annotations
 
@@ -107,7 +109,9 @@ def test_numbers_beyond_half_precision_are_limited(dataset: ImageDataset, tmp_pa
         assert torch.equal(cached(batch, mask(batch), whole=False)[Tap("logits")], expected)
 
 
-def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_disk_that_fills_up_ends_the_cache_and_not_the_run(
+    dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     teacher = PatchTeacher()
     cached = opened(teacher, dataset, tmp_path)
     (cached.store.folder / "rows-00000.bin").symlink_to("/dev/full")
@@ -144,7 +148,10 @@ def test_answers_to_something_else_lie_in_another_folder(images: Path, tmp_path:
 def test_the_folder_says_what_it_holds(dataset: ImageDataset, tmp_path: Path) -> None:
     cached = opened(PatchTeacher(), dataset, tmp_path)
     index = json.loads((cached.store.folder / "index.json").read_text(encoding="utf-8"))
-    assert index["taps"] == [{"kind": "logits", "block": 0, "shape": [2]}, {"kind": "tokens", "block": 2, "shape": [7, 12]}]
+    assert index["taps"] == [
+        {"kind": "logits", "block": 0, "shape": [2]},
+        {"kind": "tokens", "block": 2, "shape": [7, 12]},
+    ]
     assert (index["of"]["teacher"], index["of"]["seed"], index["of"]["masks"]) == ("a", 5, {"mask_ratio": 0.6})
     assert cached.store.stride == 8 + 2 * (2 + 7 * 12)
     # Without it, or with half of it, the teacher is asked once more.
@@ -152,7 +159,9 @@ def test_the_folder_says_what_it_holds(dataset: ImageDataset, tmp_path: Path) ->
     assert opened(PatchTeacher(), dataset, tmp_path).parts == cached.parts
 
 
-def test_the_size_is_said_before_the_start_and_the_use_at_the_end(dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_size_is_said_before_the_start_and_the_use_at_the_end(
+    dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cached = opened(PatchTeacher(), dataset, tmp_path)
     assert "teacher cache: 22 answers of 180 B: 3.96 kB, 0 B of it in " in capsys.readouterr().err
     for batch in (batch_of(1, 2, 3), batch_of(2, 4)):
@@ -165,7 +174,9 @@ def test_the_size_is_said_before_the_start_and_the_use_at_the_end(dataset: Image
 
 def test_no_room_on_the_disk(dataset: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3959))
-    with pytest.raises(ConfigError, match=r"22 answers of 180 B take 3\.96 kB, 0 B are there, 3\.96 kB are free") as caught:
+    with pytest.raises(
+        ConfigError, match=r"22 answers of 180 B take 3\.96 kB, 0 B are there, 3\.96 kB are free"
+    ) as caught:
         opened(PatchTeacher(), dataset, tmp_path)
     assert "fewer --fixed-views" in str(caught.value.hint)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=3960))
@@ -179,7 +190,9 @@ def test_a_folder_that_is_a_file(dataset: ImageDataset, tmp_path: Path) -> None:
     assert (tmp_path / "cache").read_text(encoding="utf-8") == "mine"
 
 
-def test_files_that_cannot_be_opened_end_the_cache_and_not_the_run(dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_that_cannot_be_opened_end_the_cache_and_not_the_run(
+    dataset: ImageDataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     cached, batch = opened(PatchTeacher(), dataset, tmp_path), batch_of(1, 8, 5)
     (cached.store.folder / "rows-00000.bin").mkdir()
     assert_close(cached(batch, mask(batch), whole=False), PatchTeacher()(batch, mask(batch), whole=False))
@@ -194,7 +207,10 @@ def test_visible_patches_that_each_step_draws_cannot_be_kept(dataset: ImageDatas
 
 @pytest.mark.parametrize(
     ("values", "message"),
-    [({"fixed_views": -1}, "--fixed-views -1"), ({"teacher_cache": Path("cache")}, "without --fixed-views every epoch has views of its own")],
+    [
+        ({"fixed_views": -1}, "--fixed-views -1"),
+        ({"teacher_cache": Path("cache")}, "without --fixed-views every epoch has views of its own"),
+    ],
 )
 def test_impossible_settings(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

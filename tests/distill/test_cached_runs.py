@@ -1,4 +1,6 @@
-"""A run with a cache is the run without it that has the same views, to FP16's rounding, and the same to the last bit whatever the cache holds."""
+"""A run with a cache is the run without it that has the same views, to FP16's rounding, and the same to the last bit
+whatever the cache holds.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,18 @@ from mae_deploy.distill.run import run
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import write_classes
-from tests.training.tiny_runs import DECODER, STUDENT, command, command_of, losses_of, optim, progress_of, run_command, run_processes, start_command
+from tests.training.tiny_runs import (
+    DECODER,
+    STUDENT,
+    command,
+    command_of,
+    losses_of,
+    optim,
+    progress_of,
+    run_command,
+    run_processes,
+    start_command,
+)
 
 VIEWS = 2
 
@@ -40,7 +53,9 @@ def losses(run_folder: Path) -> list[float]:
 
 
 @pytest.mark.parametrize("objective", ["features", "logits"])
-def test_a_cached_run_is_the_online_run(objective: str, classes: Path, expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cached_run_is_the_online_run(
+    objective: str, classes: Path, expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name, cache in (("online", None), ("filling", tmp_path / "cache"), ("filled", tmp_path / "cache")):
         run(distilling(classes, expert, tmp_path / name, cache, objective=objective))
     said = [line for line in capsys.readouterr().err.splitlines() if "answers read" in line]
@@ -56,7 +71,9 @@ def test_a_cached_run_is_the_online_run(objective: str, classes: Path, expert: P
 
 
 def test_fixed_views_are_those_of_the_first_epochs(images: Path, teacher: Path, tmp_path: Path) -> None:
-    """But for the masks, which follow the image in place of the step; so with whole images the first epochs are the same."""
+    """But for the masks, which follow the image in place of the step; so with whole images the first epochs are the
+    same.
+    """
     whole = FeatureConfig(mask_ratio=0.0)
     run(distilling(images, teacher, tmp_path / "fixed", None, features=whole))
     run(distilling(images, teacher, tmp_path / "free", None, features=whole, caching=CacheConfig()))
@@ -90,7 +107,9 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, teacher: Path, images: P
 
 def test_other_views_are_another_run(images: Path, teacher: Path, tmp_path: Path) -> None:
     run(distilling(images, teacher, tmp_path / "run", None, optim=optim(epochs=1)))
-    changed = distilling(images, teacher, tmp_path / "run", None, optim=optim(epochs=1), resume=True, caching=CacheConfig(fixed_views=3))
+    changed = distilling(
+        images, teacher, tmp_path / "run", None, optim=optim(epochs=1), resume=True, caching=CacheConfig(fixed_views=3)
+    )
     with pytest.raises(ConfigError, match=r"caching\.fixed_views: 2 -> 3"):
         run(changed)
 

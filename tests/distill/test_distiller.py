@@ -1,4 +1,6 @@
-"""What is trained: today's losses of features and logits, one pass of the student for all objectives, and nothing that waits for a gradient."""
+"""What is trained: today's losses of features and logits, one pass of the student for all objectives, and nothing that
+waits for a gradient.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_logits_and_labels_are_what_they_were() -> None:
     model, images = Distiller(tiny_classifier("avg"), {"logits": SoftLogits(2.0), "label": Labels()}), random_images()
     (teacher,) = answers(model)
     found, logits = model(images, LABELS, None, (teacher,)), model.student(images)
-    kl = F.kl_div(F.log_softmax(logits / 2, dim=1), F.log_softmax(teacher / 2, dim=1), reduction="batchmean", log_target=True)
+    kl = F.kl_div(
+        F.log_softmax(logits / 2, dim=1), F.log_softmax(teacher / 2, dim=1), reduction="batchmean", log_target=True
+    )
     assert torch.equal(found["logits"], kl * 4)
     # The mean over two labelled images, in another order of sums.
     torch.testing.assert_close(found["label"], F.cross_entropy(logits[[0, 2]], LABELS[[0, 2]]), rtol=1e-6, atol=0)
@@ -92,7 +96,13 @@ def test_one_pass_of_the_student_serves_all() -> None:
     found = model(random_images(), LABELS, masking(), answers(model))
     assert calls == ["blocks.0", "blocks.1", "decoder_blocks.0"]
     assert list(found) == ["feature", "relation", "attention", "decoder_feature", "cls", "pooled", "pixel"]
-    assert model.teacher_taps == (Tap("tokens", 3), Tap("qkv", 4), Tap("decoder", 2), Tap("cls"), Tap("pooled"))  # qkv of block 4 once
+    assert model.teacher_taps == (
+        Tap("tokens", 3),
+        Tap("qkv", 4),
+        Tap("decoder", 2),
+        Tap("cls"),
+        Tap("pooled"),
+    )  # qkv of block 4 once
     assert all(part.shape == () and part.isfinite() and part > 0 for part in found.values())
 
 

@@ -20,7 +20,9 @@ N = ENCODER.num_patches
 
 
 def masks(kind: RunKind = "features", **more: Any) -> Masks:
-    config = DistillConfig(data=Path("data"), teacher=Path("teacher"), student="vit_nano_patch4", out=Path("out"), **more)
+    config = DistillConfig(
+        data=Path("data"), teacher=Path("teacher"), student="vit_nano_patch4", out=Path("out"), **more
+    )
     return Masks(config, kind, ENCODER)
 
 

@@ -1,4 +1,6 @@
-"""A student that learned while it was rounded: plain weights, the INT8 export that it was trained for, and a run that goes on as it was."""
+"""A student that learned while it was rounded: plain weights, the INT8 export that it was trained for, and a run that
+goes on as it was.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,12 @@ def test_the_student_is_what_its_export_computes(classes: Path, expert: Path, tm
     edge = EdgeConfig(quantize="dynamic", quantize_from=0.3, outlier_weight=0.01)
     run(distilling(classes, expert, tmp_path / "run", edge=edge, optim=optim(epochs=4)))
     evaluations = read_metrics(tmp_path / "run", "eval.jsonl")
-    assert ["top1" in line for line in evaluations] == [False, True, True, True]  # the best checkpoint is one that was rounded
+    assert ["top1" in line for line in evaluations] == [
+        False,
+        True,
+        True,
+        True,
+    ]  # the best checkpoint is one that was rounded
     assert all("top1_fp32" in line for line in evaluations)
     assert read_metrics(tmp_path / "run")[0]["outlier_loss"] > 0
     student, loaded = load_model(tmp_path / "run")
@@ -58,7 +65,11 @@ def test_the_student_is_what_its_export_computes(classes: Path, expert: Path, tm
 def test_a_run_goes_on_with_its_ranges(classes: Path, teacher: Path, tmp_path: Path) -> None:
     """From its checkpoint after two of four epochs; the ranges of static are in none of the student's tensors."""
     edge = EdgeConfig(quantize="static", quantize_from=0.3, ranges_observed=4)
-    settings: dict[str, Any] = {"edge": edge, "optim": optim(epochs=4, ema=0.9), "loop": LoopConfig(measure_kernels=False, keep_checkpoints=4)}
+    settings: dict[str, Any] = {
+        "edge": edge,
+        "optim": optim(epochs=4, ema=0.9),
+        "loop": LoopConfig(measure_kernels=False, keep_checkpoints=4),
+    }
     run(distilling(classes / "train", teacher, tmp_path / "whole", **settings))
     steps = [progress_of(tmp_path / "whole") * epochs // 4 for epochs in (2, 3, 4)]
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
@@ -77,13 +88,25 @@ def test_nothing_to_do() -> None:
     assert student_quantizer(tiny_encoder(), EdgeConfig(), sharding="fsdp2") is None
 
 
-@pytest.mark.parametrize(("edge", "said"), [(EdgeConfig(quantize="static"), "--quantize static"), (EdgeConfig(outlier_weight=0.5), "--outlier-weight 0.5")])
+@pytest.mark.parametrize(
+    ("edge", "said"),
+    [(EdgeConfig(quantize="static"), "--quantize static"), (EdgeConfig(outlier_weight=0.5), "--outlier-weight 0.5")],
+)
 def test_sharded_weights_are_refused(edge: EdgeConfig, said: str) -> None:
     with pytest.raises(ConfigError, match=f"{said} with --sharding fsdp2"):
         student_quantizer(tiny_encoder(), edge, sharding="fsdp2")
 
 
-@pytest.mark.parametrize("settings", [{"quantize_from": 1.0}, {"outlier_weight": -1.0}, {"ranges_observed": 0}, {"smooth_alpha": 1.5}, {"ranges_until": 2.0}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"quantize_from": 1.0},
+        {"outlier_weight": -1.0},
+        {"ranges_observed": 0},
+        {"smooth_alpha": 1.5},
+        {"ranges_until": 2.0},
+    ],
+)
 def test_settings_that_cannot_be(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(ConfigError, match=f"(--{name.replace('_', '-')}|edge.{name}) "):

@@ -50,7 +50,12 @@ def test_every_recipe_resolves_and_is_documented(name: str) -> None:
 
 @pytest.mark.parametrize(
     ("name", "epochs", "batch"),
-    [("dmae-vit-base", 100, 4096), ("tinymim-vit-base", 300, 4096), ("g2sd-generic-vit-small", 300, 4096), ("g2sd-specific-vit-small", 200, 1024)],
+    [
+        ("dmae-vit-base", 100, 4096),
+        ("tinymim-vit-base", 300, 4096),
+        ("g2sd-generic-vit-small", 300, 4096),
+        ("g2sd-specific-vit-small", 200, 1024),
+    ],
 )
 def test_epochs_and_effective_batches(name: str, epochs: int, batch: int) -> None:
     optim = resolve(f"distill-{name}").optim

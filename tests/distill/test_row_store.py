@@ -23,10 +23,14 @@ NUMBERS = np.array([3, 0, 11, 7, 29])
 
 def rows_of(numbers: npt.NDArray[np.int64], length: int = BYTES) -> npt.NDArray[np.uint8]:
     """Rows that follow from their numbers."""
-    return np.stack([np.random.default_rng(number).integers(0, 256, length, dtype=np.uint8) for number in numbers.tolist()])
+    return np.stack(
+        [np.random.default_rng(number).integers(0, 256, length, dtype=np.uint8) for number in numbers.tolist()]
+    )
 
 
-def read(store: RowStore, numbers: npt.NDArray[np.int64], length: int = BYTES) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
+def read(
+    store: RowStore, numbers: npt.NDArray[np.int64], length: int = BYTES
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.uint8]]:
     rows = np.full((len(numbers), length), 255, dtype=np.uint8)
     return store.read(numbers, rows), rows
 
@@ -45,7 +49,12 @@ def test_rows_come_back_and_others_are_not_there(store: RowStore) -> None:
     found, rows = read(store, asked)
     assert found.tolist() == [True, False, True, True, False, False, True]
     assert np.array_equal(rows[found], rows_of(asked[found]))
-    assert sorted(file.name for file in store.folder.iterdir()) == ["rows-00000.bin", "rows-00001.bin", "rows-00004.bin", "rows-00142.bin"]
+    assert sorted(file.name for file in store.folder.iterdir()) == [
+        "rows-00000.bin",
+        "rows-00001.bin",
+        "rows-00004.bin",
+        "rows-00142.bin",
+    ]
     assert 0 < store.on_disk() < 30 * 4096
 
 
@@ -67,7 +76,9 @@ def test_a_row_of_zeros_is_a_row_and_a_hole_is_none(store: RowStore) -> None:
 
 @pytest.mark.parametrize("length", range(0, BYTES + 8, 5))
 def test_a_row_that_was_cut_short_does_not_count(store: RowStore, length: int) -> None:
-    """Whether a kill, or the end of the disk, left the first bytes only, over what was there before; rows beside it stay."""
+    """Whether a kill, or the end of the disk, left the first bytes only, over what was there before; rows beside it
+    stay.
+    """
     file = store.folder / "rows-00000.bin"
     content = bytearray(file.read_bytes())
     row = content[3 * store.stride : 4 * store.stride]

@@ -82,18 +82,24 @@ def relicensed(run_folder: Path, target: Path, licence: str) -> Path:
 # --- features --------------------------------------------------------------------------------------------------------
 
 
-def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_of_a_pretrained_teacher(
+    images: Path, teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teachers = remembered(monkeypatch)
     before = weights(teacher)
     summary = run(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
     lines = read_metrics(tmp_path / "run")
-    names = "step epoch loss feature_loss pixel_loss grad_norm lr skipped images_per_second data_wait teacher_seconds student_seconds"
+    names = (
+        "step epoch loss feature_loss pixel_loss grad_norm lr skipped images_per_second data_wait teacher_seconds"
+        " student_seconds"
+    )
     assert {" ".join(line) for line in lines} == {names}
     assert lines[0]["loss"] == pytest.approx(lines[0]["feature_loss"] + lines[0]["pixel_loss"], rel=1e-6)  # float32
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     assert lines[-1]["feature_loss"] < 0.8 * lines[0]["feature_loss"]
 
-    # The teacher: two blocks by default (three quarters of two), and after the run the answers that its checkpoint gives, at the size of the student's grid.
+    # The teacher: two blocks by default (three quarters of two), and after the run the answers that its checkpoint
+    # gives, at the size of the student's grid.
     (used,) = teachers
     batch = StepBatch(random_tensor(2, 3, 15, 10), torch.zeros(2, dtype=torch.int64))
     network, _ = load_model(teacher)
@@ -103,7 +109,11 @@ def test_features_of_a_pretrained_teacher(images: Path, teacher: Path, tmp_path:
 
     # The student is an autoencoder of its own, without the projector.
     metadata = open_checkpoint(tmp_path / "run").metadata
-    assert (metadata.kind, metadata.encoder["name"], metadata.encoder["image_size"]) == ("mae", "vit_nano_patch4", [12, 8])
+    assert (metadata.kind, metadata.encoder["name"], metadata.encoder["image_size"]) == (
+        "mae",
+        "vit_nano_patch4",
+        [12, 8],
+    )
     assert metadata.decoder == to_dict(DECODER)
     assert metadata.provenance["stage"] == "distill"
     assert (metadata.provenance["objective"], metadata.provenance["parent"]) == ("features", None)
@@ -130,25 +140,48 @@ def test_a_fine_tuned_teacher_gives_features_where_asked(images: Path, expert: P
 
 def test_the_student_starts_from_init(images: Path, teacher: Path, tmp_path: Path) -> None:
     run(distilling(images, teacher, tmp_path / "first"))
-    run(distilling(images, teacher, tmp_path / "second", init=tmp_path / "first", optim=optim(epochs=1, lr=0.0), seed=5))
+    run(
+        distilling(images, teacher, tmp_path / "second", init=tmp_path / "first", optim=optim(epochs=1, lr=0.0), seed=5)
+    )
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
     same = {name for name in first if torch.equal(first[name], second[name])}
-    encoder = {name for name in first if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")}
+    encoder = {
+        name for name in first if name.split(".")[0] in ("cls_token", "pos_embed", "patch_embed", "blocks", "norm")
+    }
     assert encoder <= same
     assert "decoder_embed.weight" not in same
     assert open_checkpoint(tmp_path / "second").metadata.provenance["parent"]["stage"] == "distill"
 
 
 OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
-    "pairs": ({"features": FeatureConfig(mask_ratio=0.5, feature_blocks=("2:1", "4:2"), feature_loss="cosine", projector="mlp")}, {"feature", "pixel"}),
-    "tinymim": ({"features": FeatureConfig(mask_ratio=0, feature_weight=0), "relation": RelationConfig(relation_weight=1)}, {"relation"}),
+    "pairs": (
+        {
+            "features": FeatureConfig(
+                mask_ratio=0.5, feature_blocks=("2:1", "4:2"), feature_loss="cosine", projector="mlp"
+            )
+        },
+        {"feature", "pixel"},
+    ),
+    "tinymim": (
+        {"features": FeatureConfig(mask_ratio=0, feature_weight=0), "relation": RelationConfig(relation_weight=1)},
+        {"relation"},
+    ),
     "attention": ({"relation": RelationConfig(attention_weight=10)}, {"feature", "attention", "pixel"}),
     "g2sd": (
-        {"features": FeatureConfig(mask_ratio=0.5, feature_weight=0, pixel_weight=0), "decoder_features": DecoderFeatureConfig(decoder_feature_weight=1)},
+        {
+            "features": FeatureConfig(mask_ratio=0.5, feature_weight=0, pixel_weight=0),
+            "decoder_features": DecoderFeatureConfig(decoder_feature_weight=1),
+        },
         {"decoder_feature"},
     ),
-    "vectors": ({"features": FeatureConfig(mask_ratio=0), "pooled": PooledConfig(cls_weight=1, pooled_weight=0.5)}, {"feature", "cls", "pooled"}),
-    "whole teacher": ({"teaching": TeacherConfig(teacher_precision="fp32", teacher_view="whole")}, {"feature", "pixel"}),
+    "vectors": (
+        {"features": FeatureConfig(mask_ratio=0), "pooled": PooledConfig(cls_weight=1, pooled_weight=0.5)},
+        {"feature", "cls", "pooled"},
+    ),
+    "whole teacher": (
+        {"teaching": TeacherConfig(teacher_precision="fp32", teacher_view="whole")},
+        {"feature", "pixel"},
+    ),
     "elastic": ({"keep_ratio": (0.3, 0.7)}, {"feature", "pixel"}),
     "no teacher": ({"features": FeatureConfig(mask_ratio=0.5, feature_weight=0)}, {"pixel"}),
     "quantised": ({"edge": EdgeConfig(quantize="static", outlier_weight=0.1)}, {"feature", "pixel", "outlier"}),
@@ -166,14 +199,27 @@ def test_every_objective_without_labels(images: Path, teacher: Path, tmp_path: P
 
 
 def test_generic_then_specific(images: Path, classes: Path, teacher: Path, expert: Path, tmp_path: Path) -> None:
-    """G2SD's two stages; the second starts from the first's encoder, and takes relations, few patches and INT8 along."""
+    """G2SD's two stages; the second starts from the first's encoder, and takes relations, few patches and INT8
+    along.
+    """
     generic, _ = OBJECTIVES["g2sd"]
     run(distilling(images, teacher, tmp_path / "generic", **generic, optim=optim(epochs=1)))
     logits = LogitsConfig(logits_loss="hard", logits_weight=0.5)
-    more = {"logits": logits, "relation": RelationConfig(relation_weight=0.1), "keep_ratio": (0.5, 1.0), "edge": EdgeConfig(quantize="dynamic")}
-    run(distilling(classes, expert, tmp_path / "specific", init=tmp_path / "generic", optim=optim(epochs=1, lr=0.0), **more))
+    more = {
+        "logits": logits,
+        "relation": RelationConfig(relation_weight=0.1),
+        "keep_ratio": (0.5, 1.0),
+        "edge": EdgeConfig(quantize="dynamic"),
+    }
+    run(
+        distilling(
+            classes, expert, tmp_path / "specific", init=tmp_path / "generic", optim=optim(epochs=1, lr=0.0), **more
+        )
+    )
     line = read_metrics(tmp_path / "specific")[0]
-    assert line["loss"] == pytest.approx(0.1 * line["relation_loss"] + 0.5 * line["logits_loss"] + 0.5 * line["label_loss"], rel=1e-6)  # float32
+    assert line["loss"] == pytest.approx(
+        0.1 * line["relation_loss"] + 0.5 * line["logits_loss"] + 0.5 * line["label_loss"], rel=1e-6
+    )  # float32
     # Validated with all six patches and with three, rounded and not.
     assert {"top1", "top1_of_3", "top1_fp32"} < set(read_metrics(tmp_path / "specific", "eval.jsonl")[-1])
     generic_weights, specific = weights(tmp_path / "generic"), weights(tmp_path / "specific")
@@ -200,21 +246,30 @@ def test_a_schedule_follows_the_share_of_the_run(images: Path, teacher: Path, tm
 # --- logits ----------------------------------------------------------------------------------------------------------
 
 
-def test_logits_of_a_fine_tuned_teacher(classes: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_logits_of_a_fine_tuned_teacher(
+    classes: Path, expert: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     experts = remembered(monkeypatch)
     # Its last checkpoint: the best is the first that tells the classes apart, and not sure of it.
     last = expert / "checkpoints" / "last"
     summary = run(distilling(classes, last, tmp_path / "run", optim=optim(epochs=8, lr=5e-3)))
     assert summary["best_top1"] == 100.0
     lines = read_metrics(tmp_path / "run")
-    assert lines[0]["loss"] == pytest.approx(lines[0]["logits_loss"] + 0.5 * lines[0]["label_loss"], rel=1e-6)  # float32
+    assert lines[0]["loss"] == pytest.approx(
+        lines[0]["logits_loss"] + 0.5 * lines[0]["label_loss"], rel=1e-6
+    )  # float32
     assert lines[-1]["logits_loss"] < 0.5 * lines[0]["logits_loss"]
     batch = StepBatch(random_tensor(2, 3, 15, 10), torch.zeros(2, dtype=torch.int64))
     network, _ = load_model(last)
     assert torch.equal(experts[0](batch, None, whole=True)[Tap("logits")], network(batch.images))
 
     metadata = open_checkpoint(tmp_path / "run").metadata
-    assert (metadata.kind, metadata.pool, metadata.class_names, metadata.encoder["name"]) == ("classifier", "avg", ("dark", "light"), "vit_nano_patch4")
+    assert (metadata.kind, metadata.pool, metadata.class_names, metadata.encoder["name"]) == (
+        "classifier",
+        "avg",
+        ("dark", "light"),
+        "vit_nano_patch4",
+    )
     assert metadata.provenance["objective"] == "logits"
     assert metadata.provenance["teacher"]["parent"]["stage"] == "pretrain"
     model, _ = load_model(tmp_path / "run")
@@ -243,8 +298,13 @@ def test_the_classes_are_the_teachers(classes: Path, expert: Path, tmp_path: Pat
 # --- licence ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("licence", "init_licence"), [(NON_COMMERCIAL, OWN_LICENCE), (OWN_LICENCE, NON_COMMERCIAL), (OWN_LICENCE, OWN_LICENCE)])
-def test_the_student_inherits_the_licences_of_teacher_and_init(images: Path, teacher: Path, tmp_path: Path, licence: str, init_licence: str) -> None:
+@pytest.mark.parametrize(
+    ("licence", "init_licence"),
+    [(NON_COMMERCIAL, OWN_LICENCE), (OWN_LICENCE, NON_COMMERCIAL), (OWN_LICENCE, OWN_LICENCE)],
+)
+def test_the_student_inherits_the_licences_of_teacher_and_init(
+    images: Path, teacher: Path, tmp_path: Path, licence: str, init_licence: str
+) -> None:
     source = relicensed(teacher, tmp_path / "licensed", licence)
     assert open_checkpoint(source).metadata.licence == licence
     quick = optim(epochs=1)
@@ -256,15 +316,30 @@ def test_the_student_inherits_the_licences_of_teacher_and_init(images: Path, tea
 
 
 def test_a_student_by_logits_inherits_it_too(classes: Path, expert: Path, tmp_path: Path) -> None:
-    run(distilling(classes, relicensed(expert, tmp_path / "licensed", NON_COMMERCIAL), tmp_path / "run", optim=optim(epochs=1)))
+    run(
+        distilling(
+            classes, relicensed(expert, tmp_path / "licensed", NON_COMMERCIAL), tmp_path / "run", optim=optim(epochs=1)
+        )
+    )
     assert open_checkpoint(tmp_path / "run").metadata.licence == NON_COMMERCIAL
 
 
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_logits_need_a_classifier(classes: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["distill", str(classes), "--teacher", str(teacher), "--student", "vit_nano_patch4", "--out", str(tmp_path / "run")]
+def test_logits_need_a_classifier(
+    classes: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [
+        "distill",
+        str(classes),
+        "--teacher",
+        str(teacher),
+        "--student",
+        "vit_nano_patch4",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     assert main([*arguments, "--image-size", "12,8", "--objective", "logits"]) == 2
     assert capsys.readouterr().err.splitlines() == [
         "error: logits need a fine-tuned teacher, this one is a mae",
@@ -301,7 +376,9 @@ def test_a_number_of_classes_that_is_not_the_teachers(classes: Path, expert: Pat
         (FeatureConfig(mask_ratio=0.5, student_block=5), "--student-block 5 must be within 1 and 4"),
     ],
 )
-def test_features_that_cannot_be(images: Path, teacher: Path, tmp_path: Path, features: FeatureConfig, message: str) -> None:
+def test_features_that_cannot_be(
+    images: Path, teacher: Path, tmp_path: Path, features: FeatureConfig, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         run(distilling(images, teacher, tmp_path / "run", features=features))
     # Nothing is left that would have to be removed before the next try.

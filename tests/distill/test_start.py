@@ -30,9 +30,27 @@ def distilling(teacher: Path, **more: Any) -> DistillConfig:
 
 
 def test_a_run_from_a_slice_of_the_teacher(images: Path, teacher: Path, tmp_path: Path) -> None:
-    settings: dict[str, Any] = {**STUDENT, "decoder": DECODER, "features": FeatureConfig(mask_ratio=0.5), "device": "cpu", "shape": SLICE}
-    run(DistillConfig(data=images, teacher=teacher, out=tmp_path / "run", init=Path("teacher"), optim=optim(epochs=1, lr=0.0), **settings))
-    found, metadata = load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"), open_checkpoint(tmp_path / "run").metadata
+    settings: dict[str, Any] = {
+        **STUDENT,
+        "decoder": DECODER,
+        "features": FeatureConfig(mask_ratio=0.5),
+        "device": "cpu",
+        "shape": SLICE,
+    }
+    run(
+        DistillConfig(
+            data=images,
+            teacher=teacher,
+            out=tmp_path / "run",
+            init=Path("teacher"),
+            optim=optim(epochs=1, lr=0.0),
+            **settings,
+        )
+    )
+    found, metadata = (
+        load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"),
+        open_checkpoint(tmp_path / "run").metadata,
+    )
     expected = slice_encoder(read_weights(teacher), EncoderConfig(**metadata.encoder))
     assert expected["blocks.0.attn.qkv.weight"].shape == (24, 8)
     assert expected["patch_embed.proj.weight"].shape == (8, 3, 4, 4)

@@ -27,7 +27,9 @@ def shape(encoder: EncoderConfig) -> tuple[int, int, int, int]:
 def test_a_preset_at_the_size_of_the_teacher(capsys: pytest.CaptureFixture[str]) -> None:
     encoder = student()
     assert encoder == EncoderConfig(name="vit_tiny_patch16", image_size=(32, 48), in_chans=5)
-    assert student(image_size=(64, 32), patch_size=8) == EncoderConfig(name="vit_tiny_patch16", image_size=(64, 32), patch_size=8, in_chans=5)
+    assert student(image_size=(64, 32), patch_size=8) == EncoderConfig(
+        name="vit_tiny_patch16", image_size=(64, 32), patch_size=8, in_chans=5
+    )
     assert capsys.readouterr().err == ""
 
 
@@ -50,8 +52,9 @@ def test_shapes_of_your_own(asked: dict[str, int], found: tuple[int, ...]) -> No
 
 def test_heads_that_tensorrt_does_not_fuse_are_told(capsys: pytest.CaptureFixture[str]) -> None:
     student(shape={"student_heads": 6})
-    assert "heads of 32: TensorRT fuses attention in INT8 for heads of 64, such as --student-width 192 --student-heads 3" in " ".join(
-        capsys.readouterr().err.split()
+    assert (
+        "heads of 32: TensorRT fuses attention in INT8 for heads of 64, such as --student-width 192 --student-heads 3"
+        in " ".join(capsys.readouterr().err.split())
     )
 
 
@@ -59,7 +62,10 @@ def test_heads_that_tensorrt_does_not_fuse_are_told(capsys: pytest.CaptureFixtur
     ("settings", "message"),
     [
         ({"shape": {"student_width": 0}}, "--student-width 0 must be at least 1"),
-        ({"shape": {"student_width": 192, "student_heads": 5}}, "embed_dim 192 must be a multiple of 4 and of num_heads 5"),
+        (
+            {"shape": {"student_width": 192, "student_heads": 5}},
+            "embed_dim 192 must be a multiple of 4 and of num_heads 5",
+        ),
         ({"patch_size": 0}, "sizes of model"),
         ({"keep_ratio": [0.5, 0.2]}, "--keep-ratio 0.5,0.2 must be LOW,HIGH"),
     ],
@@ -71,7 +77,20 @@ def test_students_that_there_are_not(settings: dict[str, Any], message: str) -> 
 
 def test_a_shape_is_a_recipe_setting_and_an_option(tmp_path: Path) -> None:
     out = tmp_path / "dump.yaml"
-    arguments = ["distill", "d", "--teacher", "t", "--student", "vit_tiny_patch16", "--out", "o", "--student-depth", "6", "--keep-ratio", "0.25"]
+    arguments = [
+        "distill",
+        "d",
+        "--teacher",
+        "t",
+        "--student",
+        "vit_tiny_patch16",
+        "--out",
+        "o",
+        "--student-depth",
+        "6",
+        "--keep-ratio",
+        "0.25",
+    ]
     assert main([*arguments, "--dump-config", str(out)]) == 0
     assert "student_depth: 6" in out.read_text()
     assert "keep_ratio:\n- 0.25\n- 0.25\n" in out.read_text()

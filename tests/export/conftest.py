@@ -20,7 +20,9 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def robust(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoints `mae` and `classifier`, 11 `photos`, 128 images for `calibration`, and a `cache` of what was calibrated."""
+    """A folder with the checkpoints `mae` and `classifier`, 11 `photos`, 128 images for `calibration`, and a `cache` of
+    what was calibrated.
+    """
     root = tmp_path_factory.mktemp("robust")
     write_checkpoint(root / "mae", robust_mae(), licence="own")
     write_checkpoint(root / "classifier", robust_classifier(), licence="own", class_names=CLASS_NAMES)
@@ -30,7 +32,9 @@ def robust(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def exports(robust: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Exports:
+def exports(
+    robust: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Exports:
     """Exports of `mae` to a folder that is not there yet."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(robust / "cache"))
     return Exports(robust / "mae", robust / "photos", tmp_path / "place" / "bundle", capsys)

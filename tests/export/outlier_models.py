@@ -1,4 +1,6 @@
-"""An encoder with trained-like statistics, wide enough that rounding noise averages, and the outlier channels that spoil its activations."""
+"""An encoder with trained-like statistics, wide enough that rounding noise averages, and the outlier channels that
+spoil its activations.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def noisy_encoder(seed: int = 0) -> Encoder:
 
 
 def plant_outliers(tensors: dict[str, Tensor], factor: float = 50.0) -> dict[str, Tensor]:
-    """Two channels of every LayerNorm in the blocks times `factor`, and the columns that read them divided by it: the same function."""
+    """Two channels of every LayerNorm in the blocks times `factor`, and the columns that read them divided by it: the
+    same function.
+    """
     planted = dict(tensors)
     for name in tensors:
         if name.endswith(("norm1.weight", "norm2.weight")):

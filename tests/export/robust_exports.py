@@ -34,13 +34,17 @@ def write_blots(folder: Path, count: int, *, first: int = 0, channels: int = 3) 
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
         coarse = np.random.default_rng(number).integers(0, 256, (2, 2, channels), dtype=np.uint8)
-        Image.fromarray(coarse.squeeze(-1) if channels == 1 else coarse).resize((13, 17), Image.Resampling.BICUBIC).save(folder / f"{number:03d}.png")
+        Image.fromarray(coarse.squeeze(-1) if channels == 1 else coarse).resize(
+            (13, 17), Image.Resampling.BICUBIC
+        ).save(folder / f"{number:03d}.png")
     return folder
 
 
 @torch.no_grad()
 def settled(build: Callable[[], M], seed: int = 0) -> M:
-    """A model with weights of the size that training starts from; what an image shows reaches every output, so that noise of 35 dB does not hide it."""
+    """A model with weights of the size that training starts from; what an image shows reaches every output, so that
+    noise of 35 dB does not hide it.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -80,7 +84,11 @@ class Exports:
         options = [text for name, value in given.items() for text in (f"--{name.replace('_', '-')}", str(value))]
         code = main(["export", str(self.checkpoint), *options, *map(str, arguments), "--json"])
         captured = self._capsys.readouterr()
-        return code, captured.out if code == 0 else "\n".join(line for line in captured.err.splitlines() if line.startswith(("error: ", "hint: ")))
+        return code, (
+            captured.out
+            if code == 0
+            else "\n".join(line for line in captured.err.splitlines() if line.startswith(("error: ", "hint: ")))
+        )
 
     def passed(self, *arguments: object, **more: object) -> dict[str, Any]:
         """The result of an export that must pass."""

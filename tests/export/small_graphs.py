@@ -13,7 +13,14 @@ from mae_deploy.images.read import Array
 from tests.export.tiny_exports import open_session
 
 
-def open_small(folder: Path, nodes: list[onnx.NodeProto], constants: dict[str, Array], shape: list[int], output: list[int], opset: int = 17) -> Any:
+def open_small(
+    folder: Path,
+    nodes: list[onnx.NodeProto],
+    constants: dict[str, Array],
+    shape: list[int],
+    output: list[int],
+    opset: int = 17,
+) -> Any:
     """A graph from `x` to `y` in ONNX Runtime."""
     graph = helper.make_graph(
         nodes,
@@ -21,7 +28,13 @@ def open_small(folder: Path, nodes: list[onnx.NodeProto], constants: dict[str, A
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, output)],
         [
-            helper.make_tensor(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True)
+            helper.make_tensor(
+                name,
+                helper.np_dtype_to_tensor_dtype(value.dtype),
+                value.shape,
+                np.ascontiguousarray(value).tobytes(),
+                raw=True,
+            )
             for name, value in constants.items()
         ],
     )

@@ -12,8 +12,12 @@ from mae_deploy.models.vit import Encoder
 
 
 def trained_like(depth: int, width: int, heads: int, seed: int = 0) -> Encoder:
-    """5x3 patches of 8 pixels; linear maps of the size that training starts from, biases and norms that are not trivial."""
-    config = EncoderConfig(name="deep", image_size=(40, 24), patch_size=8, embed_dim=width, depth=depth, num_heads=heads)
+    """5x3 patches of 8 pixels; linear maps of the size that training starts from, biases and norms that are not
+    trivial.
+    """
+    config = EncoderConfig(
+        name="deep", image_size=(40, 24), patch_size=8, embed_dim=width, depth=depth, num_heads=heads
+    )
     generator = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
@@ -28,11 +32,15 @@ def trained_like(depth: int, width: int, heads: int, seed: int = 0) -> Encoder:
 
 
 @torch.no_grad()
-def plant_stream_outliers(model: Encoder, images: Tensor, channels: Mapping[int, float], *, hidden: float = 4000.0, cls_alone: bool = False) -> Encoder:
-    """Residual channels of given size in every token (or in CLS alone), and hidden units of `hidden` in every third MLP.
+def plant_stream_outliers(
+    model: Encoder, images: Tensor, channels: Mapping[int, float], *, hidden: float = 4000.0, cls_alone: bool = False
+) -> Encoder:
+    """Residual channels of given size in every token (or in CLS alone), and hidden units of `hidden` in every third
+    MLP.
 
-    Half of a channel's size comes with the positions, half from the first MLP. The norms behind it are set so that the other channels come out of them
-    as large as before: what the model computes still hangs on numbers a thousand times smaller than the outliers.
+    Half of a channel's size comes with the positions, half from the first MLP. The norms behind it are set so that the
+    other channels come out of them as large as before: what the model computes still hangs on numbers a thousand times
+    smaller than the outliers.
     """
     weights = model.state_dict()  # shares the model's memory
     for index in range(2, model.config.blocks, 3):
@@ -49,7 +57,9 @@ def plant_stream_outliers(model: Encoder, images: Tensor, channels: Mapping[int,
     norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
     if not cls_alone:
         # Each is set just before it computes, so one pass does for all.
-        hooks = [norm.register_forward_pre_hook(lambda norm, given: _see_past(norm, given[0], outliers)) for norm in norms]
+        hooks = [
+            norm.register_forward_pre_hook(lambda norm, given: _see_past(norm, given[0], outliers)) for norm in norms
+        ]
         model(images)
         for hook in hooks:
             hook.remove()

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.graph.precision import BFLOAT16, FLOAT16, FLOAT32, Arithmetic, Island, Precision, Typing, arithmetic
+from mae_deploy.export.graph.precision import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Arithmetic,
+    Island,
+    Precision,
+    Typing,
+    arithmetic,
+)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +39,12 @@ def test_types(precision: Precision, typing: Typing, stored: np.dtype, product: 
 def test_an_island_is_fp32_and_the_rest_as_it_was() -> None:
     types = arithmetic("fp16", "strong", ("softmax", "norm"))
     operators: tuple[Island, ...] = ("softmax", "gelu", "norm", "residual")
-    assert {name: types.of(name) for name in operators} == {"softmax": FLOAT32, "gelu": FLOAT16, "norm": FLOAT32, "residual": FLOAT16}
+    assert {name: types.of(name) for name in operators} == {
+        "softmax": FLOAT32,
+        "gelu": FLOAT16,
+        "norm": FLOAT32,
+        "residual": FLOAT16,
+    }
     assert (types.stored, types.product, types.stream) == (FLOAT16, FLOAT16, FLOAT16)
     assert all(arithmetic("bf16", "strong").of(name) == FLOAT32 for name in operators)
 
@@ -38,7 +52,12 @@ def test_an_island_is_fp32_and_the_rest_as_it_was() -> None:
 def test_a_bf16_graph_is_fp32_but_for_its_products_unless_islands_say_what_is() -> None:
     types = arithmetic("bf16", "strong", ("residual", "norm", "gelu"))
     operators: tuple[Island, ...] = ("softmax", "gelu", "norm", "residual")
-    assert {name: types.of(name) for name in operators} == {"softmax": BFLOAT16, "gelu": FLOAT32, "norm": FLOAT32, "residual": FLOAT32}
+    assert {name: types.of(name) for name in operators} == {
+        "softmax": BFLOAT16,
+        "gelu": FLOAT32,
+        "norm": FLOAT32,
+        "residual": FLOAT32,
+    }
 
 
 def test_fp8_is_a_type_in_the_graph() -> None:
@@ -46,7 +65,12 @@ def test_fp8_is_a_type_in_the_graph() -> None:
         arithmetic("fp8", "weak")
 
 
-@pytest.mark.parametrize(("precision", "typing"), [("fp32", "strong"), ("fp16", "weak"), ("bf16", "weak"), ("int8", "weak")])
+@pytest.mark.parametrize(
+    ("precision", "typing"), [("fp32", "strong"), ("fp16", "weak"), ("bf16", "weak"), ("int8", "weak")]
+)
 def test_an_island_in_a_graph_that_is_fp32_already(precision: Precision, typing: Typing) -> None:
-    with pytest.raises(ConfigError, match=f"--fp32-ops gelu,norm: with --precision {precision} --typing {typing} these are FP32 already"):
+    with pytest.raises(
+        ConfigError,
+        match=f"--fp32-ops gelu,norm: with --precision {precision} --typing {typing} these are FP32 already",
+    ):
         arithmetic(precision, typing, ("gelu", "norm"))

@@ -43,7 +43,9 @@ def test_the_encoder(tmp_path: Path, mode: TokenMode, images: Images) -> None:
     expected = Reference(model=model, preprocess=SPEC).outputs(normalised, names)
     assert expected["tokens"].shape == (3, 45 if mode == "full" else 17, 20)
     metadata = replace(metadata_of(model), preprocess=to_dict(SPEC))
-    graph = SavedGraph(build_graph(metadata, model.state_dict(), GraphSpec(token_mode=mode, outputs=names, images=images)), tmp_path)
+    graph = SavedGraph(
+        build_graph(metadata, model.state_dict(), GraphSpec(token_mode=mode, outputs=names, images=images)), tmp_path
+    )
     found = graph(**(given if images == "uint8" else normalised))
     for name in names:
         np.testing.assert_allclose(found[name], expected[name], atol=TOLERANCE, err_msg=name)
@@ -54,7 +56,9 @@ def test_the_classifier(tmp_path: Path, pool: str) -> None:
     model = tiny_classifier("avg" if pool == "avg" else "cls", BANDS)
     given = {"images": SPEC.normalise(inputs("full")["images"])}
     expected = Reference(model=model, preprocess=SPEC).outputs(given, ("logits",))
-    np.testing.assert_allclose(graph_of(model, tmp_path, "full", batch=3)(**given)["logits"], expected["logits"], atol=TOLERANCE)
+    np.testing.assert_allclose(
+        graph_of(model, tmp_path, "full", batch=3)(**given)["logits"], expected["logits"], atol=TOLERANCE
+    )
 
 
 def test_fixed_sizes(tmp_path: Path) -> None:

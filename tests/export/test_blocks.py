@@ -26,9 +26,13 @@ def block_and_weights(mlp_ratio: float = 2.5) -> tuple[Block, dict[str, Array]]:
     return block, {f"blocks.0.{name}": tensor.numpy() for name, tensor in block.state_dict().items()}
 
 
-def graph_of(folder: Path, weights: dict[str, Array], sizes: tuple[int, int] | None, padding: bool = False, **options: Any) -> SavedGraph:
+def graph_of(
+    folder: Path, weights: dict[str, Array], sizes: tuple[int, int] | None, padding: bool = False, **options: Any
+) -> SavedGraph:
     b = GraphBuilder("block")
-    shape: list[Dim] = ["B", "T"] if sizes is None else [name if size == -1 else size for size, name in zip(sizes, "BT", strict=True)]
+    shape: list[Dim] = (
+        ["B", "T"] if sizes is None else [name if size == -1 else size for size, name in zip(sizes, "BT", strict=True)]
+    )
     tokens = b.input("tokens", np.float32, [*shape, D])
     mask = b.input("mask", np.float32, [shape[0], 1, 1, shape[1]]) if padding else None
     types = options.pop("arithmetic", arithmetic("fp32", "weak"))

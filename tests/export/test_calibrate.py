@@ -51,7 +51,9 @@ def files_read(images: CalibrationImages) -> list[str]:
     return [path.name for paths, _ in images.batches() for path in paths]
 
 
-def run(folder: Path, model: Encoder | None = None, images: CalibrationImages | None = None, **settings: Any) -> Calibration:
+def run(
+    folder: Path, model: Encoder | None = None, images: CalibrationImages | None = None, **settings: Any
+) -> Calibration:
     model = model or tiny_encoder()
     return calibrate(model, images or images_of(folder), eligible_linears(model), **settings)
 
@@ -59,7 +61,9 @@ def run(folder: Path, model: Encoder | None = None, images: CalibrationImages | 
 def same(one: Calibration, other: Calibration) -> bool:
     """Whether the figures are equal, to the last bit."""
     fields = ("absmax", "mean", "mean_square", "counts", "divisor")
-    pairs = [(getattr(one.stats[name], field), getattr(other.stats[name], field)) for name in one.stats for field in fields]
+    pairs = [
+        (getattr(one.stats[name], field), getattr(other.stats[name], field)) for name in one.stats for field in fields
+    ]
     pairs += [(one.attention_absmax[name], other.attention_absmax[name]) for name in one.attention_absmax]
     return list(one.stats) == list(other.stats) and all(np.array_equal(a, b) for a, b in pairs)
 
@@ -98,7 +102,9 @@ def test_unreadable_images_are_skipped_aloud_and_replaced(folder: Path, capsys: 
 
 
 def test_too_few_images_are_refused_before_anything_is_read(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=f"only 19 images below --calib-data {folder}; calibration needs at least 128") as caught:
+    with pytest.raises(
+        ConfigError, match=f"only 19 images below --calib-data {folder}; calibration needs at least 128"
+    ) as caught:
         CalibrationImages(folder, SPEC)
     assert caught.value.hint is not None
     CalibrationImages(folder, SPEC, minimum=COUNT)
@@ -108,7 +114,9 @@ def test_too_few_readable_images_are_refused(folder: Path, cache: Path) -> None:
     spoil(folder / "03.png")
     spoil(folder / "04.png")
     images = images_of(folder, minimum=18)
-    with pytest.raises(ConfigError, match=f"only 17 readable images below --calib-data {folder}; calibration needs at least 18"):
+    with pytest.raises(
+        ConfigError, match=f"only 17 readable images below --calib-data {folder}; calibration needs at least 18"
+    ):
         run(folder, images=images)
     assert not cache.exists()
 
@@ -135,7 +143,9 @@ def test_statistics_are_those_of_the_images(folder: Path, capsys: pytest.Capture
     assert last.endswith(" images/s  0 s left")
 
 
-def tokens_seen(model: Encoder, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any) -> list[tuple[int, ...]]:
+def tokens_seen(
+    model: Encoder, folder: Path, name: str, monkeypatch: pytest.MonkeyPatch, **settings: Any
+) -> list[tuple[int, ...]]:
     shapes: list[tuple[int, ...]] = []
     hook = model.get_submodule(name).register_forward_pre_hook(lambda _, inputs: shapes.append(tuple(inputs[0].shape)))
     calibrate(model, images_of(folder), eligible_linears(model), **settings)
@@ -175,7 +185,9 @@ def test_the_second_time_nothing_is_run(folder: Path, cache: Path, monkeypatch: 
     assert replace(second, cached=False, stats={}, attention_absmax={}) == replace(first, stats={}, attention_absmax={})
 
 
-@pytest.mark.parametrize("change", ["nothing", "weight", "image", "order", "count", "sizes", "seed", "preprocess", "heads", "names"])
+@pytest.mark.parametrize(
+    "change", ["nothing", "weight", "image", "order", "count", "sizes", "seed", "preprocess", "heads", "names"]
+)
 def test_a_calibration_is_that_of_one_model_and_one_set_of_images(folder: Path, cache: Path, change: str) -> None:
     calibrate(tiny_encoder(), images_of(folder), eligible_linears(tiny_encoder()), token_sizes=(4,))
     model, settings, names = tiny_encoder(), {"count": 512}, eligible_linears(tiny_encoder())
@@ -200,7 +212,9 @@ def test_a_calibration_is_that_of_one_model_and_one_set_of_images(folder: Path, 
             model = tiny_encoder(replace(ENCODER, num_heads=2))
         case "names":
             names = names[:-1]
-    found = calibrate(model, CalibrationImages(folder, spec, minimum=5, **settings), names, token_sizes=sizes, seed=seed)
+    found = calibrate(
+        model, CalibrationImages(folder, spec, minimum=5, **settings), names, token_sizes=sizes, seed=seed
+    )
     assert found.cached == (change == "nothing")
     assert len(list(cache.iterdir())) == (1 if change == "nothing" else 2)
 
@@ -211,7 +225,12 @@ def test_a_broken_cache_is_done_again(folder: Path, cache: Path, damage: str) ->
     (file,) = cache.iterdir()
     content = file.read_bytes()
     middle = len(content) // 2
-    damaged = {"cut": content[:middle], "empty": b"", "other": b"no archive at all", "bits": content[:middle] + bytes(64) + content[middle + 64 :]}
+    damaged = {
+        "cut": content[:middle],
+        "empty": b"",
+        "other": b"no archive at all",
+        "bits": content[:middle] + bytes(64) + content[middle + 64 :],
+    }
     file.write_bytes(damaged[damage])
     again = run(folder)
     assert not again.cached

@@ -101,15 +101,34 @@ def test_more_patches_than_the_image_has(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "profile",
-    ["K", "K:1,2", "K:1,2,3,4", "K:3,2,1", "K:2,1,3", "K:0,1,2", "K:1, 2,3", "N:1,2,3", "K:1,2,3 K:1,2,3", "K:1,2,x", "K:-1,2,3", "K:1,2,3;"],
+    [
+        "K",
+        "K:1,2",
+        "K:1,2,3,4",
+        "K:3,2,1",
+        "K:2,1,3",
+        "K:0,1,2",
+        "K:1, 2,3",
+        "N:1,2,3",
+        "K:1,2,3 K:1,2,3",
+        "K:1,2,x",
+        "K:-1,2,3",
+        "K:1,2,3;",
+    ],
 )
 def test_profiles_that_mean_nothing(profile: str) -> None:
     with pytest.raises(ConfigError, match=f"^--profile {re.escape(profile)}$") as caught:
         settings(tokens="visible", profile=profile)
-    assert caught.value.hint == "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'; several are separated by ';'"
+    assert (
+        caught.value.hint
+        == "write min,opt,max for B, K or both, such as 'B:1,8,32 K:20,49,196'; several are separated by ';'"
+    )
 
 
-@pytest.mark.parametrize(("more", "name"), [({"batch": "3", "profile": "B:1,2,3"}, "B"), ({"tokens": "visible:4", "profile": "K:1,2,3 B:1,2,3"}, "K")])
+@pytest.mark.parametrize(
+    ("more", "name"),
+    [({"batch": "3", "profile": "B:1,2,3"}, "B"), ({"tokens": "visible:4", "profile": "K:1,2,3 B:1,2,3"}, "K")],
+)
 def test_a_range_for_what_is_fixed(more: dict[str, Any], name: str) -> None:
     with pytest.raises(ConfigError, match=f"gives a range for {name}, which is fixed"):
         settings(**{"tokens": "visible", **more})
@@ -144,7 +163,9 @@ def trt(**more: Any) -> ExportConfig:
 )
 def test_an_engine_is_static_unless_a_size_is_left_open(more: dict[str, Any], profiles: list[dict[str, Range]]) -> None:
     assert trt(**more).profiles(15) == profiles
-    assert trt(**more).fixed_batch == (profiles[0]["B"][0] if len({size for profile in profiles for size in profile["B"]}) == 1 else None)
+    assert trt(**more).fixed_batch == (
+        profiles[0]["B"][0] if len({size for profile in profiles for size in profile["B"]}) == 1 else None
+    )
 
 
 def test_a_manifest_has_the_sizes_of_all_profiles() -> None:
@@ -173,7 +194,12 @@ def test_other_engines_have_one_profile() -> None:
     ],
 )
 def test_what_a_version_of_tensorrt_reads(
-    installed: int | None, more: dict[str, Any], typing: str, islands: tuple[str, ...], stored: str, monkeypatch: pytest.MonkeyPatch
+    installed: int | None,
+    more: dict[str, Any],
+    typing: str,
+    islands: tuple[str, ...],
+    stored: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(config_module, "tensorrt_major", lambda: installed)
     config = trt(**more)
@@ -186,8 +212,14 @@ def test_what_a_version_of_tensorrt_reads(
         ({"build": False}, "--no-build with --engine onnx"),
         ({"engine": "openvino", **int8(calib_data=DATA, prefer="fp16")}, "--prefer with --engine openvino"),
         ({"tensorrt": BuildOptions(workspace=1)}, "settings of TensorRT with --engine onnx"),
-        ({"precision": "fp8", "int8": Int8Config(calib_data=DATA)}, "--precision fp8 with --engine onnx: only TensorRT computes in FP8"),
-        ({"engine": "trt", **int8(quantization="dynamic")}, "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only"),
+        (
+            {"precision": "fp8", "int8": Int8Config(calib_data=DATA)},
+            "--precision fp8 with --engine onnx: only TensorRT computes in FP8",
+        ),
+        (
+            {"engine": "trt", **int8(quantization="dynamic")},
+            "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",
+        ),
         ({"engine": "trt", **int8()}, "static INT8 needs --calib-data"),
         ({"engine": "trt", "precision": "fp8"}, "FP8 needs --calib-data"),
         (
@@ -203,7 +235,9 @@ def test_what_tensorrt_alone_has_and_what_it_has_not(more: dict[str, Any], said:
 
 
 def test_the_same_export_without_eight_bits() -> None:
-    config = trt(**int8(calib_data=DATA, prefer="fp16", max_latency=0.9), fp32_ops=("softmax",), typing="strong", batch="3")
+    config = trt(
+        **int8(calib_data=DATA, prefer="fp16", max_latency=0.9), fp32_ops=("softmax",), typing="strong", batch="3"
+    )
     assert config.in_precision("fp16") == trt(precision="fp16", fp32_ops=("softmax",), typing="strong", batch="3")
     assert config.in_precision("fp32") == trt(typing="strong", batch="3")
 
@@ -228,7 +262,9 @@ def test_an_output_named_twice() -> None:
 
 @pytest.mark.parametrize("layers", [(3, 5, 3), (-1,), (0, -2)])
 def test_blocks_that_there_are_not(layers: tuple[int, ...]) -> None:
-    with pytest.raises(ConfigError, match=f"--layers {','.join(map(str, layers))} must be block numbers from 0, each once"):
+    with pytest.raises(
+        ConfigError, match=f"--layers {','.join(map(str, layers))} must be block numbers from 0, each once"
+    ):
         settings(layers=layers)
 
 
@@ -255,7 +291,9 @@ def test_a_seed_that_numpy_does_not_take() -> None:
         settings(seed=-1)
 
 
-@pytest.mark.parametrize(("more", "count"), [({}, 32), (int8(), 128), ({"num_samples": 5}, 5), ({**int8(), "num_samples": 5}, 5)])
+@pytest.mark.parametrize(
+    ("more", "count"), [({}, 32), (int8(), 128), ({"num_samples": 5}, 5), ({**int8(), "num_samples": 5}, 5)]
+)
 def test_how_many_samples(more: dict[str, Any], count: int) -> None:
     assert settings(**more).sample_count == count
 
@@ -263,7 +301,9 @@ def test_how_many_samples(more: dict[str, Any], count: int) -> None:
 @pytest.mark.parametrize("field", ["images", "features"])
 @pytest.mark.parametrize("more", [{}, {"precision": "bf16"}, int8()])
 def test_halves_in_or_out_of_another_precision(field: str, more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"--images and --features float16 need --precision fp16, not {more.get('precision', 'fp32')}"):
+    with pytest.raises(
+        ConfigError, match=f"--images and --features float16 need --precision fp16, not {more.get('precision', 'fp32')}"
+    ):
         settings(**{field: "float16"}, **more)
     assert getattr(settings(**{field: "float16"}, precision="fp16"), field) == "float16"
 
@@ -321,7 +361,9 @@ def test_the_faster_int8_of_an_engine(more: dict[str, Any], policy: str) -> None
     assert settings(**more).policy == policy
 
 
-@pytest.mark.parametrize("more", [int8(quantization="static"), {**int8(), "engine": "openvino"}, {**int8(), "typing": "strong"}])
+@pytest.mark.parametrize(
+    "more", [int8(quantization="static"), {**int8(), "engine": "openvino"}, {**int8(), "typing": "strong"}]
+)
 def test_static_int8_needs_images(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="static INT8 needs --calib-data") as caught:
         settings(**more)
@@ -330,7 +372,11 @@ def test_static_int8_needs_images(more: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "more",
-    [{**int8(quantization="dynamic", calib_data=DATA), "typing": "strong"}, int8(quantization="dynamic", int8_attention=True), int8(int8_attention=True)],
+    [
+        {**int8(quantization="dynamic", calib_data=DATA), "typing": "strong"},
+        int8(quantization="dynamic", int8_attention=True),
+        int8(int8_attention=True),
+    ],
 )
 def test_what_dynamic_int8_has_not(more: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="dynamic INT8 has neither strong typing nor INT8 attention"):
@@ -376,7 +422,13 @@ def test_numbers_out_of_range(name: str, value: float, limits: str) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        *(("calib_images", 128), ("calib_percentile", 50), ("calib_percentile", 100), ("smooth_alpha", 0), ("smooth_alpha", 1)),
+        *(
+            ("calib_images", 128),
+            ("calib_percentile", 50),
+            ("calib_percentile", 100),
+            ("smooth_alpha", 0),
+            ("smooth_alpha", 1),
+        ),
         *(("max_drop", 0), ("max_drop", 99.9), ("min_cosine", 1), ("min_sqnr", 0), ("max_latency", 0.01)),
     ],
 )

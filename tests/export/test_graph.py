@@ -1,4 +1,6 @@
-"""The FP32 graph computes what PyTorch computes, for any subset of the patches, and holds nothing that it does not need."""
+"""The FP32 graph computes what PyTorch computes, for any subset of the patches, and holds nothing that it does not
+need.
+"""
 
 from __future__ import annotations
 
@@ -16,15 +18,40 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, available_outputs, block_tensor, build_graph, default_outputs
+from mae_deploy.export.graph.encoder import (
+    GraphSpec,
+    TokenMode,
+    available_outputs,
+    block_tensor,
+    build_graph,
+    default_outputs,
+)
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import LEVELS, SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify, unpatchify
 from mae_deploy.weights.pyramid import random_pyramid
-from tests.export.tiny_exports import SavedGraph, assert_close, graph_of, normalised, padded, permutations, pytorch_outputs, random_pixels
-from tests.models.tiny_models import CLASSES, ENCODER, fill, metadata_of, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
+from tests.export.tiny_exports import (
+    SavedGraph,
+    assert_close,
+    graph_of,
+    normalised,
+    padded,
+    permutations,
+    pytorch_outputs,
+    random_pixels,
+)
+from tests.models.tiny_models import (
+    CLASSES,
+    ENCODER,
+    fill,
+    metadata_of,
+    random_tensor,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 N = ENCODER.num_patches
 
@@ -45,12 +72,18 @@ class Shape:
     decoder: DecoderConfig
 
     def model(self, mode: TokenMode) -> Encoder:
-        return fill(MaskedAutoencoder(self.config, self.decoder)) if mode == "reconstruct" else MODELS[self.kind](self.config)
+        return (
+            fill(MaskedAutoencoder(self.config, self.decoder))
+            if mode == "reconstruct"
+            else MODELS[self.kind](self.config)
+        )
 
 
 # The decoder's width is below, equal to and above the encoder's.
 SHAPES = {
-    "3x6x10, heads of 4": Shape("encoder", ENCODER, DecoderConfig(decoder_depth=1, decoder_embed_dim=12, decoder_num_heads=3)),
+    "3x6x10, heads of 4": Shape(
+        "encoder", ENCODER, DecoderConfig(decoder_depth=1, decoder_embed_dim=12, decoder_num_heads=3)
+    ),
     "1x15x9, heads of 12": Shape(
         "cls",
         replace(ENCODER, image_size=(15, 9), patch_size=3, in_chans=1, embed_dim=36, num_heads=3, depth=1),
@@ -72,16 +105,35 @@ SHAPES = {
 SPECS: list[tuple[TokenMode, int | None, int | None]] = [
     ("full", None, None),
     ("full", None, 3),
-    *((mode, keep, batch) for mode in ("visible", "ragged", "reconstruct") for keep in (None, 4) for batch in (None, 3)),
+    *(
+        (mode, keep, batch)
+        for mode in ("visible", "ragged", "reconstruct")
+        for keep in (None, 4)
+        for batch in (None, 3)
+    ),
 ]
 
 OPERATORS = {
-    *("Add", "Sub", "Mul", "Div", "MatMul", "Gemm", "Erf", "Softmax", "LayerNormalization", "CumSum", "ReduceMean", "ReduceSum"),
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "MatMul",
+        "Gemm",
+        "Erf",
+        "Softmax",
+        "LayerNormalization",
+        "CumSum",
+        "ReduceMean",
+        "ReduceSum",
+    ),
     *("Equal", "LessOrEqual", "Where", "Cast", "Identity"),
     *("Gather", "GatherND", "Pad", "Reshape", "Slice", "Transpose", "Unsqueeze"),
     *("Conv", "ConvTranspose", "MaxPool"),
 }
-"""What every engine that reads opset 17 knows: no Shape, If, Loop, Expand, Range, NonZero or Resize, and nothing random."""
+"""What every engine that reads opset 17 knows: no Shape, If, Loop, Expand, Range, NonZero or Resize, and nothing
+random."""
 
 
 def token_inputs(mode: TokenMode, num_patches: int, batch: int, keep: int) -> dict[str, Array]:
@@ -105,7 +157,9 @@ def token_inputs(mode: TokenMode, num_patches: int, batch: int, keep: int) -> di
         for column, spec in enumerate(SPECS)
     ],
 )
-def test_the_graph_is_the_model(tmp_path: Path, shape: Shape, mode: TokenMode, keep: int | None, batch: int | None, images: str) -> None:
+def test_the_graph_is_the_model(
+    tmp_path: Path, shape: Shape, mode: TokenMode, keep: int | None, batch: int | None, images: str
+) -> None:
     model, num_patches = shape.model(mode), shape.config.num_patches
     assert num_patches >= 5
     names = available_outputs(metadata_of(model), mode)
@@ -115,7 +169,9 @@ def test_the_graph_is_the_model(tmp_path: Path, shape: Shape, mode: TokenMode, k
         pixels = random_pixels(shape.config, B, seed=B)
         host, tokens = normalised(model, pixels), token_inputs(mode, num_patches, B, K)
         expected = pytorch_outputs(model, host, tokens)
-        assert_close(graph(images=pixels if images == "uint8" else host, **tokens), {name: expected[name] for name in names})
+        assert_close(
+            graph(images=pixels if images == "uint8" else host, **tokens), {name: expected[name] for name in names}
+        )
 
 
 @pytest.mark.parametrize("mode", ["full", "visible", "ragged"])
@@ -125,17 +181,29 @@ def test_every_kind_of_model_in_every_mode(tmp_path: Path, kind: str, mode: Toke
     images, tokens = random_tensor(3, 3, 6, 10).numpy(), token_inputs(mode, N, 3, 7)
     names = available_outputs(metadata_of(model), mode)
     expected = pytorch_outputs(model, images, tokens)
-    assert_close(graph_of(model, tmp_path, mode, outputs=names)(images=images, **tokens), {name: expected[name] for name in names})
+    assert_close(
+        graph_of(model, tmp_path, mode, outputs=names)(images=images, **tokens),
+        {name: expected[name] for name in names},
+    )
 
 
 @pytest.mark.parametrize(("pooling", "names"), [("token", ("logits", "cls", "tokens")), ("avg", ("logits",))])
 def test_the_graph_is_timms(tmp_path: Path, pooling: str, names: tuple[str, ...]) -> None:
     """A model that this project did not write, 48x80 pixels in 3x5 patches of 16."""
-    theirs = timm.create_model("vit_tiny_patch16_224", img_size=(48, 80), depth=2, num_classes=CLASSES, global_pool=pooling, fc_norm=pooling == "avg")
+    theirs = timm.create_model(
+        "vit_tiny_patch16_224",
+        img_size=(48, 80),
+        depth=2,
+        num_classes=CLASSES,
+        global_pool=pooling,
+        fc_norm=pooling == "avg",
+    )
     fill(theirs)
     config = EncoderConfig(name="theirs", image_size=(48, 80), patch_size=16, embed_dim=192, depth=2, num_heads=3)
     metadata = metadata_of(Classifier(config, num_classes=CLASSES, pool="avg" if pooling == "avg" else "cls"))
-    graph = SavedGraph(build_graph(metadata, theirs.state_dict(), GraphSpec(token_mode="full", outputs=names)), tmp_path)
+    graph = SavedGraph(
+        build_graph(metadata, theirs.state_dict(), GraphSpec(token_mode="full", outputs=names)), tmp_path
+    )
     images = random_tensor(3, 3, 48, 80)
     with torch.no_grad():
         tokens = theirs.forward_features(images)  # type: ignore[operator]
@@ -157,7 +225,9 @@ def test_permuting_ids_keep_permutes_the_tokens_and_nothing_else(tmp_path: Path,
     graph = graph_of(model, tmp_path, outputs=available_outputs(metadata_of(model)))
     found, permuted = graph(images=images, ids_keep=ids), graph(images=images, ids_keep=ids[:, order])
     in_order = [name for name in found if name == "tokens" or name.startswith("block_")]
-    assert all(np.abs(found[name][:, 1] - found[name][:, 2]).max() > 0.1 for name in in_order), "tokens are alike, so their order cannot show"
+    assert all(np.abs(found[name][:, 1] - found[name][:, 2]).max() > 0.1 for name in in_order), (
+        "tokens are alike, so their order cannot show"
+    )
     assert_close(permuted, {name: array[:, order] if name in in_order else array for name, array in found.items()})
 
 
@@ -187,16 +257,27 @@ def test_each_sample_has_its_own_patches(tmp_path: Path) -> None:
     together = graph(images=images, ids_keep=ids)
     for index in range(3):
         one = slice(index, index + 1)
-        assert_close(graph(images=images[one], ids_keep=ids[one]), {name: array[one] for name, array in together.items()})
+        assert_close(
+            graph(images=images[one], ids_keep=ids[one]), {name: array[one] for name, array in together.items()}
+        )
 
 
 @pytest.mark.parametrize(
     ("mode", "spec", "sizes"),
-    [("visible", {"batch": 3}, (2, 4)), ("visible", {"keep": 4}, (2, 5)), ("ragged", {"keep": 4}, (2, 5)), ("reconstruct", {"keep": 4}, (2, 3))],
+    [
+        ("visible", {"batch": 3}, (2, 4)),
+        ("visible", {"keep": 4}, (2, 5)),
+        ("ragged", {"keep": 4}, (2, 5)),
+        ("reconstruct", {"keep": 4}, (2, 3)),
+    ],
 )
-def test_a_fixed_size_takes_no_other(tmp_path: Path, mode: TokenMode, spec: dict[str, Any], sizes: tuple[int, int]) -> None:
+def test_a_fixed_size_takes_no_other(
+    tmp_path: Path, mode: TokenMode, spec: dict[str, Any], sizes: tuple[int, int]
+) -> None:
     graph = graph_of(tiny_mae(), tmp_path, mode, **spec)
-    with pytest.raises(Exception, match="Got invalid dimensions"):  # ONNX Runtime's exceptions have no base class of their own
+    with pytest.raises(
+        Exception, match="Got invalid dimensions"
+    ):  # ONNX Runtime's exceptions have no base class of their own
         graph(images=np.zeros((sizes[0], 3, 6, 10), np.float32), **token_inputs(mode, N, *sizes))
 
 
@@ -240,7 +321,11 @@ def test_chosen_outputs_and_no_dead_node(tmp_path: Path, kind: str, mode: TokenM
 def dead_ends(model: onnx.ModelProto) -> set[str]:
     """Values that are computed, stored or given, and never used."""
     graph = model.graph
-    made = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer} | {entry.name for entry in graph.input}
+    made = (
+        {name for node in graph.node for name in node.output}
+        | {tensor.name for tensor in graph.initializer}
+        | {entry.name for entry in graph.input}
+    )
     used = {name for node in graph.node for name in node.input} | {entry.name for entry in graph.output}
     return made - used
 
@@ -257,7 +342,9 @@ BLOCKS = ("block_0", "block_1")
         ("cls", ("logits", "cls", "tokens", "pooled"), ("feature_map", *BLOCKS)),
     ],
 )
-def test_what_is_given_by_default_and_what_more_there_is(tmp_path: Path, kind: str, default: tuple[str, ...], more: tuple[str, ...]) -> None:
+def test_what_is_given_by_default_and_what_more_there_is(
+    tmp_path: Path, kind: str, default: tuple[str, ...], more: tuple[str, ...]
+) -> None:
     model = MODELS[kind](ENCODER)
     metadata = metadata_of(model)
     assert default_outputs(metadata, "visible") == default
@@ -276,7 +363,10 @@ def test_a_reconstruction_gives_pixels_by_default() -> None:
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind != "mae"])
 def test_a_reconstruction_needs_a_decoder(kind: str) -> None:
     model = MODELS[kind](ENCODER)
-    with pytest.raises(ConfigError, match=f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata_of(model).kind}"):
+    with pytest.raises(
+        ConfigError,
+        match=f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata_of(model).kind}",
+    ):
         build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode="reconstruct"))
 
 
@@ -297,7 +387,15 @@ def test_of_other_autoencoders_the_encoder_is_exported(objective: ObjectiveConfi
 
 @pytest.mark.parametrize(
     ("kind", "name"),
-    [("encoder", "logits"), ("mae", "pixels"), ("avg", "tokens"), ("avg", "cls"), ("avg", "feature_map"), ("cls", "bogus"), ("cls", "block_2")],
+    [
+        ("encoder", "logits"),
+        ("mae", "pixels"),
+        ("avg", "tokens"),
+        ("avg", "cls"),
+        ("avg", "feature_map"),
+        ("cls", "bogus"),
+        ("cls", "block_2"),
+    ],
 )
 def test_an_output_that_the_model_lacks(kind: str, name: str) -> None:
     model = MODELS[kind](ENCODER)
@@ -321,15 +419,24 @@ def test_a_number_of_patches_that_the_image_does_not_have(mode: TokenMode, keep:
         build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode=mode, keep=keep))
 
 
-@pytest.mark.parametrize(("kind", "mode"), [("encoder", "full"), ("avg", "visible"), ("cls", "ragged"), ("mae", "reconstruct")])
+@pytest.mark.parametrize(
+    ("kind", "mode"), [("encoder", "full"), ("avg", "visible"), ("cls", "ragged"), ("mae", "reconstruct")]
+)
 def test_the_pyramid_stands_on_the_last_block(tmp_path: Path, kind: str, mode: TokenMode) -> None:
     model, pyramid = MODELS[kind](ENCODER), random_pyramid(ENCODER.width, seed=0, out_channels=7).module
     images, tokens = random_tensor(3, 3, 6, 10).numpy(), token_inputs(mode, N, 3, 7)
     expected = pytorch_outputs(model, images, tokens, pyramid=pyramid)
     graph = graph_of(model, tmp_path, mode, pyramid=pyramid, outputs=("p5", "pooled", "p2", "p4", "p3"))
     found = graph(images=images, **tokens)
-    assert [array.shape for name, array in found.items() if name in LEVELS] == [(3, 7, 1, 2), (3, 7, 12, 20), (3, 7, 3, 5), (3, 7, 6, 10)]
-    assert_close(found, {name: expected[name] for name in found}, limit=1e-4)  # two convolutions of 252 products more, each normalised
+    assert [array.shape for name, array in found.items() if name in LEVELS] == [
+        (3, 7, 1, 2),
+        (3, 7, 12, 20),
+        (3, 7, 3, 5),
+        (3, 7, 6, 10),
+    ]
+    assert_close(
+        found, {name: expected[name] for name in found}, limit=1e-4
+    )  # two convolutions of 252 products more, each normalised
     alone = graph_of(model, tmp_path, mode, pyramid=pyramid, outputs=("p3",))
     assert dead_ends(alone.model) == set()
 
@@ -354,7 +461,9 @@ def test_a_feature_map_has_zeros_where_nothing_is_visible(tmp_path: Path, mode: 
 
 @pytest.mark.parametrize("mode", ["full", "ragged", "reconstruct"])
 def test_normalisation_is_folded_into_the_patch_embedding(tmp_path: Path, mode: TokenMode) -> None:
-    """The device does no float arithmetic on pixels but one Cast: the graph has the nodes of the other form, and that."""
+    """The device does no float arithmetic on pixels but one Cast: the graph has the nodes of the other form, and
+    that.
+    """
     model = tiny_mae()
     (tmp_path / "floats").mkdir()
     floats, graph = graph_of(model, tmp_path / "floats", mode), graph_of(model, tmp_path, mode, images="uint8")
@@ -407,7 +516,16 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     model = tiny_mae(config) if mode == "reconstruct" else tiny_classifier("cls", config)
     names = available_outputs(metadata_of(model), mode, pyramid=True)
     pyramid = fill(SimpleFeaturePyramid(config.width, out_channels=7))
-    saved = graph_of(model, tmp_path_factory.mktemp(mode), mode, keep=keep, batch=batch, pyramid=pyramid, outputs=names, pixels="target")
+    saved = graph_of(
+        model,
+        tmp_path_factory.mktemp(mode),
+        mode,
+        keep=keep,
+        batch=batch,
+        pyramid=pyramid,
+        outputs=names,
+        pixels="target",
+    )
     return Written(saved, mode, keep, batch, names)
 
 
@@ -419,8 +537,8 @@ def test_what_is_in_the_graph(written: Written) -> None:
     in_maps = sum(node.op_type == "LayerNormalization" and node.name.startswith("simfp") for node in model.graph.node)
     assert operators["LayerNormalization"] - in_maps == 2 * DEPTH + 1 + 3 * decoder, "two a block, and the final norms"
     assert operators["Softmax"] == DEPTH + decoder
-    # The patch embedding; q k, weights times v, qkv, proj, fc1 and fc2 a block; the head, or the decoder's first and last;
-    # where patches are chosen, the feature map's places before and after the norm, and those of the decoder.
+    # The patch embedding; q k, weights times v, qkv, proj, fc1 and fc2 a block; the head, or the decoder's first and
+    # last; where patches are chosen, the feature map's places before and after the norm, and those of the decoder.
     placed = 0 if written.mode == "full" else 2
     assert operators["MatMul"] + operators["Gemm"] == 1 + 6 * (DEPTH + decoder) + (3 if decoder else 1) + placed
     assert {(entry.domain, entry.version) for entry in model.opset_import} == {("", 17)}
@@ -437,14 +555,31 @@ def test_declared_shapes_are_those_of_the_arrays(written: Written) -> None:
     graph = written.saved.session
     assert {entry.name: entry.shape for entry in graph.get_inputs()} == {"images": [B, 3, 6, 10], **tokens}
     rows = [B, 15 if written.mode == "full" else K, 20]
-    maps = {"feature_map": [B, 20, 3, 5], "p2": [B, 7, 12, 20], "p3": [B, 7, 6, 10], "p4": [B, 7, 3, 5], "p5": [B, 7, 1, 2]}
+    maps = {
+        "feature_map": [B, 20, 3, 5],
+        "p2": [B, 7, 12, 20],
+        "p3": [B, 7, 6, 10],
+        "p4": [B, 7, 3, 5],
+        "p5": [B, 7, 1, 2],
+    }
     own = {"pixels": [B, 15, 12]} if written.mode == "reconstruct" else {"logits": [B, CLASSES]}
     declared = {entry.name: entry.shape for entry in graph.get_outputs()}
-    assert declared == {"cls": [B, 20], "tokens": rows, "pooled": [B, 20], "block_0": rows, "block_1": rows, "block_2": rows, **maps, **own}
+    assert declared == {
+        "cls": [B, 20],
+        "tokens": rows,
+        "pooled": [B, 20],
+        "block_0": rows,
+        "block_1": rows,
+        "block_2": rows,
+        **maps,
+        **own,
+    }
     assert tuple(declared) == written.names
     sizes: dict[str | int, int] = {"B": 3, "K": 4}
     found = written.saved(images=np.zeros((3, 3, 6, 10), np.float32), **token_inputs(written.mode, N, 3, 4))
-    assert {name: list(array.shape) for name, array in found.items()} == {name: [sizes.get(side, side) for side in shape] for name, shape in declared.items()}
+    assert {name: list(array.shape) for name, array in found.items()} == {
+        name: [sizes.get(side, side) for side in shape] for name, shape in declared.items()
+    }
 
 
 def test_shape_inference_knows_every_value(written: Written) -> None:

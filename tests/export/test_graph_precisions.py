@@ -1,4 +1,6 @@
-"""Lower precisions: where each type stands in the graph, and what is left of PyTorch's numbers, with planted outliers too."""
+"""Lower precisions: where each type stands in the graph, and what is left of PyTorch's numbers, with planted outliers
+too.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +24,29 @@ from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, available_outp
 from mae_deploy.images.read import Array
 from mae_deploy.models.vit import Encoder
 from tests.export.stream_outliers import inputs_of, plant_stream_outliers, trained_like
-from tests.export.tiny_exports import graph_of, input_scales, normalised, padded, permutations, pytorch_outputs, random_pixels, read_graph, sqnr
+from tests.export.tiny_exports import (
+    graph_of,
+    input_scales,
+    normalised,
+    padded,
+    permutations,
+    pytorch_outputs,
+    random_pixels,
+    read_graph,
+    sqnr,
+)
 from tests.models.tiny_models import ENCODER, metadata_of, random_tensor, tiny_classifier, tiny_mae
 
 N = ENCODER.num_patches
 PIXELS = random_pixels(ENCODER, 5)
 
-FLOAT, FLOAT16, BFLOAT16, INT8, UINT8 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8
+FLOAT, FLOAT16, BFLOAT16, INT8, UINT8 = (
+    TensorProto.FLOAT,
+    TensorProto.FLOAT16,
+    TensorProto.BFLOAT16,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +91,9 @@ def tokens_for(mode: TokenMode) -> dict[str, Array]:
 
 
 def spec_of(kind: Kind, scales: dict[str, float]) -> dict[str, Any]:
-    quantized: dict[str, float | None] = {} if kind.linears is None else dict(scales) if kind.linears == "static" else dict.fromkeys(scales)
+    quantized: dict[str, float | None] = (
+        {} if kind.linears is None else dict(scales) if kind.linears == "static" else dict.fromkeys(scales)
+    )
     return {"precision": kind.precision, "typing": kind.typing, "fp32_ops": kind.fp32_ops, "quantized": quantized}
 
 
@@ -88,7 +108,9 @@ def written(folder: Path, kind: Kind, mode: TokenMode, **more: Any) -> SavedType
     model = model_for(mode)
     spec = spec_of(kind, scales_of(model, mode))
     names = available_outputs(metadata_of(model), mode)
-    graph = build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode=mode, outputs=names, **spec, **more))
+    graph = build_graph(
+        metadata_of(model), model.state_dict(), GraphSpec(token_mode=mode, outputs=names, **spec, **more)
+    )
     graph.save(folder / "graph.onnx")
     return SavedTypes(read_graph(folder / "graph.onnx"), graph.types)
 
@@ -111,7 +133,9 @@ class SavedTypes:
 
     @cached_property
     def shapes(self) -> dict[str, onnx.TypeProto.Tensor]:
-        inferred = onnx.shape_inference.infer_shapes(self.model, check_type=True, strict_mode=True, data_prop=True).graph
+        inferred = onnx.shape_inference.infer_shapes(
+            self.model, check_type=True, strict_mode=True, data_prop=True
+        ).graph
         return {entry.name: entry.type.tensor_type for entry in [*inferred.value_info, *inferred.output]}
 
     @cached_property
@@ -142,7 +166,9 @@ def test_what_is_left_of_pytorchs_numbers(tmp_path: Path, name: str, mode: Token
     kind, model = KINDS[name], model_for(mode)
     images, tokens = normalised(model, PIXELS), tokens_for(mode)
     names = available_outputs(metadata_of(model), mode)
-    found = graph_of(model, tmp_path, mode, outputs=names, images="uint8", **spec_of(kind, scales_of(model, mode)))(images=PIXELS, **tokens)
+    found = graph_of(model, tmp_path, mode, outputs=names, images="uint8", **spec_of(kind, scales_of(model, mode)))(
+        images=PIXELS, **tokens
+    )
     expected = pytorch_outputs(model, images, tokens)
     for output, array in found.items():
         assert array.dtype == np.float32
@@ -152,7 +178,9 @@ def test_what_is_left_of_pytorchs_numbers(tmp_path: Path, name: str, mode: Token
 
 
 def test_bf16_arithmetic_needs_another_engine(tmp_path: Path) -> None:
-    with pytest.raises(Exception, match="Could not find an implementation for"):  # ONNX Runtime's exceptions have no base class of their own
+    with pytest.raises(
+        Exception, match="Could not find an implementation for"
+    ):  # ONNX Runtime's exceptions have no base class of their own
         graph_of(tiny_classifier("cls"), tmp_path, "full", precision="bf16", typing="strong")
 
 
@@ -161,7 +189,9 @@ def test_bf16_arithmetic_can_be_emulated(tmp_path: Path, mode: TokenMode) -> Non
     """With the roundings of the graph for TensorRT, and no operator in BF16 but Cast."""
     model = model_for(mode)
     islands, names = ("gelu", "norm", "residual"), available_outputs(metadata_of(model), mode)
-    saved = graph_of(model, tmp_path, mode, outputs=names, precision="bf16", typing="strong", fp32_ops=islands, emulates_bf16=True)
+    saved = graph_of(
+        model, tmp_path, mode, outputs=names, precision="bf16", typing="strong", fp32_ops=islands, emulates_bf16=True
+    )
     images, tokens = normalised(model, PIXELS), tokens_for(mode)
     found, expected = saved(images=images, **tokens), pytorch_outputs(model, images, tokens)
     for output, array in found.items():
@@ -181,7 +211,9 @@ def test_bf16_on_openvino(tmp_path: Path, name: str, mode: TokenMode) -> None:
     written(tmp_path, kind, mode)
     core = openvino.Core()
     hint = "bf16" if "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES") else "f32"
-    compiled = core.compile_model(str(tmp_path / "graph.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": 1})
+    compiled = core.compile_model(
+        str(tmp_path / "graph.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": 1}
+    )
     images, tokens = normalised(model, PIXELS), tokens_for(mode)
     found, expected = compiled({"images": images, **tokens}), pytorch_outputs(model, images, tokens)
     for output in available_outputs(metadata_of(model), mode):
@@ -202,9 +234,13 @@ def test_int8_attention(tmp_path: Path, name: str) -> None:
             product = next(node for node in saved.model.graph.node if node.name == f"blocks.{index}.attn/{part}")
             sources = [producers[value] for value in product.input]
             sources = [producers[node.input[0]] if node.op_type == "Transpose" else node for node in sources]
-            assert [node.op_type for node in sources] == ["DequantizeLinear"] * 2, "what an engine fuses has nothing in between"
+            assert [node.op_type for node in sources] == ["DequantizeLinear"] * 2, (
+                "what an engine fuses has nothing in between"
+            )
             scales = [float(numpy_helper.to_array(saved.weights[node.input[1]])) for node in sources]
-            wanted = parts[f"blocks.{index}.attn"][:2] if part == "qk" else (1 / 127, parts[f"blocks.{index}.attn"][2])  # shares are at most 1
+            wanted = (
+                parts[f"blocks.{index}.attn"][:2] if part == "qk" else (1 / 127, parts[f"blocks.{index}.attn"][2])
+            )  # shares are at most 1
             np.testing.assert_allclose(scales, wanted, rtol=2**-11 if kind.strong else 1e-6)
     without = graph_of(model, tmp_path, "full", **spec)
     before, after = (Counter(node.op_type for node in graph.model.graph.node) for graph in (without, saved))
@@ -251,7 +287,10 @@ def test_outliers_neither_overflow_nor_drown_the_rest(tmp_path: Path, depth: int
 def sizes_of(model: Encoder, images: Tensor) -> tuple[float, float]:
     """The largest number in the residual stream, and that between the two maps of an MLP."""
     stream, hidden = (
-        inputs_of([model.get_submodule(f"blocks.{index}.{name}") for index in range(model.config.blocks)], lambda: model(images))
+        inputs_of(
+            [model.get_submodule(f"blocks.{index}.{name}") for index in range(model.config.blocks)],
+            lambda: model(images),
+        )
         for name in ("norm2", "mlp.act")
     )
     return float(torch.stack(stream).abs().max()), float(torch.stack(hidden).abs().max())
@@ -270,12 +309,23 @@ def worst_cosine(found: Array, expected: Array) -> float:
 @pytest.mark.parametrize("name", KINDS)
 def test_every_shape_is_known(tmp_path: Path, name: str, mode: TokenMode) -> None:
     kind = KINDS[name]
-    saved = written(tmp_path, kind, mode, batch=3, keep=None if mode == "full" else 4, pixels="image" if mode == "reconstruct" else "target")
+    saved = written(
+        tmp_path,
+        kind,
+        mode,
+        batch=3,
+        keep=None if mode == "full" else 4,
+        pixels="image" if mode == "reconstruct" else "target",
+    )
     assert set(saved.shapes) == set(saved.producers)
     inner = set(saved.shapes) - {entry.name for entry in saved.model.graph.output}
-    assert {name: saved.types[name] for name in inner} == {name: helper.np_dtype_to_tensor_dtype(saved.expected[name]) for name in inner}
+    assert {name: saved.types[name] for name in inner} == {
+        name: helper.np_dtype_to_tensor_dtype(saved.expected[name]) for name in inner
+    }
     assert [value for value, shape in saved.shapes.items() if any(side.dim_value < 1 for side in shape.shape.dim)] == []
-    assert not {"Shape", "If", "Loop", "Expand", "Resize", "NonZero", "Range", "Scan", "ConstantOfShape"} & {node.op_type for node in saved.nodes}
+    assert not {"Shape", "If", "Loop", "Expand", "Resize", "NonZero", "Range", "Scan", "ConstantOfShape"} & {
+        node.op_type for node in saved.nodes
+    }
     assert all(node.domain == "" for node in saved.nodes)
     opset, version = (19, 9) if name == "int8 static strong" else (17, 8)
     assert [(entry.domain, entry.version) for entry in saved.model.opset_import] == [("", opset)]
@@ -285,13 +335,20 @@ def test_every_shape_is_known(tmp_path: Path, name: str, mode: TokenMode) -> Non
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", KINDS)
 def test_what_stays_fp32(tmp_path: Path, name: str, mode: TokenMode) -> None:
-    """Patch embedding, positions, final norm, pooling, head, the decoder's first and last maps: all that does not stand in a block."""
+    """Patch embedding, positions, final norm, pooling, head, the decoder's first and last maps: all that does not stand
+    in a block.
+    """
     saved = written(tmp_path, KINDS[name], mode)
     for node in saved.of("MatMul", "Gemm", "LayerNormalization", "ReduceMean", "ReduceSum", "Mul", "Div", inside=False):
         assert saved.inputs(node) - {TensorProto.INT64} == {FLOAT}, node.name  # axes are INT64
     outside = {node.name.partition("/")[0] for node in saved.of("MatMul", "Gemm", inside=False)}
-    assert outside >= ({"patch_embed", "decoder_embed", "decoder_pred"} if mode == "reconstruct" else {"patch_embed", "head"})
-    assert all(node.attribute[[a.name for a in node.attribute].index("stash_type")].i == 1 for node in saved.of("LayerNormalization"))
+    assert outside >= (
+        {"patch_embed", "decoder_embed", "decoder_pred"} if mode == "reconstruct" else {"patch_embed", "head"}
+    )
+    assert all(
+        node.attribute[[a.name for a in node.attribute].index("stash_type")].i == 1
+        for node in saved.of("LayerNormalization")
+    )
     assert {entry.type.tensor_type.elem_type for entry in saved.model.graph.output} == {FLOAT}
 
 
@@ -299,11 +356,17 @@ def test_what_stays_fp32(tmp_path: Path, name: str, mode: TokenMode) -> None:
 def test_weak_typing_computes_in_fp32_and_stores_less(tmp_path: Path, name: str) -> None:
     saved, stored = written(tmp_path, KINDS[name], "reconstruct"), FLOAT16 if name == "fp16 weak" else BFLOAT16
     lower = [tensor for tensor in saved.model.graph.initializer if tensor.data_type == stored]
-    matrices = {name for name in tiny_mae().state_dict() if re.fullmatch(r"(decoder_)?blocks\..*(qkv|proj|fc1|fc2)\.weight", name)}
+    matrices = {
+        name
+        for name in tiny_mae().state_dict()
+        if re.fullmatch(r"(decoder_)?blocks\..*(qkv|proj|fc1|fc2)\.weight", name)
+    }
     assert {tensor.name for tensor in lower} == matrices
     assert {saved.types[value] for value in saved.producers} == {FLOAT, TensorProto.INT64, TensorProto.BOOL}
     readers = [node for node in saved.nodes if any(saved.types[value] == stored for value in node.input)]
-    assert Counter(node.op_type for node in readers) == {"Cast": len(matrices)}, "one Cast each, which an engine folds when it loads"
+    assert Counter(node.op_type for node in readers) == {"Cast": len(matrices)}, (
+        "one Cast each, which an engine folds when it loads"
+    )
 
 
 @pytest.mark.parametrize("mode", ["full", "ragged", "reconstruct"])
@@ -338,16 +401,30 @@ def test_strong_bf16_keeps_all_but_the_products(tmp_path: Path) -> None:
     assert reading <= {"Transpose"}, "which moves numbers and computes none"
 
 
-ISLANDS = {"softmax": r"attn/softmax", "gelu": r"mlp\.gelu/.*", "norm": r"norm[12]/LayerNormalization", "residual": r"(attn|mlp)_residual"}
+ISLANDS = {
+    "softmax": r"attn/softmax",
+    "gelu": r"mlp\.gelu/.*",
+    "norm": r"norm[12]/LayerNormalization",
+    "residual": r"(attn|mlp)_residual",
+}
 """The nodes of each, after the block's number."""
 
 
 @pytest.mark.parametrize("islands", [(), *((island,) for island in ISLANDS), tuple(ISLANDS)], ids=str)
 def test_islands_are_fp32_and_nothing_else_is(tmp_path: Path, islands: tuple[str, ...]) -> None:
     saved = written(tmp_path, Kind(60, "fp16", "strong", islands), "full")
-    computing = [node for node in saved.of("Softmax", "Erf", "Div", "Mul", "Add", "LayerNormalization", "MatMul", "Gemm") if node.name.startswith("blocks.")]
+    computing = [
+        node
+        for node in saved.of("Softmax", "Erf", "Div", "Mul", "Add", "LayerNormalization", "MatMul", "Gemm")
+        if node.name.startswith("blocks.")
+    ]
     assert {kind for node in computing for kind in saved.inputs(node)} <= {FLOAT, FLOAT16}
-    inside = {node.name for node in computing for island in islands if re.fullmatch(rf"blocks\.\d\.?/?{ISLANDS[island]}", node.name)}
+    inside = {
+        node.name
+        for node in computing
+        for island in islands
+        if re.fullmatch(rf"blocks\.\d\.?/?{ISLANDS[island]}", node.name)
+    }
     assert len(inside) == sum({"softmax": 2, "gelu": 10, "norm": 4, "residual": 4}[island] for island in islands)
     assert {node.name for node in computing if FLOAT in saved.inputs(node)} == inside
 
@@ -356,7 +433,13 @@ def test_islands_are_fp32_and_nothing_else_is(tmp_path: Path, islands: tuple[str
 @pytest.mark.parametrize("name", ["fp16 weak", "bf16 weak", "int8 static"])
 def test_an_island_in_fp32_is_refused(tmp_path: Path, name: str, islands: tuple[Any, ...]) -> None:
     kind, model = KINDS[name], tiny_classifier("cls")
-    with pytest.raises(ConfigError, match=f"--fp32-ops {','.join(islands)}: with --precision {kind.precision} --typing {kind.typing} these are FP32 already"):
+    with pytest.raises(
+        ConfigError,
+        match=(
+            f"--fp32-ops {','.join(islands)}: with --precision {kind.precision} --typing {kind.typing} these are FP32"
+            " already"
+        ),
+    ):
         build_graph(
             metadata_of(model),
             model.state_dict(),
@@ -443,10 +526,17 @@ def test_a_mix_of_int8_and_higher(tmp_path: Path, name: str) -> None:
     saved = graph_of(model, tmp_path, "full", **spec)
     expected = pytorch_outputs(model, images)
     assert min(sqnr(array, expected[output]) for output, array in saved(images=images).items()) > 35
-    stored = {tensor.name.removesuffix(".weight") for tensor in saved.model.graph.initializer if tensor.data_type == INT8 and tensor.name.endswith(".weight")}
+    stored = {
+        tensor.name.removesuffix(".weight")
+        for tensor in saved.model.graph.initializer
+        if tensor.data_type == INT8 and tensor.name.endswith(".weight")
+    }
     assert stored == set(chosen)
     weights = {f"{linear}.weight" for linear in linears_of("full")}
-    assert {tensor.data_type for tensor in saved.model.graph.initializer if tensor.name in weights} == {INT8, FLOAT16 if kind.strong else FLOAT}
+    assert {tensor.data_type for tensor in saved.model.graph.initializer if tensor.name in weights} == {
+        INT8,
+        FLOAT16 if kind.strong else FLOAT,
+    }
 
 
 def test_a_weight_that_is_no_number_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""A ragged batch: each image gives what it gives alone, and whatever stands in the padding changes nothing, in every precision."""
+"""A ragged batch: each image gives what it gives alone, and whatever stands in the padding changes nothing, in every
+precision.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ import pytest
 
 from mae_deploy.export.graph.encoder import available_outputs
 from mae_deploy.images.read import Array
-from tests.export.tiny_exports import SavedGraph, graph_of, input_scales, normalised, padded, pytorch_outputs, random_pixels, sqnr
+from tests.export.tiny_exports import (
+    SavedGraph,
+    graph_of,
+    input_scales,
+    normalised,
+    padded,
+    pytorch_outputs,
+    random_pixels,
+    sqnr,
+)
 from tests.models.tiny_models import ENCODER, metadata_of, tiny_classifier
 
 N = ENCODER.num_patches
@@ -42,14 +53,19 @@ PRECISIONS: dict[str, tuple[float, dict[str, Any]]] = {
     "bf16 weak": (45, {"precision": "bf16"}),
     "int8 dynamic": (30, {"precision": "int8", "quantized": dict.fromkeys(SCALES)}),
     "int8 static": (30, {"precision": "int8", "quantized": SCALES}),
-    "int8 static strong": (30, {"precision": "int8", "typing": "strong", "fp32_ops": ("softmax",), "quantized": SCALES}),
+    "int8 static strong": (
+        30,
+        {"precision": "int8", "typing": "strong", "fp32_ops": ("softmax",), "quantized": SCALES},
+    ),
 }
 
 
 @pytest.fixture(scope="module", params=PRECISIONS)
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     floor, spec = PRECISIONS[request.param]
-    ragged, visible = (graph_of(MODEL, tmp_path_factory.mktemp(mode), mode, outputs=NAMES, **spec) for mode in ("ragged", "visible"))
+    ragged, visible = (
+        graph_of(MODEL, tmp_path_factory.mktemp(mode), mode, outputs=NAMES, **spec) for mode in ("ragged", "visible")
+    )
     return Case(ragged, visible, floor, request.param != "int8 dynamic")
 
 
@@ -63,7 +79,9 @@ def unpadded(found: dict[str, Array], index: int, length: int) -> dict[str, Arra
 
 
 def assert_alike(found: dict[str, Array], expected: dict[str, Array]) -> None:
-    """Equal but for rounding: 80 dB is a ten-thousandth of the whole, far below a step of INT8 (42 dB) and below one of FP16 (66 dB)."""
+    """Equal but for rounding: 80 dB is a ten-thousandth of the whole, far below a step of INT8 (42 dB) and below one of
+    FP16 (66 dB).
+    """
     for name, array in found.items():
         assert sqnr(array, expected[name]) > 80, name
 

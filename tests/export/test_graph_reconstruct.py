@@ -1,4 +1,6 @@
-"""The decoder's graph gives the pixels that the autoencoder predicts, in the space asked for, whatever the order of the visible patches."""
+"""The decoder's graph gives the pixels that the autoencoder predicts, in the space asked for, whatever the order of the
+visible patches.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def in_space(model: MaskedAutoencoder, predicted: Array, images: Array, pixels: 
     values = predicted.astype(np.float64)
     if model.norm_pix_loss and pixels != "target":
         patches = patchify(torch.from_numpy(images).double(), model.config.patch).numpy()
-        values = values * np.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + 1e-6) + patches.mean(axis=-1, keepdims=True)
+        values = values * np.sqrt(patches.var(axis=-1, ddof=1, keepdims=True) + 1e-6) + patches.mean(
+            axis=-1, keepdims=True
+        )
     if pixels == "image":
         spec = preprocess_of(model)
         grid = values.reshape(*values.shape[:2], -1, spec.channels)
@@ -49,7 +53,9 @@ def test_pixels_in_every_space(tmp_path: Path, norm_pix_loss: bool, pixels: Pixe
     model = tiny_mae(norm_pix_loss=norm_pix_loss)
     raw, ids = random_pixels(ENCODER, 3), permutations(N, 3, 4)
     host = normalised(model, raw)
-    found = graph_of(model, tmp_path, "reconstruct", pixels=pixels, images=images)(images=raw if images == "uint8" else host, ids_keep=ids)
+    found = graph_of(model, tmp_path, "reconstruct", pixels=pixels, images=images)(
+        images=raw if images == "uint8" else host, ids_keep=ids
+    )
     expected = in_space(model, pytorch_outputs(model, host, {"ids_keep": ids})["pixels"], host, pixels)
     assert_close(found, {"pixels": expected})
 
@@ -69,7 +75,9 @@ def test_the_order_of_ids_keep_does_not_matter(tmp_path: Path) -> None:
     graph = graph_of(model, tmp_path, "reconstruct")
     found = graph(images=images, ids_keep=ids)
     assert_close(graph(images=images, ids_keep=ids[:, ::-1].copy()), found)
-    assert np.abs(found["pixels"] - graph(images=images, ids_keep=permutations(N, 3, 7, seed=5))["pixels"]).max() > 0.1, "other patches, same pixels"
+    assert (
+        np.abs(found["pixels"] - graph(images=images, ids_keep=permutations(N, 3, 7, seed=5))["pixels"]).max() > 0.1
+    ), "other patches, same pixels"
 
 
 @pytest.mark.parametrize("keep", [1, N])
@@ -87,12 +95,22 @@ def test_the_picture_is_that_of_the_reconstruct_command(tmp_path: Path, norm_pix
     model, raw = tiny_mae(norm_pix_loss=norm_pix_loss), random_pixels(ENCODER, 2)
     # Crops of the very size: what the command reads from files is these pixels.
     spec = Preprocess(image_size=ENCODER.image_size, crop_pct=1.0)
-    draw_reconstructions(model, [Image.fromarray(one) for one in raw], spec, tmp_path / "grid.png", mask_ratio=0.7, seed=3, paste_visible=False)
+    draw_reconstructions(
+        model,
+        [Image.fromarray(one) for one in raw],
+        spec,
+        tmp_path / "grid.png",
+        mask_ratio=0.7,
+        seed=3,
+        paste_visible=False,
+    )
     grid = np.asarray(Image.open(tmp_path / "grid.png"))
     factor = 16  # 6 pixels become 96
     drawn = [grid[row * (96 + 4) :, 2 * (160 + 4) :][:96:factor, :160:factor] for row in range(2)]
     ids = random_masking(torch.rand(2, N, generator=torch.Generator().manual_seed(3)), 0.7).ids_keep
-    pixels = graph_of(model, tmp_path, "reconstruct", pixels="image", images="uint8")(images=raw, ids_keep=ids.numpy())["pixels"]
+    pixels = graph_of(model, tmp_path, "reconstruct", pixels="image", images="uint8")(images=raw, ids_keep=ids.numpy())[
+        "pixels"
+    ]
     images = unpatchify(torch.from_numpy(pixels), ENCODER.patch, ENCODER.grid_size).permute(0, 2, 3, 1).numpy()
     levels = (images.clip(0, 1) * 255 + 0.5).astype(np.uint8)
     assert np.abs(levels.astype(int) - np.stack(drawn)).max() <= 1
@@ -103,13 +121,20 @@ def test_encoder_outputs_beside_the_pixels(tmp_path: Path) -> None:
     model, images, ids = tiny_mae(), random_tensor(2, 3, 6, 10).numpy(), permutations(N, 2, 5)
     names = ("tokens", "pixels", "block_0")
     expected = pytorch_outputs(model, images, {"ids_keep": ids})
-    assert_close(graph_of(model, tmp_path, "reconstruct", outputs=names)(images=images, ids_keep=ids), {name: expected[name] for name in names})
+    assert_close(
+        graph_of(model, tmp_path, "reconstruct", outputs=names)(images=images, ids_keep=ids),
+        {name: expected[name] for name in names},
+    )
 
 
 @pytest.mark.parametrize(("width", "heads", "depth"), [(12, 3, 1), (20, 5, 3), (64, 1, 2)])
 def test_decoders_of_other_sizes(tmp_path: Path, width: int, heads: int, depth: int) -> None:
-    model = fill(MaskedAutoencoder(ENCODER, DecoderConfig(decoder_depth=depth, decoder_embed_dim=width, decoder_num_heads=heads)))
+    model = fill(
+        MaskedAutoencoder(ENCODER, DecoderConfig(decoder_depth=depth, decoder_embed_dim=width, decoder_num_heads=heads))
+    )
     images, ids = random_tensor(2, 3, 6, 10).numpy(), permutations(N, 2, 4)
     saved = graph_of(model, tmp_path, "reconstruct")
-    assert_close(saved(images=images, ids_keep=ids), {"pixels": pytorch_outputs(model, images, {"ids_keep": ids})["pixels"]})
+    assert_close(
+        saved(images=images, ids_keep=ids), {"pixels": pytorch_outputs(model, images, {"ids_keep": ids})["pixels"]}
+    )
     assert sum(node.op_type == "Softmax" for node in saved.model.graph.node) == ENCODER.blocks + depth

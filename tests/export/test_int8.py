@@ -68,11 +68,18 @@ def test_dynamic_is_the_default_and_needs_no_images(exports: Exports) -> None:
     assert {key: result["quantization"][key] for key in record} == record
     assert result["quantization"]["text"].startswith("8 of 8 Linears in INT8 (dynamic), ")
     assert {"DynamicQuantizeLinear", "MatMulInteger"} < operators(exports)
-    assert exports.manifest["tolerance"] == {"cosine": 0.995, "centred_cosine": 0.995, "sqnr_db": 30, "top1_agreement": 0.99}
+    assert exports.manifest["tolerance"] == {
+        "cosine": 0.995,
+        "centred_cosine": 0.995,
+        "sqnr_db": 30,
+        "top1_agreement": 0.99,
+    }
     assert {path.name for path in exports.out.iterdir()} == {"manifest.json", "encoder.onnx", "golden.npz"}
 
 
-def test_static_ranges_are_recorded_with_what_they_come_from(exports: Exports, robust: Path, calibrated: tuple[object, ...]) -> None:
+def test_static_ranges_are_recorded_with_what_they_come_from(
+    exports: Exports, robust: Path, calibrated: tuple[object, ...]
+) -> None:
     exports.passed(*calibrated)
     record = record_of(exports)
     scales, calibration = record["quantized"], record["calibration"]
@@ -95,7 +102,9 @@ def test_openvino_takes_static_ranges(exports: Exports, robust: Path) -> None:
     assert Bundle.load(exports.out).arithmetic == "int8-bf16"
 
 
-def test_on_openvino_the_rest_is_fp32_where_bf16_misses_the_budget(exports: Exports, robust: Path, tmp_path: Path) -> None:
+def test_on_openvino_the_rest_is_fp32_where_bf16_misses_the_budget(
+    exports: Exports, robust: Path, tmp_path: Path
+) -> None:
     """Of this model, BF16 alone leaves less than is wanted of what tells images apart."""
     pytest.importorskip("openvino")
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder())
@@ -107,7 +116,12 @@ def test_on_openvino_the_rest_is_fp32_where_bf16_misses_the_budget(exports: Expo
 
 def test_a_budget_of_ones_own_is_what_verify_judges_by(exports: Exports) -> None:
     exports.passed(*INT8, "--min-sqnr", 12.5, "--min-cosine", 0.9)
-    assert exports.manifest["tolerance"] == {"cosine": 0.9, "centred_cosine": 0.9, "sqnr_db": 12.5, "top1_agreement": 0.99}
+    assert exports.manifest["tolerance"] == {
+        "cosine": 0.9,
+        "centred_cosine": 0.9,
+        "sqnr_db": 12.5,
+        "top1_agreement": 0.99,
+    }
     assert exports.verified()["tolerance"]["sqnr_db"] == 12.5
 
 
@@ -152,7 +166,11 @@ def test_calibration_helps_dynamic_ranges_to_smooth(exports: Exports, robust: Pa
     exports.out = exports.out.with_name("calibrated")
     exports.passed(*INT8, "--calib-data", robust / "calibration", "--bias-correction")
     record = record_of(exports)
-    assert (record["policy"], record["calibration"]["method"], record["calibration"]["num_images"]) == ("dynamic", None, 128)
+    assert (record["policy"], record["calibration"]["method"], record["calibration"]["num_images"]) == (
+        "dynamic",
+        None,
+        128,
+    )
     assert (exports.out / "encoder.onnx").read_bytes() != alone
 
 
@@ -161,7 +179,9 @@ def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated
     for number, more in enumerate(((), ("--bias-correction",))):
         exports.out = exports.out.with_name(str(number))
         exports.passed(*calibrated, *more)
-        weights.append({tensor.name: tensor.raw_data for tensor in read_graph(exports.out / "encoder.onnx").graph.initializer})
+        weights.append(
+            {tensor.name: tensor.raw_data for tensor in read_graph(exports.out / "encoder.onnx").graph.initializer}
+        )
     assert {name for name in weights[0] if weights[0][name] != weights[1][name]} == {f"{name}.bias" for name in LINEARS}
 
 
@@ -170,7 +190,10 @@ def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated
     [
         (("--quantization", "static"), "static INT8 needs --calib-data"),
         (("--typing", "strong"), "static INT8 needs --calib-data"),
-        (("--quantization", "dynamic", "--typing", "strong"), "dynamic INT8 has neither strong typing nor INT8 attention"),
+        (
+            ("--quantization", "dynamic", "--typing", "strong"),
+            "dynamic INT8 has neither strong typing nor INT8 attention",
+        ),
         (("--int8-attention",), "dynamic INT8 has neither strong typing nor INT8 attention"),
         (("--bias-correction",), "--bias-correction needs --calib-data"),
         (("--calib-data", "nowhere"), "no such file or folder: nowhere"),
@@ -187,7 +210,9 @@ def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )
-def test_a_mistake_is_2_before_anything_is_computed(exports: Exports, more: tuple[object, ...], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_mistake_is_2_before_anything_is_computed(
+    exports: Exports, more: tuple[object, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_deploy.export.run.compute_reference", lambda _: pytest.fail("it was computed"))
     code, message = exports("--precision", "int8", *more)
     assert (code, message.splitlines()[0]) == (2, f"error: {said}")
@@ -208,7 +233,10 @@ def test_too_few_images_are_counted(exports: Exports, robust: Path, tmp_path: Pa
     shutil.copy(robust / "calibration" / "100.png", few)
     spoil(few / "104.png")
     code, said = exports(*INT8, "--calib-data", few)
-    assert (code, said.splitlines()[0]) == (2, f"error: only 127 readable images below --calib-data {few}; calibration needs at least 128")
+    assert (code, said.splitlines()[0]) == (
+        2,
+        f"error: only 127 readable images below --calib-data {few}; calibration needs at least 128",
+    )
     assert exports.left == set()
 
 
@@ -236,12 +264,18 @@ def test_a_budget_that_all_in_int8_misses_gives_a_mix(exports: Exports, calibrat
     for name, entry in manifest["files"].items():
         assert entry["sha256"] == hashlib.sha256((exports.out / name).read_bytes()).hexdigest()
     rows = json.loads((exports.out / "sensitivity.json").read_text())
-    assert {row["layer"]: row["precision"] for row in rows} == {name: "int8" if name in chosen else "fp32" for name in LINEARS}
+    assert {row["layer"]: row["precision"] for row in rows} == {
+        name: "int8" if name in chosen else "fp32" for name in LINEARS
+    }
     assert sum(row["macs_share"] for row in rows) == pytest.approx(1)
     assert (exports.out / "sensitivity.png").read_bytes().startswith(b"\x89PNG")
     # What is left in FP32 are Linears as they were.
     graph = read_graph(exports.out / "encoder.onnx").graph
-    high = {node.name.removesuffix("/Gemm").removesuffix("/MatMul") for node in graph.node if node.name.endswith(("/Gemm", "/MatMul"))}
+    high = {
+        node.name.removesuffix("/Gemm").removesuffix("/MatMul")
+        for node in graph.node
+        if node.name.endswith(("/Gemm", "/MatMul"))
+    }
     stored = {tensor.name: tensor.data_type for tensor in graph.initializer}
     for name in LINEARS:
         assert name in high
@@ -253,7 +287,10 @@ def test_without_a_mix_it_is_rejected_with_both_figures_and_the_table(exports: E
     code, said = exports(*INT8, "--min-sqnr", 90)
     error, hint = said.splitlines()
     assert code == 1
-    assert error.startswith("error: INT8 is rejected: no mix of INT8 and higher precision meets the budget; all 8 Linears in INT8: cls: sqnr_db ")
+    assert error.startswith(
+        "error: INT8 is rejected: no mix of INT8 and higher precision meets the budget; all 8 Linears in INT8: cls:"
+        " sqnr_db "
+    )
     assert re.search(rf"sqnr_db \d+\.\d+ is below 90; .*; {LATENCY}$", error)
     assert hint.startswith("hint: export fp32 or bf16, or give the budget that you can accept: --min-sqnr, ")
     assert hint.endswith(f"; the layers are in {exports.out.with_name('bundle-sensitivity.json')}")
@@ -282,7 +319,9 @@ def test_what_is_not_faster_is_rejected_with_both_figures(exports: Exports) -> N
 def test_by_default_it_must_be_faster_than_fp32(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = Timing((2e-3,))
     for seconds, code in ((2.001e-3, 1), (2e-3, 1), (1.5e-3, 0)):
-        monkeypatch.setattr(int8, "measure", lambda *_, seconds=seconds, **__: {"fp32": fp32, "int8": Timing((seconds,))})
+        monkeypatch.setattr(
+            int8, "measure", lambda *_, seconds=seconds, **__: {"fp32": fp32, "int8": Timing((seconds,))}
+        )
         assert exports("--precision", "int8")[0] == code
     record = record_of(exports)
     assert (record["latency_ratio"], record["latency_ms"]) == (pytest.approx(0.75), {"fp32": 2, "int8": 1.5})
@@ -304,7 +343,13 @@ def test_smoothing_repairs_outlier_channels(exports: Exports, robust: Path, tmp_
     model = robust_mae()
     model.load_state_dict(plant_outliers(model.state_dict(), 60))
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
-    arguments = (*INT8, "--quantization", policy, *(("--calib-data", robust / "calibration") if policy == "static" else ()), "--no-search")
+    arguments = (
+        *INT8,
+        "--quantization",
+        policy,
+        *(("--calib-data", robust / "calibration") if policy == "static" else ()),
+        "--no-search",
+    )
     exports.passed(*arguments)
     assert len(record_of(exports)["quantized"]) == 8
     assert exports.verified("--layers")["failures"] == []
@@ -318,12 +363,16 @@ def test_smoothing_repairs_outlier_channels(exports: Exports, robust: Path, tmp_
 
 
 @pytest.mark.parametrize("policy", ["dynamic", "static"])
-def test_outliers_in_the_residual_stream_cost_few_linears(exports: Exports, robust: Path, tmp_path: Path, policy: str) -> None:
+def test_outliers_in_the_residual_stream_cost_few_linears(
+    exports: Exports, robust: Path, tmp_path: Path, policy: str
+) -> None:
     """Two channels of every token are some 300, a hundred times the others."""
     images = torch.from_numpy(default_preprocess(CONFIG.image_size).normalise(random_pixels(CONFIG, 8)))
     model = plant_stream_outliers(settled(lambda: Encoder(CONFIG)), images, {3: 300.0, 17: -150.0})
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
-    exports.passed(*INT8, "--quantization", policy, *(("--calib-data", robust / "calibration") if policy == "static" else ()))
+    exports.passed(
+        *INT8, "--quantization", policy, *(("--calib-data", robust / "calibration") if policy == "static" else ())
+    )
     assert len(record_of(exports)["quantized"]) >= 6
     assert exports.verified("--layers")["failures"] == []
 
@@ -359,8 +408,14 @@ def test_a_drop_beyond_the_budget_is_refused(exports: Exports, labelled: Path, t
     model.load_state_dict(plant_outliers(model.state_dict(), 3000))
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model, class_names=CLASS_NAMES)
     exports.photos = labelled if known else exports.photos
-    code, said = exports(*INT8, "--min-sqnr", 0, "--min-cosine", 0.001, "--max-drop", 5, "--no-smooth-quant", "--no-search")
-    expected = r"top-1 is (\d+\.\d\d), (\d+\.\d\d) points below FP32's 100\.00; --max-drop 5" if known else r"logits: top1_agreement (0\.\d+) is below 0\.9"
+    code, said = exports(
+        *INT8, "--min-sqnr", 0, "--min-cosine", 0.001, "--max-drop", 5, "--no-smooth-quant", "--no-search"
+    )
+    expected = (
+        r"top-1 is (\d+\.\d\d), (\d+\.\d\d) points below FP32's 100\.00; --max-drop 5"
+        if known
+        else r"logits: top1_agreement (0\.\d+) is below 0\.9"
+    )
     found = re.search(expected, said)
     assert code == 1
     assert found is not None, said

@@ -18,7 +18,12 @@ from tests.models.quantization.test_smoothing import observe
 
 
 def row(index: int) -> LayerRow:
-    return LayerRow(layer=f"blocks.{index}.mlp.fc1", macs_share=1 / 128, noise_db=-50 + index / 10, precision="int8" if index % 3 else "fp32")
+    return LayerRow(
+        layer=f"blocks.{index}.mlp.fc1",
+        macs_share=1 / 128,
+        noise_db=-50 + index / 10,
+        precision="int8" if index % 3 else "fp32",
+    )
 
 
 def test_rows_hold_what_is_known_of_each_linear() -> None:
@@ -55,7 +60,15 @@ def test_the_files(count: int, tmp_path: Path) -> None:
 def test_no_noise_at_all_is_null_in_json(tmp_path: Path) -> None:
     silent = LayerRow(layer="blocks.0.mlp.fc1", macs_share=1.0, noise_db=-math.inf, precision="int8", scale=0.5)
     found = read_json(write_table(tmp_path / "layers", [silent, row(1)])[0])
-    expected = {"layer": "blocks.0.mlp.fc1", "macs_share": 1.0, "noise_db": None, "precision": "int8", "scale": 0.5, "absmax": None, "outlier_ratio": None}
+    expected = {
+        "layer": "blocks.0.mlp.fc1",
+        "macs_share": 1.0,
+        "noise_db": None,
+        "precision": "int8",
+        "scale": 0.5,
+        "absmax": None,
+        "outlier_ratio": None,
+    }
     assert found[0] == expected
 
 

@@ -1,4 +1,6 @@
-"""The builder writes what it was told: names, constants once, weights inside or beside the graph, and nothing that the checker refuses."""
+"""The builder writes what it was told: names, constants once, weights inside or beside the graph, and nothing that the
+checker refuses.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, GraphBuil
 from mae_deploy.images.read import Array
 from tests.export.tiny_exports import SavedGraph, open_session, run_session
 
-# A weight of 19 x 23 floats has 1,748 bytes, one of 7 x 11 has 308: the first may go to a file of its own, the second may not.
+# A weight of 19 x 23 floats has 1,748 bytes, one of 7 x 11 has 308: the first may go to a file of its own, the second
+# may not.
 ROWS, COLUMNS = 19, 23
 LARGE = np.random.default_rng(0).normal(size=(COLUMNS, ROWS)).astype(np.float32)
 OTHER = np.random.default_rng(1).normal(size=(COLUMNS, ROWS)).astype(np.float32)
@@ -24,7 +27,9 @@ INPUT = np.random.default_rng(3).normal(size=(5, ROWS)).astype(np.float32)
 
 
 def linear_graph() -> GraphBuilder:
-    """`(x @ large.T + x @ other.T) + (small, zeros)` with a weight that no node reads; `large` is given as a view that is not contiguous."""
+    """`(x @ large.T + x @ other.T) + (small, zeros)` with a weight that no node reads; `large` is given as a view that
+    is not contiguous.
+    """
     b = GraphBuilder("linear")
     x = b.input("x", np.float32, ["B", ROWS])
     first = b.node("MatMul", [x, b.weight("first.weight", LARGE.T)], "first/MatMul")
@@ -81,14 +86,28 @@ def test_a_constant_that_is_asked_for_twice_is_stored_once(tmp_path: Path) -> No
     for index, constant in enumerate(constants):
         b.output(f"y{index}", b.node("Reshape", [x, constant], f"reshaped{index}"), ["B", "rows", "columns"])
     saved = SavedGraph(b, tmp_path)
-    assert {name: numpy_helper.to_array(tensor).tolist() for name, tensor in saved.weights.items()} == {"const/0_2_3": [0, 2, 3], "const/0_3_2": [0, 3, 2]}
+    assert {name: numpy_helper.to_array(tensor).tolist() for name, tensor in saved.weights.items()} == {
+        "const/0_2_3": [0, 2, 3],
+        "const/0_3_2": [0, 3, 2],
+    }
     assert all(tensor.data_type == TensorProto.INT64 for tensor in saved.weights.values())
-    assert [array.shape for array in saved(x=np.zeros((5, 6), np.float32)).values()] == [(5, 2, 3), (5, 3, 2), (5, 2, 3)]
+    assert [array.shape for array in saved(x=np.zeros((5, 6), np.float32)).values()] == [
+        (5, 2, 3),
+        (5, 3, 2),
+        (5, 2, 3),
+    ]
 
 
 def test_scalars_are_shared_by_value_and_type() -> None:
     b = GraphBuilder("g")
-    names = [b.scalar(1.0), b.scalar(1.0, np.float32), b.scalar(1.0, np.float16), b.scalar(1, np.int64), b.scalar(0.5), b.scalar(0.5)]
+    names = [
+        b.scalar(1.0),
+        b.scalar(1.0, np.float32),
+        b.scalar(1.0, np.float16),
+        b.scalar(1, np.int64),
+        b.scalar(0.5),
+        b.scalar(0.5),
+    ]
     assert len(set(names)) == 4
     assert names[0] == names[1]
     assert names[4] == names[5]
@@ -102,7 +121,9 @@ def test_a_scalar_has_no_dimension(tmp_path: Path) -> None:
     saved = SavedGraph(b, tmp_path)
     [constant] = (numpy_helper.to_array(tensor) for tensor in saved.weights.values())
     assert (constant.shape, constant.dtype.name, float(constant)) == ((), "float16", float(np.float16(0.1)))
-    np.testing.assert_array_equal(saved(x=np.full((2, 3), 3, np.float16))["y"], np.full((2, 3), np.float16(3) * np.float16(0.1)))
+    np.testing.assert_array_equal(
+        saved(x=np.full((2, 3), 3, np.float16))["y"], np.full((2, 3), np.float16(3) * np.float16(0.1))
+    )
 
 
 def test_a_node_that_is_asked_for_twice_is_there_once(tmp_path: Path) -> None:
@@ -133,7 +154,9 @@ def test_the_type_of_every_value_is_known(tmp_path: Path) -> None:
     chosen = b.node("Where", [same, half, b.scalar(0.0, np.float16)], "chosen")
     b.output("y", chosen, ["B", 6])
     b.save(tmp_path / "graph.onnx")
-    inferred = onnx.shape_inference.infer_shapes(onnx.load(tmp_path / "graph.onnx"), check_type=True, strict_mode=True).graph.value_info
+    inferred = onnx.shape_inference.infer_shapes(
+        onnx.load(tmp_path / "graph.onnx"), check_type=True, strict_mode=True
+    ).graph.value_info
     found = {entry.name: helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type).name for entry in inferred}
     assert {name: b.types[name].name for name in found} == found
     assert found == {
@@ -160,7 +183,10 @@ def test_one_cast_for_all_who_need_it(tmp_path: Path) -> None:
     b.output("y", b.node("Add", [first, second], "sum"), ["B", 3])
     saved = SavedGraph(b, tmp_path)
     assert [node.op_type for node in saved.model.graph.node] == ["Cast", "Cast", "Add", "Cast"]
-    np.testing.assert_array_equal(saved(x=np.array([[0.1, 1, 2049]], np.float32))["y"], 2 * np.array([[0.1, 1, 2049]], np.float16).astype(np.float32))
+    np.testing.assert_array_equal(
+        saved(x=np.array([[0.1, 1, 2049]], np.float32))["y"],
+        2 * np.array([[0.1, 1, 2049]], np.float16).astype(np.float32),
+    )
 
 
 @pytest.mark.parametrize(("dtype", "operator"), [(np.float32, "Identity"), (np.float16, "Cast")])
@@ -223,7 +249,11 @@ def test_weights_above_the_limit_go_to_a_file_beside_it(tmp_path: Path, monkeypa
     assert set(tmp_path.iterdir()) == set(saved.files)
     np.testing.assert_allclose(saved(x=INPUT)["y"], expected_output(), rtol=0, atol=1e-5)
     # Small constants stay where shape inference can read them.
-    outside = {name: {entry.key: entry.value for entry in tensor.external_data} for name, tensor in saved.weights.items() if tensor.external_data}
+    outside = {
+        name: {entry.key: entry.value for entry in tensor.external_data}
+        for name, tensor in saved.weights.items()
+        if tensor.external_data
+    }
     assert set(outside) == {"first.weight", "second.weight"}
     assert outside["first.weight"] == {"location": "graph.onnx.data", "offset": "0", "length": str(LARGE.nbytes)}
     assert outside["second.weight"] == {"location": "graph.onnx.data", "offset": "4096", "length": str(OTHER.nbytes)}

@@ -1,4 +1,6 @@
-"""The pyramid's nodes compute what its module computes, in fixed sizes and with nothing that an engine of opset 17 lacks."""
+"""The pyramid's nodes compute what its module computes, in fixed sizes and with nothing that an engine of opset 17
+lacks.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,16 @@ from tests.models.tiny_models import fill, random_tensor
 WIDTH, CHANNELS = 13, 7
 
 OPERATORS = {
-    "p2": {"ConvTranspose": 2, "Conv": 2, "LayerNormalization": 3, "Transpose": 6, "Div": 1, "Erf": 1, "Add": 1, "Mul": 2},
+    "p2": {
+        "ConvTranspose": 2,
+        "Conv": 2,
+        "LayerNormalization": 3,
+        "Transpose": 6,
+        "Div": 1,
+        "Erf": 1,
+        "Add": 1,
+        "Mul": 2,
+    },
     "p3": {"ConvTranspose": 1, "Conv": 2, "LayerNormalization": 2, "Transpose": 4},
     "p4": {"Conv": 2, "LayerNormalization": 2, "Transpose": 4},
     "p5": {"MaxPool": 1, "Conv": 2, "LayerNormalization": 2, "Transpose": 4},
@@ -35,7 +46,13 @@ def arrays_of(pyramid: SimpleFeaturePyramid) -> dict[str, Array]:
 
 
 def graph_of(
-    pyramid: SimpleFeaturePyramid, folder: Path, grid_size: tuple[int, int], *, batch: Dim = "B", levels: tuple[str, ...] = LEVELS, dtype: type = np.float32
+    pyramid: SimpleFeaturePyramid,
+    folder: Path,
+    grid_size: tuple[int, int],
+    *,
+    batch: Dim = "B",
+    levels: tuple[str, ...] = LEVELS,
+    dtype: type = np.float32,
 ) -> SavedGraph:
     b = GraphBuilder("pyramid")
     features = b.input("features", dtype, [batch, pyramid.state_dict()["simfp_4.0.weight"].shape[1], *grid_size])
@@ -79,7 +96,9 @@ def test_the_sizes_are_declared_and_the_names_kept(tmp_path: Path) -> None:
     graph = graph_of(pyramid, tmp_path, (3, 5))
     shapes = {entry.name: entry.shape for entry in graph.session.get_outputs()}
     assert shapes == {"p2": ["B", 7, 12, 20], "p3": ["B", 7, 6, 10], "p4": ["B", 7, 3, 5], "p5": ["B", 7, 1, 2]}
-    weights = {name: numpy_helper.to_array(tensor) for name, tensor in graph.weights.items() if name.startswith("simfp_")}
+    weights = {
+        name: numpy_helper.to_array(tensor) for name, tensor in graph.weights.items() if name.startswith("simfp_")
+    }
     expected = arrays_of(pyramid)
     assert set(weights) == set(expected)
     assert all(np.array_equal(weights[name], expected[name]) for name in expected)

@@ -32,7 +32,10 @@ def test_a_weight_that_is_not_finite_is_named(bad: float) -> None:
     model = tiny_encoder()
     with torch.no_grad():
         model.get_parameter("blocks.1.attn.proj.weight")[2, 3] = bad
-    with pytest.raises(CheckFailed, match=r"blocks\.1\.attn\.proj\.weight has NaN or infinite values"), fake_quantized(model, {"blocks.1.attn.proj": 0.1}):
+    with (
+        pytest.raises(CheckFailed, match=r"blocks\.1\.attn\.proj\.weight has NaN or infinite values"),
+        fake_quantized(model, {"blocks.1.attn.proj": 0.1}),
+    ):
         pass
 
 
@@ -41,7 +44,10 @@ def test_the_multiplications_of_a_linear() -> None:
     assert [macs_per_token(tiny_mae(), name) for name in names] == [12 * 36, 12 * 12, 12 * 48, 12 * 48]
 
 
-@pytest.mark.parametrize(("head_dim", "tokens", "reason"), [(64, 512, None), (16, 1, None), (80, 50, "head dimension is 80"), (64, 513, "up to 513 tokens")])
+@pytest.mark.parametrize(
+    ("head_dim", "tokens", "reason"),
+    [(64, 512, None), (16, 1, None), (80, 50, "head dimension is 80"), (64, 513, "up to 513 tokens")],
+)
 def test_what_fused_int8_attention_needs(head_dim: int, tokens: int, reason: str | None) -> None:
     found = attention_obstacle(head_dim, tokens)
     assert found is None if reason is None else reason in (found or "")
@@ -92,26 +98,49 @@ def test_a_rounded_model_computes_what_the_graph_computes(scale: float | None, t
     }
     if scale is not None:
         constants |= {"x_scale": np.array(scale, np.float32), "x_zero": np.array(0, np.int8)}
-    nodes = [helper.make_node(op, inputs, outputs, **ATTRIBUTES.get(outputs[0], {})) for op, inputs, outputs in (DYNAMIC if scale is None else STATIC) + REST]
+    nodes = [
+        helper.make_node(op, inputs, outputs, **ATTRIBUTES.get(outputs[0], {}))
+        for op, inputs, outputs in (DYNAMIC if scale is None else STATIC) + REST
+    ]
     graph = open_small(tmp_path, nodes, constants, [4, 13, 30], [4, 13, 5])
     with fake_quantized(model, {"first": scale}):
         found = model(x).numpy()
-    np.testing.assert_allclose(found, run_session(graph, x=x.numpy())["y"], rtol=0, atol=3e-6)  # float32 sums against int32 sums
+    np.testing.assert_allclose(
+        found, run_session(graph, x=x.numpy())["y"], rtol=0, atol=3e-6
+    )  # float32 sums against int32 sums
     with torch.no_grad():
         assert np.abs(model(x).numpy() - found).max() > 1e-3
 
 
 @pytest.mark.parametrize(
-    ("scale", "attention", "precision"), [(0.05, False, "int8"), (0.05, True, "int8"), (None, False, "int8"), (0.0625, False, "fp8"), (0.0625, True, "fp8")]
+    ("scale", "attention", "precision"),
+    [(0.05, False, "int8"), (0.05, True, "int8"), (None, False, "int8"), (0.0625, False, "fp8"), (0.0625, True, "fp8")],
 )
-def test_a_rounded_encoder_computes_what_the_exported_graph_computes(scale: float | None, attention: bool, precision: Precision, tmp_path: Path) -> None:
+def test_a_rounded_encoder_computes_what_the_exported_graph_computes(
+    scale: float | None, attention: bool, precision: Precision, tmp_path: Path
+) -> None:
     model, images = noisy_encoder(), random_tensor(5, 3, 12, 20)
     scales = dict.fromkeys(eligible_linears(model)[:-1], scale)
     products = {"blocks.0.attn": (0.01, 0.04, 0.03), "blocks.1.attn": (0.02, 0.03, 0.04)} if attention else {}
     typing: Typing = "weak"
-    if precision == "fp8":  # one Linear and one attention: around them the graph is FP16, in which many numbers round otherwise, and what follows with them
-        typing, scales, products = "strong", {"blocks.1.mlp.fc1": scale}, {name: parts for name, parts in products.items() if name == "blocks.1.attn"}
-    spec = GraphSpec(token_mode="full", precision=precision, typing=typing, quantized=scales, attention_scales=products, outputs=("tokens",))
+    if (
+        precision == "fp8"
+        # one Linear and one attention: around them the graph is FP16, in which many numbers round otherwise, and what
+        # follows with them
+    ):
+        typing, scales, products = (
+            "strong",
+            {"blocks.1.mlp.fc1": scale},
+            {name: parts for name, parts in products.items() if name == "blocks.1.attn"},
+        )
+    spec = GraphSpec(
+        token_mode="full",
+        precision=precision,
+        typing=typing,
+        quantized=scales,
+        attention_scales=products,
+        outputs=("tokens",),
+    )
     builder = build_graph(metadata_of(model), model.state_dict(), spec)
     builder.save(tmp_path / "graph.onnx")
     with OnnxRuntimeEngine(tmp_path / "graph.onnx", EngineOptions(threads=1), precision=precision) as engine:
@@ -120,7 +149,8 @@ def test_a_rounded_encoder_computes_what_the_exported_graph_computes(scale: floa
         plain = model(images)[:, 1:]
         with fake_quantized(model, scales, products, rounding=ROUNDINGS[precision]):
             rounded = model(images)[:, 1:]
-    # Where a value lies between two integers, the last bit of a float32 sum decides: a few are off by a step, which is a thousandth of the noise.
+    # Where a value lies between two integers, the last bit of a float32 sum decides: a few are off by a step, which is
+    # a thousandth of the noise.
     assert decibels(rounded, exported) > decibels(plain, rounded) + (6 if precision == "fp8" else 25)
 
 
@@ -136,7 +166,12 @@ def test_the_model_is_given_back_as_it_was() -> None:
     with torch.no_grad():
         expected = model(images)
         corrections = {name: torch.ones(len(model.get_parameter(f"{name}.bias"))) for name in eligible_linears(model)}
-        rounded = fake_quantized(model, dict.fromkeys(eligible_linears(model), 0.1), {"blocks.0.attn": (1.0, 1.0, 1.0)}, corrections=corrections)
+        rounded = fake_quantized(
+            model,
+            dict.fromkeys(eligible_linears(model), 0.1),
+            {"blocks.0.attn": (1.0, 1.0, 1.0)},
+            corrections=corrections,
+        )
         with pytest.raises(RuntimeError, match="midway"):
             fail_within(rounded, lambda: (model(images) - expected).abs().max() > 1e-3)
         torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
@@ -159,4 +194,6 @@ def test_corrections_are_added_while_a_linear_is_rounded() -> None:
         with fake_quantized(model, {name: None}, corrections=given):
             model(images)
     handle.remove()
-    torch.testing.assert_close(seen[1] - seen[0], corrections[name].expand(2, 16, 20), rtol=0, atol=1e-5)  # of values around 1
+    torch.testing.assert_close(
+        seen[1] - seen[0], corrections[name].expand(2, 16, 20), rtol=0, atol=1e-5
+    )  # of values around 1

@@ -1,4 +1,6 @@
-"""The reference is the model's own forward pass, whatever the number of samples and whichever patches each of them has."""
+"""The reference is the model's own forward pass, whatever the number of samples and whichever patches each of them
+has.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,15 @@ from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.vit import Classifier, Encoder, Pool, patchify, unpatchify
 from mae_deploy.weights.pyramid import random_pyramid
 from tests.export.tiny_exports import padded, permutations, pytorch_outputs
-from tests.models.tiny_models import CLASSES, ENCODER, metadata_of, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    CLASSES,
+    ENCODER,
+    metadata_of,
+    random_tensor,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 SAMPLES = 11
 """More than one batch of 8."""
@@ -89,7 +99,9 @@ def test_pixels(norm_pix_loss: bool, pixels: str) -> None:
     expected = pytorch_outputs(model, IMAGES, {"ids_keep": ids})["pixels"].astype(np.float64)
     if norm_pix_loss and pixels != "target":
         patches = patchify(torch.from_numpy(IMAGES).double(), 2).numpy()
-        expected = expected * np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6) + patches.mean(axis=2, keepdims=True)
+        expected = expected * np.sqrt(patches.var(axis=2, ddof=1, keepdims=True) + 1e-6) + patches.mean(
+            axis=2, keepdims=True
+        )
     if pixels == "image":
         images = unpatchify(torch.from_numpy(expected), 2, ENCODER.grid_size).numpy()
         mean, std = (np.reshape(values, (3, 1, 1)) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
@@ -106,7 +118,9 @@ def test_a_perfect_prediction_is_the_image() -> None:
 
     own = tiny_mae()
     model = Perfect(own.config, own.decoder_config)
-    found = reference_of(model, pixels="normalised").outputs({"images": IMAGES[:8], "ids_keep": permutations(N, 8, 4)}, ("pixels",))["pixels"]
+    found = reference_of(model, pixels="normalised").outputs(
+        {"images": IMAGES[:8], "ids_keep": permutations(N, 8, 4)}, ("pixels",)
+    )["pixels"]
     np.testing.assert_allclose(found, patchify(torch.from_numpy(IMAGES[:8]), 2).numpy(), rtol=0, atol=1e-5)
 
 
@@ -120,7 +134,9 @@ def test_what_every_block_gives(mode: TokenMode, tokens: int) -> None:
     for index in range(2):
         np.testing.assert_allclose(found[:, index, 1:], expected[f"block_{index}"][:, : tokens - 1], rtol=0, atol=1e-5)
     with torch.no_grad():  # the last block, CLS too, is what the final norm reads
-        np.testing.assert_allclose(model.norm(torch.from_numpy(found[:, 1, 0])).numpy(), expected["cls"], rtol=0, atol=1e-5)
+        np.testing.assert_allclose(
+            model.norm(torch.from_numpy(found[:, 1, 0])).numpy(), expected["cls"], rtol=0, atol=1e-5
+        )
     few = reference_of(model).blocks({"images": IMAGES, **inputs}, num_samples=1, num_tokens=2)
     np.testing.assert_allclose(few, found[:1, :, :2], rtol=0, atol=1e-5)
 

@@ -48,7 +48,12 @@ LINEAGE = {
 
 def classifier(folder: Path, **metadata: Any) -> Path:
     """A student that was distilled from a fine-tuned teacher of imported weights."""
-    common: dict[str, Any] = {"licence": "own", "provenance": LINEAGE, "class_names": CLASS_NAMES, "metrics": {"top1": 0.75}}
+    common: dict[str, Any] = {
+        "licence": "own",
+        "provenance": LINEAGE,
+        "class_names": CLASS_NAMES,
+        "metrics": {"top1": 0.75},
+    }
     return write_checkpoint(folder, tiny_classifier("avg"), **{**common, **metadata})
 
 
@@ -79,18 +84,48 @@ def left_in(folder: Path) -> set[str]:
 
 def test_the_bundle(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint, out = classifier(tmp_path / "checkpoint"), tmp_path / "deep" / "bundle"
-    assert run(checkpoint, out, "--tokens", "visible:4", "--batch", "2", "--samples", photos, "--num-samples", "9", "--json") == 0
+    assert (
+        run(
+            checkpoint,
+            out,
+            "--tokens",
+            "visible:4",
+            "--batch",
+            "2",
+            "--samples",
+            photos,
+            "--num-samples",
+            "9",
+            "--json",
+        )
+        == 0
+    )
     result = json.loads(capsys.readouterr().out)
     manifest = manifest_of(out)
     assert validate_manifest(manifest) == manifest
     assert left_in(out) == {"manifest.json", "encoder.onnx", "golden.npz"}
     assert left_in(out.parent) == {"bundle"}
-    assert (manifest["mae_deploy_version"], manifest["kind"], manifest["precision"], manifest["engines"]) == (__version__, "classifier", "fp32", [])
+    assert (manifest["mae_deploy_version"], manifest["kind"], manifest["precision"], manifest["engines"]) == (
+        __version__,
+        "classifier",
+        "fp32",
+        [],
+    )
     assert abs(datetime.now(timezone.utc) - datetime.fromisoformat(manifest["created"])).total_seconds() < 60
     assert manifest["model"] == given(ENCODER)
-    assert (manifest["token_mode"], manifest["num_patches"], manifest["batch"], manifest["keep"]) == ("visible", 15, 2, 4)
+    assert (manifest["token_mode"], manifest["num_patches"], manifest["batch"], manifest["keep"]) == (
+        "visible",
+        15,
+        2,
+        4,
+    )
     assert manifest["profile"] == {"B": [2, 2, 2], "K": [4, 4, 4]}
-    assert (manifest["schema_version"], manifest["typing"], manifest["engine"], manifest["quantization"]) == (2, "weak", "onnxruntime", None)
+    assert (manifest["schema_version"], manifest["typing"], manifest["engine"], manifest["quantization"]) == (
+        2,
+        "weak",
+        "onnxruntime",
+        None,
+    )
     assert manifest["preprocess"] == given(default_preprocess((6, 10)))
     assert manifest["class_names"] == list(CLASS_NAMES)
     assert manifest["tolerance"] == {"cosine": 0.99999, "max_abs": 1e-4, "max_relative": 1e-5}
@@ -98,8 +133,14 @@ def test_the_bundle(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
     assert manifest["graph"] == {
         "file": "encoder.onnx",
         "opset": 17,
-        "inputs": [{"name": "images", "dtype": "float32", "shape": [2, 3, 6, 10]}, {"name": "ids_keep", "dtype": "int64", "shape": [2, 4]}],
-        "outputs": [{"name": "logits", "dtype": "float32", "shape": [2, CLASSES]}, {"name": "pooled", "dtype": "float32", "shape": [2, 20]}],
+        "inputs": [
+            {"name": "images", "dtype": "float32", "shape": [2, 3, 6, 10]},
+            {"name": "ids_keep", "dtype": "int64", "shape": [2, 4]},
+        ],
+        "outputs": [
+            {"name": "logits", "dtype": "float32", "shape": [2, CLASSES]},
+            {"name": "pooled", "dtype": "float32", "shape": [2, 20]},
+        ],
         "blocks": ["blocks.0/mlp_residual", "blocks.1/mlp_residual"],
     }
     assert [entry.name for entry in [*graph.input, *graph.output]] == ["images", "ids_keep", "logits", "pooled"]
@@ -122,7 +163,9 @@ def test_the_bundle(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
 
 
 def test_golden_samples_are_the_users_images_and_pytorchs_outputs(tmp_path: Path, photos: Path) -> None:
-    assert run(classifier(tmp_path / "checkpoint"), tmp_path / "bundle", "--tokens", "visible", "--samples", photos) == 0
+    assert (
+        run(classifier(tmp_path / "checkpoint"), tmp_path / "bundle", "--tokens", "visible", "--samples", photos) == 0
+    )
     with np.load(tmp_path / "bundle" / "golden.npz", allow_pickle=False) as archive:
         golden = {name: archive[name] for name in archive.files}
     assert {name: (array.shape, array.dtype.name) for name, array in golden.items()} == {
@@ -140,7 +183,9 @@ def test_golden_samples_are_the_users_images_and_pytorchs_outputs(tmp_path: Path
     # The same operations on a batch of the same size.
     np.testing.assert_allclose(golden["logits"], logits.numpy(), rtol=0, atol=1e-6)
     with torch.no_grad():
-        tokens = tiny_classifier("avg").embed(torch.from_numpy(golden["images"][:2]), torch.from_numpy(golden["ids_keep"][:2]))
+        tokens = tiny_classifier("avg").embed(
+            torch.from_numpy(golden["images"][:2]), torch.from_numpy(golden["ids_keep"][:2])
+        )
         for index, block in enumerate(tiny_classifier("avg").blocks):
             tokens = block(tokens)
             np.testing.assert_allclose(golden["blocks"][:, index], tokens.numpy(), rtol=0, atol=1e-5)
@@ -151,7 +196,12 @@ def test_the_record_of_parity(tmp_path: Path, photos: Path) -> None:
     parity = manifest_of(tmp_path / "bundle")["parity"]
     assert list(parity) == ["onnx-fp32"]
     record = parity["onnx-fp32"]
-    assert (record["passed"], record["num_samples"], record["engine"], record["failures"]) == (True, 11, "onnxruntime", [])
+    assert (record["passed"], record["num_samples"], record["engine"], record["failures"]) == (
+        True,
+        11,
+        "onnxruntime",
+        [],
+    )
     assert [row["name"] for row in record["outputs"]] == ["cls", "tokens", "pooled"]
     # Three orders of magnitude inside the gate: float32's own noise.
     assert all(row["cosine"] > 0.999999 and row["max_abs"] < 1e-5 and row["sqnr_db"] > 100 for row in record["outputs"])
@@ -170,7 +220,11 @@ def test_the_chain_of_records(tmp_path: Path, photos: Path) -> None:
         "metrics": {"top1": 0.75},
         **LINEAGE,
     }
-    assert (provenance["export"]["tokens"], provenance["export"]["seed"], provenance["export"]["samples"]) == ("full", 3, str(photos))
+    assert (provenance["export"]["tokens"], provenance["export"]["seed"], provenance["export"]["samples"]) == (
+        "full",
+        3,
+        str(photos),
+    )
 
 
 @pytest.mark.parametrize(
@@ -178,13 +232,32 @@ def test_the_chain_of_records(tmp_path: Path, photos: Path) -> None:
     [
         ("own", ""),
         ("MIT", ""),
-        ("CC-BY-NC-4.0", "licence: CC-BY-NC-4.0: these weights derive from a non-commercial release, and so does this bundle\n"),
-        ("MIT AND CC-BY-NC-4.0", "licence: MIT AND CC-BY-NC-4.0: these weights derive from a non-commercial release, and so does this bundle\n"),
-        ("unspecified", "licence: unspecified: pass --license to 'mae-deploy import' to record what these weights may be used for\n"),
+        (
+            "CC-BY-NC-4.0",
+            "licence: CC-BY-NC-4.0: these weights derive from a non-commercial release, and so does this bundle\n",
+        ),
+        (
+            "MIT AND CC-BY-NC-4.0",
+            (
+                "licence: MIT AND CC-BY-NC-4.0: these weights derive from a non-commercial release, and so does this"
+                " bundle\n"
+            ),
+        ),
+        (
+            "unspecified",
+            (
+                "licence: unspecified: pass --license to 'mae-deploy import' to record what these weights may be used"
+                " for\n"
+            ),
+        ),
     ],
 )
-def test_the_licence_goes_into_the_bundle_and_is_said_aloud(tmp_path: Path, photos: Path, licence: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run(encoder(tmp_path / "checkpoint", licence=licence), tmp_path / "bundle", "--samples", photos, "--json") == 0
+def test_the_licence_goes_into_the_bundle_and_is_said_aloud(
+    tmp_path: Path, photos: Path, licence: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert (
+        run(encoder(tmp_path / "checkpoint", licence=licence), tmp_path / "bundle", "--samples", photos, "--json") == 0
+    )
     captured = capsys.readouterr()
     assert "".join(line for line in captured.err.splitlines(keepends=True) if line.startswith("licence")) == said
     assert json.loads(captured.out)["licence"] == licence
@@ -196,8 +269,14 @@ def test_for_people(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
     assert run(encoder(tmp_path / "checkpoint"), out, "--samples", photos) == 0
     captured = capsys.readouterr()
     # The title is broken to the width of the table.
-    assert "".join(f"{out}: full tokens, fp32 on onnxruntime, parity with PyTorch on 11 images of {photos}".split()) in "".join(captured.out.split())
-    assert [line.split()[1] for line in captured.out.splitlines() if line.startswith("│")] == ["cls", "tokens", "pooled"]
+    assert "".join(
+        f"{out}: full tokens, fp32 on onnxruntime, parity with PyTorch on 11 images of {photos}".split()
+    ) in "".join(captured.out.split())
+    assert [line.split()[1] for line in captured.out.splitlines() if line.startswith("│")] == [
+        "cls",
+        "tokens",
+        "pooled",
+    ]
     assert "proven" in captured.err
 
 
@@ -226,7 +305,9 @@ def test_every_kind_passes_and_runs(tmp_path: Path, photos: Path, kind: str, tok
 
 
 def test_chosen_outputs(tmp_path: Path, photos: Path) -> None:
-    assert run(classifier(tmp_path / "checkpoint"), tmp_path / "bundle", "--samples", photos, "--outputs", "pooled") == 0
+    assert (
+        run(classifier(tmp_path / "checkpoint"), tmp_path / "bundle", "--samples", photos, "--outputs", "pooled") == 0
+    )
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.output_names == ("pooled",)
     assert set(bundle.golden()) == {"images", "pooled", "blocks"}
@@ -241,7 +322,9 @@ def test_another_image_size_interpolates_the_positions(tmp_path: Path, photos: P
     assert (bundle.model["image_size"], bundle.num_patches, bundle.preprocess.image_size) == ([14, 8], 28, (14, 8))
     larger = Encoder(EncoderConfig(**{**to_dict(ENCODER), "image_size": (14, 8)})).eval()
     tensors = {name: model.state_dict()[name] for name in larger.state_dict()}
-    larger.load_state_dict({**tensors, "pos_embed": interpolate_position_embedding(tensors["pos_embed"], (3, 5), (7, 4))})
+    larger.load_state_dict(
+        {**tensors, "pos_embed": interpolate_position_embedding(tensors["pos_embed"], (3, 5), (7, 4))}
+    )
     golden = bundle.golden()
     with torch.no_grad():
         expected = larger(torch.from_numpy(golden["images"]))
@@ -273,7 +356,10 @@ def test_large_weights_go_to_a_file_of_their_own(tmp_path: Path, photos: Path, m
     assert left_in(tmp_path / "bundle") == {"manifest.json", "encoder.onnx", "encoder.onnx.data", "golden.npz"}
     manifest = manifest_of(tmp_path / "bundle")
     content = (tmp_path / "bundle" / "encoder.onnx.data").read_bytes()
-    assert manifest["files"]["encoder.onnx.data"] == {"sha256": hashlib.sha256(content).hexdigest(), "size": len(content)}
+    assert manifest["files"]["encoder.onnx.data"] == {
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "size": len(content),
+    }
     (tmp_path / "bundle").rename(tmp_path / "moved")
     assert verify_bundle(Bundle.load(tmp_path / "moved"), options=EngineOptions(threads=1)).passed
     open_session(tmp_path / "moved" / "encoder.onnx")
@@ -291,7 +377,9 @@ def test_seeds_choose_the_visible_patches(tmp_path: Path, photos: Path) -> None:
 # --- samples ---------------------------------------------------------------------------------------------------------
 
 
-def test_broken_samples_are_named_and_left_out(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_broken_samples_are_named_and_left_out(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(photos / "04.png")
     (photos / "05.png").write_bytes(b"")
     assert run(encoder(tmp_path / "checkpoint"), tmp_path / "bundle", "--samples", photos) == 0
@@ -309,10 +397,14 @@ def test_the_data_of_the_checkpoint_is_the_default(tmp_path: Path, photos: Path)
     assert manifest_of(tmp_path / "bundle")["golden"]["source"] == f"11 images of {photos}"
 
 
-def test_without_images_synthetic_ones_are_said_aloud_and_recorded(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_images_synthetic_ones_are_said_aloud_and_recorded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(encoder(tmp_path / "checkpoint"), tmp_path / "bundle", "--json", "--num-samples", "3") == 0
     captured = capsys.readouterr()
-    assert captured.err.startswith("no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones\n")
+    assert captured.err.startswith(
+        "no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones\n"
+    )
     source = "3 synthetic images with a 1/f spectrum"
     assert json.loads(captured.out)["samples"] == source
     assert manifest_of(tmp_path / "bundle")["golden"] == {"file": "golden.npz", "source": source, "num_samples": 3}
@@ -327,14 +419,21 @@ def without_scale(tensors: Tensors) -> Tensors:
     """As if the graph forgot to divide q by the root of the head dim, 2."""
     factor = torch.ones(60, 1)
     factor[:20] = 2
-    qkv = {name: tensor * (factor if tensor.ndim == 2 else factor[:, 0]) for name, tensor in tensors.items() if ".qkv." in name}
+    qkv = {
+        name: tensor * (factor if tensor.ndim == 2 else factor[:, 0])
+        for name, tensor in tensors.items()
+        if ".qkv." in name
+    }
     return {**tensors, **qkv}
 
 
 FLAWS: dict[str, Callable[[Tensors], Tensors]] = {
     "scale": without_scale,
     "positions": lambda tensors: {**tensors, "pos_embed": tensors["pos_embed"].roll(1, dims=1)},
-    "pixels": lambda tensors: {**tensors, "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].transpose(2, 3)},
+    "pixels": lambda tensors: {
+        **tensors,
+        "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].transpose(2, 3),
+    },
     "channels": lambda tensors: {**tensors, "patch_embed.proj.weight": tensors["patch_embed.proj.weight"].flip(1)},
     "one weight by 0.01": lambda tensors: {**tensors, "norm.bias": tensors["norm.bias"] + 0.01 * torch.eye(20)[7]},
 }
@@ -343,7 +442,12 @@ FLAWS: dict[str, Callable[[Tensors], Tensors]] = {
 @pytest.mark.parametrize("tokens", ["full", "visible"])
 @pytest.mark.parametrize("flaw", FLAWS)
 def test_a_wrong_graph_is_1_and_leaves_nothing(
-    tmp_path: Path, photos: Path, flaw: str, tokens: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    photos: Path,
+    flaw: str,
+    tokens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def flawed(metadata: Metadata, tensors: Tensors, spec: GraphSpec) -> GraphBuilder:
         return build_graph(metadata, FLAWS[flaw](tensors), spec)
@@ -373,14 +477,21 @@ def test_every_sample_is_judged_not_the_golden_ones_alone(
     checkpoint = encoder(tmp_path / "checkpoint")
     monkeypatch.setattr(Reference, "outputs", off_in_the_tenth)
     assert run(checkpoint, tmp_path / "place" / "bundle", "--samples", photos) == 1
-    assert "misses parity with PyTorch: pooled: max_abs 0.001 is above 0.0001 and max_relative " in capsys.readouterr().err
+    assert (
+        "misses parity with PyTorch: pooled: max_abs 0.001 is above 0.0001 and max_relative " in capsys.readouterr().err
+    )
     assert left_in(tmp_path / "place") == set()
 
 
 @pytest.mark.parametrize("tokens", ["visible", "ragged"])
 @pytest.mark.parametrize("wrong_at", [1, 15])
 def test_a_dynamic_k_is_judged_at_both_its_ends(
-    tmp_path: Path, photos: Path, wrong_at: int, tokens: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    photos: Path,
+    wrong_at: int,
+    tokens: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     outputs = Reference.outputs
 
@@ -393,7 +504,10 @@ def test_a_dynamic_k_is_judged_at_both_its_ends(
     checkpoint = encoder(tmp_path / "checkpoint")
     monkeypatch.setattr(Reference, "outputs", off_at_one_end)
     assert run(checkpoint, tmp_path / "place" / "bundle", "--samples", photos, "--tokens", tokens) == 1
-    assert f"misses parity with PyTorch: K={wrong_at}: pooled: max_abs 0.001 is above 0.0001 and max_relative " in capsys.readouterr().err
+    assert (
+        f"misses parity with PyTorch: K={wrong_at}: pooled: max_abs 0.001 is above 0.0001 and max_relative "
+        in capsys.readouterr().err
+    )
 
 
 def refuse(*_: Any, **__: Any) -> None:
@@ -412,7 +526,13 @@ def interrupt(*_: Any, **__: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "name", "failure", "code", "said"),
     [
-        (onnx.checker, "check_model", refuse, 1, "error: the exported graph is not valid ONNX: Bad node spec for node 3"),
+        (
+            onnx.checker,
+            "check_model",
+            refuse,
+            1,
+            "error: the exported graph is not valid ONNX: Bad node spec for node 3",
+        ),
         (onnx_builder, "_write_external", break_off, 1, "error: OSError: [Errno 28] No space left on device"),
         (export, "prove", interrupt, 130, ""),
         (Reference, "blocks", interrupt, 130, ""),
@@ -443,7 +563,10 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, photos: Path, capsys: 
     out.mkdir()
     (out / "mine").write_text("kept")
     assert run(checkpoint, out, "--samples", photos) == 2
-    assert capsys.readouterr().err == f"error: --out {out} already exists\nhint: choose another --out, or remove it first\n"
+    assert (
+        capsys.readouterr().err
+        == f"error: --out {out} already exists\nhint: choose another --out, or remove it first\n"
+    )
     assert left_in(out) == {"mine"}
     (out / "mine").unlink()
     assert run(checkpoint, out, "--samples", photos) == 0, "an empty folder holds nothing to lose"
@@ -473,7 +596,10 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, photos: Path, capsys: 
         (["--threads", "0"], "--threads 0 must be at least 1"),
         (["--seed", "-1"], "--seed -1 must be at least 0"),
         (["--images", "float16"], "--images and --features float16 need --precision fp16, not fp32"),
-        (["--features", "float16", "--precision", "bf16"], "--images and --features float16 need --precision fp16, not bf16"),
+        (
+            ["--features", "float16", "--precision", "bf16"],
+            "--images and --features float16 need --precision fp16, not bf16",
+        ),
         (["--pixels", "image"], "--pixels image needs --tokens reconstruct"),
         (["--profile", "B:8,1,32"], "--profile B:8,1,32"),
         (["--profile", "K:1,2,3"], "--profile K:1,2,3: a graph of all patches has no K"),
@@ -481,12 +607,17 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, photos: Path, capsys: 
         (["--profile", "K:1,2,3", "--tokens", "visible:2"], "--profile K:1,2,3 gives a range for K, which is fixed"),
         (["--profile", "K:1,2,16", "--tokens", "visible"], "K 16 is more than the 15 patches of this model"),
         (["--fp32-ops", "gelu"], "--fp32-ops gelu: with --precision fp32 --typing weak these are FP32 already"),
-        (["--precision", "bf16", "--typing", "strong"], "--precision bf16 --typing strong: ONNX Runtime has no BF16 arithmetic on the CPU"),
+        (
+            ["--precision", "bf16", "--typing", "strong"],
+            "--precision bf16 --typing strong: ONNX Runtime has no BF16 arithmetic on the CPU",
+        ),
         (["--max-drop", "1"], "settings of INT8 are given with --precision fp32"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, list) else "",
 )
-def test_a_mistake_is_2_with_one_line(tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_is_2_with_one_line(
+    tmp_path: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint, out = encoder(tmp_path / "checkpoint"), tmp_path / "place" / "bundle"
     out.parent.mkdir()
     assert run(checkpoint, out, *arguments) == 2
@@ -505,7 +636,9 @@ def test_a_checkpoint_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFi
     assert left_in(tmp_path) == set()
 
 
-def test_no_such_device(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_no_such_device(
+    tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     checkpoint, out = encoder(tmp_path / "checkpoint"), tmp_path / "place" / "bundle"
     out.parent.mkdir()

@@ -1,4 +1,5 @@
-"""Every token mode in every precision, for both engines: `export` proves it, `verify` repeats that on either engine, and `Backbone` runs it on any images.
+"""Every token mode in every precision, for both engines: `export` proves it, `verify` repeats that on either engine,
+and `Backbone` runs it on any images.
 
 Through the command line, as users do.
 """
@@ -39,7 +40,8 @@ PRECISIONS: dict[str, tuple[str, ...]] = {
     "static": ("--precision", "int8", "--quantization", "static"),
 }
 FLOORS = {"fp32": 100, "fp16": 45, "bf16": 35, "dynamic": 30, "static": 30}
-"""dB for images that the export has not seen. Its own limits, but FP32's, which has none: 1e-5 of the largest number."""
+"""dB for images that the export has not seen. Its own limits, but FP32's, which has none: 1e-5 of the largest
+number."""
 
 MODES: dict[str, tuple[str, ...]] = {
     "full": ("--tokens", "full"),
@@ -48,19 +50,35 @@ MODES: dict[str, tuple[str, ...]] = {
     # One patch tells a decoder too little of an image to bear the noise of INT8.
     "reconstruct": ("--tokens", "reconstruct", "--profile", "K:4,6,15"),
 }
-KEEP: dict[str, Any] = {"full": None, "visible": [3, 1, 14, 0, 9], "ragged": [[3, 1, 14, 0, 9], [7], list(range(15))], "reconstruct": [3, 1, 14, 0, 9]}
+KEEP: dict[str, Any] = {
+    "full": None,
+    "visible": [3, 1, 14, 0, 9],
+    "ragged": [[3, 1, 14, 0, 9], [7], list(range(15))],
+    "reconstruct": [3, 1, 14, 0, 9],
+}
 
 
 def quantized(precision: str, root: Path) -> list[object]:
     """All Linears in INT8 at any speed: graphs of this size gain nothing."""
     if precision not in ("dynamic", "static"):
         return []
-    return ["--max-latency", 1000, "--no-search", *(["--calib-data", root / "calibration"] if precision == "static" else [])]
+    return [
+        "--max-latency",
+        1000,
+        "--no-search",
+        *(["--calib-data", root / "calibration"] if precision == "static" else []),
+    ]
 
 
 def unseen() -> list[Array]:
     """Images of three sizes, uint8 `(H, W, 3)`."""
-    return [np.kron(np.random.default_rng(size).integers(0, 256, (2, 2, 3), dtype=np.uint8), np.ones((size, size + 2, 1), np.uint8)) for size in (4, 7, 23)]
+    return [
+        np.kron(
+            np.random.default_rng(size).integers(0, 256, (2, 2, 3), dtype=np.uint8),
+            np.ones((size, size + 2, 1), np.uint8),
+        )
+        for size in (4, 7, 23)
+    ]
 
 
 def unseen_image(number: int) -> Image.Image:
@@ -85,7 +103,9 @@ def installed() -> list[str]:
 
 
 def runs_as_pytorch(out: Path, model: MaskedAutoencoder, keep: Any, floor: float, engine: str = "auto") -> None:
-    """Whether images that the export has not seen give what PyTorch gives, on the engine that the bundle is proven on."""
+    """Whether images that the export has not seen give what PyTorch gives, on the engine that the bundle is proven
+    on.
+    """
     with Backbone.load(out, engine, threads=1) as backbone:
         found = backbone(unseen(), keep)
         expected = pytorch_outputs(model, backbone.preprocess([*unseen()]), given(keep))
@@ -100,13 +120,22 @@ def test_for_onnx_runtime(exports: Exports, robust: Path, mode: str, precision: 
     result = exports.passed(*MODES[mode], *PRECISIONS[precision], *quantized(precision, robust))
     manifest = exports.manifest
     name = PRECISIONS[precision][1]
-    assert (result["precision"], result["engine"]) == (manifest["precision"], manifest["engine"]) == (name, "onnxruntime")
+    assert (
+        (result["precision"], result["engine"]) == (manifest["precision"], manifest["engine"]) == (name, "onnxruntime")
+    )
     assert list(manifest["parity"]) == [f"onnx-{name}"]
     assert manifest["parity"][f"onnx-{name}"]["passed"] is True
     if name == "int8":
-        assert (result["quantization"]["policy"], len(result["quantization"]["quantized"])) == (precision, 12 if mode == "reconstruct" else 8)
+        assert (result["quantization"]["policy"], len(result["quantization"]["quantized"])) == (
+            precision,
+            12 if mode == "reconstruct" else 8,
+        )
     verified = exports.verified("--layers")
-    assert (verified["engine"], verified["layers"]["lost_at"], len(verified["layers"]["blocks"])) == ("onnxruntime", None, 2)
+    assert (verified["engine"], verified["layers"]["lost_at"], len(verified["layers"]["blocks"])) == (
+        "onnxruntime",
+        None,
+        2,
+    )
     runs_as_pytorch(exports.out, robust_mae(), KEEP[mode], FLOORS[precision])
     pytest.importorskip("openvino")
     verified = exports.verified("--engine", "openvino", *(["--layers"] if mode == "ragged" else []))
@@ -126,12 +155,19 @@ def shallow(exports: Exports, robust: Path) -> Exports:
 
 # A dynamic graph for OpenVINO is the one for ONNX Runtime, which is verified on both above.
 @pytest.mark.parametrize(
-    ("precision", "mode"), [*((precision, mode) for precision in ("fp32", "fp16", "bf16", "static") for mode in MODES), ("dynamic", "visible")]
+    ("precision", "mode"),
+    [
+        *((precision, mode) for precision in ("fp32", "fp16", "bf16", "static") for mode in MODES),
+        ("dynamic", "visible"),
+    ],
 )
 def test_for_openvino(shallow: Exports, robust: Path, mode: str, precision: str) -> None:
     pytest.importorskip("openvino")
     result = shallow.passed("--engine", "openvino", *MODES[mode], *PRECISIONS[precision], *quantized(precision, robust))
-    assert (result["engine"], shallow.manifest["parity"][f"onnx-{PRECISIONS[precision][1]}"]["engine"]) == ("openvino", "openvino")
+    assert (result["engine"], shallow.manifest["parity"][f"onnx-{PRECISIONS[precision][1]}"]["engine"]) == (
+        "openvino",
+        "openvino",
+    )
     if precision != "bf16":  # strongly typed, see below
         assert shallow.verified("--engine", "onnxruntime")["failures"] == []
     runs_as_pytorch(shallow.out, robust_mae(SHALLOW), KEEP[mode], FLOORS[precision])
@@ -145,7 +181,10 @@ def test_uint8_images(exports: Exports) -> None:
     bundle = Bundle.load(exports.out)
     golden = bundle.golden()
     assert (golden["images"].dtype.name, golden["images"].shape) == ("uint8", (8, 6, 10, 3))
-    np.testing.assert_array_equal(golden["images"], np.stack([bundle.preprocess.crop(read_image(path)) for path in find_images(exports.photos)[:8]]))
+    np.testing.assert_array_equal(
+        golden["images"],
+        np.stack([bundle.preprocess.crop(read_image(path)) for path in find_images(exports.photos)[:8]]),
+    )
     for engine in installed():
         exports.verified("--engine", engine)
     runs_as_pytorch(exports.out, robust_mae(), KEEP["visible"], FLOORS["fp32"])
@@ -195,7 +234,13 @@ def test_what_stays_fp32_in_an_fp16_graph(exports: Exports) -> None:
 
 
 def test_blocks_as_outputs(exports: Exports) -> None:
-    assert [row["name"] for row in exports.passed("--layers", "0,1", "--tokens", "ragged")["parity"]] == ["cls", "tokens", "pooled", "block_0", "block_1"]
+    assert [row["name"] for row in exports.passed("--layers", "0,1", "--tokens", "ragged")["parity"]] == [
+        "cls",
+        "tokens",
+        "pooled",
+        "block_0",
+        "block_1",
+    ]
     for engine in installed():
         exports.verified("--engine", engine, "--layers")
     runs_as_pytorch(exports.out, robust_mae(), KEEP["ragged"], FLOORS["fp32"])
@@ -224,9 +269,20 @@ def test_a_random_pyramid_is_that_of_the_seed(exports: Exports) -> None:
 
 def test_a_trained_pyramid(exports: Exports, tmp_path: Path) -> None:
     pyramid = fill(SimpleFeaturePyramid(CONFIG.width, 7))
-    save_file({f"backbone.{name}": tensor for name, tensor in pyramid.state_dict().items()}, tmp_path / "detector.safetensors")
+    save_file(
+        {f"backbone.{name}": tensor for name, tensor in pyramid.state_dict().items()}, tmp_path / "detector.safetensors"
+    )
     exports.passed("--pyramid", tmp_path / "detector.safetensors", "--layers", "1")
-    assert [entry["name"] for entry in exports.manifest["graph"]["outputs"]] == ["cls", "tokens", "pooled", "block_1", "p2", "p3", "p4", "p5"]
+    assert [entry["name"] for entry in exports.manifest["graph"]["outputs"]] == [
+        "cls",
+        "tokens",
+        "pooled",
+        "block_1",
+        "p2",
+        "p3",
+        "p4",
+        "p5",
+    ]
     assert exports.manifest["provenance"]["pyramid"]["source"] == "detector.safetensors"
     assert exports.manifest["licence"] == "unspecified"
     for engine in installed():
@@ -239,7 +295,9 @@ def test_a_trained_pyramid(exports: Exports, tmp_path: Path) -> None:
 
 
 def test_pixels_in_each_space(exports: Exports) -> None:
-    """The decoder predicts patches of mean 0 and variance 1 (norm_pix_loss); `normalised` undoes that with the input's own, `image` the normalisation too."""
+    """The decoder predicts patches of mean 0 and variance 1 (norm_pix_loss); `normalised` undoes that with the input's
+    own, `image` the normalisation too.
+    """
     found: dict[str, Array] = {}
     for space in ("target", "normalised", "image"):
         exports.out = exports.out.with_name(space)
@@ -252,7 +310,9 @@ def test_pixels_in_each_space(exports: Exports) -> None:
             normalised = backbone.preprocess.normalise(pixels)
     patches = normalised.reshape(1, 3, 3, 2, 5, 2).transpose(0, 2, 4, 3, 5, 1).reshape(1, 15, 12)
     spread = np.sqrt(patches.var(axis=2, keepdims=True, ddof=1) + 1e-6)
-    np.testing.assert_allclose(found["normalised"], found["target"] * spread + patches.mean(axis=2, keepdims=True), atol=1e-4)
+    np.testing.assert_allclose(
+        found["normalised"], found["target"] * spread + patches.mean(axis=2, keepdims=True), atol=1e-4
+    )
     np.testing.assert_allclose(found["image"], found["normalised"] * std + mean, atol=1e-4)
 
 
@@ -267,7 +327,9 @@ def test_a_profile_holds_at_run_time(exports: Exports, tokens: str) -> None:
         for count in (3, 9):
             assert backbone(unseen(), list(range(count)))["tokens"].shape == (3, count, 40)
         for count in (2, 10):
-            with pytest.raises(ConfigError, match=f"keep has {count} patches an image, the graph was proven for 3 to 9"):
+            with pytest.raises(
+                ConfigError, match=f"keep has {count} patches an image, the graph was proven for 3 to 9"
+            ):
                 backbone(unseen(), list(range(count)))
         with pytest.raises(ConfigError, match="graph takes 3 to 9 of 15 patches"):
             backbone(unseen())
@@ -275,7 +337,14 @@ def test_a_profile_holds_at_run_time(exports: Exports, tokens: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("tokens", "precision"), [("full", "dynamic"), ("visible:5", "fp16"), ("visible:5", "dynamic"), ("ragged:5", "dynamic"), ("reconstruct:5", "dynamic")]
+    ("tokens", "precision"),
+    [
+        ("full", "dynamic"),
+        ("visible:5", "fp16"),
+        ("visible:5", "dynamic"),
+        ("ragged:5", "dynamic"),
+        ("reconstruct:5", "dynamic"),
+    ],
 )
 def test_a_batch_fixed_to_more_than_the_samples(exports: Exports, robust: Path, tokens: str, precision: str) -> None:
     exports.passed("--tokens", tokens, "--batch", 13, *PRECISIONS[precision], *quantized(precision, robust))
@@ -303,7 +372,9 @@ def test_another_image_size_interpolates_the_positions_of_the_decoder_too(export
     np.testing.assert_allclose(golden["pixels"], expected["pixels"], atol=1e-4)
 
 
-@pytest.mark.parametrize(("channels", "mode", "images"), [(1, "L", "uint8"), (4, "RGBA", "float32"), (4, "RGBA", "uint8")])
+@pytest.mark.parametrize(
+    ("channels", "mode", "images"), [(1, "L", "uint8"), (4, "RGBA", "float32"), (4, "RGBA", "uint8")]
+)
 def test_other_channels(exports: Exports, tmp_path: Path, channels: int, mode: str, images: str) -> None:
     config = replace(CONFIG, in_chans=channels)
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", robust_mae(config))
@@ -329,7 +400,11 @@ def test_other_channels(exports: Exports, tmp_path: Path, channels: int, mode: s
 def test_strongly_typed_int8(exports: Exports, robust: Path) -> None:
     exports.passed("--precision", "int8", "--typing", "strong", *quantized("static", robust), "--tokens", "visible")
     manifest = exports.manifest
-    assert (manifest["typing"], manifest["graph"]["opset"], manifest["quantization"]["policy"]) == ("strong", 19, "static")
+    assert (manifest["typing"], manifest["graph"]["opset"], manifest["quantization"]["policy"]) == (
+        "strong",
+        19,
+        "static",
+    )
     for engine in installed():
         exports.verified("--engine", engine, "--layers")
     runs_as_pytorch(exports.out, robust_mae(), KEEP["visible"], FLOORS["static"])
@@ -339,8 +414,10 @@ def test_strongly_typed_bf16_is_for_openvino_alone(exports: Exports, capsys: pyt
     code, said = exports("--precision", "bf16", "--typing", "strong")
     assert (code, said) == (
         2,
-        "error: --precision bf16 --typing strong: ONNX Runtime has no BF16 arithmetic on the CPU\n"
-        "hint: pass --engine openvino, or leave --typing out: weights stored in BF16, computed in FP32",
+        (
+            "error: --precision bf16 --typing strong: ONNX Runtime has no BF16 arithmetic on the CPU\n"
+            "hint: pass --engine openvino, or leave --typing out: weights stored in BF16, computed in FP32"
+        ),
     )
     pytest.importorskip("openvino")
     exports.passed("--precision", "bf16", "--engine", "openvino", "--tokens", "visible")
@@ -350,7 +427,11 @@ def test_strongly_typed_bf16_is_for_openvino_alone(exports: Exports, capsys: pyt
     assert main(["verify", str(exports.out), "--engine", "onnxruntime"]) == 1
     error, hint = capsys.readouterr().err.splitlines()
     assert error.startswith("error: ONNX Runtime cannot load ")
-    assert hint == "hint: this ONNX Runtime cannot compute in the graph's types: use engine openvino, or export the graph for ONNX Runtime"
+    assert (
+        hint
+        == "hint: this ONNX Runtime cannot compute in the graph's types: use engine openvino, or export the graph for"
+        " ONNX Runtime"
+    )
 
 
 def test_weakly_typed_bf16_runs_on_both(exports: Exports) -> None:
@@ -364,7 +445,17 @@ def test_weakly_typed_bf16_runs_on_both(exports: Exports) -> None:
 def test_int8_attention_on_demand(exports: Exports, robust: Path, tmp_path: Path) -> None:
     config = replace(CONFIG, embed_dim=48, num_heads=3)
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", robust_mae(config))
-    arguments = ("--precision", "int8", "--int8-attention", "--quantization", "static", "--min-sqnr", 15, "--min-cosine", 0.8)
+    arguments = (
+        "--precision",
+        "int8",
+        "--int8-attention",
+        "--quantization",
+        "static",
+        "--min-sqnr",
+        15,
+        "--min-cosine",
+        0.8,
+    )
     exports.passed(*arguments, *quantized("static", robust))
     products = [node for node in read_graph(exports.out / "encoder.onnx").graph.node if node.name.endswith("/qk")]
     assert len(products) == 2
@@ -373,7 +464,9 @@ def test_int8_attention_on_demand(exports: Exports, robust: Path, tmp_path: Path
 
 
 @pytest.mark.parametrize("engine", ["openvino"])
-def test_an_engine_that_is_not_installed_is_said_first(exports: Exports, engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_not_installed_is_said_first(
+    exports: Exports, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, engine, None)
     code, said = exports("--engine", engine)
     assert code == 3

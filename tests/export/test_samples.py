@@ -1,4 +1,6 @@
-"""Which images parity is proven on: those that were asked for, those of the checkpoint, and a stand-in that is said aloud."""
+"""Which images parity is proven on: those that were asked for, those of the checkpoint, and a stand-in that is said
+aloud.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ SPEC = Preprocess(image_size=(6, 10))
 
 def trained_on(data: Path | None) -> Metadata:
     """A checkpoint's metadata, as a run writes it or, for None, as an import does."""
-    provenance: dict[str, Any] = {"stage": "import"} if data is None else {"stage": "pretrain", "config": {"data": str(data)}}
+    provenance: dict[str, Any] = (
+        {"stage": "import"} if data is None else {"stage": "pretrain", "config": {"data": str(data)}}
+    )
     return metadata_of(tiny_encoder(), provenance=provenance)
 
 
@@ -50,7 +54,9 @@ def test_one_image_will_do(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found.pixels, pixels_of(tmp_path / "01.png"))
 
 
-@pytest.mark.parametrize(("count", "chosen"), [(1, [0]), (2, [0, 10]), (4, [0, 3, 7, 10]), (10, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10])])
+@pytest.mark.parametrize(
+    ("count", "chosen"), [(1, [0]), (2, [0, 10]), (4, [0, 3, 7, 10]), (10, [0, 1, 2, 3, 4, 6, 7, 8, 9, 10])]
+)
 def test_of_a_large_folder_some_from_first_to_last(tmp_path: Path, count: int, chosen: list[int]) -> None:
     write_noise(tmp_path, 11)
     found = samples(tmp_path, count=count)
@@ -62,10 +68,14 @@ def test_other_images_stand_in_for_broken_ones(tmp_path: Path, capsys: pytest.Ca
     spoil(tmp_path / "03.png")
     spoil(tmp_path / "10.png")
     found = samples(tmp_path)
-    np.testing.assert_array_equal(found.pixels, pixels_of(*(tmp_path / name for name in ("00.png", "07.png", "01.png", "02.png"))))
+    np.testing.assert_array_equal(
+        found.pixels, pixels_of(*(tmp_path / name for name in ("00.png", "07.png", "01.png", "02.png")))
+    )
     assert found.source == f"4 images of {tmp_path}"
     assert [path.name for path in found.paths] == ["00.png", "07.png", "01.png", "02.png"]
-    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [f"skipped {tmp_path / name}" for name in ("03.png", "10.png")]
+    assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
+        f"skipped {tmp_path / name}" for name in ("03.png", "10.png")
+    ]
 
 
 def test_a_folder_that_was_asked_for_must_have_a_readable_image(tmp_path: Path) -> None:
@@ -99,7 +109,10 @@ def test_a_stand_in_is_said_aloud(tmp_path: Path, data: str | None, capsys: pyte
     (tmp_path / "emptied").mkdir()
     found = samples(None, None if data is None else tmp_path / data, count=5)
     assert found.source == "5 synthetic images with a 1/f spectrum"
-    assert capsys.readouterr().err == "no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones\n"
+    assert (
+        capsys.readouterr().err
+        == "no images at hand: parity is checked on synthetic ones; pass --samples FOLDER for real ones\n"
+    )
     assert (found.pixels.shape, found.pixels.dtype.name, found.paths) == ((5, 6, 10, 3), "uint8", ())
 
 
@@ -149,7 +162,9 @@ def test_the_usual_number_of_patches(mode: str, keep: Range, length: int) -> Non
     ids=["open", "from 4 to 9", "padded to 7", "padded to 1"],
 )
 def test_a_ragged_batch_has_all_lengths(keep: Range, shortest: int) -> None:
-    """Its rows are as long as the longest; a fixed K is the rows' length, and the images have from one patch to all of them."""
+    """Its rows are as long as the longest; a fixed K is the rows' length, and the images have from one patch to all of
+    them.
+    """
     found = token_inputs("ragged", 15, keep, 150, seed=0)
     ids, lengths = found["ids_keep"], found["num_keep"]
     assert (ids.shape, ids.dtype.name, lengths.shape, lengths.dtype.name) == ((150, keep[2]), "int64", (150,), "int64")

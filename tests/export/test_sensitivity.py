@@ -29,7 +29,9 @@ def chosen_patches(seed: int = 0) -> Array:
     return np.stack([np.random.default_rng((seed, row)).permutation(15)[:5] for row in range(SAMPLES)])
 
 
-def worst_ratio(model: Encoder, name: str, scale: float | None, outputs: Callable[[], dict[str, torch.Tensor]]) -> float:
+def worst_ratio(
+    model: Encoder, name: str, scale: float | None, outputs: Callable[[], dict[str, torch.Tensor]]
+) -> float:
     """The whole forward pass with one Linear rounded."""
     with torch.no_grad():
         expected = outputs()
@@ -52,7 +54,8 @@ def test_noise_is_that_of_the_whole_model_with_one_linear_rounded(visible: bool)
     found = sensitivities(model, scales, inputs)
     assert list(found) == list(scales)
     for name, ratio in found.items():
-        # Of one batch of 11 instead of 8 and 3, float32 sums differ, and with them a few values that lie between two integers.
+        # Of one batch of 11 instead of 8 and 3, float32 sums differ, and with them a few values that lie between two
+        # integers.
         assert ratio == pytest.approx(worst_ratio(model, name, 0.05, outputs), rel=0.02)
         assert -70 < 10 * math.log10(ratio) < -20
 
@@ -64,7 +67,11 @@ def test_logits_count(pool: str) -> None:
 
     def outputs() -> dict[str, torch.Tensor]:
         tokens, logits = Encoder.forward(model, images), model(images)
-        return {"logits": logits, "pooled": model.forward_pooled(images)} if pool == "avg" else {"logits": logits, "cls": tokens[:, 0], "tokens": tokens[:, 1:]}
+        return (
+            {"logits": logits, "pooled": model.forward_pooled(images)}
+            if pool == "avg"
+            else {"logits": logits, "cls": tokens[:, 0], "tokens": tokens[:, 1:]}
+        )
 
     found = sensitivities(model, dict.fromkeys(names, 0.1), {"images": images.numpy()})
     for name in names:
@@ -108,7 +115,11 @@ def test_corrected_biases_and_attention_are_taken_into_account() -> None:
 
 def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     model = noisy_encoder()
-    sensitivities(model, {"blocks.1.mlp.fc2": None, "blocks.0.mlp.fc2": None}, {"images": random_tensor(SAMPLES, 3, 12, 20).numpy()})
+    sensitivities(
+        model,
+        {"blocks.1.mlp.fc2": None, "blocks.0.mlp.fc2": None},
+        {"images": random_tensor(SAMPLES, 3, 12, 20).numpy()},
+    )
     assert capsys.readouterr().err == "sensitivity  4/4  blocks.0.mlp.fc2  0 s left\n"
 
 
@@ -153,7 +164,9 @@ def test_the_search_comes_near_the_best_of_all_sets(seed: int, share: float, fac
     found = choose(noise, cost, judge)
     assert found is not None
     assert judge.passes(found)
-    assert sum(cost[name] for name in found) >= most(noise, cost, judge) - 4  # one Linear at most is left out for the caution
+    assert (
+        sum(cost[name] for name in found) >= most(noise, cost, judge) - 4
+    )  # one Linear at most is left out for the caution
     assert len(judge.asked) <= 5
     assert judge.asked[0] == frozenset(noise)
 
@@ -220,6 +233,9 @@ def test_the_noise_of_several_linears_adds_up() -> None:
         expected = model(images)
         with fake_quantized(model, scales):
             found = model(images)
-    measured = max(((found[:, part] - expected[:, part]).square().sum() / expected[:, part].square().sum()).item() for part in (slice(1), slice(1, None)))
+    measured = max(
+        ((found[:, part] - expected[:, part]).square().sum() / expected[:, part].square().sum()).item()
+        for part in (slice(1), slice(1, None))
+    )
     assert abs(10 * math.log10(measured / predicted)) < 1.5
     assert sum(macs_per_token(model, name) for name in scales) == 2 * 12 * 48**2

@@ -22,19 +22,29 @@ from mae_deploy.serving.deepstream import check_bundle
 @pytest.fixture
 def settings(robust: Path, tmp_path: Path) -> dict[str, Any]:
     """Of an export of the classifier, with nothing at `out` yet."""
-    return {"checkpoint": robust / "classifier", "out": tmp_path / "bundles" / "mine", "samples": robust / "photos", "num_samples": 2, "threads": 1}
+    return {
+        "checkpoint": robust / "classifier",
+        "out": tmp_path / "bundles" / "mine",
+        "samples": robust / "photos",
+        "num_samples": 2,
+        "threads": 1,
+    }
 
 
 def images_of(robust: Path) -> list[Any]:
     return [np.asarray(read_image(path)) for path in find_images(robust / "photos")[:3]]
 
 
-def test_an_export_writes_its_graph_for_triton(settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_writes_its_graph_for_triton(
+    settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     result = run(ExportConfig(**settings, triton=tmp_path / "models"))
     model = tmp_path / "models" / "mine"
     assert result.data["served"] == {"triton": str(model)}
     assert (model / "1" / "model.onnx").read_bytes() == (settings["out"] / "encoder.onnx").read_bytes()
-    assert 'name: "mine"' in (model / "config.pbtxt").read_text(), "the bundle's name, not that of the folder where it was written"
+    assert 'name: "mine"' in (model / "config.pbtxt").read_text(), (
+        "the bundle's name, not that of the folder where it was written"
+    )
     assert str(model) in capsys.readouterr().err
 
 
@@ -66,16 +76,24 @@ def test_one_standard_deviation_changes_no_result(settings: dict[str, Any], robu
     before, after = Bundle.load(settings["out"]).preprocess, Bundle.load(one).preprocess
     assert len(set(before.std)) == 3
     assert after == Preprocess(
-        **{**{name: getattr(before, name) for name in ("image_size", "channels", "crop_pct", "interpolation", "mean")}, "std": after.std}
+        **{
+            **{name: getattr(before, name) for name in ("image_size", "channels", "crop_pct", "interpolation", "mean")},
+            "std": after.std,
+        }
     )
     assert after.std == pytest.approx((np.mean(before.std),) * 3)
     images = images_of(robust)
-    with Backbone.load(settings["out"], "onnxruntime", threads=1) as plain, Backbone.load(one, "onnxruntime", threads=1) as folded:
+    with (
+        Backbone.load(settings["out"], "onnxruntime", threads=1) as plain,
+        Backbone.load(one, "onnxruntime", threads=1) as folded,
+    ):
         expected, found = plain(images).logits, folded(images).logits
         wrong = folded(plain.preprocess(images)).logits
     # Rounding of one weight matrix and of the pixels; these models have activations in the hundreds.
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4 * np.abs(expected).max())
-    assert np.abs(wrong - expected).max() > 100 * np.abs(found - expected).max(), "the weights must have taken up what the pixels lost"
+    assert np.abs(wrong - expected).max() > 100 * np.abs(found - expected).max(), (
+        "the weights must have taken up what the pixels lost"
+    )
     check_bundle(Bundle.load(one))
     with pytest.raises(ConfigError, match="one scale for all channels"):
         check_bundle(Bundle.load(settings["out"]))

@@ -1,4 +1,6 @@
-"""`export --engine trt` on a machine without a GPU: bundles that a device builds engines from, proven on ONNX Runtime; tests/gpu has the rest."""
+"""`export --engine trt` on a machine without a GPU: bundles that a device builds engines from, proven on ONNX Runtime;
+tests/gpu has the rest.
+"""
 
 from __future__ import annotations
 
@@ -44,9 +46,12 @@ ARITHMETIC: dict[str, tuple[str, str, int]] = {
 """Precision, typing and opset."""
 
 FLOORS = {"fp32": 100, "fp16": 45, "int8": 28, "fp8": 20}
-"""dB for images that the export has not seen. Three bits of mantissa are 32 dB for each of both operands of each product."""
+"""dB for images that the export has not seen. Three bits of mantissa are 32 dB for each of both operands of each
+product."""
 
-FLOAT, FLOAT16, BFLOAT16, INT8, FP8 = (getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT8", "FLOAT8E4M3FN"))
+FLOAT, FLOAT16, BFLOAT16, INT8, FP8 = (
+    getattr(TensorProto, name) for name in ("FLOAT", "FLOAT16", "BFLOAT16", "INT8", "FLOAT8E4M3FN")
+)
 
 
 @pytest.fixture(autouse=True)
@@ -64,14 +69,19 @@ def eight_bits(robust: Path) -> tuple[object, ...]:
 def types_of(path: Path) -> dict[str, int]:
     """The type of every value of a graph, by shape inference."""
     model = onnx.shape_inference.infer_shapes(onnx.load(path))
-    found = {value.name: value.type.tensor_type.elem_type for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)}
+    found = {
+        value.name: value.type.tensor_type.elem_type
+        for value in (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    }
     return found | {tensor.name: tensor.data_type for tensor in model.graph.initializer}
 
 
 def read_in_blocks(path: Path, *operators: str) -> set[int]:
     """The types that these operators read in the blocks."""
     types = types_of(path)
-    nodes = [node for node in read_graph(path).graph.node if node.op_type in operators and node.name.startswith("blocks.")]
+    nodes = [
+        node for node in read_graph(path).graph.node if node.op_type in operators and node.name.startswith("blocks.")
+    ]
     assert nodes
     return {types[name] for node in nodes for name in node.input}
 
@@ -81,17 +91,41 @@ def read_in_blocks(path: Path, *operators: str) -> set[int]:
 
 @pytest.mark.parametrize(
     ("name", "mode"),
-    [*((name, "visible") for name in ARITHMETIC), ("fp8", "full"), ("bf16", "ragged"), ("fp8", "ragged"), ("fp8", "reconstruct")],
+    [
+        *((name, "visible") for name in ARITHMETIC),
+        ("fp8", "full"),
+        ("bf16", "ragged"),
+        ("fp8", "ragged"),
+        ("fp8", "reconstruct"),
+    ],
 )
 def test_a_bundle_without_an_engine(exports: Exports, eight_bits: tuple[object, ...], mode: str, name: str) -> None:
     precision, typing, opset = ARITHMETIC[name]
     batch = ("--batch", "dynamic")  # or every sample is run alone
-    result = exports.passed(*TRT, *batch, *MODES[mode], "--precision", precision, "--typing", typing, *(eight_bits if precision in ("int8", "fp8") else ()))
+    result = exports.passed(
+        *TRT,
+        *batch,
+        *MODES[mode],
+        "--precision",
+        precision,
+        "--typing",
+        typing,
+        *(eight_bits if precision in ("int8", "fp8") else ()),
+    )
     manifest = exports.manifest
-    assert (result["engine"], manifest["engine"], manifest["precision"], manifest["typing"]) == ("tensorrt", "tensorrt", precision, typing)
+    assert (result["engine"], manifest["engine"], manifest["precision"], manifest["typing"]) == (
+        "tensorrt",
+        "tensorrt",
+        precision,
+        typing,
+    )
     assert (manifest["graph"]["opset"], manifest["engines"]) == (opset, [])
     proof = manifest["parity"][f"onnx-{precision}"]
-    assert (proof["passed"], proof["engine"], proof.get("emulated")) == (True, "onnxruntime", "bf16" if name == "bf16" else None)
+    assert (proof["passed"], proof["engine"], proof.get("emulated")) == (
+        True,
+        "onnxruntime",
+        "bf16" if name == "bf16" else None,
+    )
     assert not {"built", "rejected"} & set(result)
     if name != "bf16":  # whose products ONNX Runtime's CPU has not got
         assert exports.verified("--engine", "onnxruntime", "--layers")["failures"] == []
@@ -99,11 +133,18 @@ def test_a_bundle_without_an_engine(exports: Exports, eight_bits: tuple[object, 
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_the_speed_of_eight_bits_is_left_to_the_device(exports: Exports, eight_bits: tuple[object, ...], precision: str) -> None:
+def test_the_speed_of_eight_bits_is_left_to_the_device(
+    exports: Exports, eight_bits: tuple[object, ...], precision: str
+) -> None:
     result = exports.passed(*TRT, "--precision", precision, "--tokens", "visible:5", *eight_bits)
     manifest = exports.manifest
     record = manifest["quantization"]
-    assert (record["policy"], record["rest"], record["baseline"], record["speed"]) == ("static", "fp16", "baseline.onnx", tensorrt.SPEED_LEFT)
+    assert (record["policy"], record["rest"], record["baseline"], record["speed"]) == (
+        "static",
+        "fp16",
+        "baseline.onnx",
+        tensorrt.SPEED_LEFT,
+    )
     assert not {"latency_ms", "latency_ratio"} & set(record)
     assert record["calibration"]["method"] == {"int8": "mse", "fp8": "minmax"}[precision]
     assert result["quantization"]["text"] == f"8 of 8 Linears in {precision.upper()} (static)"
@@ -115,7 +156,17 @@ def test_the_speed_of_eight_bits_is_left_to_the_device(exports: Exports, eight_b
 
 
 def test_people_are_told_what_is_left_to_do(exports: Exports, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["export", exports.checkpoint, "--out", exports.out, "--samples", exports.photos, "--num-samples", 2, *TRT]
+    arguments = [
+        "export",
+        exports.checkpoint,
+        "--out",
+        exports.out,
+        "--samples",
+        exports.photos,
+        "--num-samples",
+        2,
+        *TRT,
+    ]
     assert main([str(argument) for argument in arguments]) == 0
     said = "".join(capsys.readouterr().out.split())  # wrapped anywhere
     assert f"noenginewasbuilt:mae-deploybuild-engine{exports.out}doesthatonthedevice" in said
@@ -125,13 +176,24 @@ def test_people_are_told_what_is_left_to_do(exports: Exports, capsys: pytest.Cap
 
 
 @pytest.mark.parametrize(("name", "kind"), [("fp16", FLOAT16), ("bf16", BFLOAT16), ("int8", FLOAT16)])
-def test_nothing_is_fp32_within_attention(exports: Exports, eight_bits: tuple[object, ...], name: str, kind: int) -> None:
+def test_nothing_is_fp32_within_attention(
+    exports: Exports, eight_bits: tuple[object, ...], name: str, kind: int
+) -> None:
     """TensorRT fuses it only then."""
     exports.passed(*TRT, "--precision", name, "--num-samples", 8, *(eight_bits if name == "int8" else ()))
     assert read_in_blocks(exports.out / "encoder.onnx", "Softmax") == {kind}
-    nodes = [node for node in read_graph(exports.out / "encoder.onnx").graph.node if "/attn" not in node.name and ".attn/" in node.name]
+    nodes = [
+        node
+        for node in read_graph(exports.out / "encoder.onnx").graph.node
+        if "/attn" not in node.name and ".attn/" in node.name
+    ]
     assert "Cast" not in {node.op_type for node in nodes if node.name.endswith(("qk", "softmax", "av"))}
-    assert FLOAT not in {types_of(exports.out / "encoder.onnx")[name] for node in nodes if node.op_type in ("MatMul", "Softmax") for name in node.input}
+    assert FLOAT not in {
+        types_of(exports.out / "encoder.onnx")[name]
+        for node in nodes
+        if node.op_type in ("MatMul", "Softmax")
+        for name in node.input
+    }
 
 
 def test_weak_int8_has_fp32_weights_between_both_nodes(exports: Exports, eight_bits: tuple[object, ...]) -> None:
@@ -167,16 +229,38 @@ def test_fp8_has_one_fp16_scale_a_tensor(exports: Exports, eight_bits: tuple[obj
 
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
-def test_attention_in_eight_bits(exports: Exports, eight_bits: tuple[object, ...], tmp_path: Path, precision: str) -> None:
+def test_attention_in_eight_bits(
+    exports: Exports, eight_bits: tuple[object, ...], tmp_path: Path, precision: str
+) -> None:
     """Each product reads DequantizeLinear, the softmax with the scale of what is at most 1."""
-    exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", robust_mae(replace(CONFIG, embed_dim=48, num_heads=3)))
-    exports.passed(*TRT, "--precision", precision, "--int8-attention", "--num-samples", 16, *eight_bits, "--min-sqnr", 10, "--min-cosine", 0.5)
+    exports.checkpoint = write_checkpoint(
+        tmp_path / "checkpoint", robust_mae(replace(CONFIG, embed_dim=48, num_heads=3))
+    )
+    exports.passed(
+        *TRT,
+        "--precision",
+        precision,
+        "--int8-attention",
+        "--num-samples",
+        16,
+        *eight_bits,
+        "--min-sqnr",
+        10,
+        "--min-cosine",
+        0.5,
+    )
     graph = read_graph(exports.out / "encoder.onnx").graph
     nodes = {node.output[0]: node for node in graph.node}
-    constants = {tensor.name: numpy_helper.to_array(tensor) for tensor in graph.initializer if tensor.data_type in (FLOAT, FLOAT16)}
+    constants = {
+        tensor.name: numpy_helper.to_array(tensor)
+        for tensor in graph.initializer
+        if tensor.data_type in (FLOAT, FLOAT16)
+    }
     for block in range(2):
         for product in ("qk", "av"):
-            assert {nodes[name].op_type for name in nodes[f"blocks.{block}.attn/{product}"].input} == {"DequantizeLinear"}
+            assert {nodes[name].op_type for name in nodes[f"blocks.{block}.attn/{product}"].input} == {
+                "DequantizeLinear"
+            }
         shares = nodes[nodes[f"blocks.{block}.attn/av"].input[0]]
         assert float(constants[shares.input[1]]) == float(np.float16(1 / {"int8": 127, "fp8": 448}[precision]))
 
@@ -189,7 +273,20 @@ def test_parity_is_proven_at_every_k_that_a_profile_names(exports: Exports) -> N
     assert exports.manifest["profile"] == {"B": [1, 1, 8], "K": [3, 5, 9]}
     assert exports.manifest["batch"] is None
     code, said = exports(
-        *(*TRT, "--tokens", "visible", "--profile", "K:5,5,5; K:3,6,9", "--precision", "fp16", "--num-samples", 8, "--fp32-ops", "softmax"), out=exports.out
+        *(
+            *TRT,
+            "--tokens",
+            "visible",
+            "--profile",
+            "K:5,5,5; K:3,6,9",
+            "--precision",
+            "fp16",
+            "--num-samples",
+            8,
+            "--fp32-ops",
+            "softmax",
+        ),
+        out=exports.out,
     )
     assert (code, said.splitlines()[0]) == (2, f"error: --out {exports.out} already exists")
 
@@ -198,7 +295,9 @@ def test_parity_is_proven_at_every_k_that_a_profile_names(exports: Exports) -> N
 
 
 @pytest.mark.parametrize("more", [(), ("--precision", "fp16"), ("--tokens", "visible:5")])
-def test_without_a_gpu_what_is_missing_is_said_before_anything_is_computed(exports: Exports, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu_what_is_missing_is_said_before_anything_is_computed(
+    exports: Exports, more: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def missing(_: int = 0) -> None:
         raise MissingDependency("no NVIDIA driver: libcuda.so.1 cannot be loaded", hint="install the driver")
 
@@ -230,13 +329,29 @@ def test_a_missed_budget_is_refused_with_its_figures_and_fp16_is_kept_where_it_i
     assert result["rejected"].startswith("INT8 is rejected: all 8 Linears in INT8: cls: sqnr_db ")
     manifest = exports.manifest
     assert (result["precision"], manifest["precision"], manifest["quantization"]) == ("fp16", "fp16", None)
-    assert set(manifest["files"]) == {"encoder.onnx", "golden.npz"} == {path.name for path in exports.out.iterdir()} - {"manifest.json"}
+    assert (
+        set(manifest["files"])
+        == {"encoder.onnx", "golden.npz"}
+        == {path.name for path in exports.out.iterdir()} - {"manifest.json"}
+    )
     assert manifest["tolerance"]["sqnr_db"] == 40
 
 
 def test_a_budget_that_all_in_fp8_misses_gives_a_mix(exports: Exports, robust: Path) -> None:
     """Of 24 dB, the device's search of which would build for hours; ONNX Runtime's takes seconds."""
-    exports.passed(*TRT, "--precision", "fp8", "--calib-data", robust / "calibration", "--num-samples", 8, "--min-sqnr", 27, "--min-cosine", 0.5)
+    exports.passed(
+        *TRT,
+        "--precision",
+        "fp8",
+        "--calib-data",
+        robust / "calibration",
+        "--num-samples",
+        8,
+        "--min-sqnr",
+        27,
+        "--min-cosine",
+        0.5,
+    )
     rows = json.loads((exports.out / "sensitivity.json").read_text())
     assert {row["precision"] for row in rows} == {"fp8", "fp16"}
     assert len(exports.manifest["quantization"]["quantized"]) == sum(row["precision"] == "fp8" for row in rows)
@@ -266,9 +381,15 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     def build(bundle: Bundle, **options: Any) -> Built:
         asked.append({"precision": bundle.precision, **options})
         options["on_progress"]("kernels", 0.5)
-        speed = {"latency_ratio": 0.9, "profile": 0, "latency_ms": {bundle.precision: [0.9], "fp16": [1.0]}} if bundle.baseline else None
+        speed = (
+            {"latency_ratio": 0.9, "profile": 0, "latency_ms": {bundle.precision: [0.9], "fp16": [1.0]}}
+            if bundle.baseline
+            else None
+        )
         if speed is not None and not speed["latency_ratio"] < options["max_latency"]:
-            raise CheckFailed("INT8 is rejected: it is not faster; it takes 0.90 of FP16's latency, 0.900 against 1.000 ms")
+            raise CheckFailed(
+                "INT8 is rejected: it is not faster; it takes 0.90 of FP16's latency, 0.900 against 1.000 ms"
+            )
         entry = add_plan(
             bundle,
             Plan(content=b"plan", layers=None, record={"options": asdict(options["options"])}),
@@ -288,20 +409,47 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return asked
 
 
-def test_the_engine_is_in_the_bundle_with_what_was_measured_of_it(exports: Exports, eight_bits: tuple[object, ...], built: list[dict[str, Any]]) -> None:
+def test_the_engine_is_in_the_bundle_with_what_was_measured_of_it(
+    exports: Exports, eight_bits: tuple[object, ...], built: list[dict[str, Any]]
+) -> None:
     profile = "B:1,2,3 K:5,5,5"
     result = exports.passed(
-        "--engine", "trt", "--tokens", "visible", "--profile", profile, "--precision", "int8", "--workspace", 77, "--max-latency", 0.95, *eight_bits
+        "--engine",
+        "trt",
+        "--tokens",
+        "visible",
+        "--profile",
+        profile,
+        "--precision",
+        "int8",
+        "--workspace",
+        77,
+        "--max-latency",
+        0.95,
+        *eight_bits,
     )
     [asked] = built
-    assert (asked["profiles"], asked["options"], asked["max_latency"]) == ([{"B": (1, 2, 3), "K": (5, 5, 5)}], BuildOptions(workspace=77), 0.95)
+    assert (asked["profiles"], asked["options"], asked["max_latency"]) == (
+        [{"B": (1, 2, 3), "K": (5, 5, 5)}],
+        BuildOptions(workspace=77),
+        0.95,
+    )
     manifest = exports.manifest
     assert [entry["file"] for entry in manifest["engines"]] == ["engines/10.3.0-some-gpu-int8.plan"]
-    assert set(manifest["files"]) == {"encoder.onnx", "golden.npz", "baseline.onnx", "engines/10.3.0-some-gpu-int8.plan"}
+    assert set(manifest["files"]) == {
+        "encoder.onnx",
+        "golden.npz",
+        "baseline.onnx",
+        "engines/10.3.0-some-gpu-int8.plan",
+    }
     assert set(manifest["parity"]) == {"onnx-int8", "tensorrt-int8"}
     assert manifest["parity"]["tensorrt-int8"]["outputs"] == result["parity"]
     record = manifest["quantization"]
-    assert (record["speed"], record["latency_ratio"], record["latency_ms"]) == ("measured on Some GPU", 0.9, {"int8": 0.9, "fp16": 1.0})
+    assert (record["speed"], record["latency_ratio"], record["latency_ms"]) == (
+        "measured on Some GPU",
+        0.9,
+        {"int8": 0.9, "fp16": 1.0},
+    )
     assert result["built"]["text"] == "engines/10.3.0-some-gpu-int8.plan for Some GPU, 0.900 ms, 0.90 of FP16's latency"
 
 
@@ -310,17 +458,26 @@ def test_int8_that_is_not_faster_gives_a_bundle_in_fp16_where_that_is_preferred(
 ) -> None:
     arguments = ("--engine", "trt", "--precision", "int8", "--num-samples", 8, "--max-latency", 0.8, *eight_bits)
     code, said = exports(*arguments)
-    assert (code, said) == (1, "error: INT8 is rejected: it is not faster; it takes 0.90 of FP16's latency, 0.900 against 1.000 ms")
+    assert (code, said) == (
+        1,
+        "error: INT8 is rejected: it is not faster; it takes 0.90 of FP16's latency, 0.900 against 1.000 ms",
+    )
     assert exports.left == set()
     result = exports.passed(*arguments, "--prefer", "fp16")
     assert "0.900 against 1.000 ms" in result["rejected"]
     assert [asked["precision"] for asked in built] == ["int8", "int8", "fp16"]
     manifest = exports.manifest
-    assert (manifest["precision"], manifest["quantization"], [entry["precision"] for entry in manifest["engines"]]) == ("fp16", None, ["fp16"])
+    assert (manifest["precision"], manifest["quantization"], [entry["precision"] for entry in manifest["engines"]]) == (
+        "fp16",
+        None,
+        ["fp16"],
+    )
     assert set(manifest["files"]) == {"encoder.onnx", "golden.npz", "engines/10.3.0-some-gpu-fp16.plan"}
 
 
-def test_an_engine_that_is_wrong_in_cuda_graphs_alone_leaves_nothing(exports: Exports, built: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_wrong_in_cuda_graphs_alone_leaves_nothing(
+    exports: Exports, built: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(StandIn, "off", 0.5)
     code, said = exports("--engine", "trt", "--precision", "fp16", "--batch", 2)
     assert (code, len(built)) == (1, 1)

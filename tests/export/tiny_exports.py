@@ -1,4 +1,6 @@
-"""Checkpoints to export, graphs run by ONNX Runtime as they lie on the disk, and what PyTorch itself says that they must give."""
+"""Checkpoints to export, graphs run by ONNX Runtime as they lie on the disk, and what PyTorch itself says that they
+must give.
+"""
 
 from __future__ import annotations
 
@@ -69,7 +71,14 @@ class SavedGraph:
         return {tensor.name: tensor for tensor in self.model.graph.initializer}
 
 
-def graph_of(model: Encoder, folder: Path, mode: TokenMode = "visible", *, pyramid: SimpleFeaturePyramid | None = None, **spec: Any) -> SavedGraph:
+def graph_of(
+    model: Encoder,
+    folder: Path,
+    mode: TokenMode = "visible",
+    *,
+    pyramid: SimpleFeaturePyramid | None = None,
+    **spec: Any,
+) -> SavedGraph:
     """The graph of a model, written into a folder."""
     if pyramid is not None:
         spec["pyramid"] = {name: tensor.numpy() for name, tensor in pyramid.state_dict().items()}
@@ -81,7 +90,9 @@ def graph_of(model: Encoder, folder: Path, mode: TokenMode = "visible", *, pyram
 
 def random_pixels(config: EncoderConfig, batch: int, seed: int = 1) -> Array:
     """uint8 `(B, H, W, C)`."""
-    return np.random.default_rng(seed).integers(0, 256, size=(batch, *config.image_size, config.in_chans), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(
+        0, 256, size=(batch, *config.image_size, config.in_chans), dtype=np.uint8
+    )
 
 
 def normalised(model: Encoder, pixels: Array) -> Array:
@@ -99,7 +110,8 @@ def padded(num_patches: int, lengths: list[int], keep: int, garbage: int = 0) ->
     """`ids_keep (B, K)` with so many real ids in each row, and `num_keep (B,)`.
 
     Args:
-        garbage: what stands in the padding. 0: any int64; 1: a real id once more; 2: int64's ends, -1 and N in turn; from 3 on, others of the same.
+        garbage: what stands in the padding. 0: any int64; 1: a real id once more; 2: int64's ends, -1 and N in turn;
+            from 3 on, others of the same.
     """
     rng = np.random.default_rng(garbage)
     ids = rng.integers(np.iinfo(np.int64).min, np.iinfo(np.int64).max, size=(len(lengths), keep))
@@ -117,17 +129,29 @@ def padded(num_patches: int, lengths: list[int], keep: int, garbage: int = 0) ->
 
 @torch.no_grad()
 def pytorch_outputs(
-    model: Encoder, images: Array, tokens: Mapping[str, Array] | None = None, *, pyramid: SimpleFeaturePyramid | None = None
+    model: Encoder,
+    images: Array,
+    tokens: Mapping[str, Array] | None = None,
+    *,
+    pyramid: SimpleFeaturePyramid | None = None,
 ) -> dict[str, Array]:
-    """All that a model can give under the graph's names, and `pixels` of an autoencoder; where lengths differ, image by image and padded with zeros.
+    """All that a model can give under the graph's names, and `pixels` of an autoencoder; where lengths differ, image by
+    image and padded with zeros.
 
     Args:
         tokens: `ids_keep` and, of a ragged batch, `num_keep`; None for all patches.
     """
     if tokens and "num_keep" in tokens:
         padded_ids, lengths = tokens["ids_keep"], tokens["num_keep"].tolist()
-        alone = [pytorch_outputs(model, images[[i]], {"ids_keep": padded_ids[[i], :length]}, pyramid=pyramid) for i, length in enumerate(lengths)]
-        return {name: np.concatenate([_filled_up(name, one[name], padded_ids.shape[1]) for one in alone]) for name in alone[0] if name != "pixels"}
+        alone = [
+            pytorch_outputs(model, images[[i]], {"ids_keep": padded_ids[[i], :length]}, pyramid=pyramid)
+            for i, length in enumerate(lengths)
+        ]
+        return {
+            name: np.concatenate([_filled_up(name, one[name], padded_ids.shape[1]) for one in alone])
+            for name in alone[0]
+            if name != "pixels"
+        }
     ids = torch.from_numpy(tokens["ids_keep"]) if tokens else None
     blocks = [model.embed(torch.from_numpy(images), ids)]
     for block in model.blocks:
@@ -137,7 +161,13 @@ def pytorch_outputs(
         inner |= pyramid(_feature_map(model, blocks[-1], ids))
     last = model.norm(blocks[-1])
     pooled = last[:, 1:].mean(dim=1)
-    found = {"cls": last[:, 0], "tokens": last[:, 1:], "pooled": pooled, "feature_map": _feature_map(model, last, ids), **inner}
+    found = {
+        "cls": last[:, 0],
+        "tokens": last[:, 1:],
+        "pooled": pooled,
+        "feature_map": _feature_map(model, last, ids),
+        **inner,
+    }
     if isinstance(model, Classifier):
         found["logits"] = model(torch.from_numpy(images), ids)
         if model.pool == "avg":
@@ -172,13 +202,17 @@ def _ids_restore(ids: Tensor, num_patches: int) -> Tensor:
 
 
 def input_scales(model: Encoder, images: Array, tokens: Mapping[str, Array] | None = None) -> dict[str, float]:
-    """For every Linear of every block, of a decoder too, absmax / 127 of its input: what min-max calibration on these images finds."""
+    """For every Linear of every block, of a decoder too, absmax / 127 of its input: what min-max calibration on these
+    images finds.
+    """
     found: dict[str, float] = {}
 
     def keep(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, given: found.update({name: float(given[0].abs().max()) / 127})
 
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name}
+    linears = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks." in name
+    }
     hooks = [module.register_forward_pre_hook(keep(name)) for name, module in linears.items()]
     pytorch_outputs(model, images, tokens)
     for hook in hooks:
@@ -196,7 +230,9 @@ def sqnr(found: Array, expected: Array) -> float:
 
 
 def assert_close(found: Mapping[str, Array], expected: Mapping[str, Array], limit: float = 1e-5) -> None:
-    """Within 1e-5 of the largest number, the project's limit for FP32: the same sums in another order, through up to three blocks."""
+    """Within 1e-5 of the largest number, the project's limit for FP32: the same sums in another order, through up to
+    three blocks.
+    """
     assert set(found) == set(expected)
     for name, reference in expected.items():
         assert found[name].shape == reference.shape, name

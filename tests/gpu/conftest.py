@@ -1,6 +1,7 @@
 """What tests on a GPU need; a machine that lacks it skips them and says what is missing.
 
-Neither torch nor onnx is imported here, so that these tests run beside TensorRT alone: `pytest --confcutdir tests/gpu tests/gpu`.
+Neither torch nor onnx is imported here, so that these tests run beside TensorRT alone:
+`pytest --confcutdir tests/gpu tests/gpu`.
 """
 
 from __future__ import annotations

@@ -17,7 +17,17 @@ from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.layers import trace_layers
-from mae_deploy.runtime.onnx_file import GRAPH_INPUT, GRAPH_NAME, GRAPH_NODE, GRAPH_OUTPUT, encode, encode_model, encode_node, encode_value, write_products
+from mae_deploy.runtime.onnx_file import (
+    GRAPH_INPUT,
+    GRAPH_NAME,
+    GRAPH_NODE,
+    GRAPH_OUTPUT,
+    encode,
+    encode_model,
+    encode_node,
+    encode_value,
+    write_products,
+)
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
@@ -62,7 +72,9 @@ def test_a_graph_is_built_and_computes_what_numpy_computes(api: Api, products: P
     seen: list[tuple[str, float]] = []
     plan = build(products, on_progress=lambda phase, share: seen.append((phase, share)))
     found = run(plan, tmp_path)
-    np.testing.assert_allclose(found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=1e-5)  # without TF32, which has 1e-3
+    np.testing.assert_allclose(
+        found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=1e-5
+    )  # without TF32, which has 1e-3
     assert plan.record["kernels"]["layers"] >= 1
     assert plan.layers is not None
     assert json.loads(plan.layers)["Layers"]
@@ -90,8 +102,12 @@ def test_half_precision(api: Api, products: Path, tmp_path: Path) -> None:
 def test_what_the_parser_refuses_is_said_in_its_own_words(api: Api, tmp_path: Path) -> None:
     value = encode_value(b"x", 1, (2, 3))
     graph = encode(GRAPH_NODE, encode_node(b"NoSuchOperator", [b"x"], b"y")) + encode(GRAPH_NAME, b"unknown")
-    (tmp_path / "unknown.onnx").write_bytes(encode_model(graph + encode(GRAPH_INPUT, value) + encode(GRAPH_OUTPUT, encode_value(b"y", 1, (2, 3)))))
-    with pytest.raises(MaeDeployError, match=rf"TensorRT {re.escape(api.version)} cannot read .*unknown\.onnx: .*NoSuchOperator"):
+    (tmp_path / "unknown.onnx").write_bytes(
+        encode_model(graph + encode(GRAPH_INPUT, value) + encode(GRAPH_OUTPUT, encode_value(b"y", 1, (2, 3))))
+    )
+    with pytest.raises(
+        MaeDeployError, match=rf"TensorRT {re.escape(api.version)} cannot read .*unknown\.onnx: .*NoSuchOperator"
+    ):
         build(tmp_path / "unknown.onnx")
 
 
@@ -134,9 +150,9 @@ def test_damaged_content_is_an_error_and_no_crash(api: Api, products: Path, dama
 
 def test_builds_at_the_same_time_share_a_timing_cache(api: Api, products: Path, tmp_path: Path) -> None:
     program = (
-        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.build import build_plan\n"
-        "from mae_deploy.runtime.profiles import BuildOptions\n"
-        "build_plan(Path(sys.argv[1]), precision='fp32', typing='weak', profiles=[], options=BuildOptions(timing_cache=sys.argv[2]))\n"
+        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.build import build_plan\nfrom"
+        " mae_deploy.runtime.profiles import BuildOptions\nbuild_plan(Path(sys.argv[1]), precision='fp32',"
+        " typing='weak', profiles=[], options=BuildOptions(timing_cache=sys.argv[2]))\n"
     )
     command = [sys.executable, "-c", program, str(products), str(tmp_path / "cache")]
     processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]

@@ -1,4 +1,5 @@
-"""`export --engine trt` on a GPU: the engine in the bundle computes what PyTorch computes at every size, and eight bits are kept only where they are worth it.
+"""`export --engine trt` on a GPU: the engine in the bundle computes what PyTorch computes at every size, and eight bits
+are kept only where they are worth it.
 
 torch and onnx are needed too; a machine with TensorRT alone skips this and has `test_build.py`.
 """
@@ -36,7 +37,9 @@ EIGHT_BITS = ("--no-search", "--min-cosine", 0.9, "--min-sqnr", 15)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the checkpoint `mae`, whose heads of 16 TensorRT fuses, 11 `photos` and 128 images for `calibration`."""
+    """A folder with the checkpoint `mae`, whose heads of 16 TensorRT fuses, 11 `photos` and 128 images for
+    `calibration`.
+    """
     for package in ("torch", "onnx", "timm"):
         pytest.importorskip(package)
     from tests.export.robust_exports import CONFIG, robust_mae, write_blots
@@ -50,7 +53,9 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def exports(api: Api, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Exports:
+def exports(
+    api: Api, checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Exports:
     """Exports of `mae` to a folder that is not there yet; nothing is kept in the user's caches."""
     from tests.export.robust_exports import Exports
 
@@ -79,8 +84,12 @@ def supports(api: Api, precision: str) -> bool:
     return api.gpu.compute_capability >= least and (api.major >= 10 or precision not in ("bf16", "fp8"))
 
 
-@pytest.mark.parametrize(("precision", "mode"), [*(("fp16", mode) for mode in MODES), ("fp32", "visible"), ("bf16", "visible")])
-def test_an_engine_is_built_proven_and_put_into_the_bundle(exports: Exports, api: Api, precision: str, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("precision", "mode"), [*(("fp16", mode) for mode in MODES), ("fp32", "visible"), ("bf16", "visible")]
+)
+def test_an_engine_is_built_proven_and_put_into_the_bundle(
+    exports: Exports, api: Api, precision: str, mode: str
+) -> None:
     if not supports(api, precision):
         pytest.skip(f"TensorRT {api.version} on {api.gpu.name} has no {precision}")
     result = exports.passed("--engine", "trt", "--precision", precision, *MODES[mode])
@@ -97,7 +106,9 @@ def test_an_engine_is_built_proven_and_put_into_the_bundle(exports: Exports, api
 
 
 def test_every_profile_is_proven_at_its_sizes(exports: Exports) -> None:
-    exports.passed("--engine", "trt", "--precision", "fp16", "--tokens", "visible", "--profile", "B:1,1,1 K:5,5,5; B:2,4,8 K:3,6,9")
+    exports.passed(
+        "--engine", "trt", "--precision", "fp16", "--tokens", "visible", "--profile", "B:1,1,1 K:5,5,5; B:2,4,8 K:3,6,9"
+    )
     manifest = exports.manifest
     assert manifest["profile"] == {"B": [1, 1, 8], "K": [3, 5, 9]}
     assert manifest["engines"][0]["profiles"] == [{"B": [1, 1, 1], "K": [5, 5, 5]}, {"B": [2, 4, 8], "K": [3, 6, 9]}]
@@ -106,7 +117,15 @@ def test_every_profile_is_proven_at_its_sizes(exports: Exports) -> None:
 
 @pytest.mark.parametrize("precision", ["int8", "fp8"])
 def test_eight_bits_are_timed_against_fp16(exports: Exports, api: Api, checkpoint: Path, precision: str) -> None:
-    arguments: tuple[Any, ...] = ("--engine", "trt", "--precision", precision, "--calib-data", checkpoint / "calibration", *EIGHT_BITS)
+    arguments: tuple[Any, ...] = (
+        "--engine",
+        "trt",
+        "--precision",
+        precision,
+        "--calib-data",
+        checkpoint / "calibration",
+        *EIGHT_BITS,
+    )
     if not supports(api, precision):
         code, said = exports(*arguments)
         assert (code, exports.left) == (2, set()), said
@@ -118,11 +137,25 @@ def test_eight_bits_are_timed_against_fp16(exports: Exports, api: Api, checkpoin
     computes_as_pytorch(exports, "full", FLOORS[precision])
 
 
-def test_int8_that_is_not_faster_is_rejected_with_both_figures_or_fp16_is_kept(exports: Exports, checkpoint: Path) -> None:
-    arguments: tuple[Any, ...] = ("--engine", "trt", "--precision", "int8", "--calib-data", checkpoint / "calibration", *EIGHT_BITS, "--max-latency", 1e-9)
+def test_int8_that_is_not_faster_is_rejected_with_both_figures_or_fp16_is_kept(
+    exports: Exports, checkpoint: Path
+) -> None:
+    arguments: tuple[Any, ...] = (
+        "--engine",
+        "trt",
+        "--precision",
+        "int8",
+        "--calib-data",
+        checkpoint / "calibration",
+        *EIGHT_BITS,
+        "--max-latency",
+        1e-9,
+    )
     code, said = exports(*arguments)
     assert code == 1
-    assert re.search(r"INT8 is rejected: it is not faster; it takes \d+\.\d\d of FP16's latency, \d+\.\d+ against \d+\.\d+ ms", said)
+    assert re.search(
+        r"INT8 is rejected: it is not faster; it takes \d+\.\d\d of FP16's latency, \d+\.\d+ against \d+\.\d+ ms", said
+    )
     assert exports.left == set()
     result = exports.passed(*arguments, "--prefer", "fp16")
     assert result["rejected"].startswith("INT8 is rejected: it is not faster; ")
@@ -139,7 +172,10 @@ def test_a_wrong_engine_leaves_nothing(exports: Exports, monkeypatch: pytest.Mon
 
     def off(engine: TensorRtEngine, inputs: Any, outputs: Any = None) -> dict[str, np.ndarray]:
         found = run(engine, inputs, outputs)
-        return {name: np.where(np.arange(array.size).reshape(array.shape) == 0, array + 9, array) for name, array in found.items()}
+        return {
+            name: np.where(np.arange(array.size).reshape(array.shape) == 0, array + 9, array)
+            for name, array in found.items()
+        }
 
     monkeypatch.setattr(TensorRtEngine, "run", off)
     code, said = exports("--engine", "trt", "--precision", "fp16")

@@ -1,4 +1,6 @@
-"""Rounding in training on a GPU: the numbers of the CPU, and no step waits for the device but one that observes ranges."""
+"""Rounding in training on a GPU: the numbers of the CPU, and no step waits for the device but one that observes
+ranges.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
-def test_rounding_on_the_gpu_is_rounding_on_the_cpu(gpu: Gpu, kind: Literal["dynamic", "static"], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounding_on_the_gpu_is_rounding_on_the_cpu(
+    gpu: Gpu, kind: Literal["dynamic", "static"], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from mae_deploy.models.quantization.policy import Policy
     from mae_deploy.models.quantization.training import quantize_in_training
     from tests.export.outlier_models import decibels, noisy_encoder
@@ -41,5 +45,6 @@ def test_rounding_on_the_gpu_is_rounding_on_the_cpu(gpu: Gpu, kind: Literal["dyn
         finally:
             torch.cuda.set_sync_debug_mode("default")
         tokens.append(found.detach().cpu())
-    # Numbers that lie right between two integers fall to the one side or the other; the rounding's own noise is at 36 dB.
+    # Numbers that lie right between two integers fall to the one side or the other; the rounding's own noise is at 36
+    # dB.
     assert decibels(*tokens) > decibels(plain.cpu(), tokens[1]) + 10

@@ -1,4 +1,6 @@
-"""The engine on a GPU: what it computes, from several threads and from arrays on the GPU, what it costs, and that nothing is left behind."""
+"""The engine on a GPU: what it computes, from several threads and from arrays on the GPU, what it costs, and that
+nothing is left behind.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ def test_runs(plans: dict[str, Path], options: EngineOptions, graphs: bool, ids:
                 given = inputs(batch, keep, seed)
                 check(engine.run({**given, "ids_keep": given["ids_keep"].astype(ids)}), given)
         prepared = [prepared for slot in engine._runner._slots for prepared in slot.prepared.values()]
-        assert {prepared.graph is not None for prepared in prepared} == {graphs}, "a graph was captured where it should be"
+        assert {prepared.graph is not None for prepared in prepared} == {graphs}, (
+            "a graph was captured where it should be"
+        )
 
 
 def test_a_plan_of_fixed_shapes(plans: dict[str, Path], options: EngineOptions) -> None:
@@ -223,7 +227,9 @@ def test_torch_gives_and_takes(plans: dict[str, Path]) -> None:
             check({name: torch.as_tensor(array, device="cuda").cpu().numpy() for name, array in found.items()}, given)
         with pytest.raises(ConfigError, match="strides"):
             engine.run({**tensors, "images": tensors["images"].transpose(2, 3)})
-    assert float((tensors["images"] * 1).sum()) == pytest.approx(float(given["images"].sum()), rel=1e-3), "torch's context is whole"
+    assert float((tensors["images"] * 1).sum()) == pytest.approx(float(given["images"].sum()), rel=1e-3), (
+        "torch's context is whole"
+    )
 
 
 # --- what it costs ---------------------------------------------------------------------------------------------------
@@ -242,7 +248,9 @@ def microseconds(work: Callable[[], object], repeats: int = 500) -> float:
 
 
 @pytest.mark.parametrize("graphs", [True, False])
-def test_a_run_costs_little_more_than_the_bare_enqueue(plans: dict[str, Path], options: EngineOptions, graphs: bool, record_property: Any) -> None:
+def test_a_run_costs_little_more_than_the_bare_enqueue(
+    plans: dict[str, Path], options: EngineOptions, graphs: bool, record_property: Any
+) -> None:
     given = inputs(2, 3)
     with TensorRtEngine(plans["fixed"], options) as engine:
         engine.use_graphs = graphs

@@ -21,10 +21,16 @@ def test_an_engine_is_timed_on_the_gpu_from_the_host_and_bare(api: Api, tmp_path
     from tests.runtime.tiny_bundle import write_bundle
 
     bundle = Bundle.load(write_bundle(tmp_path / "bundle", token_mode="full"))
-    build_engine(bundle, profiles=[{"B": (1, 1, 1)}, {"B": (4, 4, 4)}], options=BuildOptions(optimization_level=1, timing_cache="off", workspace=256))
+    build_engine(
+        bundle,
+        profiles=[{"B": (1, 1, 1)}, {"B": (4, 4, 4)}],
+        options=BuildOptions(optimization_level=1, timing_cache="off", workspace=256),
+    )
     request = {"bundles": [str(bundle.path)], "parts": ["tensorrt"], "batches": [1, 4, 9], "repeats": 5}
     rows = main(request)
     assert [(row["engine"], row["arrays"], row["batch"]) for row in rows] == [
-        (engine, arrays, batch) for batch in (1, 4) for engine, arrays in (("tensorrt", "gpu"), ("tensorrt", "host"), (BARE, "gpu"))
+        (engine, arrays, batch)
+        for batch in (1, 4)
+        for engine, arrays in (("tensorrt", "gpu"), ("tensorrt", "host"), (BARE, "gpu"))
     ]
     assert all(row["p50_ms"] > 0 for row in rows)

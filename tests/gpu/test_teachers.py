@@ -40,7 +40,12 @@ def answers(teacher: Teacher, device: str, wanted: set[Tap] = WANTED, *, whole: 
     teacher.to(torch.device(device))
     batch, masking = batch_of(ENCODER), masking_of(ENCODER)
     on_device = replace(batch, images=batch.images.to(device))
-    return {tap: value.cpu() for tap, value in teacher(on_device, masking.__class__(*(part.to(device) for part in masking)), whole=whole).items()}
+    return {
+        tap: value.cpu()
+        for tap, value in teacher(
+            on_device, masking.__class__(*(part.to(device) for part in masking)), whole=whole
+        ).items()
+    }
 
 
 def assert_close(found: Taps, expected: Taps, error: float) -> None:
@@ -50,7 +55,9 @@ def assert_close(found: Taps, expected: Taps, error: float) -> None:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize(("precision", "error"), [("fp32", 5e-3), ("bf16", 2e-2), ("fp16", 5e-3)])  # TF32 has ten bits, bf16 seven, fp16 ten
+@pytest.mark.parametrize(
+    ("precision", "error"), [("fp32", 5e-3), ("bf16", 2e-2), ("fp16", 5e-3)]
+)  # TF32 has ten bits, bf16 seven, fp16 ten
 def test_precisions(checkpoint: Path, gpu: object, precision: str, error: float, compiled: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("torch sees no CUDA device")
@@ -69,12 +76,23 @@ def test_a_bundle_on_tensorrt(checkpoint: Path, tmp_path: Path, api: Api) -> Non
     samples = tmp_path / "samples"
     samples.mkdir()
     for index in range(4):
-        Image.fromarray(np.random.default_rng(index).integers(0, 255, (70, 100, 3), np.uint8)).save(samples / f"{index}.png")
+        Image.fromarray(np.random.default_rng(index).integers(0, 255, (70, 100, 3), np.uint8)).save(
+            samples / f"{index}.png"
+        )
     profile = "B:1,3,8 K:1,12,24"
     config = ExportConfig(
-        checkpoint=checkpoint, out=tmp_path / "bundle", engine="trt", build=False, tokens="visible", profile=profile, samples=samples, num_samples=4
+        checkpoint=checkpoint,
+        out=tmp_path / "bundle",
+        engine="trt",
+        build=False,
+        tokens="visible",
+        profile=profile,
+        samples=samples,
+        num_samples=4,
     )
     export(config)
     teacher = open_teacher(tmp_path / "bundle", TeacherConfig(teacher_engine="trt"))
     expected = answers(open_teacher(checkpoint, TeacherConfig(teacher_precision="fp32")), "cpu", {Tap("tokens", 2)})
-    assert_close(answers(teacher, "cuda" if torch.cuda.is_available() else "cpu", {Tap("tokens", 2)}), expected, 5e-3)  # TF32
+    assert_close(
+        answers(teacher, "cuda" if torch.cuda.is_available() else "cpu", {Tap("tokens", 2)}), expected, 5e-3
+    )  # TF32

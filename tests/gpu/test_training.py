@@ -58,7 +58,15 @@ def test_no_step_waits_for_the_device(images: Path, tmp_path: Path, monkeypatch:
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Stepper, "take", watched)
-    pretrain(pretraining(images, tmp_path / "run", device="cuda", loop=LoopConfig(precision="bf16"), optim=optim(epochs=4, clip_grad=1.0)))
+    pretrain(
+        pretraining(
+            images,
+            tmp_path / "run",
+            device="cuda",
+            loop=LoopConfig(precision="bf16"),
+            optim=optim(epochs=4, clip_grad=1.0),
+        )
+    )
     assert len(steps) == 8
 
 
@@ -83,7 +91,9 @@ def test_a_cached_teacher_lets_no_step_wait(images: Path, tmp_path: Path) -> Non
     assert teacher.shown == [3, 3, 3, 2, 1, 1]  # an answer is on the disk when the third batch after it is read
     for taps, own in zip(found, expected, strict=True):
         for tap, value in own.items():
-            torch.testing.assert_close(taps[tap].cpu(), value, rtol=2**-10, atol=1e-6)  # FP16, and sums in another order
+            torch.testing.assert_close(
+                taps[tap].cpu(), value, rtol=2**-10, atol=1e-6
+            )  # FP16, and sums in another order
     again = opened(teacher, dataset, tmp_path / "cache", device=device)
     for batch in batches:
         again(replace(batch, images=batch.images.to(device), labels=batch.labels.to(device)), mask(batch), whole=False)

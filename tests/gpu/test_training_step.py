@@ -16,11 +16,27 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_both_steps_agree_and_ours_is_faster(gpu: Gpu, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_both_steps_agree_and_ours_is_faster(
+    gpu: Gpu, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip(f"{gpu.name} has no BF16")
     out = tmp_path / "report"
-    command = ["benchmark-train", "--device", "cuda", "--precision", precision, "--batch-size", "32", "--steps", "3", "--repeats", "3", "--out", str(out)]
+    command = [
+        "benchmark-train",
+        "--device",
+        "cuda",
+        "--precision",
+        precision,
+        "--batch-size",
+        "32",
+        "--steps",
+        "3",
+        "--repeats",
+        "3",
+        "--out",
+        str(out),
+    ]
     assert main([*command, "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     ours, plain = report["rows"]

@@ -1,4 +1,6 @@
-"""A small plan that TensorRT itself builds, without onnx: a matrix product and a softmax over a dynamic number of tokens."""
+"""A small plan that TensorRT itself builds, without onnx: a matrix product and a softmax over a dynamic number of
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,10 @@ def weights() -> Array:
 def inputs(batch: int, keep: int, seed: int = 0) -> dict[str, Array]:
     """`images (B, C, H, W)` and `ids_keep (B, K)`."""
     rng = np.random.default_rng(seed)
-    return {"images": rng.normal(size=(batch, C, H, W)).astype(np.float32), "ids_keep": rng.integers(0, H * W, (batch, keep)).astype(np.int32)}
+    return {
+        "images": rng.normal(size=(batch, C, H, W)).astype(np.float32),
+        "ids_keep": rng.integers(0, H * W, (batch, keep)).astype(np.int32),
+    }
 
 
 def reference(images: Array, ids_keep: Array) -> dict[str, Array]:
@@ -34,7 +39,10 @@ def reference(images: Array, ids_keep: Array) -> dict[str, Array]:
     pooled = images.astype(np.float64).mean(axis=(2, 3)) @ weights()
     scores = pooled[:, None, :] * (ids_keep[..., None] / (H * W))
     shifted = np.exp(scores - scores.max(axis=-1, keepdims=True))
-    return {"pooled": pooled.astype(np.float32), "tokens": (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32)}
+    return {
+        "pooled": pooled.astype(np.float32),
+        "tokens": (shifted / shifted.sum(axis=-1, keepdims=True)).astype(np.float32),
+    }
 
 
 def build(api: Api, *profiles: Sizes, depth: int = 0) -> bytes:
@@ -76,7 +84,9 @@ def _add_layers(trt: Any, network: Any, B: int, K: int, depth: int) -> list[Arra
         return network.add_constant(array.shape, trt.Weights(kept[-1])).get_output(0)
 
     def product(left: Any, right: Any) -> Any:
-        return network.add_matrix_multiply(left, trt.MatrixOperation.NONE, right, trt.MatrixOperation.NONE).get_output(0)
+        return network.add_matrix_multiply(left, trt.MatrixOperation.NONE, right, trt.MatrixOperation.NONE).get_output(
+            0
+        )
 
     images = network.add_input("images", trt.float32, (B, C, H, W))
     ids_keep = network.add_input("ids_keep", trt.int32, (B, K))

@@ -1,4 +1,6 @@
-"""Groups of bands: tokens of their own, a code for each group, masks for each or the same for all; without groups nothing changes."""
+"""Groups of bands: tokens of their own, a code for each group, masks for each or the same for all; without groups
+nothing changes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,17 @@ from mae_deploy.models.vit import Classifier, Encoder, patchify
 from mae_deploy.training.optim.groups import layer_decay_groups
 from mae_deploy.weights.frozen import image_size_for
 from mae_deploy.weights.load import Loaded, encoder_of, model_of, start_from
-from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    CLASSES,
+    DECODER,
+    ENCODER,
+    fill,
+    metadata_of,
+    random_images,
+    random_tensor,
+    tiny_encoder,
+    tiny_mae,
+)
 
 GROUPS = ((0, 3), (4,), (1, 2))
 """Neither in order nor of one size."""
@@ -95,7 +107,9 @@ def test_a_mask_of_tokens_covers_the_pixels_of_their_bands() -> None:
 
 def test_names_and_shapes_are_satmaes() -> None:
     state = MaskedAutoencoder(BANDS, DECODER).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if "blocks" not in name and "norm" not in name}
+    shapes = {
+        name: tuple(tensor.shape) for name, tensor in state.items() if "blocks" not in name and "norm" not in name
+    }
     assert shapes == {
         "cls_token": (1, 1, 20),
         "pos_embed": (1, 16, 16),
@@ -116,12 +130,17 @@ def test_positions_are_those_of_the_place_beside_the_code_of_the_group() -> None
     model = MaskedAutoencoder(BANDS, DECODER)
     places = sincos_position_embedding(16, (3, 5))[0]
     for group in range(3):
-        code = torch.tensor([np.sin(group), np.sin(group / 100), np.cos(group), np.cos(group / 100)], dtype=torch.float32)
+        code = torch.tensor(
+            [np.sin(group), np.sin(group / 100), np.cos(group), np.cos(group / 100)], dtype=torch.float32
+        )
         rows = model.positions()[0, 1 + group * N : 1 + (group + 1) * N]
         assert torch.equal(rows[:, :16], places[1:])
         torch.testing.assert_close(rows[:, 16:], code.expand(N, 4))
     assert not model.positions()[0, 0].any()
-    torch.testing.assert_close(model.decoder_positions()[0, 0, 8:], torch.tensor([np.sin(3), np.sin(3 / 100), np.cos(3), np.cos(3 / 100)]).float())
+    torch.testing.assert_close(
+        model.decoder_positions()[0, 0, 8:],
+        torch.tensor([np.sin(3), np.sin(3 / 100), np.cos(3), np.cos(3 / 100)]).float(),
+    )
 
 
 def test_each_groups_tokens_see_its_own_bands_only() -> None:
@@ -136,12 +155,19 @@ def test_tokens_are_picked_group_by_group() -> None:
     model, images = fill(Encoder(BANDS)), random_images(BANDS)
     ids = torch.stack([torch.randperm(45, generator=torch.Generator().manual_seed(seed))[:7] for seed in range(3)])
     everything = model.embed(images)
-    torch.testing.assert_close(model.embed(images, ids), torch.cat([everything[:, :1], everything[:, 1:].gather(1, ids[..., None].expand(-1, -1, 20))], dim=1))
+    torch.testing.assert_close(
+        model.embed(images, ids),
+        torch.cat([everything[:, :1], everything[:, 1:].gather(1, ids[..., None].expand(-1, -1, 20))], dim=1),
+    )
 
 
 def test_one_group_of_all_bands_is_the_plain_encoder_with_other_positions() -> None:
     plain, grouped = tiny_encoder(), fill(Encoder(replace(ENCODER, band_groups=((0, 1, 2),))))
-    tensors = {name.replace("patch_embed.", "patch_embed.0."): tensor for name, tensor in plain.state_dict().items() if name != "pos_embed"}
+    tensors = {
+        name.replace("patch_embed.", "patch_embed.0."): tensor
+        for name, tensor in plain.state_dict().items()
+        if name != "pos_embed"
+    }
     grouped.load_state_dict(tensors, strict=False)
     with torch.no_grad():
         plain.pos_embed.copy_(grouped.positions())
@@ -192,7 +218,9 @@ def test_consistent_masks_hide_the_same_places_in_every_group() -> None:
     masks = masking_of("random", noise, 0.6, (3, 5), group_masking="consistent")
     places = masking_of("random", noise[:, :N], 0.6, (3, 5))
     assert torch.equal(masks.mask.unflatten(1, (3, N)), places.mask[:, None].expand(-1, 3, -1))
-    assert torch.equal(masks.ids_keep.unflatten(1, (3, 6)) - N * torch.arange(3)[:, None], places.ids_keep[:, None].expand(-1, 3, -1))
+    assert torch.equal(
+        masks.ids_keep.unflatten(1, (3, 6)) - N * torch.arange(3)[:, None], places.ids_keep[:, None].expand(-1, 3, -1)
+    )
     # ids_restore undoes the shuffle: first all that is kept, then the rest.
     shuffled = masks.ids_restore.argsort(dim=1)
     assert torch.equal(shuffled[:, :18], masks.ids_keep)
@@ -261,7 +289,10 @@ def test_the_feature_map_is_the_mean_over_the_groups_that_are_seen() -> None:
     torch.testing.assert_close(found[7], tokens[0, 3])
     assert not found[[1, 2, 3, 4, 5, 6, 8, 9, 10, 11, 12, 13]].any()
     everything = random_tensor(2, 45, 3)
-    torch.testing.assert_close(feature_map(everything, None, BANDS), everything.unflatten(1, (3, N)).mean(dim=1).transpose(1, 2).reshape(2, 3, 3, 5))
+    torch.testing.assert_close(
+        feature_map(everything, None, BANDS),
+        everything.unflatten(1, (3, N)).mean(dim=1).transpose(1, 2).reshape(2, 3, 3, 5),
+    )
 
 
 def test_no_student_follows_tokens_of_groups() -> None:

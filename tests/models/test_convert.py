@@ -1,4 +1,6 @@
-"""Weights made elsewhere arrive tensor by tensor under the original's names, or are refused with a reason; nothing that a file carries is run."""
+"""Weights made elsewhere arrive tensor by tensor under the original's names, or are refused with a reason; nothing that
+a file carries is run.
+"""
 
 from __future__ import annotations
 
@@ -27,14 +29,27 @@ from mae_deploy.models.vit import Classifier, Encoder, Pool
 from mae_deploy.results import Result
 from mae_deploy.weights.load import Loaded, model_of
 from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
-from tests.models.tiny_models import CLASSES, DECODER, HEADS, SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
+from tests.models.tiny_models import (
+    CLASSES,
+    DECODER,
+    HEADS,
+    SQUARE,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+    write_original,
+)
 
 OPTIONS = ImportOptions(num_heads=5, decoder_num_heads=3)
 
 
 def assert_same(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert set(tensors) == set(expected)
-    assert [name for name, tensor in tensors.items() if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])] == []
+    assert [
+        name
+        for name, tensor in tensors.items()
+        if tensor.dtype != expected[name].dtype or not torch.equal(tensor, expected[name])
+    ] == []
 
 
 def encoder_of(imported: Imported) -> EncoderConfig:
@@ -47,7 +62,9 @@ def encoder_of(imported: Imported) -> EncoderConfig:
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 def test_a_pretraining_checkpoint(tmp_path: Path, legacy: bool) -> None:
     tensors = tiny_mae(SQUARE).state_dict()
-    file = write_original(tmp_path / "checkpoint-3.pth", tensors, legacy=legacy, norm_pix_loss=False, input_size=10, mask_ratio=0.75)
+    file = write_original(
+        tmp_path / "checkpoint-3.pth", tensors, legacy=legacy, norm_pix_loss=False, input_size=10, mask_ratio=0.75
+    )
     imported = import_weights(file, OPTIONS)
     assert_same(imported.tensors, tensors)
     metadata = imported.metadata
@@ -90,7 +107,11 @@ def test_a_fine_tuned_classifier(tmp_path: Path, pool: Pool) -> None:
     tensors = tiny_classifier(pool, SQUARE).state_dict()
     imported = import_weights(write_original(tmp_path / "finetuned.pth", tensors), OPTIONS)
     assert_same(imported.tensors, tensors)
-    assert (imported.metadata.kind, imported.metadata.pool, imported.metadata.num_classes) == ("classifier", pool, CLASSES)
+    assert (imported.metadata.kind, imported.metadata.pool, imported.metadata.num_classes) == (
+        "classifier",
+        pool,
+        CLASSES,
+    )
 
 
 @pytest.mark.parametrize("channels", [1, 4])
@@ -105,7 +126,10 @@ def test_other_numbers_of_channels(tmp_path: Path, channels: int) -> None:
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
 def test_prefixes_of_wrappers_are_dropped(tmp_path: Path, prefix: str) -> None:
     tensors = tiny_mae(SQUARE).state_dict()
-    imported = import_weights(write_original(tmp_path / "checkpoint.pth", {prefix + name: tensor for name, tensor in tensors.items()}), OPTIONS)
+    imported = import_weights(
+        write_original(tmp_path / "checkpoint.pth", {prefix + name: tensor for name, tensor in tensors.items()}),
+        OPTIONS,
+    )
     assert_same(imported.tensors, tensors)
 
 
@@ -119,13 +143,18 @@ def test_a_bare_or_wrapped_state_dict(tmp_path: Path, key: str | None) -> None:
 def test_half_precision_becomes_float32(tmp_path: Path) -> None:
     tensors = {name: tensor.half() for name, tensor in tiny_encoder(SQUARE).state_dict().items()}
     save_file(tensors, tmp_path / "half.safetensors")
-    assert_same(import_weights(tmp_path / "half.safetensors", OPTIONS).tensors, {name: tensor.float() for name, tensor in tensors.items()})
+    assert_same(
+        import_weights(tmp_path / "half.safetensors", OPTIONS).tensors,
+        {name: tensor.float() for name, tensor in tensors.items()},
+    )
 
 
 def test_heads_and_name_come_from_the_preset_of_that_width(tmp_path: Path) -> None:
     config = EncoderConfig(name="shallow", image_size=(32, 32), patch_size=16, embed_dim=192, depth=1, num_heads=3)
     save_file(Encoder(config).state_dict(), tmp_path / "shallow.safetensors")
-    assert encoder_of(import_weights(tmp_path / "shallow.safetensors", ImportOptions())) == replace(config, name="vit_192x1_patch16")
+    assert encoder_of(import_weights(tmp_path / "shallow.safetensors", ImportOptions())) == replace(
+        config, name="vit_192x1_patch16"
+    )
     nano = EncoderConfig(name="vit_nano_patch4", image_size=(12, 12))
     save_file(Encoder(nano).state_dict(), tmp_path / "nano.safetensors")
     assert encoder_of(import_weights(tmp_path / "nano.safetensors", ImportOptions())) == nano
@@ -133,7 +162,9 @@ def test_heads_and_name_come_from_the_preset_of_that_width(tmp_path: Path) -> No
 
 def test_an_mlp_whose_ratio_is_no_exact_number(tmp_path: Path) -> None:
     # 44 * (49 / 44) is 48.999… in floating point: the MLP would be built one narrower.
-    tensors = tiny_encoder(replace(SQUARE, embed_dim=44, num_heads=11, mlp_ratio=math.nextafter(49 / 44, 2))).state_dict()
+    tensors = tiny_encoder(
+        replace(SQUARE, embed_dim=44, num_heads=11, mlp_ratio=math.nextafter(49 / 44, 2))
+    ).state_dict()
     assert (tensors["blocks.0.mlp.fc1.weight"].shape[0], int(44 * (49 / 44))) == (49, 48)
     save_file(tensors, tmp_path / "odd.safetensors")
     imported = import_weights(tmp_path / "odd.safetensors", ImportOptions(num_heads=11))
@@ -142,19 +173,33 @@ def test_an_mlp_whose_ratio_is_no_exact_number(tmp_path: Path) -> None:
 
 def test_vit_huge_has_heads_of_80(tmp_path: Path) -> None:
     # Every other preset's heads are 64 wide, which is what is assumed of an unknown width.
-    config = EncoderConfig(name="vit_1280x1_patch14", image_size=(14, 14), patch_size=14, embed_dim=1280, depth=1, num_heads=16)
-    save_file({name: torch.zeros(shape, dtype=torch.float16) for name, shape in expected_shapes(config, None).items()}, tmp_path / "huge.safetensors")
+    config = EncoderConfig(
+        name="vit_1280x1_patch14", image_size=(14, 14), patch_size=14, embed_dim=1280, depth=1, num_heads=16
+    )
+    save_file(
+        {name: torch.zeros(shape, dtype=torch.float16) for name, shape in expected_shapes(config, None).items()},
+        tmp_path / "huge.safetensors",
+    )
     assert encoder_of(import_weights(tmp_path / "huge.safetensors", ImportOptions())) == config
 
 
 def test_a_release_that_was_fine_tuned_at_448_pixels(tmp_path: Path) -> None:
     # ViT-H's width and patch, one block, three classes: 32x32 patches instead of 16x16.
-    config = EncoderConfig(name="vit_1280x1_patch14", image_size=(448, 448), patch_size=14, embed_dim=1280, depth=1, num_heads=16)
+    config = EncoderConfig(
+        name="vit_1280x1_patch14", image_size=(448, 448), patch_size=14, embed_dim=1280, depth=1, num_heads=16
+    )
     shapes = expected_shapes(config, None, pool="avg", num_classes=3)
-    torch.save({"model": {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}}, tmp_path / "mae_finetuned_vit_huge_448.pth")
+    torch.save(
+        {"model": {name: torch.zeros(shape, dtype=torch.float16) for name, shape in shapes.items()}},
+        tmp_path / "mae_finetuned_vit_huge_448.pth",
+    )
     imported = import_weights(tmp_path / "mae_finetuned_vit_huge_448.pth", ImportOptions())
     assert encoder_of(imported) == config
-    assert (imported.metadata.pool, imported.metadata.licence, imported.metadata.preprocess["crop_pct"]) == ("avg", NON_COMMERCIAL, 1.0)
+    assert (imported.metadata.pool, imported.metadata.licence, imported.metadata.preprocess["crop_pct"]) == (
+        "avg",
+        NON_COMMERCIAL,
+        1.0,
+    )
 
 
 def test_norm_pix_loss_given_wins_over_the_files(tmp_path: Path) -> None:
@@ -170,7 +215,10 @@ def test_absent_position_tables_are_rebuilt_and_reported(tmp_path: Path) -> None
     tensors = tiny_mae(SQUARE).state_dict()
     rest = {name: tensor for name, tensor in tensors.items() if name not in ("pos_embed", "decoder_pos_embed")}
     imported = import_weights(write_original(tmp_path / "checkpoint.pth", rest, input_size=10), OPTIONS)
-    tables = {"pos_embed": sincos_position_embedding(20, (5, 5)), "decoder_pos_embed": sincos_position_embedding(12, (5, 5))}
+    tables = {
+        "pos_embed": sincos_position_embedding(20, (5, 5)),
+        "decoder_pos_embed": sincos_position_embedding(12, (5, 5)),
+    }
     assert_same(imported.tensors, {**tensors, **tables})
     assert imported.report["reshaped"] == [f"{name}: absent, rebuilt as the fixed sine-cosine table" for name in tables]
 
@@ -200,8 +248,13 @@ def test_patches_that_form_no_square_need_the_size(tmp_path: Path) -> None:
 
 def test_another_image_size_interpolates_both_tables(tmp_path: Path) -> None:
     tensors = tiny_mae(SQUARE).state_dict()
-    imported = import_weights(write_original(tmp_path / "checkpoint.pth", tensors), replace(OPTIONS, image_size=(6, 14)))
-    tables = {name: interpolate_position_embedding(tensors[name], (5, 5), (3, 7)) for name in ("pos_embed", "decoder_pos_embed")}
+    imported = import_weights(
+        write_original(tmp_path / "checkpoint.pth", tensors), replace(OPTIONS, image_size=(6, 14))
+    )
+    tables = {
+        name: interpolate_position_embedding(tensors[name], (5, 5), (3, 7))
+        for name in ("pos_embed", "decoder_pos_embed")
+    }
     assert_same(imported.tensors, {**tensors, **tables})
     assert imported.report["reshaped"] == [f"{name}: interpolated from 5x5 to 3x7 patches" for name in tables]
     assert imported.metadata.preprocess["image_size"] == [6, 14]
@@ -209,7 +262,9 @@ def test_another_image_size_interpolates_both_tables(tmp_path: Path) -> None:
 
 def test_a_decoders_table_tells_the_size_where_the_encoders_is_absent(tmp_path: Path) -> None:
     tensors = tiny_mae(SQUARE).state_dict()
-    file = write_original(tmp_path / "checkpoint.pth", {name: tensor for name, tensor in tensors.items() if name != "pos_embed"})
+    file = write_original(
+        tmp_path / "checkpoint.pth", {name: tensor for name, tensor in tensors.items() if name != "pos_embed"}
+    )
     assert_same(import_weights(file, OPTIONS).tensors, {**tensors, "pos_embed": sincos_position_embedding(20, (5, 5))})
 
 
@@ -257,7 +312,9 @@ def put(name: str, *shape: int) -> Callable[[dict[str, Tensor]], object]:
         (drop("decoder_embed.weight"), r"not a ViT: no tensor 'decoder_embed\.weight'"),
     ],
 )
-def test_tensors_that_do_not_fit_are_named(tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str) -> None:
+def test_tensors_that_do_not_fit_are_named(
+    tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
+) -> None:
     tensors = dict(tiny_mae(SQUARE).state_dict())
     change(tensors)
     with pytest.raises(CheckFailed, match=message):
@@ -268,7 +325,11 @@ def test_every_tensor_that_does_not_fit_is_in_the_result(tmp_path: Path) -> None
     tensors = dict(tiny_mae(SQUARE).state_dict())
     lost = [name for name in tensors if name.startswith("blocks.1.") and not name.endswith("mlp.fc1.weight")]
     more = {f"extra.{index}": torch.zeros(index) for index in range(6)}
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in lost} | more | {"norm.bias": torch.zeros(21), "norm.weight": torch.zeros(())}
+    tensors = (
+        {name: tensor for name, tensor in tensors.items() if name not in lost}
+        | more
+        | {"norm.bias": torch.zeros(21), "norm.weight": torch.zeros(())}
+    )
     with pytest.raises(CheckFailed, match=r"11 missing: .* …; 6 unexpected: .* …; 2 misshapen") as caught:
         import_weights(write_original(tmp_path / "checkpoint.pth", tensors), OPTIONS)
     assert isinstance(caught.value.result, Result)
@@ -277,7 +338,10 @@ def test_every_tensor_that_does_not_fit_is_in_the_result(tmp_path: Path) -> None
     assert [entry["name"] for entry in data["missing"]] == lost
     assert data["missing"][0] == {"name": "blocks.1.norm1.weight", "expected": [20]}
     assert data["unexpected"] == [{"name": name, "found": list(tensor.shape)} for name, tensor in more.items()]
-    assert data["reshaped"] == [{"name": "norm.weight", "found": [], "expected": [20]}, {"name": "norm.bias", "found": [21], "expected": [20]}]
+    assert data["reshaped"] == [
+        {"name": "norm.weight", "found": [], "expected": [20]},
+        {"name": "norm.bias", "found": [21], "expected": [20]},
+    ]
 
 
 @pytest.mark.parametrize(
@@ -311,7 +375,9 @@ def test_weights_that_are_no_floating_point_numbers(tmp_path: Path, dtype: torch
 def test_the_same_tensors_twice(tmp_path: Path) -> None:
     tensors = tiny_encoder(SQUARE).state_dict()
     with pytest.raises(CheckFailed, match="the same tensors twice"):
-        import_weights(write_original(tmp_path / "checkpoint.pth", {**tensors, "module.norm.bias": tensors["norm.bias"]}), OPTIONS)
+        import_weights(
+            write_original(tmp_path / "checkpoint.pth", {**tensors, "module.norm.bias": tensors["norm.bias"]}), OPTIONS
+        )
 
 
 def test_a_head_without_width_is_refused(tmp_path: Path) -> None:
@@ -349,7 +415,9 @@ def test_expected_shapes_are_the_models(kind: str, name: str) -> None:
             model: Encoder = Classifier(config, num_classes=CLASSES, pool=pools[kind])
         else:
             model = MaskedAutoencoder(config, DECODER) if kind == "mae" else Encoder(config)
-    shapes = expected_shapes(config, DECODER if kind == "mae" else None, pool=pools.get(kind), num_classes=CLASSES if kind in pools else None)
+    shapes = expected_shapes(
+        config, DECODER if kind == "mae" else None, pool=pools.get(kind), num_classes=CLASSES if kind in pools else None
+    )
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == shapes
 
 
@@ -403,7 +471,8 @@ def test_a_truncated_file(tmp_path: Path, legacy: bool, share: float) -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 def test_damaged_bytes_are_refused_with_our_error(tmp_path: Path, seed: int) -> None:
-    # Damage to a legacy file's pickle reaches torch's unpickler, which then raises IndexError, struct.error, AssertionError and others.
+    # Damage to a legacy file's pickle reaches torch's unpickler, which then raises IndexError, struct.error,
+    # AssertionError and others.
     file = write_original(tmp_path / "checkpoint.pth", tiny_encoder(SQUARE).state_dict(), legacy=True)
     data = bytearray(file.read_bytes())
     places = torch.randint(2000, (7,), generator=torch.Generator().manual_seed(seed)).tolist()
@@ -480,7 +549,9 @@ def test_licence_given(tmp_path: Path) -> None:
 def write_hugging_face(folder: Path, tensors: dict[str, Tensor], **config: Any) -> Path:
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 5, "decoder_num_attention_heads": 3, **config}))
+    (folder / "config.json").write_text(
+        json.dumps({"num_attention_heads": 5, "decoder_num_attention_heads": 3, **config})
+    )
     return folder
 
 
@@ -511,7 +582,9 @@ def hugging_face_classifier() -> dict[str, Tensor]:
 
 def test_a_hugging_face_classifier_with_its_class_names(tmp_path: Path) -> None:
     labels = {str(index): f"class {index * index}" for index in reversed(range(CLASSES))}
-    imported = import_weights(write_hugging_face(tmp_path / "model", hugging_face_classifier(), id2label=labels), ImportOptions())
+    imported = import_weights(
+        write_hugging_face(tmp_path / "model", hugging_face_classifier(), id2label=labels), ImportOptions()
+    )
     assert_same(imported.tensors, tiny_classifier("cls", SQUARE).state_dict())
     assert (imported.metadata.kind, imported.metadata.pool) == ("classifier", "cls")
     assert imported.metadata.class_names == tuple(f"class {index * index}" for index in range(CLASSES))
@@ -530,7 +603,9 @@ def test_an_attention_without_its_key(tmp_path: Path) -> None:
 def test_another_activation_is_refused(tmp_path: Path) -> None:
     # Nothing in the tensors would show it, and every output would be wrong.
     with pytest.raises(ConfigError, match="hidden_act relu"):
-        import_weights(write_hugging_face(tmp_path / "model", hugging_face_classifier(), hidden_act="relu"), ImportOptions())
+        import_weights(
+            write_hugging_face(tmp_path / "model", hugging_face_classifier(), hidden_act="relu"), ImportOptions()
+        )
 
 
 @pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])

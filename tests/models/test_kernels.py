@@ -1,4 +1,6 @@
-"""Linear layers by measured kernels: the same numbers as `nn.Linear`, chosen once, and never where they were not measured."""
+"""Linear layers by measured kernels: the same numbers as `nn.Linear`, chosen once, and never where they were not
+measured.
+"""
 
 from __future__ import annotations
 
@@ -124,7 +126,9 @@ def test_the_fastest_is_taken_if_it_is_clearly_faster(monkeypatch: pytest.Monkey
     assert kernels.summary() is None
 
 
-def test_a_size_is_measured_once_by_a_run_its_continuation_and_the_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_size_is_measured_once_by_a_run_its_continuation_and_the_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     calls = took(monkeypatch, {DEFAULT: 1.0, "onednn": 0.5})
     run = Kernels()
     assert [run.product("forward", rows, K, N) for rows in (5, 6, 7, 8)] == ["onednn"] * 4

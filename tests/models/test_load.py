@@ -1,4 +1,6 @@
-"""A checkpoint becomes the model that wrote it, and starts another model from its encoder; what does not fit is refused."""
+"""A checkpoint becomes the model that wrote it, and starts another model from its encoder; what does not fit is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,28 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.weights.load import Loaded, build_model, encoder_of, load_model, load_strict, model_of, read_weights, start_from
-from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, tiny_classifier, tiny_encoder, tiny_mae, write_original
+from mae_deploy.weights.load import (
+    Loaded,
+    build_model,
+    encoder_of,
+    load_model,
+    load_strict,
+    model_of,
+    read_weights,
+    start_from,
+)
+from tests.models.tiny_models import (
+    CLASSES,
+    DECODER,
+    ENCODER,
+    fill,
+    metadata_of,
+    random_images,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+    write_original,
+)
 
 MODELS: dict[str, Callable[[], Encoder]] = {
     "encoder": tiny_encoder,
@@ -33,7 +55,9 @@ def loaded_from(model: Encoder) -> Loaded:
 @pytest.mark.parametrize("name", MODELS)
 def test_a_checkpoint_gives_the_same_model(tmp_path: Path, name: str) -> None:
     model = MODELS[name]()
-    save_checkpoint(tmp_path / "checkpoint", model.state_dict(), metadata_of(model, licence="MIT", provenance={"stage": "test"}))
+    save_checkpoint(
+        tmp_path / "checkpoint", model.state_dict(), metadata_of(model, licence="MIT", provenance={"stage": "test"})
+    )
     read, loaded = load_model(tmp_path / "checkpoint")
     assert type(read) is type(model)
     assert not read.training
@@ -60,7 +84,10 @@ def test_settings_of_the_model_survive() -> None:
 
 def test_frozen_tables_stay_frozen() -> None:
     model = model_of(loaded_from(tiny_mae()))
-    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed", "decoder_pos_embed"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "pos_embed",
+        "decoder_pos_embed",
+    ]
 
 
 def test_a_file_of_the_original_is_read_as_it_is(tmp_path: Path) -> None:
@@ -121,7 +148,9 @@ def test_mean_pooling_starts_without_the_checkpoints_norm() -> None:
 
 def test_class_token_pooling_starts_with_the_checkpoints_norm() -> None:
     mae = tiny_mae()
-    started = start_from(fill(Classifier(ENCODER, num_classes=CLASSES, pool="cls"), seed=1), loaded_from(mae)).state_dict()
+    started = start_from(
+        fill(Classifier(ENCODER, num_classes=CLASSES, pool="cls"), seed=1), loaded_from(mae)
+    ).state_dict()
     assert torch.equal(started["norm.weight"], mae.state_dict()["norm.weight"])
 
 

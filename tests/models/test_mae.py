@@ -21,7 +21,8 @@ from tests.models.tiny_models import DECODER, ENCODER, fill, metadata_of, random
 
 N = ENCODER.num_patches
 
-# One block of width 20 on 2x2 pixels of 3 channels, one of width 12 behind it: the names that every checkpoint of this family has.
+# One block of width 20 on 2x2 pixels of 3 channels, one of width 12 behind it: the names that every checkpoint of this
+# family has.
 NAMES = {
     "cls_token": (1, 1, 20),
     "pos_embed": (1, 16, 20),
@@ -71,7 +72,9 @@ def masking_of(batch: int = 3, mask_ratio: float = 0.6, seed: int = 4) -> Maskin
 def grey_mae(*, norm_pix_loss: bool) -> MaskedAutoencoder:
     """2x2 pixels a patch, one channel, three patches in a row: small enough for a hand."""
     config = EncoderConfig(name="grey", image_size=(2, 6), patch_size=2, in_chans=1, embed_dim=4, depth=1, num_heads=1)
-    return MaskedAutoencoder(config, DecoderConfig(decoder_depth=1, decoder_embed_dim=4, decoder_num_heads=1), norm_pix_loss=norm_pix_loss)
+    return MaskedAutoencoder(
+        config, DecoderConfig(decoder_depth=1, decoder_embed_dim=4, decoder_num_heads=1), norm_pix_loss=norm_pix_loss
+    )
 
 
 def grey_image(*patches: tuple[float, float, float, float]) -> Tensor:
@@ -82,13 +85,18 @@ def grey_image(*patches: tuple[float, float, float, float]) -> Tensor:
 
 
 def test_state_dict_names_are_the_originals() -> None:
-    model = MaskedAutoencoder(EncoderConfig(name="one", image_size=(6, 10), patch_size=2, embed_dim=20, depth=1, num_heads=5), DECODER)
+    model = MaskedAutoencoder(
+        EncoderConfig(name="one", image_size=(6, 10), patch_size=2, embed_dim=20, depth=1, num_heads=5), DECODER
+    )
     assert {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()} == NAMES
 
 
 def test_fixed_tables_are_not_trained() -> None:
     model = MaskedAutoencoder(ENCODER, DECODER)
-    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed", "decoder_pos_embed"]
+    assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == [
+        "pos_embed",
+        "decoder_pos_embed",
+    ]
     assert torch.equal(model.decoder_pos_embed, sincos_position_embedding(12, (3, 5)))
 
 
@@ -97,13 +105,19 @@ def test_decoder_starts_as_in_the_paper() -> None:
     model = MaskedAutoencoder(ENCODER, DecoderConfig(decoder_depth=1, decoder_embed_dim=1200, decoder_num_heads=3))
     # 1,200 numbers estimate their spread to about 2 %, five times that is allowed.
     assert model.mask_token.std().item() == pytest.approx(0.02, rel=0.1)
-    linear = [module for name, module in model.named_modules() if name.startswith("decoder") and isinstance(module, nn.Linear)]
+    linear = [
+        module for name, module in model.named_modules() if name.startswith("decoder") and isinstance(module, nn.Linear)
+    ]
     assert len(linear) == 1 + 4 + 1
     for layer in linear:
         bound = math.sqrt(6 / (layer.in_features + layer.out_features))
         assert 0.99 * bound < layer.weight.abs().max().item() <= bound
         assert not layer.bias.any()
-    norms = [module for name, module in model.named_modules() if name.startswith("decoder") and isinstance(module, nn.LayerNorm)]
+    norms = [
+        module
+        for name, module in model.named_modules()
+        if name.startswith("decoder") and isinstance(module, nn.LayerNorm)
+    ]
     assert len(norms) == 3
     assert {norm.eps for norm in norms} == {1e-6}
 
@@ -113,7 +127,8 @@ def test_decoder_starts_as_in_the_paper() -> None:
 
 def test_normalised_target_by_hand() -> None:
     target = grey_mae(norm_pix_loss=True).target(grey_image((0, 2, 4, 6), (5, 5, 5, 5), (-1e-3, 1e-3, 1e-3, -1e-3)))
-    # Means 3, 5, 0; unbiased variances 20/3, 0, 4/3 of a millionth, where the epsilon inside the root counts; the constant patch does not divide by zero.
+    # Means 3, 5, 0; unbiased variances 20/3, 0, 4/3 of a millionth, where the epsilon inside the root counts; the
+    # constant patch does not divide by zero.
     first, third = 1 / math.sqrt(20 / 3 + 1e-6), 1e-3 / math.sqrt(4e-6 / 3 + 1e-6)
     expected = [[-3 * first, -first, first, 3 * first], [0] * 4, [-third, third, third, -third]]
     # float32 rounding of numbers near 1.
@@ -128,7 +143,9 @@ def test_plain_target_is_the_pixels() -> None:
 def test_loss_by_hand() -> None:
     model = grey_mae(norm_pix_loss=False)
     images = torch.zeros(2, 1, 2, 6)
-    errors = torch.tensor([[[1.0, 2, 3, 4], [100, 100, 100, 100], [0, 0, 0, 2]], [[50.0, 50, 50, 50], [0, 0, 0, 0], [-4, 0, 0, 0]]])
+    errors = torch.tensor(
+        [[[1.0, 2, 3, 4], [100, 100, 100, 100], [0, 0, 0, 2]], [[50.0, 50, 50, 50], [0, 0, 0, 0], [-4, 0, 0, 0]]]
+    )
     mask = torch.tensor([[1.0, 0, 1], [0, 1, 1]])
     # Means of the masked patches' squares: 30 / 4, 4 / 4, 0, 16 / 4; their mean is 12.5 / 4.
     assert model.forward_loss(images, errors, mask).item() == 3.125
@@ -189,25 +206,42 @@ def test_the_order_of_visible_patches_does_not_matter() -> None:
     for order in (kept, kept[::-1]):
         shuffled = torch.tensor([order + hidden])
         with torch.no_grad():
-            predictions.append(model.forward_decoder(model.forward_encoder(images, shuffled[:, :4]), shuffled.argsort(dim=1)))
+            predictions.append(
+                model.forward_decoder(model.forward_encoder(images, shuffled[:, :4]), shuffled.argsort(dim=1))
+            )
     # Attention sums over the tokens in another order.
     torch.testing.assert_close(*predictions, rtol=0, atol=1e-5)
-    assert (predictions[0][0, 3] - predictions[0][0, 11]).abs().max() > 0.1, "predictions are alike, so their order cannot show"
+    assert (predictions[0][0, 3] - predictions[0][0, 11]).abs().max() > 0.1, (
+        "predictions are alike, so their order cannot show"
+    )
 
 
 def test_every_trained_parameter_gets_a_gradient() -> None:
     model = tiny_mae()
     model(random_images(), masking_of()).loss.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())] == []
+    assert [
+        name
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and (parameter.grad is None or not parameter.grad.any())
+    ] == []
 
 
-@pytest.mark.parametrize("sizes", [{"decoder_depth": -1}, {"decoder_embed_dim": 12, "decoder_num_heads": 5}, {"decoder_embed_dim": 10, "decoder_num_heads": 5}])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"decoder_depth": -1},
+        {"decoder_embed_dim": 12, "decoder_num_heads": 5},
+        {"decoder_embed_dim": 10, "decoder_num_heads": 5},
+    ],
+)
 def test_impossible_decoders_are_refused(sizes: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="decoder"):
         DecoderConfig(**sizes)
 
 
-@pytest.mark.parametrize(("width", "heads"), [(128, 4), (256, 8), (512, 16), (768, 24), (1024, 32), (16, 1), (100, 2), (96, 3)])
+@pytest.mark.parametrize(
+    ("width", "heads"), [(128, 4), (256, 8), (512, 16), (768, 24), (1024, 32), (16, 1), (100, 2), (96, 3)]
+)
 def test_decoder_heads_follow_the_width(width: int, heads: int) -> None:
     """One for every 32, as the paper's 16 of 512; fewer where that does not divide."""
     assert DecoderConfig(decoder_embed_dim=width).decoder_num_heads == heads
@@ -230,7 +264,12 @@ def test_decoder_heads_follow_the_width(width: int, heads: int) -> None:
 )
 def test_other_losses_by_hand(objective: dict[str, Any], expected: float) -> None:
     config = EncoderConfig(name="grey", image_size=(2, 4), patch_size=2, in_chans=1, embed_dim=4, depth=1, num_heads=1)
-    model = MaskedAutoencoder(config, grey_mae(norm_pix_loss=False).decoder_config, norm_pix_loss=False, objective=ObjectiveConfig(**objective))
+    model = MaskedAutoencoder(
+        config,
+        grey_mae(norm_pix_loss=False).decoder_config,
+        norm_pix_loss=False,
+        objective=ObjectiveConfig(**objective),
+    )
     predicted = torch.tensor([[[1, -2, 0, 0.5], [4, 4, 4, 4]]])
     assert model.forward_loss(torch.zeros(1, 1, 2, 4), predicted, torch.tensor([[1.0, 0]])).item() == expected
 
@@ -259,7 +298,11 @@ def test_the_encoder_sees_a_mask_token_in_every_masked_place(depth: int) -> None
 
 
 def test_what_the_mask_token_hides_does_not_leak() -> None:
-    model, images, masking = fill(MaskedAutoencoder(ENCODER, DECODER, objective=IN_ENCODER)), random_images(), masking_of()
+    model, images, masking = (
+        fill(MaskedAutoencoder(ENCODER, DECODER, objective=IN_ENCODER)),
+        random_images(),
+        masking_of(),
+    )
     noisy = unpatchify(patchify(images, 2) + 9 * masking.mask.unsqueeze(-1), 2, ENCODER.grid_size)
     with torch.no_grad():
         assert torch.equal(model(noisy, masking).pixels, model(images, masking).pixels)
@@ -269,10 +312,16 @@ def test_the_mask_token_is_as_wide_as_the_encoder_and_a_linear_head_needs_nothin
     deep = MaskedAutoencoder(ENCODER, DECODER, objective=IN_ENCODER).state_dict()
     assert (deep["mask_token"].shape, set(deep)) == ((1, 1, 20), set(MaskedAutoencoder(ENCODER, DECODER).state_dict()))
     linear = MaskedAutoencoder(ENCODER, replace(DECODER, decoder_depth=0), objective=IN_ENCODER)
-    assert set(linear.state_dict()) - set(Encoder(ENCODER).state_dict()) == {"mask_token", "decoder_pred.weight", "decoder_pred.bias"}
+    assert set(linear.state_dict()) - set(Encoder(ENCODER).state_dict()) == {
+        "mask_token",
+        "decoder_pred.weight",
+        "decoder_pred.bias",
+    }
     assert linear.decoder_pred.weight.shape == (12, 20)
     linear(random_images(), masking_of()).loss.backward()
-    assert [name for name, parameter in linear.named_parameters() if parameter.requires_grad and parameter.grad is None] == []
+    assert [
+        name for name, parameter in linear.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ] == []
 
 
 def test_no_decoder_without_mask_tokens() -> None:
@@ -298,7 +347,9 @@ def test_features_are_given_to_the_model() -> None:
 def test_the_components_of_the_patches() -> None:
     """`norm_pix_loss` normalises the patches before they are projected, and pictures undo both."""
     for norm_pix_loss in (True, False):
-        model = MaskedAutoencoder(ENCODER, DECODER, norm_pix_loss=norm_pix_loss, objective=ObjectiveConfig(target="pca", target_dim=12))
+        model = MaskedAutoencoder(
+            ENCODER, DECODER, norm_pix_loss=norm_pix_loss, objective=ObjectiveConfig(target="pca", target_dim=12)
+        )
         assert model.pca is not None
         images = random_images()
         patches = model.patches(images).flatten(0, 1)
@@ -311,7 +362,9 @@ def test_the_components_of_the_patches() -> None:
 
 
 def test_more_components_than_numbers_are_refused() -> None:
-    assert MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca")).decoder_pred.out_features == 12  # 96 at most
+    assert (
+        MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca")).decoder_pred.out_features == 12
+    )  # 96 at most
     with pytest.raises(ConfigError, match="--target-dim 13 is more than the 12 numbers of a patch"):
         MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca", target_dim=13))
     with pytest.raises(ConfigError, match="--target-dim 5 needs --target pca"):

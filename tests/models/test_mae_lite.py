@@ -26,8 +26,16 @@ def lite_mae() -> dict[str, Tensor]:
     return dict(fill(MaskedAutoencoder(TINY, LITE_DECODER)).state_dict())
 
 
-def import_lite(file: Path, tensors: dict[str, Tensor], prefix: str = "module.model.", records: dict[str, Any] = RECORDS, **options: Any) -> Imported:
-    torch.save({**records, "optimizer": {}, "model": {f"{prefix}{name}": tensor for name, tensor in tensors.items()}}, file)
+def import_lite(
+    file: Path,
+    tensors: dict[str, Tensor],
+    prefix: str = "module.model.",
+    records: dict[str, Any] = RECORDS,
+    **options: Any,
+) -> Imported:
+    torch.save(
+        {**records, "optimizer": {}, "model": {f"{prefix}{name}": tensor for name, tensor in tensors.items()}}, file
+    )
     return import_weights(file, ImportOptions(**options))
 
 
@@ -48,7 +56,10 @@ def test_parts_of_training_are_left_aside(tmp_path: Path) -> None:
         "tch_model.norm.weight": torch.zeros(768),
         "attn_adapter.adapter11.weight": torch.zeros(12, 12, 1, 1),
     }
-    torch.save({**RECORDS, "model": {**{f"model.{name}": tensor for name, tensor in lite_mae().items()}, **more}}, tmp_path / "last_epoch_ckpt.pth.tar")
+    torch.save(
+        {**RECORDS, "model": {**{f"model.{name}": tensor for name, tensor in lite_mae().items()}, **more}},
+        tmp_path / "last_epoch_ckpt.pth.tar",
+    )
     imported = import_weights(tmp_path / "last_epoch_ckpt.pth.tar", ImportOptions())
     assert set(imported.tensors) == set(lite_mae())
     assert imported.report["dropped"] == ["attn_adapter.*", "ema_model.*", "tch_model.*"]
@@ -57,7 +68,12 @@ def test_parts_of_training_are_left_aside(tmp_path: Path) -> None:
 def test_a_fine_tuned_one(tmp_path: Path) -> None:
     tensors = dict(fill(Classifier(TINY, num_classes=5)).state_dict())
     metadata = import_lite(tmp_path / "mae_tiny_400e_ft_300e.pth.tar", tensors, "model.", {}).metadata
-    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.encoder["num_heads"]) == ("classifier", "avg", 5, 12)
+    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.encoder["num_heads"]) == (
+        "classifier",
+        "avg",
+        5,
+        12,
+    )
 
 
 def test_others_with_that_prefix_must_say_their_heads(tmp_path: Path) -> None:
@@ -65,14 +81,19 @@ def test_others_with_that_prefix_must_say_their_heads(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="192 wide have 12 heads, but not its records: others' have 3") as caught:
         import_lite(tmp_path / "lightning.pth", lite_mae(), "model.", {})
     assert caught.value.hint == "say which: --num-heads 12 or --num-heads 3"
-    assert import_lite(tmp_path / "lightning.pth", lite_mae(), "model.", {}, num_heads=3).metadata.encoder["num_heads"] == 3
+    assert (
+        import_lite(tmp_path / "lightning.pth", lite_mae(), "model.", {}, num_heads=3).metadata.encoder["num_heads"]
+        == 3
+    )
 
 
 def test_decoupled_distillation_leaves_its_encoder(tmp_path: Path) -> None:
     # A third block with nothing but a query and key; the decoder reads an earlier one.
     tensors = lite_mae()
     half = {
-        f"blocks.2.{name.removeprefix('blocks.1.')}": tensor for name, tensor in tensors.items() if name.startswith(("blocks.1.norm1", "blocks.1.attn.qkv"))
+        f"blocks.2.{name.removeprefix('blocks.1.')}": tensor
+        for name, tensor in tensors.items()
+        if name.startswith(("blocks.1.norm1", "blocks.1.attn.qkv"))
     }
     imported = import_lite(tmp_path / "mae_tiny_distill_d2_400e.pth.tar", {**tensors, **half})
     assert imported.metadata.kind == "encoder"
@@ -83,7 +104,11 @@ def test_decoupled_distillation_leaves_its_encoder(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "said"),
-    [("blocks.0.attn.rpe.relative_position_bias_table", "relative positions"), ("head_dist.weight", "a distillation token"), ("blocks.0.attn.q_bias", "BEiT")],
+    [
+        ("blocks.0.attn.rpe.relative_position_bias_table", "relative positions"),
+        ("head_dist.weight", "a distillation token"),
+        ("blocks.0.attn.q_bias", "BEiT"),
+    ],
 )
 def test_what_its_other_recipes_add_is_refused(tmp_path: Path, name: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):

@@ -21,7 +21,8 @@ from mae_deploy.models.masking import Masking, block_masking, grid_masking, mask
         (64, 0.0, 64),
         (10, 0.55, 4),
         (16, 0.85, 2),
-        # Floating point: 10 * (1 - 0.7) is 3.0000000000000004, but 10 * (1 - 0.9) is 0.9999999999999998, and 100 * (1 - 0.8) is 19.999999999999996.
+        # Floating point: 10 * (1 - 0.7) is 3.0000000000000004, but 10 * (1 - 0.9) is 0.9999999999999998, and 100 * (1 -
+        # 0.8) is 19.999999999999996.
         (10, 0.7, 3),
         (10, 0.9, 0),
         (10, 0.8, 1),
@@ -111,7 +112,12 @@ def test_a_grid_by_hand() -> None:
     """The first number of each row, in quarters, says which of every four patches stays."""
     noise = torch.zeros(4, 4 * 6)
     noise[:, 0] = torch.tensor([0.0, 0.3, 0.5, 0.99])
-    assert grid_masking(noise, (4, 6)).ids_keep.tolist() == [[0, 2, 4, 12, 14, 16], [1, 3, 5, 13, 15, 17], [6, 8, 10, 18, 20, 22], [7, 9, 11, 19, 21, 23]]
+    assert grid_masking(noise, (4, 6)).ids_keep.tolist() == [
+        [0, 2, 4, 12, 14, 16],
+        [1, 3, 5, 13, 15, 17],
+        [6, 8, 10, 18, 20, 22],
+        [7, 9, 11, 19, 21, 23],
+    ]
 
 
 def test_squares_by_hand() -> None:
@@ -124,7 +130,8 @@ def test_squares_by_hand() -> None:
 def test_a_block_by_hand() -> None:
     """4x4 patches, half of them hidden: a block of 8 patches by its noise, square within rounding, in the corner."""
     noise = torch.full((1, 16), 0.5)
-    # Area: all of the eight that are left; aspect: the middle, 1; so 2.83 rounds to 3x3, cut to eight; place: the far corner.
+    # Area: all of the eight that are left; aspect: the middle, 1; so 2.83 rounds to 3x3, cut to eight; place: the far
+    # corner.
     noise[0, :4] = torch.tensor([0.999, 0.5, 0.999, 0.999])
     mask = block_masking(noise, 0.5, (4, 4)).mask.reshape(4, 4)
     # Of the nine patches, the centre comes first; of those around it, equally far, the first stays visible.

@@ -1,7 +1,8 @@
 """mmpretrain's checkpoints: renamed without loss, and what their records say of heads, target and classes is taken.
 
-The arithmetic is mmpretrain 1.2's: tokens, predictions and logits of its own MAEViT, MAEPretrainDecoder, VisionTransformer and ClsBatchNormNeck agreed within
-5e-7 of the largest when this was written; its dependencies are too heavy for this suite.
+The arithmetic is mmpretrain 1.2's: tokens, predictions and logits of its own MAEViT, MAEPretrainDecoder,
+VisionTransformer and ClsBatchNormNeck agreed within 5e-7 of the largest when this was written; its dependencies are too
+heavy for this suite.
 """
 
 from __future__ import annotations
@@ -50,7 +51,9 @@ def named_theirs(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def write_theirs(path: Path, tensors: dict[str, Tensor], config: str = "", **meta: Any) -> Path:
     """As mmengine's runner saves them."""
-    torch.save({"meta": {"cfg": config, "epoch": 3, "best_score": np.float64(0.7), **meta}, "state_dict": tensors}, path)
+    torch.save(
+        {"meta": {"cfg": config, "epoch": 3, "best_score": np.float64(0.7), **meta}, "state_dict": tensors}, path
+    )
     return path
 
 
@@ -60,7 +63,13 @@ def test_a_pretraining_checkpoint(tmp_path: Path) -> None:
         neck=dict(decoder_num_heads=3, type='MAEPretrainDecoder'), head=dict(norm_pix=False, type='MAEPretrainHead'))"""
     theirs = named_theirs(tensors)
     # As mmpretrain's own documentation prints them.
-    expected = {"backbone.ln1.weight", "backbone.layers.1.ffn.layers.0.0.weight", "neck.decoder_blocks.0.ln2.bias", "neck.ln1.bias", "neck.mask_token"}
+    expected = {
+        "backbone.ln1.weight",
+        "backbone.layers.1.ffn.layers.0.0.weight",
+        "neck.decoder_blocks.0.ln2.bias",
+        "neck.ln1.bias",
+        "neck.mask_token",
+    }
     assert expected <= set(theirs)
     imported = import_weights(write_theirs(tmp_path / "epoch_3.pth", theirs, config), ImportOptions())
     assert set(imported.tensors) == set(tensors)
@@ -82,14 +91,23 @@ def test_a_fine_tuned_classifier_reads_the_average(tmp_path: Path) -> None:
     tensors, names = tiny_classifier("avg", SQUARE).state_dict(), tuple(f"class {index}" for index in range(CLASSES))
     file = write_theirs(tmp_path / "epoch_3.pth", named_theirs(tensors), dataset_meta={"classes": names})
     metadata = import_weights(file, ImportOptions(num_heads=5)).metadata
-    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.class_names) == ("classifier", "avg", CLASSES, names)
+    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.class_names) == (
+        "classifier",
+        "avg",
+        CLASSES,
+        names,
+    )
 
 
 def test_a_linear_probe_with_its_neck(tmp_path: Path) -> None:
     tensors = tiny_classifier("cls", SQUARE).state_dict()
     mean, variance = random_tensor(20), random_tensor(20, seed=3).abs() + 0.1
     theirs = {name.replace("head.fc.", "head.layers.head."): tensor for name, tensor in named_theirs(tensors).items()}
-    theirs |= {"neck.bn.running_mean": mean, "neck.bn.running_var": variance, "neck.bn.num_batches_tracked": torch.tensor(7)}
+    theirs |= {
+        "neck.bn.running_mean": mean,
+        "neck.bn.running_var": variance,
+        "neck.bn.num_batches_tracked": torch.tensor(7),
+    }
     imported = import_weights(write_theirs(tmp_path / "epoch_90.pth", theirs), ImportOptions(num_heads=5))
     assert (imported.metadata.kind, imported.metadata.pool) == ("classifier", "cls")
     assert imported.report["folded"] == ["the BatchNorm of a linear probe: into the head"]
@@ -97,13 +115,22 @@ def test_a_linear_probe_with_its_neck(tmp_path: Path) -> None:
     norm = torch.nn.BatchNorm1d(20, affine=False, eps=1e-6).eval()
     norm.load_state_dict({"running_mean": mean, "running_var": variance}, strict=False)
     expected = torch.nn.functional.linear(norm(features), tensors["head.weight"], tensors["head.bias"])
-    torch.testing.assert_close(torch.nn.functional.linear(features, imported.tensors["head.weight"], imported.tensors["head.bias"]), expected)
+    torch.testing.assert_close(
+        torch.nn.functional.linear(features, imported.tensors["head.weight"], imported.tensors["head.bias"]), expected
+    )
 
 
 def test_their_small_vit_has_eight_heads(tmp_path: Path) -> None:
-    config = EncoderConfig(name="small", image_size=(16, 16), patch_size=16, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3)
+    config = EncoderConfig(
+        name="small", image_size=(16, 16), patch_size=16, embed_dim=768, depth=8, num_heads=8, mlp_ratio=3
+    )
     tensors = {name: torch.zeros(shape, dtype=torch.float16) for name, shape in expected_shapes(config, None).items()}
-    assert import_weights(write_theirs(tmp_path / "small.pth", named_theirs(tensors)), ImportOptions()).metadata.encoder["num_heads"] == 8
+    assert (
+        import_weights(write_theirs(tmp_path / "small.pth", named_theirs(tensors)), ImportOptions()).metadata.encoder[
+            "num_heads"
+        ]
+        == 8
+    )
 
 
 def test_a_backbone_alone(tmp_path: Path) -> None:

@@ -18,14 +18,18 @@ def fitted(patches: Tensor, num_components: int) -> PatchPca:
 
 
 def test_by_hand() -> None:
-    """Points on the diagonal (1, -1) around (1, 2): one component, pointing to where the larger weight (the first of equals) is positive."""
+    """Points on the diagonal (1, -1) around (1, 2): one component, pointing to where the larger weight (the first of
+    equals) is positive.
+    """
     pca = fitted(torch.tensor([[1.0, 2], [3, 0], [-1, 4]]), 1)
     assert pca.mean.tolist() == [1, 2]
     # Variance along the diagonal: (0 + 8 + 8) / 3, so coefficients are in units of its root.
     unit = (16 / 3) ** 0.5
     assert pca(torch.tensor([[3.0, 0]])).abs().item() == pytest.approx(8**0.5 / unit, rel=1e-6)
     # What lies beside the diagonal is lost on the way back.
-    torch.testing.assert_close(pca.inverse(pca(torch.tensor([[3.0, 0], [2, 3]]))), torch.tensor([[3.0, 0], [1, 2]]), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        pca.inverse(pca(torch.tensor([[3.0, 0], [2, 3]]))), torch.tensor([[3.0, 0], [1, 2]]), rtol=0, atol=1e-6
+    )
 
 
 def test_against_singular_values() -> None:

@@ -43,7 +43,9 @@ def test_the_class_token_has_no_position() -> None:
 )
 def test_numbers_of_the_original_for_vit_huge(token: int, channel: int, value: float) -> None:
     # Another libm may round a sine the other way: one unit in the last place of float32.
-    assert sincos_position_embedding(1280, (16, 16))[0, token, channel].item() == pytest.approx(value, rel=0, abs=2**-23)
+    assert sincos_position_embedding(1280, (16, 16))[0, token, channel].item() == pytest.approx(
+        value, rel=0, abs=2**-23
+    )
 
 
 @pytest.mark.parametrize(
@@ -69,7 +71,9 @@ def random_table(H: int, W: int, D: int = 8) -> Tensor:
 @pytest.mark.parametrize(("source", "target"), [((3, 5), (7, 11)), ((7, 11), (5, 3)), ((5, 5), (2, 13))])
 def test_interpolation_is_timms(source: tuple[int, int], target: tuple[int, int]) -> None:
     table = random_table(*source)
-    expected = resample_abs_pos_embed(table, list(target), list(source), num_prefix_tokens=1, interpolation="bicubic", antialias=False)
+    expected = resample_abs_pos_embed(
+        table, list(target), list(source), num_prefix_tokens=1, interpolation="bicubic", antialias=False
+    )
     # The same function with the same weights, on another memory layout.
     torch.testing.assert_close(interpolate_position_embedding(table, source, target), expected, rtol=0, atol=1e-6)
 
@@ -90,4 +94,6 @@ def test_interpolating_columns_leaves_rows() -> None:
     table = torch.cat([torch.zeros(1), rows]).reshape(1, 1 + H * W, 1)
     wider = interpolate_position_embedding(table, (H, W), (H, 11))
     # The weights of a cubic sum to 1 in float32 but for rounding.
-    torch.testing.assert_close(wider[0, 1:, 0], torch.arange(H, dtype=torch.float32).repeat_interleave(11), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        wider[0, 1:, 0], torch.arange(H, dtype=torch.float32).repeat_interleave(11), rtol=0, atol=1e-6
+    )

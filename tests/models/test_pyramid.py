@@ -1,4 +1,6 @@
-"""The pyramid computes what ViTDet describes under Detectron2's names, and reads Detectron2's weights or refuses them with a reason."""
+"""The pyramid computes what ViTDet describes under Detectron2's names, and reads Detectron2's weights or refuses them
+with a reason.
+"""
 
 from __future__ import annotations
 
@@ -81,7 +83,9 @@ def test_sizes(grid_size: tuple[int, int]) -> None:
     assert pyramid_sizes(grid_size) == sizes
     maps = tiny_pyramid()(random_tensor(2, WIDTH, *grid_size))
     assert tuple(maps) == LEVELS
-    assert {name: tuple(map.shape) for name, map in maps.items()} == {name: (2, CHANNELS, *size) for name, size in sizes.items()}
+    assert {name: tuple(map.shape) for name, map in maps.items()} == {
+        name: (2, CHANNELS, *size) for name, size in sizes.items()
+    }
 
 
 @pytest.mark.parametrize("grid_size", [(1, 7), (7, 1)])
@@ -117,7 +121,9 @@ def test_the_arithmetic_is_the_papers() -> None:
 
     halves = features[:, :, :2, :4].reshape(2, WIDTH, 1, 2, 2, 2).amax(dim=(3, 5))
     expected = {
-        "p2": project(double(F.gelu(norm(double(features, "simfp_2.0"), "simfp_2.1")), "simfp_2.3"), "simfp_2.4", "simfp_2.5"),
+        "p2": project(
+            double(F.gelu(norm(double(features, "simfp_2.0"), "simfp_2.1")), "simfp_2.3"), "simfp_2.4", "simfp_2.5"
+        ),
         "p3": project(double(features, "simfp_3.0"), "simfp_3.1", "simfp_3.2"),
         "p4": project(features, "simfp_4.0", "simfp_4.1"),
         "p5": project(halves, "simfp_5.1", "simfp_5.2"),
@@ -145,8 +151,13 @@ def test_initialised_as_pytorchs_layers_are() -> None:
     torch.manual_seed(3)
     tensors = SimpleFeaturePyramid(WIDTH, CHANNELS).state_dict()
     norms = {name for name in tensors if ".norm." in name or name.startswith("simfp_2.1.")}
-    assert all(torch.equal(found, wanted) for found, wanted in zip((tensors[name] for name in tensors if name not in norms), expected, strict=True))
-    assert all(torch.equal(tensors[name], torch.full_like(tensors[name], float(name.endswith("weight")))) for name in norms)
+    assert all(
+        torch.equal(found, wanted)
+        for found, wanted in zip((tensors[name] for name in tensors if name not in norms), expected, strict=True)
+    )
+    assert all(
+        torch.equal(tensors[name], torch.full_like(tensors[name], float(name.endswith("weight")))) for name in norms
+    )
 
 
 def test_random_weights_depend_on_the_seed_only() -> None:
@@ -202,13 +213,25 @@ REFUSED: dict[str, tuple[Change, str]] = {
         lambda tensors: tensors.update({"simfp_4.0.weight": torch.ones(CHANNELS, 17, 1, 1)}),
         r"1 misshapen: simfp_4.0.weight \(7, 17, 1, 1\) instead of \(7, 13",
     ),
-    "dimensions": (lambda tensors: tensors.update({"simfp_3.0.bias": torch.tensor(1.0)}), r"simfp_3.0.bias \(\) instead of \(6,\)"),
+    "dimensions": (
+        lambda tensors: tensors.update({"simfp_3.0.bias": torch.tensor(1.0)}),
+        r"simfp_3.0.bias \(\) instead of \(6,\)",
+    ),
     "no width": (lambda tensors: tensors.update({"simfp_4.0.weight": torch.tensor(1.0)}), "misshapen"),
     "missing": (lambda tensors: tensors.pop("simfp_2.3.bias"), "does not fit: 1 missing: simfp_2.3.bias"),
     "no p4": (lambda tensors: tensors.pop("simfp_4.0.weight"), "1 missing: simfp_4.0.weight"),
-    "batch norm": (lambda tensors: tensors.update({"simfp_5.1.norm.running_mean": torch.ones(CHANNELS)}), "1 unexpected: simfp_5.1.norm.running_mean"),
-    "other scale": (lambda tensors: tensors.update({"simfp_6.1.weight": torch.ones(1)}), "1 unexpected: simfp_6.1.weight"),
-    "two": (lambda tensors: tensors.update({"ema.simfp_2.0.bias": torch.ones(6)}), "holds 2 feature pyramids: backbone.simfp_…, backbone.ema.simfp_…"),
+    "batch norm": (
+        lambda tensors: tensors.update({"simfp_5.1.norm.running_mean": torch.ones(CHANNELS)}),
+        "1 unexpected: simfp_5.1.norm.running_mean",
+    ),
+    "other scale": (
+        lambda tensors: tensors.update({"simfp_6.1.weight": torch.ones(1)}),
+        "1 unexpected: simfp_6.1.weight",
+    ),
+    "two": (
+        lambda tensors: tensors.update({"ema.simfp_2.0.bias": torch.ones(6)}),
+        "holds 2 feature pyramids: backbone.simfp_…, backbone.ema.simfp_…",
+    ),
     "none": (lambda tensors: tensors.clear(), "holds no feature pyramid: none of its 2 tensors is named simfp_"),
 }
 
@@ -224,7 +247,9 @@ def test_refuses_what_does_not_fit(tmp_path: Path, change: Change, message: str)
 
 def test_refuses_the_pyramid_of_another_width(tmp_path: Path) -> None:
     file = write_detector(tmp_path / "model.pth", tiny_pyramid().state_dict())
-    with pytest.raises(CheckFailed, match=r"misshapen: simfp_2.0.weight \(13, 6, 2, 2\) instead of \(17, 8, 2, 2\)") as caught:
+    with pytest.raises(
+        CheckFailed, match=r"misshapen: simfp_2.0.weight \(13, 6, 2, 2\) instead of \(17, 8, 2, 2\)"
+    ) as caught:
         load_pyramid(file, 17)
     assert "an encoder 17 wide" in str(caught.value.hint)
 

@@ -54,11 +54,19 @@ def test_the_published_sums() -> None:
     }
 
 
-@pytest.mark.parametrize(("kind", "width", "known"), [("encoder", 20, True), ("encoder", 768, False), ("classifier", 20, False)])
-def test_a_renamed_release_is_known_by_its_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, width: int, known: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "width", "known"), [("encoder", 20, True), ("encoder", 768, False), ("classifier", 20, False)]
+)
+def test_a_renamed_release_is_known_by_its_hash(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, width: int, known: bool
+) -> None:
     torch.save({"model": tiny_encoder(SQUARE).state_dict()}, tmp_path / "renamed.pth")
-    monkeypatch.setattr(releases, "_MAE_MD5", {md5(tmp_path / "renamed.pth")[:6]: (kind, width), "000000": ("encoder", 20)})
-    assert import_weights(tmp_path / "renamed.pth", OPTIONS).metadata.licence == (NON_COMMERCIAL if known else UNKNOWN_LICENCE)
+    monkeypatch.setattr(
+        releases, "_MAE_MD5", {md5(tmp_path / "renamed.pth")[:6]: (kind, width), "000000": ("encoder", 20)}
+    )
+    assert import_weights(tmp_path / "renamed.pth", OPTIONS).metadata.licence == (
+        NON_COMMERCIAL if known else UNKNOWN_LICENCE
+    )
 
 
 def test_the_hash_is_not_computed_where_it_cannot_matter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +109,10 @@ def test_openmmlab_by_hash(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     ],
 )
 def test_mae_lite_by_name(tmp_path: Path, name: str, licence: str) -> None:
-    torch.save({"start_epoch": 1, "best_top1": 0.0, "model": {f"model.{key}": tensor for key, tensor in lite_mae().items()}}, tmp_path / name)
+    torch.save(
+        {"start_epoch": 1, "best_top1": 0.0, "model": {f"model.{key}": tensor for key, tensor in lite_mae().items()}},
+        tmp_path / name,
+    )
     assert import_weights(tmp_path / name, ImportOptions()).metadata.licence == licence
 
 

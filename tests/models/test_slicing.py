@@ -31,7 +31,8 @@ def with_sincos(model: Encoder) -> Encoder:
     return model
 
 
-# --- the whole ---------------------------------------------------------------------------------------------------------
+# --- the whole
+# ---------------------------------------------------------------------------------------------------------
 
 
 def test_the_same_shape_computes_the_same() -> None:
@@ -73,11 +74,13 @@ def test_an_autoencoder_starts_with_a_sliced_encoder_and_its_own_decoder() -> No
     assert not any(name.startswith(("blocks", "patch_embed", "cls_token", "norm")) for name in same)
 
 
-# --- layers and channels -----------------------------------------------------------------------------------------------
+# --- layers and channels
+# -----------------------------------------------------------------------------------------------
 
 
 def test_channels_that_say_nothing_may_be_left_out() -> None:
-    """A larger encoder that is a small one spread over every other channel, head dim and hidden unit, with zeros between, gives it back.
+    """A larger encoder that is a small one spread over every other channel, head dim and hidden unit, with zeros
+    between, gives it back.
 
     LayerNorm would see the zeros: it is compared tensor by tensor, and a linear layer by what it computes.
     """
@@ -136,9 +139,17 @@ def test_evenly_spaced_indices() -> None:
 
 @pytest.mark.parametrize(
     ("count", "total", "blocks", "expected"),
-    [(4, 4, "even", [0, 1, 2, 3]), (3, 5, "even", [0, 2, 4]), (4, 12, "even", [0, 4, 7, 11]), (1, 12, "even", [0]), (3, 12, "first", [0, 1, 2])],
+    [
+        (4, 4, "even", [0, 1, 2, 3]),
+        (3, 5, "even", [0, 2, 4]),
+        (4, 12, "even", [0, 4, 7, 11]),
+        (1, 12, "even", [0]),
+        (3, 12, "first", [0, 1, 2]),
+    ],
 )
-def test_blocks_are_spread_from_first_to_last_or_the_first_ones(count: int, total: int, blocks: SliceBlocks, expected: list[int]) -> None:
+def test_blocks_are_spread_from_first_to_last_or_the_first_ones(
+    count: int, total: int, blocks: SliceBlocks, expected: list[int]
+) -> None:
     assert choose_blocks(count, total, blocks) == expected
 
 
@@ -148,15 +159,20 @@ def test_no_block_is_chosen_twice() -> None:
             assert len(set(choose_blocks(count, total, "even"))) == count
 
 
-# --- images ------------------------------------------------------------------------------------------------------------
+# --- images
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_positions_are_the_students_own_table() -> None:
-    """With every other channel, the larger one's table is the smaller one's, on the same grid; another grid is computed anew."""
+    """With every other channel, the larger one's table is the smaller one's, on the same grid; another grid is computed
+    anew.
+    """
     larger = loaded(with_sincos(fill(Encoder(LARGER))))
     found = slice_encoder(larger, ENCODER)["pos_embed"]
     assert torch.equal(found, sincos_position_embedding(20, (3, 5)))
-    torch.testing.assert_close(found, larger.tensors["pos_embed"][:, :, ::2], rtol=0, atol=1e-6)  # the same frequencies, in another order of rounding
+    torch.testing.assert_close(
+        found, larger.tensors["pos_embed"][:, :, ::2], rtol=0, atol=1e-6
+    )  # the same frequencies, in another order of rounding
     wide = replace(ENCODER, image_size=(8, 14))
     assert torch.equal(slice_encoder(larger, wide)["pos_embed"], sincos_position_embedding(20, (4, 7)))
 
@@ -166,7 +182,9 @@ def test_what_positions_have_learned_is_kept() -> None:
     learned = random_tensor(1, 16, 40)
     model.pos_embed.data += learned
     found = slice_encoder(loaded(model), ENCODER)["pos_embed"]
-    torch.testing.assert_close(found, sincos_position_embedding(20, (3, 5)) + learned[:, :, ::2], rtol=0, atol=1e-6)  # float32
+    torch.testing.assert_close(
+        found, sincos_position_embedding(20, (3, 5)) + learned[:, :, ::2], rtol=0, atol=1e-6
+    )  # float32
 
 
 def test_another_patch_sees_the_same_in_an_enlarged_image() -> None:
@@ -180,7 +198,8 @@ def test_another_patch_sees_the_same_in_an_enlarged_image() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # a pseudo-inverse in float32
 
 
-# --- what cannot be sliced ---------------------------------------------------------------------------------------------
+# --- what cannot be sliced
+# ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""Taps: each is what the network computes there, nothing runs that is not needed, and what is said to have no gradient has none."""
+"""Taps: each is what the network computes there, nothing runs that is not needed, and what is said to have no gradient
+has none.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,16 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap, encoder_depth, tapped, unreached
 from mae_deploy.models.vit import Encoder, run_block
-from tests.models.tiny_models import DECODER, ENCODER, fill, random_images, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    DECODER,
+    ENCODER,
+    fill,
+    random_images,
+    random_tensor,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 DEEP = replace(ENCODER, depth=3)
 N = ENCODER.num_patches
@@ -174,8 +185,14 @@ def without_gradient(model: Encoder, wanted: Collection[Tap]) -> None:
     model.requires_grad_(True)
     taps = tapped(model, random_images(), wanted, masking())
     torch.stack([F.mse_loss(tap, torch.ones_like(tap)) for tap in taps.values()]).sum().backward()
-    frozen = {id(tensor) for part in unreached(model, wanted) for tensor in ([part] if isinstance(part, nn.Parameter) else part.parameters())}
-    wrong = [name for name, parameter in model.named_parameters() if (parameter.grad is None) != (id(parameter) in frozen)]
+    frozen = {
+        id(tensor)
+        for part in unreached(model, wanted)
+        for tensor in ([part] if isinstance(part, nn.Parameter) else part.parameters())
+    }
+    wrong = [
+        name for name, parameter in model.named_parameters() if (parameter.grad is None) != (id(parameter) in frozen)
+    ]
     # Positions of the decoder are fixed, and are only asked for where it runs.
     assert [name for name in wrong if name != "decoder_pos_embed"] == []
 

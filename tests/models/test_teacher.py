@@ -16,7 +16,15 @@ from mae_deploy.models.taps import Tap, tapped
 from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
 from mae_deploy.weights.load import Loaded, at_image_size
-from tests.models.tiny_models import ENCODER, metadata_of, random_images, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    ENCODER,
+    metadata_of,
+    random_images,
+    random_tensor,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 DEEP = replace(ENCODER, depth=3)
 
@@ -86,7 +94,9 @@ def test_a_classifier_keeps_its_head_for_logits_alone() -> None:
     classifier = tiny_classifier("avg", DEEP)
     assert any(name.startswith("head") for name in frozen(loaded(classifier), {Tap("logits")}).state_dict())
     assert {name.split(".")[0] for name in frozen(loaded(classifier), {Tap("pooled")}).state_dict()} >= {"fc_norm"}
-    assert not any(name.startswith(("head", "fc_norm")) for name in frozen(loaded(classifier), {Tap("tokens", 3)}).state_dict())
+    assert not any(
+        name.startswith(("head", "fc_norm")) for name in frozen(loaded(classifier), {Tap("tokens", 3)}).state_dict()
+    )
 
 
 def test_it_learns_nothing() -> None:

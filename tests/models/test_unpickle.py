@@ -173,7 +173,10 @@ def test_the_curves_of_mmengine_are_passed_over_without_it(tmp_path: Path, monke
     torch.save({"state_dict": TENSORS, "message_hub": {"log_scalars": OrderedDict(loss=buffer)}}, file)
     monkeypatch.undo()
     assert "mmengine" not in sys.modules
-    names = [str(argument) for _, argument, _ in pickletools.genops(torch.PyTorchFileReader(str(file)).get_record("data.pkl"))]
+    names = [
+        str(argument)
+        for _, argument, _ in pickletools.genops(torch.PyTorchFileReader(str(file)).get_record("data.pkl"))
+    ]
     assert {"mmengine.logging.history_buffer HistoryBuffer", "__builtin__ getattr"} <= set(names)
     read = read_pickle(file)
     assert torch.equal(read["state_dict"]["a.weight"], TENSORS["a.weight"])
@@ -181,7 +184,9 @@ def test_the_curves_of_mmengine_are_passed_over_without_it(tmp_path: Path, monke
 
 
 def test_other_classes_are_refused_by_name(tmp_path: Path) -> None:
-    torch.save({"model": TENSORS, "log": defaultdict(list), "shape": types.SimpleNamespace(a=1)}, tmp_path / "checkpoint.pth")
+    torch.save(
+        {"model": TENSORS, "log": defaultdict(list), "shape": types.SimpleNamespace(a=1)}, tmp_path / "checkpoint.pth"
+    )
     with pytest.raises(CheckFailed, match=r"it wants to run (collections\.defaultdict|types\.SimpleNamespace)"):
         read_pickle(tmp_path / "checkpoint.pth")
 

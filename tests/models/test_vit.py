@@ -1,4 +1,6 @@
-"""The encoder and the classifier: order of pixels and patches, visible subsets, attention, heads and starting weights."""
+"""The encoder and the classifier: order of pixels and patches, visible subsets, attention, heads and starting
+weights.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ def test_patch_embedding_is_the_convolution() -> None:
     encoder, images = tiny_encoder(), random_images()
     conv = F.conv2d(images, encoder.patch_embed.proj.weight, encoder.patch_embed.proj.bias, stride=ENCODER.patch)
     # Twelve products a number, summed in another order.
-    torch.testing.assert_close(encoder.patch_embed(patchify(images, ENCODER.patch)), conv.flatten(2).transpose(1, 2), rtol=0, atol=1e-5)
+    torch.testing.assert_close(
+        encoder.patch_embed(patchify(images, ENCODER.patch)), conv.flatten(2).transpose(1, 2), rtol=0, atol=1e-5
+    )
 
 
 def test_gather_tokens_by_hand() -> None:
@@ -106,7 +110,9 @@ def test_embedding_adds_the_position_of_the_kept_patch() -> None:
             expected = encoder.patch_embed(pixels) + encoder.pos_embed[0, 1 + patch]
             # Twelve products a number, summed in another order.
             torch.testing.assert_close(embedded[sample, 1 + place], expected, rtol=0, atol=1e-5)
-    torch.testing.assert_close(embedded[:, 0], (encoder.cls_token + encoder.pos_embed[:, :1])[0].expand(3, -1), rtol=0, atol=0)
+    torch.testing.assert_close(
+        embedded[:, 0], (encoder.cls_token + encoder.pos_embed[:, :1])[0].expand(3, -1), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 10, 6), (3, 6, 6), (1, 6, 10), (3, 12, 10)])
@@ -148,7 +154,9 @@ def test_mean_pooling_leaves_out_the_class_token_and_the_norm() -> None:
 def test_class_token_pooling_is_the_encoders_first_token() -> None:
     model, images, ids = tiny_classifier("cls"), random_images(), permutations(3, keep=4)
     encoder = Encoder(ENCODER).eval()
-    encoder.load_state_dict({name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")})
+    encoder.load_state_dict(
+        {name: tensor for name, tensor in model.state_dict().items() if not name.startswith("head.")}
+    )
     with torch.no_grad():
         assert torch.equal(model.forward_pooled(images, ids), encoder(images, ids)[:, 0])
         assert model(images, ids).shape == (3, CLASSES)
@@ -165,7 +173,9 @@ def test_a_fresh_head_starts_near_zero(pool: Pool) -> None:
 
 def test_drop_path_rises_linearly() -> None:
     blocks: Any = transformer_blocks(20, 5, 5, drop_path=0.2)
-    assert [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks] == pytest.approx([0.0, 0.05, 0.1, 0.15, 0.2])
+    assert [getattr(block.drop_path2, "drop_prob", 0.0) for block in blocks] == pytest.approx(
+        [0.0, 0.05, 0.1, 0.15, 0.2]
+    )
 
 
 # --- starting weights ------------------------------------------------------------------------------------------------
@@ -196,7 +206,12 @@ def test_tokens_and_positions_start_as_in_the_paper() -> None:
 
 
 def test_every_norm_has_the_originals_epsilon() -> None:
-    norms = [module for model in (Encoder(ENCODER), Classifier(ENCODER, num_classes=3)) for module in model.modules() if isinstance(module, nn.LayerNorm)]
+    norms = [
+        module
+        for model in (Encoder(ENCODER), Classifier(ENCODER, num_classes=3))
+        for module in model.modules()
+        if isinstance(module, nn.LayerNorm)
+    ]
     assert len(norms) == 5 + 5
     assert {norm.eps for norm in norms} == {1e-6}
     assert all(torch.equal(norm.weight, torch.ones(D)) and not norm.bias.any() for norm in norms)
@@ -231,11 +246,23 @@ def test_every_preset_fits_a_multiple_of_its_patch(name: str) -> None:
     ("settings", "message", "hint"),
     [
         ({"name": "vit_bass_patch16"}, "unknown model 'vit_bass_patch16'", "vit_base_patch16"),
-        ({"image_size": (224, 230)}, "image size 224x230 is not a multiple of the patch size 16", "the nearest is 224,224"),
+        (
+            {"image_size": (224, 230)},
+            "image size 224x230 is not a multiple of the patch size 16",
+            "the nearest is 224,224",
+        ),
         ({"image_size": (0, 224)}, "must be at least 1", None),
         ({"depth": 11}, "model 'vit_base_patch16' has depth 12, not 11", "a name of its own"),
-        ({"name": "odd", "patch_size": 2, "embed_dim": 20, "depth": 1, "num_heads": 3}, "embed_dim 20 must be a multiple of 4 and of num_heads 3", None),
-        ({"name": "odd", "patch_size": 2, "embed_dim": 22, "depth": 1, "num_heads": 2}, "embed_dim 22 must be a multiple of 4", None),
+        (
+            {"name": "odd", "patch_size": 2, "embed_dim": 20, "depth": 1, "num_heads": 3},
+            "embed_dim 20 must be a multiple of 4 and of num_heads 3",
+            None,
+        ),
+        (
+            {"name": "odd", "patch_size": 2, "embed_dim": 22, "depth": 1, "num_heads": 2},
+            "embed_dim 22 must be a multiple of 4",
+            None,
+        ),
     ],
 )
 def test_impossible_sizes_are_refused(settings: dict[str, Any], message: str, hint: str | None) -> None:

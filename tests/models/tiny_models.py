@@ -1,4 +1,6 @@
-"""A ViT and its decoder with small, unequal sizes, numbers that leave no tensor zero, and the checkpoint files that others write."""
+"""A ViT and its decoder with small, unequal sizes, numbers that leave no tensor zero, and the checkpoint files that
+others write.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from mae_deploy.models.vit import Classifier, Encoder, Pool
 
 M = TypeVar("M", bound=nn.Module)
 
-# Unequal, so that a transposed or mixed-up axis does not fit: 3x5 patches of 2x2 pixels, 5 heads of 4, a decoder of 3 heads of 4.
+# Unequal, so that a transposed or mixed-up axis does not fit: 3x5 patches of 2x2 pixels, 5 heads of 4, a decoder of 3
+# heads of 4.
 ENCODER = EncoderConfig(name="tiny", image_size=(6, 10), patch_size=2, in_chans=3, embed_dim=20, depth=2, num_heads=5)
 SQUARE = replace(ENCODER, image_size=(10, 10))
 DECODER = DecoderConfig(decoder_depth=1, decoder_embed_dim=12, decoder_num_heads=3)
@@ -65,7 +68,13 @@ def metadata_of(model: Encoder, **more: Any) -> Metadata:
         **more,
     }
     if isinstance(model, MaskedAutoencoder):
-        return Metadata(kind="mae", decoder=to_dict(model.decoder_config), norm_pix_loss=model.norm_pix_loss, objective=to_dict(model.objective), **common)
+        return Metadata(
+            kind="mae",
+            decoder=to_dict(model.decoder_config),
+            norm_pix_loss=model.norm_pix_loss,
+            objective=to_dict(model.objective),
+            **common,
+        )
     if isinstance(model, Classifier):
         return Metadata(kind="classifier", pool=model.pool, num_classes=model.head.out_features, **common)
     return Metadata(kind="encoder", **common)

@@ -1,8 +1,9 @@
 """Follows the objects of TensorRT through our source and looks every name up in a listing of one version's bindings.
 
-What a value is comes from the listing itself (the result of `builder.create_network()` is an `INetworkDefinition`), from annotations, and from the
-arguments, results and attributes of our own functions and classes. A condition on the major version, on `hasattr` or on a missing `getattr` is decided
-as that version would, so that a branch is checked for the versions that take it and for no other. Nothing is run.
+What a value is comes from the listing itself (the result of `builder.create_network()` is an `INetworkDefinition`),
+from annotations, and from the arguments, results and attributes of our own functions and classes. A condition on the
+major version, on `hasattr` or on a missing `getattr` is decided as that version would, so that a branch is checked for
+the versions that take it and for no other. Nothing is run.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Value:
     """What an expression is, as far as it is known; `A|B` is of one of two classes."""
 
     kind: str
-    """unknown, mixed (one thing here, another there), plain (a number, a text …), constant, module, class, enum, object, method, list (of `name`), and of
-    ours: own (an object), own class, own function, own module."""
+    """unknown, mixed (one thing here, another there), plain (a number, a text …), constant, module, class, enum,
+    object, method, list (of `name`), and of ours: own (an object), own class, own function, own module."""
     name: str = ""
     owner: str = ""
     """Of a method its class, of a function its module."""
@@ -49,14 +50,24 @@ class Value:
         return _decoded(self.name) if self.kind == "list" else UNKNOWN
 
 
-UNKNOWN, MIXED, PLAIN, NONE, MODULE = Value("unknown"), Value("mixed"), Value("plain"), Value("constant"), Value("module")
+UNKNOWN, MIXED, PLAIN, NONE, MODULE = (
+    Value("unknown"),
+    Value("mixed"),
+    Value("plain"),
+    Value("constant"),
+    Value("module"),
+)
 
 Environment = dict[str, Value]
 
 
 def list_of(element: Value) -> Value:
     """A list, a tuple or the values of a dict."""
-    return Value("list", f"{element.kind}:{element.name}") if element.kind in ("object", "own", "class", "enum") else UNKNOWN
+    return (
+        Value("list", f"{element.kind}:{element.name}")
+        if element.kind in ("object", "own", "class", "enum")
+        else UNKNOWN
+    )
 
 
 def _decoded(text: str) -> Value:
@@ -65,7 +76,9 @@ def _decoded(text: str) -> Value:
 
 
 def joined(first: Value, second: Value) -> Value:
-    """What is either, an object of one class or another; one that may be None, or unknown elsewhere, counts as the object."""
+    """What is either, an object of one class or another; one that may be None, or unknown elsewhere, counts as the
+    object.
+    """
     if first == second:
         return first
     if first.kind == second.kind == "object":
@@ -104,7 +117,11 @@ class Listing:
         """The entry of a class's own or inherited attribute; None where there is none."""
         entry = self.classes[kind]
         own: str | list[str] | None = entry["attributes"].get(name)
-        return own if own is not None else next((found for base in entry["bases"] if (found := self.attribute(base, name)) is not None), None)
+        return (
+            own
+            if own is not None
+            else next((found for base in entry["bases"] if (found := self.attribute(base, name)) is not None), None)
+        )
 
     def result(self, text: str) -> Value:
         """What the bindings mean with the name of a type."""
@@ -124,7 +141,9 @@ class Findings:
 
 
 def check(sources: Mapping[str, str], listing: Listing) -> Findings:
-    """Look up every name of TensorRT's in Python sources, which are given by the names of their modules, such as `mae_deploy.runtime.tensorrt.plans`."""
+    """Look up every name of TensorRT's in Python sources, which are given by the names of their modules, such as
+    `mae_deploy.runtime.tensorrt.plans`.
+    """
     project = _Project({name: ast.parse(text) for name, text in sources.items()}, listing)
     while project.follow():
         pass
@@ -137,19 +156,28 @@ class _Project:
     def __init__(self, trees: Mapping[str, ast.Module], listing: Listing) -> None:
         self.trees, self.listing = trees, listing
         self.findings = Findings()
-        self.classes = {node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)}
-        self.functions = {(owner, node.name): node for name, tree in trees.items() for owner, node in _functions(tree, name)}
+        self.classes = {
+            node.name: node for tree in trees.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef)
+        }
+        self.functions = {
+            (owner, node.name): node for name, tree in trees.items() for owner, node in _functions(tree, name)
+        }
         self.results: dict[tuple[str, str], Value] = {}
         self.parameters: dict[tuple[str, str, str | None], Value] = {}
         self.attributes: dict[tuple[str, str | None], Value] = {}
         own = {name for _, name in self.functions} | {
-            part.target.id for node in self.classes.values() for part in node.body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            part.target.id
+            for node in self.classes.values()
+            for part in node.body
+            if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
         }
         self.telling_names = {name for name in listing.attribute_names - own if "_" in name}
         """Attributes that are TensorRT's, whatever they are asked of; a word such as `code` may be anybody's."""
 
     def follow(self) -> bool:
-        """One pass over everything; returns whether it learned something, so that what one function passes on to the next is known in the next pass."""
+        """One pass over everything; returns whether it learned something, so that what one function passes on to the
+        next is known in the next pass.
+        """
         known = [dict(table) for table in (self.results, self.parameters, self.attributes)]
         self.findings = Findings()
         for name, tree in self.trees.items():
@@ -174,7 +202,9 @@ def _functions(tree: ast.AST, owner: str) -> list[tuple[str, ast.FunctionDef]]:
 class _Function:
     """Goes through the statements of one function, of a class or of a module."""
 
-    def __init__(self, project: _Project, source: str, owner: str, environment: Environment, function: str = "") -> None:
+    def __init__(
+        self, project: _Project, source: str, owner: str, environment: Environment, function: str = ""
+    ) -> None:
         self.project, self.listing, self.source = project, project.listing, source
         self.owner, self.function = owner, function
         self.environment = environment
@@ -216,7 +246,9 @@ class _Function:
         inner = _Function(self.project, self.source, node.name, dict(self.environment))
         for statement in node.body:
             if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
-                self.project.learn(self.project.attributes, (node.name, statement.target.id), self._annotated(statement.annotation))
+                self.project.learn(
+                    self.project.attributes, (node.name, statement.target.id), self._annotated(statement.annotation)
+                )
             else:
                 inner.statement(statement)
 
@@ -227,12 +259,18 @@ class _Function:
                 names = [argument.arg for argument in method.args.args[1:]]
                 ways = [_parameters(way) for way in self.listing.attribute(base, method.name) or []]
                 if entry.kind == "method" and ways and all(len(way) != len(names) for way in ways):
-                    self._problem(method, f"{base}.{method.name} is called with {len(ways[0])} arguments, not {len(names)}")
+                    self._problem(
+                        method, f"{base}.{method.name} is called with {len(ways[0])} arguments, not {len(names)}"
+                    )
 
     def _ImportFrom(self, node: ast.ImportFrom) -> None:
         for alias in node.names:
             module = f"{node.module}.{alias.name}"
-            found = Value("own module", module) if module in self.project.trees else self._of_source(str(node.module), alias.name)
+            found = (
+                Value("own module", module)
+                if module in self.project.trees
+                else self._of_source(str(node.module), alias.name)
+            )
             self.environment[alias.asname or alias.name] = found
 
     def _Return(self, node: ast.Return) -> bool:
@@ -242,7 +280,11 @@ class _Function:
 
     def _Assign(self, node: ast.Assign) -> None:
         for target in node.targets:
-            if isinstance(target, ast.Tuple) and isinstance(node.value, ast.Tuple) and len(target.elts) == len(node.value.elts):
+            if (
+                isinstance(target, ast.Tuple)
+                and isinstance(node.value, ast.Tuple)
+                and len(target.elts) == len(node.value.elts)
+            ):
                 for part, value in zip(target.elts, [self.value(value) for value in node.value.elts], strict=True):
                     self._bind(part, value)
             else:
@@ -271,7 +313,9 @@ class _Function:
             self.environment = dict(start)
             ended.append(self.block(statements))
             if not ended[-1]:
-                after = {name: joined(after.get(name, value), value) for name, value in {**after, **self.environment}.items()}
+                after = {
+                    name: joined(after.get(name, value), value) for name, value in {**after, **self.environment}.items()
+                }
         self.environment = after or start
         return ended
 
@@ -438,13 +482,20 @@ class _Function:
         return UNKNOWN
 
     def _bind_element(self, target: ast.expr, iterable: ast.expr) -> None:
-        """Bind the target of a loop; the values of a dict's items are its second part, what is counted or paired stands at its place."""
+        """Bind the target of a loop; the values of a dict's items are its second part, what is counted or paired stands
+        at its place.
+        """
         call = iterable if isinstance(iterable, ast.Call) else None
         parts = target.elts if isinstance(target, ast.Tuple) else []
         if call is not None and isinstance(call.func, ast.Attribute) and call.func.attr == "items" and len(parts) == 2:
             self._bind(parts[0], UNKNOWN)
             self._bind(parts[1], self.value(call.func.value).element)
-        elif call is not None and isinstance(call.func, ast.Name) and call.func.id in ("zip", "enumerate") and len(parts) > 1:
+        elif (
+            call is not None
+            and isinstance(call.func, ast.Name)
+            and call.func.id in ("zip", "enumerate")
+            and len(parts) > 1
+        ):
             counted = [PLAIN] if call.func.id == "enumerate" else []
             values = [*counted, *(self.value(argument).element for argument in call.args)]
             for part, value in zip(parts, values, strict=False):
@@ -465,7 +516,9 @@ class _Function:
         if owner.kind == "class" and f"{owner.name}.{name}" in self.listing.enums:
             return Value("enum", f"{owner.name}.{name}")
         if owner.kind in ("class", "object"):
-            return self._of_classes(node, [kind for kind in owner.name.split("|") if kind in self.listing.classes], name)
+            return self._of_classes(
+                node, [kind for kind in owner.name.split("|") if kind in self.listing.classes], name
+            )
         if owner.kind == "enum":
             if not name.startswith("__"):
                 self._look_up(node, f"{owner.name}.{name}", name in self.listing.enums[owner.name])
@@ -524,28 +577,59 @@ class _Function:
             self._problem(node, f"no {name}")
 
     def _problem(self, node: ast.AST, text: str) -> None:
-        self.project.findings.problems.add(f"{self.source}:{getattr(node, 'lineno', 0)}: TensorRT {self.listing.version}: {text}")
+        self.project.findings.problems.add(
+            f"{self.source}:{getattr(node, 'lineno', 0)}: TensorRT {self.listing.version}: {text}"
+        )
 
     # --- calls -------------------------------------------------------------------------------------------------------
 
     def _Call(self, node: ast.Call) -> Value:
         arguments = [self.value(argument) for argument in node.args]
         keywords = {keyword.arg: self.value(keyword.value) for keyword in node.keywords}
-        if isinstance(node.func, ast.Name) and node.func.id in ("hasattr", "getattr") and node.func.id not in self.environment:
+        if (
+            isinstance(node.func, ast.Name)
+            and node.func.id in ("hasattr", "getattr")
+            and node.func.id not in self.environment
+        ):
             return self._hasattr(arguments) if node.func.id == "hasattr" else self._getattr(node, arguments)
-        if isinstance(node.func, ast.Name) and node.func.id in ("list", "tuple", "sorted", "reversed", "iter", "next", "set") and arguments:
+        if (
+            isinstance(node.func, ast.Name)
+            and node.func.id in ("list", "tuple", "sorted", "reversed", "iter", "next", "set")
+            and arguments
+        ):
             return arguments[0].element if node.func.id == "next" else arguments[0]
-        if isinstance(node.func, ast.Attribute) and node.func.attr in ("values", "copy", "get", "pop", "setdefault", "append"):
+        if isinstance(node.func, ast.Attribute) and node.func.attr in (
+            "values",
+            "copy",
+            "get",
+            "pop",
+            "setdefault",
+            "append",
+        ):
             container = self.value(node.func.value)
-            if node.func.attr == "append" and list_of(arguments[0]) != UNKNOWN and isinstance(node.func.value, (ast.Name, ast.Attribute)):
+            if (
+                node.func.attr == "append"
+                and list_of(arguments[0]) != UNKNOWN
+                and isinstance(node.func.value, (ast.Name, ast.Attribute))
+            ):
                 self._bind_container(node.func.value, list_of(arguments[0]))
             if container.kind == "list":
                 return container if node.func.attr in ("values", "copy") else container.element
-        if isinstance(node.func, ast.Name) and node.func.id == "partial" and arguments and arguments[0].kind == "own function":
+        if (
+            isinstance(node.func, ast.Name)
+            and node.func.id == "partial"
+            and arguments
+            and arguments[0].kind == "own function"
+        ):
             self._pass_on(arguments[0].owner, arguments[0].name, node, arguments[1:], keywords)
             return UNKNOWN
         function = self.value(node.func)
-        if arguments and arguments[0].constant == "tensorrt" and isinstance(node.func, ast.Name) and node.func.id == _IMPORT_FUNCTION:
+        if (
+            arguments
+            and arguments[0].constant == "tensorrt"
+            and isinstance(node.func, ast.Name)
+            and node.func.id == _IMPORT_FUNCTION
+        ):
             return MODULE
         if function.kind == "own function":
             return self._call_own(function.owner, function.name, node, arguments, keywords)
@@ -559,10 +643,17 @@ class _Function:
         if name.kind != "constant":
             return PLAIN
         if owner.kind == "module":
-            return Value("constant", constant=name.constant in {*self.listing.classes, *self.listing.enums, *self.listing.functions})
+            return Value(
+                "constant",
+                constant=name.constant in {*self.listing.classes, *self.listing.enums, *self.listing.functions},
+            )
         if owner.kind == "enum":
             return Value("constant", constant=name.constant in self.listing.enums[owner.name])
-        kinds = [kind for kind in owner.name.split("|") if kind in self.listing.classes] if owner.kind in ("class", "object") else []
+        kinds = (
+            [kind for kind in owner.name.split("|") if kind in self.listing.classes]
+            if owner.kind in ("class", "object")
+            else []
+        )
         has = {self.listing.attribute(kind, name.constant) is not None for kind in kinds}
         if len(has) == 1:
             return Value("constant", constant=has.pop())
@@ -576,7 +667,9 @@ class _Function:
             return default[0]
         return self._attribute(node, owner, name.constant)
 
-    def _call_own(self, owner: str, name: str, node: ast.Call, arguments: list[Value], keywords: dict[str | None, Value]) -> Value:
+    def _call_own(
+        self, owner: str, name: str, node: ast.Call, arguments: list[Value], keywords: dict[str | None, Value]
+    ) -> Value:
         if name == _MAJOR_FUNCTION:
             return Value("constant", constant=self.listing.major)
         for kind in self._with_bases(owner):
@@ -584,12 +677,18 @@ class _Function:
                 self._pass_on(kind, name, node, arguments, keywords)
                 return self._returned(kind, name)
         if name == "__init__" and owner in self.project.classes:
-            fields = [part.target.id for part in self.project.classes[owner].body if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)]
+            fields = [
+                part.target.id
+                for part in self.project.classes[owner].body
+                if isinstance(part, ast.AnnAssign) and isinstance(part.target, ast.Name)
+            ]
             for field_name, value in [*zip(fields, arguments, strict=False), *keywords.items()]:
                 self.project.learn(self.project.attributes, (owner, field_name), _passed(value))
         return UNKNOWN
 
-    def _pass_on(self, owner: str, name: str, node: ast.Call, arguments: list[Value], keywords: dict[str | None, Value]) -> None:
+    def _pass_on(
+        self, owner: str, name: str, node: ast.Call, arguments: list[Value], keywords: dict[str | None, Value]
+    ) -> None:
         definition = self.project.functions[owner, name].args
         names = [argument.arg for argument in [*definition.posonlyargs, *definition.args]]
         names = names[1:] if names[:1] in (["self"], ["cls"]) else names
@@ -601,9 +700,13 @@ class _Function:
         annotated = self._annotated(self.project.functions[owner, name].returns)
         return annotated if annotated != UNKNOWN else self.project.results.get((owner, name), UNKNOWN)
 
-    def _call_theirs(self, node: ast.Call, function: Value, arguments: list[Value], keywords: dict[str | None, Value]) -> Value:
+    def _call_theirs(
+        self, node: ast.Call, function: Value, arguments: list[Value], keywords: dict[str | None, Value]
+    ) -> Value:
         if function.kind == "class":
-            self._check_call(node, f"{function.name}.__init__", self.listing.attribute(function.name, "__init__") or [], keywords)
+            self._check_call(
+                node, f"{function.name}.__init__", self.listing.attribute(function.name, "__init__") or [], keywords
+            )
             return Value("object", function.name)
         if function.kind != "method":
             return UNKNOWN
@@ -611,16 +714,23 @@ class _Function:
         bound = not (isinstance(node.func, ast.Attribute) and self.value(node.func.value).kind == "class")
         results = set()
         for owner in function.owner.split("|"):
-            ways = (self.listing.attribute(owner, function.name) if owner else self.listing.functions[function.name]) or []
+            ways = (
+                self.listing.attribute(owner, function.name) if owner else self.listing.functions[function.name]
+            ) or []
             if bound:
                 self._check_call(node, f"{owner}.{function.name}".lstrip("."), ways, keywords)
             results |= {self.listing.result(way.partition("-> ")[2]) for way in ways}
         return functools.reduce(joined, results) if results else UNKNOWN
 
-    def _check_call(self, node: ast.Call, label: str, ways: str | list[str], keywords: Mapping[str | None, Value]) -> None:
+    def _check_call(
+        self, node: ast.Call, label: str, ways: str | list[str], keywords: Mapping[str | None, Value]
+    ) -> None:
         unpacked = None in keywords or any(isinstance(argument, ast.Starred) for argument in node.args)
         if ways and not unpacked and not any(_fits(_parameters(way), len(node.args), set(keywords)) for way in ways):
-            self._problem(node, f"{label} takes ({') or ('.join(way.partition(' ->')[0] for way in ways)}), not {ast.unparse(node)}")
+            self._problem(
+                node,
+                f"{label} takes ({') or ('.join(way.partition(' ->')[0] for way in ways)}), not {ast.unparse(node)}",
+            )
 
     def _annotated(self, annotation: ast.expr | None) -> Value:
         """What an annotation says: a class of ours, one of TensorRT's as "trt.ICudaEngine", or a container of them."""
@@ -628,7 +738,11 @@ class _Function:
             return self._annotated(ast.parse(annotation.value, mode="eval").body)
         if isinstance(annotation, ast.Name):
             return Value("own", annotation.id) if annotation.id in self.project.classes else UNKNOWN
-        if isinstance(annotation, ast.Attribute) and isinstance(annotation.value, ast.Name) and annotation.value.id == "trt":
+        if (
+            isinstance(annotation, ast.Attribute)
+            and isinstance(annotation.value, ast.Name)
+            and annotation.value.id == "trt"
+        ):
             return self.listing.result(annotation.attr)
         if isinstance(annotation, ast.BinOp):
             return joined(self._annotated(annotation.left), self._annotated(annotation.right))
@@ -642,7 +756,10 @@ class _Function:
 
 
 def _is_property(node: ast.FunctionDef) -> bool:
-    return any(isinstance(decorator, ast.Name) and decorator.id in ("property", "cached_property") for decorator in node.decorator_list)
+    return any(
+        isinstance(decorator, ast.Name) and decorator.id in ("property", "cached_property")
+        for decorator in node.decorator_list
+    )
 
 
 def _list_of_any(values: Sequence[Value]) -> Value:

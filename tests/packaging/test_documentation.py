@@ -1,4 +1,6 @@
-"""What the documentation shows works: its programs run, its command lines parse, its settings load, and no command is left out."""
+"""What the documentation shows works: its programs run, its command lines parse, its settings load, and no command is
+left out.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,18 @@ def identity(value: object) -> str:
 
 def test_something_was_found() -> None:
     assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md", "jetson.md"}
-    assert {line[0] for _, line in COMMANDS} >= {"pretrain", "finetune", "distill", "reconstruct", "import", "export", "verify", "predict", "info", "doctor"}
+    assert {line[0] for _, line in COMMANDS} >= {
+        "pretrain",
+        "finetune",
+        "distill",
+        "reconstruct",
+        "import",
+        "export",
+        "verify",
+        "predict",
+        "info",
+        "doctor",
+    }
     assert len(RECIPES) >= 1
 
 
@@ -113,7 +126,9 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 @pytest.mark.usefixtures("bundles")
 @pytest.mark.parametrize(("page", "line"), COMMANDS, ids=identity)
-def test_command_lines_are_understood(page: Path, line: list[str], configs: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_lines_are_understood(
+    page: Path, line: list[str], configs: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     if line[0] == "verify" and not Path(line[1]).exists():
         write_bundle(Path(line[1]))
     assert main(line) == 0, capsys.readouterr().err
@@ -127,7 +142,15 @@ def test_command_lines_are_understood(page: Path, line: list[str], configs: list
 
 
 @pytest.mark.usefixtures("bundles")
-@pytest.mark.parametrize("line", [["verify", "bundles/nowhere"], ["predict", "bundles/visible"], ["export", "runs/a", "--outt", "b"], ["finetune", "a"]])
+@pytest.mark.parametrize(
+    "line",
+    [
+        ["verify", "bundles/nowhere"],
+        ["predict", "bundles/visible"],
+        ["export", "runs/a", "--outt", "b"],
+        ["finetune", "a"],
+    ],
+)
 def test_a_wrong_line_would_be_noticed(line: list[str], configs: list[Any]) -> None:
     assert main(line) == 2
     assert configs == []
@@ -136,7 +159,10 @@ def test_a_wrong_line_would_be_noticed(line: list[str], configs: list[Any]) -> N
 @pytest.mark.parametrize(("page", "text"), RECIPES, ids=identity)
 def test_settings_load_as_a_recipe(page: Path, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe.yaml").write_text(text)
-    assert main(["pretrain", "photos", "--out", "run", "--recipe", str(tmp_path / "recipe.yaml"), "--dump-config", "-"]) == 0
+    assert (
+        main(["pretrain", "photos", "--out", "run", "--recipe", str(tmp_path / "recipe.yaml"), "--dump-config", "-"])
+        == 0
+    )
     dumped, given = yaml.safe_load(capsys.readouterr().out), yaml.safe_load(text)
     given.pop("extends", None)
     for section, values in given.items():
@@ -148,7 +174,10 @@ def test_settings_load_as_a_recipe(page: Path, text: str, tmp_path: Path, capsys
 
 @pytest.mark.parametrize("page", PAGES, ids=identity)
 def test_commands_and_options_that_are_named_exist(page: Path) -> None:
-    known = {form for options in OPTIONS.values() for option in options for form in option.split("/")} | {"--help", "--version"}
+    known = {form for options in OPTIONS.values() for option in options for form in option.split("/")} | {
+        "--help",
+        "--version",
+    }
     for code in inline_code(page):
         words = code.split()
         if words[0] == "mae-deploy" and len(words) > 1 and not words[1].startswith("-"):

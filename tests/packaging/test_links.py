@@ -24,7 +24,10 @@ def test_links_point_to_files(page: Path) -> None:
 
 
 def test_links_are_found_in_every_notation() -> None:
-    text = '[a](one.md#part) ![b](two.png "title") <img src="three.png">\n[c]: four.md\n[d](https://e.org) [e](#here) `[f](g)`\n```\n[h](i)\n```'
+    text = (
+        '[a](one.md#part) ![b](two.png "title") <img src="three.png">\n[c]: four.md\n[d](https://e.org) [e](#here)'
+        " `[f](g)`\n```\n[h](i)\n```"
+    )
     assert relative_links(text) == ["one.md", "two.png", "three.png", "four.md"]
 
 

@@ -1,6 +1,8 @@
-"""Every name of TensorRT's that our code uses is there in 8.6, 10.3, 10.16 and 11.4 wherever our code takes that branch.
+"""Every name of TensorRT's that our code uses is there in 8.6, 10.3, 10.16 and 11.4 wherever our code takes that
+branch.
 
-The listings in tensorrt_api/ are recorded from the real bindings by scripts/check_tensorrt_api.sh, which also compares them.
+The listings in tensorrt_api/ are recorded from the real bindings by scripts/check_tensorrt_api.sh, which also compares
+them.
 """
 
 from __future__ import annotations
@@ -33,10 +35,23 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
-    runtime = {f"mae_deploy.runtime.{path.stem}": path.read_text() for path in (ROOT / "mae_deploy" / "runtime").glob("*.py")}
-    folders = {"mae_deploy.commands": "mae_deploy/commands", "mae_deploy.export": "export", "tests.gpu": "tests/gpu", "scripts": "scripts"}
-    others = {f"{package}.{path.stem}": path.read_text() for package, folder in folders.items() for path in (ROOT / folder).glob("*.py")}
-    return runtime | {name: text for name, text in others.items() if "tensorrt" in text and "import tensorrt" not in text}
+    runtime = {
+        f"mae_deploy.runtime.{path.stem}": path.read_text() for path in (ROOT / "mae_deploy" / "runtime").glob("*.py")
+    }
+    folders = {
+        "mae_deploy.commands": "mae_deploy/commands",
+        "mae_deploy.export": "export",
+        "tests.gpu": "tests/gpu",
+        "scripts": "scripts",
+    }
+    others = {
+        f"{package}.{path.stem}": path.read_text()
+        for package, folder in folders.items()
+        for path in (ROOT / folder).glob("*.py")
+    }
+    return runtime | {
+        name: text for name, text in others.items() if "tensorrt" in text and "import tensorrt" not in text
+    }
 
 
 def by_version(listing: Listing) -> str:
@@ -51,7 +66,12 @@ def test_every_name_is_in_the_bindings(listing: Listing, sources: dict[str, str]
 
 
 def test_oldest_and_newest_of_each_major_are_listed() -> None:
-    assert [listing.version.split(".")[:2] for listing in LISTINGS] == [["10", "16"], ["10", "3"], ["11", "4"], ["8", "6"]]
+    assert [listing.version.split(".")[:2] for listing in LISTINGS] == [
+        ["10", "16"],
+        ["10", "3"],
+        ["11", "4"],
+        ["8", "6"],
+    ]
 
 
 @pytest.mark.parametrize("listing", LISTINGS, ids=by_version)
@@ -75,17 +95,44 @@ OLD, MIDDLE, NEW = "8.6.0", "10.3.0", "11.4.0.106"
     [
         ("def f(trt):\n    return trt.BuilderFlag.FP16", {NEW}),
         ("def f(trt):\n    return trt.BuilderFlag.FP16 if hasattr(trt.BuilderFlag, 'FP16') else None", set()),
-        ("def f(trt):\n    if major_version(trt) == 8:\n        return trt.UffParser\n    return trt.IProgressMonitor", {OLD}),
+        (
+            (
+                "def f(trt):\n    if major_version(trt) == 8:\n        return trt.UffParser\n    return"
+                " trt.IProgressMonitor"
+            ),
+            {OLD},
+        ),
         ("def f(trt):\n    if major_version(trt) == 11:\n        return None\n    return trt.BuilderFlag.INT8", set()),
-        ("def f(trt, logger):\n    return trt.Builder(logger).create_builder_config().max_workspace_size", {MIDDLE, NEW}),
+        (
+            "def f(trt, logger):\n    return trt.Builder(logger).create_builder_config().max_workspace_size",
+            {MIDDLE, NEW},
+        ),
         ("def f(trt, logger):\n    trt.Runtime(logger).num_DLA_cores = 1", {OLD, MIDDLE, NEW}),
         ("def f(context: 'trt.IExecutionContext'):\n    context.active_optimization_profile = 0", {MIDDLE, NEW}),
-        ("def f(trt):\n    return g(trt.OnnxParser(1, 2))\ndef g(parser):\n    return parser.supports_model(b'')", {NEW}),
-        ("def f(trt, logger):\n    return partial(g, trt.Runtime(logger))\ndef g(runtime):\n    return runtime.nothing", {OLD, MIDDLE, NEW}),
+        (
+            "def f(trt):\n    return g(trt.OnnxParser(1, 2))\ndef g(parser):\n    return parser.supports_model(b'')",
+            {NEW},
+        ),
+        (
+            (
+                "def f(trt, logger):\n    return partial(g, trt.Runtime(logger))\ndef g(runtime):\n    return"
+                " runtime.nothing"
+            ),
+            {OLD, MIDDLE, NEW},
+        ),
         ("def f(engine: 'trt.ICudaEngine'):\n    return engine.get_tensor_profile_shape(0)", {OLD, MIDDLE, NEW}),
         ("def f(thing):\n    return thing.execute_async_v3(0)", {OLD, MIDDLE, NEW}),
-        ("class C:\n    def __init__(self, trt):\n        self.trt = trt\n    def f(self):\n        return self.trt.SubGraphCollection", {NEW}),
-        ("def f(trt):\n    class M(trt.IProgressMonitor):\n        def phase_start(self, name): ...", {OLD, MIDDLE, NEW}),
+        (
+            (
+                "class C:\n    def __init__(self, trt):\n        self.trt = trt\n    def f(self):\n        return"
+                " self.trt.SubGraphCollection"
+            ),
+            {NEW},
+        ),
+        (
+            "def f(trt):\n    class M(trt.IProgressMonitor):\n        def phase_start(self, name): ...",
+            {OLD, MIDDLE, NEW},
+        ),
     ],
 )
 def test_the_check_finds_what_a_version_lacks(body: str, lacking: set[str]) -> None:

@@ -16,7 +16,9 @@ STAGES = ("pretrain", "distill", "export")
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the repository's own files: a `build/` left by an earlier build would put deleted modules into the wheel."""
+    """A copy of the repository's own files: a `build/` left by an earlier build would put deleted modules into the
+    wheel.
+    """
     copy = tmp_path_factory.mktemp("sources")
     for name in repository_files():
         (copy / name).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,6 @@
-"""What `export-weights` leaves behind loads strictly in timm and transformers by their own calls, and computes there what it computes here."""
+"""What `export-weights` leaves behind loads strictly in timm and transformers by their own calls, and computes there
+what it computes here.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,16 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.load import load_model
-from tests.models.tiny_models import CLASSES, ENCODER, SQUARE, metadata_of, random_images, tiny_classifier, tiny_encoder, tiny_mae
+from tests.models.tiny_models import (
+    CLASSES,
+    ENCODER,
+    SQUARE,
+    metadata_of,
+    random_images,
+    tiny_classifier,
+    tiny_encoder,
+    tiny_mae,
+)
 
 NAMES = tuple(f"class {index}" for index in range(CLASSES))
 
@@ -78,7 +89,11 @@ def test_a_preset_by_timms_name_and_path(tmp_path: Path) -> None:
     ours = tiny_classifier("avg", config)
     folder = exported(tmp_path, ours, "timm")
     theirs: Any = timm.create_model(
-        "vit_tiny_patch16_224", checkpoint_path=str(folder / "model.safetensors"), num_classes=CLASSES, global_pool="avg", fc_norm=True
+        "vit_tiny_patch16_224",
+        checkpoint_path=str(folder / "model.safetensors"),
+        num_classes=CLASSES,
+        global_pool="avg",
+        fc_norm=True,
     ).eval()
     images = random_images(config, batch=1)
     with torch.no_grad():
@@ -130,7 +145,9 @@ def photo() -> Image.Image:
     return Image.fromarray(pixels)
 
 
-PREPROCESS = Preprocess(image_size=(10, 10), crop_pct=0.625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear")
+PREPROCESS = Preprocess(
+    image_size=(10, 10), crop_pct=0.625, mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), interpolation="bilinear"
+)
 
 
 def with_preprocess(folder: Path, to: str) -> Path:

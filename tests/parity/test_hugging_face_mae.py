@@ -1,4 +1,6 @@
-"""The arithmetic is that of an independent implementation, transformers' `ViTMAEForPreTraining`, with the same weights and noise."""
+"""The arithmetic is that of an independent implementation, transformers' `ViTMAEForPreTraining`, with the same weights
+and noise.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ from tests.data.image_folders import write_noise
 from tests.models.tiny_models import fill, random_tensor
 
 B, N = 3, 49
-# 7x7 patches of 2x2 pixels, 5 heads of 4, a decoder of 3 heads of 8; 49 and 20 visible tokens take the explicit attention, see EXPLICIT_ATTENTION_TOKENS.
+# 7x7 patches of 2x2 pixels, 5 heads of 4, a decoder of 3 heads of 8; 49 and 20 visible tokens take the explicit
+# attention, see EXPLICIT_ATTENTION_TOKENS.
 SIZES: dict[str, Any] = {
     "image_size": 14,
     "patch_size": 2,
@@ -118,7 +121,8 @@ def test_gradients_are_the_same(pair: Pair, tmp_path: Path) -> None:
     total = torch.stack([theirs[name].norm() for name in ours]).norm()
     for name, gradient in ours.items():
         assert gradient is not None, name
-        # Backward sums over every token of the batch: two digits more than the forward pass are lost. A key's bias has no gradient but rounding.
+        # Backward sums over every token of the batch: two digits more than the forward pass are lost. A key's bias has
+        # no gradient but rounding.
         assert (gradient - theirs[name]).norm() < 1e-5 * theirs[name].norm() + 1e-7 * total, name
     norms = torch.stack([gradient.norm() for gradient in ours.values() if gradient is not None]).norm()
     assert norms.item() == pytest.approx(total.item(), rel=1e-5)
@@ -129,7 +133,9 @@ def test_names_in_memory_are_read_like_names_on_disk(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "model")
     on_disk = import_weights(tmp_path / "model", ImportOptions())
     torch.save(model.state_dict(), tmp_path / "memory.pth")
-    in_memory = import_weights(tmp_path / "memory.pth", ImportOptions(num_heads=5, decoder_num_heads=3, norm_pix_loss=True))
+    in_memory = import_weights(
+        tmp_path / "memory.pth", ImportOptions(num_heads=5, decoder_num_heads=3, norm_pix_loss=True)
+    )
     # Two generations of names, which is what this is about.
     assert "vit.layers.0.attention.q_proj.weight" in model.state_dict()
     assert on_disk.tensors.keys() == in_memory.tensors.keys()
@@ -156,8 +162,11 @@ def imported_model(imported: Imported) -> Encoder:
 
 @pytest.mark.parametrize("image_size", [14, (6, 10), (8, 2)])
 def test_an_encoder_alone(tmp_path: Path, image_size: int | tuple[int, int]) -> None:
-    # 8x2 pixels are 4x1 patches, as many as a square's: config.json tells them apart. The decoder's numbers do not matter here.
-    theirs = fill(ViTMAEModel(ViTMAEConfig(**{**SIZES, "image_size": image_size}, mask_ratio=0.0, decoder_hidden_size=24)))
+    # 8x2 pixels are 4x1 patches, as many as a square's: config.json tells them apart. The decoder's numbers do not
+    # matter here.
+    theirs = fill(
+        ViTMAEModel(ViTMAEConfig(**{**SIZES, "image_size": image_size}, mask_ratio=0.0, decoder_hidden_size=24))
+    )
     theirs.save_pretrained(tmp_path / "model")
     imported = import_weights(tmp_path / "model", ImportOptions())
     assert imported.metadata.kind == "encoder"
@@ -169,7 +178,9 @@ def test_an_encoder_alone(tmp_path: Path, image_size: int | tuple[int, int]) -> 
     with torch.no_grad():
         # Noise in rising order keeps every patch in row-major order.
         patches = ours.config.num_patches
-        assert_close(ours(images), theirs(images, noise=torch.arange(patches).expand(B, patches) / patches).last_hidden_state)
+        assert_close(
+            ours(images), theirs(images, noise=torch.arange(patches).expand(B, patches) / patches).last_hidden_state
+        )
 
 
 def test_a_vit_classifier(tmp_path: Path) -> None:
@@ -251,7 +262,10 @@ def test_the_hash_of_shards_is_that_of_their_content(shards: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ({"weight_map": {"a": "../elsewhere.safetensors"}}, r"the shard \.\./elsewhere\.safetensors, which is not beside it"),
+        (
+            {"weight_map": {"a": "../elsewhere.safetensors"}},
+            r"the shard \.\./elsewhere\.safetensors, which is not beside it",
+        ),
         ({"weight_map": {"a": "absent.safetensors"}}, r"the shard absent\.safetensors, which is not beside it"),
         ({"weight_map": {}}, "names no shards"),
         ({"weight_map": ["a"]}, "names no shards"),
@@ -281,8 +295,12 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
         ({"model_type": "dinov2"}, "model_type dinov2"),
     ],
 )
-def test_a_config_that_changes_the_computation_is_refused(tmp_path: Path, settings: dict[str, Any], feature: str, capsys: pytest.CaptureFixture[str]) -> None:
-    hugging_face_mae(**{name: value for name, value in settings.items() if name != "model_type"}).save_pretrained(tmp_path / "model")
+def test_a_config_that_changes_the_computation_is_refused(
+    tmp_path: Path, settings: dict[str, Any], feature: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hugging_face_mae(**{name: value for name, value in settings.items() if name != "model_type"}).save_pretrained(
+        tmp_path / "model"
+    )
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **settings}))
     assert main(["import", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 2
@@ -316,16 +334,37 @@ def imported_preprocess(folder: Path, **settings: Any) -> tuple[Preprocess, list
     ("settings", "forms"),
     [
         # Squeezed: the same for images of the input's form.
-        ({"size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}, [(61, 61), (48, 48), (17, 17)]),
+        (
+            {"size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
+            [(61, 61), (48, 48), (17, 17)],
+        ),
         ({"size": {"height": 48, "width": 48}, "do_normalize": False, "resample": 0}, [(61, 61)]),
         ({"size": {"height": 48, "width": 48}, "do_rescale": False, "do_normalize": False, "resample": 3}, [(61, 61)]),
-        ({"size": {"height": 48, "width": 48}, "rescale_factor": 1 / 127.5, "image_mean": 1.0, "image_std": [1.0, 1.0, 1.0]}, [(61, 61)]),
+        (
+            {
+                "size": {"height": 48, "width": 48},
+                "rescale_factor": 1 / 127.5,
+                "image_mean": 1.0,
+                "image_std": [1.0, 1.0, 1.0],
+            },
+            [(61, 61)],
+        ),
         ({"do_resize": False}, [(48, 48)]),
         # The shorter side, and the middle of it: the same for every image. (Halves of a pixel are rounded otherwise.)
-        ({"size": {"shortest_edge": 56}, "do_center_crop": True, "crop_size": {"height": 48, "width": 48}, "resample": 3}, [(61, 61), (59, 118), (118, 59)]),
+        (
+            {
+                "size": {"shortest_edge": 56},
+                "do_center_crop": True,
+                "crop_size": {"height": 48, "width": 48},
+                "resample": 3,
+            },
+            [(61, 61), (59, 118), (118, 59)],
+        ),
     ],
 )
-def test_the_preprocessing_is_transformers(tmp_path: Path, settings: dict[str, Any], forms: list[tuple[int, int]]) -> None:
+def test_the_preprocessing_is_transformers(
+    tmp_path: Path, settings: dict[str, Any], forms: list[tuple[int, int]]
+) -> None:
     theirs = ViTImageProcessorPil(**settings)
     ours, notes = imported_preprocess(tmp_path / "model", **settings)
     assert ours.image_size == (48, 48)
@@ -355,10 +394,20 @@ def test_preprocessing_that_ours_cannot_do(tmp_path: Path, settings: dict[str, A
 
 def test_older_preprocessing_and_another_image_size(tmp_path: Path) -> None:
     hugging_face_mae().save_pretrained(tmp_path / "model")
-    older = {"feature_extractor_type": "ViTFeatureExtractor", "size": 14, "image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25], "resample": 3}
+    older = {
+        "feature_extractor_type": "ViTFeatureExtractor",
+        "size": 14,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.25, 0.25, 0.25],
+        "resample": 3,
+    }
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(older))
-    found = from_dict(Preprocess, import_weights(tmp_path / "model", ImportOptions(image_size=(6, 10))).metadata.preprocess)
-    assert found == Preprocess(image_size=(6, 10), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+    found = from_dict(
+        Preprocess, import_weights(tmp_path / "model", ImportOptions(image_size=(6, 10))).metadata.preprocess
+    )
+    assert found == Preprocess(
+        image_size=(6, 10), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3
+    )
 
 
 # --- the whole way ---------------------------------------------------------------------------------------------------
@@ -367,7 +416,11 @@ def test_older_preprocessing_and_another_image_size(tmp_path: Path) -> None:
 @pytest.mark.parametrize("tokens", ["full", "visible"])
 @pytest.mark.parametrize("kind", ["vit_mae", "vit"])
 def test_an_imported_folder_is_exported(tmp_path: Path, kind: str, tokens: str) -> None:
-    theirs = hugging_face_mae() if kind == "vit_mae" else fill(ViTForImageClassification(ViTConfig(**{**SIZES, "num_labels": 7})))
+    theirs = (
+        hugging_face_mae()
+        if kind == "vit_mae"
+        else fill(ViTForImageClassification(ViTConfig(**{**SIZES, "num_labels": 7})))
+    )
     theirs.save_pretrained(tmp_path / "model")
     ViTImageProcessorPil(size={"height": 14, "width": 14}).save_pretrained(tmp_path / "model")
     assert main(["import", str(tmp_path / "model"), "--out", str(tmp_path / "out")]) == 0

@@ -1,4 +1,5 @@
-"""Encoder and classifier compute what timm's `VisionTransformer` computes with the same weights, and the weights go both ways.
+"""Encoder and classifier compute what timm's `VisionTransformer` computes with the same weights, and the weights go
+both ways.
 
 Models that differ from a plain ViT arrive by timm's name: folded where that is exact, otherwise refused.
 """
@@ -37,7 +38,11 @@ CLASSES = 7
 
 
 def timm_vit(image_size: tuple[int, int], **settings: Any) -> Any:
-    return fill(timm.create_model("vit_tiny_patch16_224", pretrained=False, img_size=image_size, depth=2, num_classes=CLASSES, **settings))
+    return fill(
+        timm.create_model(
+            "vit_tiny_patch16_224", pretrained=False, img_size=image_size, depth=2, num_classes=CLASSES, **settings
+        )
+    )
 
 
 def imported_from(model: nn.Module, folder: Path, image_size: tuple[int, int]) -> Encoder:
@@ -115,11 +120,25 @@ def import_model(source: Path, out: Path, *options: str) -> tuple[Encoder, Metad
 
 
 def write_timm_folder(folder: Path, model: nn.Module, architecture: str = "test_vit", **arguments: Any) -> Path:
-    """A model folder as timm's hub repositories are: the weights, and in config.json the architecture, its arguments and the preprocessing."""
+    """A model folder as timm's hub repositories are: the weights, and in config.json the architecture, its arguments
+    and the preprocessing.
+    """
     folder.mkdir()
     save_file(model.state_dict(), folder / "model.safetensors")
-    stated = {"tag": "ours", "input_size": [3, SIDE, SIDE], "crop_pct": 0.8, "interpolation": "bilinear", "mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
-    config = {"architecture": architecture, "num_classes": CLASSES, "model_args": arguments, "pretrained_cfg": {**stated, "license": "mit"}}
+    stated = {
+        "tag": "ours",
+        "input_size": [3, SIDE, SIDE],
+        "crop_pct": 0.8,
+        "interpolation": "bilinear",
+        "mean": [0.1, 0.2, 0.3],
+        "std": [0.4, 0.5, 0.6],
+    }
+    config = {
+        "architecture": architecture,
+        "num_classes": CLASSES,
+        "model_args": arguments,
+        "pretrained_cfg": {**stated, "license": "mit"},
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -147,8 +166,18 @@ def test_a_file_by_name(tmp_path: Path, form: str) -> None:
     save_file(tensors, source) if form == "safetensors" else torch.save(contents[form], source)
     ours, metadata = import_model(source, tmp_path / "out", "--model", "test_vit")
     assert isinstance(ours, Classifier)
-    assert (ours.pool, ours.head.out_features, metadata.class_names, metadata.licence) == ("cls", CLASSES, None, "unspecified")
-    assert (ours.config.name, ours.config.image_size, ours.config.heads, ours.config.mlp_ratio) == ("vit_64x6_patch16", (SIDE, SIDE), 2, 3.0)
+    assert (ours.pool, ours.head.out_features, metadata.class_names, metadata.licence) == (
+        "cls",
+        CLASSES,
+        None,
+        "unspecified",
+    )
+    assert (ours.config.name, ours.config.image_size, ours.config.heads, ours.config.mlp_ratio) == (
+        "vit_64x6_patch16",
+        (SIDE, SIDE),
+        2,
+        3.0,
+    )
     assert (metadata.provenance["architecture"], metadata.provenance["layout"]) == ("test_vit", "timm")
     assert_same_outputs(ours, theirs, random_tensor(2, 3, SIDE, SIDE))
 
@@ -156,7 +185,9 @@ def test_a_file_by_name(tmp_path: Path, form: str) -> None:
 def test_a_plain_vit_by_name(tmp_path: Path) -> None:
     theirs = timm_model("vit_tiny_patch16_224.augreg_in21k", num_classes=0)
     save_file(theirs.state_dict(), tmp_path / "weights.safetensors")
-    ours, metadata = import_model(tmp_path / "weights.safetensors", tmp_path / "out", "--model", "vit_tiny_patch16_224.augreg_in21k")
+    ours, metadata = import_model(
+        tmp_path / "weights.safetensors", tmp_path / "out", "--model", "vit_tiny_patch16_224.augreg_in21k"
+    )
     assert type(ours) is Encoder
     assert (ours.config.name, ours.config.heads, metadata.licence) == ("vit_tiny_patch16", 3, "Apache-2.0")
     assert_same_outputs(ours, theirs, random_tensor(1, 3, 224, 224))
@@ -166,7 +197,10 @@ def test_a_plain_vit_by_name(tmp_path: Path) -> None:
 FOLDED: dict[str, tuple[dict[str, Any], str]] = {
     "plain": ({}, ""),
     "LayerScale": ({"init_values": 0.1}, "4 LayerScales"),
-    "positions without the class token": ({"init_values": 0.1, "no_embed_class": True}, "without an entry for the class token"),
+    "positions without the class token": (
+        {"init_values": 0.1, "no_embed_class": True},
+        "without an entry for the class token",
+    ),
     "no qkv bias": ({"qkv_bias": False}, "2 absent biases"),
     "no other bias": ({"proj_bias": False}, "6 absent biases"),
     "average pooling": ({"global_pool": "avg"}, ""),
@@ -174,7 +208,17 @@ FOLDED: dict[str, tuple[dict[str, Any], str]] = {
     "encoder": ({"num_classes": 0, "init_values": 0.1}, "4 LayerScales"),
     "encoder that averages after the norm": ({"num_classes": 0, "global_pool": "avg", "fc_norm": False}, ""),
     "one channel": ({"in_chans": 1}, ""),
-    "five heads, patches of 8": ({"embed_dim": 20, "num_heads": 5, "mlp_ratio": 3.3, "patch_size": 8, "img_size": [24, 40], "dynamic_img_size": False}, ""),
+    "five heads, patches of 8": (
+        {
+            "embed_dim": 20,
+            "num_heads": 5,
+            "mlp_ratio": 3.3,
+            "patch_size": 8,
+            "img_size": [24, 40],
+            "dynamic_img_size": False,
+        },
+        "",
+    ),
     "dynamic size, padded": ({"dynamic_img_pad": True}, ""),
 }
 
@@ -206,12 +250,17 @@ def test_the_original_files_of_deit_3_and_dinov2(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"init_values": 0.1, "depth": 2}
     theirs = timm_model(**settings)
     source = write_timm_folder(tmp_path / "model", theirs, **settings)
-    tensors = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor for name, tensor in theirs.state_dict().items()}
+    tensors = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): tensor
+        for name, tensor in theirs.state_dict().items()
+    }
     (source / "model.safetensors").unlink()
     torch.save({"model": {**tensors, "mask_token": torch.zeros(1, 64)}}, source / "pytorch_model.bin")
     imported = import_weights(source, ImportOptions())
     assert (imported.report["renamed"], imported.report["dropped"]) == (4, ["mask_token"])
-    assert_same_outputs(model_of(Loaded(imported.metadata, imported.tensors, {})), theirs, random_tensor(2, 3, SIDE, SIDE))
+    assert_same_outputs(
+        model_of(Loaded(imported.metadata, imported.tensors, {})), theirs, random_tensor(2, 3, SIDE, SIDE)
+    )
 
 
 def test_fine_tuning_with_average_pooling_shows_in_the_file(tmp_path: Path) -> None:
@@ -227,14 +276,18 @@ def test_fine_tuning_with_average_pooling_shows_in_the_file(tmp_path: Path) -> N
 TINY: dict[str, Any] = {"embed_dim": 64, "depth": 1, "num_heads": 2}
 
 
-@pytest.mark.parametrize("architecture", ["vit_small_patch14_dinov2", "deit3_small_patch16_224", "flexivit_small", "vit_small_patch16_384"])
+@pytest.mark.parametrize(
+    "architecture", ["vit_small_patch14_dinov2", "deit3_small_patch16_224", "flexivit_small", "vit_small_patch16_384"]
+)
 @pytest.mark.parametrize("given", [True, False], ids=["--image-size", "as the file is"])
 def test_another_image_size_is_resampled_as_timm_does(tmp_path: Path, architecture: str, given: bool) -> None:
     trained = timm_model(architecture, **TINY)
     patch, old = trained.patch_embed.patch_size[0], trained.patch_embed.img_size
     size = (5 * patch, 7 * patch) if given else (6 * patch, 6 * patch)
     theirs = timm_model(architecture, img_size=size, **TINY)
-    bilinear: dict[str, Any] = {"interpolation": "bilinear", "antialias": False} if architecture.startswith("flexi") else {}
+    bilinear: dict[str, Any] = (
+        {"interpolation": "bilinear", "antialias": False} if architecture.startswith("flexi") else {}
+    )
     theirs.load_state_dict(checkpoint_filter_fn(trained.state_dict(), theirs, **bilinear))
     source = write_timm_folder(tmp_path / "model", trained if given else theirs, architecture, **TINY)
     options = ("--image-size", f"{size[0]},{size[1]}") if given else ()
@@ -268,7 +321,11 @@ def test_where_the_preprocessing_differs_it_is_said(tmp_path: Path, capsys: pyte
     first, second = json.loads(capsys.readouterr().out)["notes"]
     assert "3 channels, not of 1" in first
     assert "crop_mode squash" in second
-    assert (metadata.preprocess["mean"], metadata.preprocess["std"], metadata.preprocess["crop_pct"]) == ([0.5], [0.25], 0.8)
+    assert (metadata.preprocess["mean"], metadata.preprocess["std"], metadata.preprocess["crop_pct"]) == (
+        [0.5],
+        [0.25],
+        0.8,
+    )
 
 
 @pytest.mark.parametrize(
@@ -280,10 +337,15 @@ def test_where_the_preprocessing_differs_it_is_said(tmp_path: Path, capsys: pyte
         (["--model", "vit_base_patch16_224.dino", "--license", "own"], "own"),
     ],
 )
-def test_the_licence_of_a_tag(tmp_path: Path, arguments: list[str], licence: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_licence_of_a_tag(
+    tmp_path: Path, arguments: list[str], licence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with torch.device("meta"):
         tensors = timm.create_model("vit_base_patch16_224", num_classes=0, depth=1).state_dict()
-    save_file({name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in tensors.items()}, tmp_path / "weights.safetensors")
+    save_file(
+        {name: torch.zeros(tensor.shape, dtype=torch.float16) for name, tensor in tensors.items()},
+        tmp_path / "weights.safetensors",
+    )
     entry = timm.models.model_entrypoint("vit_base_patch16_224")
     monkeypatch.setattr(timm.models, "model_entrypoint", lambda _: lambda **settings: entry(depth=1, **settings))
     _, metadata = import_model(tmp_path / "weights.safetensors", tmp_path / "out", *arguments)
@@ -307,7 +369,9 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_model_that_computes_something_else_is_refused(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_that_computes_something_else_is_refused(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     # Judged by its name alone: the tensors are those of a ViT that would be read.
     save_file(timm_model(depth=1, embed_dim=8, num_heads=2).state_dict(), tmp_path / "weights.safetensors")
     assert main(["import", str(tmp_path / "weights.safetensors"), "--out", str(tmp_path / "out"), "--model", name]) == 2
@@ -351,15 +415,27 @@ def test_an_argument_that_changes_the_computation_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "code", "error", "hint"),
     [
-        (["--model", "vit_smal_patch16_224"], 2, "has no model 'vit_smal_patch16_224'", "did you mean 'vit_small_patch16_224'?"),
+        (
+            ["--model", "vit_smal_patch16_224"],
+            2,
+            "has no model 'vit_smal_patch16_224'",
+            "did you mean 'vit_small_patch16_224'?",
+        ),
         (["--model", "hf_hub:timm/vit_tiny_patch16_224.augreg_in21k"], 2, "has no model 'hf_hub:timm/", ""),
         (["--model", "vit_base_patch16_224.nonsense"], 2, "no tag 'nonsense' for vit_base_patch16_224", "augreg_in21k"),
         (["--model", "test_vit", "--num-heads", "4"], 2, "test_vit has 2 heads, not 4", "leave --num-heads out"),
-        (["--model", "vit_tiny_patch16_224"], 1, "does not fit vit_tiny_patch16_224: 108 missing: blocks.3.norm1.weight", ""),
+        (
+            ["--model", "vit_tiny_patch16_224"],
+            1,
+            "does not fit vit_tiny_patch16_224: 108 missing: blocks.3.norm1.weight",
+            "",
+        ),
         ([], 1, "unexpected: blocks.0.ls1.gamma", "--model NAME"),
     ],
 )
-def test_a_name_that_does_not_fit(tmp_path: Path, arguments: list[str], code: int, error: str, hint: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_name_that_does_not_fit(
+    tmp_path: Path, arguments: list[str], code: int, error: str, hint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings: dict[str, Any] = {"depth": 3} if "test_vit" not in arguments else {}
     settings |= {"init_values": 0.1} if not arguments else {}
     save_file(timm_model(**settings).state_dict(), tmp_path / "weights.safetensors")
@@ -380,7 +456,9 @@ def test_a_name_that_does_not_fit(tmp_path: Path, arguments: list[str], code: in
         ({"pretrained_cfg": {"interpolation": "lanczos"}}, "interpolation 'lanczos'"),
     ],
 )
-def test_a_config_that_cannot_be_used(tmp_path: Path, change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_config_that_cannot_be_used(
+    tmp_path: Path, change: dict[str, Any], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = write_timm_folder(tmp_path / "model", timm_model())
     config = json.loads((source / "config.json").read_text())
     (source / "config.json").write_text(json.dumps({**config, **change}))

@@ -1,6 +1,8 @@
-"""Twenty optimiser steps against the paper's method written down once more: float64, plain functions on a dict of arrays, AdamW by hand.
+"""Twenty optimiser steps against the paper's method written down once more: float64, plain functions on a dict of
+arrays, AdamW by hand.
 
-Nothing of the package computes the reference: it shares names of parameters, starting weights, images and noise, and no line of code.
+Nothing of the package computes the reference: it shares names of parameters, starting weights, images and noise, and no
+line of code.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ def batches() -> Iterator[tuple[Tensor, Tensor]]:
     for _ in range(STEPS):
         slope = torch.randn(BATCH, 3, 3, generator=generator)
         plane = slope[..., 0, None, None] * x + slope[..., 1, None, None] * y + slope[..., 2, None, None]
-        yield (plane + 0.3 * torch.randn(BATCH, 3, 12, 20, generator=generator)), torch.rand(BATCH, 15, generator=generator)
+        yield (
+            (plane + 0.3 * torch.randn(BATCH, 3, 12, 20, generator=generator)),
+            torch.rand(BATCH, 15, generator=generator),
+        )
 
 
 # --- the reference ---------------------------------------------------------------------------------------------------
@@ -62,7 +67,9 @@ def transformer(x: Tensor, w: Weights, prefix: str, depth: int, heads: int) -> T
     for index in range(depth):
         name = f"{prefix}.{index}"
         B, T, D = x.shape
-        q, k, v = linear(norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(B, T, 3, heads, D // heads).unbind(2)
+        q, k, v = (
+            linear(norm(x, w, f"{name}.norm1"), w, f"{name}.attn.qkv").reshape(B, T, 3, heads, D // heads).unbind(2)
+        )
         weights = torch.softmax(torch.einsum("bthd,bshd->bhts", q, k) / math.sqrt(D // heads), dim=-1)
         x = x + linear(torch.einsum("bhts,bshd->bthd", weights, v).reshape(B, T, D), w, f"{name}.attn.proj")
         hidden = linear(norm(x, w, f"{name}.norm2"), w, f"{name}.mlp.fc1")
@@ -73,11 +80,20 @@ def transformer(x: Tensor, w: Weights, prefix: str, depth: int, heads: int) -> T
 def reference_loss(w: Weights, images: Tensor, noise: Tensor, norm_pix: bool) -> Tensor:
     """Patches cut out one by one; visible tokens written to their places, the mask token everywhere else."""
     P, rows, columns, B = 4, 3, 5, len(images)
-    patches = torch.stack([images[:, :, r * P : (r + 1) * P, c * P : (c + 1) * P] for r in range(rows) for c in range(columns)], dim=1)
+    patches = torch.stack(
+        [images[:, :, r * P : (r + 1) * P, c * P : (c + 1) * P] for r in range(rows) for c in range(columns)], dim=1
+    )
     orders = [sorted(range(15), key=row.__getitem__) for row in noise.tolist()]
-    visible, hidden = (torch.tensor([order[part] for order in orders]) for part in (slice(int(15 * (1 - RATIO))), slice(int(15 * (1 - RATIO)), None)))
+    visible, hidden = (
+        torch.tensor([order[part] for order in orders])
+        for part in (slice(int(15 * (1 - RATIO))), slice(int(15 * (1 - RATIO)), None))
+    )
     image = torch.arange(B)[:, None]
-    embedded = torch.einsum("bnchw,dchw->bnd", patches, w["patch_embed.proj.weight"]) + w["patch_embed.proj.bias"] + w["pos_embed"][:, 1:]
+    embedded = (
+        torch.einsum("bnchw,dchw->bnd", patches, w["patch_embed.proj.weight"])
+        + w["patch_embed.proj.bias"]
+        + w["pos_embed"][:, 1:]
+    )
     cls = (w["cls_token"] + w["pos_embed"][:, :1]).expand(B, 1, 36)
     tokens = transformer(torch.cat([cls, embedded[image, visible]], dim=1), w, "blocks", 2, 3)
     latent = linear(norm(tokens, w, "norm"), w, "decoder_embed")
@@ -104,11 +120,17 @@ def reference_steps(start: Weights, norm_pix: bool) -> Iterator[Step]:
         gradients = dict(zip(trained, torch.autograd.grad(loss, [w[name] for name in trained]), strict=True))
         yield Step(loss.item(), math.sqrt(sum(float(g.pow(2).sum()) for g in gradients.values())))
         epoch = step / STEPS_PER_EPOCH
-        lr = PEAK * epoch / WARMUP if epoch < WARMUP else PEAK * 0.5 * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP)))
+        lr = (
+            PEAK * epoch / WARMUP
+            if epoch < WARMUP
+            else PEAK * 0.5 * (1 + math.cos(math.pi * (epoch - WARMUP) / (EPOCHS - WARMUP)))
+        )
         for name, g in gradients.items():
             first[name] = BETAS[0] * first[name] + (1 - BETAS[0]) * g
             second[name] = BETAS[1] * second[name] + (1 - BETAS[1]) * g * g
-            moved = (first[name] / (1 - BETAS[0] ** (step + 1))) / ((second[name] / (1 - BETAS[1] ** (step + 1))).sqrt() + 1e-8)
+            moved = (first[name] / (1 - BETAS[0] ** (step + 1))) / (
+                (second[name] / (1 - BETAS[1] ** (step + 1))).sqrt() + 1e-8
+            )
             decay = 0.0 if w[name].ndim == 1 else DECAY
             w[name] = w[name].detach() * (1 - lr * decay) - lr * moved
 
@@ -143,4 +165,6 @@ def test_twenty_steps(norm_pix: bool) -> None:
     assert expected[-1].loss < 0.95 * expected[0].loss, "nothing was learnt, so twenty steps say no more than one"
     # float32 against float64 over twenty steps; the most that was seen is 4e-7.
     for name in ("loss", "norm"):
-        assert [getattr(step, name) for step in found] == pytest.approx([getattr(step, name) for step in expected], rel=1e-5)
+        assert [getattr(step, name) for step in found] == pytest.approx(
+            [getattr(step, name) for step in expected], rel=1e-5
+        )

@@ -1,4 +1,6 @@
-"""Encoders side by side: read from the command line, judged by the same probes, timm's own arithmetic for timm's models."""
+"""Encoders side by side: read from the command line, judged by the same probes, timm's own arithmetic for timm's
+models.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def test_entries(tmp_path: Path) -> None:
     run, odd = tmp_path / "runs" / "mae", tmp_path / "a=b@c"
     run.mkdir(parents=True)
     odd.mkdir()
-    entries = read_entries((str(run), f"other={run}", f"dino={run}@vit_small_patch14_dinov2", str(odd), "random", "chance=random"))
+    entries = read_entries(
+        (str(run), f"other={run}", f"dino={run}@vit_small_patch14_dinov2", str(odd), "random", "chance=random")
+    )
     assert [(entry.name, entry.path, entry.architecture, entry.kind) for entry in entries] == [
         ("mae", run, None, "checkpoint"),
         ("other", run, None, "checkpoint"),
@@ -81,8 +85,27 @@ def test_ours_random_and_timm_on_the_same_probes(
 ) -> None:
     out = tmp_path / "report"
     encoders = (f"mae={pretrained}", f"vit={timm_weights}@test_vit", "random")
-    found = compare(capsys, *encoders, "--data", classes, "--k", "1,3", "--linear", "ridge", "--seeds", "0,4", "--seed", "1", "--out", out)
-    assert [(row["name"], row["kind"]) for row in found["encoders"]] == [("mae", "checkpoint"), ("vit", "timm"), ("random", "random")]
+    found = compare(
+        capsys,
+        *encoders,
+        "--data",
+        classes,
+        "--k",
+        "1,3",
+        "--linear",
+        "ridge",
+        "--seeds",
+        "0,4",
+        "--seed",
+        "1",
+        "--out",
+        out,
+    )
+    assert [(row["name"], row["kind"]) for row in found["encoders"]] == [
+        ("mae", "checkpoint"),
+        ("vit", "timm"),
+        ("random", "random"),
+    ]
     assert (found["train_images"], found["val_images"], found["classes"], found["seeds"]) == (12, 6, 2, [1, 5])
     for row in found["encoders"]:
         # Anything tells dark from light.
@@ -91,7 +114,9 @@ def test_ours_random_and_timm_on_the_same_probes(
         assert row["images_per_second"] > 0
     mae, vit, chance = found["encoders"]
     assert (mae["dim"], mae["parameters"]) == (chance["dim"], chance["parameters"]) == (20, chance["parameters"])
-    assert vit["parameters"] == sum(parameter.numel() for parameter in timm.create_model("test_vit", num_classes=0).parameters())
+    assert vit["parameters"] == sum(
+        parameter.numel() for parameter in timm.create_model("test_vit", num_classes=0).parameters()
+    )
     assert json.loads((out / "compare.json").read_text())["encoders"] == found["encoders"]
     page = (out / "compare.md").read_text()
     assert "| vit | timm test_vit at 160x160, cls | 0.31 | 64 | 100.00 | 100.00 |" in page
@@ -100,7 +125,9 @@ def test_ours_random_and_timm_on_the_same_probes(
     assert main(["compare", *encoders, "--data", str(classes), "--out", str(out)]) == 2  # never overwritten
 
 
-def test_random_weights_are_drawn_for_each_seed(classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_weights_are_drawn_for_each_seed(
+    classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen: list[torch.Tensor] = []
     from mae_deploy.evaluation import compare as module
 
@@ -118,7 +145,11 @@ def test_random_weights_are_drawn_for_each_seed(classes: Path, pretrained: Path,
 
 
 def test_what_cannot_be_opened_is_said_first(
-    classes: Path, pretrained: Path, timm_weights: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    classes: Path,
+    pretrained: Path,
+    timm_weights: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("mae_deploy.evaluation.compare.extract", lambda *_, **__: pytest.fail("work was done"))
     assert main(["compare", str(pretrained), f"vit={timm_weights}@test_vitt", "--data", str(classes)]) == 2
@@ -147,7 +178,11 @@ def test_timm_features_are_timms(classes: Path, timm_weights: Path, pool: str) -
     assert extract(source, labelled_images(classes, "val"), config).features.shape == (6, 64)
     # timm's own preprocessing.
     wanted = resolve_data_config({}, model=model)
-    assert (source.spec.mean, source.spec.crop_pct, source.spec.interpolation) == (wanted["mean"], wanted["crop_pct"], wanted["interpolation"])
+    assert (source.spec.mean, source.spec.crop_pct, source.spec.interpolation) == (
+        wanted["mean"],
+        wanted["crop_pct"],
+        wanted["interpolation"],
+    )
 
 
 def test_another_size_of_a_timm_model(timm_weights: Path) -> None:

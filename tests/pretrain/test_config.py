@@ -20,12 +20,23 @@ def test_the_papers_recipes_are_the_defaults() -> None:
     """Tables 8 and 9."""
     pretrain = PretrainConfig(data=str(HERE), out=HERE)
     assert pretrain.optim == OptimConfig(epochs=800, blr=1.5e-4, weight_decay=0.05, betas=(0.9, 0.95), min_lr=0.0)
-    assert (pretrain.mask_ratio, pretrain.norm_pix_loss, pretrain.augment.min_scale, pretrain.augment.hflip) == (0.75, True, 0.2, 0.5)
-    assert (pretrain.decoder.decoder_depth, pretrain.decoder.decoder_embed_dim, pretrain.decoder.decoder_num_heads) == (8, 512, 16)
+    assert (pretrain.mask_ratio, pretrain.norm_pix_loss, pretrain.augment.min_scale, pretrain.augment.hflip) == (
+        0.75,
+        True,
+        0.2,
+        0.5,
+    )
+    assert (pretrain.decoder.decoder_depth, pretrain.decoder.decoder_embed_dim, pretrain.decoder.decoder_num_heads) == (
+        8,
+        512,
+        16,
+    )
     finetune = FinetuneConfig(data=HERE, out=HERE, init=HERE)
     assert finetune.optim == OptimConfig(epochs=100, blr=5e-4, weight_decay=0.05, betas=(0.9, 0.999), min_lr=1e-6)
     assert (finetune.layer_decay, finetune.augment.min_scale) == (0.65, 0.08)
-    assert finetune.mix == MixConfig(drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, reprob=0.25, auto_augment="rand-m9-mstd0.5-inc1")
+    assert finetune.mix == MixConfig(
+        drop_path=0.1, label_smoothing=0.1, mixup=0.8, cutmix=1.0, reprob=0.25, auto_augment="rand-m9-mstd0.5-inc1"
+    )
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1])
@@ -70,8 +81,14 @@ def test_none_turns_rand_augment_off() -> None:
         ({"decoder": DecoderConfig(decoder_depth=0)}, "--decoder-depth 0 leaves masked patches"),
         ({"objective": ObjectiveConfig(target="features")}, "--target features and --teacher go together"),
         ({"teacher": HERE}, "--target features and --teacher go together"),
-        ({"teacher": HERE, "objective": ObjectiveConfig(target="features", target_dim=3)}, "--target-dim 3 cannot be chosen"),
-        ({"objective": ObjectiveConfig(target="pca", target_dim=76)}, "--target-dim 76 is more than the 75 numbers of a patch"),
+        (
+            {"teacher": HERE, "objective": ObjectiveConfig(target="features", target_dim=3)},
+            "--target-dim 3 cannot be chosen",
+        ),
+        (
+            {"objective": ObjectiveConfig(target="pca", target_dim=76)},
+            "--target-dim 76 is more than the 75 numbers of a patch",
+        ),
     ],
 )
 def test_objectives_that_do_not_go_together(values: dict[str, Any], message: str) -> None:

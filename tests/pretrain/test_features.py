@@ -71,7 +71,9 @@ def test_a_classifier_gives_what_its_head_reads(tmp_path: Path, val: ImageSource
     checkpoint = write_checkpoint(tmp_path / "checkpoint", model)
     spec = from_dict(Preprocess, read_weights(checkpoint).metadata.preprocess)
     with torch.no_grad():
-        expected = model.forward_pooled(torch.from_numpy(spec([read_image(Path(val.key(index))) for index in range(len(val))])))
+        expected = model.forward_pooled(
+            torch.from_numpy(spec([read_image(Path(val.key(index))) for index in range(len(val))]))
+        )
     assert features_of(checkpoint, val).features.numpy() == pytest.approx(expected.numpy(), abs=1e-5)
 
 
@@ -87,10 +89,14 @@ def test_a_bundle_gives_its_checkpoints(tmp_path: Path, val: ImageSource, pool: 
     export(ExportConfig(checkpoint=checkpoint, out=tmp_path / "bundle", samples=tmp_path / "classes" / "val"))
     found, expected = (features_of(path, val, pool=pool).features for path in (tmp_path / "bundle", checkpoint))
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-5)  # FP32 on another engine
-    assert open_source(tmp_path / "bundle", FeatureConfig(), "cpu").parameters == sum(parameter.numel() for parameter in tiny_encoder().parameters())
+    assert open_source(tmp_path / "bundle", FeatureConfig(), "cpu").parameters == sum(
+        parameter.numel() for parameter in tiny_encoder().parameters()
+    )
 
 
-def test_unreadable_images_are_named_and_left_out(tmp_path: Path, val: ImageSource, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_named_and_left_out(
+    tmp_path: Path, val: ImageSource, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder())
     whole = features_of(checkpoint, val)
     spoil(Path(val.key(1)))
@@ -115,14 +121,20 @@ def test_another_size_interpolates_the_positions(tmp_path: Path, val: ImageSourc
     moved = at_image_size(read_weights(checkpoint), (12, 14))
     assert moved.encoder_config.grid_size == (6, 7)
     assert moved.metadata.preprocess["image_size"] == [12, 14]
-    assert torch.equal(moved.tensors["pos_embed"], interpolate_position_embedding(tiny_encoder().pos_embed.detach(), (3, 5), (6, 7)))
-    assert not torch.equal(features_of(checkpoint, val, image_size=[12, 14]).features, features_of(checkpoint, val).features)
+    assert torch.equal(
+        moved.tensors["pos_embed"], interpolate_position_embedding(tiny_encoder().pos_embed.detach(), (3, 5), (6, 7))
+    )
+    assert not torch.equal(
+        features_of(checkpoint, val, image_size=[12, 14]).features, features_of(checkpoint, val).features
+    )
 
 
 def test_random_weights_of_the_same_network_differ_by_seed(tmp_path: Path, val: ImageSource) -> None:
     loaded = read_weights(write_checkpoint(tmp_path / "checkpoint", tiny_mae(), licence="CC-BY-NC-4.0"))
     config = FeatureConfig(num_workers=0)
-    found = [extract(EncoderFeatures(random_like(loaded, seed), config, "cpu"), val, config).features for seed in (0, 0, 1)]
+    found = [
+        extract(EncoderFeatures(random_like(loaded, seed), config, "cpu"), val, config).features for seed in (0, 0, 1)
+    ]
     assert torch.equal(found[0], found[1])
     assert not torch.equal(found[0], found[2])
     made = random_like(loaded, 0)

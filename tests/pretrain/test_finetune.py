@@ -49,7 +49,12 @@ def test_dark_and_light_are_told_apart(classes: Path, pretrained: Path, tmp_path
 
     checkpoint = open_checkpoint(tmp_path / "run")
     metadata = checkpoint.metadata
-    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.class_names) == ("classifier", pool, 2, ("dark", "light"))
+    assert (metadata.kind, metadata.pool, metadata.num_classes, metadata.class_names) == (
+        "classifier",
+        pool,
+        2,
+        ("dark", "light"),
+    )
     assert metadata.encoder == to_dict(ENCODER)
     tensors = checkpoint.tensors()
     assert tensors["head.weight"].shape == (2, 12)
@@ -81,7 +86,9 @@ def test_metrics_have_the_documented_keys(classes: Path, pretrained: Path, tmp_p
 # --- where it starts -------------------------------------------------------------------------------------------------
 
 
-def test_it_starts_from_the_pretrained_encoder_with_a_fresh_norm_and_head(classes: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_it_starts_from_the_pretrained_encoder_with_a_fresh_norm_and_head(
+    classes: Path, pretrained: Path, tmp_path: Path
+) -> None:
     run(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN))
     found, expected = weights(tmp_path / "run"), weights(pretrained)
     shared = {name for name in expected if name.startswith(("cls_token", "pos_embed", "patch_embed", "blocks."))}
@@ -102,7 +109,9 @@ def test_from_scratch_is_the_same_network_with_other_weights(classes: Path, pret
     run(finetuning(classes, tmp_path / "init", pretrained, optim=FROZEN))
     run(finetuning(classes, tmp_path / "scratch", pretrained, optim=FROZEN, from_scratch=True))
     found, other = weights(tmp_path / "scratch"), weights(tmp_path / "init")
-    assert {name: tensor.shape for name, tensor in found.items()} == {name: tensor.shape for name, tensor in other.items()}
+    assert {name: tensor.shape for name, tensor in found.items()} == {
+        name: tensor.shape for name, tensor in other.items()
+    }
     assert not torch.equal(found["blocks.0.attn.qkv.weight"], other["blocks.0.attn.qkv.weight"])
     # The position table is a formula, and the head is drawn from the same seed.
     assert torch.equal(found["pos_embed"], other["pos_embed"])
@@ -110,17 +119,37 @@ def test_from_scratch_is_the_same_network_with_other_weights(classes: Path, pret
 
 
 def test_from_scratch_without_init(classes: Path, tmp_path: Path) -> None:
-    run(finetuning(classes, tmp_path / "run", None, from_scratch=True, model="vit_nano_patch4", image_size=(8, 12), in_chans=1, optim=FROZEN))
+    run(
+        finetuning(
+            classes,
+            tmp_path / "run",
+            None,
+            from_scratch=True,
+            model="vit_nano_patch4",
+            image_size=(8, 12),
+            in_chans=1,
+            optim=FROZEN,
+        )
+    )
     metadata = open_checkpoint(tmp_path / "run").metadata
-    assert (metadata.encoder["name"], metadata.encoder["image_size"], metadata.encoder["in_chans"]) == ("vit_nano_patch4", [8, 12], 1)
+    assert (metadata.encoder["name"], metadata.encoder["image_size"], metadata.encoder["in_chans"]) == (
+        "vit_nano_patch4",
+        [8, 12],
+        1,
+    )
     assert (metadata.licence, metadata.provenance["parent"]) == (OWN_LICENCE, None)
 
 
-def test_another_image_size_interpolates_the_position_embeddings(classes: Path, pretrained: Path, tmp_path: Path) -> None:
+def test_another_image_size_interpolates_the_position_embeddings(
+    classes: Path, pretrained: Path, tmp_path: Path
+) -> None:
     run(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN, image_size=(10, 20)))
     table = weights(pretrained)["pos_embed"]
     patches = table[0, 1:].reshape(3, 2, 12)
-    columns = [F.interpolate(patches[None, None, :, :, channel], size=(2, 4), mode="bicubic", align_corners=False)[0, 0] for channel in range(12)]
+    columns = [
+        F.interpolate(patches[None, None, :, :, channel], size=(2, 4), mode="bicubic", align_corners=False)[0, 0]
+        for channel in range(12)
+    ]
     expected = torch.cat([table[0, :1], torch.stack(columns, dim=-1).reshape(8, 12)])
     assert torch.equal(weights(tmp_path / "run")["pos_embed"][0], expected)
     metadata = open_checkpoint(tmp_path / "run").metadata
@@ -129,7 +158,9 @@ def test_another_image_size_interpolates_the_position_embeddings(classes: Path, 
 
 def test_preprocessing_comes_from_the_checkpoint(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(pretrained)
-    changed = replace(checkpoint.metadata, preprocess={**checkpoint.metadata.preprocess, "mean": [0.1, 0.2, 0.3], "crop_pct": 1.0})
+    changed = replace(
+        checkpoint.metadata, preprocess={**checkpoint.metadata.preprocess, "mean": [0.1, 0.2, 0.3], "crop_pct": 1.0}
+    )
     save_checkpoint(tmp_path / "init", checkpoint.tensors(), changed)
     run(finetuning(classes, tmp_path / "run", tmp_path / "init", optim=FROZEN))
     found = open_checkpoint(tmp_path / "run").metadata.preprocess
@@ -144,7 +175,9 @@ def test_licence_and_record_of_the_parent(classes: Path, pretrained: Path, tmp_p
     assert metadata.licence == NON_COMMERCIAL
     assert metadata.provenance["parent"]["stage"] == "pretrain"
     assert len(metadata.provenance["parent"]["sha256"]) == 64
-    assert metadata.provenance["data"] == {split: labelled_images(classes, split).fingerprint() for split in ("train", "val")}
+    assert metadata.provenance["data"] == {
+        split: labelled_images(classes, split).fingerprint() for split in ("train", "val")
+    }
     # From scratch, nothing of those weights is left.
     run(finetuning(classes, tmp_path / "scratch", tmp_path / "init", optim=FROZEN, from_scratch=True))
     assert open_checkpoint(tmp_path / "scratch").metadata.licence == OWN_LICENCE
@@ -170,16 +203,22 @@ def test_cross_entropy_by_hand() -> None:
     """Softmax 3/4 and 1/4: -ln 3/4 = 0.287682 and -ln 1/4 = 1.386294; smoothing by 0.2 mixes them 9 to 1."""
     images, labels = torch.zeros(2, 3, 4, 5), torch.tensor([0, 1])
     # 1e-6 of float32.
-    assert float(ClassificationLoss(NO_MIX, 2)(Constant(), StepBatch(images, labels))["loss"]) == pytest.approx((0.287682 + 1.386294) / 2, rel=1e-6)
+    assert float(ClassificationLoss(NO_MIX, 2)(Constant(), StepBatch(images, labels))["loss"]) == pytest.approx(
+        (0.287682 + 1.386294) / 2, rel=1e-6
+    )
     smoothed = ClassificationLoss(replace(NO_MIX, label_smoothing=0.2), 2)
-    assert float(smoothed(Constant(), StepBatch(images[:1], labels[:1]))["loss"]) == pytest.approx(0.9 * 0.287682 + 0.1 * 1.386294, rel=1e-6)
+    assert float(smoothed(Constant(), StepBatch(images[:1], labels[:1]))["loss"]) == pytest.approx(
+        0.9 * 0.287682 + 0.1 * 1.386294, rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(("count", "seen"), [(1, 1), (2, 2), (5, 6), (6, 6)])
 def test_mixup_takes_odd_batches(count: int, seen: int) -> None:
     seed_everything(0)
     model = Constant()
-    loss = ClassificationLoss(MixConfig(), 2)(model, StepBatch(torch.rand(count, 3, 16, 16), torch.arange(count) % 2))["loss"]
+    loss = ClassificationLoss(MixConfig(), 2)(model, StepBatch(torch.rand(count, 3, 16, 16), torch.arange(count) % 2))[
+        "loss"
+    ]
     assert model.seen == [seen]
     # Any mixture of the two labels lies between their losses.
     assert 0.287 < float(loss) < 1.387
@@ -200,7 +239,9 @@ def test_mixup_mixes_images_and_labels() -> None:
     first, second = (float(image.unique().squeeze()) for image in seen[0])
     assert 0 < first < 1
     assert first + second == pytest.approx(1)
-    assert float(loss) == pytest.approx((0.287682 + 1.386294) / 2, rel=1e-5)  # the second image's mixture undoes the first's
+    assert float(loss) == pytest.approx(
+        (0.287682 + 1.386294) / 2, rel=1e-5
+    )  # the second image's mixture undoes the first's
 
 
 def test_erasing() -> None:
@@ -212,7 +253,9 @@ def test_erasing() -> None:
             return super().forward(images)
 
     seed_everything(0)
-    ClassificationLoss(replace(NO_MIX, reprob=0.99), 2)(Looking(), StepBatch(torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64)))
+    ClassificationLoss(replace(NO_MIX, reprob=0.99), 2)(
+        Looking(), StepBatch(torch.zeros(7, 3, 16, 16), torch.zeros(7, dtype=torch.int64))
+    )
     share = (seen[0] != 0).float().mean()
     assert 0.02 < float(share) < 0.34  # timm erases between 2 % and a third of an image
 
@@ -250,7 +293,9 @@ def test_a_run_on_any_number_of_patches(classes: Path, pretrained: Path, tmp_pat
 def test_shares_of_the_patches_in_order(classes: Path, tmp_path: Path) -> None:
     for low, high in ((0.5, 0.2), (0.0, 1.0), (0.5, 1.2)):
         with pytest.raises(ConfigError, match=f"--keep-ratio {low:g},{high:g} must be LOW,HIGH"):
-            finetuning(classes, tmp_path / "run", None, from_scratch=True, model="vit_nano_patch4", keep_ratio=(low, high))
+            finetuning(
+                classes, tmp_path / "run", None, from_scratch=True, model="vit_nano_patch4", keep_ratio=(low, high)
+            )
 
 
 def test_a_whole_recipe_on_an_odd_batch(classes: Path, pretrained: Path, tmp_path: Path) -> None:
@@ -272,14 +317,18 @@ def test_a_whole_recipe_on_an_odd_batch(classes: Path, pretrained: Path, tmp_pat
         ({"mix": replace(NO_MIX, auto_augment="foo")}, "--auto-augment foo"),
     ],
 )
-def test_what_init_does_not_allow(classes: Path, pretrained: Path, tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+def test_what_init_does_not_allow(
+    classes: Path, pretrained: Path, tmp_path: Path, asked: dict[str, Any], message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         run(finetuning(classes, tmp_path / "run", pretrained, **asked))
     # Nothing is left that would have to be removed before the next try.
     assert not (tmp_path / "run").exists()
 
 
-def test_data_without_classes(pretrained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_without_classes(
+    pretrained: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["finetune", str(images), "--init", str(pretrained), "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: no class folders in {images / 'train'}",

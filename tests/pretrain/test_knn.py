@@ -106,7 +106,9 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> dict[str,
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_dark_and_light_are_neighbours(classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str], pool: str) -> None:
+def test_dark_and_light_are_neighbours(
+    classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str], pool: str
+) -> None:
     spoil(classes / "train" / "dark" / "00.png")
     found = run(capsys, classes, "--init", pretrained, "--k", "1,5", "--pool", pool)
     assert found["knn"] == {"1": {"top1": 100.0, "top5": 100.0}, "5": {"top1": 100.0, "top5": 100.0}}
@@ -115,13 +117,17 @@ def test_dark_and_light_are_neighbours(classes: Path, pretrained: Path, capsys: 
     assert found["features"].endswith(pool)
 
 
-def test_too_many_unreadable_images_stop_it(classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_unreadable_images_stop_it(
+    classes: Path, pretrained: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(classes / "train" / "dark" / "00.png")
     assert main(["knn", str(classes), "--init", str(pretrained), "--num-workers", "0", "--max-corrupt", "0"]) == 1
     assert "1 unreadable images" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("option", "value"), [("--k", "0"), ("--k", "3,3"), ("--temperature", "0"), ("--block-size", "0")])
+@pytest.mark.parametrize(
+    ("option", "value"), [("--k", "0"), ("--k", "3,3"), ("--temperature", "0"), ("--block-size", "0")]
+)
 def test_settings_that_mean_nothing(classes: Path, capsys: pytest.CaptureFixture[str], option: str, value: str) -> None:
     assert main(["knn", str(classes), "--init", "x", option, value]) == 2
     assert option in capsys.readouterr().err

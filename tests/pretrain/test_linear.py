@@ -18,7 +18,9 @@ def blobs(count: int, seed: int, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """A vector for each class and noise; channels of unequal scale and offset, one of them constant."""
     labels = torch.arange(count) % CLASSES
     features = random_tensor(CLASSES, D, seed=3)[labels] + noise * random_tensor(count, D, seed=seed)
-    features = features * torch.tensor([1.0, 30.0, 0.1, 1.0, 5.0, 1.0, 0.0]) + torch.tensor([0.0, 100.0, 0.0, -3.0, 0.0, 0.0, 2.0])
+    features = features * torch.tensor([1.0, 30.0, 0.1, 1.0, 5.0, 1.0, 0.0]) + torch.tensor(
+        [0.0, 100.0, 0.0, -3.0, 0.0, 0.0, 2.0]
+    )
     return features, labels
 
 
@@ -64,7 +66,10 @@ def test_unstandardised_weights_are_for_features_as_they_are() -> None:
 def test_the_scale_of_a_channel_changes_nothing(solver: str) -> None:
     assert solver in ("ridge", "logistic")
     scaled = FEATURES * torch.tensor([1e3, 1.0, 1.0, 1e-3, 1.0, 1.0, 1.0]) + 5
-    both = [fit_linear(solver, x, LABELS, CLASSES, held_out=0.2, seed=0, strengths=(1e-2,)).scores(x) for x in (FEATURES, scaled)]  # type: ignore[arg-type]
+    both = [
+        fit_linear(solver, x, LABELS, CLASSES, held_out=0.2, seed=0, strengths=(1e-2,)).scores(x)
+        for x in (FEATURES, scaled)
+    ]  # type: ignore[arg-type]
     assert both[0].numpy() == pytest.approx(both[1].numpy(), abs=2e-3)  # features and L-BFGS are float32
 
 
@@ -73,7 +78,10 @@ def test_the_strength_is_chosen_on_held_out_images(solver: str) -> None:
     """Many channels of mere noise: what fits the images closely is worse on others."""
     labels = torch.arange(100) % CLASSES
     signal = 2 * random_tensor(CLASSES, 3, seed=3)[labels]
-    features, unseen = (torch.cat([signal + random_tensor(100, 3, seed=seed), random_tensor(100, 60, seed=seed + 10)], dim=1) for seed in (1, 2))
+    features, unseen = (
+        torch.cat([signal + random_tensor(100, 3, seed=seed), random_tensor(100, 60, seed=seed + 10)], dim=1)
+        for seed in (1, 2)
+    )
     fit: LinearFit = fit_linear(solver, features, labels, CLASSES, held_out=0.3, seed=0)  # type: ignore[arg-type]
     best = max(fit.held_out_top1.values())
     assert fit.strength == max(strength for strength, top1 in fit.held_out_top1.items() if top1 == best)

@@ -35,7 +35,11 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def probing(data: Path, init: Path, out: Path, **more: Any) -> LinprobeConfig:
-    common: dict[str, Any] = {"optim": optim(epochs=40, lr=10.0, batch_size=12, weight_decay=0.0), "images": DataConfig(num_workers=0), "device": "cpu"}
+    common: dict[str, Any] = {
+        "optim": optim(epochs=40, lr=10.0, batch_size=12, weight_decay=0.0),
+        "images": DataConfig(num_workers=0),
+        "device": "cpu",
+    }
     return LinprobeConfig(data=data, init=init, out=out, **{**common, **more})
 
 
@@ -70,7 +74,9 @@ def test_the_folded_head_gives_the_same_logits(pool: Any) -> None:
         norm = probe.norm
         assert norm.running_mean is not None
         assert norm.running_var is not None
-        by_hand = (pooled - norm.running_mean) / (norm.running_var.double() + 1e-6).sqrt() @ probe.linear.weight.T.double() + probe.linear.bias
+        by_hand = (pooled - norm.running_mean) / (
+            norm.running_var.double() + 1e-6
+        ).sqrt() @ probe.linear.weight.T.double() + probe.linear.bias
     assert found.numpy() == pytest.approx(expected.numpy(), rel=1e-4, abs=1e-5)  # float32 in another order
     assert found.numpy() == pytest.approx(by_hand.numpy(), rel=1e-4, abs=1e-5)
     # The statistics are in it: without them it would be another head.
@@ -87,11 +93,19 @@ def test_the_fold_follows_the_head() -> None:
 
 def test_the_batch_norm_is_that_of_all_processes_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two processes of four and three images, one after the other, beside torch's BatchNorm of all seven."""
-    whole, parts = torch.nn.BatchNorm1d(5, affine=False, eps=1e-6), [SharedBatchNorm(5, affine=False, eps=1e-6) for _ in range(2)]
+    whole, parts = (
+        torch.nn.BatchNorm1d(5, affine=False, eps=1e-6),
+        [SharedBatchNorm(5, affine=False, eps=1e-6) for _ in range(2)],
+    )
     images = random_tensor(7, 5) * 3 + 40
     expected = whole(images)
     shares = images.split((4, 3))
-    sums = torch.stack([torch.cat([share.double().sum(0), share.double().square().sum(0), torch.tensor([float(len(share))])]) for share in shares])
+    sums = torch.stack(
+        [
+            torch.cat([share.double().sum(0), share.double().square().sum(0), torch.tensor([float(len(share))])])
+            for share in shares
+        ]
+    )
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     given: list[torch.Tensor] = []
@@ -116,7 +130,10 @@ def test_the_batch_norm_is_that_of_all_processes_images(monkeypatch: pytest.Monk
 
 def test_only_the_head_is_trained_and_the_encoder_stays_in_evaluation() -> None:
     probe = LinearProbe(tiny_classifier("cls")).train()
-    assert {name for name, parameter in probe.named_parameters() if parameter.requires_grad} == {"linear.weight", "linear.bias"}
+    assert {name for name, parameter in probe.named_parameters() if parameter.requires_grad} == {
+        "linear.weight",
+        "linear.bias",
+    }
     assert probe.norm.training
     assert not any(module.training for module in probe.classifier.modules())
     assert (probe.norm.affine, probe.norm.eps) == (False, 1e-6)
@@ -129,12 +146,20 @@ def test_only_the_head_is_trained_and_the_encoder_stays_in_evaluation() -> None:
 
 def test_the_defaults_are_the_papers() -> None:
     config = LinprobeConfig(data=Path("d"), init=Path("i"), out=Path("o"))
-    assert (config.optim.epochs, config.optim.blr, config.optim.weight_decay, config.pool, config.solver) == (90, 0.1, 0.0, "cls", "lars")
+    assert (config.optim.epochs, config.optim.blr, config.optim.weight_decay, config.pool, config.solver) == (
+        90,
+        0.1,
+        0.0,
+        "cls",
+        "lars",
+    )
     assert (config.augment.min_scale, config.augment.hflip, linprobe.PAPER_WARMUP) == (0.08, 0.5, 10)
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_lars_tells_dark_from_light_and_leaves_the_encoder(classes: Path, pretrained: Path, tmp_path: Path, pool: str) -> None:
+def test_lars_tells_dark_from_light_and_leaves_the_encoder(
+    classes: Path, pretrained: Path, tmp_path: Path, pool: str
+) -> None:
     seldom = LoopConfig(eval_every=100, checkpoint_every=100)
     summary = run(probing(classes, pretrained, tmp_path / "run", pool=pool, loop=seldom))
     assert summary["top1"] == 100.0
@@ -148,7 +173,9 @@ def test_lars_tells_dark_from_light_and_leaves_the_encoder(classes: Path, pretra
         assert torch.equal(found["fc_norm.weight"], torch.ones(20))
 
 
-def test_what_is_written_is_evaluated_as_it_was_while_training(classes: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_written_is_evaluated_as_it_was_while_training(
+    classes: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run(probing(classes, pretrained, tmp_path / "run", optim=optim(epochs=1, lr=0.1, batch_size=6)))
     model, loaded = load_model(tmp_path / "run")
     assert isinstance(model, Classifier)
@@ -157,7 +184,9 @@ def test_what_is_written_is_evaluated_as_it_was_while_training(classes: Path, pr
     assert f"{loaded.metadata.metrics['top1']:.2f} %" in capsys.readouterr().out
 
 
-def test_a_resumed_run_has_the_losses_of_an_unbroken_one(classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
+    classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole = probing(classes, pretrained, tmp_path / "whole", optim=optim(epochs=4, lr=5.0, batch_size=6))
     run(whole)
     with monkeypatch.context() as patch:
@@ -193,7 +222,9 @@ class Interrupted:
 
 @pytest.mark.parametrize("solver", ["logistic", "ridge"])
 @pytest.mark.parametrize("pool", ["cls", "avg"])
-def test_a_solver_writes_a_classifier_too(classes: Path, pretrained: Path, tmp_path: Path, solver: str, pool: str) -> None:
+def test_a_solver_writes_a_classifier_too(
+    classes: Path, pretrained: Path, tmp_path: Path, solver: str, pool: str
+) -> None:
     config = probing(classes, pretrained, tmp_path / "run", solver=solver, pool=pool)
     summary = run(config)
     assert (summary["top1"], summary["train_images"], summary["val_images"]) == (100.0, 12, 6)
@@ -206,7 +237,9 @@ def test_a_solver_writes_a_classifier_too(classes: Path, pretrained: Path, tmp_p
     assert model.head.weight.abs().max() > 1e-3  # not the head that it was built with
 
 
-def test_features_are_computed_once(classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_are_computed_once(
+    classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = probing(classes, pretrained, tmp_path / "run", solver="ridge")
     first = run(config)
     monkeypatch.setattr(linprobe, "extract", lambda *_, **__: pytest.fail("computed again"))

@@ -35,7 +35,9 @@ def checkpoint(tmp_path: Path) -> None:
 
 
 def settings(tmp_path: Path, images: Path, **more: Any) -> ReconstructConfig:
-    return ReconstructConfig(images=images, checkpoint=tmp_path / "checkpoint", out=tmp_path / "out.png", device="cpu", **more)
+    return ReconstructConfig(
+        images=images, checkpoint=tmp_path / "checkpoint", out=tmp_path / "out.png", device="cpu", **more
+    )
 
 
 def cells(path: Path) -> Array:
@@ -48,7 +50,9 @@ def cells(path: Path) -> Array:
     grid = [[pixels[r * (height + GAP) :, c * (width + GAP) :][:height, :width] for c in range(3)] for r in range(rows)]
     found = np.stack([np.stack(row) for row in grid])
     small = found[:, :, ::FACTOR, ::FACTOR]
-    np.testing.assert_array_equal(small.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3), found)  # enlarged by whole pixels
+    np.testing.assert_array_equal(
+        small.repeat(FACTOR, axis=2).repeat(FACTOR, axis=3), found
+    )  # enlarged by whole pixels
     assert (pixels[height : height + GAP] == 255).all()
     return small
 
@@ -62,7 +66,11 @@ def hidden_pixels(count: int, *, ratio: float = 0.75, seed: int = 0) -> Array:
 
 def test_original_masked_and_reconstructed(images: Path, tmp_path: Path) -> None:
     result = run(settings(tmp_path, images, num_images=3))
-    assert {key: result[key] for key in ("out", "images", "skipped")} == {"out": str(tmp_path / "out.png"), "images": 3, "skipped": []}
+    assert {key: result[key] for key in ("out", "images", "skipped")} == {
+        "out": str(tmp_path / "out.png"),
+        "images": 3,
+        "skipped": [],
+    }
     original, masked, reconstructed = cells(tmp_path / "out.png").swapaxes(0, 1)
     spec = default_preprocess((H, W))
     expected = np.stack([spec.crop(read_image(images / f"{number:02d}.png")) for number in range(3)])
@@ -84,7 +92,9 @@ def test_the_prediction_itself_where_asked(images: Path, tmp_path: Path) -> None
     assert (reconstructed[~hidden] != original[~hidden]).mean() > 0.9
 
 
-def test_a_perfect_decoder_gives_the_original_back(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_perfect_decoder_gives_the_original_back(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its prediction, in units of each patch's own deviation, is taken back to pixels."""
     spec = default_preprocess((H, W))
     pictures = [read_image(images / "00.png"), read_image(images / "01.png")]
@@ -122,14 +132,23 @@ def test_unreadable_images_are_skipped(images: Path, tmp_path: Path) -> None:
 
 def test_a_model_in_training_stays_in_training(images: Path, tmp_path: Path) -> None:
     model = tiny_mae().train()
-    draw_reconstructions(model, [read_image(images / "00.png")], default_preprocess((H, W)), tmp_path / "out.png", mask_ratio=0.5, seed=0)
+    draw_reconstructions(
+        model, [read_image(images / "00.png")], default_preprocess((H, W)), tmp_path / "out.png", mask_ratio=0.5, seed=0
+    )
     assert model.training
 
 
 def test_without_a_decoder_exit_code_2(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_classifier("avg")
     save_checkpoint(tmp_path / "classifier", model.state_dict(), metadata_of(model))
-    arguments = ["reconstruct", str(images), "--checkpoint", str(tmp_path / "classifier"), "--out", str(tmp_path / "out.png")]
+    arguments = [
+        "reconstruct",
+        str(images),
+        "--checkpoint",
+        str(tmp_path / "classifier"),
+        "--out",
+        str(tmp_path / "out.png"),
+    ]
     assert main(arguments) == 2
     assert "is a classifier without a decoder" in capsys.readouterr().err
     assert not (tmp_path / "out.png").exists()

@@ -28,32 +28,53 @@ from tests.training.tiny_runs import DECODER, ENCODER, optim, pretraining
 def test_the_run_folder(images: Path, tmp_path: Path) -> None:
     config = pretraining(images, tmp_path / "run", optim=optim(epochs=3), pictures_every=2)
     summary = run(config)
-    found = {path.relative_to(tmp_path / "run").as_posix() for path in (tmp_path / "run").rglob("*") if path.is_file() and "tfevents" not in path.name}
+    found = {
+        path.relative_to(tmp_path / "run").as_posix()
+        for path in (tmp_path / "run").rglob("*")
+        if path.is_file() and "tfevents" not in path.name
+    }
     state = {"state/optimizer.safetensors", "state/progress.json"}
-    assert found == {"config.yaml", "data.json", "environment.json", "metrics.jsonl", "reconstruction-0002.png", "reconstruction-0003.png"} | {
+    assert found == {
+        "config.yaml",
+        "data.json",
+        "environment.json",
+        "metrics.jsonl",
+        "reconstruction-0002.png",
+        "reconstruction-0003.png",
+    } | {
         f"checkpoints/{name}/{file}" for name in ("step-6",) for file in ("model.safetensors", "metadata.json", *state)
     }
     assert (tmp_path / "run" / "checkpoints" / "last").resolve().name == "step-6"
     assert from_dict(PretrainConfig, read_recipe(tmp_path / "run" / "config.yaml")) == config
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert [list(line) for line in lines] == [["step", "epoch", "loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"]] * 6
+    assert [list(line) for line in lines] == [
+        ["step", "epoch", "loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"]
+    ] * 6
     assert (summary["steps"], summary["first_loss"]) == (6, lines[0]["loss"])
 
     (events,) = (tmp_path / "run" / "tensorboard").glob("events.out.tfevents.*")
     board = EventAccumulator(str(events)).Reload()
     # TensorBoard keeps float32.
-    assert [(event.step, event.value) for event in board.Scalars("loss")] == [(line["step"], pytest.approx(line["loss"], rel=1e-7)) for line in lines]
+    assert [(event.step, event.value) for event in board.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-7)) for line in lines
+    ]
 
 
 def test_the_checkpoint_says_what_it_is_and_where_it_came_from(images: Path, tmp_path: Path) -> None:
-    config = pretraining(images, tmp_path / "run", norm_pix_loss=False, images=DataConfig(num_workers=0, mean=(0.4, 0.5, 0.6)))
+    config = pretraining(
+        images, tmp_path / "run", norm_pix_loss=False, images=DataConfig(num_workers=0, mean=(0.4, 0.5, 0.6))
+    )
     run(config)
     metadata = open_checkpoint(tmp_path / "run").metadata
     assert (metadata.kind, metadata.norm_pix_loss, metadata.licence, metadata.step) == ("mae", False, OWN_LICENCE, 4)
     assert metadata.encoder == to_dict(ENCODER)
     assert metadata.decoder == to_dict(DECODER)
     assert metadata.preprocess["mean"] == [0.4, 0.5, 0.6]
-    assert metadata.provenance == {"stage": "pretrain", "config": to_dict(config), "data": unlabelled_images(images).fingerprint()}
+    assert metadata.provenance == {
+        "stage": "pretrain",
+        "config": to_dict(config),
+        "data": unlabelled_images(images).fingerprint(),
+    }
     model, _ = load_model(tmp_path / "run")
     assert isinstance(model, MaskedAutoencoder)
     assert not model.norm_pix_loss
@@ -66,7 +87,9 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     for number in range(10):
         ramp = np.tile(np.linspace(10 * number, 10 * number + 120, 60), (60, 1))
         Image.fromarray(ramp.astype(np.uint8)).save(folder / f"{number}.png")
-    config = pretraining(folder, tmp_path / "run", augment=CropConfig(hflip=0.0), optim=optim(epochs=40, lr=2e-2, warmup_epochs=2.0))
+    config = pretraining(
+        folder, tmp_path / "run", augment=CropConfig(hflip=0.0), optim=optim(epochs=40, lr=2e-2, warmup_epochs=2.0)
+    )
     summary = run(config)
     assert summary["first_loss"] > 0.9  # of targets with variance 1 and an untrained decoder
     assert summary["last_loss"] < 0.3 * summary["first_loss"]
@@ -106,7 +129,12 @@ def test_a_folder_as_people_have_them(images: Path, tmp_path: Path) -> None:
     summary = run(pretraining(images, tmp_path / "run", optim=optim(epochs=5)))
     assert summary["steps"] == 5 * 4  # of 21 files that are called images
     listed = (tmp_path / "run" / "unreadable.txt").read_text(encoding="utf-8").splitlines()
-    assert sorted(Path(line.partition(": ")[0]).name for line in listed) == ["03.png", "empty.jpg", "gone.png", "notes.jpg"]
+    assert sorted(Path(line.partition(": ")[0]).name for line in listed) == [
+        "03.png",
+        "empty.jpg",
+        "gone.png",
+        "notes.jpg",
+    ]
 
 
 def test_position_embeddings_stay_fixed(images: Path, tmp_path: Path) -> None:

@@ -54,7 +54,11 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def sweeping(data: Path, out: Path, **more: Any) -> SweepConfig:
     if "over" not in more:
         more = {"mask_ratio": (0.5, 0.75), **more}
-    return SweepConfig(data=str(data), out=out, **{"linear": "ridge", "features": FeatureConfig(num_workers=0), "k": 3, "device": "cpu", **more})
+    return SweepConfig(
+        data=str(data),
+        out=out,
+        **{"linear": "ridge", "features": FeatureConfig(num_workers=0), "k": 3, "device": "cpu", **more},
+    )
 
 
 def test_mask_ratios(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
@@ -68,7 +72,11 @@ def test_mask_ratios(classes: Path, recipes: dict[str, str], tmp_path: Path, tra
         "scratch/seed-3/finetune",  # once for each seed: the encoder is the same
         *(f"mask_ratio-0.75/seed-{seed}/{part}" for seed in (0, 3) for part in parts),
     ]
-    assert (found["setting"], found["seeds"], [row["value"] for row in found["rows"]]) == ("mask_ratio", [0, 3], [0.5, 0.75])
+    assert (found["setting"], found["seeds"], [row["value"] for row in found["rows"]]) == (
+        "mask_ratio",
+        [0, 3],
+        [0.5, 0.75],
+    )
     for row in found["rows"]:
         assert row["knn_top1"] == row["linear_top1"] == 100.0  # dark and light
         assert len(row["finetune_top1_by_seed"]) == 2
@@ -101,7 +109,11 @@ def test_after_a_kill_only_what_is_missing_is_done(
         with pytest.raises(KeyboardInterrupt):
             run(config)
     assert [row["value"] for row in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]] == [0.5]
-    assert trained == ["mask_ratio-0.5/seed-0/pretrain", "mask_ratio-0.5/seed-0/finetune", "mask_ratio-0.75/seed-0/pretrain"]
+    assert trained == [
+        "mask_ratio-0.5/seed-0/pretrain",
+        "mask_ratio-0.5/seed-0/finetune",
+        "mask_ratio-0.75/seed-0/pretrain",
+    ]
     trained.clear()
     found = run(config).data
     assert trained == ["mask_ratio-0.75/seed-0/finetune"]
@@ -130,7 +142,9 @@ def test_a_baseline_that_was_interrupted_goes_on_under_another_value(
     assert [row["scratch_top1"] for row in found["rows"]] == [found["rows"][0]["scratch_top1"]] * 2
 
 
-def test_values_and_seeds_may_be_added_but_no_setting_changed(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
+def test_values_and_seeds_may_be_added_but_no_setting_changed(
+    classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]
+) -> None:
     common = {"finetune": False, "linear": "none", "recipe": recipes["recipe"]}
     run(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5,)}))
     run(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5, 0.34)}))
@@ -146,7 +160,12 @@ def test_values_and_seeds_may_be_added_but_no_setting_changed(classes: Path, rec
 
 
 def test_any_setting_may_be_varied(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
-    common: dict[str, Any] = {"finetune": False, "linear": "none", "recipe": recipes["recipe"], "settings": ("optim.lr=0.002",)}
+    common: dict[str, Any] = {
+        "finetune": False,
+        "linear": "none",
+        "recipe": recipes["recipe"],
+        "settings": ("optim.lr=0.002",),
+    }
     found = run(sweeping(classes, tmp_path / "depth", over="decoder.decoder_depth=1,2", **common)).data
     assert [row["value"] for row in found["rows"]] == [1, 2]
     assert trained == ["decoder_depth-1/seed-0/pretrain", "decoder_depth-2/seed-0/pretrain"]
@@ -188,17 +207,43 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     assert not out.exists()
 
 
-def test_labelled_images_of_another_folder(classes: Path, images: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
+def test_labelled_images_of_another_folder(
+    classes: Path, images: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]
+) -> None:
     more: dict[str, Any] = {"labelled": classes, "mask_ratio": (0.5,), "finetune": False, "recipe": recipes["recipe"]}
     run(sweeping(images, tmp_path / "sweep", **more))
     stored = read_recipe(tmp_path / "sweep" / "mask_ratio-0.5" / "seed-0" / "pretrain" / "config.yaml")
     assert stored["data"] == str(images)
 
 
-def test_on_the_command_line(classes: Path, recipes: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line(
+    classes: Path, recipes: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """`--set` may be given several times, and its values may hold commas."""
-    arguments = ["sweep", str(classes), "--out", str(tmp_path / "sweep"), "--mask-ratio", "0.5", "--recipe", recipes["recipe"], "--no-finetune"]
-    settings = ["--set", "model.image_size=[10, 10]", "--set", "optim.lr=0.002", "--linear", "none", "--k", "3", "--num-workers", "0", "--json"]
+    arguments = [
+        "sweep",
+        str(classes),
+        "--out",
+        str(tmp_path / "sweep"),
+        "--mask-ratio",
+        "0.5",
+        "--recipe",
+        recipes["recipe"],
+        "--no-finetune",
+    ]
+    settings = [
+        "--set",
+        "model.image_size=[10, 10]",
+        "--set",
+        "optim.lr=0.002",
+        "--linear",
+        "none",
+        "--k",
+        "3",
+        "--num-workers",
+        "0",
+        "--json",
+    ]
     assert main([*arguments, *settings]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["rows"][0]["knn_top1"] == 100.0

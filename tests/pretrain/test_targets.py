@@ -40,7 +40,9 @@ def teacher(tmp_path: Path) -> Path:
     model = tiny_encoder(TEACHER)
     spec = {**metadata_of(model).preprocess, "mean": [0.1, 0.2, 0.3]}
     save_checkpoint(
-        tmp_path / "teacher", model.state_dict(), replace(metadata_of(model), preprocess=spec, licence=NON_COMMERCIAL, provenance={"stage": "else"})
+        tmp_path / "teacher",
+        model.state_dict(),
+        replace(metadata_of(model), preprocess=spec, licence=NON_COMMERCIAL, provenance={"stage": "else"}),
     )
     return tmp_path / "teacher"
 
@@ -61,12 +63,25 @@ def test_features_of_every_patch_at_the_students_grid(teacher: Path) -> None:
     tokens = plain.embed(F.interpolate(images, size=(12, 8), mode="bicubic", antialias=True, align_corners=False))
     for block in plain.blocks:
         tokens = block(tokens)
-    torch.testing.assert_close(features, F.layer_norm(tokens[:, 1:], (20,)), rtol=0, atol=1e-5)  # attention in another order of sums
+    torch.testing.assert_close(
+        features, F.layer_norm(tokens[:, 1:], (20,)), rtol=0, atol=1e-5
+    )  # attention in another order of sums
 
 
-def test_a_run_towards_features(images: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_towards_features(
+    images: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     objective = ObjectiveConfig(target="features", loss="smooth_l1")
-    summary = run(pretraining(images, tmp_path / "run", teacher=teacher, objective=objective, optim=optim(epochs=6, lr=2e-2), mask_ratio=0.5))
+    summary = run(
+        pretraining(
+            images,
+            tmp_path / "run",
+            teacher=teacher,
+            objective=objective,
+            optim=optim(epochs=6, lr=2e-2),
+            mask_ratio=0.5,
+        )
+    )
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     metadata = open_checkpoint(tmp_path / "run").metadata
     assert metadata.licence == NON_COMMERCIAL
@@ -88,7 +103,11 @@ def test_a_run_towards_features(images: Path, teacher: Path, tmp_path: Path, cap
 def test_a_teacher_of_other_channels(images: Path, teacher: Path, tmp_path: Path) -> None:
     grey = replace(ENCODER, in_chans=1)
     with pytest.raises(ConfigError, match="--teacher reads 3 channels in one group, the model 1"):
-        run(pretraining(images, tmp_path / "run", teacher=teacher, objective=ObjectiveConfig(target="features"), model=grey))
+        run(
+            pretraining(
+                images, tmp_path / "run", teacher=teacher, objective=ObjectiveConfig(target="features"), model=grey
+            )
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -119,7 +138,9 @@ def test_components_of_the_training_images(images: Path, tmp_path: Path) -> None
     torch.testing.assert_close((found @ directions[:9].T).abs(), torch.eye(9), rtol=0, atol=1e-3)
 
 
-def test_a_killed_run_goes_on_with_its_components(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_goes_on_with_its_components(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(pretraining(images, tmp_path / "unbroken", **PCA))
     broken = pretraining(images, tmp_path / "run", **PCA)
     batches = 0
@@ -144,7 +165,16 @@ def test_a_killed_run_goes_on_with_its_components(images: Path, tmp_path: Path, 
 def test_components_are_drawn(images: Path, tmp_path: Path, norm_pix_loss: bool) -> None:
     run(pretraining(images, tmp_path / "run", optim=optim(epochs=1), **{**PCA, "norm_pix_loss": norm_pix_loss}))
     assert (tmp_path / "run" / "reconstruction-0001.png").is_file()
-    result = reconstruct(ReconstructConfig(images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=2, mask_ratio=0.5, device="cpu"))
+    result = reconstruct(
+        ReconstructConfig(
+            images=images,
+            checkpoint=tmp_path / "run",
+            out=tmp_path / "out.png",
+            num_images=2,
+            mask_ratio=0.5,
+            device="cpu",
+        )
+    )
     assert (result["images"], (tmp_path / "out.png").is_file()) == (2, True)
 
 
@@ -178,11 +208,21 @@ def test_mask_tokens_in_the_encoder_and_a_linear_head(images: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["block", "grid"])
 def test_other_masks(images: Path, tmp_path: Path, kind: str) -> None:
-    summary = run(pretraining(images, tmp_path / "run", model=replace(ENCODER, image_size=(20, 20)), mask_sampling=kind, optim=optim(epochs=1)))
+    summary = run(
+        pretraining(
+            images,
+            tmp_path / "run",
+            model=replace(ENCODER, image_size=(20, 20)),
+            mask_sampling=kind,
+            optim=optim(epochs=1),
+        )
+    )
     assert summary["steps"] == 2
     masks = {"mask_sampling": kind, "mask_patch_size": None}
     result = reconstruct(
-        ReconstructConfig(images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks)  # type: ignore[arg-type]
+        ReconstructConfig(
+            images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks
+        )  # type: ignore[arg-type]
     )
     assert result["images"] == 1
 

@@ -1,8 +1,8 @@
 """A module that stands for `tensorrt` on the stub driver, so that what surrounds TensorRT can be tested without a GPU.
 
-A "plan" is JSON (`plan`); its network gives `cls (B, C)`, the mean of `images (B, C, H, W)`, and `tokens (B, K, C)`, that times `ids_keep (B, K)`. Contexts
-insist on what the real ones do: memory, a profile that no other context has (TensorRT 8 without shared profiles), shapes, addresses, and a plain run
-before a capture.
+A "plan" is JSON (`plan`); its network gives `cls (B, C)`, the mean of `images (B, C, H, W)`, and `tokens (B, K, C)`,
+that times `ids_keep (B, K)`. Contexts insist on what the real ones do: memory, a profile that no other context has
+(TensorRT 8 without shared profiles), shapes, addresses, and a plain run before a capture.
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ class TensorIOMode(enum.Enum):
 _NUMPY = {DataType.FLOAT: np.float32, DataType.HALF: np.float16, DataType.INT32: np.int32, DataType.INT64: np.int64}
 
 
-def plan(*profiles: dict[str, tuple[int, int, int]], ids: str = "INT64", tokens: str = "FLOAT", batch: int = -1, keep: int = -1) -> bytes:
+def plan(
+    *profiles: dict[str, tuple[int, int, int]],
+    ids: str = "INT64",
+    tokens: str = "FLOAT",
+    batch: int = -1,
+    keep: int = -1,
+) -> bytes:
     """A plan with these ranges of B and K."""
     ranges = profiles or ({"B": (1, 2, 4), "K": (1, 3, 7)},)
     return json.dumps({"profiles": ranges, "ids": ids, "tokens": tokens, "batch": batch, "keep": keep}).encode()
@@ -169,7 +175,9 @@ class _Context:
 
     def set_optimization_profile_async(self, index: int, stream: int) -> bool:
         others = [weak.context for weak in self.engine.trt.contexts]
-        if not self.engine.shared_profiles and any(other is not None and other is not self and other.profile == index for other in others):
+        if not self.engine.shared_profiles and any(
+            other is not None and other is not self and other.profile == index for other in others
+        ):
             return False
         self.profile = index
         return stream != 0

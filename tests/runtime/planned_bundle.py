@@ -36,7 +36,12 @@ def planned(path: Path, *, entry: Mapping[str, Any] | None = None, **settings: A
         "version_compatible": False,
         "stripped": False,
         "created": "2026-01-02T03:04:05+00:00",
-        "build": {"size": len(PLAN), "seconds": 1.0, "kernels": {"layers": 3, "fused_attention": 2, "precisions": {"fp16": 3}}, "warnings": []},
+        "build": {
+            "size": len(PLAN),
+            "seconds": 1.0,
+            "kernels": {"layers": 3, "fused_attention": 2, "precisions": {"fp16": 3}},
+            "warnings": [],
+        },
         "parity": {"checks": 7, "sizes": ["B 1", "B 8"]},
         "latency_ms": 0.5,
         "layers": None,

@@ -23,7 +23,9 @@ NAME = "libcuda.so.1"
 
 
 def compile_stub(folder: Path, *, soname: str | None = None) -> Path:
-    """The library in a folder, or a skipped test. With NVIDIA's own name inside, a process that has loaded it finds no other driver."""
+    """The library in a folder, or a skipped test. With NVIDIA's own name inside, a process that has loaded it finds no
+    other driver.
+    """
     compiler = shutil.which("gcc")
     if compiler is None:
         pytest.skip("no gcc to compile the stub of the CUDA driver with")
@@ -52,7 +54,9 @@ def calls(driver: ctypes.CDLL) -> list[str]:
 
 
 class StubMemory(Memory):
-    """The stub's memory, through ctypes: both packages that the runtime knows look for NVIDIA's driver by its own name."""
+    """The stub's memory, through ctypes: both packages that the runtime knows look for NVIDIA's driver by its own
+    name.
+    """
 
     backend = "stub"
 
@@ -96,13 +100,27 @@ class StubMemory(Memory):
         return _StubEvent(self, self._new("cuEventCreate", 2, "cuEventDestroy_v2"))
 
     def copy_in(self, pointer: int, array: Array, stream: Any) -> None:
-        self._call("cuMemcpyHtoDAsync_v2", c_ulonglong(pointer), c_void_p(array.ctypes.data), c_size_t(array.nbytes), c_void_p(stream.handle))
+        self._call(
+            "cuMemcpyHtoDAsync_v2",
+            c_ulonglong(pointer),
+            c_void_p(array.ctypes.data),
+            c_size_t(array.nbytes),
+            c_void_p(stream.handle),
+        )
 
     def copy_out(self, array: Array, pointer: int, stream: Any) -> None:
-        self._call("cuMemcpyDtoHAsync_v2", c_void_p(array.ctypes.data), c_ulonglong(pointer), c_size_t(array.nbytes), c_void_p(stream.handle))
+        self._call(
+            "cuMemcpyDtoHAsync_v2",
+            c_void_p(array.ctypes.data),
+            c_ulonglong(pointer),
+            c_size_t(array.nbytes),
+            c_void_p(stream.handle),
+        )
 
     def copy_device(self, to: int, source: int, nbytes: int, stream: Any) -> None:
-        self._call("cuMemcpyDtoDAsync_v2", c_ulonglong(to), c_ulonglong(source), c_size_t(nbytes), c_void_p(stream.handle))
+        self._call(
+            "cuMemcpyDtoDAsync_v2", c_ulonglong(to), c_ulonglong(source), c_size_t(nbytes), c_void_p(stream.handle)
+        )
 
     def close(self) -> None:
         if self._is_open:

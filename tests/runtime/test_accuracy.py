@@ -22,7 +22,9 @@ def scores(*first: int) -> np.ndarray:
 def test_by_hand() -> None:
     counted = Accuracy(7)
     counted.add(np.stack([scores(3), scores(0, 3)]), np.array([3, 3]))
-    counted.add(np.stack([scores(0, 1, 2, 4, 5), scores(6, 5, 4, 3, 2, 1)]), np.array([3, 2]))  # ranks 5 and 4, counted from 0
+    counted.add(
+        np.stack([scores(0, 1, 2, 4, 5), scores(6, 5, 4, 3, 2, 1)]), np.array([3, 2])
+    )  # ranks 5 and 4, counted from 0
     assert (counted.count, counted.top1, counted.top5) == (4, 25.0, 75.0)
     assert counted.confusion[3].tolist() == [2, 0, 0, 1, 0, 0, 0]
     assert counted.confusion[2].tolist() == [0, 0, 0, 0, 0, 0, 1]

@@ -80,7 +80,13 @@ def test_an_engine_s_threads(full_bundle: Path) -> None:
 @pytest.mark.parametrize("command", ["verify", "predict"])
 def test_the_command_line(command: str, full_bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (17, 13)).save(tmp_path / "image.png")
-    line = [command, str(full_bundle), *([str(tmp_path / "image.png")] if command == "predict" else []), "--json", "--affinity"]
+    line = [
+        command,
+        str(full_bundle),
+        *([str(tmp_path / "image.png")] if command == "predict" else []),
+        "--json",
+        "--affinity",
+    ]
     assert main([*line, "0,4000"]) == 2
     assert capsys.readouterr().err.startswith("error: CPU cores 0,4000 cannot be used\nhint: this process may use ")
     assert main([*line, str(min(os.sched_getaffinity(0)))]) == 0

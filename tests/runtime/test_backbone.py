@@ -46,7 +46,12 @@ def visible(visible_bundle: Path) -> Backbone:
 
 def test_one_image_comes_back_with_a_batch_axis(full: Backbone) -> None:
     found = full(photo())
-    assert {name: array.shape for name, array in found.items()} == {"cls": (1, D), "tokens": (1, N, D), "pooled": (1, D), "logits": (1, CLASSES)}
+    assert {name: array.shape for name, array in found.items()} == {
+        "cls": (1, D),
+        "tokens": (1, N, D),
+        "pooled": (1, D),
+        "logits": (1, CLASSES),
+    }
     assert_same(found, reference(full.preprocess([photo()])))
 
 
@@ -129,7 +134,10 @@ def test_images_that_cannot_be_taken(full: Backbone, images: Any, message: str) 
 def test_a_pillow_image_that_breaks_while_it_is_decoded(full: Backbone, tmp_path: Path) -> None:
     Image.fromarray(photo(101, 103)).save(tmp_path / "cut.jpg")
     (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:-2000])
-    with Image.open(tmp_path / "cut.jpg") as cut, pytest.raises(ConfigError, match=r"image 1 cannot be decoded: .*truncated"):
+    with (
+        Image.open(tmp_path / "cut.jpg") as cut,
+        pytest.raises(ConfigError, match=r"image 1 cannot be decoded: .*truncated"),
+    ):
         full([photo(), cut])
 
 
@@ -209,7 +217,9 @@ def test_a_number_fixed_to_all_patches_needs_no_keep(tmp_path: Path) -> None:
 def test_a_number_of_patches_outside_of_the_profile(tmp_path: Path, keep: Any) -> None:
     with Backbone.load(write_bundle(tmp_path / "b", profile_keep=(2, 4, 9))) as backbone:
         assert backbone(photo(), range(9)).tokens.shape == (1, 9, D)
-        with pytest.raises(ConfigError, match="proven for 2 to 9" if keep is not None else f"takes 2 to 9 of {N} patches"):
+        with pytest.raises(
+            ConfigError, match="proven for 2 to 9" if keep is not None else f"takes 2 to 9 of {N} patches"
+        ):
             backbone(photo(), keep)
 
 
@@ -242,7 +252,11 @@ def ragged(tmp_path: Path) -> Backbone:
 @pytest.mark.parametrize("kind", ["lists", "arrays", "tuple of mixed"])
 def test_every_image_has_its_own_number_of_patches(ragged: Backbone, kind: str) -> None:
     images = golden_inputs(visible=False)["images"]
-    keep: Any = {"lists": ROWS, "arrays": [np.array(row, np.uint8) for row in ROWS], "tuple of mixed": (np.array(ROWS[0]), *ROWS[1:])}[kind]
+    keep: Any = {
+        "lists": ROWS,
+        "arrays": [np.array(row, np.uint8) for row in ROWS],
+        "tuple of mixed": (np.array(ROWS[0]), *ROWS[1:]),
+    }[kind]
     assert_same(ragged(images, keep), ragged_reference(images, ROWS))
 
 
@@ -267,7 +281,10 @@ def test_padded_rows_of_the_caller_may_hold_anything(ragged: Backbone) -> None:
     keep = np.array([[20, 3, 7, -5], [0, 2**63 - 1, 0, -(2**63)], [5, 4, 5, 5]])
     rows = [[20, 3, 7], [0], [5, 4]]
     assert_same(ragged(images, keep, num_keep=[3, 1, 2]), ragged_reference(images, rows, length=4))
-    assert_same(ragged(images, keep.astype(np.uint64), num_keep=np.array([3, 1, 2], np.int8)), ragged_reference(images, rows, length=4))
+    assert_same(
+        ragged(images, keep.astype(np.uint64), num_keep=np.array([3, 1, 2], np.int8)),
+        ragged_reference(images, rows, length=4),
+    )
 
 
 @pytest.mark.parametrize("batch", [None, 2])
@@ -319,7 +336,11 @@ def test_ragged_patches_that_cannot_be_taken(tmp_path: Path, keep: Any, num_keep
 
 def test_other_graphs_name_the_ragged_mode(visible: Backbone, full: Backbone) -> None:
     images = np.zeros((2, C, H, W), np.float32)
-    for backbone, keep, num_keep in ((visible, [[0, 1], [2]], None), (visible, [[0, 1], [2, 3]], [1, 2]), (full, None, [1, 2])):
+    for backbone, keep, num_keep in (
+        (visible, [[0, 1], [2]], None),
+        (visible, [[0, 1], [2, 3]], [1, 2]),
+        (full, None, [1, 2]),
+    ):
         with pytest.raises(ConfigError) as caught:
             backbone(images, keep, num_keep=num_keep)
         assert "--tokens ragged" in (caught.value.hint or "")
@@ -334,7 +355,10 @@ def test_graphs_that_take_other_images(tmp_path: Path, images: str, full: Backbo
     with Backbone.load(write_bundle(tmp_path / "b", token_mode="full", images=images, batch=2)) as backbone:
         found = backbone(batch)
         # Normalised values of up to 3 have 1e-3 in float16.
-        assert all(np.abs(found[name] - array).max() < (1e-5 if images == "uint8" else 2e-2) for name, array in full(batch).items())
+        assert all(
+            np.abs(found[name] - array).max() < (1e-5 if images == "uint8" else 2e-2)
+            for name, array in full(batch).items()
+        )
         pixels = np.stack([full.preprocess.crop(Image.fromarray(image)) for image in batch])
         assert_same(backbone.run_cropped(pixels), dict(found))
 

@@ -26,7 +26,9 @@ def test_candidates_take_turns_and_warm_up_untimed() -> None:
         calls.append(".")
         now[0] += 1000  # showing progress is not timed
 
-    timings = measure({"a": candidate("a"), "b": candidate("b")}, repeats=3, warmup=1, clock=lambda: now[0], after_call=after_call)
+    timings = measure(
+        {"a": candidate("a"), "b": candidate("b")}, repeats=3, warmup=1, clock=lambda: now[0], after_call=after_call
+    )
     assert "".join(calls) == "a.b." * 4
     assert list(timings["a"].seconds) == [1, 2, 6]
     assert list(timings["b"].seconds) == [4, 4, 4]
@@ -36,7 +38,9 @@ def test_candidates_take_turns_and_warm_up_untimed() -> None:
 
 def test_figures() -> None:
     timing = Timing(tuple(value / 1000 for value in range(101, 0, -1)))
-    assert timing.to_dict() == pytest.approx({"min_ms": 1, "p50_ms": 51, "p95_ms": 96, "p99_ms": 100, "max_ms": 101, "calls": 101})
+    assert timing.to_dict() == pytest.approx(
+        {"min_ms": 1, "p50_ms": 51, "p95_ms": 96, "p99_ms": 100, "max_ms": 101, "calls": 101}
+    )
 
 
 def test_the_default_clock_runs() -> None:

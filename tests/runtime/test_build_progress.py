@@ -1,4 +1,6 @@
-"""The share of a TensorRT build that is done, from phases within phases, and an interruption that waits for the next step."""
+"""The share of a TensorRT build that is done, from phases within phases, and an interruption that waits for the next
+step.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ def test_a_phase_within_a_phase_is_a_part_of_its_step() -> None:
     progress.start("myelin", "build", 5)
     progress.step("myelin", 0)
     progress.step("build", 1)
-    assert seen == [("tactics", 0.125), ("tactics", 0.25), ("tactics", 0.375), ("build", 0.5), ("myelin", 0.6), ("build", 1.0)]
+    assert seen == [
+        ("tactics", 0.125),
+        ("tactics", 0.25),
+        ("tactics", 0.375),
+        ("build", 0.5),
+        ("myelin", 0.6),
+        ("build", 1.0),
+    ]
 
 
 def test_it_never_goes_back_and_never_beyond_the_end() -> None:

@@ -39,7 +39,12 @@ def test_properties(tmp_path: Path) -> None:
     assert loaded.class_names == CLASS_NAMES
     assert loaded.licence == "Apache-2.0"
     assert loaded.tolerance == Tolerance(cosine=0.99999, max_abs=1e-4, max_relative=1e-5)
-    assert (loaded.precision, loaded.image_dtype, loaded.keep_range, loaded.blocks) == ("fp32", "float32", (K, K), tuple(BLOCK_TENSORS))
+    assert (loaded.precision, loaded.image_dtype, loaded.keep_range, loaded.blocks) == (
+        "fp32",
+        "float32",
+        (K, K),
+        tuple(BLOCK_TENSORS),
+    )
     assert loaded.model["image_size"] == [6, 14]
     assert loaded.preprocess.image_size == (6, 14)
 
@@ -50,9 +55,12 @@ def test_dynamic_sizes_are_none(full_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("token_mode", "keep", "expected"), [("visible", None, (2, 9)), ("ragged", None, (2, 9)), ("visible", 5, (5, 5)), ("ragged", 5, (1, 5))]
+    ("token_mode", "keep", "expected"),
+    [("visible", None, (2, 9)), ("ragged", None, (2, 9)), ("visible", 5, (5, 5)), ("ragged", 5, (1, 5))],
 )
-def test_the_numbers_of_patches_that_an_image_may_have(tmp_path: Path, token_mode: str, keep: int | None, expected: tuple[int, int]) -> None:
+def test_the_numbers_of_patches_that_an_image_may_have(
+    tmp_path: Path, token_mode: str, keep: int | None, expected: tuple[int, int]
+) -> None:
     loaded = Bundle.load(write_bundle(tmp_path / "b", token_mode=token_mode, keep=keep, profile_keep=(2, 4, 9)))
     assert loaded.keep_range == expected
 
@@ -123,7 +131,17 @@ def test_a_missing_file(visible_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["../secret.bin", "sub/../../secret.bin", "{absolute}", "link", "folder/secret.bin", "circle", "nul\0l", "../visible/inside.bin"]
+    "form",
+    [
+        "../secret.bin",
+        "sub/../../secret.bin",
+        "{absolute}",
+        "link",
+        "folder/secret.bin",
+        "circle",
+        "nul\0l",
+        "../visible/inside.bin",
+    ],
 )
 def test_paths_out_of_the_folder_are_refused_although_their_hash_is_right(tmp_path: Path, form: str) -> None:
     secret = tmp_path / "outside" / "secret.bin"
@@ -131,7 +149,9 @@ def test_paths_out_of_the_folder_are_refused_although_their_hash_is_right(tmp_pa
     secret.write_bytes(b"secret")
     shutil.copy(secret, tmp_path / "secret.bin")
     name = form.format(absolute=secret)
-    path = write_bundle(tmp_path / "visible", change=lambda manifest: manifest["files"].update({name: file_entry(secret)}))
+    path = write_bundle(
+        tmp_path / "visible", change=lambda manifest: manifest["files"].update({name: file_entry(secret)})
+    )
     (path / "sub").mkdir()
     (path / "link").symlink_to(secret)
     (path / "folder").symlink_to(secret.parent)
@@ -142,7 +162,9 @@ def test_paths_out_of_the_folder_are_refused_although_their_hash_is_right(tmp_pa
 
 
 def test_a_link_inside_of_the_folder_is_followed(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["files"].update(alias=manifest["files"]["golden.npz"]))
+    path = write_bundle(
+        tmp_path / "b", change=lambda manifest: manifest["files"].update(alias=manifest["files"]["golden.npz"])
+    )
     (path / "alias").symlink_to("golden.npz")
     assert Bundle.load(path).file("alias") == path / "alias"
 
@@ -153,7 +175,9 @@ def test_a_bundle_behind_a_link_is_a_bundle(tmp_path: Path) -> None:
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["files"].update({".": manifest["files"]["golden.npz"]}))
+    path = write_bundle(
+        tmp_path / "b", change=lambda manifest: manifest["files"].update({".": manifest["files"]["golden.npz"]})
+    )
     with pytest.raises(CheckFailed, match="is missing"):
         Bundle.load(path).file(".")
 
@@ -175,7 +199,9 @@ def test_external_data_is_checked_with_the_graph(tmp_path: Path) -> None:
 
 
 def test_external_data_that_the_manifest_does_not_list(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", external="encoder.onnx.data", change=lambda manifest: manifest["files"].pop("encoder.onnx.data"))
+    path = write_bundle(
+        tmp_path / "b", external="encoder.onnx.data", change=lambda manifest: manifest["files"].pop("encoder.onnx.data")
+    )
     with pytest.raises(CheckFailed, match=r"'encoder\.onnx\.data' is not among the files"):
         Backbone.load(path)
 
@@ -206,7 +232,11 @@ def test_external_data_outside_of_the_bundle(tmp_path: Path) -> None:
 def test_golden_samples(visible_bundle: Path) -> None:
     golden = Bundle.load(visible_bundle).golden()
     inputs = golden_inputs(visible=True)
-    expected = {**inputs, **reference(**inputs), "blocks": reference_blocks(**{name: array[:2] for name, array in inputs.items()})}
+    expected = {
+        **inputs,
+        **reference(**inputs),
+        "blocks": reference_blocks(**{name: array[:2] for name, array in inputs.items()}),
+    }
     assert set(golden) == set(expected)
     for name, array in expected.items():
         np.testing.assert_array_equal(golden[name], array, strict=True)
@@ -238,8 +268,12 @@ def test_a_golden_input_of_another_type(visible_bundle: Path) -> None:
         write_golden(visible_bundle, ids_keep=golden_inputs(visible=True)["ids_keep"].astype(np.int32)).golden()
 
 
-@pytest.mark.parametrize("shape", [None, (2, DEPTH + 1, 3, D), (2, DEPTH, 3, D + 1), (SAMPLES + 1, DEPTH, 3, D), (2, DEPTH, D)])
-def test_golden_block_outputs_that_are_not_those_of_the_manifest(visible_bundle: Path, shape: tuple[int, ...] | None) -> None:
+@pytest.mark.parametrize(
+    "shape", [None, (2, DEPTH + 1, 3, D), (2, DEPTH, 3, D + 1), (SAMPLES + 1, DEPTH, 3, D), (2, DEPTH, D)]
+)
+def test_golden_block_outputs_that_are_not_those_of_the_manifest(
+    visible_bundle: Path, shape: tuple[int, ...] | None
+) -> None:
     with pytest.raises(CheckFailed, match=r"'blocks' (is missing|has the shape).*promises 2 blocks"):
         write_golden(visible_bundle, blocks=None if shape is None else np.zeros(shape, np.float32)).golden()
 

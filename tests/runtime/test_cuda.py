@@ -28,7 +28,9 @@ def test_a_gpu(stub_driver: ctypes.CDLL) -> None:
 def test_no_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(cuda, "LIBRARY", str(tmp_path / "libcuda.so.1"))
     assert gpus() == []
-    with pytest.raises(MissingDependency, match=r"there is no NVIDIA driver here: .*libcuda\.so\.1 cannot be loaded") as caught:
+    with pytest.raises(
+        MissingDependency, match=r"there is no NVIDIA driver here: .*libcuda\.so\.1 cannot be loaded"
+    ) as caught:
         require_gpu()
     assert "--gpus all" in (caught.value.hint or "")
 

@@ -1,4 +1,6 @@
-"""The packages that give the GPU's memory: which is taken, what is said without them, and cuda-bindings itself on the stub driver."""
+"""The packages that give the GPU's memory: which is taken, what is said without them, and cuda-bindings itself on the
+stub driver.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def test_the_gpu_is_looked_for_first(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 @pytest.mark.usefixtures("stub_driver")
-@pytest.mark.parametrize(("backend", "said"), [("pycuda", ["pycuda"]), ("cuda-bindings", ["cuda"]), ("auto", ["pycuda", "cuda"])])
+@pytest.mark.parametrize(
+    ("backend", "said"), [("pycuda", ["pycuda"]), ("cuda-bindings", ["cuda"]), ("auto", ["pycuda", "cuda"])]
+)
 def test_without_the_packages(backend: str, said: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pycuda", None)
     monkeypatch.setitem(sys.modules, "pycuda.driver", None)
@@ -102,7 +106,14 @@ def test_cuda_bindings_on_the_stub_driver(tmp_path: Path) -> None:
     pytest.importorskip("cuda.bindings.driver")
     compile_stub(tmp_path, soname=NAME)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "CUDA_STUB_DEVICES": "1"}
-    done = subprocess.run([sys.executable, "-c", SCRIPT, "cuda-bindings"], env=environment, capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, "cuda-bindings"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
     assert (done.returncode, done.stdout, done.stderr) == (0, "4\n0\n", "")
 
 

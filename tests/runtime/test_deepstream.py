@@ -1,4 +1,6 @@
-"""DeepStream's files: what nvinfer is told computes what the runtime's preprocessing computes, and what it cannot is refused."""
+"""DeepStream's files: what nvinfer is told computes what the runtime's preprocessing computes, and what it cannot is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.serving.deepstream import FRAME, INFER_FILE, LABELS, PLAN_FILE, PREPROCESS_FILE, centre, check_bundle, check_feeding, write_deepstream
+from mae_deploy.serving.deepstream import (
+    FRAME,
+    INFER_FILE,
+    LABELS,
+    PLAN_FILE,
+    PREPROCESS_FILE,
+    centre,
+    check_bundle,
+    check_feeding,
+    write_deepstream,
+)
 from tests.runtime.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import CLASS_NAMES, MEAN, H, W
 
@@ -48,7 +60,10 @@ def test_both_elements_normalise_as_the_runtime_does(tmp_path: Path) -> None:
     infer, user = read(folder / INFER_FILE)["property"], read(folder / PREPROCESS_FILE)["user-configs"]
     pixels = np.random.default_rng(0).integers(0, 256, (1, H, W, 3), dtype=np.uint8)
     spec = Preprocess(image_size=(H, W), mean=MEAN, std=(0.3, 0.3, 0.3))
-    for factor, shifts in ((infer["net-scale-factor"], infer["offsets"]), (user["pixel-normalization-factor"], user["offsets"])):
+    for factor, shifts in (
+        (infer["net-scale-factor"], infer["offsets"]),
+        (user["pixel-normalization-factor"], user["offsets"]),
+    ):
         found = float(factor) * (pixels.astype(np.float32) - np.array(numbers(shifts), np.float32))
         # float32: eight digits of values up to 3
         np.testing.assert_allclose(found.transpose(0, 3, 1, 2), spec.normalise(pixels), atol=1e-6)
@@ -60,7 +75,9 @@ def test_what_nvinfer_is_told(tmp_path: Path) -> None:
     assert infer["infer-dims"] == f"3;{H};{W}"
     assert infer["batch-size"] == "32"
     assert infer["scaling-filter"] == "1", "bilinear"
-    assert infer["network-type"] == "100", "with outputs beside the logits, nvinfer would read classes from each of them"
+    assert infer["network-type"] == "100", (
+        "with outputs beside the logits, nvinfer would read classes from each of them"
+    )
     assert infer["output-tensor-meta"] == "1"
     assert "onnx-file" not in infer, "nvinfer would build an engine that nobody has proven"
 
@@ -81,9 +98,15 @@ def test_what_nvdspreprocess_is_told(tmp_path: Path) -> None:
     settings, group = preprocess["property"], preprocess["group-0"]
     assert settings["network-input-shape"] == f"6;3;{H};{W}"
     assert (settings["processing-height"], settings["processing-width"]) == (str(H), str(W))
-    assert (settings["tensor-name"], settings["tensor-data-type"], settings["network-input-order"]) == ("images", "0", "0")
+    assert (settings["tensor-name"], settings["tensor-data-type"], settings["network-input-order"]) == (
+        "images",
+        "0",
+        "0",
+    )
     assert settings["target-unique-ids"] == read(folder / INFER_FILE)["property"]["gie-unique-id"]
-    assert list(group).index("process-on-roi") < list(group).index("roi-params-src-0"), "in this order, says the plug-in"
+    assert list(group).index("process-on-roi") < list(group).index("roi-params-src-0"), (
+        "in this order, says the plug-in"
+    )
     left, top, width, height = numbers(group["roi-params-src-0"])
     assert 0 <= left <= FRAME[1] - width
     assert 0 <= top <= FRAME[0] - height
@@ -95,9 +118,13 @@ def test_what_nvdspreprocess_is_told(tmp_path: Path) -> None:
 def test_the_region_is_what_the_crop_keeps(size: tuple[int, int], crop_pct: float, frame: tuple[int, int]) -> None:
     spec = Preprocess(image_size=size, crop_pct=crop_pct, interpolation="nearest")
     rows, columns = np.mgrid[: frame[0], : frame[1]]
-    crop = spec.crop(Image.fromarray(np.stack([rows // 2, columns // 2, rows * 0], axis=2).astype(np.uint8))).astype(int) * 2
+    crop = (
+        spec.crop(Image.fromarray(np.stack([rows // 2, columns // 2, rows * 0], axis=2).astype(np.uint8))).astype(int)
+        * 2
+    )
     left, top, width, height = centre(spec, frame)
-    # Two pixels: the coordinates are halved to fit 8 bits, and a pixel of the crop may cover more than one of the frame.
+    # Two pixels: the coordinates are halved to fit 8 bits, and a pixel of the crop may cover more than one of the
+    # frame.
     blur = 2 + max(frame) / min(size)
     assert crop[0, 0, :2] == pytest.approx([top, left], abs=blur)
     assert crop[-1, -1, :2] == pytest.approx([top + height - 1, left + width - 1], abs=blur)
@@ -114,7 +141,11 @@ def test_the_region_is_what_the_crop_keeps(size: tuple[int, int], crop_pct: floa
         ({"entry": {"version_compatible": True}}, "code for the CPU", "--version-compatible"),
         ({"entry": {"profiles": [{"B": [2, 4, 8]}]}}, "smaller than the engine's smallest, 2", "B 1"),
         ({"batch": 4}, "smaller than the engine's smallest, 4", "B 1"),
-        ({"change": lambda manifest: manifest.update(class_names=["a;b", *CLASS_NAMES[1:]])}, "the class 'a;b' does", "rename"),
+        (
+            {"change": lambda manifest: manifest.update(class_names=["a;b", *CLASS_NAMES[1:]])},
+            "the class 'a;b' does",
+            "rename",
+        ),
     ],
 )
 def test_what_deepstream_cannot_feed(tmp_path: Path, settings: dict[str, Any], why: str, hint: str) -> None:
@@ -129,7 +160,9 @@ def test_a_bundle_is_judged_before_its_plan_is_built(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="one scale"):
         check_bundle(planned(tmp_path / "three", token_mode="full"))
     with pytest.raises(ConfigError, match="no format of 4 channels"):
-        check_feeding("full", "float32", Preprocess(image_size=(H, W), channels=4, mean=(0.5,) * 4, std=(0.25,) * 4), None)
+        check_feeding(
+            "full", "float32", Preprocess(image_size=(H, W), channels=4, mean=(0.5,) * 4, std=(0.25,) * 4), None
+        )
     check_feeding("full", "float32", Preprocess(image_size=(H, W), channels=1, mean=(0.5,), std=(0.25,)), None)
 
 

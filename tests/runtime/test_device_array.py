@@ -1,4 +1,6 @@
-"""Arrays of other libraries on the GPU and ours for them; NumPy stands for the other side of DLPack, with the host as the GPU."""
+"""Arrays of other libraries on the GPU and ours for them; NumPy stands for the other side of DLPack, with the host as
+the GPU.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,12 @@ def test_a_view_of_numpys(dtype: type) -> None:
 
 def test_a_view_of_ours() -> None:
     array = np.ones((5, 7), np.float32)
-    view = view_of(DeviceArray(array.ctypes.data, (5, 7), array.dtype, index=3, lease=Lease(), owner=None), "images", index=3, stream=77)
+    view = view_of(
+        DeviceArray(array.ctypes.data, (5, 7), array.dtype, index=3, lease=Lease(), owner=None),
+        "images",
+        index=3,
+        stream=77,
+    )
     assert (view.pointer, view.shape, view.dtype) == (array.ctypes.data, (5, 7), array.dtype)
 
 
@@ -106,7 +113,10 @@ class Refusing(Foreign):
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (Foreign(np.ones((5, 7), np.float32).T), r"the input images of shape \(7, 5\) lies on the GPU with strides \(4, 28\)"),
+        (
+            Foreign(np.ones((5, 7), np.float32).T),
+            r"the input images of shape \(7, 5\) lies on the GPU with strides \(4, 28\)",
+        ),
         (Foreign(np.ones((5, 7), np.complex64)), r"of a type that NumPy has not \(DLPack code 5, 64 bits\)"),
         (Foreign(np.ones(3), (2, 1)), "the input images is on device 1, the engine on GPU 0"),
         (Refusing(np.ones(3)), "the input images cannot be read: Can't export"),

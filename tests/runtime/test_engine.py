@@ -34,7 +34,9 @@ def test_an_unknown_engine(full_bundle: Path) -> None:
 
 
 def write_proven_on_openvino(path: Path) -> Bundle:
-    return Bundle.load(write_bundle(path, token_mode="full", change=lambda manifest: manifest.update(engine="openvino")))
+    return Bundle.load(
+        write_bundle(path, token_mode="full", change=lambda manifest: manifest.update(engine="openvino"))
+    )
 
 
 def test_auto_is_the_engine_on_which_the_bundle_was_proven(tmp_path: Path) -> None:
@@ -46,7 +48,9 @@ def test_auto_is_the_engine_on_which_the_bundle_was_proven(tmp_path: Path) -> No
         assert engine.name == "onnxruntime"
 
 
-def test_auto_without_the_engine_s_package_or_device_is_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_without_the_engine_s_package_or_device_is_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = write_proven_on_openvino(tmp_path / "b")
     with pytest.raises(MissingDependency, match="this ONNX Runtime cannot use CUDA"):
         load_engine(bundle, options=EngineOptions(device="cuda"))
@@ -62,7 +66,11 @@ def test_auto_without_the_engine_s_package_or_device_is_onnxruntime(tmp_path: Pa
 def test_a_bare_graph(visible_bundle: Path, name: str) -> None:
     inputs = golden_inputs(visible=True)
     with open_graph(visible_bundle / "encoder.onnx", name) as engine:
-        assert (engine.name, engine.input_names, engine.output_names) == ("onnxruntime", ("images", "ids_keep"), tuple(OUTPUTS))
+        assert (engine.name, engine.input_names, engine.output_names) == (
+            "onnxruntime",
+            ("images", "ids_keep"),
+            tuple(OUTPUTS),
+        )
         np.testing.assert_allclose(engine.run(inputs)["cls"], reference(**inputs)["cls"], atol=1e-5)
 
 
@@ -123,7 +131,9 @@ def test_cuda_that_is_built_in_but_does_not_start(full_bundle: Path, monkeypatch
         assert providers[0] == ("CUDAExecutionProvider", {"use_tf32": "0"})
         return session(path, options, providers=["CPUExecutionProvider"])
 
-    monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(
+        onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
     monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
     with pytest.raises(MissingDependency, match="did not start"):
         load_engine(Bundle.load(full_bundle), options=EngineOptions(device="cuda"))
@@ -158,7 +168,11 @@ def test_a_graph_that_is_not_the_manifest_s(tmp_path: Path) -> None:
 
 def test_inputs_that_the_graph_refuses(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with load_engine(Bundle.load(write_bundle(tmp_path / "b", batch=2, token_mode="full"))) as engine:
-        for images in (np.zeros((3, 3, 6, 14), np.float32), np.zeros((2, 3, 6, 14), np.float64), np.zeros((2, 3, 6), np.float32)):
+        for images in (
+            np.zeros((3, 3, 6, 14), np.float32),
+            np.zeros((2, 3, 6, 14), np.float64),
+            np.zeros((2, 3, 6), np.float32),
+        ):
             with pytest.raises(MaeDeployError, match="ONNX Runtime failed") as caught:
                 engine.run({"images": images})
             assert one_line(caught.value)
@@ -174,7 +188,10 @@ def test_indices_out_of_range_are_an_error_of_ours(visible_bundle: Path) -> None
 
 @pytest.mark.parametrize("names", [[], ["images"], ["images", "keep"], ["images", "ids_keep", "mask"]])
 def test_inputs_by_other_names(visible_bundle: Path, names: list[str]) -> None:
-    with load_engine(Bundle.load(visible_bundle)) as engine, pytest.raises(ConfigError, match="takes the inputs images, ids_keep"):
+    with (
+        load_engine(Bundle.load(visible_bundle)) as engine,
+        pytest.raises(ConfigError, match="takes the inputs images, ids_keep"),
+    ):
         engine.run({name: np.zeros(3) for name in names})
 
 
@@ -195,7 +212,10 @@ def test_closing(full_bundle: Path) -> None:
         engine.run(golden_inputs(visible=False))
 
 
-@pytest.mark.parametrize(("wanted", "message"), [(["depth"], "no output 'depth'"), ([], "no output was asked for"), (["cls", "x", "y"], "no output 'x, y'")])
+@pytest.mark.parametrize(
+    ("wanted", "message"),
+    [(["depth"], "no output 'depth'"), ([], "no output was asked for"), (["cls", "x", "y"], "no output 'x, y'")],
+)
 def test_unknown_outputs(wanted: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         check_outputs(wanted, ["cls", "tokens"])
@@ -243,7 +263,10 @@ def test_chunks(batch: int | None, total: int, batches: list[list[int]]) -> None
     assert engine.batches == batches
 
 
-@pytest.mark.parametrize(("total", "keep", "runs"), [(1, 4, [2]), (3, 4, [3]), (4, 4, [3, 3]), (5, 4, [5]), (6, 4, [5, 5]), (2, 9, [5]), (7, 10, [7])])
+@pytest.mark.parametrize(
+    ("total", "keep", "runs"),
+    [(1, 4, [2]), (3, 4, [3]), (4, 4, [3, 3]), (5, 4, [5]), (6, 4, [5, 5]), (2, 9, [5]), (7, 10, [7])],
+)
 def test_chunks_of_the_sizes_that_an_engine_takes(total: int, keep: int, runs: list[int]) -> None:
     engine = Recorder(Path(), EngineOptions())
     engine.input_names = ("x", "ids_keep")

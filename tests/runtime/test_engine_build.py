@@ -54,7 +54,8 @@ def test_a_weak_fp32_graph_is_built_in_what_is_asked_for(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("own", "typing", "other"), [("fp16", "strong", "fp32"), ("fp32", "strong", "fp16"), ("fp16", "weak", "fp32"), ("bf16", "weak", "fp16")]
+    ("own", "typing", "other"),
+    [("fp16", "strong", "fp32"), ("fp32", "strong", "fp16"), ("fp16", "weak", "fp32"), ("bf16", "weak", "fp16")],
 )
 def test_any_other_graph_only_in_what_it_is(tmp_path: Path, own: str, typing: str, other: str) -> None:
     bundle = typed(tmp_path / "b", own, typing)
@@ -81,7 +82,10 @@ def test_what_no_profile_gives_is_what_the_graph_was_proven_for(visible_bundle: 
     bundle = Bundle.load(visible_bundle)
     proven = {"B": (1, 8, 32), "K": (1, K, N)}
     assert resolve_profiles(bundle, []) == [proven]
-    assert resolve_profiles(bundle, [{"B": (2, 2, 2)}, {"K": (3, 3, 5)}]) == [{"B": (2, 2, 2), "K": (1, K, N)}, {"B": (1, 8, 32), "K": (3, 3, 5)}]
+    assert resolve_profiles(bundle, [{"B": (2, 2, 2)}, {"K": (3, 3, 5)}]) == [
+        {"B": (2, 2, 2), "K": (1, K, N)},
+        {"B": (1, 8, 32), "K": (3, 3, 5)},
+    ]
     assert resolve_profiles(Bundle.load(full_bundle), []) == [{"B": (1, 8, 32)}]
 
 
@@ -111,7 +115,9 @@ def test_sizes_that_cannot_be_had(tmp_path: Path, settings: dict[str, Any], prof
 
 
 def test_fixed_sizes_may_be_named(tmp_path: Path) -> None:
-    assert resolve_profiles(Bundle.load(write_bundle(tmp_path / "b", batch=2)), [{"B": (2, 2, 2)}]) == [{"B": (2, 2, 2), "K": (1, K, N)}]
+    assert resolve_profiles(Bundle.load(write_bundle(tmp_path / "b", batch=2)), [{"B": (2, 2, 2)}]) == [
+        {"B": (2, 2, 2), "K": (1, K, N)}
+    ]
 
 
 # --- which is kept ---------------------------------------------------------------------------------------------------
@@ -124,7 +130,10 @@ def timings(*milliseconds: float) -> list[Timing]:
 def test_the_profile_where_int8_does_worst_decides() -> None:
     speed = compare_speed(timings(1.0, 9.0), timings(2.0, 8.0), "int8")
     assert speed == {"latency_ratio": 1.125, "profile": 1, "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]}}
-    assert verdict("int8", [], speed) == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms"
+    assert (
+        verdict("int8", [], speed)
+        == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms"
+    )
 
 
 @pytest.mark.parametrize(
@@ -133,7 +142,12 @@ def test_the_profile_where_int8_does_worst_decides() -> None:
         (0.99, [], 1.0, None),
         (1.0, [], 1.0, "it is not faster"),
         (0.9, [], 0.8, "it is not fast enough"),
-        (0.5, ["golden: cls: sqnr_db 3 is below 30"], 1.0, r"it misses its budget \(golden: cls: sqnr_db 3 is below 30\); it takes 0.50 of"),
+        (
+            0.5,
+            ["golden: cls: sqnr_db 3 is below 30"],
+            1.0,
+            r"it misses its budget \(golden: cls: sqnr_db 3 is below 30\); it takes 0.50 of",
+        ),
     ],
 )
 def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], most: float, said: str | None) -> None:
@@ -163,7 +177,9 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
     def plan_of(graph: Path, **given: Any) -> Plan:
         given["on_progress"]("tactics", 1.0)
         options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
-        return Plan(content=str(graph).encode(), layers=None, record={"precision": given["precision"], "options": options})
+        return Plan(
+            content=str(graph).encode(), layers=None, record={"precision": given["precision"], "options": options}
+        )
 
     monkeypatch.setattr(engine_build, "load_tensorrt", lambda: type("Api", (), {"version": "10.3.0", "gpu": gpu}))
     monkeypatch.setattr(engine_build, "build_plan", plan_of)
@@ -174,15 +190,25 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
 
 def build(bundle: Bundle, **settings: Any) -> tuple[Built, list[tuple[str, float]]]:
     seen: list[tuple[str, float]] = []
-    return build_engine(bundle, profiles=[{"B": (1, 2, 3)}], on_progress=lambda phase, share: seen.append((phase, share)), **settings), seen
+    return build_engine(
+        bundle, profiles=[{"B": (1, 2, 3)}], on_progress=lambda phase, share: seen.append((phase, share)), **settings
+    ), seen
 
 
 def test_an_engine_that_passes_is_in_the_bundle(visible_bundle: Path, without_a_gpu: Any) -> None:
     built, seen = build(Bundle.load(visible_bundle))
     (entry,) = Bundle.load(visible_bundle).manifest["engines"]
     assert entry == built.entry
-    assert (entry["precision"], entry["latency_ms"], entry["profiles"]) == ("fp32", 4.0, [{"B": [1, 2, 3], "K": [1, K, N]}])
-    assert (entry["build"]["graph"], entry["build"]["against_fp16"], entry["build"]["rejected"]) == ("encoder.onnx", None, None)
+    assert (entry["precision"], entry["latency_ms"], entry["profiles"]) == (
+        "fp32",
+        4.0,
+        [{"B": [1, 2, 3], "K": [1, K, N]}],
+    )
+    assert (entry["build"]["graph"], entry["build"]["against_fp16"], entry["build"]["rejected"]) == (
+        "encoder.onnx",
+        None,
+        None,
+    )
     assert entry["parity"]["passed"] is True
     assert seen == [("fp32: tactics", 0.8), ("fp32: parity", 0.8)]
 
@@ -197,22 +223,33 @@ def test_int8_that_is_faster(tmp_path: Path, without_a_gpu: Any) -> None:
 def test_int8_that_is_slower_is_refused_or_fp16_is_kept(tmp_path: Path, without_a_gpu: dict[str, list[Timing]]) -> None:
     without_a_gpu["int8"] = timings(3.0)
     bundle = quantized(tmp_path / "b")
-    with pytest.raises(CheckFailed, match=r"INT8 is rejected: it is not faster; it takes 1\.50 of FP16's latency, 3\.000 against 2\.000 ms") as caught:
+    with pytest.raises(
+        CheckFailed,
+        match=r"INT8 is rejected: it is not faster; it takes 1\.50 of FP16's latency, 3\.000 against 2\.000 ms",
+    ) as caught:
         build(bundle)
     assert caught.value.hint == "--prefer fp16 keeps FP16 in its place"
     assert Bundle.load(bundle.path).manifest["engines"] == []
     built, _ = build(bundle, prefer="fp16")
-    assert (built.entry["precision"], built.entry["latency_ms"], built.entry["build"]["graph"]) == ("fp16", 2.0, "baseline.onnx")
+    assert (built.entry["precision"], built.entry["latency_ms"], built.entry["build"]["graph"]) == (
+        "fp16",
+        2.0,
+        "baseline.onnx",
+    )
     assert built.rejected is not None
     assert built.entry["build"]["rejected"] == built.rejected
 
 
-def test_an_engine_that_is_wrong_is_not_kept(visible_bundle: Path, without_a_gpu: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_wrong_is_not_kept(
+    visible_bundle: Path, without_a_gpu: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def wrong(*_: Any) -> Sequence[Check]:
         return [Check("profile 0 max, B=3", Comparison(name="cls"), ("cls: cosine 0.3 is below 0.99999",))]
 
     monkeypatch.setattr(engine_build, "prove_plan", wrong)
     bundle = Bundle.load(visible_bundle)
-    with pytest.raises(CheckFailed, match=r"the TensorRT 10\.3\.0 engine in fp32 misses parity: profile 0 max, B=3: cls: cosine 0\.3"):
+    with pytest.raises(
+        CheckFailed, match=r"the TensorRT 10\.3\.0 engine in fp32 misses parity: profile 0 max, B=3: cls: cosine 0\.3"
+    ):
         build(bundle)
     assert Bundle.load(visible_bundle).manifest["engines"] == []

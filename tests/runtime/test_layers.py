@@ -1,4 +1,6 @@
-"""The drift after every block, and which block is named: the first below the floor, the one that loses most, or the one that breaks."""
+"""The drift after every block, and which block is named: the first below the floor, the one that loses most, or the one
+that breaks.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,13 @@ def report(*noise: float, outputs_pass: bool = False, floor: float = 30.0) -> La
     """Blocks of these SQNR; NaN is a block that is broken."""
     layers: list[LayerDrift] = []
     for block, sqnr in enumerate(noise):
-        comparison = Comparison(name="x", sqnr_db=sqnr, reason="the output has 3 NaN or infinite values" if math.isnan(sqnr) else None)
+        comparison = Comparison(
+            name="x", sqnr_db=sqnr, reason="the output has 3 NaN or infinite values" if math.isnan(sqnr) else None
+        )
         drop = noise[block - 1] - sqnr if block else math.nan
-        layers.append(LayerDrift(block=block, comparison=comparison, peak=1.0, drop_db=drop if math.isfinite(drop) else None))
+        layers.append(
+            LayerDrift(block=block, comparison=comparison, peak=1.0, drop_db=drop if math.isfinite(drop) else None)
+        )
     return LayerReport(layers=tuple(layers), floor_db=floor, outputs_pass=outputs_pass, num_samples=2, num_tokens=3)
 
 
@@ -58,7 +64,12 @@ def test_fp32_loses_nothing(tmp_path: Path, settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize("batch", [None, 1, 2, 3])
 @pytest.mark.parametrize("token_mode", ["visible", "ragged"])
 def test_blocks_that_work_on_rows(tmp_path: Path, token_mode: str, batch: int | None) -> None:
-    found = traced(tmp_path / "b", token_mode=token_mode, batch=batch, change=lambda manifest: manifest["graph"].update(blocks=BLOCK_ROWS))
+    found = traced(
+        tmp_path / "b",
+        token_mode=token_mode,
+        batch=batch,
+        change=lambda manifest: manifest["graph"].update(blocks=BLOCK_ROWS),
+    )
     assert [layer.comparison.sqnr_db > 110 for layer in found.layers] == [True, True]
 
 
@@ -139,10 +150,18 @@ def test_not_a_number_in_padding_does_not_matter(tmp_path: Path) -> None:
             (50, 48, 40, 39),
             False,
             2,
-            "no block is below 30 dB, but the outputs miss their tolerance: precision is lost after the blocks, or in block 2, which loses most: 8.0 dB",
+            (
+                "no block is below 30 dB, but the outputs miss their tolerance: precision is lost after the blocks, or"
+                " in block 2, which loses most: 8.0 dB"
+            ),
         ),
         ((50, 48, 40, 39), True, None, "no block is below 30 dB"),
-        ((40, 41, 42), False, None, "no block is below 30 dB, but the outputs miss their tolerance: precision is lost after the last block"),
+        (
+            (40, 41, 42),
+            False,
+            None,
+            "no block is below 30 dB, but the outputs miss their tolerance: precision is lost after the last block",
+        ),
         ((math.inf, 40, 39), False, 2, "which loses most: 1.0 dB"),
         ((40,), False, None, "precision is lost after the last block"),
     ],
@@ -164,6 +183,8 @@ def test_a_bundle_without_block_outputs(tmp_path: Path) -> None:
 
 
 def test_a_tensor_that_the_graph_does_not_have(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["graph"].update(blocks=[BLOCK_TENSORS[0], "elsewhere"]))
+    path = write_bundle(
+        tmp_path / "b", change=lambda manifest: manifest["graph"].update(blocks=[BLOCK_TENSORS[0], "elsewhere"])
+    )
     with pytest.raises(MaeDeployError, match="elsewhere"):
         trace_layers(Bundle.load(path), outputs_pass=True)

@@ -49,7 +49,9 @@ def test_every_key_is_needed(valid: dict[str, Any], key: str) -> None:
 
 def test_a_nested_key_is_needed(valid: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"'model\.embed_dim' is missing"):
-        validate_manifest(changed(valid, "model", {key: value for key, value in valid["model"].items() if key != "embed_dim"}))
+        validate_manifest(
+            changed(valid, "model", {key: value for key, value in valid["model"].items() if key != "embed_dim"})
+        )
 
 
 @pytest.mark.parametrize("version", [None, 0, 1, True, "2", 2.0])
@@ -120,8 +122,16 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
     ("key", "value", "message"),
     [
         ("num_patches", 20, "num_patches is 20"),
-        ("model/band_groups", [[0, 1], [2]], r"num_patches is 21, but image size \[6, 14\] has 42 patches of 2 in 2 groups of bands"),
-        ("model/band_groups", [[0, 1], [1]], r"the groups of bands \[\[0, 1\], \[1\]\] do not have each of 3 channels once"),
+        (
+            "model/band_groups",
+            [[0, 1], [2]],
+            r"num_patches is 21, but image size \[6, 14\] has 42 patches of 2 in 2 groups of bands",
+        ),
+        (
+            "model/band_groups",
+            [[0, 1], [1]],
+            r"the groups of bands \[\[0, 1\], \[1\]\] do not have each of 3 channels once",
+        ),
         ("model/image_size", [6], "image size"),
         ("model/image_size", [6, 0], "image size"),
         ("model/patch_size", 0, "patch size 0"),
@@ -148,7 +158,11 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
         ("graph/inputs/0/dtype", "float64", "the input images cannot be float64"),
         ("graph/inputs/0/dtype", "uint8", r"the input images is uint8 \['B', 3, 6, 14\], not uint8 \['B', 6, 14, 3\]"),
         ("graph/inputs/0/shape", ["B", 6, 14, 3], "the input images is float32"),
-        ("graph/inputs/0/shape", [1, 3, 6, 14], r"the input images is float32 \[1, 3, 6, 14\], not float32 \['B', 3, 6, 14\]"),
+        (
+            "graph/inputs/0/shape",
+            [1, 3, 6, 14],
+            r"the input images is float32 \[1, 3, 6, 14\], not float32 \['B', 3, 6, 14\]",
+        ),
         ("graph/inputs/0/shape", ["B", 3, 6], "the input images is float32"),
         ("graph/outputs", [], "outputs"),
         ("graph/outputs/0/name", "tokens", "outputs"),
@@ -226,9 +240,13 @@ def test_what_is_left_open(valid: dict[str, Any], key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("token_mode", ["full", "visible", "ragged", "reconstruct"])
 @pytest.mark.parametrize(("batch", "keep", "images"), [(None, None, "uint8"), (2, 4, "float32")])
-def test_every_token_mode_is_valid(tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, images: str) -> None:
+def test_every_token_mode_is_valid(
+    tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, images: str
+) -> None:
     keep = None if token_mode == "full" else keep
-    path = write_bundle(tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep, images=images, outputs=(*OUTPUTS, *MORE_OUTPUTS))
+    path = write_bundle(
+        tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep, images=images, outputs=(*OUTPUTS, *MORE_OUTPUTS)
+    )
     assert validate_manifest(json.loads((path / "manifest.json").read_text()))["token_mode"] == token_mode
 
 
@@ -238,7 +256,10 @@ def test_a_profile_of_more_patches_than_there_are(valid: dict[str, Any]) -> None
         validate_manifest(loose)
 
 
-@pytest.mark.parametrize(("name", "follows"), [("tokens", True), ("block_0", True), ("block_11", True), ("cls", False), ("block_", False), ("block_01", False)])
+@pytest.mark.parametrize(
+    ("name", "follows"),
+    [("tokens", True), ("block_0", True), ("block_11", True), ("cls", False), ("block_", False), ("block_01", False)],
+)
 def test_which_outputs_follow_ids_keep(name: str, follows: bool) -> None:
     assert follows_keep(name) == follows
 

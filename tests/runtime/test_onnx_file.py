@@ -23,7 +23,10 @@ def save(path: Path, inputs: list[Any], weights: dict[str, Any] | None = None) -
         "g" * 130,
         inputs,
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
-        [numpy_helper.from_array(np.zeros(1, np.float32), "constant"), *(numpy_helper.from_array(array, name) for name, array in (weights or {}).items())],
+        [
+            numpy_helper.from_array(np.zeros(1, np.float32), "constant"),
+            *(numpy_helper.from_array(array, name) for name, array in (weights or {}).items()),
+        ],
     )
     onnx.save(helper.make_model(body, producer_name="somebody"), path)
     return path
@@ -35,14 +38,19 @@ def test_inputs_of_a_bundle(tmp_path: Path) -> None:
         {"name": "ids_keep", "dtype": "int64", "shape": [300, "K"]},
         {"name": "num_keep", "dtype": "int64", "shape": [300]},
     ]
-    (entry,) = read_inputs(write_bundle(tmp_path / "bytes", token_mode="full", images="uint8", external="weights") / "encoder.onnx")
+    (entry,) = read_inputs(
+        write_bundle(tmp_path / "bytes", token_mode="full", images="uint8", external="weights") / "encoder.onnx"
+    )
     assert entry == {"name": "images", "dtype": "uint8", "shape": ["B", H, W, C]}
 
 
 def test_the_opset_is_that_of_onnx_s_own_operators(tmp_path: Path) -> None:
     graph = helper.make_graph([], "empty", [], [])
     for opsets in ([("", 19), ("com.example", 23)], [("com.example", 23), ("", 19)]):
-        onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets]), tmp_path / "model.onnx")
+        onnx.save(
+            helper.make_model(graph, opset_imports=[helper.make_opsetid(*opset) for opset in opsets]),
+            tmp_path / "model.onnx",
+        )
         assert read_opset(tmp_path / "model.onnx") == 19
     assert read_opset(write_bundle(tmp_path / "b") / "encoder.onnx") == 17
     (tmp_path / "empty").write_bytes(b"")
@@ -63,7 +71,10 @@ def test_types_nameless_sizes_and_weights_among_the_inputs(tmp_path: Path) -> No
     ]
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00", b"hello, world", b"\x7f" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"PK\x03\x04" + bytes(100), b"\x3a\x80"])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00", b"hello, world", b"\x7f" * 50, b"\x3a\xff\xff\xff\xff\x0f", b"PK\x03\x04" + bytes(100), b"\x3a\x80"],
+)
 def test_what_is_no_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(content)

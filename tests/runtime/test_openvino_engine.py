@@ -1,4 +1,6 @@
-"""OpenVINO computes what ONNX Runtime computes, returns arrays that stay valid, and refuses in one line what it cannot do."""
+"""OpenVINO computes what ONNX Runtime computes, returns arrays that stay valid, and refuses in one line what it cannot
+do.
+"""
 
 from __future__ import annotations
 
@@ -73,7 +75,10 @@ def test_any_batch_and_length(visible_bundle: Path) -> None:
     samples = golden_inputs(visible=True, keep=N)
     with load(visible_bundle) as engine:
         for batch, keep in ((1, N), (SAMPLES, 1), (2, 3), (1, N)):
-            inputs = {"images": samples["images"][:batch], "ids_keep": np.ascontiguousarray(samples["ids_keep"][:batch, :keep])}
+            inputs = {
+                "images": samples["images"][:batch],
+                "ids_keep": np.ascontiguousarray(samples["ids_keep"][:batch, :keep]),
+            }
             tokens = engine.run(inputs)["tokens"]
             assert tokens.shape == (batch, keep, D)
             np.testing.assert_allclose(tokens, reference(**inputs)["tokens"], atol=TOLERANCE)
@@ -123,7 +128,10 @@ def test_names_are_the_graph_s_own(tmp_path: Path) -> None:
 def test_threads_take_turns(visible_bundle: Path) -> None:
     samples = golden_inputs(visible=True)
     with load(visible_bundle) as engine, ThreadPoolExecutor(4) as pool:
-        calls = [{name: array[index % SAMPLES : index % SAMPLES + 1] for name, array in samples.items()} for index in range(40)]
+        calls = [
+            {name: array[index % SAMPLES : index % SAMPLES + 1] for name, array in samples.items()}
+            for index in range(40)
+        ]
         for inputs, found in zip(calls, pool.map(engine.run, calls), strict=True):
             np.testing.assert_allclose(found["tokens"], reference(**inputs)["tokens"], atol=TOLERANCE)
 
@@ -138,14 +146,18 @@ def test_shapes_get_a_compiled_graph_of_their_own(tmp_path: Path) -> None:
         requests: dict[Any, Any] = engine._requests  # type: ignore[attr-defined]
         found = [engine.run(inputs) for inputs in (few, samples, few, samples)]
         assert list(requests) == [tuple(inputs[name].shape for name in engine.input_names) for inputs in (few, samples)]
-        assert not any(put.partial_shape.is_dynamic for request in requests.values() for put in request.get_compiled_model().inputs)
+        assert not any(
+            put.partial_shape.is_dynamic for request in requests.values() for put in request.get_compiled_model().inputs
+        )
     for outputs, again, inputs in ((found[0], found[2], few), (found[1], found[3], samples)):
         for name, expected in reference(**inputs).items():
             np.testing.assert_allclose(outputs[name], expected, atol=TOLERANCE)
             np.testing.assert_array_equal(again[name], outputs[name])
 
 
-def test_a_graph_for_one_shape_that_computes_something_else_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_graph_for_one_shape_that_computes_something_else_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_deploy.runtime.engines.openvino._NOISE", -1.0)
     samples = golden_inputs(visible=True)
     with load(write_bundle(tmp_path / "b")) as engine:
@@ -193,12 +205,16 @@ OPENVINO: dict[str, Any] = {"engine": "openvino"}
 )
 def test_settings(tmp_path: Path, manifest: dict[str, Any], bf16: bool) -> None:
     capable = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    with load(write_bundle(tmp_path / "b", precision=manifest["precision"], change=lambda found: found.update(manifest))) as engine:
+    with load(
+        write_bundle(tmp_path / "b", precision=manifest["precision"], change=lambda found: found.update(manifest))
+    ) as engine:
         setting = settings_of(engine)
         assert setting("INFERENCE_PRECISION_HINT").to_string() == ("bf16" if bf16 and capable else "f32")
         assert setting("INFERENCE_NUM_THREADS") == 1
         assert str(setting("PERFORMANCE_HINT")).endswith("LATENCY")
-        assert setting("ENABLE_CPU_PINNING") is False, "pinned to the first core, as every other process with one thread"
+        assert setting("ENABLE_CPU_PINNING") is False, (
+            "pinned to the first core, as every other process with one thread"
+        )
 
 
 def test_a_cpu_without_bf16_computes_in_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,7 +271,9 @@ def test_affinity(tmp_path: Path) -> None:
     """In a process of its own: the first engine's cores hold for all that follow."""
     graph = GraphBuilder("product")
     x = graph.input("x", np.float32, ["B", 1024])
-    graph.output("y", graph.node("MatMul", [x, graph.weight("w", np.eye(1024, dtype=np.float32))], "product"), ["B", 1024])
+    graph.output(
+        "y", graph.node("MatMul", [x, graph.weight("w", np.eye(1024, dtype=np.float32))], "product"), ["B", 1024]
+    )
     graph.save(tmp_path / "product.onnx")
     usable = sorted(os.sched_getaffinity(0))
     core = usable[-1]
@@ -267,11 +285,16 @@ def test_affinity(tmp_path: Path) -> None:
     assert all(cores in ([core], usable) for cores in found["seen"])
     assert found["threads"] == 1
     assert len(found["refused"]) == len(usable) - 1
-    assert all(f"computes on the cores {core} since its first engine was loaded" in refused for refused in found["refused"])
+    assert all(
+        f"computes on the cores {core} since its first engine was loaded" in refused for refused in found["refused"]
+    )
 
 
 def test_an_affinity_after_engines_without_one(full_bundle: Path) -> None:
-    with load(full_bundle), pytest.raises(ConfigError, match="computes on any core since its first engine was loaded") as caught:
+    with (
+        load(full_bundle),
+        pytest.raises(ConfigError, match="computes on any core since its first engine was loaded") as caught,
+    ):
         load(full_bundle, affinity=(min(os.sched_getaffinity(0)),) if sys.platform == "linux" else (0,))
     assert "process of its own" in (caught.value.hint or "")
 
@@ -285,7 +308,9 @@ def test_cuda(full_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not a graph", None], ids=["empty", "text", "cut short"])
-def test_a_broken_graph_with_the_right_hash(full_bundle: Path, content: bytes | None, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_graph_with_the_right_hash(
+    full_bundle: Path, content: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
     graph = full_bundle / "encoder.onnx"
     graph.write_bytes(graph.read_bytes()[:-100] if content is None else content)
     rehash(full_bundle)
@@ -301,8 +326,18 @@ def test_a_graph_that_is_not_the_manifest_s(tmp_path: Path) -> None:
         load(path)
 
 
-@pytest.mark.parametrize("images", [np.zeros((3, 3, 6, 14), np.float32), np.zeros((2, 3, 6, 14)), np.zeros((2, 3, 6), np.float32), np.zeros(2, object)])
-def test_inputs_that_the_graph_refuses(tmp_path: Path, images: np.ndarray[Any, Any], capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "images",
+    [
+        np.zeros((3, 3, 6, 14), np.float32),
+        np.zeros((2, 3, 6, 14)),
+        np.zeros((2, 3, 6), np.float32),
+        np.zeros(2, object),
+    ],
+)
+def test_inputs_that_the_graph_refuses(
+    tmp_path: Path, images: np.ndarray[Any, Any], capfd: pytest.CaptureFixture[str]
+) -> None:
     samples = golden_inputs(visible=False)["images"][:2]
     with load(write_bundle(tmp_path / "b", batch=2, token_mode="full")) as engine:
         with pytest.raises(MaeDeployError, match="OpenVINO failed: ") as caught:
@@ -336,5 +371,7 @@ os.kill(os.getpid(), signal.SIGUSR1)
 
 
 def test_signals_are_handled_after_another_thread_has_freed_an_engine(tmp_path: Path) -> None:
-    done = subprocess.run([sys.executable, "-c", SIGNALS, str(write_bundle(tmp_path / "b"))], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SIGNALS, str(write_bundle(tmp_path / "b"))], capture_output=True, text=True
+    )
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr

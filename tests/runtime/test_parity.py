@@ -52,11 +52,14 @@ def test_top1_is_for_logits_only() -> None:
     assert agreeing.top1_agreement == 1
     shifted = compare(features(shape=(B, D)), np.roll(features(shape=(B, D)), 1, axis=1), "logits")
     assert shifted.top1_agreement == 0
-    assert shifted.failures(Tolerance(cosine=1e-9, top1_agreement=0.99))[1:] == ["logits: top1_agreement 0 is below 0.8"]
+    assert shifted.failures(Tolerance(cosine=1e-9, top1_agreement=0.99))[1:] == [
+        "logits: top1_agreement 0 is below 0.8"
+    ]
 
 
 @pytest.mark.parametrize(
-    ("samples", "differ", "limit", "passes"), [(8, 1, 0.99, True), (8, 2, 0.99, False), (8, 1, 1, False), (300, 3, 0.99, True), (300, 4, 0.99, False)]
+    ("samples", "differ", "limit", "passes"),
+    [(8, 1, 0.99, True), (8, 2, 0.99, False), (8, 1, 1, False), (300, 3, 0.99, True), (300, 4, 0.99, False)],
 )
 def test_one_of_few_samples_may_have_another_class(samples: int, differ: int, limit: float, passes: bool) -> None:
     expected = np.tile([2.0, 1.0], (samples, 1))
@@ -167,7 +170,9 @@ def test_plain_cosine_flatters_where_the_centred_one_does_not() -> None:
     result = compare(expected, flattened, "cls")
     assert result.cosine > 0.999
     assert result.centred_cosine < 0.01
-    assert any("centred_cosine" in line for line in result.failures(Tolerance(cosine=0.9, max_abs=1, centred_cosine=0.995)))
+    assert any(
+        "centred_cosine" in line for line in result.failures(Tolerance(cosine=0.9, max_abs=1, centred_cosine=0.995))
+    )
 
 
 def test_a_constant_offset_is_not_centred_away() -> None:
@@ -209,7 +214,9 @@ def test_noise_where_the_reference_is_zero() -> None:
 
 def test_float16_is_compared_in_float64() -> None:
     expected = np.full((2, 3), 0.1, np.float32)
-    assert compare(expected, expected.astype(np.float16), "cls").max_abs == pytest.approx(abs(float(np.float16(0.1)) - float(np.float32(0.1))), rel=1e-12)
+    assert compare(expected, expected.astype(np.float16), "cls").max_abs == pytest.approx(
+        abs(float(np.float16(0.1)) - float(np.float32(0.1))), rel=1e-12
+    )
 
 
 def test_a_comparison_without_measures_passes_nothing() -> None:
@@ -242,9 +249,13 @@ def test_a_tolerance_is_written_without_what_it_does_not_judge() -> None:
     assert Tolerance(sqnr_db=30, max_abs=0).to_dict() == {"sqnr_db": 30, "max_abs": 0}
 
 
-@pytest.mark.parametrize(("scale", "error", "passes"), [(1500, 1e-3, True), (1500, 2e-2, False), (1e-6, 1e-7, True), (1, 2e-4, False)])
+@pytest.mark.parametrize(
+    ("scale", "error", "passes"), [(1500, 1e-3, True), (1500, 2e-2, False), (1e-6, 1e-7, True), (1, 2e-4, False)]
+)
 def test_an_absolute_and_a_relative_limit_must_both_be_missed(scale: float, error: float, passes: bool) -> None:
-    """The error is far below 1e-5 of 1,500, where float32 ends at 1e-4; and far below 1e-4 where the values are tiny."""
+    """The error is far below 1e-5 of 1,500, where float32 ends at 1e-4; and far below 1e-4 where the values are
+    tiny.
+    """
     expected = np.array([[scale, scale / 2]])
     result = compare(expected, expected + error * np.array([1, 0]), "block_3")
     assert (result.failures(Tolerance(max_abs=1e-4, max_relative=1e-5)) == []) == passes
@@ -284,7 +295,10 @@ def test_longer_padding_changes_no_measure() -> None:
     expected, real = ragged_tokens()
     found = expected + 0.01 * features(3) * real[..., None]
     padding = ((0, 0), (0, 5), (0, 0))
-    plain, longer = compare(expected, found, "tokens"), compare(np.pad(expected, padding), np.pad(found, padding), "tokens")
+    plain, longer = (
+        compare(expected, found, "tokens"),
+        compare(np.pad(expected, padding), np.pad(found, padding), "tokens"),
+    )
     for measure in ("cosine", "centred_cosine", "max_abs", "max_relative", "sqnr_db"):
         assert getattr(longer, measure) == pytest.approx(getattr(plain, measure), rel=1e-12), measure
 

@@ -1,4 +1,6 @@
-"""Wrong outputs of every kind against the tolerance of every precision, on features as encoders give them; and the right ones, which pass."""
+"""Wrong outputs of every kind against the tolerance of every precision, on features as encoders give them; and the
+right ones, which pass.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +17,16 @@ from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 from tests.runtime.tiny_bundle import N, golden_inputs, reference
 
 PRECISIONS = {"fp32": (0.08, 125.0), "fp16": (0.08, 60.0), "bf16": (0.08, 45.0), "int8": (0.4, 32.0)}
-"""Share of the norm by which images differ (an INT8 encoder bears no small one), and the noise in dB of a right engine, as measured on ViT-S and ViT-B."""
+"""Share of the norm by which images differ (an INT8 encoder bears no small one), and the noise in dB of a right engine,
+as measured on ViT-S and ViT-B."""
 
 CHANNELS = 768
 
 
 def realistic(share: float, seed: int = 0) -> Array:
-    """Features `(8, 5, 768)` as encoders give them: most of the norm is common to all images, and a few channels are outliers."""
+    """Features `(8, 5, 768)` as encoders give them: most of the norm is common to all images, and a few channels are
+    outliers.
+    """
     rng = np.random.default_rng(seed)
     common = rng.choice([-1.0, 1.0], size=CHANNELS)
     common[[3, 500]] *= 12
@@ -78,7 +83,10 @@ PLAIN_COSINE_PASSES = {
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_a_right_engine_passes(precision: str) -> None:
     share, decibels = PRECISIONS[precision]
-    assert compare(realistic(share), with_noise(realistic(share), decibels), "tokens").failures(TOLERANCES[precision]) == []
+    assert (
+        compare(realistic(share), with_noise(realistic(share), decibels), "tokens").failures(TOLERANCES[precision])
+        == []
+    )
 
 
 def test_one_percent_of_scale_is_within_the_noise_of_int8() -> None:
@@ -87,7 +95,10 @@ def test_one_percent_of_scale_is_within_the_noise_of_int8() -> None:
     assert compare(expected, DEFECTS["scaled by 1.01"](expected), "tokens").passes(TOLERANCES["int8"])
 
 
-@pytest.mark.parametrize(("precision", "defect"), [case for case in itertools.product(PRECISIONS, DEFECTS) if case != ("int8", "scaled by 1.01")])
+@pytest.mark.parametrize(
+    ("precision", "defect"),
+    [case for case in itertools.product(PRECISIONS, DEFECTS) if case != ("int8", "scaled by 1.01")],
+)
 def test_every_defect_fails(precision: str, defect: str) -> None:
     expected, tolerance = realistic(PRECISIONS[precision][0]), TOLERANCES[precision]
     result = compare(expected, DEFECTS[defect](expected), "tokens")
@@ -119,7 +130,9 @@ def test_ids_keep_off_by_one_fail_in_every_precision(precision: str) -> None:
 
 @pytest.mark.parametrize(("share", "honest"), [(0.03, False), (0.3, True)])
 def test_features_that_barely_differ_are_no_excuse(share: float, honest: bool) -> None:
-    """INT8 at 32 dB is right where images differ by 30 % of the norm, and cannot tell them apart where they differ by 3 %."""
+    """INT8 at 32 dB is right where images differ by 30 % of the norm, and cannot tell them apart where they differ by 3
+    %.
+    """
     expected = realistic(share)
     result = compare(expected, with_noise(expected, 32), "cls")
     assert result.sqnr_db == pytest.approx(32, abs=0.1)

@@ -1,4 +1,6 @@
-"""The proof of an engine finds what is wrong at one size only, or in CUDA graphs only; ONNX Runtime stands in TensorRT's place."""
+"""The proof of an engine finds what is wrong at one size only, or in CUDA graphs only; ONNX Runtime stands in
+TensorRT's place.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,14 @@ PROFILES: list[Profile] = [{"B": (1, 1, 1), "K": (K, K, K)}, {"B": (2, 3, 7), "K
 class Planned(OnnxRuntimeEngine):
     """An engine with CUDA graphs and sizes, which may be wrong for one of them."""
 
-    def __init__(self, bundle: Bundle, *, wrong_sizes: tuple[int, ...] | None = None, wrong_graphs: bool = False, precision: str | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        wrong_sizes: tuple[int, ...] | None = None,
+        wrong_graphs: bool = False,
+        precision: str | None = None,
+    ) -> None:
         super().__init__(bundle.graph(), EngineOptions(), precision=precision or bundle.precision)
         self.name = "tensorrt"
         self.use_graphs = False
@@ -56,12 +65,19 @@ def failed(checks: Sequence[Check]) -> set[tuple[str, str]]:
 def test_a_right_engine_passes_at_every_size(visible_bundle: Path) -> None:
     checks = prove(Bundle.load(visible_bundle))
     assert not failed(checks)
-    names = ["profile 0 min, B=1, K=4", "profile 1 min, B=2, K=2", "profile 1 opt, B=3, K=5", f"profile 1 max, B=7, K={N}"]
+    names = [
+        "profile 0 min, B=1, K=4",
+        "profile 1 min, B=2, K=2",
+        "profile 1 opt, B=3, K=5",
+        f"profile 1 max, B=7, K={N}",
+    ]
     both = [form for name in names for form in (name, f"{name}, CUDA graph")]
     assert list(dict.fromkeys(check.name for check in checks if check.name.startswith("profile"))) == both
     golden = [check.comparison.name for check in checks if check.name == "golden"]
     assert golden == list(OUTPUTS)
-    assert {"permuted ids_keep, CUDA graph", "sample alone", "golden, CUDA graph", "run again"} <= {check.name for check in checks}
+    assert {"permuted ids_keep, CUDA graph", "sample alone", "golden, CUDA graph", "run again"} <= {
+        check.name for check in checks
+    }
 
 
 def test_an_engine_that_is_wrong_at_one_size(visible_bundle: Path) -> None:
@@ -76,7 +92,9 @@ def test_an_engine_that_is_wrong_in_cuda_graphs(visible_bundle: Path) -> None:
     assert all(name.endswith(", CUDA graph") for name, _ in found)
 
 
-@pytest.mark.parametrize("settings", [{"token_mode": "full"}, {"token_mode": "ragged"}, {"batch": 2}, {"keep": 4}, {"images": "uint8"}])
+@pytest.mark.parametrize(
+    "settings", [{"token_mode": "full"}, {"token_mode": "ragged"}, {"batch": 2}, {"keep": 4}, {"images": "uint8"}]
+)
 def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "b", **settings))
     proven = bundle.manifest["profile"]
@@ -92,19 +110,30 @@ def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
 def test_the_tolerance_is_that_of_the_engine_s_precision(tmp_path: Path) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "b", bits=14))  # too coarse for FP32, fine for FP16
     with Planned(bundle, precision="fp16") as engine:
-        golden = [check for check in prove_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1]) if check.name.startswith("golden")]
+        golden = [
+            check
+            for check in prove_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1])
+            if check.name.startswith("golden")
+        ]
     assert len(golden) == 2 * len(OUTPUTS)
     assert not failed(golden)
     assert any(check.name == "golden" for check in prove(bundle, PROFILES[:1]) if check.failures)
 
 
 def test_without_a_reference_the_golden_outputs_judge_every_batch(tmp_path: Path) -> None:
-    bundle = Bundle.load(write_bundle(tmp_path / "b", precision="bf16", change=lambda manifest: manifest.update(typing="strong")))
+    bundle = Bundle.load(
+        write_bundle(tmp_path / "b", precision="bf16", change=lambda manifest: manifest.update(typing="strong"))
+    )
     names = {check.name for check in prove(bundle) if check.name.startswith("profile")}
-    assert names == {"profile 0 min, B=1, K=4", "profile 0 min, B=1, K=4, CUDA graph"}, "PyTorch's outputs are there for K = 4 alone"
+    assert names == {
+        "profile 0 min, B=1, K=4",
+        "profile 0 min, B=1, K=4, CUDA graph",
+    }, "PyTorch's outputs are there for K = 4 alone"
 
 
-def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(visible_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(
+    visible_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mae_deploy.runtime.tensorrt.check_plan.util.find_spec", lambda _: None)
     bundle = Bundle.load(visible_bundle)
     checks = prove(bundle, [{"B": (1, 2, 3), "K": (K, K, K)}])

@@ -1,4 +1,6 @@
-"""Which TensorRT engine of a bundle fits a machine, and that a bundle is whole at every moment while another is added."""
+"""Which TensorRT engine of a bundle fits a machine, and that a bundle is whole at every moment while another is
+added.
+"""
 
 from __future__ import annotations
 
@@ -34,10 +36,26 @@ def plan(content: bytes = b"plan", layers: str | None = '{"Layers": []}', **opti
 
 
 def add(
-    bundle: Bundle, built: Plan | None = None, *, precision: Precision = "fp16", version: str = "10.3.0", on: Gpu = ORIN, profiles: Any = PROFILES
+    bundle: Bundle,
+    built: Plan | None = None,
+    *,
+    precision: Precision = "fp16",
+    version: str = "10.3.0",
+    on: Gpu = ORIN,
+    profiles: Any = PROFILES,
 ) -> EngineEntry:
     built = built or plan()
-    return add_plan(bundle, built, version=version, gpu=on, precision=precision, profiles=profiles, build=built.record, parity={"checks": 7}, latency_ms=1.5)
+    return add_plan(
+        bundle,
+        built,
+        version=version,
+        gpu=on,
+        precision=precision,
+        profiles=profiles,
+        build=built.record,
+        parity={"checks": 7},
+        latency_ms=1.5,
+    )
 
 
 @pytest.fixture
@@ -55,7 +73,11 @@ def test_what_was_added_is_there_with_its_hash(bundle: Bundle) -> None:
     fresh = Bundle.load(bundle.path)
     assert fresh.manifest == bundle.manifest
     assert fresh.manifest["engines"] == [entry]
-    assert (entry["profiles"], entry["compute_capability"], entry["latency_ms"]) == ([{"B": [1, 8, 32], "K": [1, 4, 21]}], [8, 7], 1.5)
+    assert (entry["profiles"], entry["compute_capability"], entry["latency_ms"]) == (
+        [{"B": [1, 8, 32], "K": [1, 4, 21]}],
+        [8, 7],
+        1.5,
+    )
     assert fresh.file(name).read_bytes() == b"a plan"
     assert entry["layers"] is not None
     assert json.loads(fresh.file(entry["layers"]).read_text()) == {"Layers": []}
@@ -66,7 +88,10 @@ def test_an_engine_replaces_that_of_its_name_and_no_other(bundle: Bundle) -> Non
     add(bundle, plan(b"first"))
     add(bundle, plan(b"other"), precision="int8")
     add(bundle, plan(b"second", layers=None))
-    assert [(entry["precision"], entry["layers"]) for entry in bundle.manifest["engines"]] == [("int8", "engines/10.3.0-orin-int8.layers.json"), ("fp16", None)]
+    assert [(entry["precision"], entry["layers"]) for entry in bundle.manifest["engines"]] == [
+        ("int8", "engines/10.3.0-orin-int8.layers.json"),
+        ("fp16", None),
+    ]
     assert bundle.file(plan_name("10.3.0", ORIN, "fp16")).read_bytes() == b"second"
     assert "engines/10.3.0-orin-fp16.layers.json" not in bundle.manifest["files"]
     bundle.check_files()
@@ -75,7 +100,10 @@ def test_an_engine_replaces_that_of_its_name_and_no_other(bundle: Bundle) -> Non
 def test_builds_at_the_same_time_lose_nothing(bundle: Bundle) -> None:
     versions = [f"10.{minor}.0" for minor in range(6)]
     others = [Bundle.load(bundle.path) for _ in versions]
-    threads = [threading.Thread(target=add, args=(other,), kwargs={"version": version}) for other, version in zip(others, versions, strict=True)]
+    threads = [
+        threading.Thread(target=add, args=(other,), kwargs={"version": version})
+        for other, version in zip(others, versions, strict=True)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -132,7 +160,13 @@ def test_the_fastest_precision_that_fits(bundle: Bundle) -> None:
 def test_the_sizes_that_a_profile_holds(bundle: Bundle) -> None:
     add(bundle, precision="int8", profiles=[{"B": (1, 1, 1), "K": (4, 4, 4)}, {"B": (8, 8, 8), "K": (1, 1, 9)}])
     add(bundle, precision="fp16")
-    for sizes, precision in [({"B": 1, "K": 4}, "int8"), ({"B": 8, "K": 9}, "int8"), ({"B": 1, "K": 9}, "fp16"), ({"B": 2}, "fp16"), ({}, "int8")]:
+    for sizes, precision in [
+        ({"B": 1, "K": 4}, "int8"),
+        ({"B": 8, "K": 9}, "int8"),
+        ({"B": 1, "K": 9}, "fp16"),
+        ({"B": 2}, "fp16"),
+        ({}, "int8"),
+    ]:
         entry = find_plan(bundle, "10.3.0", ORIN, sizes)
         assert entry is not None
         assert entry["precision"] == precision, sizes
@@ -140,14 +174,18 @@ def test_the_sizes_that_a_profile_holds(bundle: Bundle) -> None:
 
 
 @pytest.mark.parametrize(
-    ("version", "fits"), [("10.3.0", True), ("10.3.1", True), ("10.16.1.11", True), ("10.2.9", False), ("11.4.0", False), ("8.6.0", False)]
+    ("version", "fits"),
+    [("10.3.0", True), ("10.3.1", True), ("10.16.1.11", True), ("10.2.9", False), ("11.4.0", False), ("8.6.0", False)],
 )
 def test_later_versions_of_the_same_major(bundle: Bundle, version: str, fits: bool) -> None:
     entry = add(bundle, plan(version_compatible=True))
     assert (misfit(entry, version, ORIN) is None) == fits
 
 
-@pytest.mark.parametrize(("level", "fitting"), [("none", ["Orin"]), ("same", ["Orin", "Orin NX"]), ("ampere", ["Orin", "Orin NX", "NVIDIA H200"])])
+@pytest.mark.parametrize(
+    ("level", "fitting"),
+    [("none", ["Orin"]), ("same", ["Orin", "Orin NX"]), ("ampere", ["Orin", "Orin NX", "NVIDIA H200"])],
+)
 def test_other_gpus(bundle: Bundle, level: str, fitting: list[str]) -> None:
     entry = add(bundle, plan(hardware_compatible=level))
     assert [on.name for on in (ORIN, gpu("Orin NX"), H200, T4) if misfit(entry, "10.3.0", on) is None] == fitting
@@ -165,10 +203,11 @@ def test_why_none_fits(bundle: Bundle) -> None:
     assert why_not(bundle, "10.3.0", ORIN) == f"the bundle {bundle.path} has no TensorRT engine"
     add(bundle, version="8.6.2")
     add(bundle, on=H200)
-    assert why_not(bundle, "10.3.0", ORIN) == (
-        f"the bundle {bundle.path} has no TensorRT engine that fits: "
-        "engines/8.6.2-orin-fp16.plan: it was built by TensorRT 8.6.2, and 10.3.0 is installed; "
-        "engines/10.3.0-nvidia-h200-fp16.plan: it was built for NVIDIA H200 (compute capability 9.0), and this is Orin (compute capability 8.7)"
+    assert (
+        why_not(bundle, "10.3.0", ORIN)
+        == f"the bundle {bundle.path} has no TensorRT engine that fits: engines/8.6.2-orin-fp16.plan: it was built by"
+        " TensorRT 8.6.2, and 10.3.0 is installed; engines/10.3.0-nvidia-h200-fp16.plan: it was built for NVIDIA"
+        " H200 (compute capability 9.0), and this is Orin (compute capability 8.7)"
     )
 
 

@@ -41,7 +41,9 @@ def collect(predictions: Predictions, output: str = "cls") -> tuple[list[Path], 
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(1, [1] * 5), (2, [2, 2, 1]), (3, [3, 2]), (5, [5]), (None, [5])])
-def test_readable_images_come_in_batches_and_in_order(full_bundle: Path, photos: list[Path], batch_size: int | None, sizes: list[int]) -> None:
+def test_readable_images_come_in_batches_and_in_order(
+    full_bundle: Path, photos: list[Path], batch_size: int | None, sizes: list[int]
+) -> None:
     backbone = Backbone.load(full_bundle)
     predictions = Predictions(backbone, photos, batch_size=batch_size)
     paths, found, lengths = collect(predictions)
@@ -66,13 +68,17 @@ def test_a_second_pass_starts_again(full_bundle: Path, photos: list[Path]) -> No
 
 def test_a_floating_point_image_is_reported_not_fatal(full_bundle: Path, photos: list[Path]) -> None:
     Image.new("F", (9, 9)).save(photos[0].with_suffix(".tiff"))
-    predictions = Predictions(Backbone.load(full_bundle), [photos[0].with_suffix(".tiff"), photos[1], photos[0].with_name("gone.png")])
+    predictions = Predictions(
+        Backbone.load(full_bundle), [photos[0].with_suffix(".tiff"), photos[1], photos[0].with_name("gone.png")]
+    )
     assert collect(predictions)[0] == [photos[1]]
     assert ["floating-point" in bad.reason for bad in predictions.unreadable] == [True, False]
 
 
 def test_no_readable_image_at_all(full_bundle: Path, photos: list[Path]) -> None:
-    with pytest.raises(CheckFailed, match=r"none of 2 images could be read; the first: .*photo-2\.png: the file is empty"):
+    with pytest.raises(
+        CheckFailed, match=r"none of 2 images could be read; the first: .*photo-2\.png: the file is empty"
+    ):
         list(Predictions(Backbone.load(full_bundle), [photos[2], photos[6]]))
 
 
@@ -89,7 +95,9 @@ def test_random_patches_depend_on_seed_and_place_only(visible_bundle: Path, phot
     np.testing.assert_allclose(runs[0], runs[1], atol=1e-6)
     mended = photos[2]
     Image.new("RGB", (9, 9)).save(mended)
-    np.testing.assert_allclose(np.delete(collect(Predictions(backbone, photos, num_keep=K), "tokens")[1], 2, axis=0), runs[0], atol=1e-6)
+    np.testing.assert_allclose(
+        np.delete(collect(Predictions(backbone, photos, num_keep=K), "tokens")[1], 2, axis=0), runs[0], atol=1e-6
+    )
     other = collect(Predictions(backbone, photos, num_keep=K, seed=1), "tokens")[1]
     assert not np.allclose(np.delete(other, 2, axis=0), runs[0], atol=1e-3)
 
@@ -106,8 +114,13 @@ def test_all_patches_in_another_order_give_the_same_mean(visible_bundle: Path, p
     np.testing.assert_allclose(collect(Predictions(backbone, photos[:1], num_keep=N), "pooled")[1], every, atol=1e-6)
 
 
-@pytest.mark.parametrize(("num_keep", "keep", "message"), [(0, None, "num_keep 0"), (N + 1, None, f"num_keep {N + 1}"), (2, [0, 1], "exclude one another")])
-def test_numbers_of_patches_that_cannot_be_taken(visible_bundle: Path, photos: list[Path], num_keep: int, keep: list[int] | None, message: str) -> None:
+@pytest.mark.parametrize(
+    ("num_keep", "keep", "message"),
+    [(0, None, "num_keep 0"), (N + 1, None, f"num_keep {N + 1}"), (2, [0, 1], "exclude one another")],
+)
+def test_numbers_of_patches_that_cannot_be_taken(
+    visible_bundle: Path, photos: list[Path], num_keep: int, keep: list[int] | None, message: str
+) -> None:
     with pytest.raises(ConfigError, match=message):
         Predictions(Backbone.load(visible_bundle), photos, keep=keep, num_keep=num_keep)
 
@@ -128,7 +141,9 @@ def test_a_number_of_patches_outside_of_the_profile(tmp_path: Path, photos: list
 
 
 @pytest.mark.parametrize("fixed", [None, 8])
-def test_a_ragged_graph_sees_as_many_patches_of_every_image(tmp_path: Path, photos: list[Path], fixed: int | None) -> None:
+def test_a_ragged_graph_sees_as_many_patches_of_every_image(
+    tmp_path: Path, photos: list[Path], fixed: int | None
+) -> None:
     backbone = Backbone.load(write_bundle(tmp_path / "b", token_mode="ragged", keep=fixed))
     _, found, _ = collect(Predictions(backbone, photos, num_keep=3), "tokens")
     assert found.shape == (5, fixed or 3, D)
@@ -144,10 +159,14 @@ def test_a_reconstruction_from_random_patches(tmp_path: Path, photos: list[Path]
     assert collect(Predictions(backbone, photos, num_keep=K), "pixels")[1].shape == (5, N, P * P * C)
 
 
-def test_pixels_are_cropped_once_for_a_graph_that_normalises(tmp_path: Path, photos: list[Path], full_bundle: Path) -> None:
+def test_pixels_are_cropped_once_for_a_graph_that_normalises(
+    tmp_path: Path, photos: list[Path], full_bundle: Path
+) -> None:
     """A second crop would cut the border off again."""
     settings = {"token_mode": "full", "preprocess": {"crop_pct": 0.6}}
-    inside, outside = (Backbone.load(write_bundle(tmp_path / images, images=images, **settings)) for images in ("uint8", "float32"))  # type: ignore[arg-type]
+    inside, outside = (
+        Backbone.load(write_bundle(tmp_path / images, images=images, **settings)) for images in ("uint8", "float32")
+    )  # type: ignore[arg-type]
     expected = collect(Predictions(outside, photos))[1]
     np.testing.assert_allclose(collect(Predictions(inside, photos))[1], expected, atol=1e-5)
     np.testing.assert_allclose(expected[0], inside(read_image(photos[0])).cls[0], atol=1e-5)
@@ -159,7 +178,9 @@ def test_a_full_graph_takes_no_number_of_patches(full_bundle: Path, photos: list
 
 
 def test_outputs_are_chosen(full_bundle: Path, photos: list[Path]) -> None:
-    assert [list(features) for _, features in Predictions(Backbone.load(full_bundle), photos, outputs=["pooled"])] == [["pooled"]]
+    assert [list(features) for _, features in Predictions(Backbone.load(full_bundle), photos, outputs=["pooled"])] == [
+        ["pooled"]
+    ]
 
 
 @pytest.mark.parametrize(("paths", "batch_size"), [(0, 1), (1, 0), (1, -3)])
@@ -176,7 +197,9 @@ def test_top_k_is_sorted_softmax() -> None:
     first, second = top_k(logits, ["ant", "bee", "cat"], 2)
     assert [name for name, _ in first] == ["bee", "cat"]
     assert [name for name, _ in second] == ["ant", "cat"]
-    assert [share for _, share in first] == pytest.approx([0.7, 0.2], abs=1e-3)  # the offset of 1000 costs float32 its digits
+    assert [share for _, share in first] == pytest.approx(
+        [0.7, 0.2], abs=1e-3
+    )  # the offset of 1000 costs float32 its digits
 
 
 def test_top_k_without_names_or_with_few_classes() -> None:
@@ -184,7 +207,9 @@ def test_top_k_without_names_or_with_few_classes() -> None:
 
 
 def test_top_k_sums_to_one() -> None:
-    assert sum(share for _, share in top_k(np.random.default_rng(0).normal(size=(1, 11)), None, 11)[0]) == pytest.approx(1)
+    assert sum(
+        share for _, share in top_k(np.random.default_rng(0).normal(size=(1, 11)), None, 11)[0]
+    ) == pytest.approx(1)
 
 
 def test_top_k_errors() -> None:
@@ -205,7 +230,11 @@ NAMES = ["a/ä.png", "b.png", "c.png"]
 
 def arrays() -> dict[str, Array]:
     rng = np.random.default_rng(0)
-    return {"score": rng.normal(size=3), "cls": rng.normal(size=(3, 5)).astype(np.float32), "tokens": rng.normal(size=(3, 2, 7)).astype(np.float32)}
+    return {
+        "score": rng.normal(size=3),
+        "cls": rng.normal(size=(3, 5)).astype(np.float32),
+        "tokens": rng.normal(size=(3, 2, 7)).astype(np.float32),
+    }
 
 
 def test_npz(tmp_path: Path) -> None:

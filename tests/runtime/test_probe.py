@@ -42,9 +42,14 @@ def test_memory_is_that_of_the_child_alone(graph: Path) -> None:
 
 
 def test_a_graph_that_cannot_be_run(tmp_path: Path, graph: Path) -> None:
-    with pytest.raises(MaeDeployError, match=r"^a process of its own ends with 1: mae_deploy\.errors\.ConfigError: no ONNX file at .*none\.onnx$"):
+    with pytest.raises(
+        MaeDeployError,
+        match=r"^a process of its own ends with 1: mae_deploy\.errors\.ConfigError: no ONNX file at .*none\.onnx$",
+    ):
         probe_graph(tmp_path / "none.onnx", "onnxruntime", ONE_THREAD, {})
-    with pytest.raises(MaeDeployError, match=r"ends with 1: .*the graph takes the inputs images, ids_keep, not odd name$"):
+    with pytest.raises(
+        MaeDeployError, match=r"ends with 1: .*the graph takes the inputs images, ids_keep, not odd name$"
+    ):
         probe_graph(graph, "onnxruntime", ONE_THREAD, {"odd name": np.zeros(1)})
 
 

@@ -1,4 +1,6 @@
-"""TensorRT among the engines: what is loaded of which plan, and what happens where none can be; tests/gpu loads real ones."""
+"""TensorRT among the engines: what is loaded of which plan, and what happens where none can be; tests/gpu loads real
+ones.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,14 @@ class Opened(Engine):
     graph: Path
 
     def __init__(
-        self, plan: Path, options: EngineOptions, *, precision: str, taps: Sequence[str] = (), host_code: bool = False, weights: Path | None = None
+        self,
+        plan: Path,
+        options: EngineOptions,
+        *,
+        precision: str,
+        taps: Sequence[str] = (),
+        host_code: bool = False,
+        weights: Path | None = None,
     ) -> None:
         self.content, self.host_code, self.weights = plan.read_bytes(), host_code, weights
         super().__init__(plan, options, precision=precision, taps=taps)
@@ -89,12 +98,17 @@ def test_a_call_takes_any_number_of_images(bundle: Bundle, on_orin: None) -> Non
 
 
 @pytest.mark.parametrize(("version_compatible", "stripped"), [(True, False), (False, True)])
-def test_what_a_plan_lacks_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_orin: None, version_compatible: bool, stripped: bool) -> None:
+def test_what_a_plan_lacks_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_orin: None, version_compatible: bool, stripped: bool
+) -> None:
     found = planned(tmp_path / "b", entry={"version_compatible": version_compatible, "stripped": stripped})
     monkeypatch.setattr(Opened, "graph", found.graph(), raising=False)
     with load_engine(found, "trt") as engine:
         assert isinstance(engine, Opened)
-        assert (engine.host_code, engine.weights) == (version_compatible, found.path / "encoder.onnx" if stripped else None)
+        assert (engine.host_code, engine.weights) == (
+            version_compatible,
+            found.path / "encoder.onnx" if stripped else None,
+        )
 
 
 @pytest.mark.parametrize("name", ["auto", "trt"])
@@ -121,29 +135,40 @@ def test_no_gpu(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, caplog: pytest.
 
 def test_a_plan_for_another_gpu(tmp_path: Path, on_orin: None, caplog: pytest.LogCaptureFixture) -> None:
     found = planned(tmp_path / "b", entry={"tensorrt": "8.6.2"})
-    with pytest.raises(ConfigError, match=r"no TensorRT engine that fits: engines/.*: it was built by TensorRT 8\.6\.2, and 10\.3\.0 is installed") as caught:
+    with pytest.raises(
+        ConfigError,
+        match=r"no TensorRT engine that fits: engines/.*: it was built by TensorRT 8\.6\.2, and 10\.3\.0 is installed",
+    ) as caught:
         load_engine(found, "trt")
-    assert caught.value.hint == f"mae-deploy build-engine {found.path}, or --engine onnxruntime, which runs every bundle"
+    assert (
+        caught.value.hint == f"mae-deploy build-engine {found.path}, or --engine onnxruntime, which runs every bundle"
+    )
     with load_engine(found) as engine:
         assert engine.name == "onnxruntime"
     assert "it was built by TensorRT 8.6.2" in caplog.text
 
 
-def test_a_bundle_that_was_made_for_tensorrt_without_an_engine_yet(tmp_path: Path, on_orin: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_bundle_that_was_made_for_tensorrt_without_an_engine_yet(
+    tmp_path: Path, on_orin: None, caplog: pytest.LogCaptureFixture
+) -> None:
     found = Bundle.load(write_bundle(tmp_path / "b", change=lambda manifest: manifest.update(engine="tensorrt")))
     with load_engine(found) as engine:
         assert engine.name == "onnxruntime"
     assert "has no TensorRT engine" in caplog.text
 
 
-def test_nothing_is_said_where_nobody_spoke_of_tensorrt(full_bundle: Path, on_orin: None, caplog: pytest.LogCaptureFixture) -> None:
+def test_nothing_is_said_where_nobody_spoke_of_tensorrt(
+    full_bundle: Path, on_orin: None, caplog: pytest.LogCaptureFixture
+) -> None:
     with load_engine(Bundle.load(full_bundle)) as engine:
         assert engine.name == "onnxruntime"
     assert caplog.text == ""
 
 
 @pytest.mark.parametrize("name", ["auto", "trt"])
-def test_one_is_built_on_request(bundle: Bundle, tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_one_is_built_on_request(
+    bundle: Bundle, tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     bare = write_bundle(tmp_path / "bare")
     built: list[Path] = []
 
@@ -163,7 +188,9 @@ def test_one_is_built_on_request(bundle: Bundle, tmp_path: Path, on_orin: None, 
     assert built == [bare], "one that fits was there"
 
 
-def test_a_build_that_fails_leaves_onnx_runtime(full_bundle: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_build_that_fails_leaves_onnx_runtime(
+    full_bundle: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def build(_: Bundle) -> Any:
         raise MaeDeployError("TensorRT 10.3.0 cannot build an engine: no memory")
 
@@ -178,7 +205,9 @@ def test_a_build_that_fails_leaves_onnx_runtime(full_bundle: Path, on_orin: None
 # --- verification ----------------------------------------------------------------------------------------------------
 
 
-def test_verify_judges_by_the_precision_of_the_engine(tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_verify_judges_by_the_precision_of_the_engine(
+    tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = planned(tmp_path / "b", bits=14)
     monkeypatch.setattr(Opened, "graph", found.graph(), raising=False)
     verification = verify_bundle(found, "trt")
@@ -187,7 +216,9 @@ def test_verify_judges_by_the_precision_of_the_engine(tmp_path: Path, on_orin: N
     assert not verify_bundle(found, "onnx").outputs_pass, "in FP32 these weights are too coarse"
 
 
-def test_what_the_engine_does_not_take_is_not_checked(tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_the_engine_does_not_take_is_not_checked(
+    tmp_path: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = planned(tmp_path / "b", token_mode="ragged", entry={"profiles": [{"B": [1, 5, 5], "K": [8, 8, 8]}]})
     monkeypatch.setattr(Opened, "graph", found.graph(), raising=False)
     names = {check.name for check in verify_bundle(found, "trt").checks}
@@ -195,7 +226,9 @@ def test_what_the_engine_does_not_take_is_not_checked(tmp_path: Path, on_orin: N
     assert not {"longer padding", "sample alone"} & names, "K would be 11, or as few as a sample has"
 
 
-def test_layers_are_those_of_an_engine_that_is_built_for_them(bundle: Bundle, on_orin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_are_those_of_an_engine_that_is_built_for_them(
+    bundle: Bundle, on_orin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked: dict[str, Any] = {}
 
     def build_plan(graph: Path, **given: Any) -> Plan:

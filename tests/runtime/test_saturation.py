@@ -25,14 +25,25 @@ def test_the_graph_is_valid_and_named_as_onnx_has_it() -> None:
     model = onnx.load_from_string(saturation._integer_product())
     onnx.checker.check_model(model)
     (node,) = model.graph.node
-    assert (node.op_type, list(node.input), list(node.output)) == ("MatMulInteger", ["activations", "weights"], ["product"])
-    assert [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)] == [TensorProto.UINT8, TensorProto.INT8, TensorProto.INT32]
+    assert (node.op_type, list(node.input), list(node.output)) == (
+        "MatMulInteger",
+        ["activations", "weights"],
+        ["product"],
+    )
+    assert [value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)] == [
+        TensorProto.UINT8,
+        TensorProto.INT8,
+        TensorProto.INT32,
+    ]
 
 
 def test_this_cpu() -> None:
     """Against a larger product of a graph that the onnx package writes: the same kernels have to be exact, or not."""
     a, b = np.full((5, 96), 255, np.uint8), np.full((96, 17), 127, np.int8)
-    values = [helper.make_tensor_value_info(*value) for value in (("a", TensorProto.UINT8, [5, 96]), ("b", TensorProto.INT8, [96, 17]))]
+    values = [
+        helper.make_tensor_value_info(*value)
+        for value in (("a", TensorProto.UINT8, [5, 96]), ("b", TensorProto.INT8, [96, 17]))
+    ]
     outputs = [helper.make_tensor_value_info("c", TensorProto.INT32, [5, 17])]
     body = helper.make_graph([helper.make_node("MatMulInteger", ["a", "b"], ["c"])], "g", values, outputs)
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -51,12 +62,18 @@ def test_a_cpu_without_vnni(saturates: bool) -> None:
         pairs = products[:, ::2] + products[:, 1::2]
         return [(pairs.clip(-32768, 32767) if saturates else pairs).sum(axis=1)]
 
-    runtime = SimpleNamespace(SessionOptions=SimpleNamespace, InferenceSession=lambda *_, **__: SimpleNamespace(run=run))
+    runtime = SimpleNamespace(
+        SessionOptions=SimpleNamespace, InferenceSession=lambda *_, **__: SimpleNamespace(run=run)
+    )
     assert products_saturate(cast(ModuleType, runtime)) is saturates
 
 
-@pytest.mark.parametrize(("precision", "saturates", "exact"), [("int8", True, True), ("int8", False, False), ("fp32", True, False)])
-def test_the_session(full_bundle: Path, precision: str, saturates: bool, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("precision", "saturates", "exact"), [("int8", True, True), ("int8", False, False), ("fp32", True, False)]
+)
+def test_the_session(
+    full_bundle: Path, precision: str, saturates: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(onnxruntime_engine, "products_saturate", lambda _: saturates)
     with OnnxRuntimeEngine(full_bundle / "encoder.onnx", EngineOptions(threads=1), precision=precision) as engine:
         options = cast(Any, engine)._session.get_session_options()

@@ -33,7 +33,9 @@ WEIGHT = np.linspace(-1, 1, INNER * OUTER, dtype=np.float32).reshape(INNER, OUTE
 def write_graph(path: Path) -> Path:
     """`tanh` of a product, given as an output; the product and its float16 form are inner tensors."""
     graph = GraphBuilder("two steps")
-    product = graph.node("MatMul", [graph.input("x", np.float32, ["B", INNER]), graph.weight("w", WEIGHT)], "inner/product")
+    product = graph.node(
+        "MatMul", [graph.input("x", np.float32, ["B", INNER]), graph.weight("w", WEIGHT)], "inner/product"
+    )
     half = graph.cast(product, np.float16)
     graph.output("y", graph.node("Tanh", [graph.cast(half, np.float32)], "tanh"), ["B", OUTER])
     path.parent.mkdir()
@@ -73,7 +75,9 @@ def test_the_blocks_of_a_bundle(name: str, visible_bundle: Path) -> None:
     with load_engine(Bundle.load(visible_bundle), name, OPTIONS, taps=BLOCK_TENSORS) as engine:
         assert engine.output_names == (*OUTPUTS, *BLOCK_TENSORS)
         found = engine.run(samples, BLOCK_TENSORS)
-    np.testing.assert_allclose(np.stack([found[block] for block in BLOCK_TENSORS], axis=1), reference_blocks(**samples), atol=1e-4)
+    np.testing.assert_allclose(
+        np.stack([found[block] for block in BLOCK_TENSORS], axis=1), reference_blocks(**samples), atol=1e-4
+    )
 
 
 def test_a_tap_that_is_an_output_already(engine_class: Any, visible_bundle: Path) -> None:

@@ -1,4 +1,6 @@
-"""What the versions of TensorRT do differently, on stand-ins for their modules; the real bindings are tried in tests/packaging."""
+"""What the versions of TensorRT do differently, on stand-ins for their modules; the real bindings are tried in
+tests/packaging.
+"""
 
 from __future__ import annotations
 
@@ -40,11 +42,17 @@ def module(version: str, **parts: Any) -> Any:
         flags |= {"STRIP_PLAN": 51} | ({"BF16": 52} if major == 10 else {})
     network = {8: {"EXPLICIT_BATCH": 5}, 10: {"EXPLICIT_BATCH": 5, "STRONGLY_TYPED": 6}, 11: {"STRONGLY_TYPED": 6}}
     return SimpleNamespace(
-        __version__=version, BuilderFlag=SimpleNamespace(**flags), NetworkDefinitionCreationFlag=SimpleNamespace(**network.get(major, {})), **parts
+        __version__=version,
+        BuilderFlag=SimpleNamespace(**flags),
+        NetworkDefinitionCreationFlag=SimpleNamespace(**network.get(major, {})),
+        **parts,
     )
 
 
-@pytest.mark.parametrize(("version", "weak", "strong"), [("8.6.0", 1 << 5, 1 << 5), ("8.6.2", 1 << 5, 1 << 5), ("10.16.1.11", 0, 1 << 6), ("11.4.0.106", 0, 0)])
+@pytest.mark.parametrize(
+    ("version", "weak", "strong"),
+    [("8.6.0", 1 << 5, 1 << 5), ("8.6.2", 1 << 5, 1 << 5), ("10.16.1.11", 0, 1 << 6), ("11.4.0.106", 0, 0)],
+)
 def test_flags_of_the_network(version: str, weak: int, strong: int) -> None:
     assert [network_flags(module(version), strong=typed) for typed in (False, True)] == [weak, strong]
 
@@ -82,11 +90,19 @@ def test_flags_of_the_precision(version: str, precision: str, strong: bool, flag
         ("8.6.0", "bf16", True, "cannot build a strongly typed bf16 graph", "--typing weak"),
         ("8.6.0", "fp8", False, "computes in FP8 only what a strongly typed graph has", "--typing strong"),
         ("10.3.0", "fp8", False, "computes in FP8 only what a strongly typed graph has", "--typing strong"),
-        ("11.4.0", "fp16", False, "TensorRT 11.4.0 computes a weakly typed graph in FP32, not in fp16", "--typing strong"),
+        (
+            "11.4.0",
+            "fp16",
+            False,
+            "TensorRT 11.4.0 computes a weakly typed graph in FP32, not in fp16",
+            "--typing strong",
+        ),
         ("11.4.0", "int8", False, "in FP32, not in int8", "--typing strong"),
     ],
 )
-def test_precisions_that_a_version_cannot_build(version: str, precision: str, strong: bool, said: str, hint: str) -> None:
+def test_precisions_that_a_version_cannot_build(
+    version: str, precision: str, strong: bool, said: str, hint: str
+) -> None:
     with pytest.raises(ConfigError, match=said) as caught:
         precision_flags(module(version), precision, strong=strong)
     assert hint in (caught.value.hint or "")
@@ -107,7 +123,9 @@ def test_options_that_a_version_has_not() -> None:
         builder_flags(module("8.6.0"), ["STRIP_PLAN"], option="--strip")
     levels = SimpleNamespace(NONE=1, AMPERE_PLUS=2)
     assert hardware_level(module("8.6.0", HardwareCompatibilityLevel=levels), "ampere") == 2
-    with pytest.raises(ConfigError, match=r"--hardware-compatible same: TensorRT 8\.6\.0 has no SAME_COMPUTE_CAPABILITY"):
+    with pytest.raises(
+        ConfigError, match=r"--hardware-compatible same: TensorRT 8\.6\.0 has no SAME_COMPUTE_CAPABILITY"
+    ):
         hardware_level(module("8.6.0", HardwareCompatibilityLevel=levels), "same")
 
 
@@ -144,7 +162,10 @@ FEATURES = SimpleNamespace(DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805="extern
 )
 def test_8_6_takes_no_kernels_from_libraries_that_are_not_there(there: set[str], off: list[str], sources: int) -> None:
     config = Config()
-    assert set_kernel_sources(module("8.6.0", TacticSource=SOURCES, PreviewFeature=FEATURES), config, there.__contains__) == off
+    assert (
+        set_kernel_sources(module("8.6.0", TacticSource=SOURCES, PreviewFeature=FEATURES), config, there.__contains__)
+        == off
+    )
     assert (config.sources, config.features) == (sources, {"external": True} if off else {})
 
 
@@ -161,7 +182,10 @@ def test_later_versions_have_kernels_of_their_own_and_share_profiles() -> None:
 
 
 def test_every_error_of_the_parser() -> None:
-    errors = [SimpleNamespace(node=lambda: 3, desc=lambda: "no importer\nfor Gelu"), SimpleNamespace(node=lambda: -1, desc=lambda: "no graph")]
+    errors = [
+        SimpleNamespace(node=lambda: 3, desc=lambda: "no importer\nfor Gelu"),
+        SimpleNamespace(node=lambda: -1, desc=lambda: "no graph"),
+    ]
     parser = SimpleNamespace(num_errors=2, get_error=errors.__getitem__)
     assert parser_errors(parser) == ["node 3: no importer for Gelu", "no graph"]
 
@@ -223,7 +247,9 @@ class Runtime:
 
 def test_a_plan_that_tensorrt_refuses() -> None:
     api = make_api(Runtime=Runtime)
-    with pytest.raises(MaeDeployError, match=r"TensorRT 10\.3\.0 cannot load this engine: stale serialized plan") as caught:
+    with pytest.raises(
+        MaeDeployError, match=r"TensorRT 10\.3\.0 cannot load this engine: stale serialized plan"
+    ) as caught:
         api.deserialize(b"foreign")
     assert "build-engine" in (caught.value.hint or "")
 
@@ -235,7 +261,9 @@ def test_host_code_is_refused_unless_asked_for() -> None:
 
 
 def test_a_stripped_plan_where_weights_cannot_be_put_back(tmp_path: Path) -> None:
-    with pytest.raises(MaeDeployError, match=r"TensorRT 10\.3\.0 cannot put weights into a plan that was built without"):
+    with pytest.raises(
+        MaeDeployError, match=r"TensorRT 10\.3\.0 cannot put weights into a plan that was built without"
+    ):
         make_api(Runtime=Runtime).deserialize(b"plan", weights=tmp_path / "encoder.onnx")
 
 

@@ -1,4 +1,6 @@
-"""What a build asks TensorRT for, on a stand-in that remembers it; tests/gpu builds for real, tests/packaging knows every name in the bindings."""
+"""What a build asks TensorRT for, on a stand-in that remembers it; tests/gpu builds for real, tests/packaging knows
+every name in the bindings.
+"""
 
 from __future__ import annotations
 
@@ -164,13 +166,21 @@ class Fake:
 
         self.ILogger, self.Builder, self.OnnxParser, self.Runtime = Logger, Builder, OnnxParser, Runtime
         major = int(version.split(".")[0])
-        names = ["REFIT", "TF32", "VERSION_COMPATIBLE", *(["FP16", "INT8"] if major < 11 else []), *(["STRIP_PLAN"] if major > 8 else [])]
+        names = [
+            "REFIT",
+            "TF32",
+            "VERSION_COMPATIBLE",
+            *(["FP16", "INT8"] if major < 11 else []),
+            *(["STRIP_PLAN"] if major > 8 else []),
+        ]
         self.BuilderFlag = SimpleNamespace(**{name: name for name in names})
         self.NetworkDefinitionCreationFlag = SimpleNamespace(EXPLICIT_BATCH=3, STRONGLY_TYPED=4)
         self.MemoryPoolType = SimpleNamespace(WORKSPACE="workspace")
         self.ProfilingVerbosity = SimpleNamespace(DETAILED="detailed")
         self.HardwareCompatibilityLevel = SimpleNamespace(NONE="none", AMPERE_PLUS="ampere plus")
-        self.PreviewFeature = SimpleNamespace(DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805="external", PROFILE_SHARING_0806="sharing")
+        self.PreviewFeature = SimpleNamespace(
+            DISABLE_EXTERNAL_TACTIC_SOURCES_FOR_CORE_0805="external", PROFILE_SHARING_0806="sharing"
+        )
         self.TacticSource = SimpleNamespace(CUBLAS=0, CUBLAS_LT=1, CUDNN=2)
         self.LayerInformationFormat = SimpleNamespace(JSON="json")
         self.float32 = "float32"
@@ -205,7 +215,16 @@ def use(monkeypatch: pytest.MonkeyPatch, version: str) -> Fake:
 
 
 def build(graph: Path, **given: Any) -> Plan:
-    return build_plan(graph, **{"precision": "fp32", "typing": "weak", "profiles": PROFILES, "options": BuildOptions(timing_cache="off"), **given})
+    return build_plan(
+        graph,
+        **{
+            "precision": "fp32",
+            "typing": "weak",
+            "profiles": PROFILES,
+            "options": BuildOptions(timing_cache="off"),
+            **given,
+        },
+    )
 
 
 def test_an_fp32_build_on_8_6(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,7 +255,15 @@ def test_an_fp32_build_on_8_6(graph: Path, monkeypatch: pytest.MonkeyPatch) -> N
         ("11.4.0", "fp16", "strong", 0, set()),
     ],
 )
-def test_flags(graph: Path, monkeypatch: pytest.MonkeyPatch, version: str, precision: str, typing: str, network: int, flags: set[str]) -> None:
+def test_flags(
+    graph: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    version: str,
+    precision: str,
+    typing: str,
+    network: int,
+    flags: set[str],
+) -> None:
     fake = use(monkeypatch, version)
     build(graph, precision=precision, typing=typing)
     assert (fake.networks[0].flags, fake.configs[0].flags, fake.configs[0].off) == (network, flags, set())
@@ -244,11 +271,22 @@ def test_flags(graph: Path, monkeypatch: pytest.MonkeyPatch, version: str, preci
 
 def test_options(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = use(monkeypatch, "10.3.0")
-    options = {"workspace": 7, "optimization_level": 5, "hardware_compatible": "ampere", "version_compatible": True, "strip": True, "refit": True}
+    options = {
+        "workspace": 7,
+        "optimization_level": 5,
+        "hardware_compatible": "ampere",
+        "version_compatible": True,
+        "strip": True,
+        "refit": True,
+    }
     build(graph, options=BuildOptions(timing_cache="off", **options))  # type: ignore[arg-type]
     config: Any = fake.configs[0]
     assert config.flags == {"VERSION_COMPATIBLE", "STRIP_PLAN", "REFIT"}
-    assert (config.limits, config.builder_optimization_level, config.hardware_compatibility_level) == ({"workspace": 7 << 20}, 5, "ampere plus")
+    assert (config.limits, config.builder_optimization_level, config.hardware_compatibility_level) == (
+        {"workspace": 7 << 20},
+        5,
+        "ampere plus",
+    )
     assert (config.profiling_verbosity, config.features, fake.host_code) == ("detailed", {}, [True])
 
 
@@ -257,7 +295,11 @@ def test_inner_tensors_as_outputs(graph: Path, monkeypatch: pytest.MonkeyPatch) 
     build(graph, outputs_marked=[INNER, "cls"])
     (network,) = fake.networks
     ((inner, dtype),) = network.casts
-    assert (inner.name, dtype, [tensor.name for tensor in network.marked]) == (f"{INNER}/inner", "float32", [INNER]), "cls is an output already"
+    assert (inner.name, dtype, [tensor.name for tensor in network.marked]) == (
+        f"{INNER}/inner",
+        "float32",
+        [INNER],
+    ), "cls is an output already"
     with pytest.raises(ConfigError, match="TensorRT's network has no tensor 'block_9'"):
         build(graph, outputs_marked=["block_9"])
 
@@ -273,13 +315,18 @@ def test_fixed_sizes_need_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_every_error_of_the_parser_is_said(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "8.6.0").errors = ["no importer for Gelu", "no importer for CumSum"]
-    with pytest.raises(MaeDeployError, match=r"TensorRT 8\.6\.0 cannot read .*: node 0: no importer for Gelu; node 1: no importer for CumSum"):
+    with pytest.raises(
+        MaeDeployError,
+        match=r"TensorRT 8\.6\.0 cannot read .*: node 0: no importer for Gelu; node 1: no importer for CumSum",
+    ):
         build(graph)
 
 
 def test_a_build_that_gives_nothing(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     use(monkeypatch, "10.3.0").plan = None
-    with pytest.raises(MaeDeployError, match=r"TensorRT 10\.3\.0 cannot build this engine: no kernel for ForeignNode") as caught:
+    with pytest.raises(
+        MaeDeployError, match=r"TensorRT 10\.3\.0 cannot build this engine: no kernel for ForeignNode"
+    ) as caught:
         build(graph)
     assert "--workspace" in (caught.value.hint or "")
 
@@ -303,7 +350,10 @@ def test_progress_where_the_version_has_it(graph: Path, monkeypatch: pytest.Monk
 
 
 def test_an_opset_that_8_6_does_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    onnx.save(helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=[helper.make_opsetid("", 19)]), tmp_path / "a.onnx")
+    onnx.save(
+        helper.make_model(helper.make_graph([], "empty", [], []), opset_imports=[helper.make_opsetid("", 19)]),
+        tmp_path / "a.onnx",
+    )
     use(monkeypatch, "8.6.0")
     with pytest.raises(ConfigError, match=r"a\.onnx has opset 19, and TensorRT 8\.6\.0 reads up to 17") as caught:
         build(tmp_path / "a.onnx")

@@ -1,4 +1,6 @@
-"""How TensorRT is driven: slots, contexts, graphs, shapes, types, threads, and what is given back; on the stub driver and a module that stands for TensorRT."""
+"""How TensorRT is driven: slots, contexts, graphs, shapes, types, threads, and what is given back; on the stub driver
+and a module that stands for TensorRT.
+"""
 
 from __future__ import annotations
 
@@ -32,9 +34,18 @@ Load = Callable[..., TensorRtEngine]
 def load(stub_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Load:
     """Load an engine from a plan, on a version of the stand-in for TensorRT."""
 
-    def load_engine(content: bytes | None = None, *, version: str = "10.3.0", shared_profiles: bool = True, graphs: bool = True, **more: Any) -> TensorRtEngine:
+    def load_engine(
+        content: bytes | None = None,
+        *,
+        version: str = "10.3.0",
+        shared_profiles: bool = True,
+        graphs: bool = True,
+        **more: Any,
+    ) -> TensorRtEngine:
         monkeypatch.setattr(tensorrt_api, "_loaded", {})
-        monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(stub_driver, version=version, shared_profiles=shared_profiles))
+        monkeypatch.setitem(
+            sys.modules, "tensorrt", make_tensorrt(stub_driver, version=version, shared_profiles=shared_profiles)
+        )
         monkeypatch.setattr(tensorrt_engine, "open_memory", lambda backend, index: StubMemory(stub_driver))
         (tmp_path / "a.plan").write_bytes(plan() if content is None else content)
         return TensorRtEngine(tmp_path / "a.plan", EngineOptions(cuda_graphs=graphs), precision="fp16", **more)
@@ -44,7 +55,10 @@ def load(stub_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def inputs(batch: int = 2, keep: int = 3, seed: int = 0) -> dict[str, Any]:
     rng = np.random.default_rng(seed)
-    return {"images": rng.normal(size=(batch, C, H, W)).astype(np.float32), "ids_keep": rng.integers(0, 99, (batch, keep))}
+    return {
+        "images": rng.normal(size=(batch, C, H, W)).astype(np.float32),
+        "ids_keep": rng.integers(0, 99, (batch, keep)),
+    }
 
 
 def check(found: dict[str, Any], given: dict[str, Any]) -> None:
@@ -76,7 +90,9 @@ def test_an_output_is_the_callers_own(load: Load) -> None:
         check(second, inputs(seed=1))
 
 
-def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(load: Load, stub_driver: ctypes.CDLL) -> None:
+def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(
+    load: Load, stub_driver: ctypes.CDLL
+) -> None:
     with load() as engine:
         calls(stub_driver)
         copies, results = ["in", "in", "wait"], ["record", "out", "out", "synchronize"]
@@ -95,7 +111,9 @@ def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(load:
         assert "capture" in calls(stub_driver), "another shape is another graph"
 
 
-def test_shapes_beyond_those_that_get_a_graph(load: Load, stub_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_beyond_those_that_get_a_graph(
+    load: Load, stub_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tensorrt_runner, "MOST_CONTEXTS", 2)
     with load() as engine:
         for _ in range(2):
@@ -141,9 +159,10 @@ def test_a_shape_that_no_profile_covers(load: Load, stub_driver: ctypes.CDLL) ->
     with load(plan(*TWO_PROFILES)) as engine:
         with pytest.raises(ConfigError) as caught:
             engine.run(inputs(33, 49))
-        assert str(caught.value) == (
-            "this engine takes no images (33, 3, 2, 5), ids_keep (33, 49); it takes images (1, 3, 2, 5) to (32, 3, 2, 5), ids_keep (1, 20) to (32, 196); "
-            "or images (1, 3, 2, 5), ids_keep (1, 49)"
+        assert (
+            str(caught.value)
+            == "this engine takes no images (33, 3, 2, 5), ids_keep (33, 49); it takes images (1, 3, 2, 5) to (32, 3,"
+            " 2, 5), ids_keep (1, 20) to (32, 196); or images (1, 3, 2, 5), ids_keep (1, 49)"
         )
         assert "--profile" in (caught.value.hint or "")
         check(engine.run(inputs(32, 49)), inputs(32, 49))
@@ -160,7 +179,9 @@ def test_a_plan_of_fixed_shapes(load: Load) -> None:
             engine.run(inputs(1))
 
 
-@pytest.mark.parametrize(("value", "fits"), [(2**31 - 1, True), (-(2**31), True), (2**31, False), (-(2**31) - 1, False)])
+@pytest.mark.parametrize(
+    ("value", "fits"), [(2**31 - 1, True), (-(2**31), True), (2**31, False), (-(2**31) - 1, False)]
+)
 def test_int64_indices_for_an_engine_that_takes_int32(load: Load, value: int, fits: bool) -> None:
     given = inputs()
     given["ids_keep"][1, 2] = value
@@ -168,7 +189,9 @@ def test_int64_indices_for_an_engine_that_takes_int32(load: Load, value: int, fi
         if fits:
             check(engine.run(given), given)
         else:
-            with pytest.raises(ConfigError, match=rf"the input ids_keep has numbers from .*{value}.*, the engine takes int32"):
+            with pytest.raises(
+                ConfigError, match=rf"the input ids_keep has numbers from .*{value}.*, the engine takes int32"
+            ):
                 engine.run(given)
 
 
@@ -262,7 +285,9 @@ def test_threads(load: Load) -> None:
         assert failures == []
 
 
-def test_a_run_that_fails_on_the_gpu_fails_where_its_result_is_taken(load: Load, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_fails_on_the_gpu_fails_where_its_result_is_taken(
+    load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with load() as engine:
         engine.run(inputs())
         ticket = engine.submit(inputs())
@@ -308,14 +333,24 @@ class OnDevice:
 
     def __init__(self, array: Any, **more: Any) -> None:
         self.array = array
-        self.__cuda_array_interface__ = {"shape": array.shape, "typestr": array.dtype.str, "data": (array.ctypes.data, False), "version": 3, **more}
+        self.__cuda_array_interface__ = {
+            "shape": array.shape,
+            "typestr": array.dtype.str,
+            "data": (array.ctypes.data, False),
+            "version": 3,
+            **more,
+        }
 
 
 def read(array: Any) -> Any:
     interface = array.__cuda_array_interface__
     assert interface["strides"] is None
     size = int(np.prod(interface["shape"])) * np.dtype(interface["typestr"]).itemsize
-    return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(interface["data"][0])).view(interface["typestr"]).reshape(interface["shape"])
+    return (
+        np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(interface["data"][0]))
+        .view(interface["typestr"])
+        .reshape(interface["shape"])
+    )
 
 
 def test_arrays_on_the_gpu(load: Load, stub_driver: ctypes.CDLL) -> None:
@@ -328,14 +363,18 @@ def test_arrays_on_the_gpu(load: Load, stub_driver: ctypes.CDLL) -> None:
         found = engine.run_on_device(on_device)
         assert calls(stub_driver) == ["device", "device", "wait", "launch", "record", "synchronize"]
         check({name: read(array) for name, array in found.items()}, given)
-        assert [(array.shape, array.dtype.str, array.nbytes, array.__dlpack_device__()) for array in found.values()] == [
+        assert [
+            (array.shape, array.dtype.str, array.nbytes, array.__dlpack_device__()) for array in found.values()
+        ] == [
             ((2, C), "<f4", 8 * C, (2, 0)),
             ((2, 3, C), "<f4", 24 * C, (2, 0)),
         ]
 
 
 @pytest.mark.parametrize(("stream", "waits"), [({}, 0), ({"stream": None}, 0), ({"stream": 1}, 1), ({"version": 2}, 1)])
-def test_what_fills_an_input_is_waited_for(load: Load, stub_driver: ctypes.CDLL, stream: dict[str, Any], waits: int) -> None:
+def test_what_fills_an_input_is_waited_for(
+    load: Load, stub_driver: ctypes.CDLL, stream: dict[str, Any], waits: int
+) -> None:
     with load() as engine:
         engine.run(inputs())
         calls(stub_driver)
@@ -422,7 +461,9 @@ def test_an_engine_that_is_forgotten_is_closed(load: Load, stub_driver: ctypes.C
 
 def test_a_plan_that_tensorrt_refuses(load: Load, stub_driver: ctypes.CDLL) -> None:
     before = stub_driver.stub_live()
-    with pytest.raises(MaeDeployError, match=r"TensorRT 10\.3\.0 cannot load this engine: the plan is not one of ours") as caught:
+    with pytest.raises(
+        MaeDeployError, match=r"TensorRT 10\.3\.0 cannot load this engine: the plan is not one of ours"
+    ) as caught:
         load(b"no plan")
     assert "build-engine" in (caught.value.hint or "")
     assert (stub_driver.stub_live(), stub_driver.stub_depth()) == (before, 0)
@@ -486,7 +527,12 @@ def test_an_engine_left_open_is_closed_before_the_interpreter_ends(tmp_path: Pat
     pytest.importorskip("cuda.bindings.driver")
     compile_stub(tmp_path, soname=NAME)
     (tmp_path / "a.plan").write_bytes(plan())
-    environment = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "CUDA_STUB_DEVICES": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    environment = {
+        **os.environ,
+        "LD_LIBRARY_PATH": str(tmp_path),
+        "CUDA_STUB_DEVICES": "1",
+        "PYTHONPATH": str(Path(__file__).parents[2]),
+    }
     command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path / "a.plan"), "cuda-bindings"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (0, "True 0\n0 0\n", "")

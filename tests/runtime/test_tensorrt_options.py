@@ -1,4 +1,6 @@
-"""Sizes and options of a TensorRT build: how they are written, and which of several ranges a number of samples is run in."""
+"""Sizes and options of a TensorRT build: how they are written, and which of several ranges a number of samples is run
+in.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def test_profiles_are_read() -> None:
     assert read_profiles(None) == []
 
 
-@pytest.mark.parametrize("text", ["", ";", "B:1,8", "B:8,1,32", "B:0,1,2", "B:1,2,3 B:1,2,3", "H:1,2,3", "B:1,2,3;", "B:1,2,3 and K:1,2,3"])
+@pytest.mark.parametrize(
+    "text", ["", ";", "B:1,8", "B:8,1,32", "B:0,1,2", "B:1,2,3 B:1,2,3", "H:1,2,3", "B:1,2,3;", "B:1,2,3 and K:1,2,3"]
+)
 def test_what_is_no_profile(text: str) -> None:
     with pytest.raises(ConfigError, match="--profile") as caught:
         read_profiles(text)
@@ -34,7 +38,18 @@ def test_the_sizes_of_several_profiles() -> None:
 
 @pytest.mark.parametrize(
     ("batch", "keep", "taken"),
-    [(1, 49, 1), (3, 49, 1), (8, 49, 8), (64, 49, 64), (65, 49, 64), (3, 20, 8), (9, 196, 9), (3, 197, None), (3, 19, None), (70, None, 64)],
+    [
+        (1, 49, 1),
+        (3, 49, 1),
+        (8, 49, 8),
+        (64, 49, 64),
+        (65, 49, 64),
+        (3, 20, 8),
+        (9, 196, 9),
+        (3, 197, None),
+        (3, 19, None),
+        (70, None, 64),
+    ],
     ids=lambda value: str(value),
 )
 def test_how_many_samples_at_a_time(batch: int, keep: int | None, taken: int | None) -> None:
@@ -47,7 +62,11 @@ def test_a_graph_of_all_patches_has_one_range() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"workspace": 0}, "--workspace 0"), ({"optimization_level": 6}, "--optimization-level 6"), ({"optimization_level": -1}, "--optimization-level -1")],
+    [
+        ({"workspace": 0}, "--workspace 0"),
+        ({"optimization_level": 6}, "--optimization-level 6"),
+        ({"optimization_level": -1}, "--optimization-level -1"),
+    ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):

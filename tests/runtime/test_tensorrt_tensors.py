@@ -8,27 +8,56 @@ import numpy as np
 import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.runtime.tensorrt.tensors import ProfileRange, Tensor, check_dtype, check_shapes, choose_profile, to_numpy
+from mae_deploy.runtime.tensorrt.tensors import (
+    ProfileRange,
+    Tensor,
+    check_dtype,
+    check_shapes,
+    choose_profile,
+    to_numpy,
+)
 
 
 def ranged(index: int, least: tuple[int, int], most: tuple[int, int]) -> ProfileRange:
-    return ProfileRange(index=index, least={"images": (least[0], 3), "ids_keep": least}, most={"images": (most[0], 3), "ids_keep": most})
+    return ProfileRange(
+        index=index, least={"images": (least[0], 3), "ids_keep": least}, most={"images": (most[0], 3), "ids_keep": most}
+    )
 
 
-PROFILES = [ranged(0, (1, 2), (32, 196)), ranged(1, (1, 49), (1, 49)), ranged(2, (1, 2), (8, 49)), ranged(3, (1, 2), (8, 49))]
+PROFILES = [
+    ranged(0, (1, 2), (32, 196)),
+    ranged(1, (1, 49), (1, 49)),
+    ranged(2, (1, 2), (8, 49)),
+    ranged(3, (1, 2), (8, 49)),
+]
 
 
-@pytest.mark.parametrize(("sizes", "index"), [((1, 49), 1), ((1, 48), 2), ((8, 2), 2), ((9, 2), 0), ((1, 50), 0), ((32, 196), 0)])
+@pytest.mark.parametrize(
+    ("sizes", "index"), [((1, 49), 1), ((1, 48), 2), ((8, 2), 2), ((9, 2), 0), ((1, 50), 0), ((32, 196), 0)]
+)
 def test_the_smallest_that_fits(sizes: tuple[int, int], index: int) -> None:
     assert choose_profile(PROFILES, {"images": (sizes[0], 3), "ids_keep": sizes}).index == index
 
 
 @pytest.mark.parametrize(
-    "shapes", [((0, 3), (0, 2)), ((1, 3), (1, 1)), ((33, 3), (33, 2)), ((1, 3), (1, 197)), ((1, 4), (1, 49)), ((1,), (1, 49)), ((1, 3, 1), (1, 49))]
+    "shapes",
+    [
+        ((0, 3), (0, 2)),
+        ((1, 3), (1, 1)),
+        ((33, 3), (33, 2)),
+        ((1, 3), (1, 197)),
+        ((1, 4), (1, 49)),
+        ((1,), (1, 49)),
+        ((1, 3, 1), (1, 49)),
+    ],
 )
 def test_none_that_fits(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     with pytest.raises(
-        ConfigError, match=r"this engine takes no images .*; it takes images \(1, 3\) to \(32, 3\), ids_keep \(1, 2\) to \(32, 196\); or images \(1, 3\), "
+        ConfigError,
+        match=(
+            r"this engine takes no images .*; it takes images \(1, 3\) to \(32, 3\), ids_keep \(1, 2\) to \(32, 196\);"
+            r" or images \(1, 3\), "
+        ),
     ):
         choose_profile(PROFILES, dict(zip(("images", "ids_keep"), shapes, strict=True)))
 

@@ -1,4 +1,6 @@
-"""Timing caches: one for each version, GPU and set of options, none of which loses what another build adds at the same time."""
+"""Timing caches: one for each version, GPU and set of options, none of which loses what another build adds at the same
+time.
+"""
 
 from __future__ import annotations
 
@@ -77,7 +79,9 @@ def test_a_file_for_each_version_gpu_and_set_of_options(tmp_path: Path, monkeypa
     assert file_of(timing_cache="off") is None
 
 
-@pytest.mark.parametrize(("name", "expected"), [("NVIDIA H200", "nvidia-h200"), ("Tesla T4/16 ", "tesla-t4-16"), ("../..", "gpu")])
+@pytest.mark.parametrize(
+    ("name", "expected"), [("NVIDIA H200", "nvidia-h200"), ("Tesla T4/16 ", "tesla-t4-16"), ("../..", "gpu")]
+)
 def test_names_of_gpus_in_file_names(name: str, expected: str) -> None:
     assert slug(name) == expected
 
@@ -120,7 +124,8 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pyt
 def test_a_lock_holds_across_processes_and_ends_with_them(kind: str, tmp_path: Path) -> None:
     path = tmp_path if kind == "folder" else tmp_path / "lock"
     waiting = (
-        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.timing_cache import locked\nwith locked(Path(sys.argv[1])):\n    print('in')"
+        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.timing_cache import locked\nwith"
+        " locked(Path(sys.argv[1])):\n    print('in')"
     )
     with locked(path):
         other = subprocess.Popen([sys.executable, "-c", waiting, str(path)], stdout=subprocess.PIPE, text=True)

@@ -66,16 +66,21 @@ def by_key(messages: list[Message]) -> dict[str, Message]:
     return {message["key"][0]: message["value"][0] for message in messages}
 
 
-# --- inputs and outputs ------------------------------------------------------------------------------------------------
+# --- inputs and outputs
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("images", ["float32", "float16", "uint8"])
 @pytest.mark.parametrize("batch", [None, 3])
-@pytest.mark.parametrize(("mode", "keep"), [("full", None), ("visible", None), ("visible", 4), ("ragged", 8), ("reconstruct", None)])
+@pytest.mark.parametrize(
+    ("mode", "keep"), [("full", None), ("visible", None), ("visible", 4), ("ragged", 8), ("reconstruct", None)]
+)
 def test_tensors_of_the_graph(tmp_path: Path, mode: str, keep: int | None, batch: int | None, images: str) -> None:
     outputs = ("pixels",) if mode == "reconstruct" else ("cls", "tokens", "logits")
     features = "float16" if images == "float16" else "float32"
-    path = write_bundle(tmp_path / "tiny", token_mode=mode, keep=keep, batch=batch, images=images, features=features, outputs=outputs)
+    path = write_bundle(
+        tmp_path / "tiny", token_mode=mode, keep=keep, batch=batch, images=images, features=features, outputs=outputs
+    )
     model = write_triton(Bundle.load(path), tmp_path / "models")
     config = config_of(model)
     rows = [] if batch is None else [batch]
@@ -92,7 +97,9 @@ def test_tensors_of_the_graph(tmp_path: Path, mode: str, keep: int | None, batch
     assert config["max_batch_size"] == [0 if batch else 32]
     assert tensors(config["input"]) == wanted
     assert tensors(config["output"]) == {name: (TYPES[features], [*rows, *results[name]]) for name in outputs}
-    assert [message["name"] for message in config["input"] if "reshape" in message] == ([["num_keep"]] if mode == "ragged" and batch is None else [])
+    assert [message["name"] for message in config["input"] if "reshape" in message] == (
+        [["num_keep"]] if mode == "ragged" and batch is None else []
+    )
 
 
 def test_a_number_for_each_image_is_reshaped(tmp_path: Path) -> None:
@@ -101,7 +108,9 @@ def test_a_number_for_each_image_is_reshaped(tmp_path: Path) -> None:
     assert reshape == {"shape": []}, "dims [1] for the client, (B,) for the graph"
 
 
-@pytest.mark.parametrize(("tensorrt", "dtype", "wanted"), [("8.6.0", np.int32, "TYPE_INT32"), ("10.3.0", np.int64, "TYPE_INT64")])
+@pytest.mark.parametrize(
+    ("tensorrt", "dtype", "wanted"), [("8.6.0", np.int32, "TYPE_INT32"), ("10.3.0", np.int64, "TYPE_INT64")]
+)
 def test_integers_are_what_tensorrt_binds(tmp_path: Path, tensorrt: str, dtype: type, wanted: str) -> None:
     bundle = planned(tmp_path / "tiny", token_mode="visible", keep=4, entry={"tensorrt": tensorrt})
     model = write_triton(bundle, tmp_path / "models", plan_of(bundle))
@@ -113,7 +122,9 @@ def test_integers_are_what_tensorrt_binds(tmp_path: Path, tensorrt: str, dtype: 
 
 def test_labels(tmp_path: Path) -> None:
     model = write_triton(Bundle.load(write_bundle(tmp_path / "tiny", token_mode="full")), tmp_path / "models")
-    assert {message["name"][0]: message.get("label_filename") for message in config_of(model)["output"]}["logits"] == [LABELS]
+    assert {message["name"][0]: message.get("label_filename") for message in config_of(model)["output"]}["logits"] == [
+        LABELS
+    ]
     assert (model / LABELS).read_text().splitlines() == CLASS_NAMES
     headless = write_triton(Bundle.load(write_bundle(tmp_path / "features", outputs=("cls",))), tmp_path / "models")
     assert not (headless / LABELS).exists()
@@ -128,12 +139,17 @@ def test_text_is_escaped_and_preprocessing_is_told(tmp_path: Path) -> None:
     assert json.loads(parameters["preprocess"]["string_value"][0]) == bundle.manifest["preprocess"]
 
 
-# --- instances, batches, CUDA graphs -----------------------------------------------------------------------------------
+# --- instances, batches, CUDA graphs
+# -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("precision", "kind"), [("fp32", "KIND_AUTO"), ("fp16", "KIND_AUTO"), ("bf16", "KIND_CPU"), ("int8", "KIND_CPU")])
+@pytest.mark.parametrize(
+    ("precision", "kind"), [("fp32", "KIND_AUTO"), ("fp16", "KIND_AUTO"), ("bf16", "KIND_CPU"), ("int8", "KIND_CPU")]
+)
 def test_where_a_graph_runs(tmp_path: Path, precision: str, kind: str) -> None:
-    config = config_of(write_triton(Bundle.load(write_bundle(tmp_path / "tiny", precision=precision)), tmp_path / "models"))
+    config = config_of(
+        write_triton(Bundle.load(write_bundle(tmp_path / "tiny", precision=precision)), tmp_path / "models")
+    )
     assert config["instance_group"] == [{"count": [1], "kind": [kind]}]
     assert config["dynamic_batching"] == [{"max_queue_delay_microseconds": [QUEUE_DELAY]}]
     assert "optimization" not in config
@@ -149,12 +165,19 @@ def test_a_plan_with_two_profiles(tmp_path: Path) -> None:
     assert config["backend"] == ["tensorrt"]
     assert config["instance_group"] == [{"count": [1], "kind": ["KIND_GPU"], "profile": ["0", "1"]}]
     assert config["max_batch_size"] == [24]
-    assert config["dynamic_batching"] == [{"preferred_batch_size": [16, 24], "max_queue_delay_microseconds": [QUEUE_DELAY]}]
+    assert config["dynamic_batching"] == [
+        {"preferred_batch_size": [16, 24], "max_queue_delay_microseconds": [QUEUE_DELAY]}
+    ]
     (cuda,) = config["optimization"][0]["cuda"]
     assert cuda["graphs"] == [True]
-    graphs = [(spec["batch_size"][0], {name: shape["dim"] for name, shape in by_key(spec["input"]).items()}) for spec in cuda["graph_spec"]]
+    graphs = [
+        (spec["batch_size"][0], {name: shape["dim"] for name, shape in by_key(spec["input"]).items()})
+        for spec in cuda["graph_spec"]
+    ]
     assert graphs == [(batch, {"images": [3, H, W], "ids_keep": [keep]}) for batch, keep in [(1, 4), (1, 5), (16, 5)]]
-    warmups = [(warmup["batch_size"][0], by_key(warmup["inputs"])["ids_keep"]["dims"]) for warmup in config["model_warmup"]]
+    warmups = [
+        (warmup["batch_size"][0], by_key(warmup["inputs"])["ids_keep"]["dims"]) for warmup in config["model_warmup"]
+    ]
     assert warmups == [(1, [4]), (16, [5])]
 
 
@@ -166,7 +189,10 @@ def test_a_plan_of_a_fixed_batch(tmp_path: Path) -> None:
     assert "dynamic_batching" not in config
     (spec,) = config["optimization"][0]["cuda"][0]["graph_spec"]
     assert spec["batch_size"] == [0]
-    assert {name: shape["dim"] for name, shape in by_key(spec["input"]).items()} == {"images": [3, 3, H, W], "ids_keep": [3, 4]}
+    assert {name: shape["dim"] for name, shape in by_key(spec["input"]).items()} == {
+        "images": [3, 3, H, W],
+        "ids_keep": [3, 4],
+    }
     (warmup,) = config["model_warmup"]
     assert warmup["batch_size"] == [1]
     assert by_key(warmup["inputs"])["ids_keep"]["dims"] == [3, 4]
@@ -174,7 +200,9 @@ def test_a_plan_of_a_fixed_batch(tmp_path: Path) -> None:
 
 
 def test_a_plan_that_takes_no_single_image_gets_whole_batches(tmp_path: Path) -> None:
-    bundle = planned(tmp_path / "tiny", token_mode="visible", keep=4, entry={"profiles": [{"B": [2, 4, 8], "K": [4, 4, 4]}]})
+    bundle = planned(
+        tmp_path / "tiny", token_mode="visible", keep=4, entry={"profiles": [{"B": [2, 4, 8], "K": [4, 4, 4]}]}
+    )
     config = config_of(write_triton(bundle, tmp_path / "models", plan_of(bundle)))
     assert config["max_batch_size"] == [0]
     assert tensors(config["input"])["images"] == ("TYPE_FP32", [-1, 3, H, W])
@@ -210,7 +238,8 @@ def test_batches_that_every_profile_can_take(profiles: list[dict[str, list[int]]
     assert largest_batch(profiles) == largest
 
 
-# --- files -------------------------------------------------------------------------------------------------------------
+# --- files
+# -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("external", [None, "encoder.onnx.data"])
@@ -247,7 +276,9 @@ def test_what_triton_cannot_run(tmp_path: Path) -> None:
     stripped = planned(tmp_path / "stripped", entry={"stripped": True})
     with pytest.raises(ConfigError, match="without its weights"):
         write_triton(stripped, tmp_path / "models", plan_of(stripped))
-    strong = Bundle.load(write_bundle(tmp_path / "strong", precision="bf16", change=lambda manifest: manifest.update(typing="strong")))
+    strong = Bundle.load(
+        write_bundle(tmp_path / "strong", precision="bf16", change=lambda manifest: manifest.update(typing="strong"))
+    )
     with pytest.raises(ConfigError, match="ONNX Runtime does not compute in BF16"):
         write_triton(strong, tmp_path / "models")
     assert not (tmp_path / "models").exists()

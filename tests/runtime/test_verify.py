@@ -34,9 +34,40 @@ def failed(result: Verification) -> set[str]:
 @pytest.mark.parametrize(
     ("token_mode", "batch", "keep", "expected"),
     [
-        ("ragged", None, None, ["golden", "run again", "permuted ids_keep", "other padding", "longer padding", "sample alone", "other lengths"]),
-        ("ragged", 3, None, ["golden", "run again", "permuted ids_keep", "other padding", "longer padding", "other neighbours", "other lengths"]),
-        ("ragged", None, 6, ["golden", "run again", "permuted ids_keep", "other padding", "sample alone", "other lengths"]),
+        (
+            "ragged",
+            None,
+            None,
+            [
+                "golden",
+                "run again",
+                "permuted ids_keep",
+                "other padding",
+                "longer padding",
+                "sample alone",
+                "other lengths",
+            ],
+        ),
+        (
+            "ragged",
+            3,
+            None,
+            [
+                "golden",
+                "run again",
+                "permuted ids_keep",
+                "other padding",
+                "longer padding",
+                "other neighbours",
+                "other lengths",
+            ],
+        ),
+        (
+            "ragged",
+            None,
+            6,
+            ["golden", "run again", "permuted ids_keep", "other padding", "sample alone", "other lengths"],
+        ),
         ("ragged", 1, 6, ["golden", "run again", "permuted ids_keep", "other padding", "other lengths"]),
         ("reconstruct", None, None, ["golden", "run again", "permuted ids_keep", "sample alone"]),
         ("visible", None, None, ["golden", "run again", "permuted ids_keep", "sample alone"]),
@@ -49,7 +80,9 @@ def failed(result: Verification) -> set[str]:
         ("full", 1, None, ["golden", "run again"]),
     ],
 )
-def test_what_was_exported_passes(tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, expected: list[str]) -> None:
+def test_what_was_exported_passes(
+    tmp_path: Path, token_mode: str, batch: int | None, keep: int | None, expected: list[str]
+) -> None:
     path = write_bundle(tmp_path / "b", token_mode=token_mode, batch=batch, keep=keep, outputs=EVERY_OUTPUT)
     result = verify_bundle(Bundle.load(path), options=EngineOptions(threads=1))
     assert result.failures == []
@@ -67,9 +100,15 @@ def test_images_in_the_form_of_the_graph(tmp_path: Path, images: str) -> None:
 
 @pytest.mark.parametrize(("precision", "bits"), [("fp16", None), ("bf16", 10), ("int8", 8)])
 @pytest.mark.parametrize("token_mode", ["full", "ragged"])
-def test_lower_precisions_meet_their_own_tolerance(tmp_path: Path, token_mode: str, precision: str, bits: int | None) -> None:
+def test_lower_precisions_meet_their_own_tolerance(
+    tmp_path: Path, token_mode: str, precision: str, bits: int | None
+) -> None:
     features = "float16" if precision == "fp16" else "float32"
-    result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b", token_mode=token_mode, precision=precision, bits=bits, features=features)))
+    result = verify_bundle(
+        Bundle.load(
+            write_bundle(tmp_path / "b", token_mode=token_mode, precision=precision, bits=bits, features=features)
+        )
+    )
     assert result.failures == []
     assert any(check.comparison.max_abs > 1e-4 for check in result.outputs)
     # Compared with PyTorch in every form; only a second run is compared with the first.
@@ -77,14 +116,21 @@ def test_lower_precisions_meet_their_own_tolerance(tmp_path: Path, token_mode: s
     assert "other lengths" not in checks(result)
 
 
-def test_a_second_run_must_repeat_the_first_whatever_the_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_must_repeat_the_first_whatever_the_precision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Noise of 1e-3 is far inside of INT8's tolerance."""
-    bundle, rng = Bundle.load(write_bundle(tmp_path / "b", token_mode="full", precision="int8")), np.random.default_rng(0)
+    bundle, rng = (
+        Bundle.load(write_bundle(tmp_path / "b", token_mode="full", precision="int8")),
+        np.random.default_rng(0),
+    )
     with load_engine(bundle) as engine:
         run = engine.run
 
         def noisy(inputs: dict[str, Array], outputs: tuple[str, ...]) -> dict[str, Array]:
-            return {name: array + rng.normal(scale=1e-3, size=array.shape) for name, array in run(inputs, outputs).items()}
+            return {
+                name: array + rng.normal(scale=1e-3, size=array.shape) for name, array in run(inputs, outputs).items()
+            }
 
         monkeypatch.setattr(engine, "run", noisy)
         assert failed(verify_engine(bundle, engine)) == {"run again"}
@@ -99,7 +145,11 @@ def test_too_few_bits_miss_the_tolerance_in_every_form(tmp_path: Path) -> None:
 def test_the_record_is_plain_json(visible_bundle: Path) -> None:
     record = json.loads(json.dumps(verify_bundle(Bundle.load(visible_bundle)).to_dict(), allow_nan=False))
     assert record["passed"] is True
-    assert (record["engine"], record["engine_version"], record["device"]) == ("onnxruntime", onnxruntime.__version__, "cpu")
+    assert (record["engine"], record["engine_version"], record["device"]) == (
+        "onnxruntime",
+        onnxruntime.__version__,
+        "cpu",
+    )
     assert record["num_samples"] == SAMPLES
     assert record["tolerance"] == {"cosine": 0.99999, "max_abs": 1e-4, "max_relative": 1e-5}
     assert {row["name"]: row["passed"] for row in record["outputs"]} == dict.fromkeys(OUTPUTS, True)
@@ -123,9 +173,14 @@ def test_patches_off_by_one_fail(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("flaw", "broken"),
-    [("batch", {"permuted ids_keep", "sample alone"}), ("order", {"permuted ids_keep"})],  # samples are permuted differently
+    [
+        ("batch", {"permuted ids_keep", "sample alone"}),
+        ("order", {"permuted ids_keep"}),
+    ],  # samples are permuted differently
 )
-def test_a_broken_invariance_fails_although_the_golden_outputs_agree(tmp_path: Path, flaw: str, broken: set[str]) -> None:
+def test_a_broken_invariance_fails_although_the_golden_outputs_agree(
+    tmp_path: Path, flaw: str, broken: set[str]
+) -> None:
     result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b", flaw=flaw, golden_of_graph=True)))
     assert failed(result) == broken
     assert not result.passed
@@ -136,7 +191,9 @@ def test_a_broken_invariance_fails_although_the_golden_outputs_agree(tmp_path: P
 @pytest.mark.parametrize("precision", ["fp32", "int8"])
 @pytest.mark.parametrize("keep", [None, 6])
 def test_padding_that_is_read_fails(tmp_path: Path, keep: int | None, precision: str) -> None:
-    path = write_bundle(tmp_path / "b", token_mode="ragged", keep=keep, flaw="padding", golden_of_graph=True, precision=precision)
+    path = write_bundle(
+        tmp_path / "b", token_mode="ragged", keep=keep, flaw="padding", golden_of_graph=True, precision=precision
+    )
     assert "other padding" in failed(verify_bundle(Bundle.load(path)))
 
 
@@ -145,7 +202,9 @@ def test_padding_that_is_counted_fails(tmp_path: Path, precision: str) -> None:
     """The mean is over the padded length: what the padding holds does not matter, how long it is does."""
     path = write_bundle(tmp_path / "b", token_mode="ragged", flaw="length", golden_of_graph=True, precision=precision)
     result = verify_bundle(Bundle.load(path))
-    assert failed(result) == {"longer padding", "sample alone", "other lengths"} - ({"other lengths"} if precision == "int8" else set())
+    assert failed(result) == {"longer padding", "sample alone", "other lengths"} - (
+        {"other lengths"} if precision == "int8" else set()
+    )
 
 
 def test_a_ragged_graph_is_proven_for_lengths_that_the_golden_samples_have_not(tmp_path: Path) -> None:
@@ -158,7 +217,9 @@ def test_a_ragged_graph_is_proven_for_lengths_that_the_golden_samples_have_not(t
     for ids, length in zip(others["ids_keep"], others["num_keep"], strict=True):
         assert len({*ids[:length].tolist()} & {*range(N)}) == length
     assert {-1, 2**63 - 1, -(2**63)} <= {*others["ids_keep"].ravel().tolist()}
-    assert [part["ids_keep"].shape for part in samples_alone(bundle, others)] == [(1, length) for length in (2, 6, 10, 13, 17)]
+    assert [part["ids_keep"].shape for part in samples_alone(bundle, others)] == [
+        (1, length) for length in (2, 6, 10, 13, 17)
+    ]
 
 
 def test_padding_grows_no_longer_than_the_profile(tmp_path: Path) -> None:
@@ -166,7 +227,11 @@ def test_padding_grows_no_longer_than_the_profile(tmp_path: Path) -> None:
     for most, width in ((9, 9), (21, 11)):
         bundle = Bundle.load(write_bundle(tmp_path / str(most), token_mode="ragged", profile_keep=(1, 4, most)))
         golden = bundle.golden()
-        (longer,) = (v for v in variations(bundle, {name: golden[name] for name in bundle.input_names}) if v.name == "longer padding")
+        (longer,) = (
+            v
+            for v in variations(bundle, {name: golden[name] for name in bundle.input_names})
+            if v.name == "longer padding"
+        )
         assert longer.parts[0]["ids_keep"].shape == (SAMPLES, width)
 
 
@@ -191,13 +256,18 @@ def test_nan_golden_outputs_are_no_agreement(tmp_path: Path) -> None:
 
 
 def test_a_tight_tolerance_of_the_bundle_is_used(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest.update(tolerance={"cosine": 0.9, "max_abs": 1.0, "sqnr_db": 1000.0}))
+    path = write_bundle(
+        tmp_path / "b",
+        change=lambda manifest: manifest.update(tolerance={"cosine": 0.9, "max_abs": 1.0, "sqnr_db": 1000.0}),
+    )
     result = verify_bundle(Bundle.load(path))
     assert any("sqnr_db" in line for line in result.failures)
 
 
 def test_every_listed_file_is_checked_even_one_that_no_engine_reads(tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["files"].update({"notes.txt": manifest["files"]["golden.npz"]}))
+    path = write_bundle(
+        tmp_path / "b", change=lambda manifest: manifest["files"].update({"notes.txt": manifest["files"]["golden.npz"]})
+    )
     (path / "notes.txt").write_text("other")
     with pytest.raises(CheckFailed, match=r"notes\.txt is not the file"):
         verify_bundle(Bundle.load(path))

@@ -1,4 +1,6 @@
-"""A bundle with a graph of a few nodes that has an encoder's inputs and outputs in every token mode, and the same arithmetic in NumPy as its reference."""
+"""A bundle with a graph of a few nodes that has an encoder's inputs and outputs in every token mode, and the same
+arithmetic in NumPy as its reference.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ def reference_blocks(images: Array, ids_keep: Array | None = None) -> Array:
     B = len(images)
     if images.dtype == np.uint8:
         images = ((images / 255 - MEAN) / STD).transpose(0, 3, 1, 2)
-    patches = images.astype(np.float32).reshape(B, C, GRID[0], P, GRID[1], P).transpose(0, 2, 4, 3, 5, 1).reshape(B, N, -1)
+    patches = (
+        images.astype(np.float32).reshape(B, C, GRID[0], P, GRID[1], P).transpose(0, 2, 4, 3, 5, 1).reshape(B, N, -1)
+    )
     embedded = patches @ w["patch_weight"] + w["pos_embed"]
     if ids_keep is not None:
         embedded = np.stack([row[ids] for row, ids in zip(embedded, ids_keep, strict=True)])
@@ -74,12 +78,23 @@ def reference_blocks(images: Array, ids_keep: Array | None = None) -> Array:
     return np.stack([first, first + np.tanh(first @ w["block_weight"])], axis=1)
 
 
-def reference(images: Array, ids_keep: Array | None = None, num_keep: Array | None = None, *, outputs: Sequence[str] = tuple(OUTPUTS)) -> dict[str, Array]:
-    """What the graph computes, in NumPy: images as the graph takes them and `ids_keep (B, K)` to the named outputs; padding may hold anything."""
+def reference(
+    images: Array,
+    ids_keep: Array | None = None,
+    num_keep: Array | None = None,
+    *,
+    outputs: Sequence[str] = tuple(OUTPUTS),
+) -> dict[str, Array]:
+    """What the graph computes, in NumPy: images as the graph takes them and `ids_keep (B, K)` to the named outputs;
+    padding may hold anything.
+    """
     w = weights()
     ids = np.broadcast_to(np.arange(N), (len(images), N)) if ids_keep is None else ids_keep
     real = np.arange(ids.shape[1]) < (np.full(len(ids), ids.shape[1]) if num_keep is None else num_keep)[:, None]
-    blocks = reference_blocks(images, np.where(real, ids, 0)) * np.pad(real, ((0, 0), (1, 0)), constant_values=True)[:, None, :, None]
+    blocks = (
+        reference_blocks(images, np.where(real, ids, 0))
+        * np.pad(real, ((0, 0), (1, 0)), constant_values=True)[:, None, :, None]
+    )
     tokens = blocks[:, -1, 1:]
     pooled = tokens.sum(axis=1) / real.sum(axis=1, keepdims=True)
     placed = np.zeros((len(images), N, D), np.float32)
@@ -98,7 +113,9 @@ def reference(images: Array, ids_keep: Array | None = None, num_keep: Array | No
 
 
 def golden_inputs(*, visible: bool, keep: int = K, ragged: bool = False, images: str = "float32") -> dict[str, Any]:
-    """Random samples: images, and patches that differ by sample; ragged: mixed lengths, and padding that no graph may read."""
+    """Random samples: images, and patches that differ by sample; ragged: mixed lengths, and padding that no graph may
+    read.
+    """
     rng = np.random.default_rng(1)
     pixels = rng.normal(size=(SAMPLES, C, H, W)).astype(np.float32)
     inputs: dict[str, Any] = {"images": pixels}
@@ -141,8 +158,13 @@ def graph(
         helper.make_node("MatMul", [BLOCK_TENSORS[0], "block_weight"], ["mixed"]),
         helper.make_node("Tanh", ["mixed"], ["update"]),
         helper.make_node("Add", [BLOCK_TENSORS[0], "update"], ["second"]),
-        helper.make_node(*(("Div", ["second", "zero"]) if flaw == "block" else ("Identity", ["second"])), [BLOCK_TENSORS[1]]),
-        *(helper.make_node("Reshape", [tokens, "rows_shape"], [rows]) for tokens, rows in zip(BLOCK_TENSORS, BLOCK_ROWS, strict=True)),
+        helper.make_node(
+            *(("Div", ["second", "zero"]) if flaw == "block" else ("Identity", ["second"])), [BLOCK_TENSORS[1]]
+        ),
+        *(
+            helper.make_node("Reshape", [tokens, "rows_shape"], [rows])
+            for tokens, rows in zip(BLOCK_TENSORS, BLOCK_ROWS, strict=True)
+        ),
         *_patch_tokens(BLOCK_TENSORS[1], "plain_tokens", token_mode),
         *_flawed_tokens(flaw),
         *_pooled(token_mode, flaw),
@@ -178,10 +200,15 @@ def graph(
     if flaw == "block_weight":
         constants["block_weight"] = constants["block_weight"] + np.float32(0.001)
     inputs, results = (
-        [helper.make_tensor_value_info(entry["name"], _TYPES.get(entry["dtype"], TensorProto.INT64), entry["shape"]) for entry in entries]
+        [
+            helper.make_tensor_value_info(entry["name"], _TYPES.get(entry["dtype"], TensorProto.INT64), entry["shape"])
+            for entry in entries
+        ]
         for entries in _entries(token_mode, batch, keep, outputs, images, features)
     )
-    body = helper.make_graph(nodes, "tiny", inputs, results, [numpy_helper.from_array(array, name) for name, array in constants.items()])
+    body = helper.make_graph(
+        nodes, "tiny", inputs, results, [numpy_helper.from_array(array, name) for name, array in constants.items()]
+    )
     model = helper.make_model(body, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.checker.check_model(model)
     return model
@@ -210,8 +237,8 @@ def write_bundle(
 
     Args:
         profile_keep: smallest, usual and largest K of a graph that leaves it open.
-        flaw: one of `off_by_one`, `batch`, `order`, `random`, `nan`; in a block `block` (infinite) or `block_weight`; of a ragged graph
-            `padding` (it is read) or `length` (it is counted).
+        flaw: one of `off_by_one`, `batch`, `order`, `random`, `nan`; in a block `block` (infinite) or `block_weight`;
+            of a ragged graph `padding` (it is read) or `length` (it is counted).
         weights_seed: other than 0, the weights are not those that made the golden outputs.
         bits: round the weights to so many bits.
         precision: what the manifest says, with that precision's tolerance.
@@ -224,7 +251,15 @@ def write_bundle(
     ragged, chosen = token_mode == "ragged", token_mode != "full"
     path.mkdir(parents=True)
     model = graph(
-        token_mode=token_mode, batch=batch, keep=keep, flaw=flaw, weights_seed=weights_seed, bits=bits, outputs=outputs, images=images, features=features
+        token_mode=token_mode,
+        batch=batch,
+        keep=keep,
+        flaw=flaw,
+        weights_seed=weights_seed,
+        bits=bits,
+        outputs=outputs,
+        images=images,
+        features=features,
     )
     onnx.save(model, path / GRAPH_FILE, save_as_external_data=external is not None, location=external, size_threshold=0)
     inputs = golden_inputs(visible=chosen, keep=keep or (2 * K if ragged else K), ragged=ragged, images=images)
@@ -238,7 +273,16 @@ def write_bundle(
         few["ids_keep"] = np.maximum(few["ids_keep"], 0)
     arrays: dict[str, Any] = {**inputs, **expected, BLOCKS: reference_blocks(**few)[:, :, :tokens].astype(np.float32)}
     np.savez(path / GOLDEN_FILE, **arrays)
-    manifest = _manifest(path, token_mode, batch, keep, profile_keep, precision, _entries(token_mode, batch, keep, outputs, images, features), preprocess)
+    manifest = _manifest(
+        path,
+        token_mode,
+        batch,
+        keep,
+        profile_keep,
+        precision,
+        _entries(token_mode, batch, keep, outputs, images, features),
+        preprocess,
+    )
     if change is not None:
         change(manifest)
     (path / "manifest.json").write_text(json.dumps(manifest))
@@ -257,12 +301,17 @@ def _entries(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Inputs and outputs as the manifest has them."""
     sizes: dict[str, Any] = {"B": batch or "B", "K": N if token_mode == "full" else keep or "K"}
-    inputs = [{"name": "images", "dtype": images, "shape": [sizes["B"], *((H, W, C) if images == "uint8" else (C, H, W))]}]
+    inputs = [
+        {"name": "images", "dtype": images, "shape": [sizes["B"], *((H, W, C) if images == "uint8" else (C, H, W))]}
+    ]
     if token_mode != "full":
         inputs.append({"name": "ids_keep", "dtype": "int64", "shape": [sizes["B"], sizes["K"]]})
     if token_mode == "ragged":
         inputs.append({"name": "num_keep", "dtype": "int64", "shape": [sizes["B"]]})
-    return inputs, [{"name": name, "dtype": features, "shape": [sizes.get(str(side), side) for side in _ALL_OUTPUTS[name]]} for name in outputs]
+    return inputs, [
+        {"name": name, "dtype": features, "shape": [sizes.get(str(side), side) for side in _ALL_OUTPUTS[name]]}
+        for name in outputs
+    ]
 
 
 def _manifest(
@@ -302,7 +351,13 @@ def _manifest(
         "typing": "weak",
         "engine": "onnxruntime",
         "quantization": {"policy": "dynamic", "layers": []} if precision == "int8" else None,
-        "graph": {"file": GRAPH_FILE, "opset": 17, "inputs": entries[0], "outputs": entries[1], "blocks": BLOCK_TENSORS},
+        "graph": {
+            "file": GRAPH_FILE,
+            "opset": 17,
+            "inputs": entries[0],
+            "outputs": entries[1],
+            "blocks": BLOCK_TENSORS,
+        },
         "preprocess": {
             "image_size": [H, W],
             "channels": C,
@@ -367,7 +422,10 @@ def _patch_tokens(tokens: str, name: str, token_mode: str) -> list[onnx.NodeProt
     """`tokens` without CLS and, of a ragged graph, with zeros in the padding."""
     if token_mode != "ragged":
         return [helper.make_node("Slice", [tokens, "first", "end", "first"], [name])]
-    return [helper.make_node("Slice", [tokens, "first", "end", "first"], [f"{name}_all"]), helper.make_node("Mul", [f"{name}_all", "real"], [name])]
+    return [
+        helper.make_node("Slice", [tokens, "first", "end", "first"], [f"{name}_all"]),
+        helper.make_node("Mul", [f"{name}_all", "real"], [name]),
+    ]
 
 
 def _pooled(token_mode: str, flaw: str | None) -> list[onnx.NodeProto]:
@@ -407,4 +465,8 @@ def _flawed_tokens(flaw: str | None) -> list[onnx.NodeProto]:
     }
     if flaw not in nodes:
         return [helper.make_node("Identity", ["plain_tokens"], ["tokens32"])]
-    return [*nodes[flaw], helper.make_node("Mul", ["noise", "tenth"], ["scaled"]), helper.make_node("Add", ["plain_tokens", "scaled"], ["tokens32"])]
+    return [
+        *nodes[flaw],
+        helper.make_node("Mul", ["noise", "tenth"], ["scaled"]),
+        helper.make_node("Add", ["plain_tokens", "scaled"], ["tokens32"]),
+    ]

@@ -1,4 +1,6 @@
-"""The logic of scripts/gpu_check.sh that needs no GPU: which steps there are, what runs again, and what the report says."""
+"""The logic of scripts/gpu_check.sh that needs no GPU: which steps there are, what runs again, and what the report
+says.
+"""
 
 from __future__ import annotations
 
@@ -34,9 +36,15 @@ EVERYTHING = ("gpu", "export", "pytest", "pytorch", "tensorrt", "onnxruntime")
 
 def machine(*have: str, gpu: str = "NVIDIA H200", tensorrt: str = "8.6.0") -> Machine:
     """A machine that has these of `EVERYTHING`."""
-    found = Gpu(index=0, name=gpu, compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4") if "gpu" in have else None
+    found = (
+        Gpu(index=0, name=gpu, compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
+        if "gpu" in have
+        else None
+    )
     versions = {name: tensorrt if name == "tensorrt" else "1.0" for name in have}
-    return Machine(gpu=found, versions=versions, lacks={name: f"no {name} here" for name in EVERYTHING if name not in have})
+    return Machine(
+        gpu=found, versions=versions, lacks={name: f"no {name} here" for name in EVERYTHING if name not in have}
+    )
 
 
 def settings(folder: Path, *options: str) -> Settings:
@@ -72,7 +80,9 @@ def test_export_command(tmp_path: Path) -> None:
     assert "--typing weak" in text
     assert "--no-build" in text
     assert "--no-search" in text
-    trained = gpu_check.export_command("base-full-int8", settings(tmp_path, "--checkpoint", f"base={tmp_path}"), on_gpu=True)
+    trained = gpu_check.export_command(
+        "base-full-int8", settings(tmp_path, "--checkpoint", f"base={tmp_path}"), on_gpu=True
+    )
     assert trained[2] == str(tmp_path)
     assert "--no-search" not in trained, "the budget of trained weights is the usual one"
     assert "--calib-data" in trained
@@ -89,8 +99,13 @@ def test_commands_and_options_exist(tmp_path: Path) -> None:
         assert {word.replace("--no-", "--") for word in command if word.startswith("--")} <= known
 
 
-@pytest.mark.parametrize("options", [("--models", "giant"), ("--checkpoint", "giant=."), ("--checkpoint", "base=nowhere"), ("--only", "tests,giant")])
-def test_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [("--models", "giant"), ("--checkpoint", "giant=."), ("--checkpoint", "base=nowhere"), ("--only", "tests,giant")],
+)
+def test_what_is_not_there_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: tuple[str, ...]
+) -> None:
     with pytest.raises(SystemExit, match="2"):
         settings(tmp_path, *options)
     assert options[1].split(",")[-1] in capsys.readouterr().err
@@ -109,7 +124,9 @@ class Work:
 
     def steps(self) -> list[Step]:
         return [
-            Step(name="export/a", needs=("export",), product=self.product, run=self.does("export/a", self.product.mkdir)),
+            Step(
+                name="export/a", needs=("export",), product=self.product, run=self.does("export/a", self.product.mkdir)
+            ),
             Step(name="build/a", needs=("gpu", "tensorrt"), after=("export/a",), run=self.does("build/a")),
             Step(name="verify/a", needs=("gpu", "tensorrt"), after=("build/a",), run=self.does("verify/a")),
         ]
@@ -183,19 +200,31 @@ def test_a_rejected_engine_is_an_answer(tmp_path: Path) -> None:
     ("command", "code", "said", "status", "message"),
     [
         ("build-engine", 0, "", "done", ""),
-        ("build-engine", 1, "error INT8 is rejected: it is not faster; it takes 1.20", "rejected", "INT8 is rejected: it is not faster; it takes 1.20"),
+        (
+            "build-engine",
+            1,
+            "error INT8 is rejected: it is not faster; it takes 1.20",
+            "rejected",
+            "INT8 is rejected: it is not faster; it takes 1.20",
+        ),
         ("build-engine", 1, "error TensorRT 8.6.0 cannot build", "failed", "error TensorRT 8.6.0 cannot build"),
         ("verify", 1, "", "failed", "exit code 1"),
     ],
 )
-def test_what_a_command_says_becomes_an_outcome(monkeypatch: pytest.MonkeyPatch, command: str, code: int, said: str, status: str, message: str) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, code, '{"passed": true}', said))
+def test_what_a_command_says_becomes_an_outcome(
+    monkeypatch: pytest.MonkeyPatch, command: str, code: int, said: str, status: str, message: str
+) -> None:
+    monkeypatch.setattr(
+        subprocess, "run", lambda words, **_: subprocess.CompletedProcess(words, code, '{"passed": true}', said)
+    )
     outcome = run_command(["mae-deploy", command, "bundle"])
     assert (outcome.status, outcome.message) == (status, message)
     assert outcome.result == ({"passed": True} if status == "done" else None)
 
 
-def test_without_a_gpu_it_says_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(gpu_check, "survey", lambda: machine("export", "pytest"))
     assert gpu_check.main(["--state", str(tmp_path / "state"), "--out", str(tmp_path / "out")]) == 3
     said = capsys.readouterr().err
@@ -220,7 +249,9 @@ def test_candidates_that_take_a_batch_size_take_turns() -> None:
     def make(name: str, batch: int) -> Callable[[], object] | None:
         return None if (name, batch) == ("b", 8) else lambda: seen.append((name, batch))
 
-    candidates: list[Candidate] = [({"engine": name}, lambda batch, name=name: make(name, batch)) for name in ("a", "b")]  # type: ignore[misc]
+    candidates: list[Candidate] = [
+        ({"engine": name}, lambda batch, name=name: make(name, batch)) for name in ("a", "b")
+    ]  # type: ignore[misc]
     rows = timed(candidates, [1, 8], repeats=3)
     assert [(row["engine"], row["batch"], row["calls"]) for row in rows] == [("a", 1, 3), ("b", 1, 3), ("a", 8, 3)]
     assert seen[:4] == [("a", 1), ("b", 1), ("a", 1), ("b", 1)]
@@ -238,7 +269,10 @@ def test_bare_calls_compute(stub_driver: ctypes.CDLL, monkeypatch: pytest.Monkey
     trt = make_tensorrt(stub_driver)
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     rng = np.random.default_rng(0)
-    given: dict[str, Any] = {"images": rng.standard_normal((2, C, H, W), np.float32), "ids_keep": rng.integers(0, 9, (2, 3))}
+    given: dict[str, Any] = {
+        "images": rng.standard_normal((2, C, H, W), np.float32),
+        "ids_keep": rng.integers(0, 9, (2, 3)),
+    }
     with StubMemory(stub_driver) as memory:
         raw = RawCalls(tensorrt_api.load_tensorrt(), memory, fake_plan())
         call = raw.call(given)
@@ -247,15 +281,26 @@ def test_bare_calls_compute(stub_driver: ctypes.CDLL, monkeypatch: pytest.Monkey
         (context,) = [weak.context for weak in trt.contexts if weak.context is not None]
         found = np.ctypeslib.as_array((ctypes.c_float * (2 * C)).from_address(context.addresses["cls"]))
         np.testing.assert_allclose(found.reshape(2, C), reference(**given)["cls"], rtol=1e-6)
-        assert raw.call({name: np.repeat(array, 4, axis=0) for name, array in given.items()}) is None, "no profile holds eight"
+        assert raw.call({name: np.repeat(array, 4, axis=0) for name, array in given.items()}) is None, (
+            "no profile holds eight"
+        )
         del call, context
         raw.close()
         assert not any(weak.context for weak in trt.contexts), "they go before the memory"
 
 
-def row(engine: str, tokens: str, batch: int, p50_ms: float, *, precision: str = "fp16", source: str = "pytorch+tensorrt") -> dict[str, Any]:
+def row(
+    engine: str, tokens: str, batch: int, p50_ms: float, *, precision: str = "fp16", source: str = "pytorch+tensorrt"
+) -> dict[str, Any]:
     arrays = {"engine": engine, "version": "1", "precision": precision, "tokens": tokens, "arrays": "gpu"}
-    return {**arrays, "batch": batch, "p50_ms": p50_ms, "p95_ms": 2 * p50_ms, "images_per_second": 1000 * batch / p50_ms, "source": source}
+    return {
+        **arrays,
+        "batch": batch,
+        "p50_ms": p50_ms,
+        "p95_ms": 2 * p50_ms,
+        "images_per_second": 1000 * batch / p50_ms,
+        "source": source,
+    }
 
 
 ROWS = [
@@ -295,7 +340,9 @@ def test_the_report_has_every_figure(tmp_path: Path) -> None:
     entry = {"build": {"seconds": 12.3, "size": 44_000_000, "kernels": {"fused_attention": 12}}}
     outcomes = {
         "build/base-full-fp16": Outcome(status="done", result=entry),
-        "verify/base-full-fp16": Outcome(status="done", result={"passed": True, "outputs": [{"cosine": 0.99991}, {"cosine": 0.99987}]}),
+        "verify/base-full-fp16": Outcome(
+            status="done", result={"passed": True, "outputs": [{"cosine": 0.99991}, {"cosine": 0.99987}]}
+        ),
         "build/base-full-int8": Outcome(status="rejected", message="INT8 is rejected: it is not faster"),
         "build/base-visible-fp16": Outcome(status="failed", message="TensorRT cannot"),
         "speed/base/pytorch+tensorrt": Outcome(status="done", result=speed),

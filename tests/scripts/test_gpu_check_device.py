@@ -33,7 +33,9 @@ def test_numpy_is_enough_to_be_told_what_is_missing(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle")
     program = "from scripts.gpu_check_device import main; sys.exit(main(sys.argv[1:]))"
     for command in ("build-engine", "verify"):
-        done = run_without((*TRAINING, "typer", "rich", "PIL", "onnxruntime", "openvino"), command, str(bundle), program=program)
+        done = run_without(
+            (*TRAINING, "typer", "rich", "PIL", "onnxruntime", "openvino"), command, str(bundle), program=program
+        )
         assert (done.returncode, done.stdout) == (3, ""), done.stderr
         assert done.stderr.startswith("error: ")
 

@@ -42,14 +42,18 @@ class Planted:
         gradient: only the gradient is not finite.
     """
 
-    def __init__(self, steps: Collection[int], *, value: float = math.nan, rank: int | None = None, gradient: bool = False) -> None:
+    def __init__(
+        self, steps: Collection[int], *, value: float = math.nan, rank: int | None = None, gradient: bool = False
+    ) -> None:
         self.steps, self.value, self.rank, self.gradient = steps, value, rank, gradient
 
     def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         parts = squared_error(model, batch)
         if batch.step + 1 in self.steps and self.rank in (None, int(os.environ.get("RANK", "0"))):
             factor = torch.full((), self.value)
-            parts["loss"] = parts["loss"] + (0 * Spoil.apply(parts["loss"]) if self.gradient else parts["loss"] * factor)
+            parts["loss"] = parts["loss"] + (
+                0 * Spoil.apply(parts["loss"]) if self.gradient else parts["loss"] * factor
+            )
         return parts
 
 
@@ -135,5 +139,10 @@ def train(
     settings = settings or optim()
     accelerator = make_accelerator("cpu", "fp32", out)
     folder = RunFolder.open(out, settings, found.fingerprint(), resume=resume, write=accelerator.is_main_process)
-    summary = fit(job, folder, accelerator, Settings(settings, loop or LoopConfig(), DataConfig(num_workers=0, max_corrupt=max_corrupt)))
+    summary = fit(
+        job,
+        folder,
+        accelerator,
+        Settings(settings, loop or LoopConfig(), DataConfig(num_workers=0, max_corrupt=max_corrupt)),
+    )
     return Trained(model, folder, summary)

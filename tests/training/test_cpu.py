@@ -23,7 +23,9 @@ from mae_deploy.training.state.run_folder import read_metrics
 from tests.training.tiny_runs import pretraining
 
 
-def test_a_model_computes_by_measured_kernels_unless_that_is_off(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_model_computes_by_measured_kernels_unless_that_is_off(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path))
     model, chosen = nn.Sequential(nn.Linear(3, 5)), {"a size": "onednn"}
     prepare_cpu(model, chosen, measured=False)
@@ -52,7 +54,9 @@ def test_memory_settings_are_those_of_glibc(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_bf16_is_named_where_the_cpu_has_it(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has: bool) -> None:
+def test_bf16_is_named_where_the_cpu_has_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], has: bool
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
     monkeypatch.setattr(cpu, "bf16_gain", lambda: 4.96)
@@ -64,7 +68,9 @@ def test_bf16_gain_is_a_ratio_of_times() -> None:
     assert 0 < bf16_gain() < 100
 
 
-def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path) -> None:
+def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(
+    monkeypatch: pytest.MonkeyPatch, images: Path, tmp_path: Path
+) -> None:
     """Four steps, stopped in the middle, measured anew or not: the losses of a run in one piece, to the last bit."""
     monkeypatch.setattr(kernels, "_SMALLEST", 0)
     monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path / "first"))
@@ -84,11 +90,15 @@ def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(monkeypatch: p
         patch.setattr(step.Stepper, "take", take_and_stop)
         with pytest.raises(Stopped):
             pretrain(broken)
-    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path / "second"))  # a machine that knows nothing, and would measure something else
+    monkeypatch.setenv(
+        "MAE_DEPLOY_CACHE", str(tmp_path / "second")
+    )  # a machine that knows nothing, and would measure something else
 
     def unexpected(*_: object) -> dict[str, float]:
         raise AssertionError("measured again")
 
     monkeypatch.setattr(kernels, "measure", unexpected)
     pretrain(broken)
-    assert [line["loss"] for line in read_metrics(broken.out)] == [line["loss"] for line in read_metrics(tmp_path / "whole")]
+    assert [line["loss"] for line in read_metrics(broken.out)] == [
+        line["loss"] for line in read_metrics(tmp_path / "whole")
+    ]

@@ -1,4 +1,6 @@
-"""Two processes on a CPU (gloo): the same losses as one, in copies or in shares, moved from one number to another, and stopped by signals."""
+"""Two processes on a CPU (gloo): the same losses as one, in copies or in shares, moved from one number to another, and
+stopped by signals.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def run(config: Any, processes: int, *, signal_at: tuple[int, int, int] | None =
     return run_processes(processes, command, command_of(config, "--resume"), signal_at)
 
 
-def config_of(images: Path, out: Path, batch_size: int, *, loop: LoopConfig | None = None, **more: Any) -> PretrainConfig:
+def config_of(
+    images: Path, out: Path, batch_size: int, *, loop: LoopConfig | None = None, **more: Any
+) -> PretrainConfig:
     """Eleven images, four a step: two steps an epoch."""
     return pretraining(images, out, optim=optim(batch_size=batch_size, epochs=4, **more), loop=loop or LoopConfig())
 
@@ -45,7 +49,8 @@ def assert_same_tensors(run: Path, expected: Path, name: str = "model.safetensor
     ours, theirs = (load_file(folder / "checkpoints" / "last" / name) for folder in (run, expected))
     assert set(ours) == set(theirs)
     for key, tensor in theirs.items():
-        # AdamW divides by the size of gradients, some of them tiny: a tenth of the learning rate. Those of the keys' bias are all rounding.
+        # AdamW divides by the size of gradients, some of them tiny: a tenth of the learning rate. Those of the keys'
+        # bias are all rounding.
         if "qkv.bias" not in key:
             torch.testing.assert_close(ours[key], tensor, rtol=1e-3, atol=1e-4, msg=key)
 
@@ -62,14 +67,36 @@ def alone(images: Path, tmp_path: Path) -> Path:
 def test_torchrun(images: Path, tmp_path: Path) -> None:
     broken = spoil(images / "03.png")
     # Checkpoints by the clock too: the main process's counts.
-    config = pretraining(images, tmp_path / "run", optim=optim(batch_size=2, epochs=3, blr=0.64, lr=None), loop=LoopConfig(checkpoint_minutes=1e-4))
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "mae_deploy", *command_of(config)]
+    config = pretraining(
+        images,
+        tmp_path / "run",
+        optim=optim(batch_size=2, epochs=3, blr=0.64, lr=None),
+        loop=LoopConfig(checkpoint_minutes=1e-4),
+    )
+    start = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "mae_deploy",
+        *command_of(config),
+    ]
     done = subprocess.run(start, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
     lines = read_metrics(config.out)
     # Eleven images, four a step.
-    assert [(line["step"], line["epoch"]) for line in lines] == [(1, 0.5), (2, 1.0), (3, 1.5), (4, 2.0), (5, 2.5), (6, 3.0)]
+    assert [(line["step"], line["epoch"]) for line in lines] == [
+        (1, 0.5),
+        (2, 1.0),
+        (3, 1.5),
+        (4, 2.0),
+        (5, 2.5),
+        (6, 3.0),
+    ]
     assert all(math.isfinite(line["loss"]) for line in lines)
     assert lines[1]["lr"] == pytest.approx(0.64 * 4 / 256)
     assert open_checkpoint(config.out).metadata.step == 6
@@ -116,7 +143,9 @@ def test_one_of_two_processes_is_killed_within_an_epoch(images: Path, tmp_path: 
     assert codes[0] not in (0, None)
     assert run(config, 2) == [0, 0]
     assert losses_of(config.out, "grad_norm") == losses_of(whole.out, "grad_norm")
-    ours, theirs = (load_file(folder / "checkpoints" / "last" / "model.safetensors") for folder in (config.out, whole.out))
+    ours, theirs = (
+        load_file(folder / "checkpoints" / "last" / "model.safetensors") for folder in (config.out, whole.out)
+    )
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
@@ -152,7 +181,9 @@ def test_a_classifier_in_shares_is_validated(tmp_path: Path) -> None:
     shardings: tuple[Sharding, ...] = ("ddp", "fsdp2")
     for sharding in shardings:
         more: dict[str, Any] = {"from_scratch": True, "model": "vit_nano_patch4", "image_size": (12, 8)}
-        config = finetuning(data, tmp_path / sharding, None, optim=optim(batch_size=2), loop=LoopConfig(sharding=sharding), **more)
+        config = finetuning(
+            data, tmp_path / sharding, None, optim=optim(batch_size=2), loop=LoopConfig(sharding=sharding), **more
+        )
         assert run(config, 2) == [0, 0]
         found[sharding] = read_metrics(config.out, "eval.jsonl")
     for ours, theirs in zip(found["fsdp2"], found["ddp"], strict=True):

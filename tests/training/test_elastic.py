@@ -12,7 +12,14 @@ from mae_deploy.training.step import StepBatch
 
 
 def batch(first: int, size: int, *, step: int = 3, seed: int = 7) -> StepBatch:
-    return StepBatch(torch.zeros(size, 3, 2, 2), torch.zeros(size, dtype=torch.int64), seed=seed, step=step, first=first, effective=10)
+    return StepBatch(
+        torch.zeros(size, 3, 2, 2),
+        torch.zeros(size, dtype=torch.int64),
+        seed=seed,
+        step=step,
+        first=first,
+        effective=10,
+    )
 
 
 def test_counts_lie_evenly_between_the_shares() -> None:

@@ -53,7 +53,9 @@ def evaluator(images: ImageList) -> Evaluator:
 
 
 def test_accuracy_and_loss_by_hand(accelerator: Accelerator, images: ImageList) -> None:
-    """From the first: classes 0 1 2 3 4 5 6 for a dark image, 2 3 4 5 6 0 1 rolled to 5 6 0 1 2 3 4 for a light one. First right: the two dark a."""
+    """From the first: classes 0 1 2 3 4 5 6 for a dark image, 2 3 4 5 6 0 1 rolled to 5 6 0 1 2 3 4 for a light one.
+    First right: the two dark a.
+    """
     model = ByBrightness().train()
     found = evaluator(images)(accelerator, model)
     assert model.training
@@ -62,7 +64,9 @@ def test_accuracy_and_loss_by_hand(accelerator: Accelerator, images: ImageList) 
     logits = [math.log(8)] * 2 + [math.log(6)] + [math.log(7)] * 3 + [math.log(7)] * 2
     assert found["top1"] == 25.0
     assert found["top5"] == 100.0
-    assert found["val_loss"] == pytest.approx(sum(total - logit for logit in logits) / 8, rel=1e-6)  # float32 beside float64
+    assert found["val_loss"] == pytest.approx(
+        sum(total - logit for logit in logits) / 8, rel=1e-6
+    )  # float32 beside float64
 
 
 def test_labels_beyond_the_first_five_do_not_count(accelerator: Accelerator, images: ImageList) -> None:
@@ -72,7 +76,9 @@ def test_labels_beyond_the_first_five_do_not_count(accelerator: Accelerator, ima
     assert (found["top1"], found["top5"]) == (0.0, 50.0)
 
 
-def test_unreadable_images_are_left_out_and_named_once(accelerator: Accelerator, images: ImageList, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_left_out_and_named_once(
+    accelerator: Accelerator, images: ImageList, capsys: pytest.CaptureFixture[str]
+) -> None:
     spoil(images.paths[0])
     spoil(images.paths[7])
     evaluate = evaluator(images)
@@ -84,7 +90,9 @@ def test_unreadable_images_are_left_out_and_named_once(accelerator: Accelerator,
 
 
 class ByPatches(ByBrightness):
-    """As above with the whole image; with some patches, every image is of the class that is their number, if two images do not see the same."""
+    """As above with the whole image; with some patches, every image is of the class that is their number, if two images
+    do not see the same.
+    """
 
     seen: dict[int, list[list[int]]]
 
@@ -97,13 +105,17 @@ class ByPatches(ByBrightness):
 
 
 def test_the_most_and_the_fewest_patches(accelerator: Accelerator, images: ImageList) -> None:
-    """Three images are of class 0, three of class 1, two of class 6: with one patch of six, class 1 is right three times, with all those by brightness."""
+    """Three images are of class 0, three of class 1, two of class 6: with one patch of six, class 1 is right three
+    times, with all those by brightness.
+    """
     model = ByPatches()
     model.seen = {}
 
     def found(keep_ratio: tuple[float, float], *, batch_size: int = 3) -> dict[str, float]:
         kept = KeptPatches(6, keep_ratio)
-        return Evaluator(images, eval_transform(SPEC), SPEC, batch_size=batch_size, num_workers=0, kept=kept)(accelerator, model)
+        return Evaluator(images, eval_transform(SPEC), SPEC, batch_size=batch_size, num_workers=0, kept=kept)(
+            accelerator, model
+        )
 
     elastic = found((0.1, 1.0))
     assert (elastic["top1"], elastic["top1_of_1"]) == (25.0, 37.5)

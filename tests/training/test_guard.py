@@ -1,4 +1,6 @@
-"""Planted losses and gradients that are no numbers: skipped, then rolled back, then the end; the same after a kill and on two processes."""
+"""Planted losses and gradients that are no numbers: skipped, then rolled back, then the end; the same after a kill and
+on two processes.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,13 @@ def state_of(done: Trained | Path) -> Progress:
 @pytest.mark.parametrize("planted", [Planted([3]), Planted([3], value=math.inf), Planted([3], gradient=True)])
 def test_a_step_is_skipped_counted_and_its_batch_saved(images: Path, tmp_path: Path, planted: Planted) -> None:
     one_epoch = train(images, tmp_path / "one", optim(lr=1e-3, min_lr=1e-3, warmup_epochs=0.0, epochs=1), loss=planted)
-    done = train(images, tmp_path / "run", optim(lr=1e-3, min_lr=1e-3, warmup_epochs=0.0, epochs=3), LoopConfig(keep_checkpoints=9), loss=planted)
+    done = train(
+        images,
+        tmp_path / "run",
+        optim(lr=1e-3, min_lr=1e-3, warmup_epochs=0.0, epochs=3),
+        LoopConfig(keep_checkpoints=9),
+        loss=planted,
+    )
     lines = read_metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 0, 1, 1, 1, 1]
     finite = [line["loss"] is not None for line in lines]
@@ -64,7 +72,9 @@ def test_a_step_is_skipped_counted_and_its_batch_saved(images: Path, tmp_path: P
 def test_a_skipped_step_leaves_the_weights_alone(images: Path, tmp_path: Path) -> None:
     loop = LoopConfig(checkpoint_minutes=1e-9, keep_checkpoints=9)
     done = train(images, tmp_path / "run", optim(epochs=2, warmup_epochs=0.0), loop, loss=Planted([2]))
-    weights = [load_file(done.folder.checkpoints / f"step-{step}" / "model.safetensors")["weight"] for step in (1, 2, 3)]
+    weights = [
+        load_file(done.folder.checkpoints / f"step-{step}" / "model.safetensors")["weight"] for step in (1, 2, 3)
+    ]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[1], weights[2])
 
@@ -84,7 +94,9 @@ def test_only_the_batch_whose_loss_it_was_is_saved(images: Path, tmp_path: Path)
     assert [math.isfinite(float(value)) for value in about["own_losses"]] == [True, False]
 
 
-def test_too_many_in_a_row_go_back_to_the_last_good_checkpoint_at_half_the_rate(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_too_many_in_a_row_go_back_to_the_last_good_checkpoint_at_half_the_rate(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     settings = optim(epochs=6, lr=1e-3, min_lr=1e-3, warmup_epochs=0.0)
     loop = LoopConfig(keep_checkpoints=99, max_skips=3)
     done = train(images, tmp_path / "run", settings, loop, loss=Planted([6, 7, 8]))
@@ -93,10 +105,14 @@ def test_too_many_in_a_row_go_back_to_the_last_good_checkpoint_at_half_the_rate(
     assert [line["lr"] for line in lines] == [1e-3] * 8 + [5e-4] * 4
     # Step 6 ended an epoch, but its checkpoint was not good: nothing finite came after it.
     assert "rolled back after step 8 to step-4; the learning rate is now 0.5 times" in capsys.readouterr().err
-    weights = {step: load_file(done.folder.checkpoints / f"step-{step}" / "model.safetensors")["weight"] for step in (4, 6, 8)}
+    weights = {
+        step: load_file(done.folder.checkpoints / f"step-{step}" / "model.safetensors")["weight"] for step in (4, 6, 8)
+    }
     assert torch.equal(weights[8], weights[4])
     assert not torch.equal(weights[6], weights[4])
-    assert float(load_file(done.folder.checkpoints / "last" / "state" / "optimizer.safetensors")["weight/step"]) == 4 + 4
+    assert (
+        float(load_file(done.folder.checkpoints / "last" / "state" / "optimizer.safetensors")["weight/step"]) == 4 + 4
+    )
     state = state_of(done)
     assert (state.rollbacks, state.lr_factor, state.rollback_at, state.skipped) == (1, 0.5, None, 3)
 
@@ -112,7 +128,9 @@ def test_without_a_good_checkpoint_it_goes_back_to_the_start(images: Path, tmp_p
 
 def test_after_the_last_rollback_it_stops_and_names_the_batch(images: Path, tmp_path: Path) -> None:
     loop = LoopConfig(max_skips=2, max_rollbacks=2)
-    with pytest.raises(CheckFailed, match=r"2 step\(s\) in a row, after going back 2 time\(s\); step 8: loss nan.*step-8\.safetensors") as caught:
+    with pytest.raises(
+        CheckFailed, match=r"2 step\(s\) in a row, after going back 2 time\(s\); step 8: loss nan.*step-8\.safetensors"
+    ) as caught:
         train(images, tmp_path / "run", optim(epochs=9), loop, loss=Planted(range(3, 99)))
     assert caught.value.hint is not None
     assert "--clip-grad 1" in caught.value.hint
@@ -130,7 +148,9 @@ def test_killed_within_a_row_of_skips_it_decides_the_same(images: Path, tmp_path
     """A checkpoint at each step; a resumption after every one of them."""
     settings = optim(epochs=6)
     planted = Planted([4, 6, 7, 8, 9])
-    whole = train(images, tmp_path / "whole", settings, LoopConfig(checkpoint_minutes=1e-9, keep_checkpoints=99), loss=planted)
+    whole = train(
+        images, tmp_path / "whole", settings, LoopConfig(checkpoint_minutes=1e-9, keep_checkpoints=99), loss=planted
+    )
     assert state_of(whole).rollbacks == 1
     for last in range(3, 11):
         copy = tmp_path / f"from-{last}"
@@ -140,7 +160,9 @@ def test_killed_within_a_row_of_skips_it_decides_the_same(images: Path, tmp_path
         for step in range(1, last + 1):
             (copy / "checkpoints" / f"step-{step}").symlink_to(whole.folder.checkpoints / f"step-{step}")
         (copy / "checkpoints" / "last").symlink_to(f"step-{last}")
-        again = train(images, copy, settings, LoopConfig(checkpoint_minutes=1e-9, keep_checkpoints=99), loss=planted, resume=True)
+        again = train(
+            images, copy, settings, LoopConfig(checkpoint_minutes=1e-9, keep_checkpoints=99), loss=planted, resume=True
+        )
         assert lines_of(copy) == lines_of(tmp_path / "whole"), last
         assert torch.equal(again.model.weight, whole.model.weight)
 
@@ -153,7 +175,9 @@ def test_two_processes_where_one_has_it(images: Path, tmp_path: Path) -> None:
     assert [line["skipped"] for line in lines] == [0, 0, 0, 0, 1, 2, 2, 2, 2, 2]
     assert [line["loss"] is None for line in lines] == [False] * 4 + [True] * 2 + [False] * 4
     # Only the process that had it saves its share of the batch.
-    assert saved(tmp_path / "run") == [f"step-{step}-rank-1.{ending}" for step in (5, 6) for ending in ("json", "safetensors")]
+    assert saved(tmp_path / "run") == [
+        f"step-{step}-rank-1.{ending}" for step in (5, 6) for ending in ("json", "safetensors")
+    ]
     state = state_of(tmp_path / "run")
     assert (state.rollbacks, state.good) == (1, 8)
 
@@ -178,7 +202,9 @@ def outcome(step: int, loss: float, norm: float, scale: float | None) -> StepOut
     return StepOutcome(step, loss, norm, (loss,), (batch,), scale)
 
 
-def test_an_overflow_of_the_loss_scale_is_counted_but_is_no_event_until_nothing_is_left_of_the_scale(tmp_path: Path) -> None:
+def test_an_overflow_of_the_loss_scale_is_counted_but_is_no_event_until_nothing_is_left_of_the_scale(
+    tmp_path: Path,
+) -> None:
     state = Progress()
     guard = Guard(state, LoopConfig(max_skips=2), tmp_path, process=None, late=2, total_steps=99)
     for step in range(1, 8):
@@ -195,5 +221,7 @@ def test_an_overflow_of_the_loss_scale_is_counted_but_is_no_event_until_nothing_
 
 def test_a_loss_that_is_no_number_is_an_event_at_any_scale(tmp_path: Path) -> None:
     state = Progress()
-    Guard(state, LoopConfig(), tmp_path, process=None, late=2, total_steps=99).observe(outcome(1, math.nan, math.nan, 65536.0))
+    Guard(state, LoopConfig(), tmp_path, process=None, late=2, total_steps=99).observe(
+        outcome(1, math.nan, math.nan, 65536.0)
+    )
     assert state.consecutive_skips == 1

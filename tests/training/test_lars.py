@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mae_deploy.training.optim.lars import Lars
 
-# Computed with the original implementation: lr 0.1, weight decay 0.01, momentum 0.9, trust coefficient 0.001, from the tensors of `drawn`.
+# Computed with the original implementation: lr 0.1, weight decay 0.01, momentum 0.9, trust coefficient 0.001, from the
+# tensors of `drawn`.
 STEPS = [
     {
         "w": [
@@ -44,7 +45,9 @@ STEPS = [
 
 
 def drawn(name: str, *shape: int) -> Tensor:
-    """A tensor that follows from its name: uniform of unit variance over the root of the fan-in, a tenth of it for a bias."""
+    """A tensor that follows from its name: uniform of unit variance over the root of the fan-in, a tenth of it for a
+    bias.
+    """
     seed = int.from_bytes(hashlib.sha256(f"0:{name}".encode()).digest()[:8], "little")
     numbers = (np.random.Generator(np.random.PCG64(seed)).random(int(np.prod(shape))) - 0.5) * np.sqrt(12.0)
     scale = 0.1 if name.endswith("bias") else 1 / np.sqrt(np.prod(shape[1:]))
@@ -67,7 +70,9 @@ def test_three_steps_are_those_of_the_original() -> None:
 
 
 def test_by_hand() -> None:
-    """|w| = 5, |g| = 2: the gradient is scaled by 0.001 * 5 / 2; a vector's is not; the second step adds 0.9 of the first."""
+    """|w| = 5, |g| = 2: the gradient is scaled by 0.001 * 5 / 2; a vector's is not; the second step adds 0.9 of the
+    first.
+    """
     weight, bias = nn.Parameter(torch.tensor([[3.0, 4.0]])), nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = Lars([group(weight), group(bias)])
     weight.grad, bias.grad = torch.tensor([[0.0, 2.0]]), torch.tensor([0.0, 2.0])
@@ -92,5 +97,7 @@ def test_weight_decay_is_for_matrices() -> None:
     optimizer = Lars([group(weight, weight_decay=0.5), group(bias, weight_decay=0.5)])
     weight.grad, bias.grad = torch.zeros(1, 1), torch.zeros(1)
     optimizer.step()
-    assert weight.item() == pytest.approx(2 - 0.1 * 0.001 * 2)  # the decay alone is the gradient, scaled to 0.001 of the weight
+    assert weight.item() == pytest.approx(
+        2 - 0.1 * 0.001 * 2
+    )  # the decay alone is the gradient, scaled to 0.001 of the weight
     assert bias.item() == 2.0

@@ -30,7 +30,17 @@ def test_metrics_checkpoints_and_summary(images: Path, tmp_path: Path) -> None:
     lines = read_metrics(done.folder.path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["epoch"] for line in lines] == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0]
-    assert set(lines[0]) == {"step", "epoch", "loss", "bias", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"}
+    assert set(lines[0]) == {
+        "step",
+        "epoch",
+        "loss",
+        "bias",
+        "grad_norm",
+        "lr",
+        "skipped",
+        "images_per_second",
+        "data_wait",
+    }
     # Warm-up of half an epoch is one step of two.
     assert [line["lr"] for line in lines] == [0.0, *(0.0005 * (1 + math.cos(math.pi * k / 5)) for k in range(5))]
     assert all(0 <= line["data_wait"] <= 1 and line["images_per_second"] > 0 for line in lines)
@@ -140,7 +150,9 @@ def test_a_run_repeats_itself(images: Path, tmp_path: Path) -> None:
 # --- refusals --------------------------------------------------------------------------------------------------------
 
 
-def test_on_the_command_line_losses_that_stay_non_finite_are_one_line_and_exit_code_1(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_the_command_line_losses_that_stay_non_finite_are_one_line_and_exit_code_1(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = pretraining(images, tmp_path / "run", optim=optim(lr=1e38, warmup_epochs=0.0))
     assert main(command_of(config)) == 1
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith(("error: ", "hint: "))]
@@ -149,7 +161,9 @@ def test_on_the_command_line_losses_that_stay_non_finite_are_one_line_and_exit_c
     assert errors[1].endswith("start a new run with a smaller --blr, --clip-grad 1, or --precision fp32")
 
 
-def test_unreadable_images_are_replaced_and_listed_once(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_images_are_replaced_and_listed_once(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     odd = spoil(images / "02.png").rename(images / "[red].png")  # what rich would take for a colour
     other = spoil(images / "07.png")
     done = train(images, tmp_path / "run", optim(epochs=4))

@@ -1,4 +1,6 @@
-"""Which parameter decays and how fast it learns, against the groups that the original's code printed for a network of four blocks."""
+"""Which parameter decays and how fast it learns, against the groups that the original's code printed for a network of
+four blocks.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,16 @@ from mae_deploy.training.optim.groups import ParamGroup, adamw, decay_groups, la
 from tests.training.tiny_runs import DECODER, ENCODER
 
 FOUR_BLOCKS = replace(ENCODER, depth=4)
-BLOCK_PLAIN = {"norm1.weight", "norm1.bias", "attn.qkv.bias", "attn.proj.bias", "norm2.weight", "norm2.bias", "mlp.fc1.bias", "mlp.fc2.bias"}
+BLOCK_PLAIN = {
+    "norm1.weight",
+    "norm1.bias",
+    "attn.qkv.bias",
+    "attn.proj.bias",
+    "norm2.weight",
+    "norm2.bias",
+    "mlp.fc1.bias",
+    "mlp.fc2.bias",
+}
 BLOCK_DECAYS = {"attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"}
 
 
@@ -27,7 +38,15 @@ def found(groups: list[ParamGroup]) -> dict[tuple[float, float], set[str]]:
 def test_pretraining_decays_all_but_vectors_and_biases() -> None:
     model = MaskedAutoencoder(replace(ENCODER, depth=1), DECODER)
     decays = {"cls_token", "mask_token", "patch_embed.proj.weight", "decoder_embed.weight", "decoder_pred.weight"}
-    plain = {"patch_embed.proj.bias", "norm.weight", "norm.bias", "decoder_embed.bias", "decoder_norm.weight", "decoder_norm.bias", "decoder_pred.bias"}
+    plain = {
+        "patch_embed.proj.bias",
+        "norm.weight",
+        "norm.bias",
+        "decoder_embed.bias",
+        "decoder_norm.weight",
+        "decoder_norm.bias",
+        "decoder_pred.bias",
+    }
     for prefix in ("blocks.0.", "decoder_blocks.0."):
         decays |= {prefix + name for name in BLOCK_DECAYS}
         plain |= {prefix + name for name in BLOCK_PLAIN}
@@ -56,11 +75,22 @@ def test_names_go_with_their_parameters() -> None:
     model = Classifier(ENCODER, num_classes=7)
     parameters = dict(model.named_parameters())
     for group in (*decay_groups(model, 0.05), *layer_decay_groups(model, 0.05, 0.65)):
-        assert all(parameters[name] is parameter for name, parameter in zip(group["names"], group["params"], strict=True))
+        assert all(
+            parameters[name] is parameter for name, parameter in zip(group["names"], group["params"], strict=True)
+        )
 
 
 def test_layers() -> None:
-    names = ("cls_token", "pos_embed", "patch_embed.proj.weight", "blocks.0.norm1.weight", "blocks.11.norm1.weight", "norm.weight", "fc_norm.bias", "head.bias")
+    names = (
+        "cls_token",
+        "pos_embed",
+        "patch_embed.proj.weight",
+        "blocks.0.norm1.weight",
+        "blocks.11.norm1.weight",
+        "norm.weight",
+        "fc_norm.bias",
+        "head.bias",
+    )
     assert [layer_of(name, 13) for name in names] == [0, 0, 0, 1, 12, 13, 13, 13]
 
 
@@ -76,5 +106,7 @@ def test_the_first_step_by_hand() -> None:
     layer(torch.tensor([[1.0, -1.0]])).sum().backward()
     optimizer.step()
     # eps of 1e-8 beside gradients of 1, and float32.
-    torch.testing.assert_close(layer.weight.detach(), torch.tensor([[2 * 0.95 - 0.1, -4 * 0.95 + 0.1]]), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        layer.weight.detach(), torch.tensor([[2 * 0.95 - 0.1, -4 * 0.95 + 0.1]]), rtol=1e-6, atol=0
+    )
     torch.testing.assert_close(layer.bias.detach(), torch.tensor([2.9]), rtol=1e-6, atol=0)

@@ -36,10 +36,18 @@ def test_fewer_images_than_processes() -> None:
         make_plan(1, OptimConfig(), world_size=2, paper_warmup=1)
 
 
-def resumed(batch_size: int, accum_iter: int, processes: int, *, before: tuple[int, int, int], effective: int) -> tuple[int, int]:
+def resumed(
+    batch_size: int, accum_iter: int, processes: int, *, before: tuple[int, int, int], effective: int
+) -> tuple[int, int]:
     """Batch size and accumulation of a run that was asked for `before`: batch size, accumulation, processes."""
     state = Progress(batch_size=before[0], accum_iter=before[1], processes=before[2], effective_batch=effective)
-    plan = resume_plan(1009, OptimConfig(batch_size=batch_size, accum_iter=accum_iter, epochs=3), state, world_size=processes, paper_warmup=1)
+    plan = resume_plan(
+        1009,
+        OptimConfig(batch_size=batch_size, accum_iter=accum_iter, epochs=3),
+        state,
+        world_size=processes,
+        paper_warmup=1,
+    )
     assert plan.batch_size * plan.accum_iter * processes == effective
     assert plan.steps_per_epoch == 1009 // effective
     assert plan.peak_lr == 1.5e-4 * effective / 256
@@ -50,7 +58,9 @@ def resumed(batch_size: int, accum_iter: int, processes: int, *, before: tuple[i
     ("processes", "expected"),
     [(1, (6, 4)), (2, (6, 2)), (3, (4, 2)), (4, (6, 1)), (8, (3, 1)), (24, (1, 1))],
 )
-def test_another_number_of_processes_keeps_the_effective_batch(processes: int, expected: tuple[int, int], capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_number_of_processes_keeps_the_effective_batch(
+    processes: int, expected: tuple[int, int], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert resumed(6, 2, processes, before=(6, 2, 2), effective=24) == expected
     said = capsys.readouterr().err
     assert ("still 24 images a step: batch size" in said) == (processes != 2)
@@ -67,7 +77,9 @@ def test_another_batch_size_of_the_same_product_is_taken_as_it_is() -> None:
 
 
 def test_another_effective_batch_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"batch size 5 x accumulation 2 x 2 process\(es\) of a run with 24 images a step"):
+    with pytest.raises(
+        ConfigError, match=r"batch size 5 x accumulation 2 x 2 process\(es\) of a run with 24 images a step"
+    ):
         resumed(5, 2, 2, before=(6, 2, 2), effective=24)
 
 

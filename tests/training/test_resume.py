@@ -1,4 +1,5 @@
-"""A run that is killed at any moment and resumed repeats the losses, the learning rates and the weights of the unbroken run, bit for bit.
+"""A run that is killed at any moment and resumed repeats the losses, the learning rates and the weights of the unbroken
+run, bit for bit.
 
 FP32 on a CPU. Killed runs are processes of their own that get SIGKILL, as a power cut or a batch system would end them.
 """
@@ -28,13 +29,26 @@ from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.progress import REST
 from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import write_classes, write_noise
-from tests.training.tiny_runs import DECODER, STUDENT, command_of, finetuning, losses_of, optim, pretraining, progress_of, run_command, start_command
+from tests.training.tiny_runs import (
+    DECODER,
+    STUDENT,
+    command_of,
+    finetuning,
+    losses_of,
+    optim,
+    pretraining,
+    progress_of,
+    run_command,
+    start_command,
+)
 
 SIGKILLED = -9
 
 
 def resume_until_done(config: Any, kill_before: Iterable[int]) -> int:
-    """Kill before each of these changes of the run's files in turn, then let it finish; returns how often it was killed."""
+    """Kill before each of these changes of the run's files in turn, then let it finish; returns how often it was
+    killed.
+    """
     command = command_of(config, "--resume")
     kills = 0
     for number in kill_before:
@@ -77,10 +91,14 @@ def wait_for_a_step(run: Path, alive: Callable[[], bool]) -> None:
 
 @pytest.mark.slow
 def test_pretraining_killed_before_any_change_of_its_files(images: Path, tmp_path: Path) -> None:
-    """From the first file to the first checkpoint before every sixth change, then before every second around the checkpoints that replace another."""
+    """From the first file to the first checkpoint before every sixth change, then before every second around the
+    checkpoints that replace another.
+    """
     settings = optim(epochs=3, accum_iter=2, batch_size=2)
     pretrain(pretraining(images, tmp_path / "whole", optim=settings))
-    kills = resume_until_done(pretraining(images, tmp_path / "resumed", optim=settings), [*range(1, 46, 6), *range(37, 60, 2)])
+    kills = resume_until_done(
+        pretraining(images, tmp_path / "resumed", optim=settings), [*range(1, 46, 6), *range(37, 60, 2)]
+    )
     assert kills > 12
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
 
@@ -93,7 +111,9 @@ def test_pretraining_killed_at_random_times(images: Path, tmp_path: Path) -> Non
     config = pretraining(images, tmp_path / "resumed", optim=settings, images=DataConfig(num_workers=2))
     command = command_of(config, "--resume")
     moment = random.Random(0)
-    with subprocess.Popen([sys.executable, "-m", "mae_deploy", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as user:
+    with subprocess.Popen(
+        [sys.executable, "-m", "mae_deploy", *command], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    ) as user:
         wait_for_a_step(config.out, lambda: user.poll() is None)
         time.sleep(moment.uniform(0, 0.05))
         user.kill()
@@ -116,7 +136,9 @@ def test_pretraining_killed_between_checkpoints(images: Path, tmp_path: Path) ->
     pretrain(pretraining(images, tmp_path / "whole", optim=settings))
     config = pretraining(images, tmp_path / "resumed", optim=settings)
     loop = LoopConfig(checkpoint_minutes=1e-9)
-    every_step = pretraining(images, tmp_path / "resumed", optim=settings, images=DataConfig(num_workers=1, cache=True), loop=loop)
+    every_step = pretraining(
+        images, tmp_path / "resumed", optim=settings, images=DataConfig(num_workers=1, cache=True), loop=loop
+    )
     assert run_command(command_of(every_step, "--resume"), kill_at=100) == SIGKILLED
     assert progress_of(config.out) == 3
     assert run_command(command_of(config, "--resume")) == 0
@@ -149,8 +171,15 @@ def test_distilling_features_with_the_projector(images: Path, tmp_path: Path) ->
     pretrain(pretraining(images, tmp_path / "teacher"))
 
     def config(name: str) -> DistillConfig:
-        common: dict[str, Any] = {"optim": optim(epochs=3), "images": DataConfig(num_workers=0), "decoder": DECODER, "features": FeatureConfig(mask_ratio=0.5)}
-        return DistillConfig(data=images, teacher=tmp_path / "teacher", out=tmp_path / name, device="cpu", **STUDENT, **common)
+        common: dict[str, Any] = {
+            "optim": optim(epochs=3),
+            "images": DataConfig(num_workers=0),
+            "decoder": DECODER,
+            "features": FeatureConfig(mask_ratio=0.5),
+        }
+        return DistillConfig(
+            data=images, teacher=tmp_path / "teacher", out=tmp_path / name, device="cpu", **STUDENT, **common
+        )
 
     assert run_command(command_of(config("whole"))) == 0
     assert resume_until_done(config("resumed"), [25, 46, 55]) == 3
@@ -163,11 +192,15 @@ def test_distilling_features_with_the_projector(images: Path, tmp_path: Path) ->
 def test_distilling_logits(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "data")
     write_noise(tmp_path / "more", 5)
-    finetune(finetuning(data, tmp_path / "teacher", None, from_scratch=True, model="vit_nano_patch4", image_size=(12, 8)))
+    finetune(
+        finetuning(data, tmp_path / "teacher", None, from_scratch=True, model="vit_nano_patch4", image_size=(12, 8))
+    )
 
     def config(name: str) -> DistillConfig:
         common: dict[str, Any] = {"optim": optim(epochs=3), "images": DataConfig(num_workers=0)}
-        return DistillConfig(data=data, teacher=tmp_path / "teacher", out=tmp_path / name, device="cpu", **STUDENT, **common)
+        return DistillConfig(
+            data=data, teacher=tmp_path / "teacher", out=tmp_path / name, device="cpu", **STUDENT, **common
+        )
 
     assert run_command(command_of(config("whole"))) == 0
     assert resume_until_done(config("resumed"), [22, 47]) == 2
@@ -177,7 +210,9 @@ def test_distilling_logits(tmp_path: Path) -> None:
 # --- refusals, as the command line says them -------------------------------------------------------------------------
 
 
-def test_without_resume_a_run_is_not_overwritten(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_resume_a_run_is_not_overwritten(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = pretraining(images, tmp_path / "run")
     pretrain(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -190,10 +225,14 @@ def test_without_resume_a_run_is_not_overwritten(images: Path, tmp_path: Path, c
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_resume_refuses_other_settings_and_other_data(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resume_refuses_other_settings_and_other_data(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     pretrain(pretraining(images, tmp_path / "run"))
     capsys.readouterr()
-    assert main(command_of(pretraining(images, tmp_path / "run", mask_ratio=0.5, optim=optim(epochs=3)), "--resume")) == 2
+    assert (
+        main(command_of(pretraining(images, tmp_path / "run", mask_ratio=0.5, optim=optim(epochs=3)), "--resume")) == 2
+    )
     assert "mask_ratio: 0.75 -> 0.5; optim.epochs: 2 -> 3" in capsys.readouterr().err
     write_noise(images, 1, first=11)
     assert main(command_of(pretraining(images, tmp_path / "run"), "--resume")) == 2

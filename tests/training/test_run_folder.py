@@ -47,7 +47,17 @@ def test_a_run_starts_with_its_config_data_and_environment(tmp_path: Path) -> No
     assert from_dict(PretrainConfig, read_recipe(folder.path / "config.yaml")) == config_of(tmp_path)
     assert json.loads((folder.path / "data.json").read_text(encoding="utf-8")) == DATA
     found = json.loads((folder.path / "environment.json").read_text(encoding="utf-8"))
-    assert set(found) == {"mae_deploy", "python", "platform", "processor", "threads", "gpus", "packages", "command", "git_revision"}
+    assert set(found) == {
+        "mae_deploy",
+        "python",
+        "platform",
+        "processor",
+        "threads",
+        "gpus",
+        "packages",
+        "command",
+        "git_revision",
+    }
     assert found["packages"]["torch"] == metadata.version("torch")
     assert folder.last is None
 
@@ -112,7 +122,9 @@ def test_resume_with_other_settings_names_them(tmp_path: Path, change: dict[str,
 def test_resume_may_change_what_does_not_change_the_losses(tmp_path: Path) -> None:
     opened(tmp_path)
     loop = LoopConfig(checkpoint_every=3, checkpoint_minutes=1.0, keep_checkpoints=2, eval_every=2)
-    changed = config_of(tmp_path, images=DataConfig(num_workers=2, max_corrupt=7, cache=True), loop=loop, pictures_every=3, resume=True)
+    changed = config_of(
+        tmp_path, images=DataConfig(num_workers=2, max_corrupt=7, cache=True), loop=loop, pictures_every=3, resume=True
+    )
     RunFolder.open(tmp_path / "run", changed, DATA, resume=True)
     # What is written is what now holds.
     assert from_dict(PretrainConfig, read_recipe(tmp_path / "run" / "config.yaml")) == changed
@@ -176,7 +188,9 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
 
 
 def test_last_is_kept_where_it_is_not_the_newest(tmp_path: Path) -> None:
-    """Killed between the writing of step 8 and the move of `last`, resumed from step 4, and a timed checkpoint at step 6."""
+    """Killed between the writing of step 8 and the move of `last`, resumed from step 4, and a timed checkpoint at step
+    6.
+    """
     folder = opened(tmp_path)
     for step in (4, 8, 6):
         write_checkpoint_folder(folder, step)

@@ -13,8 +13,12 @@ from tests.training.linear_runs import train
 from tests.training.tiny_runs import optim
 
 
-def test_a_compiled_run_has_the_same_losses_and_names(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The graph is captured but run as it is: the compiler itself takes half a minute. Stopped compiled, resumed not."""
+def test_a_compiled_run_has_the_same_losses_and_names(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The graph is captured but run as it is: the compiler itself takes half a minute. Stopped compiled, resumed
+    not.
+    """
     compiled: list[torch.nn.Module] = []
     original = partial(torch.compile, backend="eager")
 

@@ -16,7 +16,16 @@ from mae_deploy.training.monitor.signals import EXIT_STOPPED, STOPPING, Stopped,
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.training.step import StepBatch
 from tests.training.linear_runs import squared_error, train
-from tests.training.tiny_runs import command, command_of, losses_of, optim, pretraining, progress_of, run_command, run_processes
+from tests.training.tiny_runs import (
+    command,
+    command_of,
+    losses_of,
+    optim,
+    pretraining,
+    progress_of,
+    run_command,
+    run_processes,
+)
 
 
 @pytest.mark.parametrize("name", STOPPING)
@@ -55,7 +64,9 @@ def as_if_stopped(signals: StopSignals) -> StopSignals:
     return signals
 
 
-def test_what_is_said(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_said(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(StopSignals, "__enter__", as_if_stopped)
     config = pretraining(images, tmp_path / "run")
     assert main(command_of(config)) == EXIT_STOPPED
@@ -66,7 +77,9 @@ def test_what_is_said(images: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_a_second_ctrl_c_interrupts_at_once() -> None:
-    inherited = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin with SIGINT ignored
+    inherited = signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell's background jobs begin with SIGINT ignored
     try:
         with StopSignals() as signals:
             os.kill(os.getpid(), signal.SIGINT)

@@ -48,7 +48,11 @@ def advance(layer: nn.Linear, optimizer: torch.optim.Optimizer, steps: int) -> N
 
 
 def tensors_of(optimizer: torch.optim.Optimizer, layer: nn.Linear) -> dict[str, Tensor]:
-    return {f"{name}/{key}": value for name, parameter in layer.named_parameters() for key, value in optimizer.state[parameter].items()}
+    return {
+        f"{name}/{key}": value
+        for name, parameter in layer.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def save(folder: Path, optimizer: torch.optim.Optimizer) -> Path:
@@ -64,7 +68,11 @@ def test_the_optimiser_goes_on_as_if_nothing_had_happened(tmp_path: Path) -> Non
     restored.load_state_dict(layer.state_dict())
     load_optimizer(tmp_path, resumed)
     before, after = tensors_of(optimizer, layer), tensors_of(resumed, restored)
-    assert set(after) == {f"{name}/{slot}" for name in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")} == set(before)
+    assert (
+        set(after)
+        == {f"{name}/{slot}" for name in ("weight", "bias") for slot in ("step", "exp_avg", "exp_avg_sq")}
+        == set(before)
+    )
     assert all(torch.equal(after[name], before[name]) and after[name].dtype == before[name].dtype for name in before)
 
     advance(layer, optimizer, 2)
@@ -80,7 +88,15 @@ def test_an_optimiser_that_goes_back_to_the_start_has_no_state(tmp_path: Path) -
 
 
 def test_progress(tmp_path: Path) -> None:
-    progress = Progress(step=7, best=12.5, scaler={"scale": 65536.0, "_growth_tracker": 3}, processes=2, effective_batch=24, lr_factor=0.25, good=5)
+    progress = Progress(
+        step=7,
+        best=12.5,
+        scaler={"scale": 65536.0, "_growth_tracker": 3},
+        processes=2,
+        effective_batch=24,
+        lr_factor=0.25,
+        good=5,
+    )
     save_progress(tmp_path, progress)
     assert load_progress(tmp_path) == progress
     assert read_json(tmp_path / "progress.json")["step"] == 7

@@ -1,4 +1,6 @@
-"""A step that is not finite changes nothing; random numbers depend on an image's place in the effective batch, not on how the batch is split."""
+"""A step that is not finite changes nothing; random numbers depend on an image's place in the effective batch, not on
+how the batch is split.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ from mae_deploy.training.step import StepBatch, Stepper
 
 
 def batch(first: int, size: int, *, step: int = 5) -> StepBatch:
-    return StepBatch(torch.zeros(size, 3, 2, 2), torch.zeros(size, dtype=torch.int64), seed=7, step=step, first=first, effective=12)
+    return StepBatch(
+        torch.zeros(size, 3, 2, 2), torch.zeros(size, dtype=torch.int64), seed=7, step=step, first=first, effective=12
+    )
 
 
 def both(of: StepBatch) -> tuple[Tensor, Tensor]:
@@ -51,7 +55,9 @@ def test_drawing_leaves_the_global_generator_alone() -> None:
 
 def image_batch(*images: tuple[int, int], seed: int = 7, step: int = 5) -> StepBatch:
     items, views = torch.tensor(images).unbind(1)
-    return StepBatch(torch.zeros(len(images), 3, 2, 2), torch.zeros(len(images)), seed=seed, step=step, items=items, view=views)
+    return StepBatch(
+        torch.zeros(len(images), 3, 2, 2), torch.zeros(len(images)), seed=seed, step=step, items=items, view=views
+    )
 
 
 def test_an_image_and_its_view_draw_the_same_in_any_batch_and_step() -> None:
@@ -61,7 +67,9 @@ def test_an_image_and_its_view_draw_the_same_in_any_batch_and_step() -> None:
     other = image_batch((40_000, 0), (3, 1), step=6)
     assert torch.equal(other.image_rand(2, 97), whole[[3, 1]])
     assert torch.equal(other.image_rand(2, 97), whole[[3, 1]])
-    assert torch.equal(other.image_rand(50), whole[[3, 1]].flatten(1)[:, :50])  # the counter of a row, whatever its shape
+    assert torch.equal(
+        other.image_rand(50), whole[[3, 1]].flatten(1)[:, :50]
+    )  # the counter of a row, whatever its shape
 
 
 def test_images_views_and_seeds_draw_numbers_of_their_own_evenly() -> None:
@@ -80,7 +88,12 @@ def test_images_views_and_seeds_draw_numbers_of_their_own_evenly() -> None:
 
 def test_numbers_of_older_caches_stay() -> None:
     """Written down: with others, every mask in a cache would be another than its name says."""
-    torch.testing.assert_close(image_batch((5, 1)).image_rand(3), torch.tensor([[0.3073984980583191, 0.8402047753334045, 0.6067515015602112]]), rtol=0, atol=0)
+    torch.testing.assert_close(
+        image_batch((5, 1)).image_rand(3),
+        torch.tensor([[0.3073984980583191, 0.8402047753334045, 0.6067515015602112]]),
+        rtol=0,
+        atol=0,
+    )
 
 
 # --- a step ----------------------------------------------------------------------------------------------------------
@@ -95,7 +108,9 @@ def momentum(groups: list[ParamGroup]) -> torch.optim.Optimizer:
 
 
 @pytest.mark.parametrize("optimizer", [fused, momentum])
-def test_a_step_that_is_not_finite_changes_nothing(tmp_path: Path, optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer]) -> None:
+def test_a_step_that_is_not_finite_changes_nothing(
+    tmp_path: Path, optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer]
+) -> None:
     """Neither weights nor what the optimiser remembers, nor the statistics of BatchNorm."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(12), nn.Linear(12, 1))

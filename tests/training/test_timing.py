@@ -34,7 +34,13 @@ def test_parts_are_added_up() -> None:
 
 def test_numbers_of_a_step() -> None:
     assert TAKEN.student == pytest.approx(0.4 - 0.016 - 0.22)
-    assert TAKEN.metrics() == {"images_per_second": 295.0, "data_wait": 0.04, "teacher_seconds": 0.1, "other_seconds": 0.12, "student_seconds": 0.164}
+    assert TAKEN.metrics() == {
+        "images_per_second": 295.0,
+        "data_wait": 0.04,
+        "teacher_seconds": 0.1,
+        "other_seconds": 0.12,
+        "student_seconds": 0.164,
+    }
     assert StepTimes(118, 0.4, 0.016, {}).metrics() == {"images_per_second": 295.0, "data_wait": 0.04}
 
 
@@ -53,7 +59,9 @@ def test_a_loss_that_times_a_part_has_it_in_the_metrics(images: Path, tmp_path: 
             time.sleep(0.01)
         return squared_error(model, batch)
 
-    lines = read_metrics(train(images, tmp_path / "run", optim(epochs=1, batch_size=2, accum_iter=2), loss=loss).folder.path)
+    lines = read_metrics(
+        train(images, tmp_path / "run", optim(epochs=1, batch_size=2, accum_iter=2), loss=loss).folder.path
+    )
     assert list(lines[0])[-4:] == ["images_per_second", "data_wait", "teacher_seconds", "student_seconds"]
     for line in lines:
         seconds = 4 / line["images_per_second"]

@@ -42,12 +42,23 @@ class Recorder(GeneralTracker):  # type: ignore[misc]
         self.logged.append((step, values))
 
 
-def test_a_tracker_is_told_every_step_and_its_record_goes_on(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_tracker_is_told_every_step_and_its_record_goes_on(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(trackers, "WandBTracker", Recorder)
     loop = LoopConfig(tracker=("wandb",))
     train(images, tmp_path / "run", optim(epochs=2), loop, loss=Planted([2]))
     assert [step for step, _ in Recorder.logged] == [1, 2, 3, 4]
-    assert set(Recorder.logged[0][1]) == {"epoch", "loss", "bias", "grad_norm", "lr", "skipped", "images_per_second", "data_wait"}
+    assert set(Recorder.logged[0][1]) == {
+        "epoch",
+        "loss",
+        "bias",
+        "grad_norm",
+        "lr",
+        "skipped",
+        "images_per_second",
+        "data_wait",
+    }
     assert "loss" not in Recorder.logged[1][1]  # it was no number
     train(images, tmp_path / "run", optim(epochs=2), loop, resume=True)
     first, second = Recorder.started
@@ -55,7 +66,9 @@ def test_a_tracker_is_told_every_step_and_its_record_goes_on(images: Path, tmp_p
     assert first["id"] == second["id"] != ""
 
 
-def test_a_package_that_is_not_there_is_named_before_anything_is_written(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_package_that_is_not_there_is_named_before_anything_is_written(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     try:
         make_accelerator("cpu", "fp32", tmp_path, ("wandb",))
     except MissingDependency:

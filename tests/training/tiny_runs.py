@@ -69,8 +69,11 @@ def losses_of(run: Path, *more: str) -> list[dict[str, Any]]:
 # --- killing ---------------------------------------------------------------------------------------------------------
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["mae_deploy.pretrain.run", "mae_deploy.pretrain.finetune", "mae_deploy.distill.run", "mae_deploy.cli", __name__])
-"""Torch is imported once for all runs: a fork of that server starts in milliseconds, as clean as a fresh interpreter."""
+_CONTEXT.set_forkserver_preload(
+    ["mae_deploy.pretrain.run", "mae_deploy.pretrain.finetune", "mae_deploy.distill.run", "mae_deploy.cli", __name__]
+)
+"""Torch is imported once for all runs: a fork of that server starts in milliseconds, as clean as a fresh
+interpreter."""
 
 _WRITING = ("os.rename", "os.symlink", "os.remove", "os.mkdir", "os.rmdir")
 
@@ -94,11 +97,15 @@ def start_process(function: Callable[..., Any], *arguments: Any) -> ForkServerPr
 
 
 def run_processes(count: int, function: Callable[..., Any], *arguments: Any) -> list[int | None]:
-    """Call a module's function in some processes that train together, as torchrun starts them; returns their exit codes."""
+    """Call a module's function in some processes that train together, as torchrun starts them; returns their exit
+    codes.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    processes = [_CONTEXT.Process(target=_in_group, args=(rank, count, port, function, arguments)) for rank in range(count)]
+    processes = [
+        _CONTEXT.Process(target=_in_group, args=(rank, count, port, function, arguments)) for rank in range(count)
+    ]
     for process in processes:
         process.start()
     for process in processes:

@@ -36,7 +36,8 @@ class Accuracy:
     """What a graph is worth at one number of patches."""
 
     cosine: float | None = None
-    """Mean over the images of the cosine with the features of all patches; None where those cannot be had, or without features."""
+    """Mean over the images of the cosine with the features of all patches; None where those cannot be had, or without
+    features."""
     top1: float | None = None
     """Share of the images whose most likely class is the right one; None without logits or labels."""
 
@@ -68,7 +69,8 @@ class Judge:
             CheckFailed: not one image can be read.
         """
         found = {}
-        # Graphs that can be given every patch come first, those in FP32 before the others: they may be the reference of the rest.
+        # Graphs that can be given every patch come first, those in FP32 before the others: they may be the reference of
+        # the rest.
         for row in sorted(rows, key=lambda row: (not row.loaded.takes_all, row.loaded.precision != "fp32")):
             bundle = row.subject.bundle
             found[row] = self._accuracy(row.loaded, row.keep, bundle) if bundle is not None else Accuracy()
@@ -81,16 +83,22 @@ class Judge:
         reference = self._reference(loaded, bundle, features) if features is not None else None
         labels = self._labels(bundle)
         return Accuracy(
-            cosine=_mean_cosine(outputs[features], reference) if features is not None and reference is not None else None,
+            cosine=(
+                _mean_cosine(outputs[features], reference) if features is not None and reference is not None else None
+            ),
             top1=float((outputs[LOGITS].argmax(1) == labels).mean()) if labels is not None else None,
         )
 
     def _reference(self, loaded: Loaded, bundle: Bundle, features: str) -> Array | None:
-        """The features of all patches: by the first graph of the same weights and images that can be given them, in FP32 where there is one."""
+        """The features of all patches: by the first graph of the same weights and images that can be given them, in
+        FP32 where there is one.
+        """
         subject = loaded.subject
         shared = (_weights(bundle), features, hashlib.sha256(self._pixels(bundle).tobytes()).hexdigest())
         if shared not in self._references and loaded.takes_all:
-            self._references[shared] = self._run(loaded, subject.num_patches if subject.keep is not None else None, bundle)[features]
+            self._references[shared] = self._run(
+                loaded, subject.num_patches if subject.keep is not None else None, bundle
+            )[features]
         return self._references.get(shared)
 
     def _run(self, loaded: Loaded, keep: int | None, bundle: Bundle) -> dict[str, Array]:
@@ -160,7 +168,9 @@ class _Photos:
         return self._read[preprocess]
 
     def labels(self, bundle: Bundle) -> Array | None:
-        """The class of each image, by the name of its folder below ours; None without logits, or if one is no class of the bundle."""
+        """The class of each image, by the name of its folder below ours; None without logits, or if one is no class of
+        the bundle.
+        """
         classes = bundle.class_names
         if classes is None or LOGITS not in bundle.output_names:
             return None
@@ -168,7 +178,9 @@ class _Photos:
         folders = [path.relative_to(self._folder).parts[0] if path != self._folder else path.name for path in paths]
         strangers = [name for name in folders if name not in classes]
         if strangers:
-            self._say("no top-1:", f"'{strangers[0]}' of {self._folder} is no folder named after a class of {bundle.path}")
+            self._say(
+                "no top-1:", f"'{strangers[0]}' of {self._folder} is no folder named after a class of {bundle.path}"
+            )
             return None
         return np.asarray([classes.index(name) for name in folders])
 
@@ -185,7 +197,9 @@ def _weights(bundle: Bundle) -> str:
 
 
 def _mean_cosine(found: Array, reference: Array) -> float | None:
-    """The mean of the cosines of two lists of vectors `(S, D)`; None where a value is not finite or a vector is zero."""
+    """The mean of the cosines of two lists of vectors `(S, D)`; None where a value is not finite or a vector is
+    zero.
+    """
     a_SD, b_SD = found.astype(np.float64), reference.astype(np.float64)
     norms_S = np.linalg.norm(a_SD, axis=1) * np.linalg.norm(b_SD, axis=1)
     if not (np.isfinite(norms_S) & (norms_S > 0)).all():

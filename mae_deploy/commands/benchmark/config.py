@@ -20,8 +20,8 @@ class BenchmarkConfig:
     against: tuple[Path, ...] | None = None
     """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
     engine: tuple[str, ...] = ("auto",)
-    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle has an engine for this machine,
-    else the one on which it was proven, where it is installed."""
+    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle
+    has an engine for this machine, else the one on which it was proven, where it is installed."""
     keep: tuple[int, ...] | None = None
     """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
     keep_ratio: tuple[float, ...] | None = None
@@ -29,7 +29,8 @@ class BenchmarkConfig:
     batch_size: tuple[int, ...] | None = None
     """Images a call, separated by commas; default: 1, or what a bundle is fixed to."""
     images: Path | None = None
-    """Folder of images for the cosine with all patches, and for top-1 where they lie in folders named by class; default: the golden samples."""
+    """Folder of images for the cosine with all patches, and for top-1 where they lie in folders named by class;
+    default: the golden samples."""
     num_images: int = 128
     """At most this many of them, spread over the folder."""
     probe: bool = True

@@ -30,7 +30,18 @@ JSON_FILE, MARKDOWN_FILE, PLOT_FILE = "benchmark.json", "benchmark.md", "benchma
 Row = dict[str, Any]
 
 _CPUINFO = Path("/proc/cpuinfo")
-_INSTRUCTIONS = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8", "asimddp", "i8mm", "bf16")
+_INSTRUCTIONS = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx_vnni",
+    "avx512_bf16",
+    "amx_bf16",
+    "amx_int8",
+    "asimddp",
+    "i8mm",
+    "bf16",
+)
 """The sets of instructions that decide how fast matrices are multiplied, as Linux calls them."""
 
 
@@ -110,7 +121,11 @@ def markdown(report: dict[str, Any], *, picture: bool) -> str:
     if picture:
         parts.append(f"![accuracy and latency against patches]({PLOT_FILE})\n")
     if report["left_out"]:
-        parts.append("## Left out\n\n" + "\n".join(f"- {_escaped(combination['row'])}: {combination['why']}" for combination in report["left_out"]) + "\n")
+        parts.append(
+            "## Left out\n\n"
+            + "\n".join(f"- {_escaped(combination['row'])}: {combination['why']}" for combination in report["left_out"])
+            + "\n"
+        )
     return "\n".join(parts)
 
 
@@ -127,7 +142,10 @@ process for each row. The cosine is that of the features with those of all patch
 def _tables(report: dict[str, Any]) -> list[tuple[str, list[Column]]]:
     """Titles and columns, without the columns in which nothing stands."""
     tables = (("Latency", LATENCY), ("Tail and throughput", THROUGHPUT), ("Cost and accuracy", COST))
-    return [(title, [column for column in columns if any(column.cell(row) != "-" for row in _numbered(report))]) for title, columns in tables]
+    return [
+        (title, [column for column in columns if any(column.cell(row) != "-" for row in _numbered(report))])
+        for title, columns in tables
+    ]
 
 
 def _numbered(report: dict[str, Any]) -> list[Row]:
@@ -155,15 +173,24 @@ def _escaped(text: str) -> str:
 
 def _facts(report: dict[str, Any]) -> dict[str, str]:
     machine = report["machine"]
-    threads = f"{machine['threads']} of {machine['cores']} cores" + (f", bound to {machine['affinity']}" if machine["affinity"] else "")
-    versions = {"mae-deploy": report["mae_deploy"], "Python": machine["python"], "NumPy": machine["numpy"], **machine["engines"]}
+    threads = f"{machine['threads']} of {machine['cores']} cores" + (
+        f", bound to {machine['affinity']}" if machine["affinity"] else ""
+    )
+    versions = {
+        "mae-deploy": report["mae_deploy"],
+        "Python": machine["python"],
+        "NumPy": machine["numpy"],
+        **machine["engines"],
+    }
     return {
         "CPU": ", ".join([machine["cpu"], *machine["instructions"]]),
         "threads": threads,
         **({"GPU": machine["gpu"]} if machine["gpu"] else {}),
         "system": machine["system"],
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "GEMM, FP32": ", ".join(f"{engine} {rate:.0f} GFLOP/s" for engine, rate in report["gemm_gflops"].items()) or "-",
+        "GEMM, FP32": (
+            ", ".join(f"{engine} {rate:.0f} GFLOP/s" for engine, rate in report["gemm_gflops"].items()) or "-"
+        ),
         "date": report["created"],
     }
 
@@ -214,7 +241,8 @@ def _option(name: str, value: Any) -> list[str]:
 
 
 def plot(path: Path, rows: list[Row]) -> None:
-    """Top-1 and cosine, as far as there are any, and the latency of an image, each against the number of patches; a line for each graph.
+    """Top-1 and cosine, as far as there are any, and the latency of an image, each against the number of patches; a
+    line for each graph.
 
     Raises:
         MissingDependency: matplotlib is not installed.
@@ -232,10 +260,14 @@ def plot(path: Path, rows: list[Row]) -> None:
     for axes, (title, key, value) in zip(all_axes, panels, strict=True):
         for index, (name, series) in enumerate(series_by_name.items()):
             style = {"color": f"C{index % 10}", "marker": "os^v"[index // 10 % 4], "label": name}
-            points = sorted((row["patches"], value(row)) for row in series if row["patches"] is not None and row[key] is not None)
+            points = sorted(
+                (row["patches"], value(row)) for row in series if row["patches"] is not None and row[key] is not None
+            )
             if points:
                 axes.plot(*zip(*points, strict=True), **style)
-            elif series[0][key] is not None:  # somebody else's graph of whole images: it does not say how many patches those have
+            elif (
+                series[0][key] is not None
+            ):  # somebody else's graph of whole images: it does not say how many patches those have
                 axes.axhline(value(series[0]), linestyle=":", **style)
         axes.set(title=title, xlabel="patches kept")
         axes.grid(alpha=0.3)

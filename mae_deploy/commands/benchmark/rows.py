@@ -1,4 +1,6 @@
-"""What `mae-deploy benchmark` times: graphs, at which batch sizes and numbers of patches, and what they are fed with."""
+"""What `mae-deploy benchmark` times: graphs, at which batch sizes and numbers of patches, and what they are fed
+with.
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,9 @@ class Subject:
         return self.keep is None or self.keep[1] == self.num_patches
 
     def same_network(self, other: Subject) -> bool:
-        """Whether both compute as much for as many patches: one graph, or two bundles of one architecture and one kind of graph."""
+        """Whether both compute as much for as many patches: one graph, or two bundles of one architecture and one kind
+        of graph.
+        """
         if self.bundle is None or other.bundle is None:
             return self is other
         decoders = [subject.token_mode == "reconstruct" for subject in (self, other)]
@@ -133,7 +137,10 @@ class Row:
         """Random images, and for each its own random patches; the same for the same seed."""
         subject = self.subject
         images = _random_images((self.batch, *subject.image_shape), subject.image_dtype, seed)
-        return subject.feed(images, None if self.keep is None else random_patches(subject.num_patches, self.keep, range(self.batch), seed))
+        return subject.feed(
+            images,
+            None if self.keep is None else random_patches(subject.num_patches, self.keep, range(self.batch), seed),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +153,11 @@ class LeftOut:
 
 def label(subject: Subject, batch: int, keep: int | None, engine: str | None = None) -> str:
     """What tells a combination from others, for people."""
-    parts = [f"{subject.name} on {engine}" if engine else subject.name, f"batch {batch}", *([f"{keep} patches"] if keep else [])]
+    parts = [
+        f"{subject.name} on {engine}" if engine else subject.name,
+        f"batch {batch}",
+        *([f"{keep} patches"] if keep else []),
+    ]
     return ", ".join(parts)
 
 
@@ -187,7 +198,10 @@ def file_subject(path: Path, like: Subject) -> Subject:
             shape = ", ".join(map(str, entry["shape"]))
             raise ConfigError(
                 f"{path}: nothing is known to feed the input '{entry['name']}' with, {entry['dtype']} ({shape})",
-                hint="--against takes graphs of images, float (B, C, H, W), and at most one list of visible patches, int64 (B, K)",
+                hint=(
+                    "--against takes graphs of images, float (B, C, H, W), and at most one list of visible patches,"
+                    " int64 (B, K)"
+                ),
             )
         found[name] = entry
     if IMAGES not in found:
@@ -199,7 +213,10 @@ def file_subject(path: Path, like: Subject) -> Subject:
         graph=path,
         bundle=None,
         inputs={name: entry["name"] for name, entry in found.items()},
-        image_shape=tuple(own if isinstance(own, int) else known for own, known in zip(shapes[IMAGES][1:], _channels_first(like), strict=True)),
+        image_shape=tuple(
+            own if isinstance(own, int) else known
+            for own, known in zip(shapes[IMAGES][1:], _channels_first(like), strict=True)
+        ),
         image_dtype=found[IMAGES]["dtype"],
         num_patches=like.num_patches,
         batch=next((_fixed(shape[0]) for shape in shapes.values() if isinstance(shape[0], int)), None),
@@ -208,18 +225,23 @@ def file_subject(path: Path, like: Subject) -> Subject:
     )
 
 
-def combinations(subject: Subject, batches: Sequence[int] | None, keeps: Sequence[int | float]) -> tuple[list[tuple[int, int | None]], list[LeftOut]]:
+def combinations(
+    subject: Subject, batches: Sequence[int] | None, keeps: Sequence[int | float]
+) -> tuple[list[tuple[int, int | None]], list[LeftOut]]:
     """Batch sizes and numbers of visible patches at which a graph is timed, and what it cannot take.
 
     Args:
         batches: None for one image, or what the graph is fixed to.
-        keeps: counts (int) and shares (float) of the patches; a graph that takes whole images or is fixed to one count has its own.
+        keeps: counts (int) and shares (float) of the patches; a graph that takes whole images or is fixed to one count
+            has its own.
     """
     sizes = batches or [subject.batch[0] if subject.batch is not None else 1]
     counts: list[int | None] = [None]
     if subject.keep is not None:
         fixed = subject.keep[0] == subject.keep[1]
-        counts = [subject.keep[0]] if fixed else list(dict.fromkeys(_count(keep, subject.num_patches) for keep in keeps))
+        counts = (
+            [subject.keep[0]] if fixed else list(dict.fromkeys(_count(keep, subject.num_patches) for keep in keeps))
+        )
     found: list[tuple[int, int | None]] = []
     left_out: list[LeftOut] = []
     for batch in dict.fromkeys(sizes):
@@ -235,12 +257,18 @@ def combinations(subject: Subject, batches: Sequence[int] | None, keeps: Sequenc
 @functools.lru_cache(maxsize=16)
 def _random_images(shape: tuple[int, ...], dtype: str, seed: int) -> Array:
     rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, shape, np.uint8) if dtype == "uint8" else rng.standard_normal(shape, np.float32).astype(dtype)
+    return (
+        rng.integers(0, 256, shape, np.uint8)
+        if dtype == "uint8"
+        else rng.standard_normal(shape, np.float32).astype(dtype)
+    )
 
 
 def _meaning(entry: TensorEntry) -> str | None:
     """Which of our inputs a graph's input is, by its type and rank."""
-    return {("float32", 4): IMAGES, ("float16", 4): IMAGES, ("int64", 2): IDS_KEEP}.get((entry["dtype"], len(entry["shape"])))
+    return {("float32", 4): IMAGES, ("float16", 4): IMAGES, ("int64", 2): IDS_KEEP}.get(
+        (entry["dtype"], len(entry["shape"]))
+    )
 
 
 def _channels_first(subject: Subject) -> tuple[int, int, int]:
@@ -264,4 +292,8 @@ def _count(keep: int | float, num_patches: int) -> int:
 def _outside(value: int | None, limits: Limits | None, what: str) -> str | None:
     if value is None or limits is None or limits[0] <= value <= limits[1]:
         return None
-    return f"the graph takes {limits[0]} {what}" if limits[0] == limits[1] else f"the graph takes {limits[0]} to {limits[1]} {what}"
+    return (
+        f"the graph takes {limits[0]} {what}"
+        if limits[0] == limits[1]
+        else f"the graph takes {limits[0]} to {limits[1]} {what}"
+    )

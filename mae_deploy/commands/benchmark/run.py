@@ -1,4 +1,6 @@
-"""`mae-deploy benchmark`: engines, precisions, token counts and batch sizes on one machine, timed in turns; torch-free."""
+"""`mae-deploy benchmark`: engines, precisions, token counts and batch sizes on one machine, timed in turns;
+torch-free.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from mae_deploy.runtime.registry import DEFAULT, TENSORRT, load_engine, open_gra
 from mae_deploy.runtime.timing import Timing, measure
 
 _GEMM_SIZE, _GEMM_LENGTH = 768, 4
-"""Side of the matrices whose product is the machine's yardstick, and products a call: several, so that the call itself costs nothing."""
+"""Side of the matrices whose product is the machine's yardstick, and products a call: several, so that the call itself
+costs nothing."""
 
 
 def run(config: BenchmarkConfig) -> Result:
@@ -54,7 +57,9 @@ def run(config: BenchmarkConfig) -> Result:
             accuracies = judge.accuracies(rows, bar.advance)
         probes = _probe(rows, inputs, options) if config.probe else {}
         gemms = _open_gemms(rows, options, stack)
-        calls: dict[Row | str, Callable[[], object]] = {row: partial(row.loaded.engine.run, inputs[row]) for row in rows}
+        calls: dict[Row | str, Callable[[], object]] = {
+            row: partial(row.loaded.engine.run, inputs[row]) for row in rows
+        }
         with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(gemms))) as bar:
             timings = measure({**calls, **gemms}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
     rates = {engine: 2 * _GEMM_LENGTH * _GEMM_SIZE**3 / timings[engine].median / 1e9 for engine in gemms}
@@ -99,12 +104,16 @@ class _Plan:
         for subject in subjects:
             found, outside = combinations(subject, self._config.batch_size, self._config.keeps)
             self._left_out += outside
-            self._errors += [ConfigError(f"nothing is left to time: {combination.row}: {combination.why}") for combination in outside]
+            self._errors += [
+                ConfigError(f"nothing is left to time: {combination.row}: {combination.why}") for combination in outside
+            ]
             if found:
                 # Somebody else's file runs on the engines that the bundles run on and that read files.
                 others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT)
                 engines = self._config.engine if subject.bundle is not None else others or [DEFAULT]
-                candidates = [Row(loaded, batch, keep) for loaded in self._load(subject, list(engines)) for batch, keep in found]
+                candidates = [
+                    Row(loaded, batch, keep) for loaded in self._load(subject, list(engines)) for batch, keep in found
+                ]
                 rows += [row for row in candidates if self._runs(row)]
         if not rows:
             raise self._errors[0]
@@ -138,7 +147,11 @@ class _Plan:
 
 
 def _open(subject: Subject, engine: str, options: EngineOptions) -> Engine:
-    return load_engine(subject.bundle, engine, options) if subject.bundle is not None else open_graph(subject.graph, engine, options)
+    return (
+        load_engine(subject.bundle, engine, options)
+        if subject.bundle is not None
+        else open_graph(subject.graph, engine, options)
+    )
 
 
 def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: EngineOptions) -> dict[Row, Probe]:
@@ -149,7 +162,9 @@ def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: Engi
             try:
                 subject, name = row.subject, row.loaded.engine.name
                 bundle = None if subject.bundle is None else subject.bundle.path
-                found[row] = probe_graph(subject.graph, name, options, inputs[row], precision=subject.arithmetic, bundle=bundle)
+                found[row] = probe_graph(
+                    subject.graph, name, options, inputs[row], precision=subject.arithmetic, bundle=bundle
+                )
             except MaeDeployError as error:
                 notice("no load time and memory:", f"{row.label}: {error}")
             bar.advance()
@@ -169,11 +184,20 @@ def _open_gemms(rows: Sequence[Row], options: EngineOptions, stack: ExitStack) -
 
 
 def _figures(
-    row: Row, rows: Sequence[Row], timings: dict[Row | str, Timing], accuracy: Accuracy, probe: Probe | None, gemm_rates: dict[str, float]
+    row: Row,
+    rows: Sequence[Row],
+    timings: dict[Row | str, Timing],
+    accuracy: Accuracy,
+    probe: Probe | None,
+    gemm_rates: dict[str, float],
 ) -> dict[str, Any]:
     subject, engine, timing = row.subject, row.loaded.engine, timings[row]
     full = _full_row(row, rows)
-    flops = flops_per_image(subject.bundle.manifest, row.patches) if subject.bundle is not None and row.patches is not None else None
+    flops = (
+        flops_per_image(subject.bundle.manifest, row.patches)
+        if subject.bundle is not None and row.patches is not None
+        else None
+    )
     gflops = None if flops is None else flops * row.batch / timing.median / 1e9
     return {
         "graph": subject.name,
@@ -199,7 +223,9 @@ def _figures(
 
 
 def _full_row(row: Row, rows: Sequence[Row]) -> Row | None:
-    """The row of all patches on the same engine, in the same precision and batch size: of a full graph of the model, else of the graph itself."""
+    """The row of all patches on the same engine, in the same precision and batch size: of a full graph of the model,
+    else of the graph itself.
+    """
     own = (row.loaded.engine.name, row.precision, row.batch)
     found = [
         other
@@ -208,4 +234,6 @@ def _full_row(row: Row, rows: Sequence[Row]) -> Row | None:
         and (other.loaded.engine.name, other.precision, other.batch) == own
         and row.subject.same_network(other.subject)
     ]
-    return min(found, key=lambda other: (other.subject.token_mode != "full", other.subject is not row.subject), default=None)
+    return min(
+        found, key=lambda other: (other.subject.token_mode != "full", other.subject is not row.subject), default=None
+    )

@@ -21,8 +21,8 @@ class BenchmarkTrainConfig:
     mask_ratio: float = 0.75
     """Share of the patches that the encoder does not see."""
     precision: Precision = "auto"
-    """Arithmetic of the step: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32. The plain step is FP32 on a CPU, on a GPU FP16 with loss
-    scaling."""
+    """Arithmetic of the step: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32. The plain step is FP32 on
+    a CPU, on a GPU FP16 with loss scaling."""
     compile: bool = False
     """Compile the model with torch.compile."""
     measure_kernels: bool = True
@@ -51,6 +51,11 @@ class BenchmarkTrainConfig:
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"--mask-ratio {self.mask_ratio:g} must be above 0 and below 1")
         if not 1 <= num_keep(self.model.num_patches, self.mask_ratio) < self.model.num_patches:
-            raise ConfigError(f"--mask-ratio {self.mask_ratio:g} of {self.model.num_patches} patches leaves none to see, or none to predict")
+            raise ConfigError(
+                f"--mask-ratio {self.mask_ratio:g} of {self.model.num_patches} patches leaves none to see, or none to"
+                " predict"
+            )
         if self.model.band_groups is not None or self.decoder.decoder_depth < 1:
-            raise ConfigError("benchmark-train compares with the plain autoencoder: no --band-groups, at least one decoder block")
+            raise ConfigError(
+                "benchmark-train compares with the plain autoencoder: no --band-groups, at least one decoder block"
+            )

@@ -1,7 +1,8 @@
 """The yardstick of `benchmark-train`: a pretraining step as code of 2021 did it, in plain PyTorch.
 
-Every patch is embedded by a convolution before masked ones are dropped, attention is written out, AdamW updates tensor by tensor, on a GPU in FP16 with a
-loss scaler, and the host reads the loss after every step. State-dict names are the autoencoder's, so both start from the same weights.
+Every patch is embedded by a convolution before masked ones are dropped, attention is written out, AdamW updates tensor
+by tensor, on a GPU in FP16 with a loss scaler, and the host reads the loss after every step. State-dict names are the
+autoencoder's, so both start from the same weights.
 """
 
 from __future__ import annotations
@@ -18,7 +19,14 @@ class PlainStep:
     """Model, optimiser and loss scaler; a call is one step."""
 
     def __init__(
-        self, encoder: EncoderConfig, decoder: DecoderConfig, weights: dict[str, Tensor], normalise: Normalise, *, mask_ratio: float, lr: float
+        self,
+        encoder: EncoderConfig,
+        decoder: DecoderConfig,
+        weights: dict[str, Tensor],
+        normalise: Normalise,
+        *,
+        mask_ratio: float,
+        lr: float,
     ) -> None:
         self.device = normalise.mean.device
         self.model = _Autoencoder(encoder, decoder)
@@ -26,7 +34,10 @@ class PlainStep:
         self.model.to(self.device)
         self.normalise = normalise
         self.mask_ratio = mask_ratio
-        groups = [{"params": group["params"], "weight_decay": group["weight_decay"]} for group in decay_groups(self.model, 0.05)]
+        groups = [
+            {"params": group["params"], "weight_decay": group["weight_decay"]}
+            for group in decay_groups(self.model, 0.05)
+        ]
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95), foreach=False, fused=False)
         self.scaler = torch.amp.GradScaler("cuda", enabled=self.device.type == "cuda")
 
@@ -37,7 +48,9 @@ class PlainStep:
         value = loss.item()
         self.scaler.scale(loss).backward()
         self.scaler.unscale_(self.optimizer)
-        torch.stack([parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]).norm()
+        torch.stack(
+            [parameter.grad.norm() for parameter in self.model.parameters() if parameter.grad is not None]
+        ).norm()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

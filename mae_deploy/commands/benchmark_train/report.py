@@ -87,7 +87,13 @@ def _notes(report: dict[str, Any]) -> list[str]:
     rates = ", ".join(f"{kind} {rate:.3f} TFLOP/s" for kind, rate in report["gemm_tflops"].items())
     return [
         f"{report['speedup']:.2f} times as fast as the plain step (medians of rounds that took turns)",
-        f"first losses {', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())}: relative difference {report['loss_difference']:.1e}",
-        f"products of large matrices, the yardstick of GEMM: {rates}; {report['rows'][0]['gflop_per_image']:.1f} GFLOP an image, forward and backward",
+        (
+            f"first losses {', '.join(f'{name} {loss:.6f}' for name, loss in losses.items())}: relative difference"
+            f" {report['loss_difference']:.1e}"
+        ),
+        (
+            f"products of large matrices, the yardstick of GEMM: {rates}; {report['rows'][0]['gflop_per_image']:.1f}"
+            " GFLOP an image, forward and backward"
+        ),
         f"{machine['device']}, {machine['threads']} threads, PyTorch {machine['torch']}",
     ]

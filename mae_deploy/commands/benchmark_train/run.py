@@ -41,7 +41,8 @@ OURS, PLAIN = "mae-deploy", "plain"
 
 _LR = 1.5e-4
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-"""Relative difference of the first losses. FP32 sums in another order; BF16 has 8 bits of mantissa, FP16 11 (the plain step's on a GPU)."""
+"""Relative difference of the first losses. FP32 sums in another order; BF16 has 8 bits of mantissa, FP16 11 (the plain
+step's on a GPU)."""
 _GEMM = {"cpu": 1024, "cuda": 8192}
 """Side of the matrices whose product is the device's yardstick."""
 _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -50,14 +51,24 @@ _DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class OurStep:
     """What `mae-deploy pretrain` does in a step, with its own classes."""
 
-    def __init__(self, config: BenchmarkTrainConfig, model: MaskedAutoencoder, normalise: Normalise, accelerator: Accelerator) -> None:
-        self.kernels = prepare_cpu(model, {}, measured=config.measure_kernels) if accelerator.device.type == "cpu" else None
+    def __init__(
+        self, config: BenchmarkTrainConfig, model: MaskedAutoencoder, normalise: Normalise, accelerator: Accelerator
+    ) -> None:
+        self.kernels = (
+            prepare_cpu(model, {}, measured=config.measure_kernels) if accelerator.device.type == "cpu" else None
+        )
         network = Network(model, accelerator, sharded=False, compiled=config.compile)
         optimizer = adamw(network.groups(decay_groups(model, 0.05)), betas=(0.9, 0.95))
-        plan = Plan(batch_size=config.batch_size, accum_iter=1, steps_per_epoch=1, total_steps=1, peak_lr=_LR, warmup_epochs=0)
+        plan = Plan(
+            batch_size=config.batch_size, accum_iter=1, steps_per_epoch=1, total_steps=1, peak_lr=_LR, warmup_epochs=0
+        )
 
         def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
-            return {"loss": model(batch.images, random_masking(batch.rand(config.model.num_patches), config.mask_ratio)).loss}
+            return {
+                "loss": (
+                    model(batch.images, random_masking(batch.rand(config.model.num_patches), config.mask_ratio)).loss
+                )
+            }
 
         self.stepper = Stepper(loss, network, optimizer, normalise, plan, clip_grad=None, seed=config.seed)
 
@@ -85,13 +96,19 @@ def run(config: BenchmarkTrainConfig) -> Result:
     losses, calls = _steps(config, accelerator)
     difference = abs(losses[OURS] - losses[PLAIN]) / abs(losses[PLAIN])
     if not difference <= max(_TOLERANCES[dtype], _TOLERANCES[plain_dtype]):
-        raise CheckFailed(f"the losses differ by {difference:.1e}: {losses[OURS]:.6f}, plain {losses[PLAIN]:.6f}", hint="this is a defect; please report it")
+        raise CheckFailed(
+            f"the losses differ by {difference:.1e}: {losses[OURS]:.6f}, plain {losses[PLAIN]:.6f}",
+            hint="this is a defect; please report it",
+        )
     gemms = {str(kind).removeprefix("torch."): _gemm(device, kind) for kind in dict.fromkeys((dtype, plain_dtype))}
     with progress("timing", (config.warmup + config.repeats) * (len(calls) + sum(map(len, gemms.values())))) as bar:
         products = {f"{kind} {name}": product for kind, products in gemms.items() for name, product in products.items()}
         timings = measure({**calls, **products}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
     work = 2 * _GEMM[device.type] ** 3
-    rates = {kind: max(work / min(timings[f"{kind} {name}"].seconds) for name in products) for kind, products in gemms.items()}
+    rates = {
+        kind: max(work / min(timings[f"{kind} {name}"].seconds) for name in products)
+        for kind, products in gemms.items()
+    }
     report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -102,7 +119,8 @@ def run(config: BenchmarkTrainConfig) -> Result:
         "gemm_tflops": {kind: rate / 1e12 for kind, rate in rates.items()},
         "speedup": timings[PLAIN].ratio(timings[OURS]),
         "rows": [
-            _figures(config, device, name, str(kind).removeprefix("torch."), timings[name], rates) for name, kind in ((OURS, dtype), (PLAIN, plain_dtype))
+            _figures(config, device, name, str(kind).removeprefix("torch."), timings[name], rates)
+            for name, kind in ((OURS, dtype), (PLAIN, plain_dtype))
         ],
     }
     if config.out is not None:
@@ -110,8 +128,12 @@ def run(config: BenchmarkTrainConfig) -> Result:
     return Result(report, report_view(report))
 
 
-def _steps(config: BenchmarkTrainConfig, accelerator: Accelerator) -> tuple[dict[str, float], dict[str, Callable[[], object]]]:
-    """Both steps, from the same weights on the same images: the loss of the first, and calls that make a round of them."""
+def _steps(
+    config: BenchmarkTrainConfig, accelerator: Accelerator
+) -> tuple[dict[str, float], dict[str, Callable[[], object]]]:
+    """Both steps, from the same weights on the same images: the loss of the first, and calls that make a round of
+    them.
+    """
     device, seed = accelerator.device, config.seed
     C, (H, W) = config.model.in_chans, config.model.image_size
     seed_everything(derive_seed(seed, "weights"))
@@ -119,10 +141,14 @@ def _steps(config: BenchmarkTrainConfig, accelerator: Accelerator) -> tuple[dict
     normalise = Normalise(Preprocess(image_size=(H, W), mean=(0.5,) * C, std=(0.25,) * C)).to(device)
     plain = PlainStep(config.model, config.decoder, model.state_dict(), normalise, mask_ratio=config.mask_ratio, lr=_LR)
     ours = OurStep(config, model, normalise, accelerator)
-    images = torch.randint(0, 256, (config.batch_size, C, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    images = torch.randint(
+        0, 256, (config.batch_size, C, H, W), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed)
+    )
     if device.type == "cuda":
         images = images.pin_memory()
-    noise = StepBatch(images.to(device), torch.zeros(0), seed=seed, effective=config.batch_size).rand(config.model.num_patches)
+    noise = StepBatch(images.to(device), torch.zeros(0), seed=seed, effective=config.batch_size).rand(
+        config.model.num_patches
+    )
     losses = {PLAIN: plain(images, noise), OURS: ours(images, 0).item()}
     if ours.kernels is not None and (summary := ours.kernels.summary()):
         notice("CPU kernels:", summary)
@@ -144,7 +170,11 @@ def _steps(config: BenchmarkTrainConfig, accelerator: Accelerator) -> tuple[dict
 def _gemm(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Calls that multiply two square matrices; on a CPU by every kernel that there is for this type."""
     x, y = torch.randn(2, _GEMM[device.type], _GEMM[device.type], device=device).to(dtype)
-    kernels = PRODUCTS["forward"] if (device.type, dtype) == ("cpu", torch.float32) else {"default": torch.nn.functional.linear}
+    kernels = (
+        PRODUCTS["forward"]
+        if (device.type, dtype) == ("cpu", torch.float32)
+        else {"default": torch.nn.functional.linear}
+    )
 
     def product(kernel: Callable[..., Tensor]) -> Callable[[], object]:
         def call() -> None:
@@ -156,7 +186,9 @@ def _gemm(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], ob
     return {name: product(kernel) for name, kernel in kernels.items()}
 
 
-def _figures(config: BenchmarkTrainConfig, device: torch.device, name: str, dtype: str, timing: Timing, rates: dict[str, float]) -> dict[str, Any]:
+def _figures(
+    config: BenchmarkTrainConfig, device: torch.device, name: str, dtype: str, timing: Timing, rates: dict[str, float]
+) -> dict[str, Any]:
     steps = config.steps or (1 if device.type == "cpu" else 10)
     visible = num_keep(config.model.num_patches, config.mask_ratio)
     # The backward pass has two products for each of the forward pass.
@@ -177,7 +209,11 @@ def _figures(config: BenchmarkTrainConfig, device: torch.device, name: str, dtyp
 
 def _machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.backends.cpu.get_cpu_capability()}"
+    )
     return {"device": name, "threads": torch.get_num_threads(), "torch": torch.__version__}
 
 

@@ -43,17 +43,20 @@ class PackConfig:
     """Settings of `mae-deploy data pack`."""
 
     source: str = setting(argument=True, flag="SRC")
-    """Images: a folder in any tree; labelled images as SRC/train/<class>/… and SRC/val/<class>/…; tar shards; a Hugging Face data set on disk."""
+    """Images: a folder in any tree; labelled images as SRC/train/<class>/… and SRC/val/<class>/…; tar shards; a Hugging
+    Face data set on disk."""
     out: Path = setting(argument=True)
     """Folder to write shards to; called again after a kill, it goes on."""
     short_side: int | None = None
     """Make larger images this small, by their shorter side in pixels; default: keep their size."""
     encoding: Literal["keep", "jpeg", "png", "npy"] = "keep"
-    """keep: each file as it is, where its size stays; where not, JPEG as JPEG, others without loss; or one format for all."""
+    """keep: each file as it is, where its size stays; where not, JPEG as JPEG, others without loss; or one format for
+    all."""
     quality: int = 90
     """Of JPEG."""
     dedup: Literal["no", "exact", "near"] = "no"
-    """Leave out images that came before: exact, the same pixels; near, also those that look the same (difference hash, 3 of 64 bits)."""
+    """Leave out images that came before: exact, the same pixels; near, also those that look the same (difference hash,
+    3 of 64 bits)."""
     shard_images: int = 5000
     """Images in a shard."""
     in_chans: int = 3
@@ -81,7 +84,9 @@ class PackConfig:
         if self.max_corrupt < 0 or self.num_workers < -1:
             raise ConfigError("--max-corrupt must be at least 0, --num-workers at least -1")
         if self.encoding == "jpeg" and (self.in_chans not in (1, 3) or self.pixel_max is not None):
-            raise ConfigError("--encoding jpeg holds 1 or 3 channels of 8 bits", hint="use --encoding png for RGBA, npy for others")
+            raise ConfigError(
+                "--encoding jpeg holds 1 or 3 channels of 8 bits", hint="use --encoding png for RGBA, npy for others"
+            )
         if self.encoding == "png" and (self.in_chans not in (1, 3, 4) or self.pixel_max is not None):
             raise ConfigError("--encoding png holds 1, 3 or 4 channels of 8 bits", hint="use --encoding npy")
 

@@ -1,4 +1,6 @@
-"""`mae-deploy data pack`: folders and Hugging Face data sets as tar shards, smaller and without duplicates on request."""
+"""`mae-deploy data pack`: folders and Hugging Face data sets as tar shards, smaller and without duplicates on
+request.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,20 @@ def run(config: PackConfig) -> dict[str, Any]:
     """
     splits = _splits(config)
     job = {
-        "settings": {name: value for name, value in to_dict(config).items() if name not in ("out", "source", "num_workers", "max_corrupt", "device")},
+        "settings": {
+            name: value
+            for name, value in to_dict(config).items()
+            if name not in ("out", "source", "num_workers", "max_corrupt", "device")
+        },
         "source": {name: source.fingerprint() for name, source in splits.items()},
     }
     work = config.out / _WORK
     if (work / "job.json").is_file():
         if read_json(work / "job.json") != job:
-            raise ConfigError(f"{config.out} was begun with other data or settings", hint="repeat the same options, or choose another OUT")
+            raise ConfigError(
+                f"{config.out} was begun with other data or settings",
+                hint="repeat the same options, or choose another OUT",
+            )
     else:
         remove(work)  # of a kill before its first file
         refuse_to_overwrite(config.out, option="OUT")
@@ -87,7 +96,10 @@ class _Packer:
     def run(self) -> list[dict[str, Any]]:
         """The record of each shard."""
         order = np.random.default_rng(derive_seed(self.config.seed, "pack")).permutation(len(self.source))
-        parts = [order[first : first + self.config.shard_images].tolist() for first in range(0, len(order), self.config.shard_images)]
+        parts = [
+            order[first : first + self.config.shard_images].tolist()
+            for first in range(0, len(order), self.config.shard_images)
+        ]
         with surveying(partial(_convert, self.source, self.config), self.config.num_workers) as survey:
             return [self._shard(number, part, survey) for number, part in enumerate(parts)]
 
@@ -104,7 +116,8 @@ class _Packer:
         self.unreadable += sum(kind == "unreadable" for kind, _ in record["dropped"])
         if self.unreadable > self.config.max_corrupt:
             raise CheckFailed(
-                f"{self.unreadable} unreadable images in {self.source.name}", hint=f"mend them, or allow more than --max-corrupt {self.config.max_corrupt}"
+                f"{self.unreadable} unreadable images in {self.source.name}",
+                hint=f"mend them, or allow more than --max-corrupt {self.config.max_corrupt}",
             )
         return record
 
@@ -137,7 +150,16 @@ class _Packer:
         if not members:
             remove(self.folder / name)
         names, offsets, sizes, labels = ([row[place] for row in members] for place in range(4))
-        entry = {"name": name, "bytes": size, "images": len(members), "sha256": digest, "names": names, "offsets": offsets, "sizes": sizes, "labels": labels}
+        entry = {
+            "name": name,
+            "bytes": size,
+            "images": len(members),
+            "sha256": digest,
+            "names": names,
+            "offsets": offsets,
+            "sizes": sizes,
+            "labels": labels,
+        }
         return {"entry": entry, "hashes": hashes, "dropped": dropped}
 
     def _advance(self) -> None:
@@ -146,23 +168,37 @@ class _Packer:
 
 
 def _splits(config: PackConfig) -> dict[str, ImageSource]:
-    """The images to pack, by split; evaluation comes first, so that it is training that loses what both have. One without a name: no splits."""
+    """The images to pack, by split; evaluation comes first, so that it is training that loses what both have. One
+    without a name: no splits.
+    """
     names = split_names(config.source)
     if not names:
         return {"": unlabelled_images(config.source, config.columns)}
     train = labelled_images(config.source, "train", columns=config.columns)
-    others = {name: labelled_images(config.source, name, train.class_names, config.columns) for name in names if name != "train"}
+    others = {
+        name: labelled_images(config.source, name, train.class_names, config.columns)
+        for name in names
+        if name != "train"
+    }
     return {**others, "train": train}
 
 
-def _finish(config: PackConfig, splits: dict[str, ImageSource], records: dict[str, list[dict[str, Any]]], job: dict[str, Any]) -> dict[str, Any]:
+def _finish(
+    config: PackConfig, splits: dict[str, ImageSource], records: dict[str, list[dict[str, Any]]], job: dict[str, Any]
+) -> dict[str, Any]:
     """Write the indices and the list of what was left out; returns the summary."""
-    entries = {name: [record["entry"] for record in found if record["entry"]["images"]] for name, found in records.items()}
+    entries = {
+        name: [record["entry"] for record in found if record["entry"]["images"]] for name, found in records.items()
+    }
     dropped = [(kind, what) for found in records.values() for record in found for kind, what in record["dropped"]]
     for name, source in splits.items():
         if not entries[name]:
             raise CheckFailed(f"no image of {source.name} is left to pack")
-        index = {"format": FORMAT, "images": sum(entry["images"] for entry in entries[name]), "made_from": {**job, "source": job["source"][name]}}
+        index = {
+            "format": FORMAT,
+            "images": sum(entry["images"] for entry in entries[name]),
+            "made_from": {**job, "source": job["source"][name]},
+        }
         write_json(config.out / name / INDEX, {**index, "shards": entries[name]})
     names = next(iter(splits.values())).class_names
     if names is not None:
@@ -196,7 +232,11 @@ def _convert(source: ImageSource, config: PackConfig, index: int) -> _Packed:
         image = decode(key, content, config.in_chans, config.pixel_max)
     except UnreadableImage as error:
         return _Packed(b"", "", "", 0, str(error))
-    pixels, looks = (pixel_hash(image), difference_hash(image) if config.dedup == "near" else 0) if config.dedup != "no" else ("", 0)
+    pixels, looks = (
+        (pixel_hash(image), difference_hash(image) if config.dedup == "near" else 0)
+        if config.dedup != "no"
+        else ("", 0)
+    )
     small = _resized(image, config.short_side)
     suffix = Path(key).suffix.lower()
     if config.encoding != "keep" or small is not image:

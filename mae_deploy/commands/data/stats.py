@@ -52,16 +52,27 @@ def run(config: StatsConfig) -> Result:
     source = unlabelled_images(config.data, Columns(image=config.image_column))
     indices: Sequence[int] = range(len(source))
     if config.sample is not None and config.sample < len(source):
-        drawn = np.random.default_rng(derive_seed(config.seed, "sample")).choice(len(source), config.sample, replace=False)
+        drawn = np.random.default_rng(derive_seed(config.seed, "sample")).choice(
+            len(source), config.sample, replace=False
+        )
         indices = sorted(map(int, drawn))
     total = _Sums(config.in_chans)
-    with surveying(partial(_look, source, config), config.num_workers) as survey, progress("stats", len(indices)) as bar:
+    with (
+        surveying(partial(_look, source, config), config.num_workers) as survey,
+        progress("stats", len(indices)) as bar,
+    ):
         for found in survey(indices):
             total.add(found)
             bar.advance()
     if total.images == 0:
         raise CheckFailed(f"none of the {len(indices)} images of {config.data} can be read", hint=total.unreadable[0])
-    data = {"data": config.data, "images": len(source), "read": len(indices), **total.report(), "fingerprint": source.fingerprint()["sha256"]}
+    data = {
+        "data": config.data,
+        "images": len(source),
+        "read": len(indices),
+        **total.report(),
+        "fingerprint": source.fingerprint()["sha256"],
+    }
     return Result(data, facts_table(f"{config.data}", _shown(data)))
 
 
@@ -144,7 +155,10 @@ def _flag(values: Array) -> str:
 
 
 def _shown(data: dict[str, Any]) -> dict[str, object]:
-    spread = {name: "{} to {}, median {}".format(*(data[name][place] for place in (0, 2, 1))) for name in ("width", "height", "short_side")}
+    spread = {
+        name: "{} to {}, median {}".format(*(data[name][place] for place in (0, 2, 1)))
+        for name in ("width", "height", "short_side")
+    }
     return {
         "images": f"{data['images']}" + (f", {data['read']} of them read" if data["read"] < data["images"] else ""),
         "formats": ", ".join(f"{name} {count}" for name, count in data["formats"].items()),

@@ -46,7 +46,9 @@ def pixel_hash(image: Image.Image | Array) -> str:
 
 
 def difference_hash(image: Image.Image | Array) -> int:
-    """64 bits: whether each of 8 × 8 places is brighter than its right neighbour; images that look the same differ in few."""
+    """64 bits: whether each of 8 × 8 places is brighter than its right neighbour; images that look the same differ in
+    few.
+    """
     if not is_image(image):
         grey = np.asarray(image, np.float64).mean(axis=2)
         low, high = float(grey.min()), float(grey.max())

@@ -59,7 +59,12 @@ def _rows(report: dict[str, Any]) -> list[tuple[str, str]]:
         found = report["top1"][key]
         rows.append((f"top-1, {name}", f"{found['mean']:.1f} % ({found['min']:.1f} to {found['max']:.1f})"))
     for name, found in report["parity"].items():
-        rows.append((f"parity of {name}", f"{'ok' if found['passed'] else 'MISS'}, cosine {found['cosine']:.7f}, max abs {found['max_abs']:.1e}"))
+        rows.append(
+            (
+                f"parity of {name}",
+                f"{'ok' if found['passed'] else 'MISS'}, cosine {found['cosine']:.7f}, max abs {found['max_abs']:.1e}",
+            )
+        )
     for name, found in report["latency"].items():
         value = f"full {found['full_ms']:.2f} ms, visible 25 % {found['visible_ms']:.2f} ms, ratio {found['ratio']:.2f}"
         rows.append((f"latency, {name.replace('_', ' ')}, one thread", value))

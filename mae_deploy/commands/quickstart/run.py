@@ -1,4 +1,6 @@
-"""`mae-deploy quickstart`: the whole chain on real handwritten digits, each step by the code that its own command runs."""
+"""`mae-deploy quickstart`: the whole chain on real handwritten digits, each step by the code that its own command
+runs.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ C = TypeVar("C")
 def run(config: QuickstartConfig) -> Result:
     """Pretrain, fine-tune, distil, export, verify, time, report; a killed run goes on where it was."""
     started = time.monotonic()
-    # For networks this small, a second thread gives 1.5 times the speed on an idle machine and a third of it where a core is shared.
+    # For networks this small, a second thread gives 1.5 times the speed on an idle machine and a third of it where a
+    # core is shared.
     torch.set_num_threads(1)
     out = config.out
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
@@ -69,8 +72,21 @@ def run(config: QuickstartConfig) -> Result:
     mae = pretrain.run(_recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common))
     _say("2/6 feature distillation: a smaller student, still without labels")
     teacher = {"teacher": out / "pretrain", **STUDENT}
-    distill.run(_recipe(DistillConfig, "quickstart-distill-features", data=images, out=out / "distill-features", objective="features", **teacher, **common))
-    _say(f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from scratch")
+    distill.run(
+        _recipe(
+            DistillConfig,
+            "quickstart-distill-features",
+            data=images,
+            out=out / "distill-features",
+            objective="features",
+            **teacher,
+            **common,
+        )
+    )
+    _say(
+        f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from"
+        " scratch"
+    )
     top1 = _few_labels(config, images)
     _say("4/6 export to ONNX, proven against PyTorch")
     parity = _export(config)
@@ -78,7 +94,15 @@ def run(config: QuickstartConfig) -> Result:
     latency = _latency(out)
     _say("6/6 reconstruction pictures and the report")
     picture = out / "reconstruction.png"
-    reconstruct.run(ReconstructConfig(images=out / "data" / "examples", checkpoint=out / "pretrain", out=picture, seed=config.seed, device=config.device))
+    reconstruct.run(
+        ReconstructConfig(
+            images=out / "data" / "examples",
+            checkpoint=out / "pretrain",
+            out=picture,
+            seed=config.seed,
+            device=config.device,
+        )
+    )
     report = {
         "dataset": DATASET,
         "protocol": {
@@ -87,13 +111,18 @@ def run(config: QuickstartConfig) -> Result:
             "test_images": 1797 - NUM_UNLABELLED,
             "seeds": list(config.seeds),
             "pretraining_seed": config.seed,
-            "a_seed_changes": "which images are labelled, the initial weights, the order of the data and its augmentation",
+            "a_seed_changes": (
+                "which images are labelled, the initial weights, the order of the data and its augmentation"
+            ),
         },
         "mae_loss": {"first": mae["first_loss"], "last": mae["last_loss"]},
         "top1": top1,
         "parity": parity,
         "latency": latency,
-        "size_bytes": {name: sum(entry["size"] for entry in Bundle.load(out / "bundles" / name).manifest["files"].values()) for name in BUNDLES},
+        "size_bytes": {
+            name: sum(entry["size"] for entry in Bundle.load(out / "bundles" / name).manifest["files"].values())
+            for name in BUNDLES
+        },
         "reconstruction": str(picture),
         "seconds": round(time.monotonic() - started, 1),
     }
@@ -104,7 +133,8 @@ def run(config: QuickstartConfig) -> Result:
 def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:
     """Write the scans as PNG files once, and a few-label set for each seed; returns the folder of unlabelled images.
 
-    `unlabelled/` and `val/<digit>/` never share an image; `few-labels-S/train/<digit>/` are drawn from the unlabelled ones by seed S.
+    `unlabelled/` and `val/<digit>/` never share an image; `few-labels-S/train/<digit>/` are drawn from the unlabelled
+    ones by seed S.
     """
     digits = import_optional("sklearn.datasets", extra="train").load_digits()
     pixels, labels = np.round(digits.images * (255 / 16)).astype(np.uint8), digits.target
@@ -131,9 +161,16 @@ def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:
 
 
 def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, Any]]:
-    """Top-1 of four networks for each seed, with the same labels and the same fine-tuning for a pair that is compared."""
+    """Top-1 of four networks for each seed, with the same labels and the same fine-tuning for a pair that is
+    compared.
+    """
     out = config.out
-    found: dict[str, list[float]] = {"teacher": [], "teacher_from_scratch": [], "student": [], "student_from_scratch": []}
+    found: dict[str, list[float]] = {
+        "teacher": [],
+        "teacher_from_scratch": [],
+        "student": [],
+        "student_from_scratch": [],
+    }
     for seed in config.seeds:
         data = out / "data" / f"few-labels-{seed}"
         common = {"data": data, "seed": seed, "device": config.device, "resume": True}
@@ -142,11 +179,29 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
         found["teacher"].append(finetune.run(_recipe(FinetuneConfig, FINETUNE, out=teacher, **finetuning))["top1"])
         scratch = _recipe(FinetuneConfig, FINETUNE, out=out / f"scratch-{seed}", from_scratch=True, **finetuning)
         found["teacher_from_scratch"].append(finetune.run(scratch)["top1"])
-        logits = {"teacher": teacher, **STUDENT, "init": out / "distill-features", "objective": "logits", "logits": {"unlabelled": images}}
-        found["student"].append(distill.run(_recipe(DistillConfig, "quickstart-distill-logits", out=student, **logits, **common))["top1"])
-        alone = _recipe(FinetuneConfig, FINETUNE, out=out / f"student-scratch-{seed}", init=out / "distill-features", from_scratch=True, **common)
+        logits = {
+            "teacher": teacher,
+            **STUDENT,
+            "init": out / "distill-features",
+            "objective": "logits",
+            "logits": {"unlabelled": images},
+        }
+        found["student"].append(
+            distill.run(_recipe(DistillConfig, "quickstart-distill-logits", out=student, **logits, **common))["top1"]
+        )
+        alone = _recipe(
+            FinetuneConfig,
+            FINETUNE,
+            out=out / f"student-scratch-{seed}",
+            init=out / "distill-features",
+            from_scratch=True,
+            **common,
+        )
         found["student_from_scratch"].append(finetune.run(alone)["top1"])
-    return {name: {"mean": statistics.mean(values), "min": min(values), "max": max(values), "by_seed": values} for name, values in found.items()}
+    return {
+        name: {"mean": statistics.mean(values), "min": min(values), "max": max(values), "by_seed": values}
+        for name, values in found.items()
+    }
 
 
 def _export(config: QuickstartConfig) -> dict[str, Any]:

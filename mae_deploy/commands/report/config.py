@@ -22,11 +22,13 @@ class ReportConfig:
     data: Path
     """Labelled images: DATA/val/<class>/… judges; DATA/train, where it has enough images, calibrates."""
     out: Path
-    """Folder to write: report.json, report.md, and the bundles in students/. The same command goes on where it was cut off."""
+    """Folder to write: report.json, report.md, and the bundles in students/. The same command goes on where it was cut
+    off."""
     engine: Literal["onnx", "openvino"] = "onnx"
     """What the bundles are made for, judged and timed on: ONNX Runtime or OpenVINO."""
     keep_ratio: tuple[float, ...] | None = None
-    """Shares of the patches to judge and time, separated by commas, a row for each; default: those that a run was trained on with --keep-ratio, else 1."""
+    """Shares of the patches to judge and time, separated by commas, a row for each; default: those that a run was
+    trained on with --keep-ratio, else 1."""
     repeats: int = 50
     """Timed rounds of one image; FP32 and INT8 of all rows take turns."""
     warmup: int = 5

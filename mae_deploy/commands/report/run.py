@@ -1,4 +1,6 @@
-"""`mae-deploy report`: what students are worth on the device they are for: FP32 and INT8, top-1, size, operations and latency side by side."""
+"""`mae-deploy report`: what students are worth on the device they are for: FP32 and INT8, top-1, size, operations and
+latency side by side.
+"""
 
 from __future__ import annotations
 
@@ -68,13 +70,20 @@ def run(config: ReportConfig) -> Result:
     folder = config.out
     if folder.is_file() or (folder.is_dir() and any(folder.iterdir()) and not (folder / STUDENTS).is_dir()):
         raise ConfigError(f"--out {folder} holds something else", hint="choose another --out")
-    students = [Student(path, folder / STUDENTS / name, config) for path, name in zip(config.runs, folder_names(config.runs), strict=True)]
+    students = [
+        Student(path, folder / STUDENTS / name, config)
+        for path, name in zip(config.runs, folder_names(config.runs), strict=True)
+    ]
     for student in students:
         console.print(Text(str(student.run), style="bold"))
         student.judge()
     timings, version = _time(config, students)
     if disturbed := was_disturbed(timings.values()):
-        notice("busy machine:", "most calls took far longer than the fastest of their kind; the same command measures the times again, and nothing else")
+        notice(
+            "busy machine:",
+            "most calls took far longer than the fastest of their kind; the same command measures the times again, and"
+            " nothing else",
+        )
     rows = [row for number, student in enumerate(students) for row in _rows(number, student, timings)]
     report: dict[str, Any] = {
         "mae_deploy": __version__,
@@ -104,7 +113,9 @@ def folder_names(runs: Sequence[Path]) -> list[str]:
 
 
 def was_disturbed(timings: Iterable[Timing]) -> bool:
-    """Whether something else kept the processor from what was timed: the median of a row is far above its fastest call."""
+    """Whether something else kept the processor from what was timed: the median of a row is far above its fastest
+    call.
+    """
     return any(timing.median > _DISTURBED * timing.percentile(0) for timing in timings)
 
 
@@ -123,7 +134,11 @@ def _time(config: ReportConfig, students: Sequence[Student]) -> tuple[_Timings, 
                 engine = stack.enter_context(load_engine(subject.bundle, config.engine, options))
                 versions[engine.name] = engine.version
                 for share in student.shares:
-                    row = Row(Loaded(subject, engine), 1, None if subject.keep is None else keep_count(subject.num_patches, share))
+                    row = Row(
+                        Loaded(subject, engine),
+                        1,
+                        None if subject.keep is None else keep_count(subject.num_patches, share),
+                    )
                     calls[number, precision, share] = partial(engine.run, row.inputs(config.seed))
         with progress("timing", (config.warmup + config.repeats) * len(calls)) as bar:
             return measure(calls, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance), versions
@@ -178,7 +193,10 @@ def _view(config: ReportConfig, report: dict[str, Any]) -> Group:
     """Two tables, narrow enough for 80 characters: what the rows are and cost; what they are worth."""
     rows = [{"number": number, **row} for number, row in enumerate(report["rows"], start=1)]
     number = Column("#", "number")
-    tables = (("Students", (number, *_COST)), (f"On {report['images']} images of {config.data}", shown_columns((number, *_WORTH), rows)))
+    tables = (
+        ("Students", (number, *_COST)),
+        (f"On {report['images']} images of {config.data}", shown_columns((number, *_WORTH), rows)),
+    )
     return Group(*(rich_table(title, columns, rows) for title, columns in tables))
 
 

@@ -28,13 +28,15 @@ FP32, INT8, MIX = "fp32", "int8", "int8-mix"
 RESULT = "result.json"
 
 SHARES = (1.0, 0.75, 0.5, 0.25, 0.15)
-"""Of the patches, where a student was trained on a range of them and none are asked for; its own least and largest share beside them."""
+"""Of the patches, where a student was trained on a range of them and none are asked for; its own least and largest
+share beside them."""
 
 CALIBRATION_IMAGES = 128
 """The least that calibration takes."""
 
 _LOOSE_SQNR, _LOOSE_COSINE = 10.0, 0.9
-"""What INT8 must keep of the FP32 outputs. Its worth is judged by top-1: a student that was distilled for INT8 may differ from its FP32, and be right."""
+"""What INT8 must keep of the FP32 outputs. Its worth is judged by top-1: a student that was distilled for INT8 may
+differ from its FP32, and be right."""
 
 _ANY_LATENCY = 1e9
 """Times are compared in the end, those of all students in turns."""
@@ -52,7 +54,8 @@ class Student:
     """A trained classifier, with a folder of its own for bundles and `result.json`.
 
     Raises:
-        ConfigError: no checkpoint, one without a head, images that are not of its classes, or settings of INT8 that the engine cannot have.
+        ConfigError: no checkpoint, one without a head, images that are not of its classes, or settings of INT8 that the
+            engine cannot have.
     """
 
     def __init__(self, run: Path, folder: Path, config: ReportConfig) -> None:
@@ -60,7 +63,9 @@ class Student:
         self.checkpoint: Checkpoint = open_checkpoint(run)
         metadata = self.checkpoint.metadata
         if metadata.kind != "classifier":
-            raise ConfigError(f"{run} is a {metadata.kind} without a head", hint="a report needs top-1: fine-tune it first")
+            raise ConfigError(
+                f"{run} is a {metadata.kind} without a head", hint="a report needs top-1: fine-tune it first"
+            )
         trained = metadata.provenance.get("config", {})
         self.shares = config.keep_ratio or _trained_shares(trained.get("keep_ratio"))
         self.tokens = "full" if self.shares == (1.0,) else "visible"
@@ -82,8 +87,12 @@ class Student:
         self._parts: dict[str, Any] = found if found.get("key") == self._key else {}
 
     def judge(self) -> None:
-        """Export and evaluate what is missing: FP32, everything in INT8, and where that loses too much, the fastest mix that export finds."""
-        if not self._parts:  # of other weights or settings, nothing is of use; what is made now is known by the key if it is cut off
+        """Export and evaluate what is missing: FP32, everything in INT8, and where that loses too much, the fastest mix
+        that export finds.
+        """
+        if (
+            not self._parts
+        ):  # of other weights or settings, nothing is of use; what is made now is known by the key if it is cut off
             remove(self.folder)
             self._parts["key"] = self._key
             write_json(self.folder / RESULT, self._parts)
@@ -173,13 +182,17 @@ class Student:
             seed=config.seed,
             device=config.device,
         )
-        if self._learned == export_config.policy == "dynamic" and config.int8.calib_data is None:  # it was smoothed by its weights alone
+        if (
+            self._learned == export_config.policy == "dynamic" and config.int8.calib_data is None
+        ):  # it was smoothed by its weights alone
             return replace(export_config, int8=replace(int8, calib_data=None))
         return export_config
 
 
 def drop(fp32: float, int8: float) -> float:
-    """What INT8 loses of a top-1 in per cent, in points, without the last digits of the floating-point difference, on which no verdict may hang."""
+    """What INT8 loses of a top-1 in per cent, in points, without the last digits of the floating-point difference, on
+    which no verdict may hang.
+    """
     return round(fp32 - int8, 9)
 
 
@@ -204,8 +217,16 @@ def _quantizations(config: ReportConfig) -> dict[str, Int8Config]:
     if int8.calib_data is None and _calibrates(train):
         int8 = replace(int8, calib_data=train)
     if int8.calib_data is not None and not _calibrates(int8.calib_data):
-        raise ConfigError(f"--calib-data {int8.calib_data} has not the {CALIBRATION_IMAGES} images that calibration needs")
-    whole = replace(int8, min_sqnr=int8.min_sqnr or _LOOSE_SQNR, min_cosine=int8.min_cosine or _LOOSE_COSINE, max_drop=99.0, search=False)
+        raise ConfigError(
+            f"--calib-data {int8.calib_data} has not the {CALIBRATION_IMAGES} images that calibration needs"
+        )
+    whole = replace(
+        int8,
+        min_sqnr=int8.min_sqnr or _LOOSE_SQNR,
+        min_cosine=int8.min_cosine or _LOOSE_COSINE,
+        max_drop=99.0,
+        search=False,
+    )
     found = {FP32: Int8Config(), INT8: replace(whole, max_latency=_ANY_LATENCY)}
     return found | {MIX: replace(int8, max_latency=_ANY_LATENCY)} if int8.search else found
 

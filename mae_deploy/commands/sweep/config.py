@@ -17,13 +17,15 @@ class SweepConfig:
     """Settings of `mae-deploy sweep`."""
 
     data: str = setting(argument=True)
-    """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of train without their labels."""
+    """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of
+    train without their labels."""
     out: Path
     """Folder of the experiment; the same command goes on where it was killed."""
     mask_ratio: tuple[float, ...] | None = None
     """Mask ratios to try, separated by commas: the paper's figure 5."""
     over: str | None = None
-    """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or norm_pix_loss=true,false."""
+    """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or
+    norm_pix_loss=true,false."""
     labelled: Path | None = None
     """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
     recipe: str | None = None
@@ -58,7 +60,10 @@ class SweepConfig:
 
     def __post_init__(self) -> None:
         if (self.mask_ratio is None) == (self.over is None):
-            raise ConfigError("sweep needs what to vary, once", hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8")
+            raise ConfigError(
+                "sweep needs what to vary, once",
+                hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8",
+            )
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
             raise ConfigError("--seeds needs at least one seed, and each once")
         if not (self.knn or self.linear != "none" or self.finetune):

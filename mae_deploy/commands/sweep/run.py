@@ -1,6 +1,8 @@
-"""One setting of pretraining at several values: pretrain, judge, draw the curve (the paper's figure 5 and tables 1 and 2).
+"""One setting of pretraining at several values: pretrain, judge, draw the curve (the paper's figure 5 and tables 1 and
+2).
 
-Each value and seed has a folder with its runs; what is finished in it is not done again, so the same command goes on after a kill.
+Each value and seed has a folder with its runs; what is finished in it is not done again, so the same command goes on
+after a kill.
 """
 
 from __future__ import annotations
@@ -38,7 +40,9 @@ C = TypeVar("C")
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
 
-_MAY_CHANGE = frozenset({"data", "out", "labelled", "mask_ratio", "over", "seeds", "device", "num_workers", "max_corrupt", "threads"})
+_MAY_CHANGE = frozenset(
+    {"data", "out", "labelled", "mask_ratio", "over", "seeds", "device", "num_workers", "max_corrupt", "threads"}
+)
 """Settings that leave what was found before as it is: more values and seeds may be added to a sweep."""
 
 _CURVES = (
@@ -95,7 +99,10 @@ def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
         parsed = parse_assignment(f"values=[{text}]")["values"]
         setting, values = setting.strip(), list(parsed)
     if not setting or not values or len({_slug(value) for value in values}) < len(values):
-        raise ConfigError(f"--over {config.over or values} needs a setting and values, each once", hint="such as decoder.decoder_depth=1,2,4,8")
+        raise ConfigError(
+            f"--over {config.over or values} needs a setting and values, each once",
+            hint="such as decoder.decoder_depth=1,2,4,8",
+        )
     return setting, values
 
 
@@ -104,7 +111,13 @@ def _cell(config: SweepConfig, setting: str, value: Any, seed: int) -> Cell:
     varied: dict[str, Any] = value
     for part in reversed(setting.split(".")):
         varied = {part: varied}
-    given = {"data": _unlabelled(config.data), "out": folder / "pretrain", "resume": True, "seed": seed, "device": config.device}
+    given = {
+        "data": _unlabelled(config.data),
+        "out": folder / "pretrain",
+        "resume": True,
+        "seed": seed,
+        "device": config.device,
+    }
     return Cell(value, seed, folder, _build(PretrainConfig, config.recipe, config.settings, varied, given))
 
 
@@ -116,11 +129,21 @@ def _unlabelled(data: str) -> str:
 
 
 def _finetune_config(config: SweepConfig, init: Path, out: Path, seed: int, **more: Any) -> FinetuneConfig:
-    given = {"data": str(config.labelled or config.data), "init": init, "out": out, "resume": True, "seed": seed, "device": config.device, **more}
+    given = {
+        "data": str(config.labelled or config.data),
+        "init": init,
+        "out": out,
+        "resume": True,
+        "seed": seed,
+        "device": config.device,
+        **more,
+    }
     return _build(FinetuneConfig, config.finetune_recipe, config.finetune_settings, {}, given)
 
 
-def _build(cls: type[C], recipe: str | None, settings: tuple[str, ...], varied: dict[str, Any], given: dict[str, Any]) -> C:
+def _build(
+    cls: type[C], recipe: str | None, settings: tuple[str, ...], varied: dict[str, Any], given: dict[str, Any]
+) -> C:
     """Recipe, then `--set`, then the varied setting; the sweep's own folders, seed and device win."""
     values = read_recipe(recipe) if recipe else {}
     for assignment in settings:
@@ -136,7 +159,10 @@ def _open_folder(config: SweepConfig) -> None:
     if stored.is_file():
         before = from_dict(SweepConfig, read_recipe(stored))
         if changed := differences(before, config, ignore=_MAY_CHANGE):
-            raise ConfigError(f"{config.out} is a sweep with other settings: {'; '.join(changed)}", hint="repeat the same options, or choose another --out")
+            raise ConfigError(
+                f"{config.out} is a sweep with other settings: {'; '.join(changed)}",
+                hint="repeat the same options, or choose another --out",
+            )
     elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
         raise ConfigError(f"--out {config.out} holds something else", hint="choose another --out")
     config.out.mkdir(parents=True, exist_ok=True)
@@ -160,7 +186,10 @@ def _judge(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
             parts.do("linear", lambda: _linear(config, cell, train, val, num_classes))
     if config.finetune:
         _check_unchanged(_finetune_config(config, cell.pretrain.out, cell.folder / "finetune", cell.seed))
-        parts.do("finetune", lambda: {"finetune_top1": _finetune(config, cell.pretrain.out, cell.folder / "finetune", cell.seed)})
+        parts.do(
+            "finetune",
+            lambda: {"finetune_top1": _finetune(config, cell.pretrain.out, cell.folder / "finetune", cell.seed)},
+        )
     return parts.figures | (_scratch(config, setting, cell) if config.scratch else {})
 
 
@@ -170,19 +199,31 @@ def _features(config: SweepConfig, cell: Cell) -> tuple[FeatureSet, FeatureSet, 
     train = labelled_images(labelled, "train")
     val = labelled_images(labelled, "val", train.class_names)
     source = EncoderFeatures(read_weights(cell.pretrain.out), config.features, config.device)
-    known, asked = (extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val)))
+    known, asked = (
+        extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val))
+    )
     return known, asked, len(train.class_names or ())
 
 
 def _knn(config: SweepConfig, train: FeatureSet, val: FeatureSet, num_classes: int) -> dict[str, float]:
-    (found,) = knn(train, val, num_classes, (config.k,), temperature=config.temperature, device=resolve_device(config.device)).values()
+    (found,) = knn(
+        train, val, num_classes, (config.k,), temperature=config.temperature, device=resolve_device(config.device)
+    ).values()
     return {"knn_top1": found["top1"]}
 
 
 def _linear(config: SweepConfig, cell: Cell, train: FeatureSet, val: FeatureSet, num_classes: int) -> dict[str, float]:
     assert config.linear != "none"
     device = resolve_device(config.device)
-    fitted = fit_linear(config.linear, train.features, train.labels, num_classes, held_out=config.held_out, seed=cell.seed, device=device)
+    fitted = fit_linear(
+        config.linear,
+        train.features,
+        train.labels,
+        num_classes,
+        held_out=config.held_out,
+        seed=cell.seed,
+        device=device,
+    )
     return {"linear_top1": fitted.accuracy(val.features, val.labels).top1}
 
 
@@ -191,10 +232,13 @@ def _finetune(config: SweepConfig, init: Path, out: Path, seed: int, *, from_scr
 
 
 def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
-    """Fine-tuning of random weights: once for each seed, or for each value where the values are of the encoder itself."""
+    """Fine-tuning of random weights: once for each seed, or for each value where the values are of the encoder
+    itself.
+    """
     folder = cell.folder / "scratch" if setting.startswith("model.") else config.out / "scratch" / f"seed-{cell.seed}"
     out = folder / "finetune"
-    # Only the network is taken from it: a run that was interrupted under another value goes on with the one that it was started with.
+    # Only the network is taken from it: a run that was interrupted under another value goes on with the one that it was
+    # started with.
     network = Path(read_recipe(out / RUN_CONFIG)["init"]) if (out / RUN_CONFIG).is_file() else cell.pretrain.out
     parts = _Parts(folder / RESULT)
     parts.do("scratch", lambda: {"scratch_top1": _finetune(config, network, out, cell.seed, from_scratch=True)})
@@ -204,8 +248,13 @@ def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
 def _check_unchanged(config: PretrainConfig | FinetuneConfig) -> None:
     """A recipe's file may have been edited since a run that is finished, and is not opened again."""
     stored = config.out / RUN_CONFIG
-    if stored.is_file() and (changed := differences(from_dict(type(config), read_recipe(stored)), config, ignore=DOES_NOT_CHANGE_LOSSES)):
-        raise ConfigError(f"{config.out} was run with other settings: {'; '.join(changed)}", hint="repeat the same settings, or choose another --out")
+    if stored.is_file() and (
+        changed := differences(from_dict(type(config), read_recipe(stored)), config, ignore=DOES_NOT_CHANGE_LOSSES)
+    ):
+        raise ConfigError(
+            f"{config.out} was run with other settings: {'; '.join(changed)}",
+            hint="repeat the same settings, or choose another --out",
+        )
 
 
 class _Parts:
@@ -237,14 +286,25 @@ class _Parts:
 def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]) -> dict[str, Any]:
     """Write sweep.json, sweep.md and sweep.png for the values so far."""
     command = command_line("sweep", config)
-    report = {"command": command, "setting": setting, "seeds": seeds, "data": config.data, "labelled": str(config.labelled or config.data), "rows": rows}
+    report = {
+        "command": command,
+        "setting": setting,
+        "seeds": seeds,
+        "data": config.data,
+        "labelled": str(config.labelled or config.data),
+        "rows": rows,
+    }
     settings = "\n\n".join(f"{stage}: {what}" for stage, what in _settings(config).items())
     page = (
-        f"# {setting}\n\n```sh\n{command}\n```\n\n{settings}\n\nTop-1 in per cent on the validation images; mean and range over the seeds "
-        f"{','.join(map(str, seeds))}.\n\n{markdown_table(_columns(setting, rows), rows)}\n\n![top-1 against {setting}](sweep.png)\n"
+        f"# {setting}\n\n```sh\n{command}\n```\n\n{settings}\n\nTop-1 in per cent on the validation images; mean and"
+        " range over the seeds"
+        f" {','.join(map(str, seeds))}.\n\n{markdown_table(_columns(setting, rows), rows)}\n\n![top-1 against"
+        f" {setting}](sweep.png)\n"
     )
     values = [row["value"] for row in rows]
-    write_files(config.out, "sweep", report, page, lambda path: draw_curves(path, rows, _CURVES, label=setting, values=values))
+    write_files(
+        config.out, "sweep", report, page, lambda path: draw_curves(path, rows, _CURVES, label=setting, values=values)
+    )
     return report
 
 
@@ -255,7 +315,9 @@ def _settings(config: SweepConfig) -> dict[str, str]:
         ("Pretraining", config.recipe, config.settings),
         ("Fine-tuning", config.finetune_recipe, config.finetune_settings),
     ):
-        found[stage] = ", ".join([f"recipe {recipe}" if recipe else "defaults", *(f"`{assignment}`" for assignment in settings)])
+        found[stage] = ", ".join(
+            [f"recipe {recipe}" if recipe else "defaults", *(f"`{assignment}`" for assignment in settings)]
+        )
     return found
 
 

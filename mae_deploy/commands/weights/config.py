@@ -15,13 +15,16 @@ class ImportConfig:
     """Settings of `mae-deploy import`."""
 
     source: Path = setting(argument=True, flag="SRC")
-    """Weights of the original implementation, timm, Hugging Face, mmpretrain or MAE-Lite (.pth, .pth.tar, .bin, .safetensors, or a model folder)."""
+    """Weights of the original implementation, timm, Hugging Face, mmpretrain or MAE-Lite (.pth, .pth.tar, .bin,
+    .safetensors, or a model folder)."""
     out: Path
     """Checkpoint folder to write."""
     model: str | None = None
-    """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what config.json or the tensors say."""
+    """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what
+    config.json or the tensors say."""
     image_size: tuple[int, int] | None = None
-    """Height and width, H[,W]; needed where the patches form no square; for another grid the position embeddings are interpolated."""
+    """Height and width, H[,W]; needed where the patches form no square; for another grid the position embeddings are
+    interpolated."""
     num_heads: int | None = None
     """The encoder's attention heads; default: those of the model with this width, else head dim 64."""
     decoder_num_heads: int | None = None

@@ -1,4 +1,6 @@
-"""`mae-deploy export-weights`: a checkpoint as the original implementation, timm or transformers loads it, proven before anything is left behind."""
+"""`mae-deploy export-weights`: a checkpoint as the original implementation, timm or transformers loads it, proven
+before anything is left behind.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,14 @@ from mae_deploy.results import Result
 from mae_deploy.weights.load import Loaded, read_weights
 from mae_deploy.weights.write.card import model_card
 from mae_deploy.weights.write.check import prove
-from mae_deploy.weights.write.foreign import ForeignModel, Library, foreign_model, header, original_content, plain_tensors
+from mae_deploy.weights.write.foreign import (
+    ForeignModel,
+    Library,
+    foreign_model,
+    header,
+    original_content,
+    plain_tensors,
+)
 
 
 def run(config: ExportWeightsConfig) -> Result:
@@ -30,7 +39,10 @@ def run(config: ExportWeightsConfig) -> Result:
     """
     refuse_to_overwrite(config.out)
     if config.to == "original" and config.out.suffix != ".pth":
-        raise ConfigError(f"--out {config.out} is not called .pth", hint="the original implementation loads a file, such as checkpoints/mae.pth")
+        raise ConfigError(
+            f"--out {config.out} is not called .pth",
+            hint="the original implementation loads a file, such as checkpoints/mae.pth",
+        )
     loaded = read_weights(config.checkpoint)
     model = foreign_model(loaded, config.to)
     with atomic_path(config.out) as aside:
@@ -72,6 +84,10 @@ def _report(config: ExportWeightsConfig, model: ForeignModel, proof: dict[str, A
 def _say_licence(loaded: Loaded) -> None:
     licence = loaded.metadata.licence
     if NON_COMMERCIAL in licence:
-        notice("licence:", f"{licence}: these weights derive from a non-commercial release, and so does what was written")
+        notice(
+            "licence:", f"{licence}: these weights derive from a non-commercial release, and so does what was written"
+        )
     elif UNKNOWN_LICENCE in licence:
-        notice("licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for")
+        notice(
+            "licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for"
+        )

@@ -63,7 +63,9 @@ class ImageSource(Protocol):
         """
         ...
 
-    def read(self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
         """Decode one image; see `read_image`.
 
         Raises:
@@ -72,7 +74,9 @@ class ImageSource(Protocol):
         ...
 
     def fingerprint(self) -> dict[str, int | str]:
-        """Number of images and a hash of their names, sizes and labels: tells two data sets apart without reading them."""
+        """Number of images and a hash of their names, sizes and labels: tells two data sets apart without reading
+        them.
+        """
         ...
 
 
@@ -99,7 +103,9 @@ class Joined:
         part, within = self._find(index)
         return part.raw(within)
 
-    def read(self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
         """Decode one image."""
         part, within = self._find(index)
         return part.read(within, channels, pixel_max, shrink)
@@ -117,7 +123,9 @@ class Joined:
         raise IndexError(index)
 
 
-def match_classes(numbers: Array, own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str) -> tuple[Array, tuple[str, ...]]:
+def match_classes(
+    numbers: Array, own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str
+) -> tuple[Array, tuple[str, ...]]:
     """Labels in the order of the classes that are wanted, or else of the data's own, and the classes' names.
 
     Args:
@@ -129,13 +137,20 @@ def match_classes(numbers: Array, own: tuple[str, ...] | None, wanted: tuple[str
     if (numbers < 0).any():
         raise ConfigError(f"{int((numbers < 0).sum())} of the {len(numbers)} images of {name} have no label")
     if own is None:
-        own = wanted if wanted is not None and all(known.isdigit() for known in wanted) else tuple(map(str, range(int(numbers.max()) + 1)))
+        own = (
+            wanted
+            if wanted is not None and all(known.isdigit() for known in wanted)
+            else tuple(map(str, range(int(numbers.max()) + 1)))
+        )
     if numbers.max() >= len(own):
         raise ConfigError(f"{name} has a label {int(numbers.max())}, but there are {len(own)} classes")
     if wanted is None or own == wanted:
         return numbers, own
     if unknown := [own[number] for number in np.unique(numbers) if own[number] not in wanted]:
-        raise ConfigError(f"class {unknown[0]} of {name} is not one of the {len(wanted)} classes: {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}")
+        raise ConfigError(
+            f"class {unknown[0]} of {name} is not one of the {len(wanted)} classes:"
+            f" {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}"
+        )
     return np.array([wanted.index(known) if known in wanted else UNLABELLED for known in own])[numbers], wanted
 
 

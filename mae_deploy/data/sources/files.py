@@ -42,12 +42,20 @@ class ImageList:
         """The file's bytes."""
         return read_file(self.paths[index])
 
-    def read(self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
         """Decode one file."""
-        return read_image(self.paths[index], channels, pixel_max) if shrink is None else decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
+        return (
+            read_image(self.paths[index], channels, pixel_max)
+            if shrink is None
+            else decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
+        )
 
     def fingerprint(self) -> dict[str, int | str]:
-        """Number of files and a hash of their names, sizes and labels: tells two data sets apart without reading them."""
+        """Number of files and a hash of their names, sizes and labels: tells two data sets apart without reading
+        them.
+        """
         digest = hashlib.sha256()
         for path, label in zip(self.paths, self.labels, strict=True):
             size = path.stat().st_size if path.exists() else -1  # a broken link: whoever reads it reports it
@@ -71,12 +79,21 @@ def labelled_files(folder: Path, class_names: tuple[str, ...] | None = None) -> 
     Raises:
         ConfigError: no such folder, no classes, or a class that is not among `class_names`.
     """
-    found = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")) if folder.is_dir() else []
+    found = (
+        sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        if folder.is_dir()
+        else []
+    )
     if not found:
-        raise ConfigError(f"no class folders in {folder}", hint="labelled data is DATA/train/<class>/… and DATA/val/<class>/…")
+        raise ConfigError(
+            f"no class folders in {folder}", hint="labelled data is DATA/train/<class>/… and DATA/val/<class>/…"
+        )
     names = class_names or tuple(found)
     if unknown := [name for name in found if name not in names]:
-        raise ConfigError(f"{folder / unknown[0]} is not one of the {len(names)} classes: {', '.join(names[:8])}{' …' if len(names) > 8 else ''}")
+        raise ConfigError(
+            f"{folder / unknown[0]} is not one of the {len(names)} classes:"
+            f" {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
+        )
     paths: list[Path] = []
     labels: list[int] = []
     for name in found:

@@ -25,7 +25,10 @@ def unlabelled_images(data: Path | str, columns: Columns = _USUAL) -> ImageSourc
         ConfigError: there is none.
     """
     if is_streamed(str(data)):
-        raise ConfigError(f"{data} can only be read from front to back, which only pretraining does", hint="download the shards, or unpack the compressed tar")
+        raise ConfigError(
+            f"{data} can only be read from front to back, which only pretraining does",
+            hint="download the shards, or unpack the compressed tar",
+        )
     if is_shards(str(data)):
         return shard_images(str(data))
     if tables := find_tables(Path(data)):
@@ -38,11 +41,15 @@ def unlabelled_images(data: Path | str, columns: Columns = _USUAL) -> ImageSourc
         raise
 
 
-def labelled_images(root: Path | str, split: str, class_names: tuple[str, ...] | None = None, columns: Columns = _USUAL) -> ImageSource:
-    """The labelled images of a split: `root/split/<class>/…`, shards in `root/split/` or `root/split-*.tar`, or a Hugging Face data set.
+def labelled_images(
+    root: Path | str, split: str, class_names: tuple[str, ...] | None = None, columns: Columns = _USUAL
+) -> ImageSource:
+    """The labelled images of a split: `root/split/<class>/…`, shards in `root/split/` or `root/split-*.tar`, or a
+    Hugging Face data set.
 
     Args:
-        class_names: the classes in the order of the labels; default: the data's own order, of folders the alphabetical one.
+        class_names: the classes in the order of the labels; default: the data's own order, of folders the alphabetical
+            one.
 
     Raises:
         ConfigError: no such split, no labels, or a class that is not among `class_names`.
@@ -51,7 +58,9 @@ def labelled_images(root: Path | str, split: str, class_names: tuple[str, ...] |
     for name in _SPLITS.get(split, (split,)):
         if shards := shards_in(root / name) or shards_in(root, f"{name}-*.tar"):
             return ShardSource(str(root / name), shards, labelled=True, class_names=class_names)
-        if tables := find_tables(root / name) or sorted([*root.glob(f"{name}-*.parquet"), *root.glob(f"data/{name}-*.parquet")]):
+        if tables := find_tables(root / name) or sorted(
+            [*root.glob(f"{name}-*.parquet"), *root.glob(f"data/{name}-*.parquet")]
+        ):
             return TableSource(str(root / name), tables, columns, labelled=True, class_names=class_names)
         if (root / name).is_dir():
             return labelled_files(root / name, class_names)
@@ -61,16 +70,23 @@ def labelled_images(root: Path | str, split: str, class_names: tuple[str, ...] |
 def split_names(root: Path | str) -> list[str]:
     """The splits of a labelled data set: those of train, val and test that are there; none where it has no train."""
     root = Path(root)
-    names = [name for name in ("train", "val", "test") if any(_has(root, alias) for alias in _SPLITS.get(name, (name,)))]
+    names = [
+        name for name in ("train", "val", "test") if any(_has(root, alias) for alias in _SPLITS.get(name, (name,)))
+    ]
     return names if "train" in names else []
 
 
 def _has(root: Path, name: str) -> bool:
-    return (root / name).is_dir() or any(next(root.glob(pattern), None) for pattern in (f"{name}-*.tar", f"{name}-*.parquet", f"data/{name}-*.parquet"))
+    return (root / name).is_dir() or any(
+        next(root.glob(pattern), None) for pattern in (f"{name}-*.tar", f"{name}-*.parquet", f"data/{name}-*.parquet")
+    )
 
 
 def labelled_val(data: Path, class_names: tuple[str, ...] | None) -> ImageSource:
     """The images of DATA/val if there is a val, else of DATA; labels in the order of the names, where there are any."""
-    has_val = any((data / name).is_dir() or any(data.glob(f"{name}-*")) or any(data.glob(f"data/{name}-*")) for name in ("val", "validation"))
+    has_val = any(
+        (data / name).is_dir() or any(data.glob(f"{name}-*")) or any(data.glob(f"data/{name}-*"))
+        for name in ("val", "validation")
+    )
     root, split = (data, "val") if has_val else (data.parent, data.name)
     return labelled_images(root, split, class_names)

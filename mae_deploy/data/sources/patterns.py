@@ -37,15 +37,21 @@ def local_shards(data: str) -> list[Path]:
         return shards_in(Path(data))
     found: list[Path] = []
     for name in expand(data):
-        matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
+        matches = (
+            [Path(match) for match in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else [Path(name)]
+        )
         if missing := [match for match in matches if not match.is_file()] or ([] if matches else [Path(name)]):
-            raise ConfigError(f"no such shard: {missing[0]}", hint=f"expanded from {data}" if str(missing[0]) != data else None)
+            raise ConfigError(
+                f"no such shard: {missing[0]}", hint=f"expanded from {data}" if str(missing[0]) != data else None
+            )
         found += matches
     return found
 
 
 def expand(data: str) -> list[str]:
-    """The names that a pattern with braces stands for: `shards-{000..099}.tar`; the name of a file that is there stands for itself."""
+    """The names that a pattern with braces stands for: `shards-{000..099}.tar`; the name of a file that is there stands
+    for itself.
+    """
     if "{" not in data or Path(data).exists():
         return [data]
     braceexpand = import_optional("braceexpand", extra="train")

@@ -1,4 +1,6 @@
-"""Local tar shards (WebDataset), indexed by their headers and read at random: the same order, epochs and resumption as folders."""
+"""Local tar shards (WebDataset), indexed by their headers and read at random: the same order, epochs and resumption as
+folders.
+"""
 
 from __future__ import annotations
 
@@ -66,17 +68,25 @@ class ShardSource:
         ConfigError: no image, a shard that is cut short or changed, no labels where they are asked for.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], *, labelled: bool = False, class_names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self, name: str, paths: Sequence[Path], *, labelled: bool = False, class_names: tuple[str, ...] | None = None
+    ) -> None:
         indices = {folder: _index(folder) for folder in {path.parent for path in paths}}
         shards = [_open(path, indices[path.parent].get(path.name)) for path in paths]
         if not any(shard.names for shard in shards):
-            raise ConfigError(f"no images in the {len(shards)} shard(s) of {name}", hint="members are images such as 000001.jpg, with labels in 000001.cls")
+            raise ConfigError(
+                f"no images in the {len(shards)} shard(s) of {name}",
+                hint="members are images such as 000001.jpg, with labels in 000001.cls",
+            )
         self.name = name
         self._paths = [shard.path for shard in shards]
         counts = [len(shard.names) for shard in shards]
-        # Arrays, not lists: worker processes share their memory for as long as nobody counts references to a million numbers.
+        # Arrays, not lists: worker processes share their memory for as long as nobody counts references to a million
+        # numbers.
         self._shard = np.repeat(np.arange(len(shards)), counts)
-        self._names = np.array([member.encode("utf-8", "surrogateescape") for shard in shards for member in shard.names])
+        self._names = np.array(
+            [member.encode("utf-8", "surrogateescape") for shard in shards for member in shard.names]
+        )
         self._offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self._sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
         numbers = np.array([label for shard in shards for label in shard.labels], np.int64)
@@ -112,7 +122,9 @@ class ShardSource:
             raise UnreadableImage(f"{self.key(index)}: the shard is cut short")
         return bytes(content)
 
-    def read(self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
         """Decode one member."""
         return decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
 
@@ -148,7 +160,10 @@ def scan(path: Path) -> Shard:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
     except (tarfile.TarError, EOFError) as error:
         found = f"after {len(images)} images " if images else ""
-        raise ConfigError(f"{path} ends {found}in the middle, or is no tar file ({error})", hint="copy or pack it again, or leave it out") from error
+        raise ConfigError(
+            f"{path} ends {found}in the middle, or is no tar file ({error})",
+            hint="copy or pack it again, or leave it out",
+        ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     return Shard(
@@ -188,7 +203,8 @@ def _open(path: Path, entry: dict[str, Any] | None) -> Shard:
         raise ConfigError(f"no such shard: {path}")
     if path.stat().st_size != entry["bytes"]:
         raise ConfigError(
-            f"{path} has {path.stat().st_size} bytes, not the {entry['bytes']} of {INDEX}: cut short or changed", hint=f"copy it again, or remove {INDEX}"
+            f"{path} has {path.stat().st_size} bytes, not the {entry['bytes']} of {INDEX}: cut short or changed",
+            hint=f"copy it again, or remove {INDEX}",
         )
     return Shard(path, entry["bytes"], entry["names"], entry["offsets"], entry["sizes"], entry["labels"])
 
@@ -199,17 +215,25 @@ def _index(folder: Path) -> dict[str, dict[str, Any]]:
         return {}
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
-        raise ConfigError(f"{path} is no index of shards that this version reads", hint="remove it; the shards are then indexed by their headers")
+        raise ConfigError(
+            f"{path} is no index of shards that this version reads",
+            hint="remove it; the shards are then indexed by their headers",
+        )
     return {entry["name"]: entry for entry in index["shards"]}
 
 
-def _classes(name: str, folder: Path, numbers: Array, names: Array, wanted: tuple[str, ...] | None) -> tuple[Array, tuple[str, ...]]:
+def _classes(
+    name: str, folder: Path, numbers: Array, names: Array, wanted: tuple[str, ...] | None
+) -> tuple[Array, tuple[str, ...]]:
     """Labels in the order of `wanted`, or of the shards' own classes, and the classes' names."""
     own = _class_names(folder)
     if (numbers == UNLABELLED).all():
         folders = [member.rpartition(b"/")[0].decode("utf-8", "surrogateescape") for member in names.tolist()]
         if not all(folders):
-            raise ConfigError(f"the images of {name} have no labels", hint="give each a .cls member with its number, or put it below the name of its class")
+            raise ConfigError(
+                f"the images of {name} have no labels",
+                hint="give each a .cls member with its number, or put it below the name of its class",
+            )
         own = own or tuple(sorted(set(folders)))
         place = {known: number for number, known in enumerate(own)}
         numbers = np.array([place.get(found, UNLABELLED) for found in folders], np.int64)

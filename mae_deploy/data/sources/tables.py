@@ -1,4 +1,6 @@
-"""Hugging Face data sets on disk: Arrow files of `save_to_disk`, and Parquet. Read by pyarrow alone: no loading script, nothing that runs."""
+"""Hugging Face data sets on disk: Arrow files of `save_to_disk`, and Parquet. Read by pyarrow alone: no loading script,
+nothing that runs.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,17 @@ def find_tables(data: Path) -> list[Path]:
         return [data] if data.suffix.lower() in (".parquet", ".arrow") else []
     if (data / "dataset_dict.json").is_file():
         splits = read_json(data / "dataset_dict.json").get("splits", [])
-        raise ConfigError(f"{data} holds several splits: {', '.join(map(str, splits))}", hint=f"give one of them, such as {data}/{next(iter(splits), 'train')}")
+        raise ConfigError(
+            f"{data} holds several splits: {', '.join(map(str, splits))}",
+            hint=f"give one of them, such as {data}/{next(iter(splits), 'train')}",
+        )
     if (data / _STATE).is_file():
         state = read_json(data / _STATE)
         if state.get("_indices_files") or state.get("_indices_data_files"):
-            raise ConfigError(f"{data} is a selection of rows of another data set", hint="save it again with flatten_indices().save_to_disk(…)")
+            raise ConfigError(
+                f"{data} is a selection of rows of another data set",
+                hint="save it again with flatten_indices().save_to_disk(…)",
+            )
         return [data / entry["filename"] for entry in state["_data_files"]]
     return sorted(data.glob("*.parquet")) if data.is_dir() else []
 
@@ -48,13 +56,22 @@ def find_tables(data: Path) -> list[Path]:
 class TableSource:
     """The images of some Arrow or Parquet files, row by row.
 
-    Arrow files are mapped into memory and cost none; Parquet, which cannot be read at random, is held in memory as it is encoded.
+    Arrow files are mapped into memory and cost none; Parquet, which cannot be read at random, is held in memory as it
+    is encoded.
 
     Raises:
         ConfigError: no such column, or rows without labels where they are asked for.
     """
 
-    def __init__(self, name: str, paths: Sequence[Path], columns: Columns, *, labelled: bool = False, class_names: tuple[str, ...] | None = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        paths: Sequence[Path],
+        columns: Columns,
+        *,
+        labelled: bool = False,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
         import_optional("pyarrow", extra="hf")
         self.name = name
         self._folder = paths[0].parent
@@ -67,7 +84,9 @@ class TableSource:
         if labelled:
             column = _column(tables[0].schema, columns.label, _LABELS, "--label-column", name)
             values = [value for table in tables for value in table.column(column).to_pylist()]
-            self._labels, self.class_names = _labels(values, _class_names(tables[0].schema, column, self._folder), class_names, name)
+            self._labels, self.class_names = _labels(
+                values, _class_names(tables[0].schema, column, self._folder), class_names, name
+            )
         if len(self) == 0:
             raise ConfigError(f"no rows in {name}")
         self._digest = _digest(paths, self._labels)
@@ -95,7 +114,9 @@ class TableSource:
             raise UnreadableImage(f"{self.key(index)}: the row is empty")
         return read_file(self._folder / row["path"])
 
-    def read(self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None) -> Image.Image | Array:
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
         """Decode one row."""
         return decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
 
@@ -122,7 +143,10 @@ def _open(path: Path) -> Any:
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(source).read_all()
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ConfigError(f"cannot read {path}: {' '.join(str(error).split())[:200]}", hint="copy it again: it is cut short or no such table") from error
+        raise ConfigError(
+            f"cannot read {path}: {' '.join(str(error).split())[:200]}",
+            hint="copy it again: it is cut short or no such table",
+        ) from error
 
 
 def _column(schema: Any, wanted: str | None, usual: Sequence[str], option: str, name: str) -> str:
@@ -137,7 +161,9 @@ def _column(schema: Any, wanted: str | None, usual: Sequence[str], option: str, 
 
 
 def _class_names(schema: Any, column: str, folder: Path) -> tuple[str, ...] | None:
-    """The names of a ClassLabel, which the `datasets` library writes into the schema's metadata and beside the files."""
+    """The names of a ClassLabel, which the `datasets` library writes into the schema's metadata and beside the
+    files.
+    """
     features: dict[str, Any] = {}
     if b"huggingface" in (schema.metadata or {}):
         features = json.loads(schema.metadata[b"huggingface"]).get("info", {}).get("features") or {}
@@ -147,14 +173,21 @@ def _class_names(schema: Any, column: str, folder: Path) -> tuple[str, ...] | No
     return tuple(map(str, names)) if names else None
 
 
-def _labels(values: list[Any], own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str) -> tuple[Array, tuple[str, ...]]:
+def _labels(
+    values: list[Any], own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str
+) -> tuple[Array, tuple[str, ...]]:
     if any(isinstance(value, str) for value in values):
         own = own or tuple(sorted({str(value) for value in values if value is not None}))
         place = {known: number for number, known in enumerate(own)}
         values = [place.get(value, UNLABELLED) for value in values]
     elif not all(isinstance(value, int) for value in values if value is not None):
-        raise ConfigError(f"the labels of {name} are neither numbers nor names", hint="say with --label-column which column holds them")
-    return match_classes(np.array([UNLABELLED if value is None else value for value in values], np.int64), own, wanted, name)
+        raise ConfigError(
+            f"the labels of {name} are neither numbers nor names",
+            hint="say with --label-column which column holds them",
+        )
+    return match_classes(
+        np.array([UNLABELLED if value is None else value for value in values], np.int64), own, wanted, name
+    )
 
 
 def _digest(paths: Sequence[Path], labels: Array) -> str:

@@ -1,9 +1,9 @@
 """What calibration learns of the inputs of Linears in one pass over the images.
 
-Magnitudes are counted, for each channel, by a float's own exponent and first three bits of mantissa: 256 bins reach from 2^-20 to 2^12. So one pass
-serves any range, and any scaling of channels that SmoothQuant chooses afterwards. ONNX Runtime's collectors keep one equidistant histogram a tensor
-and all arrays that went into it; each scaling would be another pass.
-Shapes: D channels, G histograms (D, or 1 for all channels).
+Magnitudes are counted, for each channel, by a float's own exponent and first three bits of mantissa: 256 bins reach
+from 2^-20 to 2^12. So one pass serves any range, and any scaling of channels that SmoothQuant chooses afterwards. ONNX
+Runtime's collectors keep one equidistant histogram a tensor and all arrays that went into it; each scaling would be
+another pass. Shapes: D channels, G histograms (D, or 1 for all channels).
 """
 
 from __future__ import annotations
@@ -75,7 +75,9 @@ class ActivationStats:
         limit = float(self.absmax.max())
         edges = np.linspace(0, limit, _EQUAL_BINS + 1)
         cumulative = np.zeros(len(edges))
-        groups = (array.reshape(len(self.counts), -1).max(axis=1) for array in (self.absmax * self.divisor, self.divisor))
+        groups = (
+            array.reshape(len(self.counts), -1).max(axis=1) for array in (self.absmax * self.divisor, self.divisor)
+        )
         for counts, largest, divisor in zip(self.counts, *groups, strict=True):
             own_edges = np.minimum(_EDGES, largest)
             own_edges[-1] = largest
@@ -83,15 +85,24 @@ class ActivationStats:
         return Histogram(np.diff(cumulative), limit)
 
 
-def activation_scales(stats: Mapping[str, ActivationStats], method: Method = "mse", percentile: float = 99.99, rounding: Rounding = INT8) -> dict[str, float]:
-    """For each Linear the scale of its input, `x ≈ stored * scale`: the threshold over 127; for FP8, whose step grows with the number, the largest over 448."""
+def activation_scales(
+    stats: Mapping[str, ActivationStats], method: Method = "mse", percentile: float = 99.99, rounding: Rounding = INT8
+) -> dict[str, float]:
+    """For each Linear the scale of its input, `x ≈ stored * scale`: the threshold over 127; for FP8, whose step grows
+    with the number, the largest over 448.
+    """
     if rounding is FP8:
         return {name: float(rounding.scales(entry.absmax.max())) for name, entry in stats.items()}
-    return {name: float(rounding.scales(entry.histogram().threshold(method, percentile))) for name, entry in stats.items()}
+    return {
+        name: float(rounding.scales(entry.histogram().threshold(method, percentile))) for name, entry in stats.items()
+    }
 
 
-def attention_scales(model: nn.Module, absmax: Mapping[str, Array], divisors: Mapping[str, Array], rounding: Rounding = INT8) -> dict[str, AttentionScales]:
-    """For each attention the scales of q, k and v, by their largest magnitudes: to clip them gains nothing beside the rounding of the softmax.
+def attention_scales(
+    model: nn.Module, absmax: Mapping[str, Array], divisors: Mapping[str, Array], rounding: Rounding = INT8
+) -> dict[str, AttentionScales]:
+    """For each attention the scales of q, k and v, by their largest magnitudes: to clip them gains nothing beside the
+    rounding of the softmax.
 
     Args:
         absmax: of what each qkv gave, `Observer.attention_absmax`.
@@ -116,8 +127,14 @@ class Observer:
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
         """Watch the model within the block."""
-        hooks = [linear_of(model, name).register_forward_pre_hook(partial(self._see_input, name)) for name in self._tallies]
-        hooks += [linear_of(model, name).register_forward_hook(partial(self._see_qkv, name)) for name in self._tallies if name.endswith("qkv")]
+        hooks = [
+            linear_of(model, name).register_forward_pre_hook(partial(self._see_input, name)) for name in self._tallies
+        ]
+        hooks += [
+            linear_of(model, name).register_forward_hook(partial(self._see_qkv, name))
+            for name in self._tallies
+            if name.endswith("qkv")
+        ]
         try:
             yield
         finally:
@@ -133,7 +150,9 @@ class Observer:
         return {name: tally.stats(name) for name, tally in self._tallies.items() if tally.num_rows}
 
     def attention_absmax(self) -> dict[str, Array]:
-        """The largest magnitudes that each qkv gave, float64 `(3 * D,)`, by the name of its attention, such as `blocks.0.attn`."""
+        """The largest magnitudes that each qkv gave, float64 `(3 * D,)`, by the name of its attention, such as
+        `blocks.0.attn`.
+        """
         return {name: absmax.double().cpu().numpy() for name, absmax in self._attention.items()}
 
     def see(self, name: str, values: Tensor) -> None:
@@ -157,7 +176,11 @@ class _Tally:
 
     def add(self, values: Tensor) -> None:
         """Count float32 `(n, D)`."""
-        found = self._counts(values), values.abs().amax(dim=0), *(part.sum(dim=0, dtype=torch.float64) for part in (values, values.square()))
+        found = (
+            self._counts(values),
+            values.abs().amax(dim=0),
+            *(part.sum(dim=0, dtype=torch.float64) for part in (values, values.square())),
+        )
         if self.num_rows == 0:
             self._counted, self._absmax, self._total, self._total_square = found
         else:
@@ -173,7 +196,9 @@ class _Tally:
         Raises:
             CheckFailed: NaN or infinity; the message has the name.
         """
-        counts, absmax, total, total_square = (value.cpu().numpy() for value in (self._counted, self._absmax.double(), self._total, self._total_square))
+        counts, absmax, total, total_square = (
+            value.cpu().numpy() for value in (self._counted, self._absmax.double(), self._total, self._total_square)
+        )
         if not np.isfinite(total_square).all():
             raise CheckFailed(f"the input of {name} has NaN or infinite values on the calibration images")
         return ActivationStats(
@@ -186,7 +211,13 @@ class _Tally:
 
     def _counts(self, values: Tensor) -> Tensor:
         D = values.shape[1]
-        bins = values.view(torch.int32).bitwise_and(0x7FFFFFFF).bitwise_right_shift_(_SHIFT).sub_(_FIRST).clamp_(0, _BINS - 1)
+        bins = (
+            values.view(torch.int32)
+            .bitwise_and(0x7FFFFFFF)
+            .bitwise_right_shift_(_SHIFT)
+            .sub_(_FIRST)
+            .clamp_(0, _BINS - 1)
+        )
         if self._per_channel:
             bins += torch.arange(D, dtype=torch.int32, device=bins.device) * _BINS
         return torch.bincount(bins.flatten(), minlength=_BINS * (D if self._per_channel else 1))

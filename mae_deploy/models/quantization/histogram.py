@@ -32,7 +32,8 @@ class Histogram:
     def threshold(self, method: Method, percentile: float = 99.99) -> float:
         """The magnitude that the largest integer stands for; what is larger is clipped.
 
-        minmax: the largest magnitude. percentile: so many per cent are within. mse: the least squared error of rounding and clipping together.
+        minmax: the largest magnitude. percentile: so many per cent are within. mse: the least squared error of rounding
+            and clipping together.
         entropy: the least KL divergence of the rounded distribution from the original one, as in TensorRT's calibrator.
         """
         if method == "minmax" or self.counts.sum() == 0:

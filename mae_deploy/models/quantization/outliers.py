@@ -1,7 +1,9 @@
-"""A penalty on heavy tails: one range has to hold a whole tensor, so a few large numbers leave coarse steps to all others.
+"""A penalty on heavy tails: one range has to hold a whole tensor, so a few large numbers leave coarse steps to all
+others.
 
-Kurtosis regularisation of activations beside quantisation-aware training, Nrusimha et al. 2024: https://arxiv.org/abs/2404.03605
-Kurtosis as a measure of how well a tensor can be rounded, Shkolnik et al. 2020: https://arxiv.org/abs/2002.07686
+Kurtosis regularisation of activations beside quantisation-aware training, Nrusimha et al. 2024:
+https://arxiv.org/abs/2404.03605 Kurtosis as a measure of how well a tensor can be rounded, Shkolnik et al. 2020:
+https://arxiv.org/abs/2002.07686
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ _LEAST = 1e-15
 
 
 def tail_penalty(values: Tensor) -> Tensor:
-    """By how much the logarithm of the kurtosis of all numbers is above a normal distribution's, a float32 scalar; 0 where it is not.
+    """By how much the logarithm of the kurtosis of all numbers is above a normal distribution's, a float32 scalar; 0
+    where it is not.
 
     The authors add up kurtosis itself; its logarithm lets a layer of 300 not drown one of 10.
     """

@@ -1,4 +1,6 @@
-"""How a model's Linears are made ready and which ranges their inputs get: what an export does, and what a student is trained with."""
+"""How a model's Linears are made ready and which ranges their inputs get: what an export does, and what a student is
+trained with.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ class Policy:
     """Share of the values within the range, for the method percentile."""
     rounding: Rounding = INT8
 
-    def divisors(self, tensors: Mapping[str, Tensor], names: Sequence[str], stats: Mapping[str, ActivationStats] | None) -> Divisors:
+    def divisors(
+        self, tensors: Mapping[str, Tensor], names: Sequence[str], stats: Mapping[str, ActivationStats] | None
+    ) -> Divisors:
         """What the channels of the inputs are divided by first.
 
         Args:
@@ -65,7 +69,10 @@ def attention_obstacle(head_dim: int, num_tokens: int) -> str | None:
         num_tokens: the largest T, CLS included.
     """
     if head_dim not in _FUSED_HEAD_DIMS:
-        return f"the head dimension is {head_dim}; INT8 attention is fused for {', '.join(map(str, _FUSED_HEAD_DIMS))} only"
+        return (
+            f"the head dimension is {head_dim}; INT8 attention is fused for {', '.join(map(str, _FUSED_HEAD_DIMS))}"
+            " only"
+        )
     if num_tokens > _FUSED_TOKENS:
         return f"there are up to {num_tokens} tokens; INT8 attention is fused up to {_FUSED_TOKENS}"
     return None

@@ -1,8 +1,8 @@
 """Rounding to eight bits: which Linears, and how their weights and inputs are rounded.
 
-INT8 weights are symmetric per output channel. Activations are one number range a tensor: static (symmetric int8, the scale known beforehand)
-or dynamic (uint8, the range found at run time). FP8 is E4M3, per tensor and static. All are ONNX's own definitions, QuantizeLinear and
-DynamicQuantizeLinear. On tensors nothing waits for the device.
+INT8 weights are symmetric per output channel. Activations are one number range a tensor: static (symmetric int8, the
+scale known beforehand) or dynamic (uint8, the range found at run time). FP8 is E4M3, per tensor and static. All are
+ONNX's own definitions, QuantizeLinear and DynamicQuantizeLinear. On tensors nothing waits for the device.
 FP8 formats, Micikevicius et al. 2022: https://arxiv.org/abs/2209.05433
 """
 
@@ -37,18 +37,26 @@ class Rounding:
     largest: float
     """The number that the largest magnitude becomes."""
     per_channel: bool
-    """Whether each output channel of a weight has its scale. TensorRT multiplies FP8 with one a tensor, but on Hopper from 10.6 on."""
+    """Whether each output channel of a weight has its scale. TensorRT multiplies FP8 with one a tensor, but on Hopper
+    from 10.6 on."""
 
     def scales(self, absmax: Tensor | npt.ArrayLike) -> Tensor:
         """The scales of what is within these magnitudes, float32 of any shape."""
         scales = torch.as_tensor(absmax, dtype=torch.float32) / self.largest
-        if self.dtype == FP8.dtype:  # FP16 in the graph, which has all its digits from 6e-5 on; a floating point number loses nothing by a larger scale
+        if (
+            self.dtype == FP8.dtype
+            # FP16 in the graph, which has all its digits from 6e-5 on; a floating point number loses nothing by a larger
+            # scale
+        ):
             return scales.clamp(min=torch.finfo(torch.float16).tiny).half().float()
-        # Rows of zeros, and those so small that the scale has no full precision, become zeros: what they add is below float32's smallest number.
+        # Rows of zeros, and those so small that the scale has no full precision, become zeros: what they add is below
+        # float32's smallest number.
         return torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)
 
     def levels(self, scaled: Tensor, least: float) -> Tensor:
-        """What numbers that were divided by their scale are stored as, from `least` to the largest; still float32. Overwrites them."""
+        """What numbers that were divided by their scale are stored as, from `least` to the largest; still float32.
+        Overwrites them.
+        """
         if self.dtype == FP8.dtype:
             return scaled.clamp_(least, self.largest).to(torch.float8_e4m3fn).to(scaled.dtype)
         return scaled.round_().clamp_(least, self.largest)
@@ -67,7 +75,9 @@ ROUNDINGS = {"int8": INT8, "fp8": FP8}
 
 
 def eligible_linears(model: nn.Module) -> list[str]:
-    """The Linears that INT8 applies to, in order: qkv, proj, fc1 and fc2 of every encoder block, and of every decoder block if there is a decoder."""
+    """The Linears that INT8 applies to, in order: qkv, proj, fc1 and fc2 of every encoder block, and of every decoder
+    block if there is a decoder.
+    """
     return [name for name, _ in model.named_modules() if _ELIGIBLE.fullmatch(name)]
 
 
@@ -79,7 +89,8 @@ def linear_of(model: nn.Module, name: str) -> nn.Linear:
 
 
 def quantize_weight(weight: Array, name: str = "a weight", rounding: Rounding = INT8) -> tuple[Array, Array]:
-    """Symmetric, of the rounding's type: `(O, I) -> (O, I), float32 scales (O,), or () for the whole tensor` with `weight ≈ stored * scale`.
+    """Symmetric, of the rounding's type: `(O, I) -> (O, I), float32 scales (O,), or () for the whole tensor` with
+    `weight ≈ stored * scale`.
 
     Raises:
         CheckFailed: NaN or infinity; the message has the name.
@@ -108,7 +119,9 @@ def weight_round_trip(weight: Tensor, rounding: Rounding = INT8) -> Tensor:
 
 
 def static_round_trip(values: Tensor, scale: float | Tensor, rounding: Rounding = INT8) -> Tensor:
-    """QuantizeLinear and DequantizeLinear with zero point 0: round half to even, clamp to -128 to 127, or to -448 to 448."""
+    """QuantizeLinear and DequantizeLinear with zero point 0: round half to even, clamp to -128 to 127, or to -448 to
+    448.
+    """
     step = torch.as_tensor(scale, dtype=values.dtype, device=values.device)
     return rounding.levels(values / step, -128 if rounding is INT8 else -rounding.largest).mul_(step)
 

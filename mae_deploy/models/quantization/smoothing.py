@@ -1,7 +1,7 @@
 """What makes a model easier to round before it is rounded; the FP32 function stays what it is.
 
-SmoothQuant divides the channels of an activation that are too large for a common scale, and multiplies the weights that read them. Bias correction
-makes up for the mean error of the rounded weights.
+SmoothQuant divides the channels of an activation that are too large for a common scale, and multiplies the weights that
+read them. Bias correction makes up for the mean error of the rounded weights.
 SmoothQuant, Xiao et al. 2023: https://arxiv.org/abs/2211.10438 (equation 4)
 Bias correction, Nagel et al. 2019: https://arxiv.org/abs/1906.04721 (section 4.2)
 """
@@ -24,7 +24,8 @@ Divisors = dict[str, Array]
 """For each Linear what the channels of its input are divided by, float64 `(D,)`."""
 
 _SCALABLE = ("attn.qkv", "attn.proj", "mlp.fc1")
-"""Linears with a place before them that takes the division: norm1, the rows of v, norm2. Between fc1 and fc2 stands GELU, which lets no factor through."""
+"""Linears with a place before them that takes the division: norm1, the rows of v, norm2. Between fc1 and fc2 stands
+GELU, which lets no factor through."""
 
 _LEAST = 1e-5
 """Channels that are smaller than this share of the largest count as this large, as in the authors' code."""
@@ -34,7 +35,8 @@ _SIGMAS = 4.0
 
 
 def assumed_absmax(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Array]:
-    """Without calibration: how large the inputs of Linears are by their weights alone, float64 `(D,)` each; fc2 is passed over.
+    """Without calibration: how large the inputs of Linears are by their weights alone, float64 `(D,)` each; fc2 is
+    passed over.
 
     What LayerNorm gives is taken as `N(bias, weight²)` in every channel, and v as what follows from it.
     """
@@ -42,7 +44,9 @@ def assumed_absmax(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[
 
 
 def likely_absmax(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The same of one Linear, on the device of the tensors: those of its block's norm, for proj those of norm1 and qkv."""
+    """The same of one Linear, on the device of the tensors: those of its block's norm, for proj those of norm1 and
+    qkv.
+    """
     norm = norm_before(name)
     deviation, mean = tensors[f"{norm}.weight"].double().abs(), tensors[f"{norm}.bias"].double()
     if name.endswith("proj"):
@@ -60,14 +64,19 @@ def smoothing_divisors(tensors: Mapping[str, Tensor], absmax: Mapping[str, Array
         alpha: 0 moves all difficulty to the activations, 1 to the weights.
     """
     names = [name for name in absmax if is_scalable(name)]
-    return {name: smoothing_divisor(tensors[f"{name}.weight"], torch.from_numpy(absmax[name]), alpha).numpy() for name in names}
+    return {
+        name: smoothing_divisor(tensors[f"{name}.weight"], torch.from_numpy(absmax[name]), alpha).numpy()
+        for name in names
+    }
 
 
 def smoothing_divisor(weight: Tensor, absmax: Tensor, alpha: float) -> Tensor:
     """The same of one Linear, `(O, D), (D,) -> (D,)` in float64; nothing waits for the device."""
     columns = weight.abs().amax(dim=0).double()
     used = (absmax > 0) & (columns > 0)
-    inputs, columns = (torch.where(used, torch.maximum(values, _LEAST * values.max()), 1.0) for values in (absmax, columns))
+    inputs, columns = (
+        torch.where(used, torch.maximum(values, _LEAST * values.max()), 1.0) for values in (absmax, columns)
+    )
     logarithm = alpha * inputs.log() - (1 - alpha) * columns.log()  # 0 where nothing comes through
     return torch.where(used, (logarithm - logarithm.sum() / used.sum().clamp(min=1)).exp(), 1.0)
 
@@ -91,7 +100,9 @@ def smoothed_stats(stats: Mapping[str, ActivationStats], divisors: Divisors) -> 
     return {**stats, **{name: stats[name].divided_by(divisor) for name, divisor in divisors.items()}}
 
 
-def bias_corrections(tensors: Mapping[str, Tensor], stats: Mapping[str, ActivationStats], rounding: Rounding = INT8) -> dict[str, Tensor]:
+def bias_corrections(
+    tensors: Mapping[str, Tensor], stats: Mapping[str, ActivationStats], rounding: Rounding = INT8
+) -> dict[str, Tensor]:
     """For each Linear what its rounded weights take from its output on average, `(W - W_rounded) E[x]`, `(O,)`.
 
     Args:
@@ -108,7 +119,9 @@ def bias_corrections(tensors: Mapping[str, Tensor], stats: Mapping[str, Activati
     return found
 
 
-def correct_biases(tensors: Mapping[str, Tensor], corrections: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Tensor]:
+def correct_biases(
+    tensors: Mapping[str, Tensor], corrections: Mapping[str, Tensor], names: Iterable[str]
+) -> dict[str, Tensor]:
     """The state dict with the corrections added to the biases of these Linears, those that will be in INT8."""
     return {**tensors, **{f"{name}.bias": tensors[f"{name}.bias"] + corrections[name] for name in names}}
 

@@ -1,8 +1,9 @@
-"""A model that learns while it is rounded as its INT8 graph will round it: fake quantisation with straight-through gradients.
+"""A model that learns while it is rounded as its INT8 graph will round it: fake quantisation with straight-through
+gradients.
 
-Jacob et al. 2018: https://arxiv.org/abs/1712.05877 (section 3). Which Linears, which ranges and what SmoothQuant moves is decided by
-`models.quantization.policy`, which the exporter follows too. The model's parameters and their names stay what they are; its Linears compute something
-else. Shapes: D inputs and O outputs of a Linear.
+Jacob et al. 2018: https://arxiv.org/abs/1712.05877 (section 3). Which Linears, which ranges and what SmoothQuant moves
+is decided by `models.quantization.policy`, which the exporter follows too. The model's parameters and their names stay
+what they are; its Linears compute something else. Shapes: D inputs and O outputs of a Linear.
 """
 
 from __future__ import annotations
@@ -20,8 +21,21 @@ from mae_deploy.models.cpu_kernels import MeasuredLinear
 from mae_deploy.models.quantization.activations import ActivationStats, Array, Observer
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
-from mae_deploy.models.quantization.rounding import INT8, dynamic_round_trip, eligible_linears, linear_of, weight_round_trip
-from mae_deploy.models.quantization.smoothing import is_scalable, likely_absmax, norm_before, qkv_before, smoothed_stats, smoothing_divisor
+from mae_deploy.models.quantization.rounding import (
+    INT8,
+    dynamic_round_trip,
+    eligible_linears,
+    linear_of,
+    weight_round_trip,
+)
+from mae_deploy.models.quantization.smoothing import (
+    is_scalable,
+    likely_absmax,
+    norm_before,
+    qkv_before,
+    smoothed_stats,
+    smoothing_divisor,
+)
 from mae_deploy.models.vit import Encoder
 
 Kind = Literal["none", "dynamic", "static"]
@@ -34,9 +48,17 @@ _LEAST_SHARE = 0.2
 
 
 def quantize_in_training(
-    model: Encoder, kind: Kind, policy: Policy, *, start: float = 0.0, until: float = 0.9, observed: int = 50, penalises: bool = False
+    model: Encoder,
+    kind: Kind,
+    policy: Policy,
+    *,
+    start: float = 0.0,
+    until: float = 0.9,
+    observed: int = 50,
+    penalises: bool = False,
 ) -> Quantizer:
-    """Let the Linears of the encoder's blocks be rounded in training, in place: their class changes, no parameter and no name does.
+    """Let the Linears of the encoder's blocks be rounded in training, in place: their class changes, no parameter and
+    no name does.
 
     Args:
         kind: none rounds nothing, so that there is only the penalty.
@@ -60,18 +82,24 @@ class _Mode:
 class Quantizer(nn.Module):
     """Says when the Linears of a model are rounded, and where static ranges come from.
 
-    It has no parameters. Static ranges belong to a run's state; as extra state, and not as buffers that are saved, they stay out of a moving average
-    of weights, which would take minutes to forget that there were none.
+    It has no parameters. Static ranges belong to a run's state; as extra state, and not as buffers that are saved, they
+    stay out of a moving average of weights, which would take minutes to forget that there were none.
     """
 
-    def __init__(self, model: Encoder, kind: Kind, policy: Policy, *, start: float, until: float, observed: int, penalises: bool) -> None:
+    def __init__(
+        self, model: Encoder, kind: Kind, policy: Policy, *, start: float, until: float, observed: int, penalises: bool
+    ) -> None:
         super().__init__()
         self.kind, self.policy = kind, policy
         self.start, self.until, self.observed = start, until, observed
         self.mode = _Mode(penalises)
         self._model = (model,)
         """In a tuple, so that it is no part of this module."""
-        self._places = {name: _Place(model, name, policy, self.mode) for name in eligible_linears(model) if not name.startswith("decoder_")}
+        self._places = {
+            name: _Place(model, name, policy, self.mode)
+            for name in eligible_linears(model)
+            if not name.startswith("decoder_")
+        }
         self._unread = True
         """Whether static ranges have to be read from the buffers."""
         self.places = nn.ModuleList(self._places.values())
@@ -133,14 +161,18 @@ class Quantizer(nn.Module):
         self._unread = True
 
     def _observes(self, step: int, done: float) -> bool:
-        """Whether static ranges are taken from this step: as soon as the model is to be rounded, then once in each part of the run but the last."""
+        """Whether static ranges are taken from this step: as soon as the model is to be rounded, then once in each part
+        of the run but the last.
+        """
         if not (self.policy.static and self.mode.rounds):
             return False
         if self._unread:
             self._adopt()
             self._unread = False
         known = any(place.ranges is not None for place in self._places.values())
-        part, before = (int(share * self.observed + 1e-9) for share in (done, done * (step - 1) / step if step else 0.0))
+        part, before = (
+            int(share * self.observed + 1e-9) for share in (done, done * (step - 1) / step if step else 0.0)
+        )
         return not known or (part > before and done < self.until)
 
     def _learn(self, observer: Observer) -> None:
@@ -181,7 +213,8 @@ class _Place(nn.Module):
         self.alpha = policy.smooth_alpha if is_scalable(name) else None
         self.static = policy.static
         self.ranges: tuple[Tensor, Tensor] | None = None
-        """Scale and divisor of static, in tensors of their own: a backward pass may need them when the buffers have moved on."""
+        """Scale and divisor of static, in tensors of their own: a backward pass may need them when the buffers have
+        moved on."""
         self.penalty: Tensor | None = None
         self._before = _modules_before(model, name) if self.alpha is not None else {}
         if policy.static:
@@ -196,11 +229,19 @@ class _Place(nn.Module):
         return self.mode.rounds and (self.ranges is not None or not self.static)
 
     def forward(self, values: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """A Linear's input `(..., D)` and weight `(O, D)` as its INT8 graph has them; gradients pass as if they were not rounded."""
+        """A Linear's input `(..., D)` and weight `(O, D)` as its INT8 graph has them; gradients pass as if they were
+        not rounded.
+        """
         divisor = self._divisor(weight)
         given = values.detach()
-        rounded, clipped = (_round_dynamic(given, divisor), None) if self.ranges is None else _round_static(given, divisor, self.ranges[0])
-        return _StraightThrough.apply(values, rounded, clipped), _StraightThrough.apply(weight, _round_weight(weight.detach(), divisor), None)
+        rounded, clipped = (
+            (_round_dynamic(given, divisor), None)
+            if self.ranges is None
+            else _round_static(given, divisor, self.ranges[0])
+        )
+        return _StraightThrough.apply(values, rounded, clipped), _StraightThrough.apply(
+            weight, _round_weight(weight.detach(), divisor), None
+        )
 
     def see(self, values: Tensor, weight: Tensor) -> None:
         """Count a Linear's input where ranges are wanted, and weigh its tails where those are penalised."""
@@ -228,12 +269,18 @@ class _Place(nn.Module):
 
     @torch.no_grad()
     def _divisor(self, weight: Tensor) -> Tensor | None:
-        """What the input's channels are divided by, float32 `(D,)`: with static ranges as observed, else by the weights of now, as in an export."""
+        """What the input's channels are divided by, float32 `(D,)`: with static ranges as observed, else by the weights
+        of now, as in an export.
+        """
         if self.alpha is None:
             return None
         if self.static:
             return None if self.ranges is None else self.ranges[1]
-        tensors = {f"{name}.{part}": getattr(module, part) for name, module in self._before.items() for part in ("weight", "bias")}
+        tensors = {
+            f"{name}.{part}": getattr(module, part)
+            for name, module in self._before.items()
+            for part in ("weight", "bias")
+        }
         return smoothing_divisor(weight, likely_absmax(tensors, self.name), self.alpha).float()
 
 
@@ -272,7 +319,11 @@ class _StraightThrough(torch.autograd.Function):
 
 def _round_dynamic(values: Tensor, divisor: Tensor | None) -> Tensor:
     """The input as the graph has it, times the divisor that its weight was multiplied by."""
-    return dynamic_round_trip(values.float()) if divisor is None else dynamic_round_trip(values.float() / divisor).mul_(divisor)
+    return (
+        dynamic_round_trip(values.float())
+        if divisor is None
+        else dynamic_round_trip(values.float() / divisor).mul_(divisor)
+    )
 
 
 def _round_static(values: Tensor, divisor: Tensor | None, scale: Tensor) -> tuple[Tensor, Tensor]:

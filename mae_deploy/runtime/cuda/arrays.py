@@ -45,10 +45,13 @@ class Lease:
 class DeviceArray:
     """An output on the GPU, contiguous, that torch, CuPy, JAX or Numba can read in place.
 
-    It is the engine's memory, which a later run uses again: at the earliest the second one after this. Copy what is needed longer.
+    It is the engine's memory, which a later run uses again: at the earliest the second one after this. Copy what is
+    needed longer.
     """
 
-    def __init__(self, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], *, index: int, lease: Lease, owner: object) -> None:
+    def __init__(
+        self, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], *, index: int, lease: Lease, owner: object
+    ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
@@ -68,19 +71,32 @@ class DeviceArray:
         """
         if not self._lease.valid:
             raise MaeDeployError(
-                "this output is gone: a later run has used its memory, or the engine is closed", hint="copy an output before the second next run"
+                "this output is gone: a later run has used its memory, or the engine is closed",
+                hint="copy an output before the second next run",
             )
         return self._pointer
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
-        return {"shape": self.shape, "typestr": self.dtype.str, "data": (self.pointer, False), "strides": None, "stream": None, "version": 3}
+        return {
+            "shape": self.shape,
+            "typestr": self.dtype.str,
+            "data": (self.pointer, False),
+            "strides": None,
+            "stream": None,
+            "version": 3,
+        }
 
     def __dlpack_device__(self) -> tuple[int, int]:
         return CUDA, self.index
 
     def __dlpack__(
-        self, *, stream: Any = None, max_version: tuple[int, int] | None = None, dl_device: tuple[int, int] | None = None, copy: bool | None = None
+        self,
+        *,
+        stream: Any = None,
+        max_version: tuple[int, int] | None = None,
+        dl_device: tuple[int, int] | None = None,
+        copy: bool | None = None,
     ) -> Any:
         """A DLPack capsule of this memory; the array is complete, so no stream has to wait.
 
@@ -99,7 +115,9 @@ def is_on_device(value: Any) -> bool:
     """Whether an array lies on a GPU."""
     if isinstance(value, np.ndarray):
         return False
-    return hasattr(value, "__cuda_array_interface__") or (hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) == CUDA)
+    return hasattr(value, "__cuda_array_interface__") or (
+        hasattr(value, "__dlpack_device__") and int(value.__dlpack_device__()[0]) == CUDA
+    )
 
 
 def view_of(value: Any, name: str, *, index: int, stream: int) -> DeviceView:
@@ -115,7 +133,9 @@ def view_of(value: Any, name: str, *, index: int, stream: int) -> DeviceView:
     if hasattr(value, "__dlpack_device__"):
         device = tuple(int(number) for number in value.__dlpack_device__())
         if device != (CUDA, index):
-            raise ConfigError(f"the input {name} is on device {device[1]}, the engine on GPU {index}", hint=f"move it to GPU {index}")
+            raise ConfigError(
+                f"the input {name} is on device {device[1]}, the engine on GPU {index}", hint=f"move it to GPU {index}"
+            )
         return _import(value, name, stream)
     interface = value.__cuda_array_interface__
     shape, dtype = tuple(int(side) for side in interface["shape"]), np.dtype(interface["typestr"])
@@ -131,7 +151,10 @@ def _check_contiguous(strides: tuple[int, ...] | None, shape: tuple[int, ...], i
     expected = itemsize
     for stride, side in zip(reversed(strides), reversed(shape), strict=True):
         if side != 1 and stride != expected:
-            raise ConfigError(f"the input {name} of shape {shape} lies on the GPU with strides {tuple(strides)}", hint="make it contiguous")
+            raise ConfigError(
+                f"the input {name} of shape {shape} lies on the GPU with strides {tuple(strides)}",
+                hint="make it contiguous",
+            )
         expected *= side
 
 
@@ -183,17 +206,24 @@ def _import(value: Any, name: str, stream: int) -> DeviceView:
     shape = tuple(tensor.shape[axis] for axis in range(tensor.ndim))
     kind, itemsize = _KINDS.get(tensor.code), tensor.bits // 8
     if kind is None or tensor.lanes != 1:
-        raise ConfigError(f"the input {name} is of a type that NumPy has not (DLPack code {tensor.code}, {tensor.bits} bits)", hint="give float32 or float16")
+        raise ConfigError(
+            f"the input {name} is of a type that NumPy has not (DLPack code {tensor.code}, {tensor.bits} bits)",
+            hint="give float32 or float16",
+        )
     strides = tuple(tensor.strides[axis] * itemsize for axis in range(tensor.ndim)) if tensor.strides else None
     _check_contiguous(strides, shape, itemsize, name)
-    return DeviceView((tensor.data or 0) + tensor.byte_offset, shape, np.dtype(f"{kind}{itemsize}"), None, (value, capsule))
+    return DeviceView(
+        (tensor.data or 0) + tensor.byte_offset, shape, np.dtype(f"{kind}{itemsize}"), None, (value, capsule)
+    )
 
 
 def _export(pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], device: tuple[int, int], owner: object) -> Any:
     code = next(code for code, kind in _KINDS.items() if kind == dtype.kind)
     sides = (c_int64 * len(shape))(*shape)
     managed = _Managed()
-    managed.tensor = _Tensor(pointer, *device, len(shape), code, 8 * dtype.itemsize, 1, ctypes.cast(sides, POINTER(c_int64)), None, 0)
+    managed.tensor = _Tensor(
+        pointer, *device, len(shape), code, 8 * dtype.itemsize, 1, ctypes.cast(sides, POINTER(c_int64)), None, 0
+    )
     managed.deleter = _give_back_callback
     address = ctypes.addressof(managed)
     _lent[address] = (managed, sides, owner)

@@ -20,7 +20,9 @@ from mae_deploy.runtime.cuda.memory import _DISABLE_TIMING, _NON_BLOCKING, Event
 
 
 class _Driver:
-    """The functions of cuda-bindings, which return a status and values, as functions that return the values or raise."""
+    """The functions of cuda-bindings, which return a status and values, as functions that return the values or
+    raise.
+    """
 
     def __init__(self) -> None:
         self.module = import_optional("cuda.bindings.driver", extra="trt")
@@ -29,7 +31,10 @@ class _Driver:
         status, *values = getattr(self.module, name)(*arguments)
         if status != 0:
             _, text = self.module.cuGetErrorString(status)
-            raise CudaError(f"CUDA failed: {name}: {text.decode(errors='replace') if text else 'unknown error'} (error {int(status)})")
+            raise CudaError(
+                f"CUDA failed: {name}: {text.decode(errors='replace') if text else 'unknown error'} (error"
+                f" {int(status)})"
+            )
         return values[0] if values else None
 
 
@@ -40,7 +45,9 @@ class _BindingsActive:
     def __enter__(self) -> None:
         self._driver.call("cuCtxPushCurrent", self._context)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._driver.call("cuCtxPopCurrent")
 
 
@@ -75,7 +82,9 @@ class _BindingsMemory(Memory):
         self._active = _BindingsActive(self._driver, self._driver.call("cuDevicePrimaryCtxRetain", device))
         self._given: dict[tuple[str, int], None] = {}
         """How each thing is given back, in the order in which they were made."""
-        self._give_back = weakref.finalize(self, _give_back_to_bindings, self._active, self._driver.module, device, self._given)
+        self._give_back = weakref.finalize(
+            self, _give_back_to_bindings, self._active, self._driver.module, device, self._given
+        )
 
     def active(self) -> AbstractContextManager[None]:
         return self._active
@@ -119,8 +128,12 @@ class _BindingsMemory(Memory):
         return handle
 
 
-def _give_back_to_bindings(active: _BindingsActive, driver: Any, device: Any, given: dict[tuple[str, int], None]) -> None:
+def _give_back_to_bindings(
+    active: _BindingsActive, driver: Any, device: Any, given: dict[tuple[str, int], None]
+) -> None:
     with active:
         for give_back, handle in reversed(given):
-            getattr(driver, give_back)(handle)  # fails only after a failure on the GPU, which was reported where it happened
+            getattr(driver, give_back)(
+                handle
+            )  # fails only after a failure on the GPU, which was reported where it happened
     driver.cuDevicePrimaryCtxRelease(device)

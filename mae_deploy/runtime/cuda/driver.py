@@ -93,8 +93,8 @@ class CudaGraph:
     def capture(cls, stream: int, enqueue: Callable[[], None]) -> CudaGraph:
         """Record what `enqueue` puts on the stream; nothing of it is computed.
 
-        Only this thread is kept from calls that would break the capture. The stream must not be the default one, and the same work must have been done
-        once before: libraries allocate then.
+        Only this thread is kept from calls that would break the capture. The stream must not be the default one, and
+        the same work must have been done once before: libraries allocate then.
 
         Raises:
             CudaError: the work cannot be captured.
@@ -105,7 +105,9 @@ class CudaGraph:
         try:
             enqueue()
         except BaseException:
-            driver.cuStreamEndCapture(stream, byref(graph))  # the stream must leave the capture; that it failed is known
+            driver.cuStreamEndCapture(
+                stream, byref(graph)
+            )  # the stream must leave the capture; that it failed is known
             _destroy(graph)
             raise
         _check(driver.cuStreamEndCapture(stream, byref(graph)), "capture a CUDA graph")
@@ -163,16 +165,27 @@ def _survey() -> tuple[list[Gpu], MissingDependency | None]:
             hint="install the driver; in a container, start it with the GPUs (docker run --gpus all)",
         )
     except AttributeError as error:
-        return [], MissingDependency(f"the NVIDIA driver is too old ({_one_line(error)})", hint="CUDA 11.4 or later is needed")
+        return [], MissingDependency(
+            f"the NVIDIA driver is too old ({_one_line(error)})", hint="CUDA 11.4 or later is needed"
+        )
     count = c_int()
     status = driver.cuInit(0) or driver.cuDeviceGetCount(byref(count))
     if status == _STUB_LIBRARY:
-        return [], MissingDependency(f"{LIBRARY} is the stand-in that the CUDA toolkit brings, not a driver", hint="take its folder out of LD_LIBRARY_PATH")
+        return [], MissingDependency(
+            f"{LIBRARY} is the stand-in that the CUDA toolkit brings, not a driver",
+            hint="take its folder out of LD_LIBRARY_PATH",
+        )
     if status not in (0, _NO_DEVICE):
-        return [], MissingDependency(f"the NVIDIA driver does not start: {_reason(status)}", hint="nvidia-smi says more")
+        return [], MissingDependency(
+            f"the NVIDIA driver does not start: {_reason(status)}", hint="nvidia-smi says more"
+        )
     if status == _NO_DEVICE or count.value == 0:
         hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-        hint = "nvidia-smi lists the GPUs of this machine" if hidden is None else f"CUDA_VISIBLE_DEVICES is '{hidden}', which may hide them"
+        hint = (
+            "nvidia-smi lists the GPUs of this machine"
+            if hidden is None
+            else f"CUDA_VISIBLE_DEVICES is '{hidden}', which may hide them"
+        )
         return [], MissingDependency("the NVIDIA driver sees no GPU", hint=hint)
     return [_describe(driver, index) for index in range(count.value)], None
 

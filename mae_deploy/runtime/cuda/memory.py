@@ -1,7 +1,8 @@
 """GPU memory, streams and events behind one small interface, through pycuda or cuda-bindings.
 
-Both use the primary context of the GPU, which other libraries in the process share, and push it on the calling thread for as long as a block needs it:
-a context of one's own, as pycuda.autoinit makes, breaks beside PyTorch and in threads (https://github.com/inducer/pycuda/issues/285).
+Both use the primary context of the GPU, which other libraries in the process share, and push it on the calling thread
+for as long as a block needs it: a context of one's own, as pycuda.autoinit makes, breaks beside PyTorch and in threads
+(https://github.com/inducer/pycuda/issues/285).
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ if TYPE_CHECKING:
 
 
 _NON_BLOCKING = 1
-"""Streams that do not wait for the default stream: what another thread does there would break the capture of a CUDA graph."""
+"""Streams that do not wait for the default stream: what another thread does there would break the capture of a CUDA
+graph."""
 _DISABLE_TIMING = 2
 
 
@@ -46,7 +48,8 @@ class Stream(ABC):
 
 
 class Memory(ABC):
-    """What one GPU's primary context gives out, and takes back when this is closed or forgotten; a context manager that closes it.
+    """What one GPU's primary context gives out, and takes back when this is closed or forgotten; a context manager that
+    closes it.
 
     Every method but `close` is called inside `with memory.active():`.
     """
@@ -71,7 +74,9 @@ class Memory(ABC):
 
     @abstractmethod
     def pinned(self, nbytes: int) -> Array:
-        """Bytes on the host, uint8 `(nbytes,)`, that the GPU copies from and to by itself; they are gone when the memory is closed."""
+        """Bytes on the host, uint8 `(nbytes,)`, that the GPU copies from and to by itself; they are gone when the
+        memory is closed.
+        """
 
     @abstractmethod
     def stream(self) -> Stream:
@@ -95,12 +100,16 @@ class Memory(ABC):
 
     @abstractmethod
     def close(self) -> None:
-        """Give back everything, then the context, from any thread; nothing may run any more. Closing twice does nothing."""
+        """Give back everything, then the context, from any thread; nothing may run any more. Closing twice does
+        nothing.
+        """
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 

@@ -25,7 +25,9 @@ class _PycudaActive:
     def __enter__(self) -> None:
         self._push()
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._pop()
         if isinstance(error, self._error):
             raise CudaError(f"CUDA failed: {' '.join(str(error).split())}") from error
@@ -63,7 +65,9 @@ class _PycudaMemory(Memory):
         self._pinned: list[Any] = []
         self._allocations: dict[int, Any] = {}
         # Before the interpreter ends, too: pycuda cannot clean up after that.
-        self._give_back = weakref.finalize(self, _give_back_to_pycuda, self._active, context, self._made, self._pinned, self._allocations)
+        self._give_back = weakref.finalize(
+            self, _give_back_to_pycuda, self._active, context, self._made, self._pinned, self._allocations
+        )
 
     def active(self) -> AbstractContextManager[None]:
         return self._active
@@ -104,14 +108,17 @@ class _PycudaMemory(Memory):
         self._give_back()
 
 
-def _give_back_to_pycuda(active: _PycudaActive, context: Any, made: list[Any], pinned: list[Any], allocations: dict[int, Any]) -> None:
+def _give_back_to_pycuda(
+    active: _PycudaActive, context: Any, made: list[Any], pinned: list[Any], allocations: dict[int, Any]
+) -> None:
     # pycuda frees what belongs to a context only where that is current, or in the thread that made it.
     with active:
         for stream_or_event in made:
             del stream_or_event.inner
         for allocation in (*pinned, *allocations.values()):
             allocation.free()
-    # pycuda gives a primary context back only where it is current, forgets it then, and leaves it on the driver's stack: so it is taken off first.
+    # pycuda gives a primary context back only where it is current, forgets it then, and leaves it on the driver's
+    # stack: so it is taken off first.
     context.push()
     pop_context()
     context.detach()

@@ -41,7 +41,10 @@ class EngineOptions:
             raise ConfigError(f"threads must be at least 1, not {self.threads}")
         cores = self.affinity
         if cores is not None and (not cores or len(set(cores)) < len(cores) or min(cores) < 0):
-            raise ConfigError(f"affinity must name CPU cores, each once, not '{','.join(map(str, cores))}'", hint="e.g. 0,1: the first two")
+            raise ConfigError(
+                f"affinity must name CPU cores, each once, not '{','.join(map(str, cores))}'",
+                hint="e.g. 0,1: the first two",
+            )
 
     @property
     def num_threads(self) -> int | None:
@@ -63,14 +66,17 @@ class Engine(ABC):
     precision: str
     """As it was loaded with."""
     sizes: Sequence[Mapping[str, Sequence[int]]] = ()
-    """The ranges of B and K that it takes, each smallest, usual and largest: one range each, or several; none: whatever the graph takes."""
+    """The ranges of B and K that it takes, each smallest, usual and largest: one range each, or several; none: whatever
+    the graph takes."""
 
-    def __init__(self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()) -> None:
+    def __init__(
+        self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()
+    ) -> None:
         """Load an ONNX file, with its external data.
 
         Args:
-            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the engine compute in BF16 what the graph
-                has in FP32, int8-bf16 also does so beside the products in INT8.
+            precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the
+                engine compute in BF16 what the graph has in FP32, int8-bf16 also does so beside the products in INT8.
             taps: names of inner tensors that are returned as further outputs.
 
         Raises:
@@ -95,12 +101,16 @@ class Engine(ABC):
     def _check(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None) -> tuple[str, ...]:
         """The names of the outputs of a run on inputs that the graph has."""
         if set(inputs) != set(self.input_names):
-            raise ConfigError(f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}")
+            raise ConfigError(
+                f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}"
+            )
         return check_outputs(outputs, self.output_names)
 
     @abstractmethod
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
-        """Set the public attributes, and start the engine's threads while the calling thread is bound to the cores: they inherit that."""
+        """Set the public attributes, and start the engine's threads while the calling thread is bound to the cores:
+        they inherit that.
+        """
 
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]: ...
@@ -112,7 +122,9 @@ class Engine(ABC):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
 
@@ -127,12 +139,18 @@ def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[s
     names = tuple(dict.fromkeys([wanted] if isinstance(wanted, str) else wanted))
     unknown = [name for name in names if name not in known]
     if unknown or not names:
-        raise ConfigError(f"no output '{', '.join(unknown)}'" if unknown else "no output was asked for", hint=f"this graph has: {', '.join(known)}")
+        raise ConfigError(
+            f"no output '{', '.join(unknown)}'" if unknown else "no output was asked for",
+            hint=f"this graph has: {', '.join(known)}",
+        )
     return names
 
 
-def run_in_chunks(engine: Engine, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None) -> dict[str, Array]:
-    """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as many as the engine takes.
+def run_in_chunks(
+    engine: Engine, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None
+) -> dict[str, Array]:
+    """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as
+    many as the engine takes.
 
     The last chunk is filled up with its last sample, and the surplus is cut from the outputs.
     """
@@ -142,7 +160,10 @@ def run_in_chunks(engine: Engine, inputs: Mapping[str, Array], *, batch: int | N
         batch = None if fitting == total else fitting
     if batch is None:
         return engine.run(inputs, outputs)
-    chunks = [engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs) for start in range(0, total, batch)]
+    chunks = [
+        engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs)
+        for start in range(0, total, batch)
+    ]
     return {name: np.concatenate([chunk[name] for chunk in chunks])[:total] for name in chunks[0]}
 
 

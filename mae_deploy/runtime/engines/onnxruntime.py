@@ -54,7 +54,9 @@ def _import_onnxruntime() -> ModuleType:
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:
-        raise MissingDependency(f"ONNX Runtime cannot be imported ({_one_line(error)})", hint="pip install onnxruntime") from error
+        raise MissingDependency(
+            f"ONNX Runtime cannot be imported ({_one_line(error)})", hint="pip install onnxruntime"
+        ) from error
 
 
 def _resolve_device(runtime: ModuleType, device: str) -> str:
@@ -64,26 +66,30 @@ def _resolve_device(runtime: ModuleType, device: str) -> str:
         return device
     available = _CUDA in runtime.get_available_providers()
     if device == "cuda" and not available:
-        raise MissingDependency("this ONNX Runtime cannot use CUDA", hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or use device cpu")
+        raise MissingDependency(
+            "this ONNX Runtime cannot use CUDA",
+            hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or use device cpu",
+        )
     return "cuda" if available else "cpu"
 
 
 def _settings(runtime: ModuleType, device: str, threads: int | None, precision: str) -> Any:
     options = runtime.SessionOptions()
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    # What goes wrong arrives as an exception, and would be on stderr twice; only why CUDA did not start is logged alone.
+    # What goes wrong arrives as an exception, and would be on stderr twice; only why CUDA did not start is logged
+    # alone.
     options.log_severity_level = _ERRORS_ONLY if device == "cuda" else _FATAL_ONLY
     if threads is not None:
         options.intra_op_num_threads = threads
-    # Idle threads that spin keep a core from whoever runs next: with two sessions in turns on two cores, a graph of 49 tokens took
-    # 84 ms instead of 50 (docs/results/latency.md). Alone, sleeping costs it 3 %. Threads that spin for 50 µs only, or stop when a run ends, are
-    # still 1.1 and 2.8 times slower in turns.
+    # Idle threads that spin keep a core from whoever runs next: with two sessions in turns on two cores, a graph of 49
+    # tokens took 84 ms instead of 50 (docs/results/latency.md). Alone, sleeping costs it 3 %. Threads that spin for 50
+    # µs only, or stop when a run ends, are still 1.1 and 2.8 times slower in turns.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     # It would move FP8's QuantizeLinear across a Transpose, whose kernel takes no FP8.
     if precision == "fp8":
         options.add_session_config_entry("session.disable_quant_qdq", "1")
-    # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a CPU with AVX2 and no VNNI.
-    # Where those are exact, it would only make the graph 1.8 times slower.
+    # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a
+    # CPU with AVX2 and no VNNI. Where those are exact, it would only make the graph 1.8 times slower.
     if precision.startswith("int8") and device == "cpu" and products_saturate(runtime):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
@@ -91,7 +97,9 @@ def _settings(runtime: ModuleType, device: str, threads: int | None, precision: 
 
 def _open_session(runtime: ModuleType, graph: Path, taps: tuple[str, ...], device: str, options: Any) -> Any:
     if taps:  # a graph in memory has no folder of its own, where its external data would be
-        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(graph.parent.resolve()))
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(graph.parent.resolve())
+        )
     # TF32 keeps ten bits of the mantissa: FP32 parity would miss its tolerance.
     providers: list[Any] = [(_CUDA, {"use_tf32": "0"})] if device == "cuda" else []
     try:
@@ -100,11 +108,17 @@ def _open_session(runtime: ModuleType, graph: Path, taps: tuple[str, ...], devic
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         hint = "inner tensors of a graph with external data need ONNX Runtime 1.21 or later" if taps else None
         if "NOT_IMPLEMENTED" in str(error):  # BF16 products, which a graph for OpenVINO may have
-            hint = "this ONNX Runtime cannot compute in the graph's types: use engine openvino, or export the graph for ONNX Runtime"
+            hint = (
+                "this ONNX Runtime cannot compute in the graph's types: use engine openvino, or export the graph for"
+                " ONNX Runtime"
+            )
         raise MaeDeployError(f"ONNX Runtime cannot load {graph}: {_one_line(error)}", hint=hint) from error
     if device == "cuda" and _CUDA not in session.get_providers():
         # ONNX Runtime falls back to the CPU without a word to the caller.
-        raise MissingDependency("ONNX Runtime's CUDA provider did not start", hint="its messages above name the library that it misses; or use device cpu")
+        raise MissingDependency(
+            "ONNX Runtime's CUDA provider did not start",
+            hint="its messages above name the library that it misses; or use device cpu",
+        )
     return session
 
 

@@ -20,10 +20,12 @@ from mae_deploy.runtime.engines.base import Engine, EngineOptions
 DEVICES = ("auto", "cpu")
 
 _SPECIAL_SHAPES, _SPECIAL_BYTES = 4, 128 * 2**20
-"""How many input shapes get a compiled graph of their own, and up to which size of graph and weights: each has its own copy of them."""
+"""How many input shapes get a compiled graph of their own, and up to which size of graph and weights: each has its own
+copy of them."""
 
 _NOISE = 1e-3
-"""The share of an output's power by which two compilations of one graph may differ; what computes something else differs by all of it."""
+"""The share of an output's power by which two compilations of one graph may differ; what computes something else
+differs by all of it."""
 
 Shapes = tuple[tuple[int, ...], ...]
 """Those of all inputs, in the graph's order."""
@@ -35,12 +37,13 @@ _process_cores: list[frozenset[int] | None] = []
 class OpenVinoEngine(Engine):
     """An ONNX graph compiled for the CPU, for low latency; calls from several threads take turns.
 
-    Known shapes make a small graph up to 15 % faster. So one with dynamic shapes is compiled once more for each of the first few that it meets: that
-    call takes longer. The same shapes always run on the same compiled graph, so the same inputs give the same outputs.
+    Known shapes make a small graph up to 15 % faster. So one with dynamic shapes is compiled once more for each of the
+    first few that it meets: that call takes longer. The same shapes always run on the same compiled graph, so the same
+    inputs give the same outputs.
 
-    OpenVINO looks once in a process which cores there are, and binds threads by that alone, the calling one too. So the affinity of a process's
-    first engine holds for all that follow: one with another affinity is refused, one without runs on the same cores.
-    Indices out of range are no error here: `Backbone` checks them.
+    OpenVINO looks once in a process which cores there are, and binds threads by that alone, the calling one too. So the
+    affinity of a process's first engine holds for all that follow: one with another affinity is refused, one without
+    runs on the same cores. Indices out of range are no error here: `Backbone` checks them.
     """
 
     name = "openvino"
@@ -48,7 +51,10 @@ class OpenVinoEngine(Engine):
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         if options.device not in DEVICES:
-            raise ConfigError(f"OpenVINO runs on the CPU here, not on '{options.device}'", hint="use device cpu, or engine onnxruntime")
+            raise ConfigError(
+                f"OpenVINO runs on the CPU here, not on '{options.device}'",
+                hint="use device cpu, or engine onnxruntime",
+            )
         openvino = import_optional("openvino", extra="openvino")
         self.version = str(openvino.__version__).partition("-")[0]
         try:
@@ -71,7 +77,10 @@ class OpenVinoEngine(Engine):
             if self._request is None:
                 raise MaeDeployError("this engine is closed", hint="load the bundle again")
             try:
-                tensors = [self._new_tensor(np.require(inputs[name], requirements=("C", "W")), shared_memory=True) for name in self.input_names]
+                tensors = [
+                    self._new_tensor(np.require(inputs[name], requirements=("C", "W")), shared_memory=True)
+                    for name in self.input_names
+                ]
                 request = self._request_for(tensors)
                 _infer(request, tensors)
                 # The next call writes to the same memory.
@@ -92,7 +101,8 @@ class OpenVinoEngine(Engine):
             model = self._model.clone()
             model.reshape(dict(enumerate(shapes)))
             special = self._compile(model)
-            # Where there are as many tokens as heads, OpenVINO 2026.4 has compiled a graph of fixed shapes that computes something else.
+            # Where there are as many tokens as heads, OpenVINO 2026.4 has compiled a graph of fixed shapes that
+            # computes something else.
             self._requests[shapes] = special if _agree(self._request, special, tensors) else self._request
         return self._requests.get(shapes, self._request)
 
@@ -104,20 +114,23 @@ class OpenVinoEngine(Engine):
 def openvino_core() -> Any:
     """OpenVINO's `Core` for all of this process, never freed.
 
-    With the last one its CPU plug-in goes. If that happens in another thread than the one that has made it, the next signal handler of Python's there, for
-    Ctrl-C or a child that ends, ends the process (OpenVINO 2026.4).
+    With the last one its CPU plug-in goes. If that happens in another thread than the one that has made it, the next
+    signal handler of Python's there, for Ctrl-C or a child that ends, ends the process (OpenVINO 2026.4).
     """
     return importlib.import_module("openvino").Core()
 
 
 def _read(graph: Path) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
-    """The graph as OpenVINO's model, and the names of its inputs and outputs, which a model no longer tells from those of Identity nodes beside them.
+    """The graph as OpenVINO's model, and the names of its inputs and outputs, which a model no longer tells from those
+    of Identity nodes beside them.
 
     By the ONNX frontend alone: `Core.read_model` tries all formats on a broken file, and some write to stderr.
     """
     frontend = importlib.import_module("openvino.frontend").FrontEndManager().load_by_framework("onnx")
     content = frontend.load(str(graph))
-    inputs, outputs = (tuple(place.get_names()[0] for place in places) for places in (content.get_inputs(), content.get_outputs()))
+    inputs, outputs = (
+        tuple(place.get_names()[0] for place in places) for places in (content.get_inputs(), content.get_outputs())
+    )
     if not outputs:  # an empty file is a valid protobuf message
         raise MaeDeployError(f"OpenVINO cannot load {graph}: it holds no graph")
     return frontend.convert(content), inputs, outputs
@@ -135,7 +148,9 @@ def _agree(request: Any, other: Any, tensors: list[Any]) -> bool:
         _infer(each, tensors)
     for one, two in zip(request.output_tensors, other.output_tensors, strict=True):
         expected, found = one.data.astype(np.float64), two.data.astype(np.float64)
-        if not np.square(found - expected).sum() <= _NOISE * np.square(expected).sum():  # nor where something is not finite
+        if (
+            not np.square(found - expected).sum() <= _NOISE * np.square(expected).sum()
+        ):  # nor where something is not finite
             return False
     return True
 
@@ -157,7 +172,8 @@ def _compile(core: Any, model: Any, options: EngineOptions, precision: str) -> A
         settings: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "INFERENCE_PRECISION_HINT": "bf16" if precision.endswith("bf16") and "BF16" in capabilities else "f32",
-            # OpenVINO's default pins to the first cores that there are: two processes with one thread each would share one core.
+            # OpenVINO's default pins to the first cores that there are: two processes with one thread each would share
+            # one core.
             "ENABLE_CPU_PINNING": options.affinity is not None,
         }
         if options.num_threads is not None:
@@ -170,9 +186,12 @@ def _settle_cores(affinity: tuple[int, ...] | None) -> None:
     if not _process_cores:
         _process_cores.append(cores)
     elif cores not in (None, _process_cores[0]):
-        settled = "any core" if _process_cores[0] is None else f"the cores {','.join(map(str, sorted(_process_cores[0])))}"
+        settled = (
+            "any core" if _process_cores[0] is None else f"the cores {','.join(map(str, sorted(_process_cores[0])))}"
+        )
         raise ConfigError(
-            f"OpenVINO in this process computes on {settled} since its first engine was loaded, and cannot be bound to others",
+            f"OpenVINO in this process computes on {settled} since its first engine was loaded, and cannot be bound to"
+            " others",
             hint="load this engine first, or in a process of its own",
         )
 

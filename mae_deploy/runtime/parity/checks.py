@@ -9,7 +9,15 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
 from mae_deploy.runtime.parity.compare import Comparison, compare
-from mae_deploy.runtime.parity.invariances import Arrays, Variation, even_rows, joined, other_lengths, samples_alone, variations
+from mae_deploy.runtime.parity.invariances import (
+    Arrays,
+    Variation,
+    even_rows,
+    joined,
+    other_lengths,
+    samples_alone,
+    variations,
+)
 from mae_deploy.runtime.profiles import batch_that_fits
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
@@ -22,7 +30,8 @@ class Check:
     """One output in one check."""
 
     name: str
-    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `sample alone`, `other neighbours` or `other lengths`."""
+    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `sample alone`, `other neighbours`
+    or `other lengths`."""
     comparison: Comparison
     failures: tuple[str, ...]
     """What misses the tolerance; empty where all is met."""
@@ -106,7 +115,9 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
 
 
 def judged_by(bundle: Bundle, engine: Engine) -> Tolerance:
-    """What every output must meet: the bundle's tolerance, or that of the precision in which TensorRT was told to compute an FP32 or INT8 bundle."""
+    """What every output must meet: the bundle's tolerance, or that of the precision in which TensorRT was told to
+    compute an FP32 or INT8 bundle.
+    """
     return bundle.tolerance if _precision(bundle, engine) == bundle.precision else TOLERANCES[engine.precision]
 
 
@@ -127,14 +138,17 @@ class _Checks:
         found = self._run(inputs)
         checks = self._judge(GOLDEN, golden, found)
         checks += self._judge("run again", found, self._run(inputs), None if self.is_fp32 else TOLERANCES["fp32"])
-        # FP32 is compared with itself, which finds what PyTorch's outputs would hide in their tolerance. Lower precisions are compared
-        # with PyTorch: the range of a dynamically quantised tensor spans the batch, so a sample with other neighbours is rounded
-        # otherwise, and two right answers, each off by the error that is allowed, differ by up to twice as much.
+        # FP32 is compared with itself, which finds what PyTorch's outputs would hide in their tolerance. Lower
+        # precisions are compared with PyTorch: the range of a dynamically quantised tensor spans the batch, so a sample
+        # with other neighbours is rounded otherwise, and two right answers, each off by the error that is allowed,
+        # differ by up to twice as much.
         base = found if self.is_fp32 else golden
         for variation in variations(self.bundle, inputs):
             if all(self._takes(part) for part in variation.parts):
                 checks += self._vary(variation, base)
-        if self.bundle.token_mode == "ragged" and self.is_fp32:  # the golden file has no PyTorch outputs of other lengths
+        if (
+            self.bundle.token_mode == "ragged" and self.is_fp32
+        ):  # the golden file has no PyTorch outputs of other lengths
             others = other_lengths(self.bundle, inputs)
             alone = samples_alone(self.bundle, others)
             if all(self._takes(part) for part in (others, *alone)):
@@ -143,7 +157,11 @@ class _Checks:
 
     def _takes(self, inputs: Arrays) -> bool:
         """Whether the engine was made for this K, which may be for less than the graph is."""
-        return IDS_KEEP not in inputs or not self.engine.sizes or batch_that_fits(self.engine.sizes, 1, inputs[IDS_KEEP].shape[1]) is not None
+        return (
+            IDS_KEEP not in inputs
+            or not self.engine.sizes
+            or batch_that_fits(self.engine.sizes, 1, inputs[IDS_KEEP].shape[1]) is not None
+        )
 
     def _vary(self, variation: Variation, base: Arrays) -> list[Check]:
         expected, found = even_rows([variation.arranged(base), joined([self._run(part) for part in variation.parts])])

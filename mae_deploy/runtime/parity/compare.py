@@ -18,7 +18,8 @@ _FLAT = 1e-6
 """Samples that differ from their mean by less than this share of their norm do so by float32's rounding only."""
 
 _NEAR = 0.5
-"""A sample nearer to the mean than this share of the typical distance is judged as if it stood there (see `Comparison.centred_cosine`)."""
+"""A sample nearer to the mean than this share of the typical distance is judged as if it stood there (see
+`Comparison.centred_cosine`)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -34,11 +35,12 @@ class Comparison:
     centred_cosine: float = math.nan
     """The worst sample's, with the reference's mean over the samples removed from both: what tells samples apart.
 
-    Where no sample differs from the mean by more than float32's rounding (one sample, or constant outputs), the plain cosine.
-    Features that differ by a few percent of their norm are no excuse: noise of that size hides what tells the images apart.
-    One sample that happens to lie near the mean of others that do not is: all that is left of it may be noise. It is judged as if it
-    stood at half the typical distance: both vectors get one more, equal component that brings the reference there.
-    In rows of tokens and in maps, a value that is 0 on both sides is padding: it is left out, and so is one that no other sample has."""
+    Where no sample differs from the mean by more than float32's rounding (one sample, or constant outputs), the plain
+    cosine. Features that differ by a few percent of their norm are no excuse: noise of that size hides what tells the
+    images apart. One sample that happens to lie near the mean of others that do not is: all that is left of it may be
+    noise. It is judged as if it stood at half the typical distance: both vectors get one more, equal component that
+    brings the reference there. In rows of tokens and in maps, a value that is 0 on both sides is padding: it is left
+    out, and so is one that no other sample has."""
     max_abs: float = math.nan
     max_relative: float = math.nan
     """`max_abs` over the reference's largest magnitude."""
@@ -58,9 +60,16 @@ class Comparison:
                 least = min(least, (self.num_samples - 1) / self.num_samples)
             if value is not None and least is not None and not value >= least:
                 found.append(f"{self.name}: {measure} {value:.7g} is below {least:.7g}")
-        limits = [(name, getattr(self, name), most) for name in ("max_abs", "max_relative") if (most := getattr(tolerance, name)) is not None]
+        limits = [
+            (name, getattr(self, name), most)
+            for name in ("max_abs", "max_relative")
+            if (most := getattr(tolerance, name)) is not None
+        ]
         if limits and not any(value <= most for _, value, most in limits):
-            found.append(f"{self.name}: " + " and ".join(f"{name} {value:.3g} is above {most:.3g}" for name, value, most in limits))
+            found.append(
+                f"{self.name}: "
+                + " and ".join(f"{name} {value:.3g} is above {most:.3g}" for name, value, most in limits)
+            )
         return found
 
     def passes(self, tolerance: Tolerance) -> bool:
@@ -68,9 +77,14 @@ class Comparison:
         return not self.failures(tolerance)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON values; an infinite measure (`sqnr_db` where nothing differs) and one that was not computed are null."""
+        """Plain JSON values; an infinite measure (`sqnr_db` where nothing differs) and one that was not computed are
+        null.
+        """
         plain = dataclasses.asdict(self)
-        return {key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in plain.items()}
+        return {
+            key: None if isinstance(value, float) and not math.isfinite(value) else value
+            for key, value in plain.items()
+        }
 
 
 def compare(reference: Array, candidate: Array, name: str) -> Comparison:

@@ -1,4 +1,5 @@
-"""Inputs that must leave a graph's outputs as they were, or only rearrange them: what holds for every right graph, whatever its weights.
+"""Inputs that must leave a graph's outputs as they were, or only rearrange them: what holds for every right graph,
+whatever its weights.
 
 Shapes: S golden samples, K the length of their rows of patches, N patches of an image.
 """
@@ -41,7 +42,10 @@ class Variation:
             outputs = {name: array[self.samples] for name, array in outputs.items()}
         if self.tokens is not None:
             places = self.tokens[..., None]
-            outputs = {name: np.take_along_axis(array, places, axis=1) if follows_keep(name) else array for name, array in outputs.items()}
+            outputs = {
+                name: np.take_along_axis(array, places, axis=1) if follows_keep(name) else array
+                for name, array in outputs.items()
+            }
         return outputs
 
 
@@ -57,7 +61,9 @@ def variations(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:
     elif bundle.fixed_batch is not None and bundle.fixed_batch > 1:
         # A sample cannot be run alone here; it gets another place in the batch and other neighbours.
         order = np.arange(1, num_samples + 1) % num_samples
-        yield Variation(name="other neighbours", parts=({name: array[order] for name, array in inputs.items()},), samples=order)
+        yield Variation(
+            name="other neighbours", parts=({name: array[order] for name, array in inputs.items()},), samples=order
+        )
 
 
 def samples_alone(bundle: Bundle, inputs: Arrays) -> tuple[Arrays, ...]:
@@ -72,7 +78,9 @@ def samples_alone(bundle: Bundle, inputs: Arrays) -> tuple[Arrays, ...]:
 
 
 def other_lengths(bundle: Bundle, inputs: Arrays) -> Arrays:
-    """The golden images of a ragged bundle with other patches: of the first as few as it takes, of the last as many, and what lies between."""
+    """The golden images of a ragged bundle with other patches: of the first as few as it takes, of the last as many,
+    and what lies between.
+    """
     (least, most), S = bundle.keep_range, len(inputs[IMAGES])
     lengths = np.linspace(least, most, S).round().astype(np.int64)
     rng = np.random.default_rng(0)
@@ -87,7 +95,9 @@ def joined(parts: Sequence[Arrays]) -> Arrays:
 
 
 def even_rows(runs: Sequence[Arrays]) -> list[Arrays]:
-    """The outputs of several runs with rows of tokens as long as the longest: what follows is zero, as a ragged graph has it."""
+    """The outputs of several runs with rows of tokens as long as the longest: what follows is zero, as a ragged graph
+    has it.
+    """
     longest = max((array.shape[1] for run in runs for name, array in run.items() if follows_keep(name)), default=0)
 
     def extended(array: Array) -> Array:
@@ -103,7 +113,11 @@ def _permuted(inputs: Arrays) -> Iterator[Variation]:
     if lengths.max() > 1:
         rng = np.random.default_rng(0)
         tokens = np.stack([np.concatenate([_shuffled(int(length), rng), np.arange(length, K)]) for length in lengths])
-        yield Variation(name="permuted ids_keep", parts=({**inputs, IDS_KEEP: np.take_along_axis(ids, tokens, axis=1)},), tokens=tokens)
+        yield Variation(
+            name="permuted ids_keep",
+            parts=({**inputs, IDS_KEEP: np.take_along_axis(ids, tokens, axis=1)},),
+            tokens=tokens,
+        )
 
 
 def _other_padding(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:

@@ -1,4 +1,6 @@
-"""Build a TensorRT engine for a bundle on this machine, prove it, time it, and keep it only if it is right, and INT8 only if it is also faster than FP16."""
+"""Build a TensorRT engine for a bundle on this machine, prove it, time it, and keep it only if it is right, and INT8
+only if it is also faster than FP16.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,8 @@ def build_engine(
 ) -> Built:
     """Build an engine from the bundle's graph and add it to the bundle; nothing is added unless every check is passed.
 
-    With INT8 and FP8, FP16 is built beside it from the bundle's baseline graph: only what is faster at the usual size of every profile is kept.
+    With INT8 and FP8, FP16 is built beside it from the bundle's baseline graph: only what is faster at the usual size
+    of every profile is kept.
 
     Args:
         precision: None: the bundle's.
@@ -94,13 +97,26 @@ def build_engine(
     sources = {name: graph_for(bundle, name) for name in precisions}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-deploy-")))
-        reports = [None if on_progress is None else _part_of(on_progress, name, index, len(precisions)) for index, name in enumerate(precisions)]
-        found = [_try(stack, bundle, folder, name, sources[name], sizes, options, report) for name, report in zip(precisions, reports, strict=True)]
+        reports = [
+            None if on_progress is None else _part_of(on_progress, name, index, len(precisions))
+            for index, name in enumerate(precisions)
+        ]
+        found = [
+            _try(stack, bundle, folder, name, sources[name], sizes, options, report)
+            for name, report in zip(precisions, reports, strict=True)
+        ]
         first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
         if last.failures:
-            raise CheckFailed(f"the TensorRT {api.version} engine in {last.precision} misses parity: {'; '.join(last.failures)}", hint=_HINT)
+            raise CheckFailed(
+                f"the TensorRT {api.version} engine in {last.precision} misses parity: {'; '.join(last.failures)}",
+                hint=_HINT,
+            )
         timings = _time(bundle, found, sizes)
-        speed = compare_speed(timings[first.precision], timings[last.precision], first.precision) if first is not last else None
+        speed = (
+            compare_speed(timings[first.precision], timings[last.precision], first.precision)
+            if first is not last
+            else None
+        )
         rejected = None if speed is None else verdict(first.precision, first.failures, speed, max_latency)
         if rejected is not None and prefer != "fp16":
             raise CheckFailed(rejected, hint="--prefer fp16 keeps FP16 in its place")
@@ -120,7 +136,8 @@ def build_engine(
 
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
-    """The sizes to build for, complete: those that the bundle was exported for unless some are given; what they leave out is what the graph was proven for.
+    """The sizes to build for, complete: those that the bundle was exported for unless some are given; what they leave
+    out is what the graph was proven for.
 
     Raises:
         ConfigError: sizes that the graph does not have or was not proven for, or none that the golden samples have.
@@ -134,14 +151,21 @@ def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
             if name not in proven:
                 raise ConfigError(f"{shown}: a graph of all patches has no {name}", hint="leave it out")
             if fixed[name] is not None and numbers != proven[name]:
-                raise ConfigError(f"{shown}: the graph is fixed to {name} = {fixed[name]}", hint="leave it out, or export with the size open")
+                raise ConfigError(
+                    f"{shown}: the graph is fixed to {name} = {fixed[name]}",
+                    hint="leave it out, or export with the size open",
+                )
             if name == "K" and not proven["K"][0] <= numbers[0] <= numbers[2] <= proven["K"][2]:
-                raise ConfigError(f"{shown}: the graph was proven for K from {proven['K'][0]} to {proven['K'][2]}", hint="export with another --profile")
+                raise ConfigError(
+                    f"{shown}: the graph was proven for K from {proven['K'][0]} to {proven['K'][2]}",
+                    hint="export with another --profile",
+                )
         found.append({**proven, **profile})
     keep = bundle.golden()[IDS_KEEP].shape[1] if "K" in proven else None
     if keep is not None and not any(profile["K"][0] <= keep <= profile["K"][2] for profile in found):
         raise ConfigError(
-            f"no --profile holds K = {keep}, with which the golden samples prove the engine", hint=f"add another, such as '; K:{keep},{keep},{keep}'"
+            f"no --profile holds K = {keep}, with which the golden samples prove the engine",
+            hint=f"add another, such as '; K:{keep},{keep},{keep}'",
         )
     return found
 
@@ -156,7 +180,9 @@ def _exported_profiles(bundle: Bundle) -> list[Profile]:
 def compare_speed(quantized: Sequence[Timing], fp16: Sequence[Timing], precision: str) -> dict[str, Any]:
     """Latencies at each profile's usual size, and the worst ratio of the two."""
     ratios = [mine.ratio(other) for mine, other in zip(quantized, fp16, strict=True)]
-    milliseconds = {name: [1000 * timing.median for timing in timings] for name, timings in ((precision, quantized), ("fp16", fp16))}
+    milliseconds = {
+        name: [1000 * timing.median for timing in timings] for name, timings in ((precision, quantized), ("fp16", fp16))
+    }
     return {"latency_ratio": max(ratios), "profile": ratios.index(max(ratios)), "latency_ms": milliseconds}
 
 
@@ -165,26 +191,55 @@ def verdict(precision: str, failures: Sequence[str], speed: dict[str, Any], max_
     ratio, at = speed["latency_ratio"], speed["profile"]
     if not failures and ratio < max_latency:
         return None
-    why = f"it misses its budget ({'; '.join(failures)})" if failures else "it is not fast enough" if ratio < 1 else "it is not faster"
+    why = (
+        f"it misses its budget ({'; '.join(failures)})"
+        if failures
+        else "it is not fast enough"
+        if ratio < 1
+        else "it is not faster"
+    )
     mine, other = (speed["latency_ms"][name][at] for name in (precision, "fp16"))
-    return f"{precision.upper()} is rejected: {why}; it takes {ratio:.2f} of FP16's latency, {mine:.3f} against {other:.3f} ms"
+    return (
+        f"{precision.upper()} is rejected: {why}; it takes {ratio:.2f} of FP16's latency, {mine:.3f} against"
+        f" {other:.3f} ms"
+    )
 
 
 def _try(
-    stack: ExitStack, bundle: Bundle, folder: Path, precision: Precision, source: str, sizes: Sequence[Profile], options: BuildOptions, report: Report | None
+    stack: ExitStack,
+    bundle: Bundle,
+    folder: Path,
+    precision: Precision,
+    source: str,
+    sizes: Sequence[Profile],
+    options: BuildOptions,
+    report: Report | None,
 ) -> _Candidate:
     """Build, load and prove one engine; it stays open for the timing."""
     graph = bundle.graph(source)
     building = None if report is None else lambda phase, share: report(phase, _BUILDING * share)
-    plan = build_plan(graph, precision=precision, typing=bundle.manifest["typing"], profiles=sizes, options=options, on_progress=building)
+    plan = build_plan(
+        graph,
+        precision=precision,
+        typing=bundle.manifest["typing"],
+        profiles=sizes,
+        options=options,
+        on_progress=building,
+    )
     if report is not None:
         report("parity", _BUILDING)
     path = folder / f"{precision}.plan"
     path.write_bytes(plan.content)
     weights = graph if options.strip else None
-    engine = stack.enter_context(TensorRtEngine(path, EngineOptions(), precision=precision, host_code=options.version_compatible, weights=weights))
+    engine = stack.enter_context(
+        TensorRtEngine(
+            path, EngineOptions(), precision=precision, host_code=options.version_compatible, weights=weights
+        )
+    )
     engine.sizes = sizes
-    return _Candidate(precision=precision, source=source, plan=plan, engine=engine, checks=tuple(prove_plan(bundle, engine, sizes)))
+    return _Candidate(
+        precision=precision, source=source, plan=plan, engine=engine, checks=tuple(prove_plan(bundle, engine, sizes))
+    )
 
 
 def _time(bundle: Bundle, candidates: Sequence[_Candidate], sizes: Sequence[Profile]) -> dict[str, list[Timing]]:

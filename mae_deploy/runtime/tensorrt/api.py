@@ -1,6 +1,8 @@
-"""TensorRT 8.6, 10 and 11 behind one shape: what its versions name or do differently is decided here, by asking the module at hand.
+"""TensorRT 8.6, 10 and 11 behind one shape: what its versions name or do differently is decided here, by asking the
+module at hand.
 
-Each function that takes `trt` takes the `tensorrt` module, so that all of them can be tried on the bindings of every version without a GPU.
+Each function that takes `trt` takes the `tensorrt` module, so that all of them can be tried on the bindings of every
+version without a GPU.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ _MOST_MESSAGES = 50
 
 
 class Messages:
-    """TensorRT's warnings and errors since the last `clear`, by thread-safe appending; the first ones, where there are very many."""
+    """TensorRT's warnings and errors since the last `clear`, by thread-safe appending; the first ones, where there are
+    very many.
+    """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -82,12 +86,16 @@ def major_version(trt: Any) -> int:
     version = str(trt.__version__)
     major, minor = (int(part) for part in version.split(".")[:2])
     if major not in (8, 10, 11) or (major, minor) < (8, 6):
-        raise MissingDependency(f"TensorRT {version} is installed; this works with {SUPPORTED}", hint="install another: docs/tensorrt.md")
+        raise MissingDependency(
+            f"TensorRT {version} is installed; this works with {SUPPORTED}", hint="install another: docs/tensorrt.md"
+        )
     return major
 
 
 def network_flags(trt: Any, *, strong: bool) -> int:
-    """The flags of a network with explicit batch; strong: its tensors' types say in what is computed. TensorRT 11 knows no other."""
+    """The flags of a network with explicit batch; strong: its tensors' types say in what is computed. TensorRT 11 knows
+    no other.
+    """
     known, major = trt.NetworkDefinitionCreationFlag, major_version(trt)
     if major == 8:
         return 1 << int(known.EXPLICIT_BATCH)
@@ -102,12 +110,16 @@ def builder_flags(trt: Any, names: Sequence[str], *, option: str) -> list[Any]:
     """
     missing = [name for name in names if not hasattr(trt.BuilderFlag, name)]
     if missing:
-        raise ConfigError(f"{option}: TensorRT {trt.__version__} has no {missing[0]}", hint=f"leave it out, or use another version of TensorRT ({SUPPORTED})")
+        raise ConfigError(
+            f"{option}: TensorRT {trt.__version__} has no {missing[0]}",
+            hint=f"leave it out, or use another version of TensorRT ({SUPPORTED})",
+        )
     return [getattr(trt.BuilderFlag, name) for name in names]
 
 
 def precision_flags(trt: Any, precision: str, *, strong: bool) -> list[Any]:
-    """What the builder is allowed to compute in; a strongly typed graph says it itself, but TensorRT 8, which has no strong typing, is told as well.
+    """What the builder is allowed to compute in; a strongly typed graph says it itself, but TensorRT 8, which has no
+    strong typing, is told as well.
 
     Raises:
         ConfigError: this version cannot compute the graph so.
@@ -117,10 +129,14 @@ def precision_flags(trt: Any, precision: str, *, strong: bool) -> list[Any]:
         return []
     if precision == "fp8":
         raise ConfigError(
-            "TensorRT computes in FP8 only what a strongly typed graph has in FP8", hint="use TensorRT 10 or later, and export with --typing strong"
+            "TensorRT computes in FP8 only what a strongly typed graph has in FP8",
+            hint="use TensorRT 10 or later, and export with --typing strong",
         )
     if strong and precision not in ("fp32", "fp16"):
-        raise ConfigError(f"TensorRT {trt.__version__} cannot build a strongly typed {precision} graph", hint="export with --typing weak")
+        raise ConfigError(
+            f"TensorRT {trt.__version__} cannot build a strongly typed {precision} graph",
+            hint="export with --typing weak",
+        )
     if not strong and major >= 11 and precision != "fp32":
         raise ConfigError(
             f"TensorRT {trt.__version__} computes a weakly typed graph in FP32, not in {precision}",
@@ -135,7 +151,9 @@ def check_precision(precision: str, gpu: Gpu) -> None:
     needed = {"bf16": (8, 0), "fp8": (8, 9)}.get(precision, (0, 0))
     if gpu.compute_capability < needed:
         found, least = (".".join(map(str, numbers)) for numbers in (gpu.compute_capability, needed))
-        raise ConfigError(f"{precision} needs a GPU of compute capability {least}; {gpu.name} has {found}", hint="use fp16")
+        raise ConfigError(
+            f"{precision} needs a GPU of compute capability {least}; {gpu.name} has {found}", hint="use fp16"
+        )
 
 
 def highest_opset(trt: Any) -> int | None:
@@ -151,19 +169,27 @@ def hardware_level(trt: Any, wanted: str) -> Any:
     """
     name = {"none": "NONE", "ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}[wanted]
     if not hasattr(trt.HardwareCompatibilityLevel, name):
-        raise ConfigError(f"--hardware-compatible {wanted}: TensorRT {trt.__version__} has no {name}", hint="use ampere, or TensorRT 10.9 or later")
+        raise ConfigError(
+            f"--hardware-compatible {wanted}: TensorRT {trt.__version__} has no {name}",
+            hint="use ampere, or TensorRT 10.9 or later",
+        )
     return getattr(trt.HardwareCompatibilityLevel, name)
 
 
 def set_kernel_sources(trt: Any, config: Any, loads: Callable[[str], bool]) -> list[str]:
-    """On TensorRT 8, switch off the sources of kernels whose libraries are not here (later versions use none by default), and return their names.
+    """On TensorRT 8, switch off the sources of kernels whose libraries are not here (later versions use none by
+    default), and return their names.
 
     Args:
         loads: whether the system finds a library of this file name.
     """
     if major_version(trt) != 8:
         return []
-    missing = [name for name, library in _EXTERNAL_LIBRARIES.items() if not any(loads(f"lib{library}.so.{major}") for major in _LIBRARY_MAJORS[library])]
+    missing = [
+        name
+        for name, library in _EXTERNAL_LIBRARIES.items()
+        if not any(loads(f"lib{library}.so.{major}") for major in _LIBRARY_MAJORS[library])
+    ]
     if missing:
         off = sum(1 << int(getattr(trt.TacticSource, name)) for name in missing)
         config.set_tactic_sources(config.get_tactic_sources() & ~off)
@@ -197,8 +223,15 @@ def parser_errors(parser: Any) -> list[str]:
     return found
 
 
-def create_progress_monitor(trt: Any, start: Callable[[str, str | None, int], None], step: Callable[[str, int], bool], finish: Callable[[str], None]) -> Any:
-    """A monitor that passes on the phases of a build; None where this version has none (before 10). None of the three may raise."""
+def create_progress_monitor(
+    trt: Any,
+    start: Callable[[str, str | None, int], None],
+    step: Callable[[str, int], bool],
+    finish: Callable[[str], None],
+) -> Any:
+    """A monitor that passes on the phases of a build; None where this version has none (before 10). None of the three
+    may raise.
+    """
     if not hasattr(trt, "IProgressMonitor"):
         return None
 
@@ -227,7 +260,10 @@ def numpy_dtype(trt: Any, dtype: Any) -> np.dtype[Any]:
     try:
         found: np.dtype[Any] = np.dtype(trt.nptype(dtype))
     except TypeError as error:
-        raise MaeDeployError(f"NumPy has no type for TensorRT's {getattr(dtype, 'name', dtype)}", hint="export the graph with float32 outputs") from error
+        raise MaeDeployError(
+            f"NumPy has no type for TensorRT's {getattr(dtype, 'name', dtype)}",
+            hint="export the graph with float32 outputs",
+        ) from error
     return found
 
 
@@ -266,7 +302,9 @@ class Api:
             yield
         except MaeDeployError:
             raise
-        except Exception as error:  # TypeError where a factory gives null, else RuntimeError, ValueError or pybind11's own
+        except (
+            Exception
+        ) as error:  # TypeError where a factory gives null, else RuntimeError, ValueError or pybind11's own
             said = self.said.errors or [" ".join(str(error).split())]
             raise MaeDeployError(f"TensorRT {self.version} cannot {what}: {'; '.join(said)}", hint=hint) from error
 
@@ -297,7 +335,10 @@ class Api:
 
     def _refit(self, engine: Any, weights: Path) -> None:
         if not hasattr(self.module, "OnnxParserRefitter"):
-            raise MaeDeployError(f"TensorRT {self.version} cannot put weights into a plan that was built without", hint="build it again without --strip")
+            raise MaeDeployError(
+                f"TensorRT {self.version} cannot put weights into a plan that was built without",
+                hint="build it again without --strip",
+            )
         refitter = self.module.Refitter(engine, self.logger)
         parser = self.module.OnnxParserRefitter(refitter, self.logger)
         if not parser.refit_from_file(str(weights)):
@@ -311,7 +352,8 @@ _loading = threading.Lock()
 
 
 def load_tensorrt(index: int = 0) -> Api:
-    """TensorRT on a GPU of this machine. The GPU is looked for first: TensorRT 8.6 ends the process where there is none.
+    """TensorRT on a GPU of this machine. The GPU is looked for first: TensorRT 8.6 ends the process where there is
+    none.
 
     Raises:
         MissingDependency: no driver, no GPU, no `tensorrt`, or a version that this does not work with.

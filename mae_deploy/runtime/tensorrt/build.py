@@ -92,7 +92,9 @@ def _plan(
         _mark_outputs(api, network, outputs_marked)
         config, sources_off = _config(api, builder, precision, typing, options)
         _add_profiles(api, builder, config, read_inputs(graph), profiles)
-        content = _build(api, builder, network, config, cache_file(options, api.version, api.gpu, precision), on_progress)
+        content = _build(
+            api, builder, network, config, cache_file(options, api.version, api.gpu, precision), on_progress
+        )
         del parser  # not before: the network's weights are its
         seconds, warnings = time.monotonic() - start, api.warnings
         layers = _inspect(api, content, options)
@@ -111,7 +113,9 @@ def _plan(
 
 
 def _release_objects_of(error: BaseException | None) -> None:
-    """Let go of what the frames of an error hold, and of those that called them: TensorRT's objects must be gone before the GPU's context is."""
+    """Let go of what the frames of an error hold, and of those that called them: TensorRT's objects must be gone before
+    the GPU's context is.
+    """
     while error is not None:
         for frame, _ in traceback.walk_tb(error.__traceback__):
             _clear(frame)
@@ -132,7 +136,10 @@ def _check(api: Api, graph: Path, precision: str, typing: str) -> None:
     tensorrt_api.check_precision(precision, api.gpu)
     highest, opset = tensorrt_api.highest_opset(trt), read_opset(graph)
     if highest is not None and opset > highest:
-        raise ConfigError(f"{graph} has opset {opset}, and TensorRT {api.version} reads up to {highest}", hint="export with --typing weak")
+        raise ConfigError(
+            f"{graph} has opset {opset}, and TensorRT {api.version} reads up to {highest}",
+            hint="export with --typing weak",
+        )
 
 
 def _parsed(api: Api, builder: Any, graph: Path, *, strong: bool) -> tuple[Any, Any]:
@@ -142,14 +149,21 @@ def _parsed(api: Api, builder: Any, graph: Path, *, strong: bool) -> tuple[Any, 
     if not parser.parse_from_file(str(graph)):
         for error in tensorrt_api.parser_errors(parser):
             api.said.add("ERROR", error)
-        raise api.refuse(f"read {graph}", hint="a graph of --engine trt is made for it; TensorRT 8.6 and 11 need one each: docs/tensorrt.md")
+        raise api.refuse(
+            f"read {graph}",
+            hint="a graph of --engine trt is made for it; TensorRT 8.6 and 11 need one each: docs/tensorrt.md",
+        )
     return network, parser
 
 
 def _mark_outputs(api: Api, network: Any, names: Sequence[str]) -> None:
     """Give the network further outputs: FP32 copies of inner tensors, which take over their names."""
     layers = (network.get_layer(index) for index in range(network.num_layers))
-    tensors = {tensor.name: tensor for layer in layers for tensor in (layer.get_output(index) for index in range(layer.num_outputs))}
+    tensors = {
+        tensor.name: tensor
+        for layer in layers
+        for tensor in (layer.get_output(index) for index in range(layer.num_outputs))
+    }
     for name in names:
         if name not in tensors:
             raise ConfigError(f"TensorRT's network has no tensor '{name}'")
@@ -171,9 +185,15 @@ def _config(api: Api, builder: Any, precision: str, typing: str, options: BuildO
     if options.hardware_compatible != "none":
         config.hardware_compatibility_level = tensorrt_api.hardware_level(trt, options.hardware_compatible)
     flags = tensorrt_api.precision_flags(trt, precision, strong=typing == "strong")
-    for wanted, name in ((options.version_compatible, "VERSION_COMPATIBLE"), (options.strip, "STRIP_PLAN"), (options.refit, "REFIT")):
+    for wanted, name in (
+        (options.version_compatible, "VERSION_COMPATIBLE"),
+        (options.strip, "STRIP_PLAN"),
+        (options.refit, "REFIT"),
+    ):
         if wanted:
-            flags += tensorrt_api.builder_flags(trt, [name], option=f"--{name.partition('_PLAN')[0].replace('_', '-').lower()}")
+            flags += tensorrt_api.builder_flags(
+                trt, [name], option=f"--{name.partition('_PLAN')[0].replace('_', '-').lower()}"
+            )
     for flag in flags:
         config.set_flag(flag)
     if precision == "fp32":  # TF32 keeps ten bits of the mantissa: FP32 parity would miss its tolerance
@@ -182,12 +202,17 @@ def _config(api: Api, builder: Any, precision: str, typing: str, options: BuildO
     return config, tensorrt_api.set_kernel_sources(trt, config, tensorrt_api.loads_library)
 
 
-def _add_profiles(api: Api, builder: Any, config: Any, inputs: Sequence[TensorEntry], profiles: Sequence[Profile]) -> None:
+def _add_profiles(
+    api: Api, builder: Any, config: Any, inputs: Sequence[TensorEntry], profiles: Sequence[Profile]
+) -> None:
     dynamic = [entry for entry in inputs if any(isinstance(size, str) for size in entry["shape"])]
     for profile in profiles if dynamic else []:
         added = builder.create_optimization_profile()
         for entry in dynamic:
-            added.set_shape(entry["name"], *(shape_at(entry, {name: sizes[which] for name, sizes in profile.items()}) for which in range(3)))
+            added.set_shape(
+                entry["name"],
+                *(shape_at(entry, {name: sizes[which] for name, sizes in profile.items()}) for which in range(3)),
+            )
         if config.add_optimization_profile(added) < 0:
             raise api.refuse(f"take the profile {profile}")
 
@@ -200,11 +225,16 @@ def shape_at(entry: TensorEntry, sizes: dict[str, int]) -> tuple[int, ...]:
     """
     unknown = [size for size in entry["shape"] if isinstance(size, str) and size not in sizes]
     if unknown:
-        raise ConfigError(f"the profile has no size for '{unknown[0]}' of the input {entry['name']}", hint=f"it has {', '.join(sizes)}")
+        raise ConfigError(
+            f"the profile has no size for '{unknown[0]}' of the input {entry['name']}",
+            hint=f"it has {', '.join(sizes)}",
+        )
     return tuple(sizes[size] if isinstance(size, str) else size for size in entry["shape"])
 
 
-def _build(api: Api, builder: Any, network: Any, config: Any, timings: Path | None, on_progress: Report | None) -> bytes:
+def _build(
+    api: Api, builder: Any, network: Any, config: Any, timings: Path | None, on_progress: Report | None
+) -> bytes:
     progress = None if on_progress is None else BuildProgress(on_progress)
     if progress is not None:
         monitor = tensorrt_api.create_progress_monitor(api.module, progress.start, progress.step, progress.finish)
@@ -216,7 +246,9 @@ def _build(api: Api, builder: Any, network: Any, config: Any, timings: Path | No
     if progress is not None and progress.error is not None:
         raise progress.error
     if plan is None:
-        raise api.refuse("build this engine", hint="more --workspace, or a smaller --profile, where it is short of memory")
+        raise api.refuse(
+            "build this engine", hint="more --workspace, or a smaller --profile, where it is short of memory"
+        )
     if timings is not None:
         keep(config, timings)
     return bytes(plan)

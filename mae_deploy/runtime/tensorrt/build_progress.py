@@ -15,10 +15,11 @@ class _Phase:
 
 
 class BuildProgress:
-    """Takes what a progress monitor tells, from any thread, and reports the phase at work and the share of the whole, from 0 to 1.
+    """Takes what a progress monitor tells, from any thread, and reports the phase at work and the share of the whole,
+    from 0 to 1.
 
-    The steps of a phase that has a parent are a part of the parent's current step. What a report raises, a Ctrl-C included, ends the build at its next
-    step instead of unwinding through TensorRT: it stays in `error`.
+    The steps of a phase that has a parent are a part of the parent's current step. What a report raises, a Ctrl-C
+    included, ends the build at its next step instead of unwinding through TensorRT: it stays in `error`.
     """
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
@@ -54,5 +55,7 @@ class BuildProgress:
 
     def _share_of(self, name: str) -> float:
         phase = self._phases[name]
-        inner = max((self._share_of(child) for child, found in self._phases.items() if found.parent == name), default=0.0)
+        inner = max(
+            (self._share_of(child) for child, found in self._phases.items() if found.parent == name), default=0.0
+        )
         return min((phase.done + inner) / phase.steps, 1.0)

@@ -1,6 +1,8 @@
-"""Whether a TensorRT engine computes what PyTorch computed, at every size that it was built for, launch by launch and as a CUDA graph.
+"""Whether a TensorRT engine computes what PyTorch computed, at every size that it was built for, launch by launch and
+as a CUDA graph.
 
-TensorRT is known to build engines that are wrong for some shapes without a word, so no engine is kept that was not compared at its own.
+TensorRT is known to build engines that are wrong for some shapes without a word, so no engine is kept that was not
+compared at its own.
 """
 
 from __future__ import annotations
@@ -28,8 +30,8 @@ from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 def prove_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile]) -> list[Check]:
     """Every check of an engine; what missed is in `Check.failures`.
 
-    The golden samples against PyTorch and under the invariances, then the smallest, usual and largest sizes of each profile against ONNX Runtime
-    on the CPU: all of it with CUDA graphs and without.
+    The golden samples against PyTorch and under the invariances, then the smallest, usual and largest sizes of each
+    profile against ONNX Runtime on the CPU: all of it with CUDA graphs and without.
 
     Raises:
         CheckFailed: a file of the bundle is not what was exported.
@@ -56,7 +58,9 @@ def prove_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profil
 
 
 def inputs_at(bundle: Bundle, golden: Arrays, keep: int | None) -> Arrays:
-    """The golden samples with `keep` patches each: their own where they have as many, else random ones; of a ragged graph, of one patch to all of them."""
+    """The golden samples with `keep` patches each: their own where they have as many, else random ones; of a ragged
+    graph, of one patch to all of them.
+    """
     if keep is None or golden[IDS_KEEP].shape[1] == keep:
         return {name: golden[name] for name in bundle.input_names}
     S, rng = len(golden[IMAGES]), np.random.default_rng(0)
@@ -72,12 +76,16 @@ def repeated(arrays: Arrays, batch: int) -> Arrays:
 
 
 def parity_record(checks: Sequence[Check]) -> dict[str, Any]:
-    """For the manifest: the golden samples' figures, and of each output the worst over all checks against a reference."""
+    """For the manifest: the golden samples' figures, and of each output the worst over all checks against a
+    reference.
+    """
     compared = [check for check in checks if not check.name.startswith("run again")]
     worst: dict[str, dict[str, float | None]] = {}
     for name in dict.fromkeys(check.comparison.name for check in compared):
         figures = [check.comparison.to_dict() for check in compared if check.comparison.name == name]
-        worst[name] = {measure: _least([row[measure] for row in figures]) for measure in ("cosine", "centred_cosine", "sqnr_db")}
+        worst[name] = {
+            measure: _least([row[measure] for row in figures]) for measure in ("cosine", "centred_cosine", "sqnr_db")
+        }
     return {
         "passed": not any(check.failures for check in checks),
         "checks": len(checks),
@@ -101,7 +109,8 @@ def _at_every_size(bundle: Bundle, profiles: Sequence[Profile]) -> Iterator[tupl
                 known[K] = {output: golden[output] for output in bundle.output_names}
             elif K not in known and not _has_onnxruntime():
                 raise MissingDependency(
-                    f"without onnxruntime an engine can be proven for the golden samples' {golden[IDS_KEEP].shape[1]} patches alone, not for {K}",
+                    f"without onnxruntime an engine can be proven for the golden samples' {golden[IDS_KEEP].shape[1]}"
+                    f" patches alone, not for {K}",
                     hint="pip install onnxruntime",
                 )
             if K in known:
@@ -122,7 +131,8 @@ def _sizes(profiles: Sequence[Profile]) -> dict[tuple[int, int | None], str]:
 def _reference(bundle: Bundle, stack: ExitStack) -> Engine | None:
     """ONNX Runtime on the CPU, with the FP16 graph in place of one in INT8 or FP8: its rounding is not the engine's.
 
-    None for a strongly typed BF16 graph, which it cannot compute, and where it is not installed: there PyTorch's golden outputs are what there is.
+    None for a strongly typed BF16 graph, which it cannot compute, and where it is not installed: there PyTorch's golden
+    outputs are what there is.
     """
     if (bundle.precision, bundle.manifest["typing"]) == ("bf16", "strong") or not _has_onnxruntime():
         return None

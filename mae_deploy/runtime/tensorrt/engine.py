@@ -25,7 +25,8 @@ _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 class TensorRtEngine(Engine):
     """A plan on the GPU; calls from several threads overlap one's copies with the other's computation.
 
-    Inputs are NumPy arrays or arrays on the GPU: whatever has `__cuda_array_interface__` or DLPack. A plan is code: the caller has checked its hash.
+    Inputs are NumPy arrays or arrays on the GPU: whatever has `__cuda_array_interface__` or DLPack. A plan is code: the
+    caller has checked its hash.
     """
 
     name = "tensorrt"
@@ -66,7 +67,8 @@ class TensorRtEngine(Engine):
     def submit(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> Ticket:
         """Start a run and return at once; `result()` of the ticket gives what `run` returns.
 
-        Two runs can be in flight; a third one waits for the first. The inputs on the GPU must stay as they are until the result was taken.
+        Two runs can be in flight; a third one waits for the first. The inputs on the GPU must stay as they are until
+        the result was taken.
 
         Raises:
             ConfigError: inputs or outputs that the engine does not have, or inputs that no profile covers.
@@ -75,7 +77,8 @@ class TensorRtEngine(Engine):
         return self._start(inputs, self._check(inputs, outputs), on_device=False)
 
     def run_on_device(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, DeviceArray]:
-        """As `run`, but the outputs stay on the GPU, complete; the second run after this one may use their memory again.
+        """As `run`, but the outputs stay on the GPU, complete; the second run after this one may use their memory
+        again.
 
         Raises:
             ConfigError: as `submit`, or an output in BF16.
@@ -96,18 +99,24 @@ class TensorRtEngine(Engine):
         try:
             with memory.active():
                 plan = graph.read_bytes()
-                self._runner = Runner(api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index)
+                self._runner = Runner(
+                    api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index
+                )
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # what TensorRT has made must go before the memory
             memory.close()
             raise
-        # Also when the engine is forgotten, and before the interpreter ends: the GPU's memory must go before the packages that know it.
+        # Also when the engine is forgotten, and before the interpreter ends: the GPU's memory must go before the
+        # packages that know it.
         self._closer = weakref.finalize(self, self._runner.close)
         self.input_names, self.output_names = tuple(self._runner.inputs), tuple(self._runner.outputs)
         missing = [tap for tap in taps if tap not in self.output_names]
         if missing:
             self.close()
-            raise MaeDeployError(f"the engine {graph} has no output {missing[0]}", hint="an inner tensor must be marked as an output when the engine is built")
+            raise MaeDeployError(
+                f"the engine {graph} has no output {missing[0]}",
+                hint="an inner tensor must be marked as an output when the engine is built",
+            )
 
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         return self._start(inputs, outputs, on_device=False).result()

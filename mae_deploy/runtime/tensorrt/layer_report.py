@@ -1,4 +1,6 @@
-"""What TensorRT's inspector says of an engine's layers, read without trust in its form: that differs from version to version."""
+"""What TensorRT's inspector says of an engine's layers, read without trust in its form: that differs from version to
+version.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,8 @@ _TYPES = {"int8": r"int8", "fp8": r"fp8|e4m3", "bf16": r"bf16|bfloat16", "fp16":
 
 
 def summarise(report: str) -> dict[str, Any]:
-    """Of an inspector's JSON: how many layers, how many of them are fused attention, and how many have each precision as the lowest of their tensors.
+    """Of an inspector's JSON: how many layers, how many of them are fused attention, and how many have each precision
+    as the lowest of their tensors.
 
     What cannot be read is counted as nothing: `{"layers": 0, "fused_attention": 0, "precisions": {}}`.
     """
@@ -54,4 +57,8 @@ def _descriptions(layer: dict[str, Any]) -> Iterator[str]:
         tensors = layer.get(side)
         for tensor in tensors if isinstance(tensors, list) else []:
             if isinstance(tensor, dict):
-                yield from (value for key, value in tensor.items() if isinstance(value, str) and re.search("format|type", key, re.IGNORECASE))
+                yield from (
+                    value
+                    for key, value in tensor.items()
+                    if isinstance(value, str) and re.search("format|type", key, re.IGNORECASE)
+                )

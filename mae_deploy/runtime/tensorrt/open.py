@@ -1,4 +1,6 @@
-"""A bundle's TensorRT engine, opened: its hash checked before TensorRT sees a byte of it, its weights put back where they were left out."""
+"""A bundle's TensorRT engine, opened: its hash checked before TensorRT sees a byte of it, its weights put back where
+they were left out.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> Ten
     """
     plan = bundle.file(entry["file"])
     weights = bundle.graph(graph_for(bundle, entry["precision"])) if entry["stripped"] else None
-    engine = TensorRtEngine(plan, options, precision=entry["precision"], host_code=entry["version_compatible"], weights=weights)
+    engine = TensorRtEngine(
+        plan, options, precision=entry["precision"], host_code=entry["version_compatible"], weights=weights
+    )
     engine.sizes = entry["profiles"]
     return engine
 
@@ -39,12 +43,19 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
         ConfigError: a tap is no tensor of the network.
         MaeDeployError: TensorRT cannot build it.
     """
-    profiles: list[Profile] = [{name: (sizes[0], sizes[1], sizes[2]) for name, sizes in profile.items()} for profile in entry["profiles"]]
+    profiles: list[Profile] = [
+        {name: (sizes[0], sizes[1], sizes[2]) for name, sizes in profile.items()} for profile in entry["profiles"]
+    ]
     precision = entry["precision"]
     graph = bundle.graph(graph_for(bundle, precision))
     level = entry["build"].get("options", {}).get("optimization_level")
     plan = build_plan(
-        graph, precision=precision, typing=bundle.manifest["typing"], profiles=profiles, options=BuildOptions(optimization_level=level), outputs_marked=taps
+        graph,
+        precision=precision,
+        typing=bundle.manifest["typing"],
+        profiles=profiles,
+        options=BuildOptions(optimization_level=level),
+        outputs_marked=taps,
     )
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
         path = Path(folder) / "tapped.plan"

@@ -11,7 +11,15 @@ from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import atomic_path, locked, read_json, write_json
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.manifest import MANIFEST_FILE, QUANTIZED, EngineEntry, Manifest, Precision, file_entry, validate_manifest
+from mae_deploy.runtime.manifest import (
+    MANIFEST_FILE,
+    QUANTIZED,
+    EngineEntry,
+    Manifest,
+    Precision,
+    file_entry,
+    validate_manifest,
+)
 from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.build import Plan
 from mae_deploy.runtime.tensorrt.timing_cache import slug
@@ -23,13 +31,20 @@ PREFERENCE: tuple[Precision, ...] = ("int8", "fp8", "fp16", "bf16", "fp32")
 
 
 def find_plan(bundle: Bundle, version: str, gpu: Gpu, sizes: Mapping[str, int] | None = None) -> EngineEntry | None:
-    """The engine of the bundle that this TensorRT can run on this GPU; of several, the first of `PREFERENCE`, built by this version.
+    """The engine of the bundle that this TensorRT can run on this GPU; of several, the first of `PREFERENCE`, built by
+    this version.
 
     Args:
         sizes: B and K that a profile of it must hold; None: any.
     """
-    fitting = [entry for entry in bundle.manifest["engines"] if misfit(entry, version, gpu) is None and _holds(entry, sizes or {})]
-    return min(fitting, key=lambda entry: (PREFERENCE.index(entry["precision"]), entry["tensorrt"] != version), default=None)
+    fitting = [
+        entry
+        for entry in bundle.manifest["engines"]
+        if misfit(entry, version, gpu) is None and _holds(entry, sizes or {})
+    ]
+    return min(
+        fitting, key=lambda entry: (PREFERENCE.index(entry["precision"]), entry["tensorrt"] != version), default=None
+    )
 
 
 def misfit(entry: EngineEntry, version: str, gpu: Gpu) -> str | None:
@@ -43,7 +58,9 @@ def misfit(entry: EngineEntry, version: str, gpu: Gpu) -> str | None:
         "ampere": min(built_on, here) >= (8, 0),
     }
     if not fits[entry["hardware_compatible"]]:
-        return f"it was built for {entry['gpu']} ({_capability(built_on)}), and this is {gpu.name} ({_capability(here)})"
+        return (
+            f"it was built for {entry['gpu']} ({_capability(built_on)}), and this is {gpu.name} ({_capability(here)})"
+        )
     return None
 
 
@@ -73,7 +90,8 @@ def add_plan(
     parity: Mapping[str, Any],
     latency_ms: float | None,
 ) -> EngineEntry:
-    """Put an engine into a bundle, in place of one of the same name; at every moment, each engine that the manifest lists is whole.
+    """Put an engine into a bundle, in place of one of the same name; at every moment, each engine that the manifest
+    lists is whole.
 
     Raises:
         MaeDeployError: the bundle cannot be written.
@@ -118,7 +136,10 @@ def _changed(bundle: Bundle) -> Iterator[Manifest]:
             yield manifest
             write_json(bundle.path / MANIFEST_FILE, validate_manifest(manifest))
     except OSError as error:
-        raise MaeDeployError(f"cannot write to the bundle {bundle.path}: {error.strerror or error}", hint="copy it to where you may write") from error
+        raise MaeDeployError(
+            f"cannot write to the bundle {bundle.path}: {error.strerror or error}",
+            hint="copy it to where you may write",
+        ) from error
     bundle.reload()
 
 
@@ -128,7 +149,10 @@ def _remove(manifest: Manifest, *files: str) -> None:
 
 
 def _holds(entry: EngineEntry, sizes: Mapping[str, int]) -> bool:
-    return any(all(name not in profile or profile[name][0] <= size <= profile[name][2] for name, size in sizes.items()) for profile in entry["profiles"])
+    return any(
+        all(name not in profile or profile[name][0] <= size <= profile[name][2] for name, size in sizes.items())
+        for profile in entry["profiles"]
+    )
 
 
 def _is_later(version: str, built: str) -> bool:
@@ -152,13 +176,20 @@ def graph_for(bundle: Bundle, precision: str) -> str:
     hint = f"export with --engine trt --precision {precision}"
     if own in QUANTIZED:
         if (manifest["quantization"] or {}).get("policy") == "dynamic":
-            raise ConfigError(f"the bundle {bundle.path} has dynamic INT8, which TensorRT does not read", hint=f"{hint} --calib-data DIR")
+            raise ConfigError(
+                f"the bundle {bundle.path} has dynamic INT8, which TensorRT does not read",
+                hint=f"{hint} --calib-data DIR",
+            )
         if bundle.baseline is None:
-            raise ConfigError(f"the bundle {bundle.path} has no FP16 graph to compare {own} with", hint=f"{hint} --no-build")
+            raise ConfigError(
+                f"the bundle {bundle.path} has no FP16 graph to compare {own} with", hint=f"{hint} --no-build"
+            )
         if precision == "fp16":
             return bundle.baseline
     elif own == "fp32" and manifest["typing"] == "weak" and precision not in QUANTIZED:
         return graph
     if precision != own:
-        raise ConfigError(f"the {manifest['typing']}ly typed {own} graph of {bundle.path} cannot be built in {precision}", hint=hint)
+        raise ConfigError(
+            f"the {manifest['typing']}ly typed {own} graph of {bundle.path} cannot be built in {precision}", hint=hint
+        )
     return graph

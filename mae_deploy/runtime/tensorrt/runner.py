@@ -1,9 +1,11 @@
-"""Runs of a TensorRT engine: two in flight, so that the copies of one overlap the computation of the other, and replayed as CUDA graphs.
+"""Runs of a TensorRT engine: two in flight, so that the copies of one overlap the computation of the other, and
+replayed as CUDA graphs.
 
-A slot has a stream, and memory for the inputs and outputs of one run on the GPU and pinned on the host, for the largest shapes. Each of the first shapes
-of inputs that a slot meets gets an execution context of its own, since TensorRT allows no change to a context whose work was captured; further ones share
-a context and run without a graph. All contexts use the same memory for activations, so what computes waits for what computed before. A run allocates
-nothing on the GPU unless its shapes are new.
+A slot has a stream, and memory for the inputs and outputs of one run on the GPU and pinned on the host, for the largest
+shapes. Each of the first shapes of inputs that a slot meets gets an execution context of its own, since TensorRT allows
+no change to a context whose work was captured; further ones share a context and run without a graph. All contexts use
+the same memory for activations, so what computes waits for what computed before. A run allocates nothing on the GPU
+unless its shapes are new.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ from mae_deploy.runtime.tensorrt.tensors import (
 
 NUM_SLOTS = 2
 MOST_CONTEXTS = 16
-"""Shapes of inputs that get a context and a graph of their own in a slot; each costs some milliseconds once, and a little memory."""
+"""Shapes of inputs that get a context and a graph of their own in a slot; each costs some milliseconds once, and a
+little memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +64,9 @@ class Runner:
         self._slots = [Slot(memory, tensors, largest, index=index) for _ in range(NUM_SLOTS)]
         """What was used last stands last."""
 
-    def start(self, inputs: Mapping[str, Any], outputs: Sequence[str], *, holder: object, on_device: bool, use_graphs: bool) -> Ticket:
+    def start(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str], *, holder: object, on_device: bool, use_graphs: bool
+    ) -> Ticket:
         """Put a run on the GPU; where two are in flight already, the first of them is waited for.
 
         Args:
@@ -103,7 +108,9 @@ class Runner:
             self._memory.close()
 
     def _free_slot(self) -> Slot:
-        """A free slot, the one that was used last unless its outputs are being read on the GPU; else that whose run was started first, after that run."""
+        """A free slot, the one that was used last unless its outputs are being read on the GPU; else that whose run was
+        started first, after that run.
+        """
         free = [slot for slot in reversed(self._slots) if slot.is_free] or self._slots[:1]
         slot = next((slot for slot in free if not slot.is_lent), free[-1])
         slot.finish()
@@ -111,7 +118,9 @@ class Runner:
         self._slots.append(slot)
         return slot
 
-    def _launch(self, slot: Slot, inputs: Mapping[str, Any], copied_out: Sequence[str], *, use_graphs: bool) -> Prepared:
+    def _launch(
+        self, slot: Slot, inputs: Mapping[str, Any], copied_out: Sequence[str], *, use_graphs: bool
+    ) -> Prepared:
         memory, stream = self._memory, slot.stream
         given = {name: self._as_input(tensor, inputs[name], stream.handle) for name, tensor in self.inputs.items()}
         prepared = self._prepare(slot, {name: array.shape for name, array in given.items()})
@@ -140,7 +149,10 @@ class Runner:
             return array
         view = view_of(value, tensor.name, index=self._index, stream=stream)
         if view.dtype != tensor.dtype:
-            raise ConfigError(f"the input {tensor.name} on the GPU is {view.dtype}, the engine takes {tensor.dtype}", hint=f"give {tensor.dtype}")
+            raise ConfigError(
+                f"the input {tensor.name} on the GPU is {view.dtype}, the engine takes {tensor.dtype}",
+                hint=f"give {tensor.dtype}",
+            )
         return view
 
     def _enqueue(self, prepared: Prepared, slot: Slot, *, use_graphs: bool) -> None:
@@ -162,7 +174,8 @@ class Runner:
                 prepared.can_be_captured = False
                 _log.warning("TensorRT runs without a CUDA graph: %s", error)
 
-    # --- contexts ------------------------------------------------------------------------------------------------------
+    # --- contexts
+    # ------------------------------------------------------------------------------------------------------
 
     def _prepare(self, slot: Slot, shapes: dict[str, Shape]) -> Prepared:
         """The context for inputs of these shapes in a slot."""
@@ -192,7 +205,10 @@ class Runner:
         if context is None:
             raise self._api.refuse("make an execution context")
         if not context.set_optimization_profile_async(profile.index, stream):
-            raise self._api.refuse(f"use profile {profile.index} in another context", hint="build the engine again: mae-deploy build-engine BUNDLE")
+            raise self._api.refuse(
+                f"use profile {profile.index} in another context",
+                hint="build the engine again: mae-deploy build-engine BUNDLE",
+            )
         return context
 
     def _set_shapes(self, context: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:

@@ -1,4 +1,6 @@
-"""Room for the runs of a TensorRT engine: memory, a stream, and what is prepared for each shape; and the ticket that the caller of a run holds."""
+"""Room for the runs of a TensorRT engine: memory, a stream, and what is prepared for each shape; and the ticket that
+the caller of a run holds.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from mae_deploy.runtime.tensorrt.tensors import Shape, Tensor, to_numpy
 class Prepared:
     """An execution context whose inputs have their shapes, and its work as a CUDA graph once it has run."""
 
-    def __init__(self, context: Any, outputs: Mapping[str, Shape], host: dict[str, Array], *, can_be_captured: bool) -> None:
+    def __init__(
+        self, context: Any, outputs: Mapping[str, Shape], host: dict[str, Array], *, can_be_captured: bool
+    ) -> None:
         self.context: Any = context
         self.outputs = outputs
         self.host = host
@@ -35,7 +39,16 @@ class Prepared:
 class Ticket:
     """A run that was started; whoever holds it keeps the engine open."""
 
-    def __init__(self, slot: Slot, prepared: Prepared, inputs: Mapping[str, Any], outputs: Sequence[str], holder: object, *, on_device: bool) -> None:
+    def __init__(
+        self,
+        slot: Slot,
+        prepared: Prepared,
+        inputs: Mapping[str, Any],
+        outputs: Sequence[str],
+        holder: object,
+        *,
+        on_device: bool,
+    ) -> None:
         self._slot = slot
         self._prepared = prepared
         self._inputs = tuple(inputs.values())  # arrays on the GPU are read until the run is done
@@ -134,14 +147,24 @@ class Slot:
         lease = Lease()
         self._lease = weakref.ref(lease)
         return {
-            name: DeviceArray(self.pointers[name], prepared.outputs[name], self._tensors[name].dtype, index=self._index, lease=lease, owner=holder)
+            name: DeviceArray(
+                self.pointers[name],
+                prepared.outputs[name],
+                self._tensors[name].dtype,
+                index=self._index,
+                lease=lease,
+                owner=holder,
+            )
             for name in names
         }
 
     def host_views(self, shapes: Mapping[str, Shape]) -> dict[str, Array]:
         """The start of each tensor's pinned memory, in its shape and type."""
         tensors = self._tensors
-        return {name: self._pinned[name][: tensors[name].nbytes(shape)].view(tensors[name].dtype).reshape(shape) for name, shape in shapes.items()}
+        return {
+            name: self._pinned[name][: tensors[name].nbytes(shape)].view(tensors[name].dtype).reshape(shape)
+            for name, shape in shapes.items()
+        }
 
     def close(self) -> None:
         """Free the graphs and contexts; the run in it must be finished, and the CUDA context current."""

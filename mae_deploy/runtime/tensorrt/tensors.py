@@ -48,16 +48,23 @@ class ProfileRange:
     def contains(self, shapes: Mapping[str, Shape]) -> bool:
         """Whether inputs of these shapes can be run in it."""
         return all(
-            len(shape) == len(self.least[name]) and all(low <= side <= high for low, side, high in zip(self.least[name], shape, self.most[name], strict=True))
+            len(shape) == len(self.least[name])
+            and all(
+                low <= side <= high for low, side, high in zip(self.least[name], shape, self.most[name], strict=True)
+            )
             for name, shape in shapes.items()
         )
 
     def __str__(self) -> str:
-        return ", ".join(f"{name} {low}" if low == self.most[name] else f"{name} {low} to {self.most[name]}" for name, low in self.least.items())
+        return ", ".join(
+            f"{name} {low}" if low == self.most[name] else f"{name} {low} to {self.most[name]}"
+            for name, low in self.least.items()
+        )
 
 
 def choose_profile(profiles: Sequence[ProfileRange], shapes: Mapping[str, Shape]) -> ProfileRange:
-    """The smallest profile that covers these shapes of the inputs: its kernels were chosen for the sizes nearest to them.
+    """The smallest profile that covers these shapes of the inputs: its kernels were chosen for the sizes nearest to
+    them.
 
     Raises:
         ConfigError: none does.
@@ -110,10 +117,14 @@ def check_dtype(tensor: Tensor, array: Array) -> None:
     if array.dtype == tensor.dtype:
         return
     if array.dtype.kind not in "iu" or tensor.dtype.kind not in "iu":
-        raise ConfigError(f"the input {tensor.name} is {array.dtype}, the engine takes {tensor.dtype}", hint=f"give {tensor.dtype}")
+        raise ConfigError(
+            f"the input {tensor.name} is {array.dtype}, the engine takes {tensor.dtype}", hint=f"give {tensor.dtype}"
+        )
     limits = np.iinfo(tensor.dtype)
     if array.size and not (limits.min <= array.min() and array.max() <= limits.max):
-        raise ConfigError(f"the input {tensor.name} has numbers from {array.min()} to {array.max()}, the engine takes {tensor.dtype}")
+        raise ConfigError(
+            f"the input {tensor.name} has numbers from {array.min()} to {array.max()}, the engine takes {tensor.dtype}"
+        )
 
 
 def to_numpy(tensor: Tensor, pinned: Array) -> Array:
@@ -123,7 +134,9 @@ def to_numpy(tensor: Tensor, pinned: Array) -> Array:
 
 
 def create_context(trt: Any, engine: Any, memory: int, nbytes: int) -> Any:
-    """An execution context whose activations are in memory of the caller's, which contexts that take turns can share; None where TensorRT refuses."""
+    """An execution context whose activations are in memory of the caller's, which contexts that take turns can share;
+    None where TensorRT refuses.
+    """
     if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     else:
@@ -151,4 +164,6 @@ def check_shapes(missing: Sequence[str], outputs: Mapping[str, Shape]) -> None:
     """
     open_sizes = [*missing, *(name for name, shape in outputs.items() if any(side < 0 for side in shape))]
     if open_sizes:
-        raise MaeDeployError(f"TensorRT cannot tell the shape of {', '.join(open_sizes)}", hint="export the graph with mae-deploy export")
+        raise MaeDeployError(
+            f"TensorRT cannot tell the shape of {', '.join(open_sizes)}", hint="export the graph with mae-deploy export"
+        )

@@ -1,4 +1,6 @@
-"""TensorRT's timings of kernels, kept from build to build: in a file for each version, GPU and set of options, for those hold for nothing else."""
+"""TensorRT's timings of kernels, kept from build to build: in a file for each version, GPU and set of options, for
+those hold for nothing else.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,20 @@ def cache_file(options: BuildOptions, version: str, gpu: Gpu, precision: str) ->
     """Where the timings of such a build are; None where `options.timing_cache` is off."""
     if options.timing_cache == "off":
         return None
-    folder = Path.home() / ".cache" / "mae-deploy" / "tensorrt" if options.timing_cache == "auto" else Path(options.timing_cache)
+    folder = (
+        Path.home() / ".cache" / "mae-deploy" / "tensorrt"
+        if options.timing_cache == "auto"
+        else Path(options.timing_cache)
+    )
     level = "default" if options.optimization_level is None else options.optimization_level
-    compatible = [*([options.hardware_compatible] if options.hardware_compatible != "none" else []), *(["versions"] if options.version_compatible else [])]
+    compatible = [
+        *([options.hardware_compatible] if options.hardware_compatible != "none" else []),
+        *(["versions"] if options.version_compatible else []),
+    ]
     capability = "".join(map(str, gpu.compute_capability))
-    return folder / "-".join([version, slug(gpu.name), f"sm{capability}", precision, f"level-{level}", *compatible, "timings"])
+    return folder / "-".join(
+        [version, slug(gpu.name), f"sm{capability}", precision, f"level-{level}", *compatible, "timings"]
+    )
 
 
 def slug(name: str) -> str:
@@ -39,7 +50,9 @@ def attach(config: Any, path: Path) -> None:
 
 
 def keep(config: Any, path: Path) -> None:
-    """Add the timings of a build to a file, together with what other builds have added since; a folder that cannot be written is only logged."""
+    """Add the timings of a build to a file, together with what other builds have added since; a folder that cannot be
+    written is only logged.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock")):

@@ -1,7 +1,7 @@
 """The NaN guard: a step whose loss or gradient is not finite is skipped, then the run goes back, then it stops.
 
-Every process sees the same reduced loss and gradient, and all that is decided follows from them and the step, so processes need not talk about it
-and a resumed run decides the same.
+Every process sees the same reduced loss and gradient, and all that is decided follows from them and the step, so
+processes need not talk about it and a resumed run decides the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ LR_FACTOR = 0.5
 """The learning rate's factor for each time that the run goes back."""
 
 _MOST_SAVED = 20
-"""Steps whose batches are saved in one run; more would fill the disk of a run that skips one step an epoch for months."""
+"""Steps whose batches are saved in one run; more would fill the disk of a run that skips one step an epoch for
+months."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +57,9 @@ class StepOutcome:
 class Guard:
     """Counts skipped steps, saves their batches, and says when to go back."""
 
-    def __init__(self, state: Progress, loop: LoopConfig, run: Path, *, process: int | None, late: int, total_steps: int) -> None:
+    def __init__(
+        self, state: Progress, loop: LoopConfig, run: Path, *, process: int | None, late: int, total_steps: int
+    ) -> None:
         self.state = state
         self.loop = loop
         self.folder = run / "nonfinite"
@@ -67,7 +70,9 @@ class Guard:
         self.total_steps = total_steps
 
     def observe(self, outcome: StepOutcome) -> CheckFailed | None:
-        """Take in one step; sets `state.rollback_at` where too many in a row were skipped, or returns the error that ends the run."""
+        """Take in one step; sets `state.rollback_at` where too many in a row were skipped, or returns the error that
+        ends the run.
+        """
         state = self.state
         if outcome.finite:
             state.consecutive_skips = 0
@@ -85,9 +90,13 @@ class Guard:
             state.rollback_at = outcome.step + self.late
             return None
         return CheckFailed(
-            f"the loss or its gradient was not finite in {state.consecutive_skips} step(s) in a row, after going back {state.rollbacks} time(s); "
-            f"step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch: {self._saved_file(outcome.step)}",
-            hint="look at the images of that batch; start a new run with a smaller --blr, --clip-grad 1, or --precision fp32",
+            f"the loss or its gradient was not finite in {state.consecutive_skips} step(s) in a row, after going back"
+            f" {state.rollbacks} time(s); step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm};"
+            f" its batch: {self._saved_file(outcome.step)}",
+            hint=(
+                "look at the images of that batch; start a new run with a smaller --blr, --clip-grad 1, or --precision"
+                " fp32"
+            ),
         )
 
     def rolled_back(self, to: str) -> None:
@@ -97,18 +106,31 @@ class Guard:
         state.rollbacks += 1
         state.lr_factor *= LR_FACTOR
         if not self.process:
-            notice("rolled back", f"after step {state.step} to {to}; the learning rate is now {state.lr_factor:g} times the schedule's")
+            notice(
+                "rolled back",
+                f"after step {state.step} to {to}; the learning rate is now {state.lr_factor:g} times the schedule's",
+            )
 
     def _save(self, outcome: StepOutcome) -> None:
-        """The batches whose own loss was not finite; all of this process where every process's loss was, and only the gradient was not."""
-        guilty = [batch for batch, loss in zip(outcome.batches, outcome.own_losses, strict=True) if not math.isfinite(loss)]
+        """The batches whose own loss was not finite; all of this process where every process's loss was, and only the
+        gradient was not.
+        """
+        guilty = [
+            batch for batch, loss in zip(outcome.batches, outcome.own_losses, strict=True) if not math.isfinite(loss)
+        ]
         if math.isfinite(outcome.loss):
             guilty = list(outcome.batches)
         file = self._file(outcome.step)
         if not guilty or len(list(self.folder.glob("*.json"))) >= _MOST_SAVED:
             return
         with atomic_path(file) as aside:
-            save_file({"images": torch.cat([batch.images for batch in guilty]), "labels": torch.cat([batch.labels for batch in guilty])}, aside)
+            save_file(
+                {
+                    "images": torch.cat([batch.images for batch in guilty]),
+                    "labels": torch.cat([batch.labels for batch in guilty]),
+                },
+                aside,
+            )
         found = {
             "step": outcome.step,
             "loss": str(outcome.loss),
@@ -117,14 +139,23 @@ class Guard:
             "names": [name for batch in guilty for name in batch.names],
         }
         write_json(file.with_suffix(".json"), found)
-        notice("skipped step", f"{outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch is saved in {file}")
+        notice(
+            "skipped step",
+            f"{outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch is saved in {file}",
+        )
 
     def _file(self, step: int) -> Path:
-        return self.folder / (f"step-{step}.safetensors" if self.process is None else f"step-{step}-rank-{self.process}.safetensors")
+        return self.folder / (
+            f"step-{step}.safetensors" if self.process is None else f"step-{step}-rank-{self.process}.safetensors"
+        )
 
     def _saved_file(self, step: int) -> Path:
-        """Of this step, else of the one that was saved last: the count is limited, and another process may have met it."""
+        """Of this step, else of the one that was saved last: the count is limited, and another process may have met
+        it.
+        """
         if (own := self._file(step)).is_file():
             return own
-        found = sorted(self.folder.glob("*.safetensors"), key=lambda file: (f"step-{step}" in file.name, file.stat().st_mtime))
+        found = sorted(
+            self.folder.glob("*.safetensors"), key=lambda file: (f"step-{step}" in file.name, file.stat().st_mtime)
+        )
         return found[-1] if found else self.folder

@@ -30,7 +30,9 @@ class Profiler:
         if enabled:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             plan = schedule(wait=_BEFORE, warmup=_WARM_UP, active=_STEPS, repeat=1)
-            self._profile = profile(activities=activities, schedule=plan, on_trace_ready=self._write, record_shapes=True)
+            self._profile = profile(
+                activities=activities, schedule=plan, on_trace_ready=self._write, record_shapes=True
+            )
 
     def step(self) -> None:
         """Called after each step."""
@@ -42,7 +44,9 @@ class Profiler:
             self._profile.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         if self._profile is not None:
             self._profile.stop()
 

@@ -1,4 +1,6 @@
-"""Tensors of a step on their way from the device: on a GPU they are read some steps later, so that no step waits for its own."""
+"""Tensors of a step on their way from the device: on a GPU they are read some steps later, so that no step waits for
+its own.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from torch import Tensor
 T = TypeVar("T")
 
 STEPS_LATE = 2
-"""On a GPU. One would keep it busy as long as a step is launched faster than it is computed; the second is for the days when it is not."""
+"""On a GPU. One would keep it busy as long as a step is launched faster than it is computed; the second is for the days
+when it is not."""
 
 
 class _Underway(NamedTuple, Generic[T]):

@@ -34,10 +34,16 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():  # Python lets no other thread do this
-            self._before = {number: signal.signal(number, self._note) for name in STOPPING if (number := getattr(signal, name, None)) is not None}
+            self._before = {
+                number: signal.signal(number, self._note)
+                for name in STOPPING
+                if (number := getattr(signal, name, None)) is not None
+            }
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             leaving = self.launched and isinstance(error, Stopped | SystemExit)
             signal.signal(number, signal.SIG_IGN if leaving and number == signal.SIGTERM else handler)

@@ -1,4 +1,6 @@
-"""Where a step's time goes: to its named parts, such as a teacher, to the network that is trained, to waiting for data."""
+"""Where a step's time goes: to its named parts, such as a teacher, to the network that is trained, to waiting for
+data.
+"""
 
 from __future__ import annotations
 
@@ -55,19 +57,28 @@ class StepTimes:
 
     @property
     def student(self) -> float:
-        """Seconds of the rest: forward and backward pass and update. On a GPU, which works on while the host waits, an estimate."""
+        """Seconds of the rest: forward and backward pass and update. On a GPU, which works on while the host waits, an
+        estimate.
+        """
         return max(self.seconds - self.waited - sum(self.parts.values()), 0.0)
 
     def metrics(self) -> dict[str, float]:
         """Numbers of a line in `metrics.jsonl`."""
-        found = {"images_per_second": round(self.images / self.seconds, 2), "data_wait": round(self.waited / self.seconds, 4)}
+        found = {
+            "images_per_second": round(self.images / self.seconds, 2),
+            "data_wait": round(self.waited / self.seconds, 4),
+        }
         timed = self.parts | {"student": self.student} if self.parts else {}
         return found | {f"{name}_seconds": round(seconds, 6) for name, seconds in timed.items()}
 
     def note(self) -> str:
         """Words beside the bar: `412 img/s  teacher 35% (1180 img/s)  student 680 img/s  wait 4%`."""
         words = [f"{self.images / self.seconds:.0f} img/s"]
-        words += [f"{name} {seconds / self.seconds:.0%} ({self.images / seconds:.0f} img/s)" for name, seconds in self.parts.items() if seconds > 0]
+        words += [
+            f"{name} {seconds / self.seconds:.0%} ({self.images / seconds:.0f} img/s)"
+            for name, seconds in self.parts.items()
+            if seconds > 0
+        ]
         if self.parts and self.student > 0:
             words.append(f"student {self.images / self.student:.0f} img/s")
         return "  ".join([*words, f"wait {self.waited / self.seconds:.0%}"])

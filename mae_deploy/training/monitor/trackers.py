@@ -1,4 +1,6 @@
-"""TensorBoard always, Weights & Biases and MLflow where asked for, through Accelerate's trackers; a resumed run goes on with its records."""
+"""TensorBoard always, Weights & Biases and MLflow where asked for, through Accelerate's trackers; a resumed run goes on
+with its records.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Trackers:
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """One step's numbers, without those that are none."""
-        self.accelerator.log({name: value for name, value in values.items() if value is not None and math.isfinite(value)}, step=step)
+        self.accelerator.log(
+            {name: value for name, value in values.items() if value is not None and math.isfinite(value)}, step=step
+        )
 
     def close(self) -> None:
         """Flush and finish."""

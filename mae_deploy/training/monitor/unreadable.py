@@ -19,7 +19,11 @@ class Unreadable:
         self.limit = limit
         self.accelerator = accelerator
         # File names are bytes; those that are no UTF-8 are kept as they are.
-        self.seen = set(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()) if self.path.is_file() else set[str]()
+        self.seen = (
+            set(self.path.read_text(encoding="utf-8", errors="surrogateescape").splitlines())
+            if self.path.is_file()
+            else set[str]()
+        )
         self._met: list[str] = []
 
     def meet(self, lines: tuple[str, ...]) -> int:
@@ -40,7 +44,10 @@ class Unreadable:
         if self.accelerator.is_main_process:
             self._write(met)
         if len(self.seen) > self.limit:
-            raise CheckFailed(f"{len(self.seen)} unreadable images, listed in {self.path}", hint=f"mend them, or allow more than --max-corrupt {self.limit}")
+            raise CheckFailed(
+                f"{len(self.seen)} unreadable images, listed in {self.path}",
+                hint=f"mend them, or allow more than --max-corrupt {self.limit}",
+            )
 
     def nothing_left(self, name: str) -> CheckFailed:
         """What to raise where this process finds not one image for a batch."""

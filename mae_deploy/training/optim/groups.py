@@ -12,7 +12,9 @@ ParamGroup = dict[str, Any]
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
-    """Pretraining's two groups: vectors and biases do not decay, everything else does (`cls_token` and `mask_token` too)."""
+    """Pretraining's two groups: vectors and biases do not decay, everything else does (`cls_token` and `mask_token`
+    too).
+    """
     groups: dict[bool, ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -22,14 +24,22 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
 
 
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[ParamGroup]:
-    """Fine-tuning's groups: the learning rate shrinks by `layer_decay` a layer from the head down (BEiT, and the original's `lr_decay.py`)."""
+    """Fine-tuning's groups: the learning rate shrinks by `layer_decay` a layer from the head down (BEiT, and the
+    original's `lr_decay.py`).
+    """
     layers = len(model.get_submodule("blocks")._modules) + 1
     groups: dict[tuple[int, bool], ParamGroup] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer = layer_of(name, layers)
             decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token", "channel_embed")
-            _add(groups.setdefault((layer, decays), _group(weight_decay if decays else 0.0, layer_decay ** (layers - layer))), name, parameter)
+            _add(
+                groups.setdefault(
+                    (layer, decays), _group(weight_decay if decays else 0.0, layer_decay ** (layers - layer))
+                ),
+                name,
+                parameter,
+            )
     return list(groups.values())
 
 

@@ -19,11 +19,15 @@ class WeightAverage:
         self.decay = decay
         saved = model.state_dict().keys()
         tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-        self.current: dict[str, Tensor] = {name: tensor for name, tensor in tensors.items() if name in saved and tensor.is_floating_point()}
+        self.current: dict[str, Tensor] = {
+            name: tensor for name, tensor in tensors.items() if name in saved and tensor.is_floating_point()
+        }
         self.average = {name: tensor.detach().clone() for name, tensor in self.current.items()}
 
     def update(self, step: int) -> None:
-        """Take in the weights after a step, counted from 1; early steps weigh more, so that a short run forgets its random start."""
+        """Take in the weights after a step, counted from 1; early steps weigh more, so that a short run forgets its
+        random start.
+        """
         decay = min(self.decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self._averages(), self._currents(), step)
 

@@ -36,7 +36,8 @@ class Progress:
     """How far a run is, in optimiser steps of its effective batch."""
 
     step: int = 0
-    """Optimiser steps behind us, skipped ones too; data order, augmentation, masking and dropout follow from it and the seed."""
+    """Optimiser steps behind us, skipped ones too; data order, augmentation, masking and dropout follow from it and the
+    seed."""
     best: float | None = None
     """Best value of the metric that picks the best checkpoint."""
     scaler: dict[str, Any] | None = None
@@ -94,7 +95,9 @@ def split_weights(tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Te
 
 def read_weights(checkpoint: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The whole model's tensors as trained, and their moving average where the run keeps one."""
-    shown = {prefix + name: tensor for name, tensor in load_file(checkpoint / WEIGHTS).items()} | _read(checkpoint / STATE / REST)
+    shown = {prefix + name: tensor for name, tensor in load_file(checkpoint / WEIGHTS).items()} | _read(
+        checkpoint / STATE / REST
+    )
     trained = _read(checkpoint / STATE / TRAINED)
     return (trained, shown) if trained else (shown, None)
 
@@ -115,7 +118,11 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The optimiser's state under parameter names."""
-    return {f"{name}/{slot}": torch.as_tensor(value) for name, parameter in _named(optimizer) for slot, value in optimizer.state.get(parameter, {}).items()}
+    return {
+        f"{name}/{slot}": torch.as_tensor(value)
+        for name, parameter in _named(optimizer)
+        for slot, value in optimizer.state.get(parameter, {}).items()
+    }
 
 
 def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) -> None:
@@ -136,4 +143,8 @@ def _placed(tensor: Tensor, parameter: Tensor) -> Tensor:
 
 
 def _named(optimizer: torch.optim.Optimizer) -> list[tuple[str, nn.Parameter]]:
-    return [(name, parameter) for group in optimizer.param_groups for name, parameter in zip(group["names"], group["params"], strict=True)]
+    return [
+        (name, parameter)
+        for group in optimizer.param_groups
+        for name, parameter in zip(group["names"], group["params"], strict=True)
+    ]

@@ -26,7 +26,9 @@ C = TypeVar("C")
 
 
 class RunFolder:
-    """A folder with `config.yaml`, `environment.json`, `metrics.jsonl`, `eval.jsonl`, `unreadable.txt`, `checkpoints/`, `tensorboard/`."""
+    """A folder with `config.yaml`, `environment.json`, `metrics.jsonl`, `eval.jsonl`, `unreadable.txt`, `checkpoints/`,
+    `tensorboard/`.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -67,7 +69,10 @@ class RunFolder:
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to a JSONL file; what is not finite becomes null."""
-        valid = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in line.items()}
+        valid = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in line.items()
+        }
         with (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(valid, allow_nan=False) + "\n")
 
@@ -76,13 +81,20 @@ class RunFolder:
         for name in ("metrics.jsonl", "eval.jsonl"):
             path = self.path / name
             if path.is_file():
-                kept = [line for line in path.read_text(encoding="utf-8").splitlines() if (found := _step_of(line)) is not None and found <= step]
+                kept = [
+                    line
+                    for line in path.read_text(encoding="utf-8").splitlines()
+                    if (found := _step_of(line)) is not None and found <= step
+                ]
                 write_text(path, "".join(line + "\n" for line in kept))
 
     def prune(self, keep: int, *, spare: int | None = None) -> None:
-        """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step `spare`."""
+        """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step
+        `spare`.
+        """
         steps = sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
-        # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a newer one.
+        # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a
+        # newer one.
         pointed_to = {link.resolve() for name in ("best", "last") if (link := self.checkpoints / name).exists()}
         for folder in steps[:-keep]:
             if folder.resolve() not in pointed_to and folder.name != f"step-{spare}":
@@ -121,7 +133,8 @@ def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
     changed = differences(stored, config, ignore=DOES_NOT_CHANGE_LOSSES)
     if changed:
         raise ConfigError(
-            f"--resume with other settings than {path} was started with: {'; '.join(changed)}", hint="repeat the same options, or start a new run with --out"
+            f"--resume with other settings than {path} was started with: {'; '.join(changed)}",
+            hint="repeat the same options, or start a new run with --out",
         )
     before = read_json(path / "data.json")
     if before != data:

@@ -28,7 +28,9 @@ class Network:
         self.accelerator = accelerator
         self.sharded = sharded
         self._whole = copy.deepcopy(model) if sharded else model
-        self.trained: nn.Module = _shard(model, accelerator, compiled) if sharded else _replicate(model, accelerator, compiled)
+        self.trained: nn.Module = (
+            _shard(model, accelerator, compiled) if sharded else _replicate(model, accelerator, compiled)
+        )
         """What the loss calls."""
 
     def accumulate(self, last: bool) -> AbstractContextManager[Any]:
@@ -56,7 +58,9 @@ class Network:
 
 
 def whole_tensors(tensors: dict[str, Tensor], *, keep: bool) -> dict[str, Tensor]:
-    """Copies of whole tensors on the CPU; where they are sharded, every process must come here, those that do not keep them too."""
+    """Copies of whole tensors on the CPU; where they are sharded, every process must come here, those that do not keep
+    them too.
+    """
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         gathered = whole(tensor.detach())  # one at a time: together they would need the memory that sharding saves
@@ -89,12 +93,15 @@ def like(reference: Any, tensor: Tensor) -> Tensor:
 def load_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put whole tensors into a model, sharded or not; the names must be the model's."""
     own = model.state_dict()
-    model.load_state_dict({name: like(own[name], tensor) if name in own else tensor for name, tensor in tensors.items()})
+    model.load_state_dict(
+        {name: like(own[name], tensor) if name in own else tensor for name, tensor in tensors.items()}
+    )
 
 
 def _replicate(model: nn.Module, accelerator: Accelerator, compiled: bool) -> nn.Module:
     prepared: nn.Module = accelerator.prepare(model)
-    # Around DDP, so that its buckets of gradients are still sent while the backward pass runs; the bare model keeps its names.
+    # Around DDP, so that its buckets of gradients are still sent while the backward pass runs; the bare model keeps its
+    # names.
     return torch.compile(prepared) if compiled else prepared  # type: ignore[return-value]
 
 

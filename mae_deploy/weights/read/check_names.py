@@ -18,9 +18,16 @@ _NAMED = 4
 
 
 def check_names(
-    tensors: dict[str, Tensor], expected: Shapes, file: Path, *, model: str = "", hint: str | None = None, names: Mapping[str, str] | None = None
+    tensors: dict[str, Tensor],
+    expected: Shapes,
+    file: Path,
+    *,
+    model: str = "",
+    hint: str | None = None,
+    names: Mapping[str, str] | None = None,
 ) -> None:
-    """Raise CheckFailed, with every difference in its result, unless the tensors are exactly the expected ones by name and shape.
+    """Raise CheckFailed, with every difference in its result, unless the tensors are exactly the expected ones by name
+    and shape.
 
     Args:
         names: what renamed tensors are called in the file.
@@ -34,7 +41,11 @@ def check_names(
         "unexpected": unexpected,
         "misshapen": [f"{name} {found[name]} instead of {expected[name]}" for name in misshapen],
     }
-    problems = [f"{len(names)} {sort}: {', '.join(names[:_NAMED])}{' …' if len(names) > _NAMED else ''}" for sort, names in sorts.items() if names]
+    problems = [
+        f"{len(names)} {sort}: {', '.join(names[:_NAMED])}{' …' if len(names) > _NAMED else ''}"
+        for sort, names in sorts.items()
+        if names
+    ]
     if not problems:
         return
     own = {name: {"in_file": called} for name, called in (names or {}).items() if called != name}
@@ -42,7 +53,10 @@ def check_names(
         "source": str(file),
         "missing": [{"name": name, "expected": list(expected[name])} for name in missing],
         "unexpected": [{"name": name, **own.get(name, {}), "found": list(found[name])} for name in unexpected],
-        "reshaped": [{"name": name, **own.get(name, {}), "found": list(found[name]), "expected": list(expected[name])} for name in misshapen],
+        "reshaped": [
+            {"name": name, **own.get(name, {}), "found": list(found[name]), "expected": list(expected[name])}
+            for name in misshapen
+        ],
     }
     message = f"{file} does not fit{model and f' {model}'}: {'; '.join(problems)}"
     raise CheckFailed(message, hint=hint, result=Result(data, _table(data), failed=True))
@@ -53,7 +67,9 @@ def _table(data: dict[str, Any]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table("", "tensor", "in the file", "expected", title=Text(data["source"], overflow="fold"), title_justify="left")
+    table = Table(
+        "", "tensor", "in the file", "expected", title=Text(data["source"], overflow="fold"), title_justify="left"
+    )
     for sort in ("missing", "unexpected", "reshaped"):
         for entry in data[sort]:
             shapes = (_written(entry.get(part)) for part in ("found", "expected"))

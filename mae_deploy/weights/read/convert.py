@@ -1,4 +1,5 @@
-"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`, mmpretrain, MAE-Lite.
+"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`,
+mmpretrain, MAE-Lite.
 
 Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
 """
@@ -34,7 +35,10 @@ OWN_RECORD = "mae_deploy"
 
 _FOREIGN = [
     (r"^encoder\.(mask_token|layers|blocks)", "the parts of SimMIM (encoder, decoder)"),
-    (r"relative_position_(bias_table|index)|rel_pos_bias|\.rpe", "relative positions in its attention, as BEiT, SimMIM, Swin and MAE-Lite's RPE have"),
+    (
+        r"relative_position_(bias_table|index)|rel_pos_bias|\.rpe",
+        "relative positions in its attention, as BEiT, SimMIM, Swin and MAE-Lite's RPE have",
+    ),
     (r"\.attn\.[qv]_bias$", "an attention without a bias of the keys, as BEiT has"),
     (r"^lm_head\.", "a head over visual words, as BEiT has"),
     (r"^(dist_token|dist_norm\.|head_dist\.)", "a distillation token and its head"),
@@ -53,7 +57,8 @@ class ImportOptions:
     """What a weights file does not say about itself."""
 
     model: str | None = None
-    """timm's name of the model, with or without a tag; default: the one in config.json, else a plain ViT is read from the tensors."""
+    """timm's name of the model, with or without a tag; default: the one in config.json, else a plain ViT is read from
+    the tensors."""
     image_size: tuple[int, int] | None = None
     """Height and width; needed where the patches form no square, or to interpolate the position embeddings."""
     num_heads: int | None = None
@@ -91,8 +96,15 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     reshaped = _fit_positions(source, made_for, encoder, decoder)
     pool = _pool(source) if kind == "classifier" else None
     num_classes = tensor_of(source, "head.weight", 2).shape[0] if kind == "classifier" else None
-    preprocess = replace(source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size)
-    provenance = {"stage": "import", "source": source.file.name, "source_sha256": source.sha256, "layout": source.layout}
+    preprocess = replace(
+        source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size
+    )
+    provenance = {
+        "stage": "import",
+        "source": source.file.name,
+        "source_sha256": source.sha256,
+        "layout": source.layout,
+    }
     metadata = Metadata(
         kind=kind,
         encoder=to_dict(encoder),
@@ -113,7 +125,11 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     expected = expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes)
     check_names(source.tensors, expected, source.file, hint=hint, names=source.names)
     _refuse_numbers(source)
-    return Imported(metadata, {name: tensor.float() for name, tensor in source.tensors.items()}, _report(source, metadata, encoder, reshaped))
+    return Imported(
+        metadata,
+        {name: tensor.float() for name, tensor in source.tensors.items()},
+        _report(source, metadata, encoder, reshaped),
+    )
 
 
 def _convert(source: Source, options: ImportOptions) -> Source:
@@ -139,9 +155,20 @@ def _from_original(source: Source) -> Source:
         metadata = from_dict(Metadata, record, where=f"{OWN_RECORD}.")
         encoder, decoder = from_dict(EncoderConfig, metadata.encoder), from_dict(DecoderConfig, metadata.decoder or {})
         if encoder.band_groups is not None or not is_plain(metadata):
-            raise ConfigError(f"{source.file} is ours already, and no plain autoencoder or encoder", hint="every command takes its checkpoint folder as it is")
-        source.image_size, source.num_heads, source.decoder_num_heads = encoder.image_size, encoder.num_heads, decoder.decoder_num_heads
-        source.norm_pix_loss, source.class_names, source.own_licence = metadata.norm_pix_loss, metadata.class_names, metadata.licence
+            raise ConfigError(
+                f"{source.file} is ours already, and no plain autoencoder or encoder",
+                hint="every command takes its checkpoint folder as it is",
+            )
+        source.image_size, source.num_heads, source.decoder_num_heads = (
+            encoder.image_size,
+            encoder.num_heads,
+            decoder.decoder_num_heads,
+        )
+        source.norm_pix_loss, source.class_names, source.own_licence = (
+            metadata.norm_pix_loss,
+            metadata.class_names,
+            metadata.licence,
+        )
         source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
         return source
     stated = source.settings.get("image_size") or source.settings.get("input_size")
@@ -160,7 +187,11 @@ def _own_record(source: Source) -> dict[str, Any] | None:
     if isinstance(record := source.beside.get(OWN_RECORD), dict):
         return record
     record = read_settings(source.file.with_name(METADATA)) if source.file.name == WEIGHTS else {}
-    return {name: value for name, value in record.items() if name != "schema_version"} if record.get("schema_version") == SCHEMA_VERSION else None
+    return (
+        {name: value for name, value in record.items() if name != "schema_version"}
+        if record.get("schema_version") == SCHEMA_VERSION
+        else None
+    )
 
 
 def _refuse_other_families(source: Source) -> None:
@@ -168,7 +199,8 @@ def _refuse_other_families(source: Source) -> None:
     found = [words for pattern, words in _FOREIGN if any(re.search(pattern, name) for name in source.tensors)]
     if found:
         raise ConfigError(
-            f"{source.file} has {', '.join(found)}, which our encoder does not have", hint="docs/import.md lists what is read and what is refused"
+            f"{source.file} has {', '.join(found)}, which our encoder does not have",
+            hint="docs/import.md lists what is read and what is refused",
         )
 
 
@@ -183,7 +215,9 @@ def _refuse_numbers(source: Source) -> None:
     """Weights that are whole numbers, complex or quantised are those of another computation."""
     for name, tensor in source.tensors.items():
         if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta:
-            raise CheckFailed(f"{source.file} holds {name} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers")
+            raise CheckFailed(
+                f"{source.file} holds {name} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers"
+            )
 
 
 def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped: list[str]) -> dict[str, Any]:
@@ -275,7 +309,9 @@ def _patch_size(source: Source) -> int:
 
 
 def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
-    """The image size of the position embeddings: the stated one or the asked one where the number of patches fits, else a square."""
+    """The image size of the position embeddings: the stated one or the asked one where the number of patches fits, else
+    a square.
+    """
     P = _patch_size(source)
     table = next((name for name in ("pos_embed", "decoder_pos_embed") if name in source.tensors), None)
     if table is None:
@@ -288,7 +324,10 @@ def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
     for size in (source.image_size, asked, (square, square)):
         if size is not None and (size[0] // P) * (size[1] // P) == N:
             return size
-    raise ConfigError(f"{table} holds {N} patches, which form no square{f' and not {asked[0]}x{asked[1]} pixels' if asked else ''}", hint=_GIVE_SIZE)
+    raise ConfigError(
+        f"{table} holds {N} patches, which form no square{f' and not {asked[0]}x{asked[1]} pixels' if asked else ''}",
+        hint=_GIVE_SIZE,
+    )
 
 
 def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int | None) -> EncoderConfig:
@@ -296,23 +335,38 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
     depth = count_blocks(source.tensors, "blocks")
     hidden = tensor_of(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
     if source.architecture and num_heads not in (None, source.num_heads):
-        raise ConfigError(f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out")
+        raise ConfigError(
+            f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out"
+        )
     heads = num_heads or source.num_heads or _HEADS.get(D) or max(1, D // 64)
     shape = Preset(P, D, depth, heads)
     name = next((name for name, preset in PRESETS.items() if preset == shape), f"vit_{D}x{depth}_patch{P}")
     ratio = hidden / D
     if int(D * ratio) != hidden:  # rounding, as with 5 / 3 * 3
         ratio = math.nextafter(ratio, math.inf)
-    return EncoderConfig(name=name, image_size=image_size, patch_size=P, in_chans=C, embed_dim=D, depth=depth, num_heads=heads, mlp_ratio=ratio)
+    return EncoderConfig(
+        name=name,
+        image_size=image_size,
+        patch_size=P,
+        in_chans=C,
+        embed_dim=D,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=ratio,
+    )
 
 
 def _decoder_config(source: Source, options: ImportOptions) -> DecoderConfig:
     width = tensor_of(source, "decoder_embed.weight", 2).shape[0]
     heads = options.decoder_num_heads or source.decoder_num_heads  # else one for every 32 of the width
-    return DecoderConfig(decoder_depth=count_blocks(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads)
+    return DecoderConfig(
+        decoder_depth=count_blocks(source.tensors, "decoder_blocks"), decoder_embed_dim=width, decoder_num_heads=heads
+    )
 
 
-def _fit_positions(source: Source, made_for: tuple[int, int], encoder: EncoderConfig, decoder: DecoderConfig | None) -> list[str]:
+def _fit_positions(
+    source: Source, made_for: tuple[int, int], encoder: EncoderConfig, decoder: DecoderConfig | None
+) -> list[str]:
     """Rebuild absent sine-cosine tables, interpolate those of another grid; says what it did."""
     done = []
     old, new = (made_for[0] // encoder.patch, made_for[1] // encoder.patch), encoder.grid_size
@@ -347,6 +401,14 @@ def _block_shapes(prefix: str, depth: int, width: int, hidden: int) -> dict[str,
     shapes: dict[str, tuple[int, ...]] = {}
     for index in range(depth):
         block = f"{prefix}.{index}"
-        shapes |= {**_affine(f"{block}.norm1", width), **_linear(f"{block}.attn.qkv", width, 3 * width), **_linear(f"{block}.attn.proj", width, width)}
-        shapes |= {**_affine(f"{block}.norm2", width), **_linear(f"{block}.mlp.fc1", width, hidden), **_linear(f"{block}.mlp.fc2", hidden, width)}
+        shapes |= {
+            **_affine(f"{block}.norm1", width),
+            **_linear(f"{block}.attn.qkv", width, 3 * width),
+            **_linear(f"{block}.attn.proj", width, width),
+        }
+        shapes |= {
+            **_affine(f"{block}.norm2", width),
+            **_linear(f"{block}.mlp.fc1", width, hidden),
+            **_linear(f"{block}.mlp.fc2", hidden, width),
+        }
     return shapes

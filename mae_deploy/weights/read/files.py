@@ -19,7 +19,8 @@ from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.weights.read.unpickle import read_pickle
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-"""What the weights in a model folder are called, in the order of preference; an index names the shards that hold them."""
+"""What the weights in a model folder are called, in the order of preference; an index names the shards that hold
+them."""
 
 _INDEX = ".index.json"
 _WRAPPERS = ("model", "state_dict", "model_state")
@@ -31,7 +32,9 @@ _HEAVY = ("optimizer", "ema_state_dict", *_AVERAGES)
 
 @dataclass(slots=True)
 class Source:
-    """Weights as they were found, on their way to the original's names. Where a fact of the model is None, the tensors tell it."""
+    """Weights as they were found, on their way to the original's names. Where a fact of the model is None, the tensors
+    tell it.
+    """
 
     file: Path
     """The weights file, or the index of its shards."""
@@ -80,7 +83,10 @@ def find_weights(path: Path) -> Path:
     """
     found = next((path / name for name in MODEL_FILES if (path / name).is_file()), path)
     if not found.is_file():
-        raise ConfigError(f"no weights at {path}", hint="give a .pth, .pt, .bin or .safetensors file, or a model folder of timm or Hugging Face")
+        raise ConfigError(
+            f"no weights at {path}",
+            hint="give a .pth, .pt, .bin or .safetensors file, or a model folder of timm or Hugging Face",
+        )
     return found
 
 
@@ -178,6 +184,9 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
 
     try:
         with safe_open(file, framework="pt") as content:
-            return {**(content.metadata() or {}), "model": {name: content.get_tensor(name) for name in content.keys()}}  # noqa: SIM118  (no mapping)
+            return {
+                **(content.metadata() or {}),
+                "model": {name: content.get_tensor(name) for name in content.keys()},
+            }  # noqa: SIM118  (no mapping)
     except (SafetensorError, OSError) as error:
         raise CheckFailed(f"cannot read {file}: {error}") from error

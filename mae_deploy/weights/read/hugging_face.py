@@ -1,4 +1,6 @@
-"""Hugging Face's `vit_mae` and `vit`: tensors under the original's names, the facts of config.json, and preprocessor_config.json."""
+"""Hugging Face's `vit_mae` and `vit`: tensors under the original's names, the facts of config.json, and
+preprocessor_config.json.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,18 @@ def from_hugging_face(source: Source) -> Source:
     dropped = [name for name in source.tensors if _POOLER.match(name)]
     tensors = _joined({_renamed(name): tensor for name, tensor in source.tensors.items() if name not in dropped})
     names = {_renamed(name): name for name in source.tensors}
-    source = replace(source, tensors=tensors, names=names, layout="Hugging Face", renamed=len(source.tensors) - len(dropped), dropped=dropped)
-    source.num_heads, source.decoder_num_heads = config.get("num_attention_heads"), config.get("decoder_num_attention_heads")
+    source = replace(
+        source,
+        tensors=tensors,
+        names=names,
+        layout="Hugging Face",
+        renamed=len(source.tensors) - len(dropped),
+        dropped=dropped,
+    )
+    source.num_heads, source.decoder_num_heads = (
+        config.get("num_attention_heads"),
+        config.get("decoder_num_attention_heads"),
+    )
     if "image_size" in config:
         source.image_size = _pair(config["image_size"])
     if config.get("qkv_bias") is False:
@@ -82,9 +94,12 @@ def _refuse_other_models(config: dict[str, Any], *, decoder: bool) -> None:
     problems = {
         f"model_type {config.get('model_type')}": config.get("model_type", "vit") not in _MODEL_TYPES,
         f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "gelu") != "gelu",
-        # A smaller one, such as transformers' default, changes nothing that shows: the released weights were trained with 1e-6.
+        # A smaller one, such as transformers' default, changes nothing that shows: the released weights were trained
+        # with 1e-6.
         f"layer_norm_eps {eps}, more than 1e-6": eps > 1e-6,
-        f"decoder_intermediate_size {hidden}, not four times decoder_hidden_size {width}": decoder and "decoder_hidden_size" in config and hidden != 4 * width,
+        f"decoder_intermediate_size {hidden}, not four times decoder_hidden_size {width}": (
+            decoder and "decoder_hidden_size" in config and hidden != 4 * width
+        ),
     }
     if found := [problem for problem, there in problems.items() if there]:
         raise ConfigError(
@@ -124,11 +139,14 @@ def _preprocess(config: dict[str, Any], image_size: tuple[int, int], channels: i
     # (x * rescale_factor - mean) / std, where ours is (x / 255 - mean) / std.
     scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
     normalised = config.get("do_normalize", True)
-    mean, std = (config.get(f"image_{name}", 0.5) if normalised else plain for name, plain in (("mean", 0.0), ("std", 1.0)))
+    mean, std = (
+        config.get(f"image_{name}", 0.5) if normalised else plain for name, plain in (("mean", 0.0), ("std", 1.0))
+    )
     resample = config.get("resample", 2)
     if resample not in _RESAMPLING:
         raise ConfigError(
-            f"preprocessor_config.json resizes with Pillow's filter {resample}, not with one of {', '.join(_RESAMPLING.values())}",
+            f"preprocessor_config.json resizes with Pillow's filter {resample}, not with one of"
+            f" {', '.join(_RESAMPLING.values())}",
             hint=_DEFAULT_PREPROCESSING,
         )
     return Preprocess(
@@ -146,13 +164,18 @@ def _crop_pct(config: dict[str, Any], notes: list[str]) -> float:
     size, cropped = config.get("size", 224), bool(config.get("do_center_crop"))
     if not config.get("do_resize", True):
         if cropped:
-            raise ConfigError("preprocessor_config.json crops without resizing, which ours does not", hint=_DEFAULT_PREPROCESSING)
+            raise ConfigError(
+                "preprocessor_config.json crops without resizing, which ours does not", hint=_DEFAULT_PREPROCESSING
+            )
         return 1.0
     if isinstance(size, dict) and "shortest_edge" in size:
         resized = int(size["shortest_edge"])
     else:
         resized, _ = _pair(size)
-        notes.append("Hugging Face's preprocessing squeezes images into the input's form, ours cuts out the middle: the same for images of that form")
+        notes.append(
+            "Hugging Face's preprocessing squeezes images into the input's form, ours cuts out the middle: the same for"
+            " images of that form"
+        )
     if not cropped:
         return 1.0
     crop, _ = _pair(config.get("crop_size", 224))

@@ -1,4 +1,6 @@
-"""MAE-Lite's checkpoints (wangsr126/MAE-Lite): the model among the parts of its training, with more heads than others of its width."""
+"""MAE-Lite's checkpoints (wangsr126/MAE-Lite): the model among the parts of its training, with more heads than others
+of its width.
+"""
 
 from __future__ import annotations
 
@@ -38,12 +40,20 @@ def from_mae_lite(source: Source, num_heads: int | None) -> Source:
     names = {name.removeprefix(_MODEL): name for name in source.tensors if name not in left}
     tensors = {name: source.tensors[own] for name, own in names.items()}
     parts = sorted({name.split(".")[0] for name in left})
-    source = replace(source, tensors=tensors, names=names, layout="MAE-Lite", renamed=len(tensors), dropped=[f"{part}.*" for part in parts])
+    source = replace(
+        source,
+        tensors=tensors,
+        names=names,
+        layout="MAE-Lite",
+        renamed=len(tensors),
+        dropped=[f"{part}.*" for part in parts],
+    )
     width = tensor_of(source, "patch_embed.proj.weight", 4).shape[0]
     if width in _WIDTHS:
         if num_heads is None and not _is_theirs(source):
             raise ConfigError(
-                f"{source.file} has names of MAE-Lite, whose encoders {width} wide have {_HEADS} heads, but not its records: others' have {width // 64}",
+                f"{source.file} has names of MAE-Lite, whose encoders {width} wide have {_HEADS} heads, but not its"
+                f" records: others' have {width // 64}",
                 hint=f"say which: --num-heads {_HEADS} or --num-heads {width // 64}",
             )
         source.num_heads = _HEADS
@@ -56,7 +66,9 @@ def _is_theirs(source: Source) -> bool:
 
 
 def _drop_last_half_block(source: Source) -> None:
-    """Decoupled distillation (D²-MAE) trains a query and key on top, and its decoder reads an earlier block: what is of use is the encoder."""
+    """Decoupled distillation (D²-MAE) trains a query and key on top, and its decoder reads an earlier block: what is of
+    use is the encoder.
+    """
     tensors = source.tensors
     last = f"blocks.{count_blocks(tensors, 'blocks') - 1}."
     if f"{last}attn.qkv.weight" in tensors and f"{last}mlp.fc1.weight" not in tensors:
@@ -64,4 +76,7 @@ def _drop_last_half_block(source: Source) -> None:
         for name in gone:
             del tensors[name]
         source.dropped += gone
-        source.notes.append("decoupled distillation: its decoder and final norm belong to an earlier block; fine-tuning starts from the encoder")
+        source.notes.append(
+            "decoupled distillation: its decoder and final norm belong to an earlier block; fine-tuning starts from the"
+            " encoder"
+        )

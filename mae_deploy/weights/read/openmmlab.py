@@ -1,4 +1,6 @@
-"""mmpretrain's ViTs and masked autoencoders (and mmselfsup's and mmcls's before it): tensors under the original's names, and the facts of their records."""
+"""mmpretrain's ViTs and masked autoencoders (and mmselfsup's and mmcls's before it): tensors under the original's
+names, and the facts of their records.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ _NAMES = [
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 ]
-"""Their names to the original's. `backbone.ln1` norms the tokens (`final_norm`), `backbone.ln2` their average (`avg_featmap`)."""
+"""Their names to the original's. `backbone.ln1` norms the tokens (`final_norm`), `backbone.ln2` their average
+(`avg_featmap`)."""
 
 _SMALL = (768, 8, 8)
 """Their arch "small" is like nobody else's: width, blocks, heads."""
@@ -48,8 +51,13 @@ def from_openmmlab(source: Source) -> Source:
     names = {_renamed(name): name for name in source.tensors}
     tensors = {name: source.tensors[own] for name, own in names.items()}
     if {"norm.weight", "fc_norm.weight"} <= set(tensors):
-        raise ConfigError(f"{source.file} has a norm before pooling (final_norm) and one after it (avg_featmap), our classifier has one of them")
-    source = replace(source, tensors=tensors, names=names, layout="mmpretrain", renamed=len(set(tensors) - set(source.tensors)))
+        raise ConfigError(
+            f"{source.file} has a norm before pooling (final_norm) and one after it (avg_featmap), our classifier has"
+            " one of them"
+        )
+    source = replace(
+        source, tensors=tensors, names=names, layout="mmpretrain", renamed=len(set(tensors) - set(source.tensors))
+    )
     meta = source.beside.get("meta")
     _take_config(source, meta if isinstance(meta, dict) else {})
     return source
@@ -62,7 +70,9 @@ def _renamed(name: str) -> str:
 
 
 def _take_config(source: Source, meta: dict[str, Any]) -> None:
-    """Heads, target and classes from the record of training, where the file still has it: published files keep little of it."""
+    """Heads, target and classes from the record of training, where the file still has it: published files keep little
+    of it.
+    """
     config = str(meta.get("cfg", ""))
     source.num_heads = _number(r"\barch=dict\([^()]*\bnum_heads=(\d+)", config) or _small_heads(source.tensors)
     source.decoder_num_heads = _number(r"\bdecoder_num_heads=(\d+)", config)
@@ -82,4 +92,8 @@ def _number(pattern: str, text: str) -> int | None:
 def _small_heads(tensors: dict[str, Tensor]) -> int | None:
     width, depth, heads = _SMALL
     cls_token = tensors.get("cls_token")
-    return heads if cls_token is not None and (cls_token.shape[-1], count_blocks(tensors, "blocks")) == (width, depth) else None
+    return (
+        heads
+        if cls_token is not None and (cls_token.shape[-1], count_blocks(tensors, "blocks")) == (width, depth)
+        else None
+    )

@@ -11,7 +11,9 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_lic
 from mae_deploy.weights.read import mae_lite
 from mae_deploy.weights.read.files import MODEL_FILES, Source
 
-_MAE = re.compile(r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae")
+_MAE = re.compile(
+    r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae"
+)
 """File and repository names of the MAE authors' non-commercial weights and their re-uploads."""
 
 _MAE_CONVERTED = re.compile(r"(?=.*mae)(?=.*vit)(?=.*(converted|3rdparty))", re.DOTALL)
@@ -33,11 +35,13 @@ _OPENMMLAB_SHA256 = (
     *("c2cf66ba", "bc79e40b", "5d81fbc4", "f7569ca2", "b11d0425", "df72726a", "cc7e98c9", "ff848775"),  # pretrained
     *("cf70aa21", "0bfc9bfd", "95b6a0ce"),  # fine-tuned
 )
-"""The first digits of the SHA-256 sums in the file names of mmpretrain's MAE weights, which OpenMMLab trained itself (configs/mae/metafile.yml)."""
+"""The first digits of the SHA-256 sums in the file names of mmpretrain's MAE weights, which OpenMMLab trained itself
+(configs/mae/metafile.yml)."""
 _OPENMMLAB = re.compile(rf"_\d{{8}}-({'|'.join(_OPENMMLAB_SHA256)})\.pth")
 
 _APACHE = "Apache-2.0"
-"""What mmpretrain and MAE-Lite state for their projects, weights among them; neither states another licence for the weights."""
+"""What mmpretrain and MAE-Lite state for their projects, weights among them; neither states another licence for the
+weights."""
 
 _PIXELS = re.compile(r"mae_(visualize)_vit_|mae_pretrain_vit_(?:base|large|huge)_(full)")
 
@@ -47,7 +51,11 @@ def licence_of(source: Source, kind: str) -> str:
     if source.own_licence:
         return source.own_licence
     names = _published_names(source)
-    if _MAE.search(names) or (source.layout == "mmpretrain" and _MAE_CONVERTED.search(names)) or _has_released_md5(source, kind):
+    if (
+        _MAE.search(names)
+        or (source.layout == "mmpretrain" and _MAE_CONVERTED.search(names))
+        or _has_released_md5(source, kind)
+    ):
         return NON_COMMERCIAL
     if source.sha256[:8] in _OPENMMLAB_SHA256 or _OPENMMLAB.search(source.file.name):
         return _APACHE
@@ -58,13 +66,17 @@ def licence_of(source: Source, kind: str) -> str:
 
 
 def trained_on_normalised_pixels(source: Source) -> bool | None:
-    """What the name of an original release tells of its decoder: `full` was trained on normalised pixels, `visualize` (GAN loss or not) on pixels."""
+    """What the name of an original release tells of its decoder: `full` was trained on normalised pixels, `visualize`
+    (GAN loss or not) on pixels.
+    """
     found = _PIXELS.search(source.file.name)
     return None if found is None else found[2] is not None
 
 
 def _published_names(source: Source) -> str:
-    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder, the config's and timm's."""
+    """What the weights may be known by: the file's name, or its model folder's, the hub's cache folder, the config's
+    and timm's.
+    """
     folders = source.file.absolute().parts[:-1]
     own = folders[-1] if source.file.name in MODEL_FILES else source.file.name
     cached = [name for name in folders if name.startswith("models--")]
@@ -72,9 +84,15 @@ def _published_names(source: Source) -> str:
 
 
 def _has_released_md5(source: Source, kind: str) -> bool:
-    """Whether the file is one of the authors' under another name; six digits are published, so the model must be the right one too."""
+    """Whether the file is one of the authors' under another name; six digits are published, so the model must be the
+    right one too.
+    """
     width = _width(source.tensors)
-    if source.layout != "original or timm" or source.file.suffix == ".safetensors" or (kind, width) not in _MAE_MD5.values():
+    if (
+        source.layout != "original or timm"
+        or source.file.suffix == ".safetensors"
+        or (kind, width) not in _MAE_MD5.values()
+    ):
         return False
     digest = hashlib.md5(usedforsecurity=False)
     with source.file.open("rb") as file:

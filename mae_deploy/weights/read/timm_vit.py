@@ -77,7 +77,8 @@ def from_timm(source: Source, name: str | None) -> Source:
     classifier = "head.weight" in tensors
     if features := _foreign_features(model, classifier=classifier):
         raise ConfigError(
-            f"{architecture} has {', '.join(features)}, which our encoder does not have", hint="docs/import.md lists what folds and what is refused"
+            f"{architecture} has {', '.join(features)}, which our encoder does not have",
+            hint="docs/import.md lists what folds and what is refused",
         )
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
     # The table of positions may be that of another image size.
@@ -99,8 +100,13 @@ def from_timm(source: Source, name: str | None) -> Source:
 def _renamed(source: Source) -> dict[str, Tensor]:
     """Original DeiT-III files call LayerScale gamma_1 and gamma_2; DINOv2's carry a mask token of their pretraining."""
     if any("embeddings.patch_embeddings" in name for name in source.tensors):
-        raise ConfigError(f"--model names a timm model, and {source.file} holds Hugging Face's names", hint="leave --model out")
-    renamed = {name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): tensor for name, tensor in source.tensors.items()}
+        raise ConfigError(
+            f"--model names a timm model, and {source.file} holds Hugging Face's names", hint="leave --model out"
+        )
+    renamed = {
+        name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): tensor
+        for name, tensor in source.tensors.items()
+    }
     source.renamed = len(set(renamed) - set(source.tensors))
     source.dropped = [name for name in ("mask_token",) if renamed.pop(name, None) is not None]
     return {name: tensor.float() for name, tensor in renamed.items()}
@@ -113,9 +119,15 @@ def _build(source: Source, name: str) -> Any:
     architecture, tag = models.split_model_name_tag(name)
     if not models.is_model(architecture):
         near = difflib.get_close_matches(architecture, models.list_models(), n=1)
-        raise ConfigError(f"timm {timm.__version__} has no model '{name}'", hint=f"did you mean '{near[0]}'?" if near else "see timm.list_models('vit*')")
+        raise ConfigError(
+            f"timm {timm.__version__} has no model '{name}'",
+            hint=f"did you mean '{near[0]}'?" if near else "see timm.list_models('vit*')",
+        )
     if tag and name not in (tagged := models.get_arch_pretrained_cfgs(architecture)):
-        raise ConfigError(f"timm has no tag '{tag}' for {architecture}", hint=f"known: {', '.join(key.partition('.')[2] for key in tagged)}")
+        raise ConfigError(
+            f"timm has no tag '{tag}' for {architecture}",
+            hint=f"known: {', '.join(key.partition('.')[2] for key in tagged)}",
+        )
     # Fine-tuning with average pooling shows in the tensors, whatever the name says.
     pooling = {"global_pool": "avg"} if "fc_norm.weight" in source.tensors else {}
     return _on_meta(source, architecture, {"pretrained_cfg": tag or None, **pooling})
@@ -129,7 +141,11 @@ def _build_from_config(source: Source) -> Any:
         raise ConfigError(f"config.json beside {source.file} is not as timm writes it")
     known = {field.name for field in dataclasses.fields(models.PretrainedCfg)}
     architecture, _ = models.split_model_name_tag(config["architecture"])
-    return _on_meta(source, architecture, {**arguments, "pretrained_cfg": {key: value for key, value in stated.items() if key in known}})
+    return _on_meta(
+        source,
+        architecture,
+        {**arguments, "pretrained_cfg": {key: value for key, value in stated.items() if key in known}},
+    )
 
 
 def _on_meta(source: Source, architecture: str, arguments: dict[str, Any]) -> Any:
@@ -142,7 +158,9 @@ def _on_meta(source: Source, architecture: str, arguments: dict[str, Any]) -> An
         with torch.device("meta"):
             return models.model_entrypoint(architecture)(pretrained=False, **arguments)
     except Exception as error:  # timm asserts and raises whatever its arguments lead to
-        raise ConfigError(f"timm {timm.__version__} cannot build {architecture}: {' '.join(str(error).split())}") from error
+        raise ConfigError(
+            f"timm {timm.__version__} cannot build {architecture}: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _foreign_features(model: Any, *, classifier: bool) -> list[str]:
@@ -174,7 +192,11 @@ def _foreign_parts(model: Any) -> list[str]:
     for block in model.blocks:
         foreign = {part: kind for part, kind in _parts(block).items() if ours.get(part) != kind}
         # Of a foreign part, its own parts need no mention.
-        outermost = [part for part in foreign if not any(part != other and (not other or part.startswith(f"{other}.")) for other in foreign)]
+        outermost = [
+            part
+            for part in foreign
+            if not any(part != other and (not other or part.startswith(f"{other}.")) for other in foreign)
+        ]
         found |= dict.fromkeys(f"{_WORDS.get(part, part)} of kind {foreign[part]}" for part in outermost)
     return list(found)
 
@@ -213,7 +235,9 @@ def _foreign_end(model: Any, *, classifier: bool) -> list[str]:
 
 
 def _fold(source: Source, model: Any) -> None:
-    """Bring what our encoder computes without into the tensors that it has; the outputs stay the same but for rounding."""
+    """Bring what our encoder computes without into the tensors that it has; the outputs stay the same but for
+    rounding.
+    """
     tensors = source.tensors
     if absent := _add_zero_biases(tensors, len(model.blocks)):
         source.folded.append(f"{absent} absent biases: zeros")
@@ -229,7 +253,14 @@ def _fold(source: Source, model: Any) -> None:
 
 
 def _add_zero_biases(tensors: dict[str, Tensor], depth: int) -> int:
-    layers = ["patch_embed.proj", *(f"blocks.{index}.{layer}" for index in range(depth) for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"))]
+    layers = [
+        "patch_embed.proj",
+        *(
+            f"blocks.{index}.{layer}"
+            for index in range(depth)
+            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+        ),
+    ]
     absent = [layer for layer in layers if f"{layer}.bias" not in tensors]
     tensors |= {f"{layer}.bias": torch.zeros(tensors[f"{layer}.weight"].shape[0]) for layer in absent}
     return len(absent)
@@ -266,7 +297,12 @@ def _take_preprocessing(source: Source, pretrained_cfg: dict[str, Any]) -> None:
     if len(config["mean"]) == channels:
         settings |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
     else:
-        source.notes.append(f"timm knows mean and std of {len(config['mean'])} channels, not of {channels}: 0.5 and 0.25 are taken")
+        source.notes.append(
+            f"timm knows mean and std of {len(config['mean'])} channels, not of {channels}: 0.5 and 0.25 are taken"
+        )
     if config["crop_mode"] != "center":
-        source.notes.append(f"timm's preprocessing has crop_mode {config['crop_mode']}, ours cuts out the middle: the same for square images")
+        source.notes.append(
+            f"timm's preprocessing has crop_mode {config['crop_mode']}, ours cuts out the middle: the same for square"
+            " images"
+        )
     source.preprocess = dataclasses.replace(default_preprocess(source.image_size or (224, 224), channels), **settings)

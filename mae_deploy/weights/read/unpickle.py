@@ -1,4 +1,6 @@
-"""Read pickled checkpoints without running what they carry: tensors and plain values are let in, records that no tensor depends on arrive hollow."""
+"""Read pickled checkpoints without running what they carry: tensors and plain values are let in, records that no tensor
+depends on arrive hollow.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,8 @@ import torch
 from mae_deploy.errors import CheckFailed
 
 _HINT = (
-    "where you trust whoever made it, convert it on a machine that holds nothing of value: torch.load(FILE, weights_only=False), "
-    "then safetensors.torch.save_file of its tensors"
+    "where you trust whoever made it, convert it on a machine that holds nothing of value: torch.load(FILE,"
+    " weights_only=False), then safetensors.torch.save_file of its tensors"
 )
 
 
@@ -33,8 +35,13 @@ class Hollow:
 
 
 _HOLLOW = [
-    # Accuracies and losses, as NumPy scalars and arrays: timm, mmpretrain and training scripts leave them beside the weights.
-    *(f"{module}.{name}" for module in ("numpy.core.multiarray", "numpy._core.multiarray") for name in ("scalar", "_reconstruct")),
+    # Accuracies and losses, as NumPy scalars and arrays: timm, mmpretrain and training scripts leave them beside the
+    # weights.
+    *(
+        f"{module}.{name}"
+        for module in ("numpy.core.multiarray", "numpy._core.multiarray")
+        for name in ("scalar", "_reconstruct")
+    ),
     *(f"numpy.{name}" for name in ("ndarray", "dtype")),
     # mmpretrain's curve of every loss, which names its own methods by way of getattr.
     "mmengine.logging.history_buffer.HistoryBuffer",
@@ -56,14 +63,21 @@ def read_pickle(file: Path) -> Any:
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
-        reason = f"it wants to run {found.group(1)}" if found else "it is damaged, or holds more than tensors and plain values"
+        reason = (
+            f"it wants to run {found.group(1)}"
+            if found
+            else "it is damaged, or holds more than tensors and plain values"
+        )
         raise CheckFailed(f"refused to unpickle {file}: {reason}", hint=_HINT) from error
-    except Exception as error:  # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
+    # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
+    except Exception as error:
         raise CheckFailed(f"cannot read {file}: {' '.join(str(error).split())}") from error
 
 
 def _refuse_programs(file: Path) -> None:
-    """The two forms of torch.save and torch.jit.save that nothing but running them reads; torch would advise just that."""
+    """The two forms of torch.save and torch.jit.save that nothing but running them reads; torch would advise just
+    that.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
@@ -75,4 +89,7 @@ def _refuse_programs(file: Path) -> None:
     with file.open("rb") as content:
         is_tar = content.read(262)[257:] == b"ustar"
     if is_tar:
-        raise CheckFailed(f"refused to unpickle {file}: it has the tar form of early PyTorch, which torch reads only by running it", hint=_HINT)
+        raise CheckFailed(
+            f"refused to unpickle {file}: it has the tar form of early PyTorch, which torch reads only by running it",
+            hint=_HINT,
+        )

@@ -1,4 +1,6 @@
-"""The README.md of exported weights: licence, what the model is, how it is loaded, what was proven, and where it comes from."""
+"""The README.md of exported weights: licence, what the model is, how it is loaded, what was proven, and where it comes
+from.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
         "",
         f"# {encoder.name}",
         "",
-        f"A {_KINDS[metadata.kind]} for {encoder.in_chans}x{size} images: patch {encoder.patch}, {encoder.width} wide, {encoder.blocks} blocks, "
-        f"{encoder.heads} heads. Written by `mae-deploy export-weights`.",
+        (
+            f"A {_KINDS[metadata.kind]} for {encoder.in_chans}x{size} images: patch {encoder.patch}, {encoder.width}"
+            f" wide, {encoder.blocks} blocks, {encoder.heads} heads. Written by `mae-deploy export-weights`."
+        ),
         "",
         "```python",
         *_usage(library, metadata.kind),
@@ -51,10 +55,25 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
 def _front_matter(licence: str, library: Library, kind: str) -> list[str]:
     known = LICENCE_IDS.get(licence)
     stated = (
-        [f"license: {known}"] if known else ["license: unknown"] if licence == UNKNOWN_LICENCE else ["license: other", f"license_name: {json.dumps(licence)}"]
+        [f"license: {known}"]
+        if known
+        else (
+            ["license: unknown"]
+            if licence == UNKNOWN_LICENCE
+            else ["license: other", f"license_name: {json.dumps(licence)}"]
+        )
     )
-    task = ["pipeline_tag: image-classification"] if kind == "classifier" else ["pipeline_tag: image-feature-extraction"]
-    return [*stated, f"library_name: {'timm' if library == 'timm' else 'transformers'}", *task, "tags:", "- masked-autoencoder", "- vit"]
+    task = (
+        ["pipeline_tag: image-classification"] if kind == "classifier" else ["pipeline_tag: image-feature-extraction"]
+    )
+    return [
+        *stated,
+        f"library_name: {'timm' if library == 'timm' else 'transformers'}",
+        *task,
+        "tags:",
+        "- masked-autoencoder",
+        "- vit",
+    ]
 
 
 def _usage(library: Library, kind: str) -> list[str]:
@@ -62,7 +81,11 @@ def _usage(library: Library, kind: str) -> list[str]:
         return ["import timm", "", 'model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()']
     name = architecture_of(kind)
     pooler = ", add_pooling_layer=False" if kind == "encoder" else ""
-    return [f"from transformers import {name}", "", f'model = {name}.from_pretrained("PATH/TO/THIS/FOLDER"{pooler}).eval()']
+    return [
+        f"from transformers import {name}",
+        "",
+        f'model = {name}.from_pretrained("PATH/TO/THIS/FOLDER"{pooler}).eval()',
+    ]
 
 
 def _licence(licence: str) -> str:

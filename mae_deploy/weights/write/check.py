@@ -1,4 +1,6 @@
-"""Prove that what was written for another library computes there, or reads back here, as the model that it came from."""
+"""Prove that what was written for another library computes there, or reads back here, as the model that it came
+from.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.write.foreign import ForeignModel, Library, architecture_of
 
 LIMIT = 2e-5
-"""Largest difference between two libraries' outputs as a share of the largest number; float32 sums in another order gave 7e-7 for ViT-B."""
+"""Largest difference between two libraries' outputs as a share of the largest number; float32 sums in another order
+gave 7e-7 for ViT-B."""
 
 _IMAGES = 2
 _MASK_RATIO = 0.5
@@ -49,19 +52,32 @@ def prove(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[
     noise = torch.rand((_IMAGES, encoder.num_patches), generator=generator)
     with torch.inference_mode():
         ours = _ours(model_of(model.loaded), images, noise)
-        theirs = _timm(path, model.loaded.metadata.kind, images) if library == "timm" else _hugging_face(path, model.loaded.metadata.kind, images, noise)
+        theirs = (
+            _timm(path, model.loaded.metadata.kind, images)
+            if library == "timm"
+            else _hugging_face(path, model.loaded.metadata.kind, images, noise)
+        )
     error = max(_difference(ours[name], theirs[name]) for name in ours)
     if not error <= LIMIT:
-        raise CheckFailed(f"{package} computes something else from what was written: outputs differ by {error:.1e} of the largest, the limit is {LIMIT:g}")
+        raise CheckFailed(
+            f"{package} computes something else from what was written: outputs differ by {error:.1e} of the largest,"
+            f" the limit is {LIMIT:g}"
+        )
     return {**found, package: f"{', '.join(ours)} agree within {error:.1e} of the largest"}
 
 
 def _prove_round_trip(path: Path, loaded: Loaded) -> None:
     """Our own importer gets the same tensors and settings back."""
     imported = import_weights(path, ImportOptions())
-    different = [name for name, tensor in loaded.tensors.items() if name not in imported.tensors or not torch.equal(tensor.float(), imported.tensors[name])]
+    different = [
+        name
+        for name, tensor in loaded.tensors.items()
+        if name not in imported.tensors or not torch.equal(tensor.float(), imported.tensors[name])
+    ]
     if different or set(imported.tensors) != set(loaded.tensors):
-        raise CheckFailed(f"what was written reads back with {len(different) or 'more'} other tensors {', '.join(different[:4])}")
+        raise CheckFailed(
+            f"what was written reads back with {len(different) or 'more'} other tensors {', '.join(different[:4])}"
+        )
     wrote, read = (_settings(metadata) for metadata in (loaded.metadata, imported.metadata))
     for name, value in wrote.items():
         if read[name] != value:
@@ -71,10 +87,15 @@ def _prove_round_trip(path: Path, loaded: Loaded) -> None:
 def _settings(metadata: Metadata) -> dict[str, Any]:
     """What must come back; a name of ours and the fraction that the MLP's width is of the tokens' need not."""
     encoder = from_dict(EncoderConfig, metadata.encoder)
-    settings = {name: getattr(encoder, name) for name in ("image_size", "patch", "in_chans", "width", "blocks", "heads")}
+    settings = {
+        name: getattr(encoder, name) for name in ("image_size", "patch", "in_chans", "width", "blocks", "heads")
+    }
     settings |= {name: getattr(metadata, name) for name in ("kind", "pool", "num_classes", "class_names", "licence")}
     if metadata.kind == "mae":
-        settings |= {"decoder": from_dict(DecoderConfig, metadata.decoder or {}), "norm_pix_loss": metadata.norm_pix_loss}
+        settings |= {
+            "decoder": from_dict(DecoderConfig, metadata.decoder or {}),
+            "norm_pix_loss": metadata.norm_pix_loss,
+        }
     return settings
 
 
@@ -102,9 +123,13 @@ def _hugging_face(folder: Path, kind: str, images: Tensor, noise: Tensor) -> dic
     import transformers
 
     # ViTModel's pooler is a layer of its own on top, which no ViT of ours has.
-    settings = {"add_pooling_layer": False} if kind == "encoder" else {"mask_ratio": _MASK_RATIO} if kind == "mae" else {}
+    settings = (
+        {"add_pooling_layer": False} if kind == "encoder" else {"mask_ratio": _MASK_RATIO} if kind == "mae" else {}
+    )
     with _quiet(transformers):
-        model, loading = getattr(transformers, architecture_of(kind)).from_pretrained(folder, local_files_only=True, output_loading_info=True, **settings)
+        model, loading = getattr(transformers, architecture_of(kind)).from_pretrained(
+            folder, local_files_only=True, output_loading_info=True, **settings
+        )
     if wrong := [f"{sort} {sorted(map(str, names))[:4]}" for sort, names in loading.items() if names]:
         raise CheckFailed(f"transformers reads what was written with {'; '.join(wrong)}")
     model.eval()

@@ -1,4 +1,6 @@
-"""Weights for elsewhere: the tensors and settings under which the original implementation, timm and transformers know a model of ours."""
+"""Weights for elsewhere: the tensors and settings under which the original implementation, timm and transformers know a
+model of ours.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,13 @@ _HUGGING_FACE = [
 _FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 """Pillow's numbers."""
 
-LICENCE_IDS = {NON_COMMERCIAL: "cc-by-nc-4.0", "Apache-2.0": "apache-2.0", "MIT": "mit", "CC-BY-4.0": "cc-by-4.0", "CC0-1.0": "cc0-1.0"}
+LICENCE_IDS = {
+    NON_COMMERCIAL: "cc-by-nc-4.0",
+    "Apache-2.0": "apache-2.0",
+    "MIT": "mit",
+    "CC-BY-4.0": "cc-by-4.0",
+    "CC0-1.0": "cc0-1.0",
+}
 """SPDX's names of licences to those of model hubs."""
 
 
@@ -75,7 +83,9 @@ def foreign_model(loaded: Loaded, library: Library) -> ForeignModel:
 
 
 def original_content(model: ForeignModel) -> dict[str, Any]:
-    """What a `.pth` of the original holds: `model`, and beside it our record of it, plain values that any safe load reads."""
+    """What a `.pth` of the original holds: `model`, and beside it our record of it, plain values that any safe load
+    reads.
+    """
     return {"model": plain_tensors(model), OWN_RECORD: to_dict(model.loaded.metadata)}
 
 
@@ -84,7 +94,8 @@ def _refuse_other_objectives(metadata: Metadata, library: str) -> None:
     if not is_plain(metadata):
         objective = from_dict(ObjectiveConfig, metadata.objective or {})
         raise ConfigError(
-            f"{library} has no decoder for target {objective.target}{' with mask tokens in the encoder' if objective.encoder_mask_tokens else ''}",
+            f"{library} has no decoder for target"
+            f" {objective.target}{' with mask tokens in the encoder' if objective.encoder_mask_tokens else ''}",
             hint="--to timm takes the encoder alone",
         )
 
@@ -126,10 +137,20 @@ def _timm(loaded: Loaded) -> ForeignModel:
         "classifier": "head",
         "license": LICENCE_IDS.get(metadata.licence, metadata.licence),
     }
-    config: dict[str, Any] = {"architecture": _timm_name(encoder), "num_classes": classes, "num_features": encoder.width, "global_pool": pooling}
+    config: dict[str, Any] = {
+        "architecture": _timm_name(encoder),
+        "num_classes": classes,
+        "num_features": encoder.width,
+        "global_pool": pooling,
+    }
     if metadata.class_names:
         config["label_names"] = list(metadata.class_names)
-    return ForeignModel(loaded, dict(loaded.tensors), {"config.json": {**config, "model_args": arguments, "pretrained_cfg": stated}}, left_out)
+    return ForeignModel(
+        loaded,
+        dict(loaded.tensors),
+        {"config.json": {**config, "model_args": arguments, "pretrained_cfg": stated}},
+        left_out,
+    )
 
 
 def _timm_name(encoder: EncoderConfig) -> str:
@@ -139,7 +160,11 @@ def _timm_name(encoder: EncoderConfig) -> str:
 
 def _without_decoder(loaded: Loaded) -> Loaded:
     encoder = encoder_of(loaded)
-    return Loaded(replace(loaded.metadata, kind="encoder", decoder=None, objective=None), dict(encoder.state_dict()), loaded.record)
+    return Loaded(
+        replace(loaded.metadata, kind="encoder", decoder=None, objective=None),
+        dict(encoder.state_dict()),
+        loaded.record,
+    )
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------
@@ -149,11 +174,15 @@ def _hugging_face(loaded: Loaded) -> ForeignModel:
     metadata, encoder = loaded.metadata, loaded.encoder_config
     if metadata.pool == "avg":
         raise ConfigError(
-            "transformers' ViTForImageClassification reads the class token after the last norm, this classifier the patches' average before fc_norm",
+            "transformers' ViTForImageClassification reads the class token after the last norm, this classifier the"
+            " patches' average before fc_norm",
             hint="--to timm takes it as it is; or fine-tune with --pool cls",
         )
     if metadata.kind == "mae" and encoder.image_size[0] != encoder.image_size[1]:
-        raise ConfigError(f"transformers' ViTMAEForPreTraining wants square images, not {encoder.image_size[0]}x{encoder.image_size[1]}")
+        raise ConfigError(
+            "transformers' ViTMAEForPreTraining wants square images, not"
+            f" {encoder.image_size[0]}x{encoder.image_size[1]}"
+        )
     tensors = _renamed(_parted(loaded.tensors))
     if metadata.kind == "encoder":  # ViTModel is the whole model, not the part `vit` of one
         tensors = {name.removeprefix("vit."): tensor for name, tensor in tensors.items()}
@@ -216,7 +245,10 @@ def _config(loaded: Loaded) -> dict[str, Any]:
     elif metadata.num_classes is not None:
         config["num_labels"] = metadata.num_classes
         if (names := metadata.class_names) is not None:
-            config |= {"id2label": {str(index): name for index, name in enumerate(names)}, "label2id": {name: index for index, name in enumerate(names)}}
+            config |= {
+                "id2label": {str(index): name for index, name in enumerate(names)},
+                "label2id": {name: index for index, name in enumerate(names)},
+            }
     return config
 
 
@@ -233,7 +265,9 @@ def _mask_ratio(provenance: dict[str, Any]) -> float:
 
 
 def _processor(preprocess: Preprocess) -> dict[str, Any] | None:
-    """The image processor that resizes the shorter side and cuts out the middle, as ours does; None where transformers has none that does the same."""
+    """The image processor that resizes the shorter side and cuts out the middle, as ours does; None where transformers
+    has none that does the same.
+    """
     rows, columns = preprocess.image_size
     if rows != columns or preprocess.takes_arrays:
         return None

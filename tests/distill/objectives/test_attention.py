@@ -40,7 +40,12 @@ def test_other_heads_are_mixed_by_a_convolution_for_each_pair() -> None:
     losses = []
     for adapter, own, its in zip(objective.adapters, objective.student_taps, objective.teacher_taps, strict=True):
         assert isinstance(adapter, torch.nn.Conv2d)
-        maps = [torch.softmax(torch.einsum("bhtd,bhsd->bhts", qkv[:, 0], qkv[:, 1]) / 2, dim=-1) for qkv in (student[own], teacher[its])]
+        maps = [
+            torch.softmax(torch.einsum("bhtd,bhsd->bhts", qkv[:, 0], qkv[:, 1]) / 2, dim=-1)
+            for qkv in (student[own], teacher[its])
+        ]
         mixed = torch.einsum("oh,bhts->bots", adapter.weight[:, :, 0, 0], maps[0])
         losses.append(F.mse_loss(mixed, maps[1]))
-    torch.testing.assert_close(objective(student, teacher, view()), torch.stack(losses).mean(), rtol=1e-5, atol=0)  # float32 sums
+    torch.testing.assert_close(
+        objective(student, teacher, view()), torch.stack(losses).mean(), rtol=1e-5, atol=0
+    )  # float32 sums

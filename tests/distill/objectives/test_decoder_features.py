@@ -47,4 +47,6 @@ def test_all_patches_need_no_masking() -> None:
     objective = DecoderFeatures(1, 2, 6, 10, patches="all")
     student, teacher = taps_of(objective)
     seen = view()
-    assert torch.equal(objective(student, teacher, View(seen.images, seen.labels, None)), objective(student, teacher, seen))
+    assert torch.equal(
+        objective(student, teacher, View(seen.images, seen.labels, None)), objective(student, teacher, seen)
+    )

@@ -53,7 +53,9 @@ def test_projectors_bring_the_student_to_the_teachers_width() -> None:
     assert projector("linear", 5, 7)(vectors).shape == (2, 3, 7)
     mlp = projector("mlp", 5, 7)
     assert mlp(vectors).shape == (2, 3, 7)
-    assert not torch.allclose(mlp(vectors) + mlp(-vectors), 2 * mlp(torch.zeros(5)), atol=1e-3)  # a linear map would agree
+    assert not torch.allclose(
+        mlp(vectors) + mlp(-vectors), 2 * mlp(torch.zeros(5)), atol=1e-3
+    )  # a linear map would agree
 
 
 def test_without_a_projector_vectors_are_normalised_and_widths_equal() -> None:

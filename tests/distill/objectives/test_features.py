@@ -27,7 +27,8 @@ def test_pairs_are_averaged_and_each_has_its_projector() -> None:
     assert objective.student_taps == (Tap("tokens", 2), Tap("tokens", 4))
     assert objective.teacher_taps == (Tap("tokens", 3), Tap("tokens", 6))
     each = [
-        F.mse_loss(project(student[Tap("tokens", own)]), teacher[Tap("tokens", its)]) for project, (own, its) in zip(objective.projectors, PAIRS, strict=True)
+        F.mse_loss(project(student[Tap("tokens", own)]), teacher[Tap("tokens", its)])
+        for project, (own, its) in zip(objective.projectors, PAIRS, strict=True)
     ]
     assert torch.equal(objective(student, teacher, view()), torch.stack(each).mean())
     assert each[0] != each[1]

@@ -23,7 +23,9 @@ def in_numpy(student: Tensor, teacher: Tensor, num_heads: int, kinds: tuple[Rela
     for first, second in (("qkv".index(kind[0]), "qkv".index(kind[1])) for kind in kinds):
         divergences = []
         for b in range(len(student)):
-            own, its = (np.concatenate([*qkv[b].double().numpy().transpose(1, 0, 2, 3)], axis=-1) for qkv in (student, teacher))
+            own, its = (
+                np.concatenate([*qkv[b].double().numpy().transpose(1, 0, 2, 3)], axis=-1) for qkv in (student, teacher)
+            )
             for head in range(num_heads):
                 rows = []
                 for vectors in (own, its):
@@ -41,7 +43,9 @@ def test_relations_of_heads_that_both_have() -> None:
     own, its = random_tensor(2, 3, 5, 4, 2), random_tensor(2, 3, 5, 4, 3, seed=2)
     objective = Relations(((1, 1),), 10, 15, 5)
     assert objective.num_heads == 5
-    assert float(objective({TAP: own}, {TAP: its}, view())) == pytest.approx(in_numpy(own, its, 5, ("qk", "vv")), rel=1e-5)  # float32
+    assert float(objective({TAP: own}, {TAP: its}, view())) == pytest.approx(
+        in_numpy(own, its, 5, ("qk", "vv")), rel=1e-5
+    )  # float32
     assert torch.equal(relation(own, "qk", 5), own[:, 0] @ own[:, 1].transpose(-2, -1) / math.sqrt(2))
 
 
@@ -51,10 +55,15 @@ def test_relations_of_a_student_with_other_heads() -> None:
     own, its = tap_tensor(TAP, STUDENT, 1), tap_tensor(TAP, TEACHER, 2)
     objective = Relations(((1, 1),), 12, 20, 5, kinds=kinds)
     assert objective.num_heads == 4
-    assert float(objective({TAP: own}, {TAP: its}, view())) == pytest.approx(in_numpy(own, its, 4, kinds), rel=1e-5)  # float32
+    assert float(objective({TAP: own}, {TAP: its}, view())) == pytest.approx(
+        in_numpy(own, its, 4, kinds), rel=1e-5
+    )  # float32
 
 
-@pytest.mark.parametrize(("widths_and_heads", "expected"), [((192, 1280, 16), 16), ((768, 1024, 16), 16), ((128, 192, 3), 2), ((12, 20, 5), 4), ((7, 5, 3), 1)])
+@pytest.mark.parametrize(
+    ("widths_and_heads", "expected"),
+    [((192, 1280, 16), 16), ((768, 1024, 16), 16), ((128, 192, 3), 2), ((12, 20, 5), 4), ((7, 5, 3), 1)],
+)
 def test_relation_heads_fit_both_widths(widths_and_heads: tuple[int, int, int], expected: int) -> None:
     assert relation_heads(*widths_and_heads) == expected
 
@@ -68,7 +77,9 @@ def test_pairs_are_averaged() -> None:
 
 
 def test_the_same_relations_cost_nothing_whatever_the_basis_and_the_order() -> None:
-    """Queries and keys turned alike have the same products; tokens in another order have the same relations in another order."""
+    """Queries and keys turned alike have the same products; tokens in another order have the same relations in another
+    order.
+    """
     qkv = random_tensor(2, 3, 5, 4, 3)
     turned, _ = torch.linalg.qr(random_tensor(3, 3))
     objective = Relations(((1, 1),), 15, 15, 5)

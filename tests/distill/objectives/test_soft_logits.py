@@ -25,7 +25,8 @@ def test_by_hand() -> None:
     teacher = torch.tensor([[3.0, 1.0]]).log()
     student = torch.zeros(1, 2)
     assert soft_logits(student, teacher, 1.0) == pytest.approx(0.130812, abs=1e-6)  # the digits given
-    # At temperature 2 the teacher has √3 to 1, that is 0.633975 and 0.366025; times 2²: 4 (0.633975 ln 1.267949 + 0.366025 ln 0.732051).
+    # At temperature 2 the teacher has √3 to 1, that is 0.633975 and 0.366025; times 2²: 4 (0.633975 ln 1.267949 +
+    # 0.366025 ln 0.732051).
     assert soft_logits(student, teacher, 2.0) == pytest.approx(4 * 0.036341, abs=1e-5)
 
 

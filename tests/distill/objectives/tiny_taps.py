@@ -1,4 +1,6 @@
-"""Taps of a student and of a wider teacher with more heads, on six patches of which two are visible; all sizes differ."""
+"""Taps of a student and of a wider teacher with more heads, on six patches of which two are visible; all sizes
+differ.
+"""
 
 from __future__ import annotations
 

@@ -27,7 +27,9 @@ def test_a_ramp_stays_a_ramp_in_a_smaller_grid_for_every_channel_of_qkv() -> Non
     found = answers_for({QKV: qkv}, None, found=(1, 4), asked=(1, 2))[QKV]
     assert found.shape == (B, 3, H, 3, D)
     centred = (found - channels)[..., 1:, :]
-    torch.testing.assert_close(centred.sum(dim=3), torch.full((B, 3, H, D), 3.0), rtol=0, atol=1e-4)  # float32 numbers up to 140
+    torch.testing.assert_close(
+        centred.sum(dim=3), torch.full((B, 3, H, D), 3.0), rtol=0, atol=1e-4
+    )  # float32 numbers up to 140
     assert torch.equal((found - channels)[..., 0, :], torch.full((B, 3, H, D), 50.0))
 
 
@@ -42,4 +44,6 @@ def test_tokens_are_normalised_and_the_rest_is_not() -> None:
     value = torch.tensor([[[1.0, 3.0], [5.0, 5.5]]], dtype=torch.bfloat16)
     found = answers_for({TOKENS: value, LATENT: value}, None, found=(1, 1), asked=(1, 1))
     assert torch.equal(found[LATENT], value.float())
-    torch.testing.assert_close(found[TOKENS], torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]]), rtol=0, atol=1e-3)  # eps 1e-5 beside a variance of 1/16
+    torch.testing.assert_close(
+        found[TOKENS], torch.tensor([[[-1.0, 1.0], [-1.0, 1.0]]]), rtol=0, atol=1e-3
+    )  # eps 1e-5 beside a variance of 1/16

@@ -13,8 +13,12 @@ from tests.models.tiny_models import tiny_encoder
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.mark.parametrize(("avx512", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")])
-def test_auto_on_a_cpu_is_what_it_multiplies_in(avx512: bool, amx: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_auto_on_a_cpu_is_what_it_multiplies_in(
+    avx512: bool, amx: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     assert resolve_precision("auto", CPU) == expected
@@ -23,7 +27,9 @@ def test_auto_on_a_cpu_is_what_it_multiplies_in(avx512: bool, amx: bool, expecte
 
 @pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
 def test_auto_on_a_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *, including_emulation: native and not including_emulation)
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: native and not including_emulation
+    )
     assert resolve_precision("auto", CUDA) == expected
     assert resolve_precision("fp16", CUDA) == "fp16"
 

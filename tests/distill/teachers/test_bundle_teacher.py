@@ -47,7 +47,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle(checkpoint: Path, samples: Path, out: Path, **settings: Any) -> Path:
-    export(from_dict(ExportConfig, {"checkpoint": str(checkpoint), "out": str(out), "samples": str(samples), "num_samples": 8, **settings}))
+    export(
+        from_dict(
+            ExportConfig,
+            {"checkpoint": str(checkpoint), "out": str(out), "samples": str(samples), "num_samples": 8, **settings},
+        )
+    )
     return out
 
 
@@ -64,13 +69,17 @@ def full(checkpoint: Path, images: Path, tmp_path_factory: pytest.TempPathFactor
 def assert_same(found: dict[Tap, torch.Tensor], expected: dict[Tap, torch.Tensor]) -> None:
     assert set(found) == set(expected)
     for tap, value in expected.items():
-        torch.testing.assert_close(found[tap], value, rtol=0, atol=1e-4)  # two libraries' float32, on values of a few units
+        torch.testing.assert_close(
+            found[tap], value, rtol=0, atol=1e-4
+        )  # two libraries' float32, on values of a few units
 
 
 @pytest.mark.parametrize("wanted", [WANTED, (Tap("tokens", 2),), (Tap("latent"), Tap("pooled"))])
 def test_answers_are_the_checkpoints(wanted: tuple[Tap, ...], visible: Path, checkpoint: Path) -> None:
     """Blocks and outputs together, blocks alone (the graph ends there), outputs alone (the graph as it is)."""
-    teacher, reference = (ready(open_teacher(path, FP32 if path == checkpoint else AUTO), wanted) for path in (visible, checkpoint))
+    teacher, reference = (
+        ready(open_teacher(path, FP32 if path == checkpoint else AUTO), wanted) for path in (visible, checkpoint)
+    )
     assert isinstance(teacher, BundleTeacher)
     assert (teacher.depth, teacher.width, teacher.num_heads, teacher.num_classes) == (3, 20, 5, None)
     assert teacher.needs_whole is None
@@ -96,7 +105,9 @@ def test_the_graph_ends_at_the_tap(visible: Path, tmp_path: Path) -> None:
     path = write_prefix(teacher.bundle.graph(), [teacher.bundle.blocks[1]], tmp_path)
     whole, part = onnx.load(teacher.bundle.graph()), onnx.load(path)
     assert [entry.name for entry in part.graph.output] == [output_of(teacher.bundle.blocks[1])]
-    blocks = {name.split(".")[1] for name in (entry.name for entry in part.graph.initializer) if name.startswith("blocks.")}
+    blocks = {
+        name.split(".")[1] for name in (entry.name for entry in part.graph.initializer) if name.startswith("blocks.")
+    }
     assert blocks == {"0", "1"}
     assert len(part.graph.node) < len(whole.graph.node)
     assert not any(entry.name.startswith("norm") for entry in part.graph.initializer)
@@ -109,7 +120,10 @@ def test_classifiers_teach_logits(images: Path, tmp_path: Path) -> None:
     teacher = open_teacher(exported, AUTO)
     assert (teacher.kind, teacher.num_classes, teacher.class_names) == ("classifier", 11, names)
     wanted = {Tap("logits"), Tap("pooled"), Tap("tokens", 1)}
-    assert_same(ready(teacher, wanted)(batch_of(), None, whole=True), ready(open_teacher(checkpoint, FP32), wanted)(batch_of(), None, whole=True))
+    assert_same(
+        ready(teacher, wanted)(batch_of(), None, whole=True),
+        ready(open_teacher(checkpoint, FP32), wanted)(batch_of(), None, whole=True),
+    )
     with pytest.raises(ConfigError, match="gives no latent") as error:
         ready(open_teacher(exported, AUTO), {Tap("latent")})
     assert "mean-pooled classifier" in str(error.value.hint)
@@ -130,7 +144,12 @@ def test_the_key_knows_the_engine_and_the_taps(visible: Path, full: Path) -> Non
     def key(path: Path, *wanted: Tap) -> str:
         return ready(open_teacher(path, AUTO), wanted).key
 
-    keys = {key(visible, Tap("latent")), key(visible, Tap("tokens", 2)), key(visible, Tap("tokens", 1)), key(full, Tap("latent"))}
+    keys = {
+        key(visible, Tap("latent")),
+        key(visible, Tap("tokens", 2)),
+        key(visible, Tap("tokens", 1)),
+        key(full, Tap("latent")),
+    }
     assert len(keys) == 4
     assert key(visible, Tap("latent")) in keys
 

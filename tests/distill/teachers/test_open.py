@@ -28,8 +28,16 @@ def test_settings_of_another_kind_of_teacher(tmp_path: Path) -> None:
     bundle.mkdir()
     (bundle / "manifest.json").write_text("{}")
     for path, settings, message in (
-        (checkpoint, TeacherConfig(teacher_engine="onnx"), "--teacher-engine onnx runs bundles, and the teacher is a checkpoint"),
-        (Path("timm:test_vit"), TeacherConfig(teacher_engine="trt", teacher_weights=checkpoint), "the teacher is a timm model"),
+        (
+            checkpoint,
+            TeacherConfig(teacher_engine="onnx"),
+            "--teacher-engine onnx runs bundles, and the teacher is a checkpoint",
+        ),
+        (
+            Path("timm:test_vit"),
+            TeacherConfig(teacher_engine="trt", teacher_weights=checkpoint),
+            "the teacher is a timm model",
+        ),
         (Path("timm:test_vit"), TeacherConfig(), "--teacher timm:test_vit needs its weights"),
         (checkpoint, TeacherConfig(teacher_weights=checkpoint), "--teacher-weights goes with --teacher timm:NAME"),
         (bundle, TeacherConfig(teacher_engine="torch"), "--teacher-engine torch runs checkpoints"),

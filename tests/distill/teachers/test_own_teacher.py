@@ -105,7 +105,10 @@ def test_the_decoder_of_the_visible_patches_and_of_all() -> None:
     found = teacher(batch, masking, whole=False)
     assert found[Tap("decoder", 1)].shape == (3, 15, 12)
     with torch.no_grad():
-        torch.testing.assert_close(found[Tap("pixels")], model.forward_decoder(model.forward_latent(batch.images, masking), masking.ids_restore))
+        torch.testing.assert_close(
+            found[Tap("pixels")],
+            model.forward_decoder(model.forward_latent(batch.images, masking), masking.ids_restore),
+        )
         everything = model.forward_decoder(model.forward_encoder(batch.images), torch.arange(15).expand(3, 15))
     for whole in (teacher(batch, masking, whole=True), teacher(batch, None, whole=False)):
         torch.testing.assert_close(whole[Tap("pixels")], everything)
@@ -118,7 +121,9 @@ def test_an_encoder_with_mask_tokens_answers_for_the_visible_patches() -> None:
     batch, masking = batch_of(), masking_of()
     found = ready(own_teacher(model), wanted)(batch, masking, whole=False)
     assert found[Tap("tokens", 2)].shape == (3, 1 + masking.ids_keep.shape[1], 20)
-    alone = ready(own_teacher(model), {Tap("tokens", 2)})(batch, masking, whole=False)  # a plain encoder, which sees the visible ones alone
+    alone = ready(own_teacher(model), {Tap("tokens", 2)})(
+        batch, masking, whole=False
+    )  # a plain encoder, which sees the visible ones alone
     assert alone[Tap("tokens", 2)].shape == found[Tap("tokens", 2)].shape
 
 
@@ -131,7 +136,8 @@ def test_another_patch_size_is_met_by_resizing() -> None:
     small = replace(batch, images=resize_images(batch.images, (6, 10)))
     assert teacher.needs_whole is None
     assert torch.equal(
-        teacher(batch, masking, whole=False)[Tap("tokens", 3)], ready(own_teacher(model), {Tap("tokens", 3)})(small, masking, whole=False)[Tap("tokens", 3)]
+        teacher(batch, masking, whole=False)[Tap("tokens", 3)],
+        ready(own_teacher(model), {Tap("tokens", 3)})(small, masking, whole=False)[Tap("tokens", 3)],
     )
 
 
@@ -142,7 +148,9 @@ def test_another_grid_shows_the_image_at_another_size() -> None:
 
 
 def test_or_its_maps_are_interpolated() -> None:
-    teacher = ready(own_teacher(tiny_encoder(DEEP), INTERPOLATED), {Tap("tokens", 3), Tap("latent"), Tap("qkv", 1)}, student=OTHER)
+    teacher = ready(
+        own_teacher(tiny_encoder(DEEP), INTERPOLATED), {Tap("tokens", 3), Tap("latent"), Tap("qkv", 1)}, student=OTHER
+    )
     assert teacher.model.config.image_size == ENCODER.image_size
     found = teacher(batch_of(OTHER), None, whole=False)
     assert {tap: tuple(value.shape) for tap, value in found.items()} == {
@@ -207,7 +215,16 @@ def test_other_channels_are_refused() -> None:
 
 
 def test_groups_of_bands_teach_logits_and_not_tokens() -> None:
-    bands = EncoderConfig(name="bands", image_size=(6, 10), patch_size=2, in_chans=3, band_groups=((0, 1), (2,)), embed_dim=20, depth=1, num_heads=5)
+    bands = EncoderConfig(
+        name="bands",
+        image_size=(6, 10),
+        patch_size=2,
+        in_chans=3,
+        band_groups=((0, 1), (2,)),
+        embed_dim=20,
+        depth=1,
+        num_heads=5,
+    )
     with pytest.raises(ConfigError, match="groups of bands"):
         ready(own_teacher(tiny_classifier("avg", bands)), {Tap("tokens", 1)})
     teacher = ready(own_teacher(tiny_classifier("avg", bands)), {Tap("logits")})
@@ -248,11 +265,14 @@ def test_the_key_follows_whatever_changes_the_answers() -> None:
 
 def test_bf16_is_close_and_its_answers_are_float32() -> None:
     torch.manual_seed(0)
-    model = MaskedAutoencoder(replace(ENCODER, name="wide", embed_dim=40, depth=3), DecoderConfig(decoder_depth=1, decoder_embed_dim=16))
+    model = MaskedAutoencoder(
+        replace(ENCODER, name="wide", embed_dim=40, depth=3), DecoderConfig(decoder_depth=1, decoder_embed_dim=16)
+    )
     wanted = {Tap("tokens", 3), Tap("decoder", 1), Tap("qkv", 2)}
     batch, masking = batch_of(), masking_of()
     exact, rounded = (
-        ready(own_teacher(model, TeacherConfig(teacher_precision=precision)), wanted)(batch, masking, whole=False) for precision in ("fp32", "bf16")
+        ready(own_teacher(model, TeacherConfig(teacher_precision=precision)), wanted)(batch, masking, whole=False)
+        for precision in ("fp32", "bf16")
     )
     for tap in wanted:
         assert rounded[tap].dtype == torch.float32

@@ -53,8 +53,13 @@ def weights(tmp_path: Path) -> Path:
 
 
 def teacher_of(architecture: str, weights: Path, num_classes: int = 7, **settings: Any) -> TimmTeacher:
-    save_file({name: tensor.contiguous() for name, tensor in reference(architecture, num_classes).state_dict().items()}, weights)
-    return TimmTeacher(architecture, weights, TeacherConfig(teacher_precision="fp32", teacher_weights=weights, **settings))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in reference(architecture, num_classes).state_dict().items()},
+        weights,
+    )
+    return TimmTeacher(
+        architecture, weights, TeacherConfig(teacher_precision="fp32", teacher_weights=weights, **settings)
+    )
 
 
 @pytest.mark.parametrize("architecture", ["test_vit", "test_vit2", "test_vit3", "test_vit4"])
@@ -62,19 +67,28 @@ def test_answers_are_timms_own(architecture: str, weights: Path) -> None:
     """With a class token; with a register and mean pooling; with attention pooling; with RMSNorm."""
     model, batch = at_students_grid(architecture), batch_of(STUDENT)
     teacher = teacher_of(architecture, weights)
-    assert (teacher.depth, teacher.width, teacher.num_classes, teacher.kind) == (len(model.blocks), model.embed_dim, 7, "classifier")
+    assert (teacher.depth, teacher.width, teacher.num_classes, teacher.kind) == (
+        len(model.blocks),
+        model.embed_dim,
+        7,
+        "classifier",
+    )
     found = ready(teacher, WANTED, student=STUDENT)(batch, None, whole=False)
     qkv: list[torch.Tensor] = []
     model.blocks[2].attn.qkv.register_forward_hook(lambda *arguments: qkv.append(arguments[2]))
     with torch.no_grad():
-        tokens = model.forward_intermediates(batch.images, indices=[1], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True)
+        tokens = model.forward_intermediates(
+            batch.images, indices=[1], return_prefix_tokens=True, output_fmt="NLC", intermediates_only=True
+        )
         features = model.forward_features(batch.images)
         logits = model(batch.images)
         pooled = model.forward_head(features, pre_logits=True)
     ((patches, prefix),) = tokens
 
     def rows(prefix: torch.Tensor, patches: torch.Tensor) -> torch.Tensor:
-        return torch.cat([prefix[:, :1] if architecture == "test_vit" else patches.mean(dim=1, keepdim=True), patches], dim=1)
+        return torch.cat(
+            [prefix[:, :1] if architecture == "test_vit" else patches.mean(dim=1, keepdim=True), patches], dim=1
+        )
 
     latent = rows(features[:, :1], features[:, 1:])
     heads = model.blocks[2].attn.num_heads
@@ -102,7 +116,9 @@ def test_the_visible_patches_alone(weights: Path) -> None:
     expected = normalised(torch.cat([tokens.mean(dim=1, keepdim=True), tokens], dim=1))
     torch.testing.assert_close(teacher(batch, masking, whole=False)[Tap("tokens", 2)], expected, rtol=1e-5, atol=1e-5)
     whole = teacher(batch, masking, whole=True)[Tap("tokens", 2)]
-    assert torch.equal(whole[:, 1:], gather_tokens(teacher(batch, None, whole=False)[Tap("tokens", 2)][:, 1:], masking.ids_keep))
+    assert torch.equal(
+        whole[:, 1:], gather_tokens(teacher(batch, None, whole=False)[Tap("tokens", 2)][:, 1:], masking.ids_keep)
+    )
     assert not torch.allclose(whole[:, 1:], expected[:, 1:], atol=1e-3)
 
 
@@ -117,7 +133,10 @@ def test_rotary_positions_follow_the_patches(weights: Path) -> None:
     batch = batch_of(student)
     # Attention in another order of sums.
     torch.testing.assert_close(
-        teacher(batch, shuffled, whole=False)[Tap("tokens", 2)], teacher(batch, shuffled, whole=True)[Tap("tokens", 2)], rtol=0, atol=1e-4
+        teacher(batch, shuffled, whole=False)[Tap("tokens", 2)],
+        teacher(batch, shuffled, whole=True)[Tap("tokens", 2)],
+        rtol=0,
+        atol=1e-4,
     )
 
 
@@ -142,7 +161,11 @@ def test_its_own_statistics_size_and_names(weights: Path) -> None:
     (weights.parent / "config.json").write_text('{"label_names": ["a", "b", "c", "d", "e", "f", "g"]}')
     teacher = teacher_of("test_vit", weights)
     wanted = resolve_data_config({}, model=timm.create_model("test_vit"))
-    assert (teacher.preprocess.mean, teacher.preprocess.std, teacher.preprocess.image_size) == (wanted["mean"], wanted["std"], (160, 160))
+    assert (teacher.preprocess.mean, teacher.preprocess.std, teacher.preprocess.image_size) == (
+        wanted["mean"],
+        wanted["std"],
+        (160, 160),
+    )
     assert teacher.class_names == tuple("abcdefg")
     assert teacher.licence == "unspecified"  # no tag says whose weights these are
     assert teacher.record["timm"] == "test_vit"

@@ -30,7 +30,9 @@ def own_teacher(model: Encoder, settings: TeacherConfig = FP32) -> OwnTeacher:
     return OwnTeacher(Loaded(metadata_of(model), model.state_dict(), {"sha256": "ab"}), settings)
 
 
-def ready(teacher: T, wanted: Collection[Tap], *, student: EncoderConfig = ENCODER, spec: Preprocess | None = None) -> T:
+def ready(
+    teacher: T, wanted: Collection[Tap], *, student: EncoderConfig = ENCODER, spec: Preprocess | None = None
+) -> T:
     """Watched and on the CPU; the batches are normalised as the teacher has it."""
     teacher.watch(wanted, student=student, spec=spec or replace(teacher.preprocess, image_size=student.image_size))
     teacher.to(torch.device("cpu"))
@@ -42,4 +44,6 @@ def batch_of(student: EncoderConfig = ENCODER, batch: int = 3) -> StepBatch:
 
 
 def masking_of(student: EncoderConfig = ENCODER, mask_ratio: float = 0.7, batch: int = 3) -> Masking:
-    return random_masking(torch.rand(batch, student.num_patches, generator=torch.Generator().manual_seed(4)), mask_ratio)
+    return random_masking(
+        torch.rand(batch, student.num_patches, generator=torch.Generator().manual_seed(4)), mask_ratio
+    )

@@ -34,7 +34,11 @@ def observe(model: Encoder, *batches: Tensor) -> tuple[dict[str, ActivationStats
             model(batch)
     for hook in hooks:
         hook.remove()
-    return observer.stats(), observer.attention_absmax(), {name: np.concatenate(values) for name, values in seen.items()}
+    return (
+        observer.stats(),
+        observer.attention_absmax(),
+        {name: np.concatenate(values) for name, values in seen.items()},
+    )
 
 
 BATCHES = random_tensor(3, 3, 6, 10), random_tensor(2, 3, 6, 10, seed=2) * 4
@@ -46,7 +50,9 @@ def test_the_statistics_are_those_of_all_batches_together() -> None:
     for name, values in inputs.items():
         entry = stats[name]
         np.testing.assert_array_equal(entry.absmax, np.abs(values).max(axis=0))
-        np.testing.assert_allclose(entry.mean, values.mean(axis=0, dtype=np.float64), rtol=0, atol=1e-6)  # float32 squares and sums
+        np.testing.assert_allclose(
+            entry.mean, values.mean(axis=0, dtype=np.float64), rtol=0, atol=1e-6
+        )  # float32 squares and sums
         np.testing.assert_allclose(entry.mean_square, np.square(values, dtype=np.float64).mean(axis=0), rtol=1e-6)
         assert entry.outlier_ratio == pytest.approx(np.abs(values).max() / np.sqrt(np.square(values).mean()), rel=1e-5)
         assert entry.counts.shape == (1 if name.endswith("fc2") else 20, 256)
@@ -68,7 +74,9 @@ def test_the_histogram_is_that_of_the_values(name: str) -> None:
 
 
 def test_a_scaled_histogram_is_that_of_the_scaled_values() -> None:
-    """Scaling channels by powers of two moves bins as they are, so the histogram is exactly what another pass would have given."""
+    """Scaling channels by powers of two moves bins as they are, so the histogram is exactly what another pass would
+    have given.
+    """
     model, factors = tiny_encoder(), 2.0 ** np.arange(-10, 10)
     before, _, _ = observe(model, *BATCHES)
     with torch.no_grad():
@@ -112,20 +120,26 @@ def test_scales_of_fp8_are_a_448th_of_the_largest_magnitude() -> None:
     stats, _, _ = observe(tiny_encoder(), *BATCHES)
     methods: tuple[Method, ...] = ("mse", "percentile")
     for scales in (activation_scales(stats, method, 90, FP8) for method in methods):
-        assert scales == {name: float(np.float16(np.float32(stats[name].absmax.max()) / np.float32(448))) for name in NAMES}
+        assert scales == {
+            name: float(np.float16(np.float32(stats[name].absmax.max()) / np.float32(448))) for name in NAMES
+        }
 
 
 def test_attention_has_a_scale_for_each_of_q_k_and_v() -> None:
     model = tiny_encoder()
     qkv: list[Array] = []
-    hook = model.get_submodule("blocks.1.attn.qkv").register_forward_hook(lambda _module, _inputs, output: qkv.append(output.numpy()))
+    hook = model.get_submodule("blocks.1.attn.qkv").register_forward_hook(
+        lambda _module, _inputs, output: qkv.append(output.numpy())
+    )
     _, absmax, _ = observe(model, BATCHES[0])
     hook.remove()
     assert list(absmax) == ["blocks.0.attn", "blocks.1.attn"]
     divisor = np.linspace(0.5, 2, 20)
     found = attention_scales(model, absmax, {"blocks.1.attn.proj": divisor})["blocks.1.attn"]
     q, k, v = qkv[0].reshape(-1, 3, 20).transpose(1, 0, 2)
-    assert found == pytest.approx([np.abs(part).max() / 127 for part in (q / 2, k, v / divisor)], rel=1e-6)  # heads of 4: q is divided by 2
+    assert found == pytest.approx(
+        [np.abs(part).max() / 127 for part in (q / 2, k, v / divisor)], rel=1e-6
+    )  # heads of 4: q is divided by 2
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

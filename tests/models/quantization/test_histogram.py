@@ -31,7 +31,9 @@ def test_percentile_cuts_between_bins_and_within_one() -> None:
 
 
 def test_mse_weighs_clipping_against_rounding() -> None:
-    """n values evenly over 0 to 1 and m at 2: a range t between has the error n t² / (12 * 127²) + m (2 - t)², least at t = 2 / (1 + n / (12 * 127² m))."""
+    """n values evenly over 0 to 1 and m at 2: a range t between has the error n t² / (12 * 127²) + m (2 - t)², least at
+    t = 2 / (1 + n / (12 * 127² m)).
+    """
     n, m = 500_000, 5
     counts = np.zeros(8192)
     counts[:4096] = n / 4096
@@ -39,7 +41,9 @@ def test_mse_weighs_clipping_against_rounding() -> None:
     expected = 2 / (1 + n / (m * 12 * 127**2))
     assert Histogram(counts, 2.0).threshold("mse") == pytest.approx(expected, rel=0.03)  # candidates lie 2.6 % apart
     counts[-1] = 0.01
-    assert Histogram(counts, 2.0).threshold("mse") == pytest.approx(1.0, rel=0.03)  # below 1 it is the evenly spread that is clipped
+    assert Histogram(counts, 2.0).threshold("mse") == pytest.approx(
+        1.0, rel=0.03
+    )  # below 1 it is the evenly spread that is clipped
 
 
 def test_mse_keeps_everything_where_integers_fit() -> None:

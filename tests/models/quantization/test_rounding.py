@@ -30,7 +30,9 @@ BLOCK = ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 def test_a_weight_goes_there_and_back(rounding: Rounding) -> None:
     weight = random_tensor(7, 30) * torch.logspace(-9, 3, 7).unsqueeze(1)
     stored, scales = quantize_weight(weight.numpy(), rounding=rounding)
-    np.testing.assert_array_equal(weight_round_trip(weight, rounding).numpy(), stored.astype(np.float32) * scales.reshape(-1, 1))
+    np.testing.assert_array_equal(
+        weight_round_trip(weight, rounding).numpy(), stored.astype(np.float32) * scales.reshape(-1, 1)
+    )
 
 
 def test_each_output_channel_has_its_scale() -> None:
@@ -67,14 +69,26 @@ def test_fp8_has_one_scale_a_tensor_that_is_a_number_of_fp16() -> None:
 def test_a_scale_of_fp8_keeps_all_its_digits_in_fp16(largest: float) -> None:
     assert float(FP8.scales(largest)) == np.finfo(np.float16).tiny
     stored, scale = quantize_weight(np.array([[largest, -largest / 2]], np.float32), rounding=FP8)
-    np.testing.assert_allclose(stored.astype(np.float32) * scale, [[largest, -largest / 2]], atol=2**-10 * np.finfo(np.float16).tiny, rtol=2**-4)
+    np.testing.assert_allclose(
+        stored.astype(np.float32) * scale,
+        [[largest, -largest / 2]],
+        atol=2**-10 * np.finfo(np.float16).tiny,
+        rtol=2**-4,
+    )
 
 
 def test_fp8_rounding_is_onnx_runtimes(tmp_path: Path) -> None:
-    values = torch.cat([random_tensor(500), random_tensor(500) * 300, torch.tensor([0.0, 2**-10, -(2**-11), 447.9, 464.0, 1e6, -1e6])])
-    nodes = [helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]), helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"])]
+    values = torch.cat(
+        [random_tensor(500), random_tensor(500) * 300, torch.tensor([0.0, 2**-10, -(2**-11), 447.9, 464.0, 1e6, -1e6])]
+    )
+    nodes = [
+        helper.make_node("QuantizeLinear", ["x", "scale", "zero"], ["q"]),
+        helper.make_node("DequantizeLinear", ["q", "scale", "zero"], ["y"]),
+    ]
     constants = {"scale": np.array(0.25, np.float32), "zero": np.array(0, FP8.dtype)}
-    found = run_session(open_small(tmp_path, nodes, constants, [len(values)], [len(values)], opset=19), x=values.numpy())["y"]
+    found = run_session(
+        open_small(tmp_path, nodes, constants, [len(values)], [len(values)], opset=19), x=values.numpy()
+    )["y"]
     np.testing.assert_array_equal(static_round_trip(values, 0.25, FP8).numpy(), found)
 
 

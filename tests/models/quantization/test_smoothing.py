@@ -13,7 +13,14 @@ from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats, Observer, activation_scales
 from mae_deploy.models.quantization.histogram import Method
 from mae_deploy.models.quantization.rounding import eligible_linears
-from mae_deploy.models.quantization.smoothing import assumed_absmax, bias_corrections, correct_biases, smooth, smoothed_stats, smoothing_divisors
+from mae_deploy.models.quantization.smoothing import (
+    assumed_absmax,
+    bias_corrections,
+    correct_biases,
+    smooth,
+    smoothed_stats,
+    smoothing_divisors,
+)
 from mae_deploy.models.vit import Encoder
 from tests.export.outlier_models import CONFIG, decibels, noisy_encoder, plant_outliers
 from tests.models.tiny_models import random_tensor, tiny_mae
@@ -55,15 +62,31 @@ def test_the_function_stays_what_it_is(alpha: float, factor: float) -> None:
     assert changed == {
         f"blocks.{index}.{name}"
         for index in range(2)
-        for name in ("norm1.weight", "norm1.bias", "norm2.weight", "norm2.bias", "attn.qkv.weight", "attn.qkv.bias", "attn.proj.weight", "mlp.fc1.weight")
+        for name in (
+            "norm1.weight",
+            "norm1.bias",
+            "norm2.weight",
+            "norm2.bias",
+            "attn.qkv.weight",
+            "attn.qkv.bias",
+            "attn.proj.weight",
+            "mlp.fc1.weight",
+        )
     }
 
 
 def test_a_decoder_is_smoothed_too() -> None:
     model, images = tiny_mae(), random_tensor(2, 3, 6, 10)
     names = eligible_linears(model)
-    divisors = {name: np.exp(random_tensor(model.get_parameter(f"{name}.weight").shape[1]).double().numpy()) for name in names if not name.endswith("fc2")}
-    latent, restore = random_tensor(2, 6, 20), torch.stack([torch.randperm(15, generator=torch.Generator().manual_seed(row)) for row in range(2)])
+    divisors = {
+        name: np.exp(random_tensor(model.get_parameter(f"{name}.weight").shape[1]).double().numpy())
+        for name in names
+        if not name.endswith("fc2")
+    }
+    latent, restore = (
+        random_tensor(2, 6, 20),
+        torch.stack([torch.randperm(15, generator=torch.Generator().manual_seed(row)) for row in range(2)]),
+    )
     with torch.no_grad():
         expected = model.forward_encoder(images), model.forward_decoder(latent, restore)
         model.load_state_dict(smooth(model.state_dict(), divisors))
@@ -83,17 +106,23 @@ def test_divisors_are_the_papers() -> None:
 
 def test_channels_that_nothing_comes_through_are_left_alone() -> None:
     weight = torch.tensor([[1.0, 2.0, 0.0, 3.0]])
-    found = smoothing_divisors({"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.array([2.0, 0.0, 5.0, 9.0])}, 0.5)["blocks.0.attn.qkv"]
+    found = smoothing_divisors(
+        {"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.array([2.0, 0.0, 5.0, 9.0])}, 0.5
+    )["blocks.0.attn.qkv"]
     assert found[1] == found[2] == 1
     assert found[0] * found[3] == pytest.approx(1)
-    nothing = smoothing_divisors({"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.zeros(4)}, 0.5)["blocks.0.attn.qkv"]
+    nothing = smoothing_divisors({"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.zeros(4)}, 0.5)[
+        "blocks.0.attn.qkv"
+    ]
     np.testing.assert_array_equal(nothing, np.ones(4))
 
 
 def test_no_channel_is_blown_up_without_end() -> None:
     """A channel that calibration saw next to nothing of may be larger in the field."""
     weight = torch.ones(1, 3)
-    found = smoothing_divisors({"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.array([1.0, 1e-30, 1.0])}, 1.0)["blocks.0.attn.qkv"]
+    found = smoothing_divisors(
+        {"blocks.0.attn.qkv.weight": weight}, {"blocks.0.attn.qkv": np.array([1.0, 1e-30, 1.0])}, 1.0
+    )["blocks.0.attn.qkv"]
     assert found[0] / found[1] == pytest.approx(1e5)
 
 
@@ -108,7 +137,9 @@ def test_the_statistics_follow_the_weights() -> None:
     methods: tuple[Method, ...] = ("minmax", "mse")
     for method in methods:
         again, derived = activation_scales(expected, method), activation_scales(found, method)
-        assert derived == pytest.approx(again, rel=1e-4 if method == "minmax" else 0.06)  # two candidates of the search lie 2.6 % apart
+        assert derived == pytest.approx(
+            again, rel=1e-4 if method == "minmax" else 0.06
+        )  # two candidates of the search lie 2.6 % apart
 
 
 def sqnr(tensors: Tensors, stats: dict[str, ActivationStats] | None) -> float:
@@ -146,7 +177,9 @@ def test_without_images_the_weights_say_where_the_outliers_are() -> None:
 def test_corrected_biases_remove_the_mean_error() -> None:
     """Of each Linear's output, over the images that were calibrated with."""
     tensors = noisy_encoder().state_dict()
-    tensors = {name: tensor + 1 if name.endswith(("norm1.bias", "norm2.bias")) else tensor for name, tensor in tensors.items()}  # means to be lost
+    tensors = {
+        name: tensor + 1 if name.endswith(("norm1.bias", "norm2.bias")) else tensor for name, tensor in tensors.items()
+    }  # means to be lost
     corrections = bias_corrections(tensors, observe(tensors))
     assert list(corrections) == NAMES
     name = "blocks.0.attn.qkv"
@@ -160,7 +193,9 @@ def test_corrected_biases_remove_the_mean_error() -> None:
         with fake_quantized(model, {} if label == "plain" else {name: 0.05}):
             model(IMAGES)
         outputs[label] = seen[0].flatten(0, 1).double()
-    bias = {label: (outputs[label] - outputs["plain"]).mean(dim=0).abs().max().item() for label in ("rounded", "corrected")}
+    bias = {
+        label: (outputs[label] - outputs["plain"]).mean(dim=0).abs().max().item() for label in ("rounded", "corrected")
+    }
     assert bias["corrected"] < 0.25 * bias["rounded"]
     assert sqnr_of(tensors, corrected, name) > sqnr_of(tensors, tensors, name) + 0.5
 

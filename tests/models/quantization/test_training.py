@@ -1,4 +1,6 @@
-"""A model that is rounded in training computes what its exported graph computes, learns as if it were not, and stays what it is."""
+"""A model that is rounded in training computes what its exported graph computes, learns as if it were not, and stays
+what it is.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,13 @@ from mae_deploy.models.cpu_kernels import Kernels, MeasuredLinear, use_kernels
 from mae_deploy.models.quantization.activations import Observer
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
-from mae_deploy.models.quantization.rounding import dynamic_round_trip, eligible_linears, linear_of, static_round_trip, weight_round_trip
+from mae_deploy.models.quantization.rounding import (
+    dynamic_round_trip,
+    eligible_linears,
+    linear_of,
+    static_round_trip,
+    weight_round_trip,
+)
 from mae_deploy.models.quantization.smoothing import smooth, smoothed_stats
 from mae_deploy.models.quantization.training import Quantizer, quantize_in_training
 from mae_deploy.models.vit import Encoder
@@ -65,8 +73,8 @@ def test_it_computes_what_the_exported_graph_computes(kind: Kind, planted: bool,
         plain = model(IMAGES)[:, 1:]
         rounded(model, kind)
         found = model(IMAGES)[:, 1:]
-    # Where a number lies between two integers, the last bit of a float32 sum decides: an image with such a number is off by a part of the noise, all
-    # others only by the order of summation, 1e-6 of numbers up to 4.
+    # Where a number lies between two integers, the last bit of a float32 sum decides: an image with such a number is
+    # off by a part of the noise, all others only by the order of summation, 1e-6 of numbers up to 4.
     errors = (found - graph).abs().amax(dim=(1, 2))
     assert (errors < 1e-5).sum() >= 12
     assert decibels(graph, found) > decibels(plain, graph) + 15
@@ -120,7 +128,9 @@ def test_gradients_are_those_of_the_rounded_product(kind: Kind, name: str) -> No
 
 
 def test_with_smoothing_the_gradient_is_close_to_the_plain_one() -> None:
-    """Dividing and multiplying by the same numbers must leave no trace in the gradients; rounding does, 36 dB of the values."""
+    """Dividing and multiplying by the same numbers must leave no trace in the gradients; rounding does, 36 dB of the
+    values.
+    """
     gradients = []
     for quantized in (False, True):
         model = noisy_encoder()
@@ -128,7 +138,9 @@ def test_with_smoothing_the_gradient_is_close_to_the_plain_one() -> None:
         if quantized:
             rounded(model, "dynamic")
         model(IMAGES)[:, 1:].square().mean().backward()
-        gradients.append({name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None})
+        gradients.append(
+            {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        )
     assert gradients[0].keys() == gradients[1].keys()
     for name, expected in gradients[0].items():
         assert decibels(expected, gradients[1][name]) > 15, name
@@ -171,7 +183,9 @@ def test_rounding_starts_when_it_is_its_turn_and_can_be_left_out() -> None:
 
 def test_static_ranges_are_observed_now_and_then_and_stay_at_the_end() -> None:
     model = noisy_encoder()
-    quantizer = quantize_in_training(model, "static", Policy(static=True, smooth_alpha=None, method="minmax"), start=0.22, until=0.8, observed=10)
+    quantizer = quantize_in_training(
+        model, "static", Policy(static=True, smooth_alpha=None, method="minmax"), start=0.22, until=0.8, observed=10
+    )
     seen = []
     with torch.no_grad():
         for step in range(20):
@@ -179,19 +193,30 @@ def test_static_ranges_are_observed_now_and_then_and_stay_at_the_end() -> None:
                 model(IMAGES * (1 + step))
             seen.append(scales_of(quantizer)["blocks.0.attn.proj"])
     changes = [step for step in range(1, 20) if seen[step] != seen[step - 1]]
-    assert changes == [5, 6, 8, 10, 12, 14]  # as soon as it rounds, then once in each tenth of the run, none from the ninth on
+    assert changes == [
+        5,
+        6,
+        8,
+        10,
+        12,
+        14,
+    ]  # as soon as it rounds, then once in each tenth of the run, none from the ninth on
     assert seen[0] == 1
 
 
 def test_static_ranges_are_a_mean_that_forgets() -> None:
     """Geometric; the first five observations weigh the same, from then on the newest has a fifth."""
     model = noisy_encoder()
-    quantizer = quantize_in_training(model, "static", Policy(static=True, smooth_alpha=None, method="minmax"), observed=9)
+    quantizer = quantize_in_training(
+        model, "static", Policy(static=True, smooth_alpha=None, method="minmax"), observed=9
+    )
     name, expected = "blocks.0.mlp.fc1", 0.0
     with torch.no_grad():
         for step in range(8):
             images = IMAGES[step : step + 2]
-            largest = float(inputs_of(copy.deepcopy(model), images)[name].abs().max())  # rounded as the step before left it
+            largest = float(
+                inputs_of(copy.deepcopy(model), images)[name].abs().max()
+            )  # rounded as the step before left it
             with quantizer.step(step, step / 9):
                 largest = float(inputs_of(copy.deepcopy(model), images)[name].abs().max()) if step == 0 else largest
                 model(images)
@@ -201,7 +226,9 @@ def test_static_ranges_are_a_mean_that_forgets() -> None:
 
 
 def test_ranges_may_move_between_forward_and_backward_pass() -> None:
-    """They do in every step from which they are observed; the penalty's gradient is that of the ranges that it was taken with."""
+    """They do in every step from which they are observed; the penalty's gradient is that of the ranges that it was
+    taken with.
+    """
     gradients = []
     for observed in (1, 2):
         model = noisy_encoder()
@@ -241,7 +268,9 @@ def test_a_run_goes_on_with_the_ranges_that_it_had() -> None:
 
 
 def test_ranges_that_are_given_back_count_as_unknown() -> None:
-    """The training loop puts buffers back where a step is not taken: here the one that the first ranges were taken from."""
+    """The training loop puts buffers back where a step is not taken: here the one that the first ranges were taken
+    from.
+    """
     model = noisy_encoder()
     quantizer = quantize_in_training(model, "static", Policy(static=True))
     kept = [buffer.clone() for buffer in quantizer.buffers()]
@@ -312,7 +341,9 @@ def test_light_tails_cost_nothing() -> None:
 
 
 def test_the_tail_penalty_is_the_logarithm_of_the_kurtosis() -> None:
-    """One of 100 numbers is 1, the rest 0: mean 0.01, fourth central moment 0.01 * 0.99 * (0.99^3 + 0.01^3), variance 0.01 * 0.99."""
+    """One of 100 numbers is 1, the rest 0: mean 0.01, fourth central moment 0.01 * 0.99 * (0.99^3 + 0.01^3), variance
+    0.01 * 0.99.
+    """
     values = torch.zeros(4, 25)
     values[2, 3] = 1
     kurtosis = (0.99**3 + 0.01**3) / (0.01 * 0.99)
@@ -333,11 +364,15 @@ def test_going_down_the_penalty_draws_outliers_in() -> None:
 @pytest.mark.parametrize("kind", ["none", "static"])
 def test_the_penalty_of_a_model_is_the_mean_of_its_linears(kind: Literal["none", "static"]) -> None:
     model, plain = noisy_encoder(), noisy_encoder()
-    quantizer = quantize_in_training(model, kind, Policy(static=kind == "static", smooth_alpha=None), start=0.5, penalises=True)
+    quantizer = quantize_in_training(
+        model, kind, Policy(static=kind == "static", smooth_alpha=None), start=0.5, penalises=True
+    )
     with quantizer.step(0, 0.0):
         model(IMAGES)
     found = quantizer.penalty()
-    assert found.item() == pytest.approx(torch.stack([tail_penalty(values) for values in inputs_of(plain, IMAGES).values()]).mean().item(), rel=1e-5)
+    assert found.item() == pytest.approx(
+        torch.stack([tail_penalty(values) for values in inputs_of(plain, IMAGES).values()]).mean().item(), rel=1e-5
+    )
     found.backward()
     assert model.get_parameter("blocks.1.mlp.fc1.weight").grad is not None
     with torch.no_grad():
