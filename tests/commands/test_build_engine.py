@@ -13,7 +13,7 @@ from mae_deploy.commands import build_engine as command
 from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt.add_engine import Built
-from tests.runtime.planned_bundle import PLAN_FILE, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN_FILE, planned
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_cli import TRAINING, run_without
 

@@ -13,7 +13,7 @@ from mae_deploy.cli import main
 from mae_deploy.commands import build_engine
 from mae_deploy.commands.config import BuildEngineConfig
 from mae_deploy.serving.deepstream import INFER_FILE
-from tests.runtime.planned_bundle import PLAN, plan_of, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import write_bundle
 
 

@@ -13,7 +13,7 @@ from mae_deploy.cli import main
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Encoder
 from tests.models.tiny_models import CLASSES, fill, metadata_of, tiny_classifier, write_original
-from tests.runtime.planned_bundle import planned
+from tests.runtime.tensorrt.planned_bundle import planned
 from tests.runtime.tiny_bundle import write_bundle
 
 PROVENANCE = {

@@ -20,7 +20,7 @@ from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
-from tests.data.tiny_shards import shards_of, write_shard
+from tests.data.sources.tiny_shards import shards_of, write_shard
 
 
 @pytest.fixture

@@ -218,11 +218,11 @@ def test_other_masks(images: Path, tmp_path: Path, kind: str) -> None:
         )
     )
     assert summary["steps"] == 2
-    masks = {"mask_sampling": kind, "mask_patch_size": None}
+    masks: dict[str, Any] = {"mask_sampling": kind, "mask_patch_size": None}
     result = reconstruct(
         ReconstructConfig(
             images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks
-        )  # type: ignore[arg-type]
+        )
     )
     assert result["images"] == 1
 

@@ -1,4 +1,4 @@
-"""Bundles to test with."""
+"""Bundles to test with, and a CUDA driver that is a stub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.runtime.cuda import driver as cuda
-from tests.runtime.stub_driver import compile_stub, load_stub
+from mae_deploy.runtime.cuda import driver
+from tests.runtime.cuda.stub_driver import compile_stub, load_stub
 from tests.runtime.tiny_bundle import write_bundle
 
 
@@ -33,5 +33,5 @@ def stub_library(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def stub_driver(stub_library: Path, monkeypatch: pytest.MonkeyPatch) -> ctypes.CDLL:
     """The stub, with one GPU, as the driver of this process."""
-    monkeypatch.setattr(cuda, "LIBRARY", str(stub_library))
+    monkeypatch.setattr(driver, "LIBRARY", str(stub_library))
     return load_stub(stub_library)

@@ -11,7 +11,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.manifest import Manifest, follows_keep, read_preprocess, validate_manifest
-from tests.runtime.planned_bundle import planned
+from tests.runtime.tensorrt.planned_bundle import planned
 from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, write_bundle
 
 

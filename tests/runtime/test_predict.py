@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -163,10 +164,10 @@ def test_pixels_are_cropped_once_for_a_graph_that_normalises(
     tmp_path: Path, photos: list[Path], full_bundle: Path
 ) -> None:
     """A second crop would cut the border off again."""
-    settings = {"token_mode": "full", "preprocess": {"crop_pct": 0.6}}
+    settings: dict[str, Any] = {"token_mode": "full", "preprocess": {"crop_pct": 0.6}}
     inside, outside = (
         Backbone.load(write_bundle(tmp_path / images, images=images, **settings)) for images in ("uint8", "float32")
-    )  # type: ignore[arg-type]
+    )
     expected = collect(Predictions(outside, photos))[1]
     np.testing.assert_allclose(collect(Predictions(inside, photos))[1], expected, atol=1e-5)
     np.testing.assert_allclose(expected[0], inside(read_image(photos[0])).cls[0], atol=1e-5)

@@ -26,9 +26,9 @@ from scripts import gpu_check
 from scripts.gpu_check import Machine, Outcome, Settings, State, Step, plan, read_settings, run_command, run_steps
 from scripts.gpu_check_report import markdown, ratios, report
 from scripts.gpu_check_speed import BARE, Candidate, RawCalls, random_inputs, timed
-from tests.runtime.fake_tensorrt import C, H, W, make_tensorrt, reference
-from tests.runtime.fake_tensorrt import plan as fake_plan
-from tests.runtime.stub_driver import StubMemory
+from tests.runtime.cuda.stub_driver import StubMemory
+from tests.runtime.tensorrt.fake_tensorrt import C, H, W, make_tensorrt, reference
+from tests.runtime.tensorrt.fake_tensorrt import plan as fake_plan
 from tests.runtime.tiny_bundle import K, N, write_bundle
 
 EVERYTHING = ("gpu", "export", "pytest", "pytorch", "tensorrt", "onnxruntime")

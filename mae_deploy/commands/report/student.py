@@ -12,6 +12,7 @@ from mae_deploy.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.config import to_dict
 from mae_deploy.data.sources.files import ImageList
+from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation import evaluate
 from mae_deploy.evaluation.config import EvalConfig
@@ -70,7 +71,7 @@ class Student:
         self.shares = config.keep_ratio or _trained_shares(trained.get("keep_ratio"))
         self.tokens = "full" if self.shares == (1.0,) else "visible"
         self._learned = trained.get("edge", {}).get("quantize", "none")
-        images = evaluate.labelled_val(config.data, metadata.class_names)
+        images = labelled_val(config.data, metadata.class_names)
         self._samples = images.root if isinstance(images, ImageList) else None
         self._exports = {part: self._export_config(part, int8) for part, int8 in _quantizations(config).items()}
         self._key = {

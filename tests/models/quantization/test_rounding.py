@@ -19,7 +19,7 @@ from mae_deploy.models.quantization.rounding import (
     static_round_trip,
     weight_round_trip,
 )
-from tests.export.small_graphs import open_small
+from tests.export.graph.small_graphs import open_small
 from tests.export.tiny_exports import run_session
 from tests.models.tiny_models import random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 

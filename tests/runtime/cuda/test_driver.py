@@ -12,7 +12,7 @@ import pytest
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda import driver as cuda
 from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph, Gpu, gpus, require_gpu, wait_for_stream
-from tests.runtime.stub_driver import StubMemory, calls
+from tests.runtime.cuda.stub_driver import StubMemory, calls
 
 GPU = Gpu(index=0, name="Stub GPU 0", compute_capability=(9, 0), memory_bytes=7 << 30, driver="12.4")
 

@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
 from mae_deploy.weights.read import releases
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
-from tests.models.test_mae_lite import lite_mae
-from tests.models.test_openmmlab import named_theirs, write_theirs
 from tests.models.tiny_models import SQUARE, tiny_classifier, tiny_encoder, tiny_mae, write_original
+from tests.weights.read.test_mae_lite import lite_mae
+from tests.weights.read.test_openmmlab import named_theirs, write_theirs
 
 OPTIONS = ImportOptions(num_heads=5, decoder_num_heads=3)
 

@@ -25,7 +25,7 @@ from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import open as plan_engine
 from mae_deploy.runtime.tensorrt.build import Plan
 from mae_deploy.runtime.verify import verify_bundle
-from tests.runtime.planned_bundle import PLAN, PLAN_FILE, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN, PLAN_FILE, planned
 from tests.runtime.tiny_bundle import BLOCK_TENSORS, golden_inputs, write_bundle
 
 ORIN = Gpu(index=0, name="Orin", compute_capability=(8, 7), memory_bytes=1 << 33, driver="12.6")

@@ -26,7 +26,7 @@ from mae_deploy.serving.deepstream import (
     check_feeding,
     write_deepstream,
 )
-from tests.runtime.planned_bundle import PLAN, plan_of, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import CLASS_NAMES, MEAN, H, W
 
 ONE_STD = {"std": [0.3, 0.3, 0.3]}

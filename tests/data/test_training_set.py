@@ -13,7 +13,7 @@ from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.pretrain.finetune import run as finetune
 from mae_deploy.pretrain.run import run as pretrain
 from tests.data.image_folders import write_classes
-from tests.data.tiny_shards import Member, shards_of, write_shard
+from tests.data.sources.tiny_shards import Member, shards_of, write_shard
 from tests.training.tiny_runs import finetuning, losses_of, pretraining
 
 

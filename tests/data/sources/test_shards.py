@@ -19,7 +19,7 @@ from mae_deploy.data.transforms import train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import UnreadableImage
-from tests.data.tiny_shards import shards_of, write_shard
+from tests.data.sources.tiny_shards import shards_of, write_shard
 
 
 def batches(images: ImageSource, where: Stretch) -> list[Batch]:

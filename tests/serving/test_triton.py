@@ -15,7 +15,7 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.serving.triton import LABELS, QUEUE_DELAY, largest_batch, model_folder, write_triton
-from tests.runtime.planned_bundle import PLAN, plan_of, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import CLASS_NAMES, CLASSES, D, H, N, W, write_bundle
 
 TYPES = {"float32": "TYPE_FP32", "float16": "TYPE_FP16", "uint8": "TYPE_UINT8"}

@@ -21,8 +21,8 @@ from mae_deploy.models.quantization.policy import attention_obstacle
 from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
+from tests.export.graph.small_graphs import open_small
 from tests.export.outlier_models import decibels, noisy_encoder
-from tests.export.small_graphs import open_small
 from tests.export.tiny_exports import run_session
 from tests.models.tiny_models import metadata_of, random_tensor, tiny_encoder, tiny_mae
 

@@ -24,8 +24,8 @@ from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt import runner as tensorrt_runner
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from tests.runtime.fake_tensorrt import C, H, W, make_tensorrt, plan, reference
-from tests.runtime.stub_driver import NAME, StubMemory, calls, compile_stub
+from tests.runtime.cuda.stub_driver import NAME, StubMemory, calls, compile_stub
+from tests.runtime.tensorrt.fake_tensorrt import C, H, W, make_tensorrt, plan, reference
 
 Load = Callable[..., TensorRtEngine]
 
@@ -505,8 +505,8 @@ driver = ctypes.CDLL("libcuda.so.1")
 atexit.register(lambda: print(driver.stub_live(), driver.stub_depth()))
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from tests.runtime.fake_tensorrt import make_tensorrt
-from tests.runtime.test_tensorrt_engine import check, inputs
+from tests.runtime.tensorrt.fake_tensorrt import make_tensorrt
+from tests.runtime.tensorrt.test_engine import check, inputs
 sys.modules["tensorrt"] = make_tensorrt(driver)
 engine = TensorRtEngine(Path(sys.argv[1]), EngineOptions(cuda_memory=sys.argv[2]))
 def work(seed):
@@ -531,7 +531,7 @@ def test_an_engine_left_open_is_closed_before_the_interpreter_ends(tmp_path: Pat
         **os.environ,
         "LD_LIBRARY_PATH": str(tmp_path),
         "CUDA_STUB_DEVICES": "1",
-        "PYTHONPATH": str(Path(__file__).parents[2]),
+        "PYTHONPATH": str(Path(__file__).parents[3]),
     }
     command = [sys.executable, "-c", LEFT_OPEN, str(tmp_path / "a.plan"), "cuda-bindings"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)

@@ -15,7 +15,7 @@ import pytest
 from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.runtime.cuda import driver as cuda
 from mae_deploy.runtime.cuda.open_memory import open_memory
-from tests.runtime.stub_driver import NAME, compile_stub
+from tests.runtime.cuda.stub_driver import NAME, compile_stub
 
 
 def test_an_unknown_backend() -> None:

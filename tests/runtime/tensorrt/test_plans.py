@@ -18,7 +18,7 @@ from mae_deploy.runtime.manifest import EngineEntry, Precision
 from mae_deploy.runtime.tensorrt import plans
 from mae_deploy.runtime.tensorrt.build import Plan
 from mae_deploy.runtime.tensorrt.plans import add_plan, find_plan, misfit, plan_name, why_not
-from tests.runtime.planned_bundle import PLAN_FILE, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN_FILE, planned
 from tests.runtime.tiny_bundle import write_bundle
 
 
