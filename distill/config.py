@@ -13,7 +13,7 @@ from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, SliceBlocks
 from mae_deploy.models.mask_config import check_keep_ratio
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
 
 Blocks = tuple[str, ...]
 """Pairs of blocks as they are written, STUDENT:TEACHER, counted from 1, or "last"."""
@@ -33,7 +33,7 @@ FROM_TEACHER = Path("teacher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureConfig:
+class FeatureObjectiveConfig:
     """Features."""
 
     mask_ratio: float = 0.75
@@ -188,7 +188,7 @@ class TeacherConfig:
     teacher_grid: Literal["resize", "interpolate"] = "resize"
     """Where its patches are more or fewer than the student's: resize shows it the image at the size at which they are
     as many; interpolate shows it its own size, and resamples the maps of its tokens (whole images only)."""
-    teacher_precision: Precision = "auto"
+    teacher_precision: TrainingPrecision = "auto"
     """Arithmetic of the teacher: fp32, bf16, fp16; auto is bf16 where the device multiplies in it, else fp32."""
     teacher_compile: bool = False
     """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
@@ -318,7 +318,7 @@ class DistillConfig:
     device: Device = "auto"
     """auto, cpu or cuda."""
     shape: ShapeConfig = section(ShapeConfig)
-    features: FeatureConfig = section(FeatureConfig)
+    features: FeatureObjectiveConfig = section(FeatureObjectiveConfig)
     relation: RelationConfig = section(RelationConfig)
     decoder_features: DecoderFeatureConfig = section(DecoderFeatureConfig)
     pooled: PooledConfig = section(PooledConfig)

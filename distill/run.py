@@ -34,12 +34,12 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import ParamGroup, decay_groups, layer_decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 
 _WARMUP = 15.0
 """Epochs (TinyMIM's 300-epoch recipe)."""
@@ -59,7 +59,7 @@ class _Data:
     class_names: tuple[str, ...] | None = None
 
 
-def run(config: DistillConfig) -> dict[str, Any]:
+def run_distill(config: DistillConfig) -> dict[str, Any]:
     """Distil a student; returns the loop's summary.
 
     Raises:
@@ -97,7 +97,7 @@ def run(config: DistillConfig) -> dict[str, Any]:
     folder = RunFolder.open(
         config.out, config, data.fingerprint, resume=config.resume, write=accelerator.is_main_process
     )
-    job = Job(
+    job = TrainingJob(
         title=f"distil {kind}",
         model=model,
         saved=model.student,
@@ -193,7 +193,7 @@ def _distiller(
     config: DistillConfig,
     encoder: EncoderConfig,
     data: _Data,
-    init: Loaded | None,
+    init: LoadedWeights | None,
     teacher: Teacher,
     weights: dict[str, Weight],
 ) -> Distiller:
@@ -255,7 +255,7 @@ def _metadata(
     spec: Preprocess,
     kind: RunKind,
     teacher: Teacher,
-    init: Loaded | None,
+    init: LoadedWeights | None,
 ) -> Metadata:
     student = model.student
     of_kind: dict[str, Any] = {"kind": "mae", "decoder": to_dict(config.decoder)}

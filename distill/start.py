@@ -9,13 +9,13 @@ from typing import TypeVar
 from mae_deploy.distill.config import FROM_TEACHER, DistillConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.vit import Encoder
-from mae_deploy.weights.load import Loaded, read_weights, start_from
+from mae_deploy.weights.load import LoadedWeights, read_weights, start_from
 from mae_deploy.weights.slicing import start_from_slice
 
 E = TypeVar("E", bound=Encoder)
 
 
-def read_start(config: DistillConfig) -> Loaded | None:
+def read_start(config: DistillConfig) -> LoadedWeights | None:
     """The weights that the student starts from; None: random ones.
 
     Raises:
@@ -33,7 +33,7 @@ def read_start(config: DistillConfig) -> Loaded | None:
     return read_weights(weights)
 
 
-def start(student: E, config: DistillConfig, weights: Loaded | None) -> E:
+def start(student: E, config: DistillConfig, weights: LoadedWeights | None) -> E:
     """Put the weights into the student.
 
     Raises:

@@ -23,11 +23,11 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
-from mae_deploy.models.quantization.policy import attention_obstacle
+from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
-from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, model_of, read_weights
+from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
 
 _EXTREME = 2
@@ -37,11 +37,11 @@ Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Job:
+class ExportJob:
     """One export."""
 
     config: ExportConfig
-    loaded: Loaded
+    loaded: LoadedWeights
     """The weights, at the size asked for."""
     preprocess: Preprocess
     samples: Samples
@@ -100,7 +100,7 @@ class Job:
         )
         return build_graph(self.loaded.metadata, self.loaded.tensors, replace(spec, **changes))
 
-    def in_precision(self, precision: Literal["fp32", "fp16"]) -> Job:
+    def in_precision(self, precision: Literal["fp32", "fp16"]) -> ExportJob:
         """The same job without eight bits."""
         return replace(self, config=self.config.in_precision(precision))
 
@@ -111,7 +111,7 @@ class Job:
         return {**inputs, IMAGES: inputs[IMAGES].astype(self.config.images, copy=False)}
 
 
-def prepare(config: ExportConfig) -> Job:
+def prepare(config: ExportConfig) -> ExportJob:
     """Read the checkpoint and the images; everything that can be wrong with the settings is said here, before anything
     is computed.
 
@@ -137,7 +137,7 @@ def prepare(config: ExportConfig) -> Job:
     check_decoder(loaded.metadata, config.token_mode)
     names = output_names(config, loaded)
     ranges = config.ranges(encoder.num_tokens)
-    return Job(
+    return ExportJob(
         config=config,
         loaded=loaded,
         preprocess=spec,
@@ -149,14 +149,14 @@ def prepare(config: ExportConfig) -> Job:
     )
 
 
-def compute_reference(job: Job) -> None:
+def compute_reference(job: ExportJob) -> None:
     """Run PyTorch on all samples, and on a few at each other K of the profiles; fills `job.trials`."""
     images = job.preprocess.normalise(job.samples.pixels)
     for inputs in [{IMAGES: images, **_chosen(job, len(images))}, *_extremes(job, images)]:
         job.trials.append((inputs, job.reference.outputs(inputs, job.names)))
 
 
-def output_names(config: ExportConfig, loaded: Loaded) -> tuple[str, ...]:
+def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]:
     """The outputs in order: those asked for, the blocks of --layers, the levels of --pyramid."""
     metadata = loaded.metadata
     names = list(config.outputs or default_outputs(metadata, config.token_mode))
@@ -188,7 +188,7 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*(name for name in names if name not in blocks), f"block_0 to {blocks[-1]}"])
 
 
-def _chosen(job: Job, count: int) -> Arrays:
+def _chosen(job: ExportJob, count: int) -> Arrays:
     if job.config.token_mode == "full":
         return {}
     return token_inputs(
@@ -196,7 +196,7 @@ def _chosen(job: Job, count: int) -> Arrays:
     )
 
 
-def _extremes(job: Job, images: Array) -> list[Arrays]:
+def _extremes(job: ExportJob, images: Array) -> list[Arrays]:
     """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are
     not run with it anyway.
     """
@@ -230,7 +230,7 @@ def _calib_images(
         )
     if int8.int8_attention:
         K = ranges["K"][2] if "K" in ranges else encoder.num_tokens
-        if obstacle := attention_obstacle(encoder.width // encoder.heads, 1 + K):
+        if obstacle := reason_against_int8_attention(encoder.width // encoder.heads, 1 + K):
             raise ConfigError(
                 f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic"
             )
@@ -248,7 +248,7 @@ def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
     )
 
 
-def _with_one_std(loaded: Loaded) -> Loaded:
+def _with_one_std(loaded: LoadedWeights) -> LoadedWeights:
     """The same function of an image, its channels all divided by the mean of their standard deviations:
     `W (x / std) = (W s / std) (x / s)`.
     """
@@ -265,4 +265,4 @@ def _with_one_std(loaded: Loaded) -> Loaded:
         for name, own in bands.items()
     }
     metadata = replace(loaded.metadata, preprocess={**loaded.metadata.preprocess, "std": [shared.item()] * len(std)})
-    return Loaded(metadata, {**loaded.tensors, **folded}, loaded.record)
+    return LoadedWeights(metadata, {**loaded.tensors, **folded}, loaded.record)

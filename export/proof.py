@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.job import Arrays, Job
+from mae_deploy.export.job import Arrays, ExportJob
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP
@@ -28,7 +28,7 @@ GOLDEN = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Proof:
+class ParityRecord:
     """What was measured and what missed."""
 
     comparisons: list[Comparison]
@@ -59,7 +59,7 @@ def judging_engine(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxr
     return "openvino" if engine == "openvino" else "onnxruntime"
 
 
-def tolerance_of(job: Job) -> Tolerance:
+def tolerance_of(job: ExportJob) -> Tolerance:
     """What every output must meet: the precision's limits, and for INT8 the budget that was asked for."""
     tolerance, int8 = TOLERANCES[job.config.precision], job.config.int8
     if int8.min_sqnr is not None:
@@ -75,18 +75,18 @@ def tolerance_of(job: Job) -> Tolerance:
     return tolerance
 
 
-def prove(job: Job, bundle: Bundle, tolerance: Tolerance) -> Proof:
+def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance) -> ParityRecord:
     """Run everything on the engine that graphs of this bundle are judged on."""
     with _judging(job, bundle) as engine:
-        comparisons, failures, accuracy = judge(job, engine, tolerance)
+        comparisons, failures, accuracy = compare_samples(job, engine, tolerance)
         verification = verify_engine(bundle, engine)
-    return Proof(
+    return ParityRecord(
         comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures))
     )
 
 
 @contextmanager
-def _judging(job: Job, bundle: Bundle) -> Iterator[Engine]:
+def _judging(job: ExportJob, bundle: Bundle) -> Iterator[Engine]:
     """The bundle's graph; where its products are BF16, which ONNX Runtime's CPU has not got, one that computes the same
     of rounded numbers.
     """
@@ -101,8 +101,8 @@ def _judging(job: Job, bundle: Bundle) -> Iterator[Engine]:
             yield engine
 
 
-def judge(
-    job: Job, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
+def compare_samples(
+    job: ExportJob, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
 ) -> tuple[list[Comparison], list[str], tuple[float, float] | None]:
     """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles,
     every miss, and the accuracies.
@@ -144,7 +144,7 @@ def judge(
     return comparisons, failures, accuracy
 
 
-def refuse(job: Job, failures: list[str]) -> CheckFailed:
+def refuse(job: ExportJob, failures: list[str]) -> CheckFailed:
     """What `export` says when a graph misses its tolerance."""
     precision = job.config.precision
     hint = "nothing was written; please report this with the checkpoint's metadata.json"
@@ -155,7 +155,7 @@ def refuse(job: Job, failures: list[str]) -> CheckFailed:
     return CheckFailed(f"the exported {precision} graph misses parity with PyTorch: {'; '.join(failures)}", hint=hint)
 
 
-def labels(job: Job) -> np.ndarray[Any, np.dtype[np.int64]] | None:
+def labels(job: ExportJob) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     """The class of every sample, where all lie in folders named by class."""
     names = job.loaded.metadata.class_names
     if names is None or not job.samples.paths or "logits" not in job.names:
@@ -164,7 +164,7 @@ def labels(job: Job) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     return np.array([names.index(folder) for folder in folders]) if set(folders) <= set(names) else None
 
 
-def _accuracy(job: Job, expected: Arrays, found: Arrays) -> tuple[float, float] | None:
+def _accuracy(job: ExportJob, expected: Arrays, found: Arrays) -> tuple[float, float] | None:
     classes = labels(job)
     if classes is None:
         return None

@@ -17,8 +17,8 @@ from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.encoder import block_tensor
-from mae_deploy.export.job import Job, compute_reference, prepare
-from mae_deploy.export.proof import GOLDEN, Proof, engine_name, prove, refuse, tolerance_of
+from mae_deploy.export.job import ExportJob, compute_reference, prepare
+from mae_deploy.export.proof import GOLDEN, ParityRecord, check_parity, engine_name, refuse, tolerance_of
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
@@ -43,7 +43,7 @@ _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
 """How much of every block's output goes into the bundle for `verify --layers`."""
 
 
-def run(config: ExportConfig) -> Result:
+def run_export(config: ExportConfig) -> Result:
     """Export a checkpoint to a bundle; nothing is left behind unless every output meets its tolerance.
 
     Raises:
@@ -92,21 +92,21 @@ def _serve(config: ExportConfig) -> dict[str, str]:
 class _Made:
     """A bundle that was proven."""
 
-    job: Job
+    job: ExportJob
     bundle: Bundle
     plan: Int8Plan | None
-    proof: Proof
+    proof: ParityRecord
     device: DeviceProof | None
     """Of TensorRT's engine."""
 
 
-def _make(folder: Path, job: Job, bar: Bar) -> _Made:
+def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
     """Write a bundle and prove it; for TensorRT also build its engine, unless that is left to the device."""
     folder.mkdir()
     plan = plan_int8(job, folder) if job.config.quantized else None
     bundle = _write_bundle(folder, job, plan)
     bar.advance(1, "bundle written")
-    proof = prove(job, bundle, bundle.tolerance)
+    proof = check_parity(job, bundle, bundle.tolerance)
     if proof.failures:
         raise refuse(job, proof.failures)
     _record(bundle, job, proof)
@@ -142,7 +142,7 @@ def _data(made: _Made) -> dict[str, Any]:
     }
 
 
-def _write_bundle(folder: Path, job: Job, plan: Int8Plan | None) -> Bundle:
+def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle:
     config, loaded = job.config, job.loaded
     graph = plan.graph() if plan is not None else job.graph()
     files = graph.save(folder / GRAPH_FILE)
@@ -198,7 +198,7 @@ def _given(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if value is not None}
 
 
-def _golden(job: Job) -> dict[str, Any]:
+def _golden(job: ExportJob) -> dict[str, Any]:
     """The first samples as the graph takes them, PyTorch's outputs, and a part of what every block gives."""
     inputs, expected = ({name: array[:GOLDEN] for name, array in arrays.items()} for arrays in job.trials[0])
     blocks = job.reference.blocks(inputs, _BLOCK_SAMPLES, _BLOCK_TOKENS)
@@ -212,7 +212,7 @@ def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:
     )
 
 
-def _record(bundle: Bundle, job: Job, proof: Proof) -> None:
+def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
     """Put what was proven into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
     emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}

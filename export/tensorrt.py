@@ -9,8 +9,8 @@ from typing import Any
 
 from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.job import Job
-from mae_deploy.export.proof import judge, tolerance_of
+from mae_deploy.export.job import ExportJob
+from mae_deploy.export.proof import compare_samples, tolerance_of
 from mae_deploy.progress import percentage
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.open_memory import open_memory
@@ -105,7 +105,7 @@ def require_tensorrt(config: ExportConfig) -> None:
     tensorrt_api.check_precision(config.precision, api.gpu)
 
 
-def build_and_gate(job: Job, bundle: Bundle) -> DeviceProof:
+def build_and_gate(job: ExportJob, bundle: Bundle) -> DeviceProof:
     """Build the engine into the bundle, with FP16 beside it where there is a baseline, and compare it with PyTorch on
     every sample at every size.
 
@@ -126,11 +126,11 @@ def build_and_gate(job: Job, bundle: Bundle) -> DeviceProof:
         return _gate(job, engine, built)
 
 
-def _gate(job: Job, engine: TensorRtEngine, built: Built) -> DeviceProof:
+def _gate(job: ExportJob, engine: TensorRtEngine, built: Built) -> DeviceProof:
     failures: list[str] = []
     for graphs in (False, True, True):  # a CUDA graph is recorded after a plain run of its shape
         engine.use_graphs = graphs
-        comparisons, missed, accuracy = judge(job, engine, tolerance_of(job), lambda K: _batches(job, K))
+        comparisons, missed, accuracy = compare_samples(job, engine, tolerance_of(job), lambda K: _batches(job, K))
         failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
     if failures:
         raise CheckFailed(
@@ -144,7 +144,7 @@ def _gate(job: Job, engine: TensorRtEngine, built: Built) -> DeviceProof:
     return DeviceProof(built=built, comparisons=comparisons[: len(job.names)], accuracy=accuracy)
 
 
-def _batches(job: Job, K: int | None) -> list[int]:
+def _batches(job: ExportJob, K: int | None) -> list[int]:
     """The smallest, usual and largest batch of every profile that holds this K."""
     holding = [profile for profile in job.profiles if K is None or profile["K"][0] <= K <= profile["K"][2]]
     return sorted({batch for profile in holding for batch in profile["B"]})

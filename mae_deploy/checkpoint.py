@@ -21,7 +21,7 @@ SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
 METADATA = "metadata.json"
 
-Kind = Literal["mae", "encoder", "classifier"]
+CheckpointKind = Literal["mae", "encoder", "classifier"]
 
 OWN_LICENCE = "own"
 """Trained from nothing on the user's own images: the user decides."""
@@ -34,7 +34,7 @@ NON_COMMERCIAL = "CC-BY-NC-4.0"
 class Metadata:
     """Everything about a checkpoint but its tensors."""
 
-    kind: Kind
+    kind: CheckpointKind
     """mae: encoder and decoder; encoder; classifier: encoder and head."""
     encoder: dict[str, Any]
     """The encoder's config."""

@@ -22,18 +22,18 @@ from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
-from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import layer_decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
-from mae_deploy.weights.load import Loaded, read_weights, start_from
+from mae_deploy.weights.load import LoadedWeights, read_weights, start_from
 
-PAPER_WARMUP = 5.0
+FINETUNE_WARMUP = 5.0
 """Epochs (paper, table 9)."""
 
 
-def run(config: FinetuneConfig) -> dict[str, Any]:
+def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune and validate; returns the loop's summary."""
     loaded = read_weights(config.init) if config.init is not None else None
     encoder = _encoder_config(config, loaded)
@@ -57,7 +57,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
     folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
-    job = Job(
+    job = TrainingJob(
         title="from scratch" if pretrained is None else "finetune",
         model=model,
         saved=model,
@@ -80,7 +80,7 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
                 "parent": pretrained.record if pretrained is not None else None,
             },
         ),
-        paper_warmup=PAPER_WARMUP,
+        paper_warmup=FINETUNE_WARMUP,
         evaluate=Evaluator(
             val,
             eval_transform(spec),
@@ -140,7 +140,7 @@ class ClassificationLoss:
         return F.cross_entropy(model(mixed, *seen), targets)
 
 
-def _encoder_config(config: FinetuneConfig, loaded: Loaded | None) -> EncoderConfig:
+def _encoder_config(config: FinetuneConfig, loaded: LoadedWeights | None) -> EncoderConfig:
     asked = {
         "patch_size": config.patch_size,
         "in_chans": config.in_chans,

@@ -31,7 +31,7 @@ _MIN_SIDE = 96
 """Small images are enlarged by a whole factor to at least this many pixels."""
 
 
-def run(config: ReconstructConfig) -> dict[str, Any]:
+def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """Draw the grid for given images and a checkpoint.
 
     Raises:

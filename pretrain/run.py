@@ -19,19 +19,19 @@ from mae_deploy.pretrain.reconstruct import draw_reconstructions
 from mae_deploy.pretrain.targets import Target, TeacherFeatures, fit_pca
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
-from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.weights.load import LoadedWeights, read_weights
 
-PAPER_WARMUP = 40.0
+PRETRAIN_WARMUP = 40.0
 """Epochs (paper, table 8)."""
 
 _PICTURES = 8
 
 
-def run(config: PretrainConfig) -> dict[str, Any]:
+def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Pretrain a masked autoencoder; returns the loop's summary."""
     teacher = read_weights(config.teacher) if config.teacher is not None else None
     target: Target | None = TeacherFeatures(teacher, config.model) if teacher is not None else None
@@ -81,7 +81,7 @@ def run(config: PretrainConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
 
-    job = Job(
+    job = TrainingJob(
         title="pretrain",
         model=model,
         saved=model,
@@ -104,11 +104,11 @@ def run(config: PretrainConfig) -> dict[str, Any]:
                 **({"teacher": target.record} if target is not None else {}),
             },
         ),
-        paper_warmup=PAPER_WARMUP,
+        paper_warmup=PRETRAIN_WARMUP,
         epoch_end=pictures if target is None else None,
     )
     return fit(job, folder, accelerator, config)
 
 
-def _preprocess_of(loaded: Loaded | None) -> Preprocess | None:
+def _preprocess_of(loaded: LoadedWeights | None) -> Preprocess | None:
     return from_dict(Preprocess, loaded.metadata.preprocess) if loaded is not None else None

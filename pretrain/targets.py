@@ -16,8 +16,8 @@ from accelerate.utils import broadcast
 from torch import Tensor
 
 from mae_deploy.data.dataset import TrainImages
-from mae_deploy.data.order import Stretch
-from mae_deploy.data.transforms import Normalise
+from mae_deploy.data.order import RunSlice
+from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
@@ -26,7 +26,7 @@ from mae_deploy.models.pca import PatchPca
 from mae_deploy.models.taps import Tap, tapped
 from mae_deploy.progress import notice
 from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
-from mae_deploy.weights.load import Loaded, at_image_size
+from mae_deploy.weights.load import LoadedWeights, at_image_size
 
 PCA_IMAGES = 2048
 """Training images, at most, whose patches the principal components are fitted to: 400,000 patches of 224-pixel
@@ -71,7 +71,7 @@ class TeacherFeatures:
         ConfigError: the teacher reads other channels.
     """
 
-    def __init__(self, loaded: Loaded, encoder: EncoderConfig) -> None:
+    def __init__(self, loaded: LoadedWeights, encoder: EncoderConfig) -> None:
         stored = loaded.encoder_config
         if (stored.in_chans, stored.band_groups) != (encoder.in_chans, None):
             raise ConfigError(f"--teacher reads {stored.in_chans} channels in one group, the model {encoder.in_chans}")
@@ -128,13 +128,13 @@ def _fit(
     seed: int,
     num_workers: int,
 ) -> None:
-    normalise = Normalise(spec).to(device)
+    normalise = NormaliseImages(spec).to(device)
     D = model.config.patch_dim
     count, total, moments = 0, torch.zeros(D, dtype=torch.float64), torch.zeros(D, D, dtype=torch.float64)
     batch_size = min(batch_size, len(images))
     batches = min(len(images), PCA_IMAGES) // batch_size or 1
     for batch in images.stream(
-        Stretch(batch_size, batches, 0, batches), seed=seed, num_workers=num_workers, pin_memory=False
+        RunSlice(batch_size, batches, 0, batches), seed=seed, num_workers=num_workers, pin_memory=False
     ):
         patches = model.patches(normalise(batch.images.to(device))).flatten(0, 1)
         count += len(patches)

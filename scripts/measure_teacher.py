@@ -20,7 +20,7 @@ from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import Teacher
-from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
@@ -28,7 +28,7 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.taps import Tap
 from mae_deploy.training.step import StepBatch
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 
 
 def main() -> None:
@@ -61,10 +61,10 @@ def main() -> None:
         return lambda: teacher(batch, masking, whole=False)
 
     loaded = _random_weights(encoder)
-    full = OwnTeacher(loaded, settings)
+    full = CheckpointTeacher(loaded, settings)
     ways = {"whole autoencoder": asked(full, Tap("pixels"))}
     ways["embedding"] = lambda: _embedded(full, batch.images, None if masking is None else masking.ids_keep)
-    ways |= {name: asked(OwnTeacher(loaded, settings), Tap("tokens", block)) for name, block in cuts.items()}
+    ways |= {name: asked(CheckpointTeacher(loaded, settings), Tap("tokens", block)) for name, block in cuts.items()}
     if options.bundle is not None:
         ways |= {
             f"bundle, {name}": asked(open_teacher(options.bundle, TeacherConfig()), Tap("tokens", block))
@@ -82,12 +82,12 @@ def main() -> None:
         )
 
 
-def _embedded(teacher: OwnTeacher, images: Tensor, ids_keep: Tensor | None) -> Tensor:
+def _embedded(teacher: CheckpointTeacher, images: Tensor, ids_keep: Tensor | None) -> Tensor:
     with teacher.arithmetic():
         return teacher.model.embed(images, ids_keep)
 
 
-def _random_weights(encoder: EncoderConfig) -> Loaded:
+def _random_weights(encoder: EncoderConfig) -> LoadedWeights:
     torch.manual_seed(0)
     decoder = DecoderConfig()
     metadata = Metadata(
@@ -96,7 +96,7 @@ def _random_weights(encoder: EncoderConfig) -> Loaded:
         decoder=to_dict(decoder),
         preprocess=to_dict(default_preprocess(encoder.image_size)),
     )
-    return Loaded(metadata, MaskedAutoencoder(encoder, decoder).state_dict(), {"sha256": "random"})
+    return LoadedWeights(metadata, MaskedAutoencoder(encoder, decoder).state_dict(), {"sha256": "random"})
 
 
 def _measured(ways: dict[str, Callable[[], object]], rounds: int, device: torch.device) -> dict[str, list[float]]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.pretrain.run import run as pretrain
+from mae_deploy.pretrain.run import run_pretrain
 from tests.data.image_folders import write_classes, write_noise
 from tests.training.tiny_runs import pretraining
 
@@ -34,5 +34,5 @@ def classes(tmp_path: Path) -> Path:
 @pytest.fixture
 def pretrained(images: Path, tmp_path: Path) -> Path:
     """A run folder: 15x10 pixels, 3x2 patches, 12 wide, 2 blocks."""
-    pretrain(pretraining(images, tmp_path / "pretrained"))
+    run_pretrain(pretraining(images, tmp_path / "pretrained"))
     return tmp_path / "pretrained"

@@ -41,7 +41,7 @@ def distance(kind: Distance, predicted: Tensor, target: Tensor) -> Tensor:
     return _DISTANCES[kind](predicted.float(), target.detach().float())
 
 
-class Normalise(nn.Module):
+class NormaliseTokens(nn.Module):
     """LayerNorm without parameters, in float32, as teachers normalise their tokens."""
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -65,4 +65,4 @@ def projector(kind: Projector, student_dim: int, teacher_dim: int) -> nn.Module:
             f"without a projector the student's width {student_dim} would have to be the teacher's {teacher_dim}",
             hint="use --projector linear",
         )
-    return Normalise()
+    return NormaliseTokens()

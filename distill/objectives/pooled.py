@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mae_deploy.distill.config import Distance, Projector
 from mae_deploy.distill.objectives.base import Objective, View
-from mae_deploy.distill.objectives.distance import Normalise, distance, projector
+from mae_deploy.distill.objectives.distance import NormaliseTokens, distance, projector
 from mae_deploy.models.taps import Tap, Taps
 
 Vector = Literal["cls", "pooled"]
@@ -38,7 +38,7 @@ class Pooled(Objective):
         super().__init__((Tap(vector),), (Tap(vector),))
         self.loss = loss
         self.projector = projector(projector_kind, student_dim, teacher_dim)
-        self.normalise = Normalise()
+        self.normalise = NormaliseTokens()
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, D)` and `(B, D')` to a scalar."""

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 
 from mae_deploy.errors import MissingDependency
-from mae_deploy.training.config import Precision
+from mae_deploy.training.config import TrainingPrecision
 
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
+def resolve_precision(precision: TrainingPrecision, device: torch.device) -> Literal["fp32", "bf16", "fp16"]:
     """What `auto` means: bf16 where the device multiplies in it, else fp32.
 
     Raises:
@@ -35,7 +35,7 @@ def resolve_precision(precision: Precision, device: torch.device) -> Literal["fp
 
 
 def set_precision(
-    model: nn.Module, precision: Precision, device: torch.device
+    model: nn.Module, precision: TrainingPrecision, device: torch.device
 ) -> Callable[[], AbstractContextManager[Any]]:
     """Store the weights of products in this precision, and return what to enter for the arithmetic.
 

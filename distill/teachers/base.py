@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from mae_deploy.checkpoint import Kind
+from mae_deploy.checkpoint import CheckpointKind
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
@@ -36,7 +36,7 @@ class Teacher(Protocol):
     """Width of the logits; None without."""
     class_names: tuple[str, ...] | None
     """In the order of the logits, where known."""
-    kind: Kind
+    kind: CheckpointKind
     """mae, encoder or classifier."""
     licence: str
     """What may be done with weights that learnt from it."""
@@ -139,6 +139,6 @@ def key_of(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def unlike_grid(found: tuple[int, int], asked: tuple[int, int]) -> str | None:
+def reason_against_grid(found: tuple[int, int], asked: tuple[int, int]) -> str | None:
     """Why the student's patch indices mean nothing to a teacher, if they do not."""
     return None if found == asked else f"it sees {found[0]}x{found[1]} patches, the student {asked[0]}x{asked[1]}"

@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mae_deploy.checkpoint import Kind
+from mae_deploy.checkpoint import CheckpointKind
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
-from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, unlike_grid
+from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, reason_against_grid
 from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.errors import ConfigError
@@ -73,7 +73,7 @@ class BundleTeacher:
         self.class_names = tuple(bundle.class_names) if bundle.class_names is not None else None
         outputs = {entry["name"]: entry["shape"] for entry in manifest["graph"]["outputs"]}
         self.num_classes = int(outputs["logits"][1]) if "logits" in outputs else None
-        self.kind: Kind = manifest["kind"]
+        self.kind: CheckpointKind = manifest["kind"]
         self.licence = bundle.licence
         self.record: dict[str, Any] = {"bundle": str(path), "precision": bundle.precision, **manifest["provenance"]}
         self.preprocess = bundle.preprocess
@@ -95,7 +95,7 @@ class BundleTeacher:
         config, bundle = self._shape, self.bundle
         self.wanted = tuple(sorted(wanted))
         self.found, self.asked = config.grid_size, student.grid_size
-        unlike, spatial = unlike_grid(self.found, self.asked), any(tap.kind in SPATIAL_KINDS for tap in wanted)
+        unlike, spatial = reason_against_grid(self.found, self.asked), any(tap.kind in SPATIAL_KINDS for tap in wanted)
         if spatial and config.band_groups is not None:
             raise ConfigError(
                 "the teacher has groups of bands, and so several tokens at each place", hint="distil its logits"

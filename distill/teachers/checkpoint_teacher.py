@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from mae_deploy.checkpoint import Kind
+from mae_deploy.checkpoint import CheckpointKind
 from mae_deploy.config import from_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered
@@ -20,19 +20,19 @@ from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import BLOCK_KINDS, DECODER_KINDS, Tap, tapped
 from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.frozen import frozen, image_size_for
-from mae_deploy.weights.load import Loaded, at_image_size
+from mae_deploy.weights.load import LoadedWeights, at_image_size
 
 _NO_DECODER = "give a pretraining run: other checkpoints have no decoder"
 
 _HINTS = {"logits": "finetune it first, or use --objective features", "decoder": _NO_DECODER, "pixels": _NO_DECODER}
 
 
-class OwnTeacher(TorchTeacher):
+class CheckpointTeacher(TorchTeacher):
     """A network of ours, cut behind the deepest tap."""
 
     model: Encoder
 
-    def __init__(self, loaded: Loaded, settings: TeacherConfig) -> None:
+    def __init__(self, loaded: LoadedWeights, settings: TeacherConfig) -> None:
         super().__init__(settings)
         metadata, encoder = loaded.metadata, loaded.encoder_config
         decoder = from_dict(DecoderConfig, metadata.decoder or {}) if metadata.kind == "mae" else None
@@ -40,11 +40,11 @@ class OwnTeacher(TorchTeacher):
         self.decoder_depth = decoder.decoder_depth if decoder is not None else 0
         self.decoder_width = decoder.decoder_embed_dim if decoder is not None else 0
         self.num_classes, self.class_names = metadata.num_classes, metadata.class_names
-        self.kind: Kind = metadata.kind
+        self.kind: CheckpointKind = metadata.kind
         self.licence, self.record = metadata.licence, loaded.record
         self.preprocess = from_dict(Preprocess, metadata.preprocess)
         self.encoder_config: EncoderConfig | None = encoder
-        self._loaded: Loaded | None = loaded
+        self._loaded: LoadedWeights | None = loaded
 
     def watch(self, wanted: Collection[Tap], *, student: EncoderConfig, spec: Preprocess) -> None:
         """See `Teacher`."""

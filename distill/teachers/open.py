@@ -40,10 +40,10 @@ def open_teacher(path: Path, settings: TeacherConfig) -> Teacher:
         from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher
 
         return BundleTeacher(path, settings)
-    from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+    from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 
     _check_engine(settings, "a checkpoint")
-    return OwnTeacher(read_weights(path), settings)
+    return CheckpointTeacher(read_weights(path), settings)
 
 
 def _check_engine(settings: TeacherConfig, what: str) -> None:

@@ -13,7 +13,7 @@ from timm.models.eva import Eva
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import UNKNOWN_LICENCE, Kind
+from mae_deploy.checkpoint import UNKNOWN_LICENCE, CheckpointKind
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered
 from mae_deploy.distill.teachers.torch_teacher import TorchTeacher
@@ -57,7 +57,7 @@ class TimmTeacher(TorchTeacher):
         self.class_names: tuple[str, ...] | None = (
             tuple(map(str, names)) if isinstance(names, list) and len(names) == self.num_classes else None
         )
-        self.kind: Kind = "classifier" if self.num_classes else "encoder"
+        self.kind: CheckpointKind = "classifier" if self.num_classes else "encoder"
         self.licence = timm_licence(model, architecture) or UNKNOWN_LICENCE
         self.record = {"timm": architecture, "path": str(source.file), "source_sha256": source.sha256}
         self.preprocess = timm_preprocess(model)

@@ -14,7 +14,7 @@ from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.arithmetic import resolve_precision, set_precision
-from mae_deploy.distill.teachers.base import key_of, unlike_grid
+from mae_deploy.distill.teachers.base import key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
@@ -64,7 +64,7 @@ class TorchTeacher(ABC):
         self.model = model
         self.wanted = tuple(sorted(wanted))
         self.found, self.asked = grid_size, student.grid_size
-        self.needs_whole = self.needs_whole or unlike_grid(self.found, self.asked)
+        self.needs_whole = self.needs_whole or reason_against_grid(self.found, self.asked)
         self._images = TeacherImages(spec, self.preprocess, image_size)
         self._answers = [
             self.wanted,

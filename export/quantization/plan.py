@@ -18,12 +18,12 @@ from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.export.job import Job
-from mae_deploy.export.proof import judge, judging_engine, tolerance_of
+from mae_deploy.export.job import ExportJob
+from mae_deploy.export.proof import compare_samples, judging_engine, tolerance_of
 from mae_deploy.export.quantization.calibrate import Calibration, calibrate
 from mae_deploy.export.quantization.fake_quant import macs_per_token
 from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
-from mae_deploy.export.quantization.sensitivity import Verdict, choose, sensitivities
+from mae_deploy.export.quantization.sensitivity import BudgetCheck, choose, sensitivities
 from mae_deploy.files import remove
 from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
 from mae_deploy.models.quantization.policy import Policy
@@ -34,7 +34,7 @@ from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import open_graph
 from mae_deploy.runtime.timing import Timing, measure
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 
 _MARGIN_DB = 0.3
 """By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine,
@@ -50,7 +50,7 @@ _SENSITIVITY_SAMPLES = 8
 class Int8Plan:
     """A quantised graph that met its budget, and how it came about."""
 
-    job: Job
+    job: ExportJob
     """With the weights as they are quantised."""
     quantized: dict[str, float | None]
     attention: dict[str, AttentionScales]
@@ -101,7 +101,7 @@ class Int8Plan:
         return write_table(folder / "sensitivity", self.rows) if self.rows else []
 
 
-def plan_int8(job: Job, folder: Path) -> Int8Plan:
+def plan_int8(job: ExportJob, folder: Path) -> Int8Plan:
     """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster
     than FP32, if that can be known here.
 
@@ -118,10 +118,10 @@ def plan_int8(job: Job, folder: Path) -> Int8Plan:
     rows: list[LayerRow] = []
     failures = ""
     chosen: frozenset[str] | None = everything
-    verdict = attempt.judge(everything)
+    verdict = attempt.check_budget(everything)
     if not verdict.passes and attempt.rest == "bf16":
         attempt.rest = "fp32"
-        verdict = attempt.judge(everything)
+        verdict = attempt.check_budget(everything)
     if not verdict.passes:
         chosen, failures = None, "; ".join(attempt.failures)
         if job.config.int8.search:
@@ -153,7 +153,7 @@ def plan_int8(job: Job, folder: Path) -> Int8Plan:
 class _Attempt:
     """Tries sets of Linears in eight bits on the engine that judges them."""
 
-    def __init__(self, job: Job, folder: Path) -> None:
+    def __init__(self, job: ExportJob, folder: Path) -> None:
         int8 = job.config.int8
         self.config, self.folder = job.config, folder
         self.name, self.rounding = job.config.precision.upper(), ROUNDINGS[job.config.precision]
@@ -186,17 +186,17 @@ class _Attempt:
         self.failures: list[str] = []
         self._figures: dict[frozenset[str], list[Comparison]] = {}
 
-    def judge(self, chosen: frozenset[str]) -> Verdict:
+    def check_budget(self, chosen: frozenset[str]) -> BudgetCheck:
         """Build this set's graph and compare its outputs with PyTorch's."""
         with ExitStack() as stack:
             engine = self._engine(stack, self._graph(chosen), self.config.precision)
-            comparisons, failures, _ = judge(self.job, engine, self.tolerance)
+            comparisons, failures, _ = compare_samples(self.job, engine, self.tolerance)
         self._figures[chosen] = comparisons
         above = -max(self._deficit(comparison) for comparison in comparisons)
         self.failures = failures or (
             [f"only {above:.2f} dB above the floor, {_MARGIN_DB} are wanted"] if above < _MARGIN_DB else []
         )
-        return Verdict(passes=not self.failures, deficit_db=_MARGIN_DB - above if math.isfinite(above) else None)
+        return BudgetCheck(passes=not self.failures, deficit_db=_MARGIN_DB - above if math.isfinite(above) else None)
 
     def search(self) -> tuple[frozenset[str] | None, list[LayerRow]]:
         """The fastest mix that meets the budget, or None, and the per-layer table."""
@@ -208,7 +208,7 @@ class _Attempt:
         K = self.job.ranges["K"][1] if "K" in self.job.ranges else N
         tokens = {name: 1 + (N if name.startswith("decoder_") else K) for name in self.names}
         cost = {name: float(macs_per_token(model, name) * tokens[name]) for name in self.names}
-        chosen = choose(noise, cost, self.judge)
+        chosen = choose(noise, cost, self.check_budget)
         return chosen, table_rows(
             noise,
             cost,
@@ -236,7 +236,7 @@ class _Attempt:
             timings = measure({name: partial(engine.run, batch) for name, engine in engines.items()}, repeats=_ROUNDS)
         return timings["fp32"], timings["int8"]
 
-    def job_for(self, chosen: frozenset[str]) -> Job:
+    def job_for(self, chosen: frozenset[str]) -> ExportJob:
         """With the biases of this set corrected, if that was asked for."""
         if not self.corrections:
             return self.job
@@ -302,7 +302,7 @@ class _Attempt:
         return max(found)
 
 
-def _calibration(job: Job, names: list[str]) -> Calibration | None:
+def _calibration(job: ExportJob, names: list[str]) -> Calibration | None:
     if job.calib_images is None:
         return None
     sizes = sorted({job.ranges["K"][1], job.ranges["K"][2]}) if "K" in job.ranges else []
@@ -316,7 +316,7 @@ def _calibration(job: Job, names: list[str]) -> Calibration | None:
     )
 
 
-def _facts(job: Job, calibration: Calibration | None, scales: dict[str, float | None]) -> dict[str, Any]:
+def _facts(job: ExportJob, calibration: Calibration | None, scales: dict[str, float | None]) -> dict[str, Any]:
     int8 = job.config.int8
     facts: dict[str, Any] = {
         "policy": job.config.policy,
@@ -330,6 +330,6 @@ def _facts(job: Job, calibration: Calibration | None, scales: dict[str, float | 
     return facts
 
 
-def _with_tensors(job: Job, tensors: dict[str, Tensor]) -> Job:
+def _with_tensors(job: ExportJob, tensors: dict[str, Tensor]) -> ExportJob:
     """The same job with other weights; PyTorch's outputs stay those of the original weights."""
-    return replace(job, loaded=Loaded(job.loaded.metadata, tensors, job.loaded.record))
+    return replace(job, loaded=LoadedWeights(job.loaded.metadata, tensors, job.loaded.record))

@@ -119,7 +119,7 @@ class _Run:
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class BudgetCheck:
     """What the real graph on the real engine shows for one set of Linears in INT8."""
 
     passes: bool
@@ -132,7 +132,7 @@ class Verdict:
 def choose(
     noise: Mapping[str, float],
     cost: Mapping[str, float],
-    judge: Callable[[frozenset[str]], Verdict],
+    judge: Callable[[frozenset[str]], BudgetCheck],
     *,
     trials: int = 8,
 ) -> frozenset[str] | None:
@@ -165,7 +165,7 @@ def choose(
     return best or None
 
 
-def _allowed(verdict: Verdict, predicted: float, fits: float, fails: float) -> float:
+def _allowed(verdict: BudgetCheck, predicted: float, fits: float, fails: float) -> float:
     """Predicted noise to which the next set is filled: as the last verdict says, or half-way between the last set that
     fits and the first that fails.
     """

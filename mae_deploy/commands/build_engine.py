@@ -17,7 +17,7 @@ from mae_deploy.serving.deepstream import check_bundle
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 
-def run(config: BuildEngineConfig) -> Result:
+def run_build_engine(config: BuildEngineConfig) -> Result:
     """Build an engine from a bundle's graph and add it to the bundle.
 
     Raises:

@@ -90,7 +90,7 @@ _CPUINFO = Path("/proc/cpuinfo")
 _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", _CUDA_BINDINGS: "cuda-bindings"}
 
 
-def run(_: DoctorConfig) -> Result:
+def run_doctor(_: DoctorConfig) -> Result:
     """Look at packages, engines and devices; always succeeds."""
     modules = sorted(
         {"numpy", "PIL", "typer", "rich"}

@@ -23,7 +23,7 @@ _IMAGES = {
 }
 
 
-def run(config: InfoConfig) -> Result:
+def run_info(config: InfoConfig) -> Result:
     """Describe a path.
 
     Raises:
@@ -80,7 +80,7 @@ def _bundle(path: Path) -> Result:
         "model": _model(manifest["model"]),
         "tokens": manifest["token_mode"] + (f", K = {manifest['keep']}" if manifest["keep"] else ""),
         "batch": manifest["batch"] or "dynamic",
-        "proven for": ", ".join(_proven(name, numbers) for name, numbers in manifest["profile"].items()),
+        "proven for": ", ".join(_checked(name, numbers) for name, numbers in manifest["profile"].items()),
         "made for": manifest["engine"],
         "proven on": (
             ", ".join(dict.fromkeys(record["engine"] for record in manifest["parity"].values() if "engine" in record))
@@ -102,7 +102,7 @@ def _bundle(path: Path) -> Result:
     return Result({"type": "bundle", "path": str(path), **manifest}, facts_table(str(path), facts))
 
 
-def _proven(size: str, numbers: list[int]) -> str:
+def _checked(size: str, numbers: list[int]) -> str:
     """A range of the profile: `B = 8`, or `K = 1 to 196, usually 49`."""
     least, usual, most = numbers
     return f"{size} = {least}" if least == most else f"{size} = {least} to {most}, usually {usual}"

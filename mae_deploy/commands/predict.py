@@ -19,7 +19,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.predict import Predictions, top_k, write_features
 
 
-def run(config: PredictConfig) -> Result:
+def run_predict(config: PredictConfig) -> Result:
     """Run every image of a folder through a bundle.
 
     Raises:

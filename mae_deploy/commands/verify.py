@@ -16,7 +16,7 @@ from mae_deploy.runtime.parity.checks import Verification
 from mae_deploy.runtime.verify import verify_bundle
 
 
-def run(config: VerifyConfig) -> Result:
+def run_verify(config: VerifyConfig) -> Result:
     """Verify a bundle; with `layers`, also compare the tokens after every block.
 
     Raises:

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from mae_deploy.data.order import Key, StreamSampler, Stretch
+from mae_deploy.data.order import Key, RunSlice, StreamSampler
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
@@ -65,7 +65,7 @@ class TrainImages(Protocol):
         """Samples of an epoch."""
         ...
 
-    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    def stream(self, where: RunSlice, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
         """The micro-batches of a part of the run, for one process."""
         ...
 
@@ -137,7 +137,7 @@ class ImageDataset(Dataset[Sample]):
         # Not raised: an error in a worker process arrives as a page of traceback.
         return Sample(None, self.images.labels[key.item], tuple(unreadable), self.images.key(key.item))
 
-    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    def stream(self, where: RunSlice, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
         """The micro-batches of a part of the run, for one process: the same effective batches on any number of
         processes.
         """

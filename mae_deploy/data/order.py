@@ -24,7 +24,7 @@ class Key(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Stretch:
+class RunSlice:
     """A part of a run: micro-batches of each process, counted over the whole run."""
 
     batch_size: int
@@ -50,7 +50,7 @@ class StreamSampler(Sampler[list[Key]]):
             fewer images.
     """
 
-    def __init__(self, num_samples: int, where: Stretch, *, seed: int, views: int = 1) -> None:
+    def __init__(self, num_samples: int, where: RunSlice, *, seed: int, views: int = 1) -> None:
         self.num_samples = num_samples
         self.where = where
         self.seed = seed

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import Batch, Sample, collate
 from mae_deploy.data.decode import decode
-from mae_deploy.data.order import Stretch
+from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.sources.patterns import expand
 from mae_deploy.data.sources.shards import INDEX, read_label
@@ -61,7 +61,7 @@ class ShardStream:
         """Images of an epoch."""
         return self.epoch_images
 
-    def stream(self, where: Stretch, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
+    def stream(self, where: RunSlice, *, seed: int, num_workers: int, pin_memory: bool) -> Iterator[Batch]:
         """The micro-batches of a part of the run, for one process.
 
         Raises:
@@ -137,7 +137,7 @@ class _Part(IterableDataset[Batch]):
     """Every n-th micro-batch of one process, for one of n workers."""
 
     def __init__(
-        self, urls: tuple[str, ...], transform: Transform, config: DataConfig, where: Stretch, seed: int
+        self, urls: tuple[str, ...], transform: Transform, config: DataConfig, where: RunSlice, seed: int
     ) -> None:
         self.urls = urls
         self.transform = transform

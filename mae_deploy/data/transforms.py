@@ -110,7 +110,7 @@ def eval_transform(spec: Preprocess) -> Transform:
     return Transform(spec)
 
 
-class Normalise(nn.Module):
+class NormaliseImages(nn.Module):
     """uint8 or float32 `(B, C, H, W)` on any device to float32, `(x / 255 - mean) / std`, with `pixel_max` for 255
     where it is given.
     """

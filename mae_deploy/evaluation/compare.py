@@ -30,10 +30,10 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.progress import console
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.plots import Curve, draw_bars
-from mae_deploy.reporting.tables import Column, markdown_table, mean_of, rich_table, write_files
+from mae_deploy.reporting.tables import FigureColumn, markdown_table, mean_of, rich_table, write_files
 from mae_deploy.results import Result
 from mae_deploy.runtime.manifest import MANIFEST_FILE
-from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.weights.load import LoadedWeights, read_weights
 
 RANDOM = "random"
 
@@ -58,7 +58,7 @@ class Entry:
         return "bundle" if (self.path / MANIFEST_FILE).is_file() else "checkpoint"
 
 
-def run(config: CompareConfig) -> Result:
+def run_compare(config: CompareConfig) -> Result:
     """Judge every encoder by the same images.
 
     Raises:
@@ -74,7 +74,7 @@ def run(config: CompareConfig) -> Result:
     model = _model_for_random(entries)
     for entry in entries:  # what cannot be opened is said before the first hour of work
         _open(entry, config, model, config.seed).close()
-    rows = [_judge(entry, config, train, val, model) for entry in entries]
+    rows = [_compare_entry(entry, config, train, val, model) for entry in entries]
     report = {
         "data": str(config.data),
         "train_images": len(train),
@@ -128,7 +128,7 @@ def _entry(word: str) -> Entry:
     return Entry(name or Path(path).resolve().name, Path(path), architecture or None)
 
 
-def _model_for_random(entries: list[Entry]) -> Loaded | None:
+def _model_for_random(entries: list[Entry]) -> LoadedWeights | None:
     """The checkpoint whose architecture `random` takes."""
     if not any(entry.kind == "random" for entry in entries):
         return None
@@ -145,8 +145,8 @@ def _model_for_random(entries: list[Entry]) -> Loaded | None:
     return read_weights(known[0].path)
 
 
-def _judge(
-    entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSource, model: Loaded | None
+def _compare_entry(
+    entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSource, model: LoadedWeights | None
 ) -> dict[str, Any]:
     """A row: figures are means over the seeds, with `_range` beside them."""
     console.print(Text(entry.name, style="bold"))
@@ -180,7 +180,7 @@ def _judge(
     }
 
 
-def _open(entry: Entry, config: CompareConfig, model: Loaded | None, seed: int) -> FeatureSource:
+def _open(entry: Entry, config: CompareConfig, model: LoadedWeights | None, seed: int) -> FeatureSource:
     if entry.path is None:
         assert model is not None
         return EncoderFeatures(random_like(model, seed), config.features, config.device)
@@ -204,17 +204,17 @@ def _seeds(config: CompareConfig) -> list[int]:
     return [config.seed + seed for seed in config.seeds]
 
 
-def _columns(config: CompareConfig) -> list[Column]:
+def _columns(config: CompareConfig) -> list[FigureColumn]:
     return [
-        Column("encoder", "name"),
-        Column("feature", "features"),
-        Column("parameters, M", "parameters", "{:.2f}", 1e-6),
-        Column("D", "dim"),
-        *(Column(f"{k}-NN, %", f"knn{k}_top1", "{:.2f}") for k in config.k),
-        Column("linear, %", "linear_top1", "{:.2f}"),
-        Column("linear top-5, %", "linear_top5", "{:.2f}"),
-        Column("images/s", "images_per_second", "{:.0f}"),
-        Column("licence", "licence"),
+        FigureColumn("encoder", "name"),
+        FigureColumn("feature", "features"),
+        FigureColumn("parameters, M", "parameters", "{:.2f}", 1e-6),
+        FigureColumn("D", "dim"),
+        *(FigureColumn(f"{k}-NN, %", f"knn{k}_top1", "{:.2f}") for k in config.k),
+        FigureColumn("linear, %", "linear_top1", "{:.2f}"),
+        FigureColumn("linear top-5, %", "linear_top5", "{:.2f}"),
+        FigureColumn("images/s", "images_per_second", "{:.0f}"),
+        FigureColumn("licence", "licence"),
     ]
 
 

@@ -12,13 +12,13 @@ from mae_deploy.config import section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mask_config import check_shares
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig, Precision
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
 
 Solver = Literal["ridge", "logistic"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureConfig:
+class FeaturesConfig:
     """Features."""
 
     pool: Literal["auto", "cls", "avg"] = "auto"
@@ -29,7 +29,7 @@ class FeatureConfig:
     Bundles are fixed to theirs."""
     batch_size: int = 64
     """Images at a time."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     engine: str = "auto"
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
@@ -104,7 +104,7 @@ class KnnConfig:
     """Not used: nothing here is random."""
     device: Device = "auto"
     """auto, cpu or cuda."""
-    features: FeatureConfig = section(FeatureConfig)
+    features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
         _check_knn(self.k, self.temperature)
@@ -138,7 +138,7 @@ class CompareConfig:
     """Added to each of --seeds."""
     device: Device = "auto"
     """auto, cpu or cuda."""
-    features: FeatureConfig = section(FeatureConfig)
+    features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
         _check_knn(self.k, self.temperature)
@@ -178,7 +178,7 @@ class EvalConfig:
     engine: str = "auto"
     """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
     for this machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     num_workers: int = -1
     """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each core but one."""

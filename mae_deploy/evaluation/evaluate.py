@@ -50,7 +50,7 @@ class Classifier(Protocol):
         ...
 
 
-def run(config: EvalConfig) -> Result:
+def run_eval(config: EvalConfig) -> Result:
     """Count what a classifier gets right.
 
     Raises:

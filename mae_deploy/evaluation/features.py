@@ -18,9 +18,9 @@ from mae_deploy.config import from_dict
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.data.transforms import Normalise, eval_transform
+from mae_deploy.data.transforms import NormaliseImages, eval_transform
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
-from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Classifier, Encoder
@@ -28,8 +28,8 @@ from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.seeding import derive_seed, random_patches, seed_everything
-from mae_deploy.training.config import Device, Precision
-from mae_deploy.weights.load import Loaded, at_image_size, encoder_of, read_weights
+from mae_deploy.training.config import Device, TrainingPrecision
+from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, read_weights
 
 
 class FeatureSource(Protocol):
@@ -78,7 +78,7 @@ class FeatureSet:
     """Rate of the encoder alone: decoding and cropping are not counted."""
 
 
-def open_source(path: Path, config: FeatureConfig, device: Device) -> FeatureSource:
+def open_source(path: Path, config: FeaturesConfig, device: Device) -> FeatureSource:
     """A bundle, or any checkpoint or weights file that `read_weights` reads.
 
     Raises:
@@ -91,7 +91,7 @@ def open_source(path: Path, config: FeatureConfig, device: Device) -> FeatureSou
 
 
 def extract(
-    source: FeatureSource, images: ImageSource, config: FeatureConfig, *, title: str = "features"
+    source: FeatureSource, images: ImageSource, config: FeaturesConfig, *, title: str = "features"
 ) -> FeatureSet:
     """Run every image through the encoder once.
 
@@ -144,7 +144,7 @@ class ModuleFeatures:
         spec: Preprocess,
         description: str,
         licence: str | None,
-        precision: Precision,
+        precision: TrainingPrecision,
         device: Device,
     ) -> None:
         self.device = resolve_device(device)
@@ -154,7 +154,7 @@ class ModuleFeatures:
             parameter.numel() for name, parameter in model.named_parameters() if name.split(".")[0] != "head"
         )
         self._pooled = pooled
-        self._normalise = Normalise(spec).to(self.device)
+        self._normalise = NormaliseImages(spec).to(self.device)
         self._autocast = autocast_for(self.device, precision)
 
     @torch.inference_mode()
@@ -171,7 +171,7 @@ class ModuleFeatures:
 class EncoderFeatures(ModuleFeatures):
     """A checkpoint's encoder or classifier."""
 
-    def __init__(self, loaded: Loaded, config: FeatureConfig, device: Device) -> None:
+    def __init__(self, loaded: LoadedWeights, config: FeaturesConfig, device: Device) -> None:
         loaded = at_image_size(loaded, config.image_size)
         model = encoder_of(loaded)
         headed = isinstance(model, Classifier) and model.pool == "avg"
@@ -196,7 +196,7 @@ class EncoderFeatures(ModuleFeatures):
 class BundleFeatures:
     """A bundle's `cls` or `pooled` output, every patch kept, on whichever engine."""
 
-    def __init__(self, path: Path, config: FeatureConfig, device: Device) -> None:
+    def __init__(self, path: Path, config: FeaturesConfig, device: Device) -> None:
         self._backbone = Backbone.load(path, config.engine, device=device, threads=config.threads)
         bundle = self._backbone.bundle
         outputs = {"cls": "cls", "avg": "pooled"}
@@ -225,7 +225,12 @@ class BundleFeatures:
 
 
 def classifier_logits(
-    loaded: Loaded, precision: Precision, device: Device, *, keeps: Sequence[int | None] = (None,), seed: int = 0
+    loaded: LoadedWeights,
+    precision: TrainingPrecision,
+    device: Device,
+    *,
+    keeps: Sequence[int | None] = (None,),
+    seed: int = 0,
 ) -> ModuleFeatures:
     """A classifier's logits in the place of features, one after the other for each number of patches:
     `(B, len(keeps) * classes)`.
@@ -255,7 +260,7 @@ def classifier_logits(
     )
 
 
-def random_like(loaded: Loaded, seed: int) -> Loaded:
+def random_like(loaded: LoadedWeights, seed: int) -> LoadedWeights:
     """The same encoder with random weights: what an architecture gives without training."""
     seed_everything(derive_seed(seed, "weights"))
     metadata = replace(
@@ -269,7 +274,7 @@ def random_like(loaded: Loaded, seed: int) -> Loaded:
         provenance={},
         metrics={},
     )
-    return Loaded(metadata, Encoder(loaded.encoder_config).state_dict(), {})
+    return LoadedWeights(metadata, Encoder(loaded.encoder_config).state_dict(), {})
 
 
 def resolve_device(device: Device) -> torch.device:
@@ -283,7 +288,7 @@ def resolve_device(device: Device) -> torch.device:
     return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def autocast_for(device: torch.device, precision: Precision) -> Callable[[], AbstractContextManager[Any]]:
+def autocast_for(device: torch.device, precision: TrainingPrecision) -> Callable[[], AbstractContextManager[Any]]:
     """What to enter for arithmetic in this precision.
 
     Raises:

@@ -23,7 +23,7 @@ from mae_deploy.results import Result
 BLOCK_SIZE = 4096
 
 
-def run(config: KnnConfig) -> Result:
+def run_knn(config: KnnConfig) -> Result:
     """Judge an encoder by its neighbours.
 
     Raises:

@@ -22,14 +22,14 @@ from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.config import FeatureConfig, LinprobeConfig
+from mae_deploy.evaluation.config import FeaturesConfig, LinprobeConfig
 from mae_deploy.evaluation.features import FeatureSet, FeatureSource, ModuleFeatures, extract, resolve_device
 from mae_deploy.evaluation.linear import fit_linear, unstandardise
 from mae_deploy.files import atomic_path, point_link, read_json, write_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.vit import Classifier
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.optim.lars import Lars
 from mae_deploy.training.state.run_folder import RunFolder
@@ -37,11 +37,11 @@ from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
 from mae_deploy.weights.load import load_strict, read_weights, start_from
 
-PAPER_WARMUP = 10.0
+LINPROBE_WARMUP = 10.0
 """Epochs (paper, table 10)."""
 
 
-def run(config: LinprobeConfig) -> dict[str, Any]:
+def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
     """Train a linear head on a frozen encoder and validate; returns a summary.
 
     Raises:
@@ -171,7 +171,7 @@ def _train(
     def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(model(batch.images), batch.labels)}
 
-    job = Job(
+    job = TrainingJob(
         title="linear probe",
         model=model,
         saved=classifier,
@@ -181,7 +181,7 @@ def _train(
         spec=spec,
         loss=loss,
         metadata=lambda: metadata,
-        paper_warmup=PAPER_WARMUP,
+        paper_warmup=LINPROBE_WARMUP,
         evaluate=Evaluator(
             val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers
         ),
@@ -207,7 +207,7 @@ def _solve(
     source = ModuleFeatures(
         classifier, classifier.forward_pooled, spec, name, metadata.licence, config.loop.precision, config.device
     )
-    settings = FeatureConfig(
+    settings = FeaturesConfig(
         batch_size=config.optim.batch_size, num_workers=config.images.num_workers, max_corrupt=config.images.max_corrupt
     )
     known, asked = (
@@ -249,7 +249,7 @@ def _solve(
 
 
 def _cached(
-    source: FeatureSource, images: ImageSource, config: FeatureConfig, folder: RunFolder, split: str
+    source: FeatureSource, images: ImageSource, config: FeaturesConfig, folder: RunFolder, split: str
 ) -> FeatureSet:
     """The features of this run: computed once, then read from its folder, whose config and data have been checked to be
     the same.

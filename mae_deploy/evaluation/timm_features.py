@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.evaluation.features import ModuleFeatures
 from mae_deploy.training.config import Device
 from mae_deploy.weights.read.files import find_weights, read_source
@@ -24,7 +24,7 @@ class TimmFeatures(ModuleFeatures):
     tokens, what their head reads.
     """
 
-    def __init__(self, path: Path, architecture: str, config: FeatureConfig, device: Device) -> None:
+    def __init__(self, path: Path, architecture: str, config: FeaturesConfig, device: Device) -> None:
         model = build_timm(architecture, image_size=config.image_size)
         load_timm(model, read_source(find_weights(path), average=True), architecture)
         spec, licence = timm_preprocess(model), timm_licence(model, architecture)

@@ -16,13 +16,13 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.vit import Classifier, Encoder, run_block
 
-Kind = Literal["tokens", "qkv", "decoder", "latent", "pixels", "cls", "pooled", "logits"]
+TapKind = Literal["tokens", "qkv", "decoder", "latent", "pixels", "cls", "pooled", "logits"]
 
 
 class Tap(NamedTuple):
     """A place in a network."""
 
-    kind: Kind
+    kind: TapKind
     """What is read there:
 
     - tokens `(B, 1 + K, D)` after a block, CLS first;
@@ -40,14 +40,14 @@ class Tap(NamedTuple):
 
 Taps = dict[Tap, Tensor]
 
-BLOCK_KINDS: tuple[Kind, ...] = ("tokens", "qkv")
+BLOCK_KINDS: tuple[TapKind, ...] = ("tokens", "qkv")
 """What a block of the encoder gives; everything else needs all of its blocks."""
 
-DECODER_KINDS: tuple[Kind, ...] = ("decoder", "pixels")
+DECODER_KINDS: tuple[TapKind, ...] = ("decoder", "pixels")
 """What a decoder gives."""
 
 
-def deepest(wanted: Iterable[Tap], *kinds: Kind) -> int:
+def deepest(wanted: Iterable[Tap], *kinds: TapKind) -> int:
     """The highest block of these kinds; 0 where there is none."""
     return max((tap.block for tap in wanted if tap.kind in kinds), default=0)
 

@@ -70,11 +70,11 @@ def transformer_blocks(
     """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
     rates = np.linspace(0, drop_path, depth).tolist()
     return nn.ModuleList(
-        OpenBlock(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
+        BlockWithQKV(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
     )
 
 
-class OpenBlock(Block):
+class BlockWithQKV(Block):
     """timm's block, which also gives its queries, keys and values where they are asked for. Calls go through the block,
     as FSDP2 needs it.
     """
@@ -118,7 +118,7 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
 
 
 def run_block(block: nn.Module, tokens: Tensor, **inner: Any) -> Any:
-    """Apply one block (see `OpenBlock`), with the attention that is faster for this device and length."""
+    """Apply one block (see `BlockWithQKV`), with the attention that is faster for this device and length."""
     assert isinstance(block, Block)
     block.attn.fused_attn = _fused_is_faster(block.attn, tokens)  # type: ignore[assignment]
     return block(tokens, **inner)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import import_optional
-from mae_deploy.reporting.tables import Row
+from mae_deploy.reporting.tables import Figures
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,7 +21,9 @@ class Curve:
     """The same value wherever it stands: a dashed line to compare with."""
 
 
-def draw_curves(path: Path, rows: Sequence[Row], curves: Sequence[Curve], *, label: str, values: Sequence[Any]) -> None:
+def draw_curves(
+    path: Path, rows: Sequence[Figures], curves: Sequence[Curve], *, label: str, values: Sequence[Any]
+) -> None:
     """Figures in per cent against the values of a setting, with a band from the lowest to the highest seed.
 
     Args:
@@ -54,7 +56,7 @@ def draw_curves(path: Path, rows: Sequence[Row], curves: Sequence[Curve], *, lab
     figure.savefig(path, dpi=150, format="png")
 
 
-def draw_bars(path: Path, rows: Sequence[Row], bars: Sequence[Curve]) -> None:
+def draw_bars(path: Path, rows: Sequence[Figures], bars: Sequence[Curve]) -> None:
     """Figures in per cent, a group of bars for each row, with a line from the lowest to the highest seed.
 
     Raises:

@@ -13,11 +13,11 @@ from rich.text import Text
 
 from mae_deploy.files import atomic_path, write_json, write_text
 
-Row = dict[str, Any]
+Figures = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Column:
+class FigureColumn:
     """One column: its title, the figure that it shows, and how; where seeds differ, their range stands beside the
     mean.
     """
@@ -27,7 +27,7 @@ class Column:
     form: str = "{}"
     scale: float = 1
 
-    def cell(self, row: Row) -> str:
+    def cell(self, row: Figures) -> str:
         """The figure as text; a dash where there is none."""
         value = row.get(self.key)
         if value is None:
@@ -40,21 +40,21 @@ class Column:
         return self.form.format(value * self.scale if isinstance(value, float | int) else value)
 
 
-def mean_of(found: Sequence[dict[str, float]]) -> Row:
+def mean_of(found: Sequence[dict[str, float]]) -> Figures:
     """The mean of each figure over the seeds, `KEY_range` (smallest and largest) and `KEY_by_seed` beside it."""
-    row: Row = {}
+    row: Figures = {}
     for key in found[0]:
         values = [figures[key] for figures in found]
         row |= {key: statistics.mean(values), f"{key}_range": [min(values), max(values)], f"{key}_by_seed": values}
     return row
 
 
-def shown_columns(columns: Sequence[Column], rows: Sequence[Row]) -> list[Column]:
+def shown_columns(columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> list[FigureColumn]:
     """Those in which something stands."""
     return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
 
 
-def rich_table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Table:
+def rich_table(title: str, columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> Table:
     """For the terminal."""
     table = Table(title=Text(title), title_justify="left")
     for index, column in enumerate(columns):
@@ -64,7 +64,7 @@ def rich_table(title: str, columns: Sequence[Column], rows: Sequence[Row]) -> Ta
     return table
 
 
-def markdown_table(columns: Sequence[Column], rows: Sequence[Row]) -> str:
+def markdown_table(columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> str:
     """For a page."""
     lines = [[column.title for column in columns], ["--:" if index else "---" for index in range(len(columns))]]
     lines += [[column.cell(row).replace("|", "\\|") for column in columns] for row in rows]

@@ -251,20 +251,20 @@ def validate_manifest(value: Any) -> Manifest:
     check(value, Manifest, "")
     manifest = typing.cast(Manifest, value)
     for problem in (
-        _model_problem,
-        _sizes_problem,
-        _graph_problem,
-        _outputs_problem,
-        _files_problem,
-        _engines_problem,
-        _tolerance_problem,
+        _reason_against_model,
+        _reason_against_sizes,
+        _reason_against_graph,
+        _reason_against_outputs,
+        _reason_against_files,
+        _reason_against_engines,
+        _reason_against_tolerance,
     ):
         if message := problem(manifest):
             raise ConfigError(f"manifest: {message}", hint="export the bundle again")
     return manifest
 
 
-def _model_problem(manifest: Manifest) -> str | None:
+def _reason_against_model(manifest: Manifest) -> str | None:
     model, preprocess = manifest["model"], read_preprocess(manifest["preprocess"])
     size, patch = model["image_size"], model["patch_size"]
     if len(size) != 2 or patch < 1 or min(size) < patch or any(side % patch for side in size):
@@ -292,7 +292,7 @@ def _model_problem(manifest: Manifest) -> str | None:
     return None
 
 
-def _sizes_problem(manifest: Manifest) -> str | None:
+def _reason_against_sizes(manifest: Manifest) -> str | None:
     mode, num_patches, profile = manifest["token_mode"], manifest["num_patches"], manifest["profile"]
     fixed = {"B": manifest["batch"], "K": manifest["keep"]}
     if fixed["B"] is not None and fixed["B"] < 1:
@@ -315,7 +315,7 @@ def _sizes_problem(manifest: Manifest) -> str | None:
     return None
 
 
-def _graph_problem(manifest: Manifest) -> str | None:
+def _reason_against_graph(manifest: Manifest) -> str | None:
     model, mode, graph = manifest["model"], manifest["token_mode"], manifest["graph"]
     inputs = {entry["name"]: entry for entry in graph["inputs"]}
     names = (IMAGES, *TOKEN_INPUTS[mode])
@@ -342,7 +342,7 @@ def _graph_problem(manifest: Manifest) -> str | None:
     return None
 
 
-def _outputs_problem(manifest: Manifest) -> str | None:
+def _reason_against_outputs(manifest: Manifest) -> str | None:
     entries, model = manifest["graph"]["outputs"], manifest["model"]
     inputs = [entry["name"] for entry in manifest["graph"]["inputs"]]
     names = [entry["name"] for entry in entries]
@@ -395,7 +395,7 @@ def _fits(found: list[Dim], wanted: list[Dim]) -> bool:
     )
 
 
-def _files_problem(manifest: Manifest) -> str | None:
+def _reason_against_files(manifest: Manifest) -> str | None:
     for key, name in (("graph", manifest["graph"]["file"]), ("golden", manifest["golden"]["file"])):
         if name not in manifest["files"]:
             return f"{key}.file '{name}' is not listed in files"
@@ -407,7 +407,7 @@ def _files_problem(manifest: Manifest) -> str | None:
     return None
 
 
-def _engines_problem(manifest: Manifest) -> str | None:
+def _reason_against_engines(manifest: Manifest) -> str | None:
     for index, entry in enumerate(manifest["engines"]):
         where = f"engines[{index}]"
         for name in (entry["file"], entry["layers"]):
@@ -430,7 +430,7 @@ def _engines_problem(manifest: Manifest) -> str | None:
     return None
 
 
-def _tolerance_problem(manifest: Manifest) -> str | None:
+def _reason_against_tolerance(manifest: Manifest) -> str | None:
     unknown = [name for name in manifest["tolerance"] if name not in ToleranceEntry.__annotations__]
     if unknown:  # what cannot be judged must not pass
         return f"unknown tolerance '{unknown[0]}'"

@@ -112,7 +112,7 @@ def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build
     from mae_deploy.runtime.tensorrt.api import load_tensorrt
     from mae_deploy.runtime.tensorrt.engine import gpu_index
     from mae_deploy.runtime.tensorrt.open import open_plan, open_tapped
-    from mae_deploy.runtime.tensorrt.plans import find_plan, why_not
+    from mae_deploy.runtime.tensorrt.plans import find_plan, reason_against_plans
 
     api = load_tensorrt(gpu_index(options.device))
     entry = find_plan(bundle, api.version, api.gpu)
@@ -121,7 +121,7 @@ def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build
         entry = find_plan(bundle, api.version, api.gpu)
     if entry is None:
         raise ConfigError(
-            why_not(bundle, api.version, api.gpu),
+            reason_against_plans(bundle, api.version, api.gpu),
             hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle",
         )
     return open_tapped(bundle, entry, options, taps) if taps else open_plan(bundle, entry, options)

@@ -49,7 +49,7 @@ def write_triton(bundle: Bundle, repository: Path, engine: EngineEntry | None = 
         CheckFailed: a file of the bundle is not the one that was exported.
     """
     model = model_folder(bundle.path, repository)
-    if obstacle := triton_obstacle(bundle, engine):
+    if obstacle := reason_against_triton(bundle, engine):
         raise ConfigError(f"Triton cannot serve {bundle.path}: {obstacle}")
     with atomic_path(model) as aside:
         (aside / "1").mkdir(parents=True)
@@ -77,7 +77,7 @@ def model_folder(bundle: Path, repository: Path) -> Path:
     return folder
 
 
-def triton_obstacle(bundle: Bundle, engine: EngineEntry | None) -> str | None:
+def reason_against_triton(bundle: Bundle, engine: EngineEntry | None) -> str | None:
     """Why Triton cannot run a bundle's plan or, without one, its graph; None if it can."""
     if engine is not None:
         return f"{engine['file']} was built without its weights" if engine["stripped"] else None

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_deploy.checkpoint import METADATA, Metadata, write_checkpoint
 from mae_deploy.files import atomic_path, point_link
-from mae_deploy.training.job import Job
+from mae_deploy.training.job import TrainingJob
 from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.state.progress import (
     OPTIMIZER,
@@ -41,7 +41,7 @@ class Checkpoints:
     optimizer: torch.optim.Optimizer
     average: WeightAverage | None
 
-    def __init__(self, job: Job, folder: RunFolder, state: Progress, *, keep: int) -> None:
+    def __init__(self, job: TrainingJob, folder: RunFolder, state: Progress, *, keep: int) -> None:
         """Load the last checkpoint's weights into the job's model, if there is one."""
         self.folder = folder
         self.state = state

@@ -9,7 +9,7 @@ from mae_deploy.config import setting
 from mae_deploy.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
 Sharding = Literal["ddp", "fsdp2"]
 
 TRACKERS = ("wandb", "mlflow")
@@ -60,7 +60,7 @@ class OptimConfig:
 class LoopConfig:
     """Run."""
 
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Arithmetic of the forward pass: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     checkpoint_every: int = 1
     """Epochs between checkpoints."""

@@ -46,7 +46,7 @@ class TrainConfig(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Job:
+class TrainingJob:
     """What a stage gives to the loop."""
 
     title: str

@@ -10,20 +10,22 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mae_deploy.errors import MissingDependency, import_optional
-from mae_deploy.training.config import Device, OptimConfig, Precision
+from mae_deploy.training.config import Device, OptimConfig, TrainingPrecision
 from mae_deploy.training.cpu import advise_bf16
-from mae_deploy.training.job import Evaluation, Job, TrainConfig
+from mae_deploy.training.job import Evaluation, TrainConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
-from mae_deploy.training.plan import Plan, make_plan, resume_plan
-from mae_deploy.training.runner import Runner
+from mae_deploy.training.plan import RunPlan, make_plan, resume_plan
+from mae_deploy.training.runner import TrainingRunner
 from mae_deploy.training.state.progress import STATE, Progress, load_progress
 from mae_deploy.training.state.run_folder import RunFolder
 
-__all__ = ["Evaluation", "Job", "fit", "make_accelerator"]
+__all__ = ["Evaluation", "TrainingJob", "fit", "make_accelerator"]
 
 
-def make_accelerator(device: Device, precision: Precision, out: Path, trackers: tuple[str, ...] = ()) -> Accelerator:
+def make_accelerator(
+    device: Device, precision: TrainingPrecision, out: Path, trackers: tuple[str, ...] = ()
+) -> Accelerator:
     """The distributed engine for this machine.
 
     Raises:
@@ -42,7 +44,7 @@ def make_accelerator(device: Device, precision: Precision, out: Path, trackers: 
     return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, project_dir=out)
 
 
-def fit(job: Job, folder: RunFolder, accelerator: Accelerator, config: TrainConfig) -> dict[str, Any]:
+def fit(job: TrainingJob, folder: RunFolder, accelerator: Accelerator, config: TrainConfig) -> dict[str, Any]:
     """Train to the end, from wherever the run folder's last checkpoint is; returns a summary.
 
     Raises:
@@ -55,7 +57,7 @@ def fit(job: Job, folder: RunFolder, accelerator: Accelerator, config: TrainConf
     state, plan = _resolve(job, folder, config.optim, accelerator)
     trackers = Trackers(accelerator, config.loop.tracker, folder.path, step=state.step)
     unreadable = Unreadable(folder.path, config.images.max_corrupt, accelerator)
-    runner = Runner(
+    runner = TrainingRunner(
         job,
         folder,
         accelerator,
@@ -76,7 +78,9 @@ def fit(job: Job, folder: RunFolder, accelerator: Accelerator, config: TrainConf
     return runner.summary()
 
 
-def _resolve(job: Job, folder: RunFolder, optim: OptimConfig, accelerator: Accelerator) -> tuple[Progress, Plan]:
+def _resolve(
+    job: TrainingJob, folder: RunFolder, optim: OptimConfig, accelerator: Accelerator
+) -> tuple[Progress, RunPlan]:
     """Where the run is, and the plan for the rest of it."""
     processes = accelerator.num_processes
     numbers: Any = {"world_size": processes, "paper_warmup": job.paper_warmup, "quiet": not accelerator.is_main_process}

@@ -12,7 +12,7 @@ from mae_deploy.training.state.progress import Progress
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RunPlan:
     """A run in steps."""
 
     batch_size: int
@@ -25,7 +25,7 @@ class Plan:
 
 def make_plan(
     num_images: int, optim: OptimConfig, *, world_size: int, paper_warmup: float, quiet: bool = False
-) -> Plan:
+) -> RunPlan:
     """Batch size, steps and learning rate; a data set smaller than one batch makes the batch smaller, and says so.
 
     Raises:
@@ -45,7 +45,7 @@ def make_plan(
 
 def resume_plan(
     num_images: int, optim: OptimConfig, state: Progress, *, world_size: int, paper_warmup: float, quiet: bool = False
-) -> Plan:
+) -> RunPlan:
     """The plan that keeps a run's effective batch, on any number of processes.
 
     The settings as they are where their product fits; where they are those of the run before, batch size and
@@ -86,9 +86,9 @@ def _split(effective: int, world_size: int, largest: int) -> tuple[int, int]:
 
 def _plan(
     num_images: int, optim: OptimConfig, batch_size: int, accum: int, world_size: int, paper_warmup: float
-) -> Plan:
+) -> RunPlan:
     effective = batch_size * accum * world_size
     steps = num_images // effective
     peak = optim.lr if optim.lr is not None else optim.blr * effective / 256
     warmup = resolve_warmup(optim.warmup_epochs, paper=paper_warmup, epochs=optim.epochs)
-    return Plan(batch_size, accum, steps, steps * optim.epochs, peak, warmup)
+    return RunPlan(batch_size, accum, steps, steps * optim.epochs, peak, warmup)

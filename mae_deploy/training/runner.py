@@ -11,13 +11,13 @@ from typing import Any
 from accelerate import Accelerator
 
 from mae_deploy.data.dataset import Batch
-from mae_deploy.data.order import Stretch
-from mae_deploy.data.transforms import Normalise
+from mae_deploy.data.order import RunSlice
+from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.training.checkpoints import Checkpoints
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.cpu import prepare_cpu
-from mae_deploy.training.job import Job
+from mae_deploy.training.job import TrainingJob
 from mae_deploy.training.monitor.guard import Guard, StepOutcome
 from mae_deploy.training.monitor.profiling import Profiler
 from mae_deploy.training.monitor.readback import Readback
@@ -26,7 +26,7 @@ from mae_deploy.training.monitor.timing import StepTimer, StepTimes
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
 from mae_deploy.training.optim.groups import adamw
-from mae_deploy.training.plan import Plan
+from mae_deploy.training.plan import RunPlan
 from mae_deploy.training.schedule import learning_rate
 from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.state.progress import Progress
@@ -50,15 +50,15 @@ class _Launched:
     timer: StepTimer
 
 
-class Runner:
+class TrainingRunner:
     """One `fit`: built from wherever the run folder's last checkpoint is, then run to the end."""
 
     def __init__(
         self,
-        job: Job,
+        job: TrainingJob,
         folder: RunFolder,
         accelerator: Accelerator,
-        plan: Plan,
+        plan: RunPlan,
         state: Progress,
         trackers: Trackers,
         unreadable: Unreadable,
@@ -81,7 +81,7 @@ class Runner:
         self.network = network
         self.average = WeightAverage(job.model, optim.ema) if optim.ema is not None else None
         self.checkpoints.assemble(network, optimizer, self.average)
-        normalise = Normalise(job.spec).to(accelerator.device)
+        normalise = NormaliseImages(job.spec).to(accelerator.device)
         self.stepper = Stepper(job.loss, network, optimizer, normalise, plan, clip_grad=optim.clip_grad, seed=seed)
         self.readback: Readback[_Launched] = Readback(accelerator.device)
         process = accelerator.process_index if accelerator.num_processes > 1 else None
@@ -147,7 +147,7 @@ class Runner:
 
     def _stream(self, num_workers: int) -> Iterator[Batch]:
         accum = self.plan.accum_iter
-        where = Stretch(
+        where = RunSlice(
             batch_size=self.plan.batch_size,
             batches_per_epoch=self.plan.steps_per_epoch * accum,
             start=self.state.step * accum,
@@ -184,7 +184,7 @@ class Runner:
             before = time.monotonic()
             batch = next(stream)
             self.waited += time.monotonic() - before
-            self.new_unreadable += self.unreadable.meet(batch.unreadable)
+            self.new_unreadable += self.unreadable.add(batch.unreadable)
             if len(batch.images) == 0:
                 raise self.unreadable.nothing_left(self.job.dataset.name)
             self.batches.append(batch)

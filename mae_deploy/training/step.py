@@ -16,7 +16,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from mae_deploy.data.dataset import Batch
 from mae_deploy.seeding import derive_seed, seed_everything, uniform_rows
 from mae_deploy.training.monitor.timing import StepTimer
-from mae_deploy.training.plan import Plan
+from mae_deploy.training.plan import RunPlan
 from mae_deploy.training.state.sharding import Network, whole
 
 
@@ -101,7 +101,7 @@ class Stepper:
         network: Network,
         optimizer: torch.optim.Optimizer,
         normalise: nn.Module,
-        plan: Plan,
+        plan: RunPlan,
         *,
         clip_grad: float | None,
         seed: int,

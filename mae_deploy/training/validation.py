@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.data.transforms import Normalise, Transform
+from mae_deploy.data.transforms import NormaliseImages, Transform
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice
@@ -54,7 +54,7 @@ class Evaluator:
         """
         was_training = model.training
         model.eval()
-        normalise = Normalise(self.spec).to(accelerator.device)
+        normalise = NormaliseImages(self.spec).to(accelerator.device)
         counts: tuple[int | None, ...] = (
             (None,) if self.kept is None else tuple(dict.fromkeys((self.kept.most, self.kept.least)))
         )

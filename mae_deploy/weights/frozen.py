@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.taps import DECODER_KINDS, Tap, encoder_depth, unreached
 from mae_deploy.models.vit import Encoder
-from mae_deploy.weights.load import Loaded, encoder_of, model_of
+from mae_deploy.weights.load import LoadedWeights, encoder_of, model_of
 
 
 def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
@@ -22,7 +22,7 @@ def resize_images(images: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(images, size=size, mode="bicubic", antialias=True, align_corners=False)
 
 
-def frozen(loaded: Loaded, wanted: Collection[Tap]) -> Encoder:
+def frozen(loaded: LoadedWeights, wanted: Collection[Tap]) -> Encoder:
     """The network without what `wanted` does not need: blocks behind the deepest tap, decoder and head; in evaluation
     mode, without gradients.
 
@@ -38,7 +38,7 @@ def frozen(loaded: Loaded, wanted: Collection[Tap]) -> Encoder:
     return model.float().requires_grad_(False)
 
 
-def image_size_for(loaded: Loaded, grid_size: tuple[int, int]) -> tuple[int, int]:
+def image_size_for(loaded: LoadedWeights, grid_size: tuple[int, int]) -> tuple[int, int]:
     """The size at which the encoder has this grid.
 
     Raises:

@@ -25,7 +25,7 @@ ENCODER = ("cls_token", "pos_embed", "channel_embed", "patch_embed", "blocks", "
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedWeights:
     """Weights on the CPU, what they are, and the record to pass on to what is derived from them."""
 
     metadata: Metadata
@@ -38,7 +38,7 @@ class Loaded:
         return from_dict(EncoderConfig, self.metadata.encoder)
 
 
-def read_weights(path: Path) -> Loaded:
+def read_weights(path: Path) -> LoadedWeights:
     """Read a run folder, a checkpoint folder, or a weights file of ours, of the original implementation, timm or
     Hugging Face.
 
@@ -48,9 +48,9 @@ def read_weights(path: Path) -> Loaded:
     """
     if find_checkpoint(path) is not None:
         checkpoint = open_checkpoint(path)
-        return Loaded(checkpoint.metadata, checkpoint.tensors(), checkpoint.record())
+        return LoadedWeights(checkpoint.metadata, checkpoint.tensors(), checkpoint.record())
     imported = import_weights(path, ImportOptions())
-    return Loaded(imported.metadata, imported.tensors, {"path": str(path), **imported.metadata.provenance})
+    return LoadedWeights(imported.metadata, imported.tensors, {"path": str(path), **imported.metadata.provenance})
 
 
 def build_model(metadata: Metadata) -> Encoder:
@@ -69,13 +69,13 @@ def build_model(metadata: Metadata) -> Encoder:
     return Encoder(config)
 
 
-def load_model(path: Path) -> tuple[Encoder, Loaded]:
+def load_model(path: Path) -> tuple[Encoder, LoadedWeights]:
     """The model of a checkpoint with its weights, in evaluation mode."""
     loaded = read_weights(path)
     return model_of(loaded), loaded
 
 
-def model_of(loaded: Loaded) -> Encoder:
+def model_of(loaded: LoadedWeights) -> Encoder:
     """The model of these weights, in evaluation mode; it shares their memory."""
     with torch.device("meta"):  # nothing is allocated or initialised that the weights replace
         model = build_model(loaded.metadata)
@@ -83,12 +83,12 @@ def model_of(loaded: Loaded) -> Encoder:
     return model.eval()
 
 
-def encoder_of(loaded: Loaded) -> Encoder:
+def encoder_of(loaded: LoadedWeights) -> Encoder:
     """The encoder or classifier of these weights without a decoder, in evaluation mode."""
     if loaded.metadata.kind != "mae":
         return model_of(loaded)
     tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
-    return model_of(Loaded(replace(loaded.metadata, kind="encoder"), tensors, loaded.record))
+    return model_of(LoadedWeights(replace(loaded.metadata, kind="encoder"), tensors, loaded.record))
 
 
 def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: bool = False) -> None:
@@ -103,7 +103,7 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: b
         raise CheckFailed(" ".join(str(error).split())) from error
 
 
-def at_image_size(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
+def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> LoadedWeights:
     """The same weights for another image size, the position embeddings interpolated; None: as they are."""
     source = loaded.encoder_config
     if image_size is None or image_size == source.image_size:
@@ -114,10 +114,12 @@ def at_image_size(loaded: Loaded, image_size: tuple[int, int] | None) -> Loaded:
         if name in tensors:
             tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
     preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
-    return Loaded(replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess), tensors, loaded.record)
+    return LoadedWeights(
+        replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess), tensors, loaded.record
+    )
 
 
-def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
+def encoder_tensors(loaded: LoadedWeights, target: EncoderConfig) -> dict[str, Tensor]:
     """The encoder's part of the weights, its position embeddings interpolated to the target's grid.
 
     Raises:
@@ -135,7 +137,7 @@ def encoder_tensors(loaded: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
     return tensors
 
 
-def start_from(model: E, loaded: Loaded) -> E:
+def start_from(model: E, loaded: LoadedWeights) -> E:
     """Put the encoder's weights into a model of the same encoder; head, `fc_norm` and decoder stay as they are.
 
     As in the original, a mean-pooled classifier leaves the checkpoint's `norm` aside.

@@ -17,12 +17,12 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 
 E = TypeVar("E", bound=Encoder)
 
 
-def start_from_slice(model: E, larger: Loaded, *, blocks: SliceBlocks = "even") -> E:
+def start_from_slice(model: E, larger: LoadedWeights, *, blocks: SliceBlocks = "even") -> E:
     """Put a slice of a larger encoder into a model; its decoder stays as it is.
 
     The head goes along where both are classifiers of as many classes that pool alike. A model of the larger one's shape
@@ -42,7 +42,7 @@ def start_from_slice(model: E, larger: Loaded, *, blocks: SliceBlocks = "even") 
     return model
 
 
-def slice_encoder(larger: Loaded, target: EncoderConfig, blocks: SliceBlocks = "even") -> dict[str, Tensor]:
+def slice_encoder(larger: LoadedWeights, target: EncoderConfig, blocks: SliceBlocks = "even") -> dict[str, Tensor]:
     """The tensors of a target encoder, with a norm behind the blocks where the larger one has it.
 
     Raises:
@@ -116,7 +116,7 @@ def _positions(larger: Tensor, source: EncoderConfig, target: EncoderConfig) -> 
     )
 
 
-def _heads_alike(model: Classifier, larger: Loaded) -> bool:
+def _heads_alike(model: Classifier, larger: LoadedWeights) -> bool:
     metadata = larger.metadata
     return (
         metadata.kind == "classifier"
@@ -125,7 +125,7 @@ def _heads_alike(model: Classifier, larger: Loaded) -> bool:
     )
 
 
-def _slice_head(larger: Loaded, target: EncoderConfig) -> dict[str, Tensor]:
+def _slice_head(larger: LoadedWeights, target: EncoderConfig) -> dict[str, Tensor]:
     channels = evenly(target.width, larger.encoder_config.width)
     head = {
         "head.weight": _take(larger.tensors["head.weight"], None, channels),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run as export
+from mae_deploy.export.run import run_export
 from tests.data.image_folders import write_noise
 from tests.export.tiny_exports import CLASS_NAMES, write_checkpoint
 from tests.models.tiny_models import tiny_classifier, tiny_encoder
@@ -22,8 +22,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     classifier = write_checkpoint(
         root / "checkpoints" / "classifier", tiny_classifier("avg"), licence="own", class_names=CLASS_NAMES
     )
-    export(ExportConfig(checkpoint=encoder, out=root / "encoder", tokens="visible", samples=root / "photos"))
-    export(ExportConfig(checkpoint=classifier, out=root / "classifier", samples=root / "photos"))
+    run_export(ExportConfig(checkpoint=encoder, out=root / "encoder", tokens="visible", samples=root / "photos"))
+    run_export(ExportConfig(checkpoint=classifier, out=root / "classifier", samples=root / "photos"))
     return root
 
 

@@ -41,7 +41,7 @@ def test_the_engine_is_written_for_both(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         build_engine, "build_engine", lambda *_, **__: built
     )  # what it does needs a GPU, and is tested on one
-    result = build_engine.run(
+    result = build_engine.run_build_engine(
         BuildEngineConfig(bundle=bundle.path, triton=tmp_path / "models", deepstream=tmp_path / "ds")
     )
     assert result.data["served"] == {"triton": str(tmp_path / "models" / "full"), "deepstream": str(tmp_path / "ds")}

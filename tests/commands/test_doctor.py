@@ -98,7 +98,7 @@ def test_what_tensorrt_lacks(
         "_version",
         lambda module: ("10.3.0" if module in there else None) if module in concerned else version(module),
     )
-    found = doctor.run(DoctorConfig()).data
+    found = doctor.run_doctor(DoctorConfig()).data
     assert found["engines"]["tensorrt"] == state
     assert found["commands"]["build-engine"] == (
         None if missing is None else {"missing": missing, "install": "pip install 'mae-deploy[trt]'"}
@@ -125,7 +125,7 @@ def test_features_of_the_cpu(
     if cpuinfo is not None:
         (tmp_path / "cpuinfo").write_text(cpuinfo)
     monkeypatch.setattr(doctor, "_CPUINFO", tmp_path / "cpuinfo")
-    found = doctor.run(DoctorConfig())
+    found = doctor.run_doctor(DoctorConfig())
     assert found.data["machine"]["cpu_features"] == features
     assert set(features or []) <= set(CPU_FEATURES)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import ImageDataset, Sample, collate
-from mae_deploy.data.order import Key, Stretch
+from mae_deploy.data.order import Key, RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.sources.files import ImageList
 from mae_deploy.data.sources.files import image_files as unlabelled_images
@@ -142,7 +142,7 @@ def test_in_the_place_of_a_broken_image_stands_a_view_of_the_next(images: Path) 
 
 def test_batches_say_which_images_and_views_they_hold(images: Path) -> None:
     fixed = views_of(unlabelled_images(images), 2)
-    where = Stretch(batch_size=4, batches_per_epoch=2, start=0, stop=6)
+    where = RunSlice(batch_size=4, batches_per_epoch=2, start=0, stop=6)
     batches = list(fixed.stream(where, seed=1, num_workers=0, pin_memory=False))
     assert [batch.views.tolist() for batch in batches] == [[view] * 4 for view in (0, 0, 1, 1, 0, 0)]
     seen = [torch.cat([first.items, second.items]) for first, second in zip(batches[::2], batches[1::2], strict=True)]
@@ -264,7 +264,7 @@ def test_repeated_views_follow_one_another_and_are_decoded_once(images: Path, mo
         replace_unreadable=True,
         views=3,
     )
-    batches = list(dataset.stream(Stretch(5, 2, 0, 2), seed=0, num_workers=0, pin_memory=False))
+    batches = list(dataset.stream(RunSlice(5, 2, 0, 2), seed=0, num_workers=0, pin_memory=False))
     names = [name for batch in batches for name in batch.names]
     assert [len(set(names[first : first + 3])) for first in (0, 3, 6)] == [1, 1, 1]
     assert len(set(names)) == len(reads) == 4

@@ -13,7 +13,7 @@ import torch
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import Batch, ImageDataset
 from mae_deploy.data.loader import eval_loader
-from mae_deploy.data.order import Key, StreamSampler, Stretch
+from mae_deploy.data.order import Key, RunSlice, StreamSampler
 from mae_deploy.data.sources.files import image_files as unlabelled_images
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.images.preprocess import default_preprocess
@@ -33,7 +33,7 @@ def stream(
     seed: int = 0,
 ) -> StreamSampler:
     return StreamSampler(
-        SAMPLES, Stretch(batch_size, per_epoch, start, EPOCHS * per_epoch, rank, world_size), seed=seed
+        SAMPLES, RunSlice(batch_size, per_epoch, start, EPOCHS * per_epoch, rank, world_size), seed=seed
     )
 
 
@@ -77,7 +77,7 @@ def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
         spec = default_preprocess((10, 15))
         transform = train_transform(spec, CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
         dataset = ImageDataset(unlabelled_images(images), transform, seed=5, replace_unreadable=True)
-        return list(dataset.stream(Stretch(5, 2, 1, 4), seed=5, num_workers=num_workers, pin_memory=False))
+        return list(dataset.stream(RunSlice(5, 2, 1, 4), seed=5, num_workers=num_workers, pin_memory=False))
 
     alone, shared = batches(0), batches(2)
     assert len(alone) == len(shared) == 3

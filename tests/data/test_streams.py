@@ -13,7 +13,7 @@ import torch
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import Batch
-from mae_deploy.data.order import Stretch
+from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.shards import scan
 from mae_deploy.data.streams import ShardStream
 from mae_deploy.data.training_set import open_training
@@ -36,7 +36,7 @@ def opened(data: str, **settings: Any) -> ShardStream:
     return stream
 
 
-def batches(stream: ShardStream, where: Stretch, *, num_workers: int = 0) -> list[Batch]:
+def batches(stream: ShardStream, where: RunSlice, *, num_workers: int = 0) -> list[Batch]:
     return list(stream.stream(where, seed=5, num_workers=num_workers, pin_memory=False))
 
 
@@ -45,11 +45,11 @@ def names(found: list[Batch]) -> list[str]:
 
 
 def test_each_pass_sees_every_image_in_a_fresh_order(pipe: str) -> None:
-    seen = names(batches(opened(pipe, shuffle_buffer=1), Stretch(1, 11, 0, 33)))
+    seen = names(batches(opened(pipe, shuffle_buffer=1), RunSlice(1, 11, 0, 33)))
     passes = [seen[first : first + 11] for first in (0, 11, 22)]
     assert all(sorted(found) == [f"{number:04d}.png" for number in range(11)] for found in passes)
     assert len(set(map(tuple, passes))) > 1
-    found = batches(opened(pipe, shuffle_buffer=8), Stretch(1, 11, 0, 11))
+    found = batches(opened(pipe, shuffle_buffer=8), RunSlice(1, 11, 0, 11))
     assert [(batch.items.tolist(), batch.views.tolist()) for batch in found] == [
         ([-1], [0])
     ] * 11  # nobody knows their numbers
@@ -60,28 +60,28 @@ def test_each_pass_sees_every_image_in_a_fresh_order(pipe: str) -> None:
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
 def test_every_start_gives_the_tail(pipe: str, num_workers: int) -> None:
-    whole = batches(opened(pipe), Stretch(2, 5, 0, 9), num_workers=num_workers)
+    whole = batches(opened(pipe), RunSlice(2, 5, 0, 9), num_workers=num_workers)
     assert len(whole) == 9
     for start in (1, 4) if num_workers == 0 else (3,):
-        tail = batches(opened(pipe), Stretch(2, 5, start, 9), num_workers=num_workers)
+        tail = batches(opened(pipe), RunSlice(2, 5, start, 9), num_workers=num_workers)
         assert names(tail) == names(whole[start:])
         assert all(torch.equal(a.images, b.images) for a, b in zip(tail, whole[start:], strict=True))
 
 
 def test_processes_read_different_shards(pipe: str) -> None:
-    where = [Stretch(1, 5, 0, 4, rank, 2) for rank in range(2)]
+    where = [RunSlice(1, 5, 0, 4, rank, 2) for rank in range(2)]
     shares = [
         {name.rpartition("/")[0] for batch in batches(opened(pipe, shuffle_buffer=1), part) for name in batch.names}
         for part in where
     ]
     assert shares[0].isdisjoint(shares[1])
     with pytest.raises(ConfigError, match=r"4 shard\(s\) of pipe:cat .* cannot be shared among 5 processes"):
-        opened(pipe).stream(Stretch(1, 2, 0, 2, 0, 5), seed=0, num_workers=0, pin_memory=False)
+        opened(pipe).stream(RunSlice(1, 2, 0, 2, 0, 5), seed=0, num_workers=0, pin_memory=False)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")
 def test_no_more_workers_than_shards(pipe: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(batches(opened(pipe), Stretch(1, 5, 0, 3, 0, 4), num_workers=3)) == 3
+    assert len(batches(opened(pipe), RunSlice(1, 5, 0, 3, 0, 4), num_workers=3)) == 3
     assert "keep 1 of 3 workers busy" in capsys.readouterr().err
 
 
@@ -90,7 +90,7 @@ def test_what_is_broken_is_named_and_passed_over(images: Path, tmp_path: Path) -
     whole = write_shard(tmp_path / "whole.tar", [("0.png", png), ("1.png", png[:60]), ("2.png", png), ("3.txt", b"")])
     cut = tmp_path / "cut.tar"
     cut.write_bytes(whole.read_bytes()[:800])
-    found = batches(opened(f"pipe:cat {tmp_path}/{{whole,cut,gone}}.tar", shuffle_buffer=1), Stretch(3, 1, 0, 2))
+    found = batches(opened(f"pipe:cat {tmp_path}/{{whole,cut,gone}}.tar", shuffle_buffer=1), RunSlice(3, 1, 0, 2))
     assert [len(batch.images) for batch in found] == [3, 3]
     assert set(names(found)) == {"0.png", "2.png"}
     lines = {line for batch in found for line in batch.unreadable}
@@ -99,18 +99,18 @@ def test_what_is_broken_is_named_and_passed_over(images: Path, tmp_path: Path) -
 
 
 def test_nothing_can_be_read(tmp_path: Path) -> None:
-    (batch,) = batches(opened(f"pipe:cat {tmp_path}/gone.tar"), Stretch(3, 1, 0, 2))
+    (batch,) = batches(opened(f"pipe:cat {tmp_path}/gone.tar"), RunSlice(3, 1, 0, 2))
     assert len(batch.images) == 0
     assert "gone.tar" in batch.unreadable[0]
 
 
 def test_repeated_views_of_a_stream(pipe: str) -> None:
-    (batch,) = batches(opened(pipe, repeated_aug=2), Stretch(6, 1, 0, 1))
+    (batch,) = batches(opened(pipe, repeated_aug=2), RunSlice(6, 1, 0, 1))
     assert batch.names[::2] == batch.names[1::2]
     assert len(set(batch.names)) == 3
     assert not torch.equal(batch.images[0], batch.images[1])
     with pytest.raises(ConfigError, match="--batch-size 5 is no multiple of --repeated-aug 2"):
-        opened(pipe, repeated_aug=2).stream(Stretch(5, 1, 0, 1), seed=0, num_workers=0, pin_memory=False)
+        opened(pipe, repeated_aug=2).stream(RunSlice(5, 1, 0, 1), seed=0, num_workers=0, pin_memory=False)
 
 
 def test_somebody_must_say_how_long_an_epoch_is(pipe: str) -> None:
@@ -130,7 +130,7 @@ def test_an_index_beside_the_shards_counts_them(images: Path, tmp_path: Path) ->
     (shards / "index.json").write_text(json.dumps({"format": 1, "shards": entries}))
     assert len(opened(url, epoch_images=None)) == 8
     assert len(opened(url, epoch_images=5)) == 5
-    assert sorted(names(batches(opened(url, epoch_images=None), Stretch(1, 8, 0, 8)))) == [
+    assert sorted(names(batches(opened(url, epoch_images=None), RunSlice(1, 8, 0, 8)))) == [
         f"{number:04d}.png" for number in range(8)
     ]
 

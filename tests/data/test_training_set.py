@@ -10,8 +10,8 @@ from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.images.preprocess import default_preprocess
-from mae_deploy.pretrain.finetune import run as finetune
-from mae_deploy.pretrain.run import run as pretrain
+from mae_deploy.pretrain.finetune import run_finetune
+from mae_deploy.pretrain.run import run_pretrain
 from tests.data.image_folders import write_classes
 from tests.data.sources.tiny_shards import Member, shards_of, write_shard
 from tests.training.tiny_runs import finetuning, losses_of, pretraining
@@ -28,11 +28,11 @@ def test_folders_and_shards_take_the_same_settings(images: Path, tmp_path: Path)
 
 def test_pretraining_on_shards_and_streams(images: Path, tmp_path: Path) -> None:
     shards = shards_of(images, tmp_path / "shards")
-    pretrain(pretraining(images, tmp_path / "folder"))
-    pretrain(pretraining(shards, tmp_path / "packed"))
+    run_pretrain(pretraining(images, tmp_path / "folder"))
+    run_pretrain(pretraining(shards, tmp_path / "packed"))
     assert losses_of(tmp_path / "packed") == losses_of(tmp_path / "folder")
     settings: dict[str, Any] = {"images": DataConfig(num_workers=0, epoch_images=11)}
-    pretrain(pretraining(Path(f"pipe:cat {shards}/shard-{{0..2}}.tar"), tmp_path / "streamed", **settings))
+    run_pretrain(pretraining(Path(f"pipe:cat {shards}/shard-{{0..2}}.tar"), tmp_path / "streamed", **settings))
     assert len(losses_of(tmp_path / "streamed")) == 4
     assert (tmp_path / "streamed" / "reconstruction-0002.png").is_file()
 
@@ -45,5 +45,5 @@ def test_fine_tuning_on_shards(tmp_path: Path, pretrained: Path) -> None:
         ]
         write_shard(tmp_path / "packed" / f"{split}-0.tar", members)
     for data in (classes, tmp_path / "packed"):
-        finetune(finetuning(data, tmp_path / f"run-{data.name}", pretrained))
+        run_finetune(finetuning(data, tmp_path / f"run-{data.name}", pretrained))
     assert losses_of(tmp_path / "run-packed") == losses_of(tmp_path / "run-classes")

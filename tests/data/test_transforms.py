@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.transforms import Normalise, eval_transform, train_transform
+from mae_deploy.data.transforms import NormaliseImages, eval_transform, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import Array
@@ -125,7 +125,7 @@ def test_normalisation_in_torch_is_the_deployed_one() -> None:
     """To the bit: the same three operations in float32."""
     spec = default_preprocess((16, 16))
     pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
-    found = Normalise(spec)(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
+    found = NormaliseImages(spec)(torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_array_equal(found, spec.normalise(pixels))
 
 

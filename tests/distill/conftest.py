@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.pretrain.finetune import run as finetune
+from mae_deploy.pretrain.finetune import run_finetune
 from tests.training.tiny_runs import finetuning, optim
 
 
@@ -19,5 +19,5 @@ def teacher(pretrained: Path) -> Path:
 @pytest.fixture
 def expert(classes: Path, teacher: Path, tmp_path: Path) -> Path:
     """The teacher fine-tuned until it tells dark from light."""
-    finetune(finetuning(classes, tmp_path / "expert", teacher, optim=optim(epochs=8, lr=2e-2, batch_size=6)))
+    run_finetune(finetuning(classes, tmp_path / "expert", teacher, optim=optim(epochs=8, lr=2e-2, batch_size=6)))
     return tmp_path / "expert"

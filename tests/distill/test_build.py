@@ -15,7 +15,7 @@ from mae_deploy.distill.config import (
     DecoderFeatureConfig,
     DistillConfig,
     EdgeConfig,
-    FeatureConfig,
+    FeatureObjectiveConfig,
     LogitsConfig,
     PooledConfig,
     RelationConfig,
@@ -26,12 +26,12 @@ from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.hard_logits import HardLogits
 from mae_deploy.distill.objectives.logits import SoftLogits
 from mae_deploy.distill.schedule import Weight
-from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.taps import Tap
 from mae_deploy.models.vit import Encoder
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 from tests.models.tiny_models import DECODER, ENCODER, metadata_of, tiny_classifier, tiny_mae
 
 STUDENT = replace(ENCODER, depth=4, embed_dim=12, num_heads=3)
@@ -46,9 +46,9 @@ def weights(kind: RunKind, *, masked: bool = True, **more: Any) -> dict[str, flo
     return {name: weight.value for name, weight in objective_weights(distilling(**more), kind, masked=masked).items()}
 
 
-def teacher(model: Encoder | None = None) -> OwnTeacher:
+def teacher(model: Encoder | None = None) -> CheckpointTeacher:
     model = model or MaskedAutoencoder(TEACHER, replace(DECODER, decoder_depth=7, decoder_embed_dim=24))
-    return OwnTeacher(Loaded(metadata_of(model), model.state_dict(), {}), TeacherConfig())
+    return CheckpointTeacher(LoadedWeights(metadata_of(model), model.state_dict(), {}), TeacherConfig())
 
 
 def taps(name: str, **more: Any) -> tuple[tuple[Tap, ...], tuple[Tap, ...]]:
@@ -64,7 +64,9 @@ def test_the_weights_of_each_kind_of_run() -> None:
     assert weights("features") == {"feature": 1, "pixel": 1}
     assert weights("features", masked=False) == {"feature": 1}
     assert weights("logits", masked=False) == {"logits": 1, "label": 0.5}
-    assert weights("logits", features=FeatureConfig(feature_weight=0.25), pooled=PooledConfig(cls_weight=3.0)) == {
+    assert weights(
+        "logits", features=FeatureObjectiveConfig(feature_weight=0.25), pooled=PooledConfig(cls_weight=3.0)
+    ) == {
         "feature": 0.25,
         "cls": 3,
         "logits": 1,
@@ -75,7 +77,7 @@ def test_the_weights_of_each_kind_of_run() -> None:
         "decoder_features": DecoderFeatureConfig(decoder_feature_weight=5.0),
         "edge": EdgeConfig(outlier_weight=6.0),
     }
-    assert weights("features", features=FeatureConfig(feature_weight=0.0, pixel_weight=0.5), **more) == {
+    assert weights("features", features=FeatureObjectiveConfig(feature_weight=0.0, pixel_weight=0.5), **more) == {
         "relation": 2,
         "attention": 4,
         "decoder_feature": 5,
@@ -86,7 +88,7 @@ def test_the_weights_of_each_kind_of_run() -> None:
 
 def test_schedules_go_with_their_weights() -> None:
     found = objective_weights(
-        distilling(features=FeatureConfig(pixel_schedule=((0, 1), (1, 0)))), "features", masked=True
+        distilling(features=FeatureObjectiveConfig(pixel_schedule=((0, 1), (1, 0)))), "features", masked=True
     )
     assert [weight.at(0.5) for weight in found.values()] == [1, 0.5]
 
@@ -97,7 +99,7 @@ def test_schedules_go_with_their_weights() -> None:
         (
             "features",
             True,
-            {"features": FeatureConfig(feature_weight=0.0, pixel_weight=0.0)},
+            {"features": FeatureObjectiveConfig(feature_weight=0.0, pixel_weight=0.0)},
             "every objective has weight 0",
         ),
         (
@@ -109,7 +111,7 @@ def test_schedules_go_with_their_weights() -> None:
         (
             "features",
             False,
-            {"features": FeatureConfig(pixel_weight=1.0)},
+            {"features": FeatureObjectiveConfig(pixel_weight=1.0)},
             "--pixel-weight needs masked patches to predict",
         ),
         (
@@ -121,7 +123,7 @@ def test_schedules_go_with_their_weights() -> None:
         (
             "logits",
             True,
-            {"features": FeatureConfig(pixel_weight=1.0)},
+            {"features": FeatureObjectiveConfig(pixel_weight=1.0)},
             "--pixel-weight needs the student's decoder, which a classifier has not",
         ),
     ],
@@ -148,20 +150,20 @@ def test_three_quarters_up_unless_told() -> None:
         ("feature", {}, [Tap("tokens", 3)], [Tap("tokens", 6)]),
         (
             "feature",
-            {"features": FeatureConfig(student_block=1, teacher_block=8)},
+            {"features": FeatureObjectiveConfig(student_block=1, teacher_block=8)},
             [Tap("tokens", 1)],
             [Tap("tokens", 8)],
         ),
         (
             "feature",
-            {"features": FeatureConfig(feature_blocks=("2:4", "4:8"))},
+            {"features": FeatureObjectiveConfig(feature_blocks=("2:4", "4:8"))},
             [Tap("tokens", 2), Tap("tokens", 4)],
             [Tap("tokens", 4), Tap("tokens", 8)],
         ),
         ("relation", {}, [Tap("qkv", 4)], [Tap("qkv", 6)]),
         (
             "feature",
-            {"features": FeatureConfig(feature_blocks=("2:4", "last:last"))},
+            {"features": FeatureObjectiveConfig(feature_blocks=("2:4", "last:last"))},
             [Tap("tokens", 2), Tap("tokens", 4)],
             [Tap("tokens", 4), Tap("tokens", 8)],
         ),
@@ -196,12 +198,12 @@ def test_the_losses_of_logits(loss: Any, objective: type) -> None:
     [
         (
             "feature",
-            {"features": FeatureConfig(feature_blocks=("2:9",))},
+            {"features": FeatureObjectiveConfig(feature_blocks=("2:9",))},
             "--feature-blocks 2:9: the teacher's blocks are 1 to 8",
         ),
         (
             "feature",
-            {"features": FeatureConfig(feature_blocks=("5:1",))},
+            {"features": FeatureObjectiveConfig(feature_blocks=("5:1",))},
             "--feature-blocks 5:1: the student's blocks are 1 to 4",
         ),
         (
@@ -216,7 +218,7 @@ def test_the_losses_of_logits(loss: Any, objective: type) -> None:
         ),
         (
             "feature",
-            {"features": FeatureConfig(projector="none")},
+            {"features": FeatureObjectiveConfig(projector="none")},
             "without a projector the student's width 12 would have to be the teacher's 20",
         ),
         ("logits", {}, "logits need a fine-tuned teacher, this one is a mae"),

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from mae_deploy.data.config import DataConfig
-from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureConfig, TeacherConfig
-from mae_deploy.distill.run import run
+from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureObjectiveConfig, TeacherConfig
+from mae_deploy.distill.run import run_distill
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.state.run_folder import read_metrics
 from tests.data.image_folders import write_classes
@@ -38,7 +38,7 @@ def distilling(data: Path, teacher: Path, out: Path, cache: Path | None, **more:
         "optim": optim(epochs=3),
         "images": DataConfig(num_workers=0),
         "decoder": DECODER,
-        "features": FeatureConfig(mask_ratio=0.5),
+        "features": FeatureObjectiveConfig(mask_ratio=0.5),
         "caching": CacheConfig(teacher_cache=cache, fixed_views=VIEWS),
         "teaching": TeacherConfig(teacher_precision="fp32"),
         "device": "cpu",
@@ -57,7 +57,7 @@ def test_a_cached_run_is_the_online_run(
     objective: str, classes: Path, expert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, cache in (("online", None), ("filling", tmp_path / "cache"), ("filled", tmp_path / "cache")):
-        run(distilling(classes, expert, tmp_path / name, cache, objective=objective))
+        run_distill(distilling(classes, expert, tmp_path / name, cache, objective=objective))
     said = [line for line in capsys.readouterr().err.splitlines() if "answers read" in line]
     # Of every epoch's images two are left out; a view's later epoch computes what was left out of the earlier.
     images, seen = (18, 15) if objective == "features" else (12, 10)
@@ -74,9 +74,9 @@ def test_fixed_views_are_those_of_the_first_epochs(images: Path, teacher: Path, 
     """But for the masks, which follow the image in place of the step; so with whole images the first epochs are the
     same.
     """
-    whole = FeatureConfig(mask_ratio=0.0)
-    run(distilling(images, teacher, tmp_path / "fixed", None, features=whole))
-    run(distilling(images, teacher, tmp_path / "free", None, features=whole, caching=CacheConfig()))
+    whole = FeatureObjectiveConfig(mask_ratio=0.0)
+    run_distill(distilling(images, teacher, tmp_path / "fixed", None, features=whole))
+    run_distill(distilling(images, teacher, tmp_path / "free", None, features=whole, caching=CacheConfig()))
     fixed, free = losses(tmp_path / "fixed"), losses(tmp_path / "free")
     assert fixed[: 2 * VIEWS] == free[: 2 * VIEWS]
     assert fixed[2 * VIEWS :] != free[2 * VIEWS :]
@@ -85,7 +85,7 @@ def test_fixed_views_are_those_of_the_first_epochs(images: Path, teacher: Path, 
 def test_a_cached_run_that_is_killed_repeats_the_whole_one(images: Path, teacher: Path, tmp_path: Path) -> None:
     """In the second epoch: the cache then holds answers of steps that the checkpoint has not seen."""
     config = distilling(images, teacher, tmp_path / "killed", tmp_path / "cache")
-    run(distilling(images, teacher, tmp_path / "whole", tmp_path / "other"))
+    run_distill(distilling(images, teacher, tmp_path / "whole", tmp_path / "other"))
     assert run_processes(1, command, command_of(config, "--resume"), (0, signal.SIGKILL, 4)) == [-9]
     assert (progress_of(config.out), len(losses(config.out))) == (2, 3)
     assert run_command(command_of(config, "--resume")) == 0
@@ -99,24 +99,24 @@ def test_two_runs_at_once_share_a_cache(tmp_path: Path, teacher: Path, images: P
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0, 0]
-    run(distilling(images, teacher, tmp_path / "alone", tmp_path / "other"))
+    run_distill(distilling(images, teacher, tmp_path / "alone", tmp_path / "other"))
     for config in configs:
         assert losses_of(config.out, "grad_norm") == losses_of(tmp_path / "alone", "grad_norm")
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
 def test_other_views_are_another_run(images: Path, teacher: Path, tmp_path: Path) -> None:
-    run(distilling(images, teacher, tmp_path / "run", None, optim=optim(epochs=1)))
+    run_distill(distilling(images, teacher, tmp_path / "run", None, optim=optim(epochs=1)))
     changed = distilling(
         images, teacher, tmp_path / "run", None, optim=optim(epochs=1), resume=True, caching=CacheConfig(fixed_views=3)
     )
     with pytest.raises(ConfigError, match=r"caching\.fixed_views: 2 -> 3"):
-        run(changed)
+        run_distill(changed)
 
 
 def test_visible_patches_of_each_step_cannot_be_cached(teacher: Path, tmp_path: Path) -> None:
     data = write_classes(tmp_path / "classes")
     elastic = distilling(data, teacher, tmp_path / "run", tmp_path / "cache", keep_ratio=(0.3, 0.7))
     with pytest.raises(ConfigError, match="--keep-ratio draws others in each step"):
-        run(elastic)
+        run_distill(elastic)
     assert not (tmp_path / "run").exists()

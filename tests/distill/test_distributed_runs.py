@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mae_deploy.data.config import DataConfig
-from mae_deploy.distill.config import DistillConfig, FeatureConfig, RelationConfig, TeacherConfig
+from mae_deploy.distill.config import DistillConfig, FeatureObjectiveConfig, RelationConfig, TeacherConfig
 from mae_deploy.training.config import LoopConfig, Sharding
 from tests.training.tiny_runs import DECODER, STUDENT, command, command_of, losses_of, optim, run_processes
 
@@ -18,7 +18,7 @@ from tests.training.tiny_runs import DECODER, STUDENT, command, command_of, loss
 def config_of(data: Path, teacher: Path, out: Path, batch_size: int, sharding: Sharding = "ddp") -> DistillConfig:
     """Relations of the last block and two pairs of tokens below it; nothing reaches the decoder."""
     common: dict[str, Any] = {
-        "features": FeatureConfig(mask_ratio=0.5, pixel_weight=0, feature_blocks=("1:1", "2:2")),
+        "features": FeatureObjectiveConfig(mask_ratio=0.5, pixel_weight=0, feature_blocks=("1:1", "2:2")),
         "relation": RelationConfig(relation_weight=0.5, relation_blocks=("4:2",)),
         "teaching": TeacherConfig(teacher_precision="fp32"),
     }

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureConfig, RunKind
+from mae_deploy.distill.config import CacheConfig, DistillConfig, FeatureObjectiveConfig, RunKind
 from mae_deploy.distill.masks import Masks
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.masking import random_masking
@@ -31,17 +31,17 @@ def batch(step: int = 0, **more: Any) -> StepBatch:
 
 
 def test_the_mask_ratio_is_the_runs_on_features() -> None:
-    found = masks(features=FeatureConfig(mask_ratio=0.6))
+    found = masks(features=FeatureObjectiveConfig(mask_ratio=0.6))
     view = found(batch())
     assert view is not None
     assert all(map(torch.equal, view, random_masking(batch().rand(N), 0.6)))
     assert (found.always, found.ever, found.settings) == (True, True, {"mask_ratio": 0.6})
-    on_logits = masks("logits", features=FeatureConfig(mask_ratio=0.6))
+    on_logits = masks("logits", features=FeatureObjectiveConfig(mask_ratio=0.6))
     assert (on_logits(batch()), on_logits.always, on_logits.ever, on_logits.settings) == (None, False, False, None)
 
 
 def test_the_whole_image() -> None:
-    found = masks(features=FeatureConfig(mask_ratio=0.0))
+    found = masks(features=FeatureObjectiveConfig(mask_ratio=0.0))
     assert (found(batch()), found.always, found.ever, found.settings) == (None, False, False, None)
 
 
@@ -63,7 +63,7 @@ def test_one_number_of_patches() -> None:
 
 def test_fixed_views_have_masks_of_their_own() -> None:
     given = {"items": torch.tensor([4, 5, 4]), "view": torch.tensor([0, 0, 1])}
-    fixed = masks(features=FeatureConfig(mask_ratio=0.6), caching=CacheConfig(fixed_views=2))
+    fixed = masks(features=FeatureObjectiveConfig(mask_ratio=0.6), caching=CacheConfig(fixed_views=2))
     first, later = fixed(batch(0, **given)), fixed(batch(7, **given))
     assert first is not None
     assert later is not None
@@ -78,4 +78,4 @@ def test_fixed_views_have_masks_of_their_own() -> None:
 
 def test_something_must_be_left_to_see() -> None:
     with pytest.raises(ConfigError, match=r"--mask-ratio 0\.95 of 15 patches leaves nothing to see"):
-        masks(features=FeatureConfig(mask_ratio=0.95))
+        masks(features=FeatureObjectiveConfig(mask_ratio=0.95))

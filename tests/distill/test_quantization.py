@@ -16,7 +16,7 @@ from mae_deploy.checkpoint import WEIGHTS
 from mae_deploy.cli import main
 from mae_deploy.distill.config import EdgeConfig
 from mae_deploy.distill.quantization import student_quantizer
-from mae_deploy.distill.run import run
+from mae_deploy.distill.run import run_distill
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import point_link
 from mae_deploy.models.vit import Classifier
@@ -34,7 +34,7 @@ ANY: dict[str, Any] = {"min_sqnr": 0, "min_cosine": 0.001, "max_drop": 99, "max_
 
 def test_the_student_is_what_its_export_computes(classes: Path, expert: Path, tmp_path: Path) -> None:
     edge = EdgeConfig(quantize="dynamic", quantize_from=0.3, outlier_weight=0.01)
-    run(distilling(classes, expert, tmp_path / "run", edge=edge, optim=optim(epochs=4)))
+    run_distill(distilling(classes, expert, tmp_path / "run", edge=edge, optim=optim(epochs=4)))
     evaluations = read_metrics(tmp_path / "run", "eval.jsonl")
     assert ["top1" in line for line in evaluations] == [
         False,
@@ -70,14 +70,14 @@ def test_a_run_goes_on_with_its_ranges(classes: Path, teacher: Path, tmp_path: P
         "optim": optim(epochs=4, ema=0.9),
         "loop": LoopConfig(measure_kernels=False, keep_checkpoints=4),
     }
-    run(distilling(classes / "train", teacher, tmp_path / "whole", **settings))
+    run_distill(distilling(classes / "train", teacher, tmp_path / "whole", **settings))
     steps = [progress_of(tmp_path / "whole") * epochs // 4 for epochs in (2, 3, 4)]
     shutil.copytree(tmp_path / "whole", tmp_path / "resumed", symlinks=True)
     for step in steps[1:]:
         shutil.rmtree(tmp_path / "resumed" / "checkpoints" / f"step-{step}")
     point_link(tmp_path / "resumed" / "checkpoints" / "last", f"step-{steps[0]}")
     assert progress_of(tmp_path / "resumed") == steps[0]
-    run(distilling(classes / "train", teacher, tmp_path / "resumed", **settings, resume=True))
+    run_distill(distilling(classes / "train", teacher, tmp_path / "resumed", **settings, resume=True))
     assert losses_of(tmp_path / "resumed") == losses_of(tmp_path / "whole")
     last, expected = (load_file(tmp_path / name / "checkpoints" / "last" / WEIGHTS) for name in ("resumed", "whole"))
     assert last.keys() == load_model(tmp_path / "whole")[0].state_dict().keys()

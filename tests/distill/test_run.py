@@ -22,13 +22,13 @@ from mae_deploy.distill.config import (
     DecoderFeatureConfig,
     DistillConfig,
     EdgeConfig,
-    FeatureConfig,
+    FeatureObjectiveConfig,
     LogitsConfig,
     PooledConfig,
     RelationConfig,
     TeacherConfig,
 )
-from mae_deploy.distill.run import run
+from mae_deploy.distill.run import run_distill
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
@@ -49,7 +49,7 @@ def distilling(data: Path, teacher: Path, out: Path, **more: Any) -> DistillConf
         "optim": optim(),
         "images": DataConfig(num_workers=0),
         "decoder": DECODER,
-        "features": FeatureConfig(mask_ratio=0.5),
+        "features": FeatureObjectiveConfig(mask_ratio=0.5),
         "teaching": TeacherConfig(teacher_precision="fp32"),  # on any CPU
         "device": "cpu",
         **STUDENT,
@@ -87,7 +87,7 @@ def test_features_of_a_pretrained_teacher(
 ) -> None:
     teachers = remembered(monkeypatch)
     before = weights(teacher)
-    summary = run(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
+    summary = run_distill(distilling(images, teacher, tmp_path / "run", optim=optim(epochs=10, lr=5e-3)))
     lines = read_metrics(tmp_path / "run")
     names = (
         "step epoch loss feature_loss pixel_loss grad_norm lr skipped images_per_second data_wait teacher_seconds"
@@ -124,9 +124,9 @@ def test_features_of_a_pretrained_teacher(
 
 
 def test_without_pixels_the_decoder_stays_as_it_started(images: Path, teacher: Path, tmp_path: Path) -> None:
-    features = FeatureConfig(mask_ratio=0.5, pixel_weight=0.0, student_block=3)
+    features = FeatureObjectiveConfig(mask_ratio=0.5, pixel_weight=0.0, student_block=3)
     for name, settings in (("start", optim(epochs=1, lr=0.0)), ("run", optim())):
-        run(distilling(images, teacher, tmp_path / name, features=features, optim=settings))
+        run_distill(distilling(images, teacher, tmp_path / name, features=features, optim=settings))
     start, found = weights(tmp_path / "start"), weights(tmp_path / "run")
     changed = {name.split(".")[0] for name in start if not torch.equal(start[name], found[name])}
     assert changed == {"cls_token", "patch_embed", "blocks"}
@@ -134,13 +134,13 @@ def test_without_pixels_the_decoder_stays_as_it_started(images: Path, teacher: P
 
 
 def test_a_fine_tuned_teacher_gives_features_where_asked(images: Path, expert: Path, tmp_path: Path) -> None:
-    run(distilling(images, expert, tmp_path / "run", objective="features"))
+    run_distill(distilling(images, expert, tmp_path / "run", objective="features"))
     assert open_checkpoint(tmp_path / "run").metadata.kind == "mae"
 
 
 def test_the_student_starts_from_init(images: Path, teacher: Path, tmp_path: Path) -> None:
-    run(distilling(images, teacher, tmp_path / "first"))
-    run(
+    run_distill(distilling(images, teacher, tmp_path / "first"))
+    run_distill(
         distilling(images, teacher, tmp_path / "second", init=tmp_path / "first", optim=optim(epochs=1, lr=0.0), seed=5)
     )
     first, second = weights(tmp_path / "first"), weights(tmp_path / "second")
@@ -156,26 +156,29 @@ def test_the_student_starts_from_init(images: Path, teacher: Path, tmp_path: Pat
 OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
     "pairs": (
         {
-            "features": FeatureConfig(
+            "features": FeatureObjectiveConfig(
                 mask_ratio=0.5, feature_blocks=("2:1", "4:2"), feature_loss="cosine", projector="mlp"
             )
         },
         {"feature", "pixel"},
     ),
     "tinymim": (
-        {"features": FeatureConfig(mask_ratio=0, feature_weight=0), "relation": RelationConfig(relation_weight=1)},
+        {
+            "features": FeatureObjectiveConfig(mask_ratio=0, feature_weight=0),
+            "relation": RelationConfig(relation_weight=1),
+        },
         {"relation"},
     ),
     "attention": ({"relation": RelationConfig(attention_weight=10)}, {"feature", "attention", "pixel"}),
     "g2sd": (
         {
-            "features": FeatureConfig(mask_ratio=0.5, feature_weight=0, pixel_weight=0),
+            "features": FeatureObjectiveConfig(mask_ratio=0.5, feature_weight=0, pixel_weight=0),
             "decoder_features": DecoderFeatureConfig(decoder_feature_weight=1),
         },
         {"decoder_feature"},
     ),
     "vectors": (
-        {"features": FeatureConfig(mask_ratio=0), "pooled": PooledConfig(cls_weight=1, pooled_weight=0.5)},
+        {"features": FeatureObjectiveConfig(mask_ratio=0), "pooled": PooledConfig(cls_weight=1, pooled_weight=0.5)},
         {"feature", "cls", "pooled"},
     ),
     "whole teacher": (
@@ -183,7 +186,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
         {"feature", "pixel"},
     ),
     "elastic": ({"keep_ratio": (0.3, 0.7)}, {"feature", "pixel"}),
-    "no teacher": ({"features": FeatureConfig(mask_ratio=0.5, feature_weight=0)}, {"pixel"}),
+    "no teacher": ({"features": FeatureObjectiveConfig(mask_ratio=0.5, feature_weight=0)}, {"pixel"}),
     "quantised": ({"edge": EdgeConfig(quantize="static", outlier_weight=0.1)}, {"feature", "pixel", "outlier"}),
 }
 
@@ -191,7 +194,7 @@ OBJECTIVES: dict[str, tuple[dict[str, Any], set[str]]] = {
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_without_labels(images: Path, teacher: Path, tmp_path: Path, name: str) -> None:
     settings, parts = OBJECTIVES[name]
-    summary = run(distilling(images, teacher, tmp_path / "run", **settings))
+    summary = run_distill(distilling(images, teacher, tmp_path / "run", **settings))
     line = read_metrics(tmp_path / "run")[0]
     assert {key.removesuffix("_loss") for key in line if key.endswith("_loss")} == parts
     assert math.isfinite(summary["last_loss"])
@@ -203,7 +206,7 @@ def test_generic_then_specific(images: Path, classes: Path, teacher: Path, exper
     along.
     """
     generic, _ = OBJECTIVES["g2sd"]
-    run(distilling(images, teacher, tmp_path / "generic", **generic, optim=optim(epochs=1)))
+    run_distill(distilling(images, teacher, tmp_path / "generic", **generic, optim=optim(epochs=1)))
     logits = LogitsConfig(logits_loss="hard", logits_weight=0.5)
     more = {
         "logits": logits,
@@ -211,7 +214,7 @@ def test_generic_then_specific(images: Path, classes: Path, teacher: Path, exper
         "keep_ratio": (0.5, 1.0),
         "edge": EdgeConfig(quantize="dynamic"),
     }
-    run(
+    run_distill(
         distilling(
             classes, expert, tmp_path / "specific", init=tmp_path / "generic", optim=optim(epochs=1, lr=0.0), **more
         )
@@ -228,15 +231,15 @@ def test_generic_then_specific(images: Path, classes: Path, teacher: Path, exper
 
 def test_a_teacher_without_a_head_in_a_labelled_run(classes: Path, teacher: Path, tmp_path: Path) -> None:
     settings = {"objective": "logits", "logits": LogitsConfig(logits_weight=0), "pooled": PooledConfig(pooled_weight=1)}
-    run(distilling(classes, teacher, tmp_path / "run", **settings))
+    run_distill(distilling(classes, teacher, tmp_path / "run", **settings))
     line = read_metrics(tmp_path / "run")[0]
     assert line["loss"] == pytest.approx(line["pooled_loss"] + 0.5 * line["label_loss"], rel=1e-6)  # float32
     assert open_checkpoint(tmp_path / "run").metadata.class_names == ("dark", "light")
 
 
 def test_a_schedule_follows_the_share_of_the_run(images: Path, teacher: Path, tmp_path: Path) -> None:
-    features = FeatureConfig(mask_ratio=0.5, pixel_schedule=((0, 1), (0.5, 0)))
-    run(distilling(images, teacher, tmp_path / "run", features=features))
+    features = FeatureObjectiveConfig(mask_ratio=0.5, pixel_schedule=((0, 1), (0.5, 0)))
+    run_distill(distilling(images, teacher, tmp_path / "run", features=features))
     # Four steps: the weight of pixels is 1, 1/2, 0, 0.
     lines = read_metrics(tmp_path / "run")
     for line, weight in zip(lines, (1, 0.5, 0, 0), strict=True):
@@ -252,7 +255,7 @@ def test_logits_of_a_fine_tuned_teacher(
     experts = remembered(monkeypatch)
     # Its last checkpoint: the best is the first that tells the classes apart, and not sure of it.
     last = expert / "checkpoints" / "last"
-    summary = run(distilling(classes, last, tmp_path / "run", optim=optim(epochs=8, lr=5e-3)))
+    summary = run_distill(distilling(classes, last, tmp_path / "run", optim=optim(epochs=8, lr=5e-3)))
     assert summary["best_top1"] == 100.0
     lines = read_metrics(tmp_path / "run")
     assert lines[0]["loss"] == pytest.approx(
@@ -279,7 +282,7 @@ def test_logits_of_a_fine_tuned_teacher(
 def test_logits_from_images_without_labels_too(classes: Path, expert: Path, tmp_path: Path) -> None:
     write_noise(tmp_path / "more", 9)
     logits = LogitsConfig(unlabelled=tmp_path / "more", label_weight=0.0, temperature=2.0, pool="cls", drop_path=0.1)
-    summary = run(distilling(classes, expert, tmp_path / "run", logits=logits))
+    summary = run_distill(distilling(classes, expert, tmp_path / "run", logits=logits))
     # Twelve labelled and nine others, in batches of five.
     assert summary["steps"] == 2 * 4
     assert all(line["loss"] == line["logits_loss"] for line in read_metrics(tmp_path / "run"))
@@ -291,7 +294,7 @@ def test_logits_from_images_without_labels_too(classes: Path, expert: Path, tmp_
 def test_the_classes_are_the_teachers(classes: Path, expert: Path, tmp_path: Path) -> None:
     """Only light images to train on: they keep the teacher's number for light."""
     (classes / "train" / "dark").rename(tmp_path / "away")
-    run(distilling(classes, expert, tmp_path / "run"))
+    run_distill(distilling(classes, expert, tmp_path / "run"))
     assert open_checkpoint(tmp_path / "run").metadata.class_names == ("dark", "light")
 
 
@@ -308,15 +311,15 @@ def test_the_student_inherits_the_licences_of_teacher_and_init(
     source = relicensed(teacher, tmp_path / "licensed", licence)
     assert open_checkpoint(source).metadata.licence == licence
     quick = optim(epochs=1)
-    run(distilling(images, teacher, tmp_path / "first", optim=quick))
+    run_distill(distilling(images, teacher, tmp_path / "first", optim=quick))
     init = relicensed(tmp_path / "first", tmp_path / "init", init_licence)
-    run(distilling(images, source, tmp_path / "run", init=init, optim=quick))
+    run_distill(distilling(images, source, tmp_path / "run", init=init, optim=quick))
     expected = OWN_LICENCE if licence == init_licence == OWN_LICENCE else NON_COMMERCIAL
     assert open_checkpoint(tmp_path / "run").metadata.licence == expected
 
 
 def test_a_student_by_logits_inherits_it_too(classes: Path, expert: Path, tmp_path: Path) -> None:
-    run(
+    run_distill(
         distilling(
             classes, relicensed(expert, tmp_path / "licensed", NON_COMMERCIAL), tmp_path / "run", optim=optim(epochs=1)
         )
@@ -350,13 +353,13 @@ def test_logits_need_a_classifier(
 
 def test_more_images_without_labels_belong_to_runs_on_logits(images: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--unlabelled is for runs on logits"):
-        run(distilling(images, teacher, tmp_path / "run", logits=LogitsConfig(unlabelled=images)))
+        run_distill(distilling(images, teacher, tmp_path / "run", logits=LogitsConfig(unlabelled=images)))
 
 
 def test_classes_that_the_teacher_does_not_know(classes: Path, expert: Path, tmp_path: Path) -> None:
     write_noise(classes / "train" / "grey", 2)
     with pytest.raises(ConfigError, match="grey is not one of the 2 classes: dark, light"):
-        run(distilling(classes, expert, tmp_path / "run"))
+        run_distill(distilling(classes, expert, tmp_path / "run"))
 
 
 def test_a_number_of_classes_that_is_not_the_teachers(classes: Path, expert: Path, tmp_path: Path) -> None:
@@ -365,39 +368,39 @@ def test_a_number_of_classes_that_is_not_the_teachers(classes: Path, expert: Pat
     save_checkpoint(tmp_path / "nameless", checkpoint.tensors(), replace(checkpoint.metadata, class_names=None))
     write_noise(classes / "train" / "grey", 2)
     with pytest.raises(ConfigError, match="has 3 classes, the teacher 2"):
-        run(distilling(classes, tmp_path / "nameless", tmp_path / "run"))
+        run_distill(distilling(classes, tmp_path / "nameless", tmp_path / "run"))
 
 
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (FeatureConfig(mask_ratio=0.95), r"--mask-ratio 0\.95 of 6 patches leaves nothing to see"),
-        (FeatureConfig(mask_ratio=0.5, teacher_block=3), "--teacher-block 3 must be within 1 and 2"),
-        (FeatureConfig(mask_ratio=0.5, student_block=5), "--student-block 5 must be within 1 and 4"),
+        (FeatureObjectiveConfig(mask_ratio=0.95), r"--mask-ratio 0\.95 of 6 patches leaves nothing to see"),
+        (FeatureObjectiveConfig(mask_ratio=0.5, teacher_block=3), "--teacher-block 3 must be within 1 and 2"),
+        (FeatureObjectiveConfig(mask_ratio=0.5, student_block=5), "--student-block 5 must be within 1 and 4"),
     ],
 )
 def test_features_that_cannot_be(
-    images: Path, teacher: Path, tmp_path: Path, features: FeatureConfig, message: str
+    images: Path, teacher: Path, tmp_path: Path, features: FeatureObjectiveConfig, message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(distilling(images, teacher, tmp_path / "run", features=features))
+        run_distill(distilling(images, teacher, tmp_path / "run", features=features))
     # Nothing is left that would have to be removed before the next try.
     assert not (tmp_path / "run").exists()
 
 
 def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="the checkpoint's encoder has patch_size 5, the model asked for has 4"):
-        run(distilling(images, teacher, tmp_path / "run", init=teacher))
+        run_distill(distilling(images, teacher, tmp_path / "run", init=teacher))
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (FeatureConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
-        (FeatureConfig, {"pixel_weight": -1.0}, "cannot be negative"),
-        (FeatureConfig, {"feature_weight": math.inf}, "--feature-weight inf cannot be negative or infinite"),
-        (FeatureConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is no schedule"),
+        (FeatureObjectiveConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
+        (FeatureObjectiveConfig, {"pixel_weight": -1.0}, "cannot be negative"),
+        (FeatureObjectiveConfig, {"feature_weight": math.inf}, "--feature-weight inf cannot be negative or infinite"),
+        (FeatureObjectiveConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is no schedule"),
         (LogitsConfig, {"temperature": math.inf}, "--temperature inf"),
         (LogitsConfig, {"temperature": 0.0}, "--temperature 0.0"),
         (LogitsConfig, {"label_weight": -0.5}, "cannot be negative"),

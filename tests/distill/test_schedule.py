@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 
 from mae_deploy.config import from_dict
-from mae_deploy.distill.config import DecoderFeatureConfig, FeatureConfig, PooledConfig, RelationConfig, block_pairs
+from mae_deploy.distill.config import (
+    DecoderFeatureConfig,
+    FeatureObjectiveConfig,
+    PooledConfig,
+    RelationConfig,
+    block_pairs,
+)
 from mae_deploy.distill.schedule import Weight
 from mae_deploy.errors import ConfigError
 
@@ -20,7 +26,7 @@ def test_straight_lines_between_points() -> None:
 
 
 def test_schedules_come_from_recipes() -> None:
-    config = from_dict(FeatureConfig, {"pixel_schedule": [[0, 1], [0.5, 0]]})
+    config = from_dict(FeatureObjectiveConfig, {"pixel_schedule": [[0, 1], [0.5, 0]]})
     assert config.pixel_schedule == ((0, 1), (0.5, 0))
 
 
@@ -34,7 +40,7 @@ def test_what_is_no_schedule(points: list[list[float]]) -> None:
 
 def test_pairs_of_blocks() -> None:
     assert block_pairs(None, "--feature-blocks") is None
-    assert from_dict(FeatureConfig, {"feature_blocks": "9:24, 12:32"}).feature_blocks == ("9:24", "12:32")
+    assert from_dict(FeatureObjectiveConfig, {"feature_blocks": "9:24, 12:32"}).feature_blocks == ("9:24", "12:32")
     assert block_pairs(("9:24", "12:32"), "--feature-blocks") == ((9, 24), (12, 32))
 
 
@@ -46,7 +52,7 @@ def test_what_are_no_pairs(written: tuple[str, ...]) -> None:
 
 def test_settings_that_contradict_each_other() -> None:
     with pytest.raises(ConfigError, match="--feature-blocks takes the place of"):
-        FeatureConfig(feature_blocks=("1:2",), teacher_block=3)
+        FeatureObjectiveConfig(feature_blocks=("1:2",), teacher_block=3)
     with pytest.raises(ConfigError, match="--decoder-blocks is one pair"):
         DecoderFeatureConfig(decoder_blocks=("1:2", "2:3"))
     with pytest.raises(ConfigError, match=r"--cls-weight -1\.0 cannot be negative"):

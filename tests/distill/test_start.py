@@ -10,13 +10,13 @@ import pytest
 from safetensors.torch import load_file
 
 from mae_deploy.checkpoint import open_checkpoint
-from mae_deploy.distill.config import DistillConfig, FeatureConfig, ShapeConfig, TeacherConfig
-from mae_deploy.distill.run import run
+from mae_deploy.distill.config import DistillConfig, FeatureObjectiveConfig, ShapeConfig, TeacherConfig
+from mae_deploy.distill.run import run_distill
 from mae_deploy.distill.start import read_start, start
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig, SliceBlocks
 from mae_deploy.models.vit import Encoder
-from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.weights.load import LoadedWeights, read_weights
 from mae_deploy.weights.slicing import slice_encoder
 from tests.models.tiny_models import ENCODER, fill, metadata_of
 from tests.training.tiny_runs import DECODER, STUDENT, optim
@@ -33,11 +33,11 @@ def test_a_run_from_a_slice_of_the_teacher(images: Path, teacher: Path, tmp_path
     settings: dict[str, Any] = {
         **STUDENT,
         "decoder": DECODER,
-        "features": FeatureConfig(mask_ratio=0.5),
+        "features": FeatureObjectiveConfig(mask_ratio=0.5),
         "device": "cpu",
         "shape": SLICE,
     }
-    run(
+    run_distill(
         DistillConfig(
             data=images,
             teacher=teacher,
@@ -62,7 +62,7 @@ def test_a_run_from_a_slice_of_the_teacher(images: Path, teacher: Path, tmp_path
 def test_which_blocks(blocks: SliceBlocks, last: int) -> None:
     larger = fill(Encoder(replace(ENCODER, name="larger", depth=5)))
     config = distilling(Path("runs"), init=Path("teacher"), shape=ShapeConfig(init_blocks=blocks))
-    found = start(Encoder(ENCODER), config, Loaded(metadata_of(larger), larger.state_dict(), {})).state_dict()
+    found = start(Encoder(ENCODER), config, LoadedWeights(metadata_of(larger), larger.state_dict(), {})).state_dict()
     assert found["blocks.1.norm1.bias"].equal(larger.state_dict()[f"blocks.{last}.norm1.bias"])
 
 

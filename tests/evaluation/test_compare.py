@@ -18,7 +18,7 @@ from mae_deploy.cli import main
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation.compare import read_entries
-from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.evaluation.features import extract
 from mae_deploy.evaluation.timm_features import TimmFeatures
 from tests.export.tiny_exports import write_checkpoint
@@ -166,7 +166,7 @@ def test_random_needs_a_network(classes: Path, capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
 def test_timm_features_are_timms(classes: Path, timm_weights: Path, pool: str) -> None:
-    config = FeatureConfig(pool=pool, num_workers=0)  # type: ignore[arg-type]
+    config = FeaturesConfig(pool=pool, num_workers=0)  # type: ignore[arg-type]
     source = TimmFeatures(timm_weights, "test_vit", config, "cpu")
     model: Any = timm.create_model("test_vit", pretrained=False, num_classes=11).eval()
     model.load_state_dict(load_file(timm_weights))
@@ -186,35 +186,35 @@ def test_timm_features_are_timms(classes: Path, timm_weights: Path, pool: str) -
 
 
 def test_another_size_of_a_timm_model(timm_weights: Path) -> None:
-    source = TimmFeatures(timm_weights, "test_vit", FeatureConfig(image_size=(64, 96)), "cpu")
+    source = TimmFeatures(timm_weights, "test_vit", FeaturesConfig(image_size=(64, 96)), "cpu")
     assert source.spec.image_size == (64, 96)
     assert source(torch.zeros(1, 3, 64, 96, dtype=torch.uint8)).shape == (1, 64)
 
 
 def test_timm_weights_must_fit(timm_weights: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="has no model 'test_vitt'"):
-        TimmFeatures(timm_weights, "test_vitt", FeatureConfig(), "cpu")
+        TimmFeatures(timm_weights, "test_vitt", FeaturesConfig(), "cpu")
     with pytest.raises(CheckFailed, match="missing"):
-        TimmFeatures(timm_weights, "test_resnet", FeatureConfig(), "cpu")
+        TimmFeatures(timm_weights, "test_resnet", FeaturesConfig(), "cpu")
     tensors = timm.create_model("test_vit", pretrained=False).state_dict()
     more, less = tmp_path / "more.safetensors", tmp_path / "less.safetensors"
     save_file({**tensors, "blocks.0.extra": torch.zeros(3)}, more)
     save_file({name: tensor for name, tensor in tensors.items() if name != "blocks.0.norm1.bias"}, less)
     for path, what in ((more, "unexpected: blocks.0.extra"), (less, "missing: blocks.0.norm1.bias")):
         with pytest.raises(CheckFailed, match=what):
-            TimmFeatures(path, "test_vit", FeatureConfig(), "cpu")
+            TimmFeatures(path, "test_vit", FeaturesConfig(), "cpu")
     # timm itself would resample patch embeddings of another size.
     save_file({**tensors, "patch_embed.proj.weight": torch.zeros(64, 3, 8, 8)}, more)
     with pytest.raises(CheckFailed, match=r"patch_embed.proj.weight has the shape \(64, 3, 8, 8\)"):
-        TimmFeatures(more, "test_vit", FeatureConfig(), "cpu")
+        TimmFeatures(more, "test_vit", FeaturesConfig(), "cpu")
 
 
 def test_a_network_without_tokens(tmp_path: Path) -> None:
     model: Any = timm.create_model("test_resnet", pretrained=False).eval()
     save_file(model.state_dict(), tmp_path / "weights.safetensors")
-    source = TimmFeatures(tmp_path / "weights.safetensors", "test_resnet", FeatureConfig(), "cpu")
+    source = TimmFeatures(tmp_path / "weights.safetensors", "test_resnet", FeaturesConfig(), "cpu")
     images = random_tensor(1, 3, 160, 160)
     with torch.no_grad():
         assert torch.equal(source._pooled(images), model.forward_head(model.forward_features(images), pre_logits=True))
     with pytest.raises(ConfigError, match="--pool cls"):
-        TimmFeatures(tmp_path / "weights.safetensors", "test_resnet", FeatureConfig(pool="cls"), "cpu")
+        TimmFeatures(tmp_path / "weights.safetensors", "test_resnet", FeaturesConfig(pool="cls"), "cpu")

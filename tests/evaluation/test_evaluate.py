@@ -15,7 +15,7 @@ import pytest
 
 from mae_deploy.cli import main
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run as export
+from mae_deploy.export.run import run_export
 from mae_deploy.images.find import find_images
 from mae_deploy.images.read import read_image
 from mae_deploy.runtime import Backbone
@@ -86,7 +86,7 @@ def test_a_checkpoint_and_its_bundle(
 def visible(exported: Path) -> Path:
     """The classifier as a graph of some patches."""
     out = exported / "visible-classifier"
-    export(
+    run_export(
         ExportConfig(
             checkpoint=exported / "checkpoints" / "classifier", out=out, tokens="visible", samples=exported / "photos"
         )
@@ -145,7 +145,7 @@ def test_a_graph_of_fixed_patches(
     """What it takes is said as an option that gives it."""
     keep = 4
     checkpoint = exported / "checkpoints" / "classifier"
-    export(
+    run_export(
         ExportConfig(
             checkpoint=checkpoint, out=tmp_path / "fixed", tokens=f"visible:{keep}", samples=exported / "photos"
         )

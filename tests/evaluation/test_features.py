@@ -11,10 +11,10 @@ from mae_deploy.config import from_dict
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
-from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract, open_source, random_like
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run as export
+from mae_deploy.export.run import run_export
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import read_image
 from mae_deploy.models.config import EncoderConfig
@@ -31,7 +31,7 @@ def val(tmp_path: Path) -> ImageSource:
 
 
 def features_of(path: Path, images: ImageSource, **settings: object) -> FeatureSet:
-    config = from_dict(FeatureConfig, {"num_workers": 0, "batch_size": 4, **settings})
+    config = from_dict(FeaturesConfig, {"num_workers": 0, "batch_size": 4, **settings})
     source = open_source(path, config, "cpu")
     try:
         return extract(source, images, config)
@@ -60,7 +60,7 @@ def test_an_autoencoder_gives_its_encoders(tmp_path: Path, val: ImageSource) -> 
     encoder.load_state_dict({name: mae.state_dict()[name] for name in encoder.state_dict()})
     one, two = (write_checkpoint(tmp_path / name, model) for name, model in (("mae", mae), ("encoder", encoder)))
     assert torch.equal(features_of(one, val).features, features_of(two, val).features)
-    source = EncoderFeatures(read_weights(one), FeatureConfig(), "cpu")
+    source = EncoderFeatures(read_weights(one), FeaturesConfig(), "cpu")
     assert source.parameters == sum(parameter.numel() for parameter in encoder.parameters())
 
 
@@ -86,10 +86,10 @@ def test_a_mean_pooled_classifier_has_no_cls(tmp_path: Path, val: ImageSource) -
 @pytest.mark.parametrize("pool", ["cls", "avg"])
 def test_a_bundle_gives_its_checkpoints(tmp_path: Path, val: ImageSource, pool: str) -> None:
     checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder(), licence="own")
-    export(ExportConfig(checkpoint=checkpoint, out=tmp_path / "bundle", samples=tmp_path / "classes" / "val"))
+    run_export(ExportConfig(checkpoint=checkpoint, out=tmp_path / "bundle", samples=tmp_path / "classes" / "val"))
     found, expected = (features_of(path, val, pool=pool).features for path in (tmp_path / "bundle", checkpoint))
     assert found.numpy() == pytest.approx(expected.numpy(), abs=1e-5)  # FP32 on another engine
-    assert open_source(tmp_path / "bundle", FeatureConfig(), "cpu").parameters == sum(
+    assert open_source(tmp_path / "bundle", FeaturesConfig(), "cpu").parameters == sum(
         parameter.numel() for parameter in tiny_encoder().parameters()
     )
 
@@ -131,7 +131,7 @@ def test_another_size_interpolates_the_positions(tmp_path: Path, val: ImageSourc
 
 def test_random_weights_of_the_same_network_differ_by_seed(tmp_path: Path, val: ImageSource) -> None:
     loaded = read_weights(write_checkpoint(tmp_path / "checkpoint", tiny_mae(), licence="CC-BY-NC-4.0"))
-    config = FeatureConfig(num_workers=0)
+    config = FeaturesConfig(num_workers=0)
     found = [
         extract(EncoderFeatures(random_like(loaded, seed), config, "cpu"), val, config).features for seed in (0, 0, 1)
     ]

@@ -17,7 +17,7 @@ from mae_deploy.data.config import DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation import linprobe
 from mae_deploy.evaluation.config import LinprobeConfig
-from mae_deploy.evaluation.linprobe import LinearProbe, SharedBatchNorm, run
+from mae_deploy.evaluation.linprobe import LinearProbe, SharedBatchNorm, run_linprobe
 from mae_deploy.models.vit import Classifier
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.run_folder import read_metrics
@@ -153,7 +153,7 @@ def test_the_defaults_are_the_papers() -> None:
         "cls",
         "lars",
     )
-    assert (config.augment.min_scale, config.augment.hflip, linprobe.PAPER_WARMUP) == (0.08, 0.5, 10)
+    assert (config.augment.min_scale, config.augment.hflip, linprobe.LINPROBE_WARMUP) == (0.08, 0.5, 10)
 
 
 @pytest.mark.parametrize("pool", ["cls", "avg"])
@@ -161,7 +161,7 @@ def test_lars_tells_dark_from_light_and_leaves_the_encoder(
     classes: Path, pretrained: Path, tmp_path: Path, pool: str
 ) -> None:
     seldom = LoopConfig(eval_every=100, checkpoint_every=100)
-    summary = run(probing(classes, pretrained, tmp_path / "run", pool=pool, loop=seldom))
+    summary = run_linprobe(probing(classes, pretrained, tmp_path / "run", pool=pool, loop=seldom))
     assert summary["top1"] == 100.0
     assert summary["last_loss"] < 0.9 * summary["first_loss"]
     found, start = tensors_of(tmp_path / "run"), tensors_of(pretrained)
@@ -176,7 +176,7 @@ def test_lars_tells_dark_from_light_and_leaves_the_encoder(
 def test_what_is_written_is_evaluated_as_it_was_while_training(
     classes: Path, pretrained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run(probing(classes, pretrained, tmp_path / "run", optim=optim(epochs=1, lr=0.1, batch_size=6)))
+    run_linprobe(probing(classes, pretrained, tmp_path / "run", optim=optim(epochs=1, lr=0.1, batch_size=6)))
     model, loaded = load_model(tmp_path / "run")
     assert isinstance(model, Classifier)
     capsys.readouterr()
@@ -188,13 +188,13 @@ def test_a_resumed_run_has_the_losses_of_an_unbroken_one(
     classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = probing(classes, pretrained, tmp_path / "whole", optim=optim(epochs=4, lr=5.0, batch_size=6))
-    run(whole)
+    run_linprobe(whole)
     with monkeypatch.context() as patch:
         patch.setattr(Evaluator, "__call__", Interrupted(Evaluator.__call__))
         with pytest.raises(KeyboardInterrupt):
-            run(replace(whole, out=tmp_path / "broken"))
+            run_linprobe(replace(whole, out=tmp_path / "broken"))
     assert progress_of(tmp_path / "broken") == 4  # of eight steps
-    run(replace(whole, out=tmp_path / "broken", resume=True))
+    run_linprobe(replace(whole, out=tmp_path / "broken", resume=True))
     assert losses_of(tmp_path / "broken") == losses_of(tmp_path / "whole")
     found, expected = tensors_of(tmp_path / "broken"), tensors_of(tmp_path / "whole")
     assert [name for name in expected if not torch.equal(found[name], expected[name])] == []
@@ -226,7 +226,7 @@ def test_a_solver_writes_a_classifier_too(
     classes: Path, pretrained: Path, tmp_path: Path, solver: str, pool: str
 ) -> None:
     config = probing(classes, pretrained, tmp_path / "run", solver=solver, pool=pool)
-    summary = run(config)
+    summary = run_linprobe(config)
     assert (summary["top1"], summary["train_images"], summary["val_images"]) == (100.0, 12, 6)
     assert ("C" in summary) == (solver == "logistic")
     metadata = open_checkpoint(tmp_path / "run").metadata
@@ -241,20 +241,20 @@ def test_features_are_computed_once(
     classes: Path, pretrained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = probing(classes, pretrained, tmp_path / "run", solver="ridge")
-    first = run(config)
+    first = run_linprobe(config)
     monkeypatch.setattr(linprobe, "extract", lambda *_, **__: pytest.fail("computed again"))
-    again = run(replace(config, resume=True))
+    again = run_linprobe(replace(config, resume=True))
     assert again == first
     assert len(read_metrics(tmp_path / "run", "eval.jsonl")) == 1
     with pytest.raises(ConfigError, match="other settings"):
-        run(replace(config, resume=True, pool="avg"))
+        run_linprobe(replace(config, resume=True, pool="avg"))
 
 
 def test_the_norm_of_a_mean_pooled_classifier_is_kept(classes: Path, pretrained: Path, tmp_path: Path) -> None:
-    run(probing(classes, pretrained, tmp_path / "first", solver="ridge", pool="avg"))
+    run_linprobe(probing(classes, pretrained, tmp_path / "first", solver="ridge", pool="avg"))
     tensors = {**tensors_of(tmp_path / "first"), "fc_norm.weight": random_tensor(20)}
     save_checkpoint(tmp_path / "tuned", tensors, open_checkpoint(tmp_path / "first").metadata)
-    run(probing(classes, tmp_path / "tuned", tmp_path / "second", solver="ridge", pool="avg"))
+    run_linprobe(probing(classes, tmp_path / "tuned", tmp_path / "second", solver="ridge", pool="avg"))
     assert torch.equal(tensors_of(tmp_path / "second")["fc_norm.weight"], tensors["fc_norm.weight"])
 
 

@@ -25,7 +25,7 @@ from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.add_engine import Built
-from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import add_plan
 from tests.export.robust_exports import CONFIG, Exports, robust_mae
@@ -392,7 +392,7 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             )
         entry = add_plan(
             bundle,
-            Plan(content=b"plan", layers=None, record={"options": asdict(options["options"])}),
+            BuiltPlan(content=b"plan", layers=None, record={"options": asdict(options["options"])}),
             version="10.3.0",
             gpu=GPU,
             precision=bundle.manifest["precision"],

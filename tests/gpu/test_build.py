@@ -31,7 +31,7 @@ from mae_deploy.runtime.onnx_file import (
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
-from mae_deploy.runtime.tensorrt.build import Plan, build_plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan, build_plan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import find_plan
@@ -54,11 +54,11 @@ def weight() -> Any:
     return np.random.default_rng(0).standard_normal((SIZE, SIZE), np.float32) / np.float32(SIZE**0.5)
 
 
-def build(graph: Path, options: BuildOptions = QUICK, **given: Any) -> Plan:
+def build(graph: Path, options: BuildOptions = QUICK, **given: Any) -> BuiltPlan:
     return build_plan(graph, **{"precision": "fp32", "typing": "weak", "profiles": [], "options": options, **given})
 
 
-def run(plan: Plan, folder: Path, **given: Any) -> dict[str, Any]:
+def run(plan: BuiltPlan, folder: Path, **given: Any) -> dict[str, Any]:
     (folder / "built.plan").write_bytes(plan.content)
     x = np.random.default_rng(1).standard_normal((SIZE, SIZE), np.float32)
     with TensorRtEngine(folder / "built.plan", EngineOptions(), **given) as engine:

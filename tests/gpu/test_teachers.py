@@ -71,7 +71,7 @@ def test_a_bundle_on_tensorrt(checkpoint: Path, tmp_path: Path, api: Api) -> Non
     from PIL import Image
 
     from mae_deploy.export.config import ExportConfig
-    from mae_deploy.export.run import run as export
+    from mae_deploy.export.run import run_export
 
     samples = tmp_path / "samples"
     samples.mkdir()
@@ -90,7 +90,7 @@ def test_a_bundle_on_tensorrt(checkpoint: Path, tmp_path: Path, api: Api) -> Non
         samples=samples,
         num_samples=4,
     )
-    export(config)
+    run_export(config)
     teacher = open_teacher(tmp_path / "bundle", TeacherConfig(teacher_engine="trt"))
     expected = answers(open_teacher(checkpoint, TeacherConfig(teacher_precision="fp32")), "cpu", {Tap("tokens", 2)})
     assert_close(

@@ -10,7 +10,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from mae_deploy.data.config import DataConfig  # noqa: E402
-from mae_deploy.pretrain.run import run as pretrain  # noqa: E402
+from mae_deploy.pretrain.run import run_pretrain  # noqa: E402
 from mae_deploy.training.config import LoopConfig  # noqa: E402
 from mae_deploy.training.monitor.timing import StepTimer  # noqa: E402
 from mae_deploy.training.state.run_folder import read_metrics  # noqa: E402
@@ -33,14 +33,14 @@ def images(tmp_path: Path) -> Path:
 def test_a_run_and_its_resumption(images: Path, tmp_path: Path, precision: str) -> None:
     loop = LoopConfig(precision=precision)  # type: ignore[arg-type]
     common = {"device": "cuda", "loop": loop, "optim": optim(epochs=4, ema=0.9), "images": DataConfig(num_workers=1)}
-    pretrain(pretraining(images, tmp_path / "run", **common))
+    run_pretrain(pretraining(images, tmp_path / "run", **common))
     lines = read_metrics(tmp_path / "run")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert lines[-1]["loss"] < 2
     assert lines[-1]["skipped"] < 8
     if precision == "fp32":
         one = losses_of(tmp_path / "run")
-        pretrain(pretraining(images, tmp_path / "cpu", **{**common, "device": "cpu"}))
+        run_pretrain(pretraining(images, tmp_path / "cpu", **{**common, "device": "cpu"}))
         # The masks are drawn on the device, so only the schedule is the same.
         assert [line["lr"] for line in losses_of(tmp_path / "cpu")] == [line["lr"] for line in one]
 
@@ -58,7 +58,7 @@ def test_no_step_waits_for_the_device(images: Path, tmp_path: Path, monkeypatch:
             torch.cuda.set_sync_debug_mode("default")
 
     monkeypatch.setattr(Stepper, "take", watched)
-    pretrain(
+    run_pretrain(
         pretraining(
             images,
             tmp_path / "run",

@@ -22,7 +22,7 @@ from mae_deploy.models.position import sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, patchify
 from mae_deploy.training.optim.groups import layer_decay_groups
 from mae_deploy.weights.frozen import image_size_for
-from mae_deploy.weights.load import Loaded, encoder_of, model_of, start_from
+from mae_deploy.weights.load import LoadedWeights, encoder_of, model_of, start_from
 from tests.models.tiny_models import (
     CLASSES,
     DECODER,
@@ -249,9 +249,9 @@ def test_it_trains() -> None:
 # --- what is made of it ----------------------------------------------------------------------------------------------
 
 
-def loaded(model: Encoder) -> Loaded:
+def loaded(model: Encoder) -> LoadedWeights:
     metadata: Metadata = metadata_of(model)
-    return Loaded(metadata, model.state_dict(), {})
+    return LoadedWeights(metadata, model.state_dict(), {})
 
 
 def test_a_checkpoint_is_loaded_whole_or_as_its_encoder() -> None:

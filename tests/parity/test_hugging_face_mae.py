@@ -23,7 +23,7 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.weights.load import Loaded, load_model, model_of
+from mae_deploy.weights.load import LoadedWeights, load_model, model_of
 from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
 from tests.data.image_folders import write_noise
 from tests.models.tiny_models import fill, random_tensor
@@ -73,7 +73,7 @@ def pair(request: pytest.FixtureRequest, tmp_path: Path) -> Pair:
     theirs = hugging_face_mae(norm_pix_loss=request.param)
     theirs.save_pretrained(tmp_path / "model")
     imported = import_weights(tmp_path / "model", ImportOptions())
-    ours = model_of(Loaded(imported.metadata, imported.tensors, {}))
+    ours = model_of(LoadedWeights(imported.metadata, imported.tensors, {}))
     assert isinstance(ours, MaskedAutoencoder)
     assert ours.norm_pix_loss is request.param
     return Pair(theirs, ours, random_tensor(B, 3, 14, 14), torch.rand(B, N, generator=torch.Generator().manual_seed(7)))
@@ -152,12 +152,12 @@ def test_other_numbers_of_channels(tmp_path: Path, channels: int) -> None:
     imported = import_weights(tmp_path / "model", ImportOptions())
     images, noise = random_tensor(B, channels, 14, 14), random_tensor(B, N, seed=2)
     with torch.no_grad():
-        ours = model_of(Loaded(imported.metadata, imported.tensors, {}))(images, random_masking(noise, 0.6))
+        ours = model_of(LoadedWeights(imported.metadata, imported.tensors, {}))(images, random_masking(noise, 0.6))
         assert_close(ours.pixels, theirs(images, noise=noise).logits)
 
 
 def imported_model(imported: Imported) -> Encoder:
-    return model_of(Loaded(imported.metadata, imported.tensors, {}))
+    return model_of(LoadedWeights(imported.metadata, imported.tensors, {}))
 
 
 @pytest.mark.parametrize("image_size", [14, (6, 10), (8, 2)])

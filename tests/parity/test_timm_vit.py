@@ -27,7 +27,7 @@ from mae_deploy.cli import main
 from mae_deploy.config import from_dict
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.weights.load import Loaded, load_model, model_of
+from mae_deploy.weights.load import LoadedWeights, load_model, model_of
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from tests.data.image_folders import write_noise
 from tests.models.tiny_models import fill, random_tensor
@@ -48,7 +48,7 @@ def timm_vit(image_size: tuple[int, int], **settings: Any) -> Any:
 def imported_from(model: nn.Module, folder: Path, image_size: tuple[int, int]) -> Encoder:
     save_file(model.state_dict(), folder / "model.safetensors")
     imported = import_weights(folder / "model.safetensors", ImportOptions(image_size=image_size))
-    return model_of(Loaded(imported.metadata, imported.tensors, {}))
+    return model_of(LoadedWeights(imported.metadata, imported.tensors, {}))
 
 
 def assert_close(ours: Tensor, theirs: Tensor) -> None:
@@ -259,7 +259,7 @@ def test_the_original_files_of_deit_3_and_dinov2(tmp_path: Path) -> None:
     imported = import_weights(source, ImportOptions())
     assert (imported.report["renamed"], imported.report["dropped"]) == (4, ["mask_token"])
     assert_same_outputs(
-        model_of(Loaded(imported.metadata, imported.tensors, {})), theirs, random_tensor(2, 3, SIDE, SIDE)
+        model_of(LoadedWeights(imported.metadata, imported.tensors, {})), theirs, random_tensor(2, 3, SIDE, SIDE)
     )
 
 

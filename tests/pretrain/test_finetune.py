@@ -19,7 +19,7 @@ from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import MixConfig
-from mae_deploy.pretrain.finetune import ClassificationLoss, run
+from mae_deploy.pretrain.finetune import ClassificationLoss, run_finetune
 from mae_deploy.seeding import seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.state.run_folder import read_metrics
@@ -42,7 +42,7 @@ def weights(run_folder: Path) -> dict[str, Tensor]:
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_dark_and_light_are_told_apart(classes: Path, pretrained: Path, tmp_path: Path, pool: str) -> None:
     config = finetuning(classes, tmp_path / "run", pretrained, pool=pool, optim=optim(epochs=8, lr=2e-2, batch_size=6))
-    summary = run(config)
+    summary = run_finetune(config)
     assert summary["top1"] == summary["best_top1"] == 100.0
     assert summary["last_loss"] < 0.5 * summary["first_loss"]
     assert summary["first_loss"] == pytest.approx(0.693, abs=0.01)  # ln 2, from a head of weights of 2e-5
@@ -66,7 +66,7 @@ def test_dark_and_light_are_told_apart(classes: Path, pretrained: Path, tmp_path
 
 
 def test_best_is_the_first_of_the_highest_and_last_the_last(classes: Path, pretrained: Path, tmp_path: Path) -> None:
-    run(finetuning(classes, tmp_path / "run", pretrained, optim=optim(epochs=6, lr=2e-2, batch_size=6)))
+    run_finetune(finetuning(classes, tmp_path / "run", pretrained, optim=optim(epochs=6, lr=2e-2, batch_size=6)))
     evaluations = read_metrics(tmp_path / "run", "eval.jsonl")
     assert [(line["step"], line["epoch"]) for line in evaluations] == [(2 * epoch, epoch) for epoch in range(1, 7)]
     assert all(set(line) == {"step", "epoch", "top1", "top5", "val_loss"} for line in evaluations)
@@ -78,7 +78,7 @@ def test_best_is_the_first_of_the_highest_and_last_the_last(classes: Path, pretr
 
 
 def test_metrics_have_the_documented_keys(classes: Path, pretrained: Path, tmp_path: Path) -> None:
-    run(finetuning(classes, tmp_path / "run", pretrained))
+    run_finetune(finetuning(classes, tmp_path / "run", pretrained))
     keys = ("step", "epoch", "loss", "grad_norm", "lr", "skipped", "images_per_second", "data_wait")
     assert {tuple(line) for line in read_metrics(tmp_path / "run")} == {keys}
 
@@ -89,7 +89,7 @@ def test_metrics_have_the_documented_keys(classes: Path, pretrained: Path, tmp_p
 def test_it_starts_from_the_pretrained_encoder_with_a_fresh_norm_and_head(
     classes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    run(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN))
+    run_finetune(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN))
     found, expected = weights(tmp_path / "run"), weights(pretrained)
     shared = {name for name in expected if name.startswith(("cls_token", "pos_embed", "patch_embed", "blocks."))}
     assert set(found) == shared | {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"}
@@ -101,13 +101,13 @@ def test_it_starts_from_the_pretrained_encoder_with_a_fresh_norm_and_head(
 def test_pool_cls_keeps_the_pretrained_norm(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     # An untrained norm would be all ones, so it is told apart by training it.
     assert not torch.equal(weights(pretrained)["norm.weight"], torch.ones(12))
-    run(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN, pool="cls"))
+    run_finetune(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN, pool="cls"))
     assert torch.equal(weights(tmp_path / "run")["norm.weight"], weights(pretrained)["norm.weight"])
 
 
 def test_from_scratch_is_the_same_network_with_other_weights(classes: Path, pretrained: Path, tmp_path: Path) -> None:
-    run(finetuning(classes, tmp_path / "init", pretrained, optim=FROZEN))
-    run(finetuning(classes, tmp_path / "scratch", pretrained, optim=FROZEN, from_scratch=True))
+    run_finetune(finetuning(classes, tmp_path / "init", pretrained, optim=FROZEN))
+    run_finetune(finetuning(classes, tmp_path / "scratch", pretrained, optim=FROZEN, from_scratch=True))
     found, other = weights(tmp_path / "scratch"), weights(tmp_path / "init")
     assert {name: tensor.shape for name, tensor in found.items()} == {
         name: tensor.shape for name, tensor in other.items()
@@ -119,7 +119,7 @@ def test_from_scratch_is_the_same_network_with_other_weights(classes: Path, pret
 
 
 def test_from_scratch_without_init(classes: Path, tmp_path: Path) -> None:
-    run(
+    run_finetune(
         finetuning(
             classes,
             tmp_path / "run",
@@ -143,7 +143,7 @@ def test_from_scratch_without_init(classes: Path, tmp_path: Path) -> None:
 def test_another_image_size_interpolates_the_position_embeddings(
     classes: Path, pretrained: Path, tmp_path: Path
 ) -> None:
-    run(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN, image_size=(10, 20)))
+    run_finetune(finetuning(classes, tmp_path / "run", pretrained, optim=FROZEN, image_size=(10, 20)))
     table = weights(pretrained)["pos_embed"]
     patches = table[0, 1:].reshape(3, 2, 12)
     columns = [
@@ -162,7 +162,7 @@ def test_preprocessing_comes_from_the_checkpoint(classes: Path, pretrained: Path
         checkpoint.metadata, preprocess={**checkpoint.metadata.preprocess, "mean": [0.1, 0.2, 0.3], "crop_pct": 1.0}
     )
     save_checkpoint(tmp_path / "init", checkpoint.tensors(), changed)
-    run(finetuning(classes, tmp_path / "run", tmp_path / "init", optim=FROZEN))
+    run_finetune(finetuning(classes, tmp_path / "run", tmp_path / "init", optim=FROZEN))
     found = open_checkpoint(tmp_path / "run").metadata.preprocess
     assert (found["mean"], found["crop_pct"]) == ([0.1, 0.2, 0.3], 1.0)
 
@@ -170,7 +170,7 @@ def test_preprocessing_comes_from_the_checkpoint(classes: Path, pretrained: Path
 def test_licence_and_record_of_the_parent(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(pretrained)
     save_checkpoint(tmp_path / "init", checkpoint.tensors(), replace(checkpoint.metadata, licence=NON_COMMERCIAL))
-    run(finetuning(classes, tmp_path / "run", tmp_path / "init", optim=FROZEN))
+    run_finetune(finetuning(classes, tmp_path / "run", tmp_path / "init", optim=FROZEN))
     metadata = open_checkpoint(tmp_path / "run").metadata
     assert metadata.licence == NON_COMMERCIAL
     assert metadata.provenance["parent"]["stage"] == "pretrain"
@@ -179,7 +179,7 @@ def test_licence_and_record_of_the_parent(classes: Path, pretrained: Path, tmp_p
         split: labelled_images(classes, split).fingerprint() for split in ("train", "val")
     }
     # From scratch, nothing of those weights is left.
-    run(finetuning(classes, tmp_path / "scratch", tmp_path / "init", optim=FROZEN, from_scratch=True))
+    run_finetune(finetuning(classes, tmp_path / "scratch", tmp_path / "init", optim=FROZEN, from_scratch=True))
     assert open_checkpoint(tmp_path / "scratch").metadata.licence == OWN_LICENCE
 
 
@@ -282,10 +282,10 @@ def test_a_step_sees_as_many_patches_as_it_draws(mix: MixConfig) -> None:
 
 def test_a_run_on_any_number_of_patches(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     """Six patches: of all and of one, in the same steps; the lowest share is validated too."""
-    summary = run(finetuning(classes, tmp_path / "run", pretrained, keep_ratio=(0.1, 1.0)))
+    summary = run_finetune(finetuning(classes, tmp_path / "run", pretrained, keep_ratio=(0.1, 1.0)))
     assert summary["steps"] == 4
     assert {"top1", "top1_of_1"} <= set(summary)
-    fixed = run(finetuning(classes, tmp_path / "fixed", pretrained, keep_ratio=(0.5, 0.5)))
+    fixed = run_finetune(finetuning(classes, tmp_path / "fixed", pretrained, keep_ratio=(0.5, 0.5)))
     assert fixed["last_loss"] != summary["last_loss"]
     assert not [name for name in fixed if name.startswith("top1_of")]
 
@@ -299,7 +299,9 @@ def test_shares_of_the_patches_in_order(classes: Path, tmp_path: Path) -> None:
 
 
 def test_a_whole_recipe_on_an_odd_batch(classes: Path, pretrained: Path, tmp_path: Path) -> None:
-    summary = run(finetuning(classes, tmp_path / "run", pretrained, mix=MixConfig(), optim=optim(batch_size=5)))
+    summary = run_finetune(
+        finetuning(classes, tmp_path / "run", pretrained, mix=MixConfig(), optim=optim(batch_size=5))
+    )
     assert summary["steps"] == 4
     assert 0 < summary["last_loss"] < 2
 
@@ -321,7 +323,7 @@ def test_what_init_does_not_allow(
     classes: Path, pretrained: Path, tmp_path: Path, asked: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(ConfigError, match=message):
-        run(finetuning(classes, tmp_path / "run", pretrained, **asked))
+        run_finetune(finetuning(classes, tmp_path / "run", pretrained, **asked))
     # Nothing is left that would have to be removed before the next try.
     assert not (tmp_path / "run").exists()
 
@@ -339,7 +341,7 @@ def test_data_without_classes(
 def test_a_validation_class_that_training_lacks(classes: Path, pretrained: Path, tmp_path: Path) -> None:
     write_noise(classes / "val" / "grey", 1)
     with pytest.raises(ConfigError, match="grey is not one of the 2 classes"):
-        run(finetuning(classes, tmp_path / "run", pretrained))
+        run_finetune(finetuning(classes, tmp_path / "run", pretrained))
 
 
 def test_neither_init_nor_scratch(classes: Path, tmp_path: Path) -> None:

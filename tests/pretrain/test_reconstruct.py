@@ -18,7 +18,7 @@ from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.masking import random_masking
 from mae_deploy.pretrain.config import ReconstructConfig
-from mae_deploy.pretrain.reconstruct import draw_reconstructions, run
+from mae_deploy.pretrain.reconstruct import draw_reconstructions, run_reconstruct
 from tests.data.image_folders import spoil
 from tests.models.tiny_models import metadata_of, tiny_classifier, tiny_mae
 
@@ -65,7 +65,7 @@ def hidden_pixels(count: int, *, ratio: float = 0.75, seed: int = 0) -> Array:
 
 
 def test_original_masked_and_reconstructed(images: Path, tmp_path: Path) -> None:
-    result = run(settings(tmp_path, images, num_images=3))
+    result = run_reconstruct(settings(tmp_path, images, num_images=3))
     assert {key: result[key] for key in ("out", "images", "skipped")} == {
         "out": str(tmp_path / "out.png"),
         "images": 3,
@@ -85,7 +85,7 @@ def test_original_masked_and_reconstructed(images: Path, tmp_path: Path) -> None
 
 
 def test_the_prediction_itself_where_asked(images: Path, tmp_path: Path) -> None:
-    run(settings(tmp_path, images, num_images=2, paste_visible=False))
+    run_reconstruct(settings(tmp_path, images, num_images=2, paste_visible=False))
     original, masked, reconstructed = cells(tmp_path / "out.png").swapaxes(0, 1)
     hidden = hidden_pixels(2)
     np.testing.assert_array_equal(masked[~hidden], original[~hidden])
@@ -109,12 +109,12 @@ def test_a_perfect_decoder_gives_the_original_back(
 
 
 def test_loss_and_masks_follow_the_seed(images: Path, tmp_path: Path) -> None:
-    losses = [run(settings(tmp_path, images, num_images=2, seed=seed))["loss"] for seed in (0, 0, 1)]
+    losses = [run_reconstruct(settings(tmp_path, images, num_images=2, seed=seed))["loss"] for seed in (0, 0, 1)]
     assert losses[0] == losses[1] != losses[2]
 
 
 def test_one_image_and_another_ratio(images: Path, tmp_path: Path) -> None:
-    run(settings(tmp_path, images / "05.png", mask_ratio=0.2))
+    run_reconstruct(settings(tmp_path, images / "05.png", mask_ratio=0.2))
     original, masked, _ = cells(tmp_path / "out.png").swapaxes(0, 1)
     hidden = hidden_pixels(1, ratio=0.2)
     assert hidden.sum() == 3 * P * P  # int(15 · 0.8) of 15 patches are kept
@@ -123,7 +123,7 @@ def test_one_image_and_another_ratio(images: Path, tmp_path: Path) -> None:
 
 def test_unreadable_images_are_skipped(images: Path, tmp_path: Path) -> None:
     spoil(images / "00.png")
-    result = run(settings(tmp_path, images, num_images=2))
+    result = run_reconstruct(settings(tmp_path, images, num_images=2))
     assert result["images"] == 2
     assert [line.partition(":")[0] for line in result["skipped"]] == [str(images / "00.png")]
     spec = default_preprocess((H, W))
@@ -156,7 +156,7 @@ def test_without_a_decoder_exit_code_2(images: Path, tmp_path: Path, capsys: pyt
 
 def test_what_cannot_be_drawn(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--mask-ratio 0\.99 of 15 patches"):
-        run(settings(tmp_path, images, mask_ratio=0.99))
+        run_reconstruct(settings(tmp_path, images, mask_ratio=0.99))
     with pytest.raises(ConfigError, match=r"must end in \.png"):
         replace(settings(tmp_path, images), out=tmp_path / "out.jpg")
     with pytest.raises(ConfigError, match="--num-images"):
@@ -164,4 +164,4 @@ def test_what_cannot_be_drawn(images: Path, tmp_path: Path) -> None:
     for path in images.iterdir():
         spoil(path)
     with pytest.raises(ConfigError, match="no readable image at"):
-        run(settings(tmp_path, images))
+        run_reconstruct(settings(tmp_path, images))

@@ -18,7 +18,7 @@ from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.pretrain.config import PretrainConfig
-from mae_deploy.pretrain.run import run
+from mae_deploy.pretrain.run import run_pretrain
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.weights.load import load_model
 from tests.data.image_folders import spoil
@@ -27,7 +27,7 @@ from tests.training.tiny_runs import DECODER, ENCODER, optim, pretraining
 
 def test_the_run_folder(images: Path, tmp_path: Path) -> None:
     config = pretraining(images, tmp_path / "run", optim=optim(epochs=3), pictures_every=2)
-    summary = run(config)
+    summary = run_pretrain(config)
     found = {
         path.relative_to(tmp_path / "run").as_posix()
         for path in (tmp_path / "run").rglob("*")
@@ -64,7 +64,7 @@ def test_the_checkpoint_says_what_it_is_and_where_it_came_from(images: Path, tmp
     config = pretraining(
         images, tmp_path / "run", norm_pix_loss=False, images=DataConfig(num_workers=0, mean=(0.4, 0.5, 0.6))
     )
-    run(config)
+    run_pretrain(config)
     metadata = open_checkpoint(tmp_path / "run").metadata
     assert (metadata.kind, metadata.norm_pix_loss, metadata.licence, metadata.step) == ("mae", False, OWN_LICENCE, 4)
     assert metadata.encoder == to_dict(ENCODER)
@@ -90,7 +90,7 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
     config = pretraining(
         folder, tmp_path / "run", augment=CropConfig(hflip=0.0), optim=optim(epochs=40, lr=2e-2, warmup_epochs=2.0)
     )
-    summary = run(config)
+    summary = run_pretrain(config)
     assert summary["first_loss"] > 0.9  # of targets with variance 1 and an untrained decoder
     assert summary["last_loss"] < 0.3 * summary["first_loss"]
 
@@ -98,7 +98,7 @@ def test_it_learns_what_can_be_learnt(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("channels", "size"), [(1, (15, 10)), (4, (5, 20)), (3, (10, 10))])
 def test_other_channels_and_sizes(images: Path, tmp_path: Path, channels: int, size: tuple[int, int]) -> None:
     model = replace(ENCODER, in_chans=channels, image_size=size)
-    run(pretraining(images, tmp_path / "run", model=model, optim=optim(epochs=1)))
+    run_pretrain(pretraining(images, tmp_path / "run", model=model, optim=optim(epochs=1)))
     checkpoint = open_checkpoint(tmp_path / "run")
     tensors = checkpoint.tensors()
     assert tensors["patch_embed.proj.weight"].shape == (12, channels, 5, 5)
@@ -126,7 +126,7 @@ def test_a_folder_as_people_have_them(images: Path, tmp_path: Path) -> None:
     (folder / "notes.jpg").write_text("no image", encoding="utf-8")
     (folder / "gone.png").symlink_to("nowhere.png")
     (folder / "readme.txt").write_text("no image, and not called one", encoding="utf-8")
-    summary = run(pretraining(images, tmp_path / "run", optim=optim(epochs=5)))
+    summary = run_pretrain(pretraining(images, tmp_path / "run", optim=optim(epochs=5)))
     assert summary["steps"] == 5 * 4  # of 21 files that are called images
     listed = (tmp_path / "run" / "unreadable.txt").read_text(encoding="utf-8").splitlines()
     assert sorted(Path(line.partition(": ")[0]).name for line in listed) == [
@@ -138,7 +138,7 @@ def test_a_folder_as_people_have_them(images: Path, tmp_path: Path) -> None:
 
 
 def test_position_embeddings_stay_fixed(images: Path, tmp_path: Path) -> None:
-    run(pretraining(images, tmp_path / "run"))
+    run_pretrain(pretraining(images, tmp_path / "run"))
     tensors = open_checkpoint(tmp_path / "run").tensors()
     untrained = MaskedAutoencoder(ENCODER, DECODER)
     assert torch.equal(tensors["pos_embed"], untrained.pos_embed)
@@ -147,14 +147,14 @@ def test_position_embeddings_stay_fixed(images: Path, tmp_path: Path) -> None:
 
 def test_the_seed_decides_weights_order_and_masks(images: Path, tmp_path: Path) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run(pretraining(images, tmp_path / name, seed=seed))
+        run_pretrain(pretraining(images, tmp_path / name, seed=seed))
     losses = {name: [line["loss"] for line in read_metrics(tmp_path / name)] for name in "abc"}
     assert losses["a"] == losses["b"] != losses["c"]
 
 
 def test_pictures_show_the_first_readable_images(images: Path, tmp_path: Path) -> None:
     spoil(images / "00.png")
-    run(pretraining(images, tmp_path / "run", optim=optim(epochs=1)))
+    run_pretrain(pretraining(images, tmp_path / "run", optim=optim(epochs=1)))
     with Image.open(tmp_path / "run" / "reconstruction-0001.png") as picture:
         # Eight rows of 150 pixels (15, enlarged ten times) and three columns of 100, 4 apart.
         assert picture.size == (3 * 100 + 2 * 4, 8 * 150 + 7 * 4)

@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict
-from mae_deploy.data.order import Stretch
+from mae_deploy.data.order import RunSlice
 from mae_deploy.data.training_set import open_training
-from mae_deploy.data.transforms import Normalise, train_transform
+from mae_deploy.data.transforms import NormaliseImages, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
@@ -24,8 +24,8 @@ from mae_deploy.models.masking import Masking, masking_of
 from mae_deploy.models.vit import Classifier, Encoder, patchify
 from mae_deploy.pretrain import run as pretrain_run
 from mae_deploy.pretrain.config import ReconstructConfig
-from mae_deploy.pretrain.reconstruct import run as reconstruct
-from mae_deploy.pretrain.run import run
+from mae_deploy.pretrain.reconstruct import run_reconstruct
+from mae_deploy.pretrain.run import run_pretrain
 from mae_deploy.pretrain.targets import TeacherFeatures
 from mae_deploy.weights.load import encoder_of, load_model, read_weights, start_from
 from tests.models.tiny_models import metadata_of, tiny_encoder
@@ -72,7 +72,7 @@ def test_a_run_towards_features(
     images: Path, teacher: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = ObjectiveConfig(target="features", loss="smooth_l1")
-    summary = run(
+    summary = run_pretrain(
         pretraining(
             images,
             tmp_path / "run",
@@ -103,7 +103,7 @@ def test_a_run_towards_features(
 def test_a_teacher_of_other_channels(images: Path, teacher: Path, tmp_path: Path) -> None:
     grey = replace(ENCODER, in_chans=1)
     with pytest.raises(ConfigError, match="--teacher reads 3 channels in one group, the model 1"):
-        run(
+        run_pretrain(
             pretraining(
                 images, tmp_path / "run", teacher=teacher, objective=ObjectiveConfig(target="features"), model=grey
             )
@@ -119,7 +119,7 @@ PCA: dict[str, Any] = {"objective": ObjectiveConfig(target="pca", target_dim=9),
 def test_components_of_the_training_images(images: Path, tmp_path: Path) -> None:
     """Against NumPy's on the same crops."""
     config = pretraining(images, tmp_path / "run", optim=optim(epochs=1, batch_size=11), **PCA)
-    run(config)
+    run_pretrain(config)
     model, loaded = load_model(tmp_path / "run")
     assert isinstance(model, MaskedAutoencoder)
     assert model.pca is not None
@@ -128,8 +128,8 @@ def test_components_of_the_training_images(images: Path, tmp_path: Path) -> None
 
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
     dataset = open_training(str(images), train_transform(spec, config.augment), config.images, seed=config.seed)
-    (batch,) = dataset.stream(Stretch(11, 1, 0, 1), seed=config.seed, num_workers=0, pin_memory=False)
-    patches = patchify(Normalise(spec)(batch.images), 5).flatten(0, 1)
+    (batch,) = dataset.stream(RunSlice(11, 1, 0, 1), seed=config.seed, num_workers=0, pin_memory=False)
+    patches = patchify(NormaliseImages(spec)(batch.images), 5).flatten(0, 1)
     torch.testing.assert_close(model.pca.mean, patches.mean(dim=0), rtol=0, atol=1e-5)
     centred = patches - patches.mean(dim=0)
     _, _, directions = torch.linalg.svd(centred, full_matrices=False)
@@ -141,7 +141,7 @@ def test_components_of_the_training_images(images: Path, tmp_path: Path) -> None
 def test_a_killed_run_goes_on_with_its_components(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run(pretraining(images, tmp_path / "unbroken", **PCA))
+    run_pretrain(pretraining(images, tmp_path / "unbroken", **PCA))
     broken = pretraining(images, tmp_path / "run", **PCA)
     batches = 0
 
@@ -155,17 +155,19 @@ def test_a_killed_run_goes_on_with_its_components(
     with monkeypatch.context() as patch:
         patch.setattr(pretrain_run, "masking_of", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(broken)
+            run_pretrain(broken)
     monkeypatch.setattr(pretrain_run, "fit_pca", None)  # not again: the checkpoint has them
-    run(replace(broken, resume=True))
+    run_pretrain(replace(broken, resume=True))
     assert losses_of(tmp_path / "run") == losses_of(tmp_path / "unbroken")
 
 
 @pytest.mark.parametrize("norm_pix_loss", [True, False])
 def test_components_are_drawn(images: Path, tmp_path: Path, norm_pix_loss: bool) -> None:
-    run(pretraining(images, tmp_path / "run", optim=optim(epochs=1), **{**PCA, "norm_pix_loss": norm_pix_loss}))
+    run_pretrain(
+        pretraining(images, tmp_path / "run", optim=optim(epochs=1), **{**PCA, "norm_pix_loss": norm_pix_loss})
+    )
     assert (tmp_path / "run" / "reconstruction-0001.png").is_file()
-    result = reconstruct(
+    result = run_reconstruct(
         ReconstructConfig(
             images=images,
             checkpoint=tmp_path / "run",
@@ -194,7 +196,7 @@ def test_mask_tokens_in_the_encoder_and_a_linear_head(images: Path, tmp_path: Pa
         norm_pix_loss=False,
         optim=optim(epochs=1),
     )
-    run(config)
+    run_pretrain(config)
     model, _ = load_model(tmp_path / "run")
     assert isinstance(model, MaskedAutoencoder)
     assert model.objective == config.objective
@@ -208,7 +210,7 @@ def test_mask_tokens_in_the_encoder_and_a_linear_head(images: Path, tmp_path: Pa
 
 @pytest.mark.parametrize("kind", ["block", "grid"])
 def test_other_masks(images: Path, tmp_path: Path, kind: str) -> None:
-    summary = run(
+    summary = run_pretrain(
         pretraining(
             images,
             tmp_path / "run",
@@ -219,7 +221,7 @@ def test_other_masks(images: Path, tmp_path: Path, kind: str) -> None:
     )
     assert summary["steps"] == 2
     masks: dict[str, Any] = {"mask_sampling": kind, "mask_patch_size": None}
-    result = reconstruct(
+    result = run_reconstruct(
         ReconstructConfig(
             images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks
         )

@@ -10,7 +10,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run
+from mae_deploy.export.run import run_export
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import read_image
@@ -38,7 +38,7 @@ def images_of(robust: Path) -> list[Any]:
 def test_an_export_writes_its_graph_for_triton(
     settings: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    result = run(ExportConfig(**settings, triton=tmp_path / "models"))
+    result = run_export(ExportConfig(**settings, triton=tmp_path / "models"))
     model = tmp_path / "models" / "mine"
     assert result.data["served"] == {"triton": str(model)}
     assert (model / "1" / "model.onnx").read_bytes() == (settings["out"] / "encoder.onnx").read_bytes()
@@ -52,7 +52,7 @@ def test_what_is_there_stops_an_export_before_it_begins(settings: dict[str, Any]
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.pbtxt").touch()
     with pytest.raises(ConfigError, match=r"--triton .*mine already exists"):
-        run(ExportConfig(**{**settings, "checkpoint": tmp_path / "nowhere"}, triton=tmp_path / "models"))
+        run_export(ExportConfig(**{**settings, "checkpoint": tmp_path / "nowhere"}, triton=tmp_path / "models"))
 
 
 @pytest.mark.parametrize(
@@ -70,9 +70,9 @@ def test_what_cannot_be_served(settings: dict[str, Any], changed: dict[str, Any]
 
 
 def test_one_standard_deviation_changes_no_result(settings: dict[str, Any], robust: Path) -> None:
-    run(ExportConfig(**settings))
+    run_export(ExportConfig(**settings))
     one = settings["out"].with_name("one")
-    run(ExportConfig(**{**settings, "out": one}, one_std=True))
+    run_export(ExportConfig(**{**settings, "out": one}, one_std=True))
     before, after = Bundle.load(settings["out"]).preprocess, Bundle.load(one).preprocess
     assert len(set(before.std)) == 3
     assert after == Preprocess(

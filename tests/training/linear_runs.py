@@ -20,7 +20,7 @@ from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.training.config import LoopConfig, OptimConfig
-from mae_deploy.training.loop import Job, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.state.run_folder import RunFolder, read_metrics
 from mae_deploy.training.step import Loss, StepBatch
@@ -124,7 +124,7 @@ def train(
     groups = decay_groups(model, 0.05)
     assert groups[0]["names"] == ["weight"]
     groups[0]["lr_scale"] = weight_scale
-    job = Job(
+    job = TrainingJob(
         title="train",
         model=model,
         saved=model,

@@ -15,7 +15,7 @@ from torch import nn
 from mae_deploy.files import read_json
 from mae_deploy.models import cpu_kernels as kernels
 from mae_deploy.models.cpu_kernels import MeasuredLinear
-from mae_deploy.pretrain.run import run as pretrain
+from mae_deploy.pretrain.run import run_pretrain
 from mae_deploy.training import cpu, step
 from mae_deploy.training.cpu import advise_bf16, bf16_gain, keep_freed_memory, prepare_cpu
 from mae_deploy.training.monitor.signals import Stopped
@@ -74,7 +74,7 @@ def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(
     """Four steps, stopped in the middle, measured anew or not: the losses of a run in one piece, to the last bit."""
     monkeypatch.setattr(kernels, "_SMALLEST", 0)
     monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path / "first"))
-    pretrain(pretraining(images, tmp_path / "whole"))
+    run_pretrain(pretraining(images, tmp_path / "whole"))
     chosen = read_json(tmp_path / "whole" / "checkpoints" / "last" / "state" / "progress.json")["kernels"]
     assert {name.split("/")[3] for name in chosen} == {"forward", "grad input", "grad weight", "attention"}
 
@@ -89,7 +89,7 @@ def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(
     with monkeypatch.context() as patch:
         patch.setattr(step.Stepper, "take", take_and_stop)
         with pytest.raises(Stopped):
-            pretrain(broken)
+            run_pretrain(broken)
     monkeypatch.setenv(
         "MAE_DEPLOY_CACHE", str(tmp_path / "second")
     )  # a machine that knows nothing, and would measure something else
@@ -98,7 +98,7 @@ def test_a_resumed_run_goes_on_with_the_kernels_of_its_first_part(
         raise AssertionError("measured again")
 
     monkeypatch.setattr(kernels, "measure", unexpected)
-    pretrain(broken)
+    run_pretrain(broken)
     assert [line["loss"] for line in read_metrics(broken.out)] == [
         line["loss"] for line in read_metrics(tmp_path / "whole")
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.config import OptimConfig
-from mae_deploy.training.plan import Plan, make_plan, resume_plan
+from mae_deploy.training.plan import RunPlan, make_plan, resume_plan
 from mae_deploy.training.state.progress import Progress
 
 
@@ -16,13 +16,13 @@ def test_the_plan_of_the_paper() -> None:
     """ImageNet on 64 processes of 64 images: lr = blr · 4096 / 256."""
     config = OptimConfig(epochs=800, batch_size=64, blr=1.5e-4)
     peak: Any = pytest.approx(2.4e-3)
-    assert make_plan(1_281_167, config, world_size=64, paper_warmup=40) == Plan(64, 1, 312, 249_600, peak, 40)
+    assert make_plan(1_281_167, config, world_size=64, paper_warmup=40) == RunPlan(64, 1, 312, 249_600, peak, 40)
 
 
 def test_accumulation_counts_as_batch() -> None:
     plan = make_plan(101, OptimConfig(epochs=20, batch_size=5, accum_iter=3, blr=0.256), world_size=2, paper_warmup=40)
     peak: Any = pytest.approx(0.03)
-    assert plan == Plan(5, 3, 3, 60, peak, 2)
+    assert plan == RunPlan(5, 3, 3, 60, peak, 2)
 
 
 def test_a_set_smaller_than_a_batch_makes_the_batch_smaller_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,10 +21,10 @@ from safetensors.torch import load_file
 from mae_deploy.checkpoint import WEIGHTS, open_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.data.config import DataConfig
-from mae_deploy.distill.config import DistillConfig, FeatureConfig
+from mae_deploy.distill.config import DistillConfig, FeatureObjectiveConfig
 from mae_deploy.pretrain.config import MixConfig
-from mae_deploy.pretrain.finetune import run as finetune
-from mae_deploy.pretrain.run import run as pretrain
+from mae_deploy.pretrain.finetune import run_finetune
+from mae_deploy.pretrain.run import run_pretrain
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.progress import REST
 from mae_deploy.training.state.run_folder import read_metrics
@@ -95,7 +95,7 @@ def test_pretraining_killed_before_any_change_of_its_files(images: Path, tmp_pat
     checkpoints that replace another.
     """
     settings = optim(epochs=3, accum_iter=2, batch_size=2)
-    pretrain(pretraining(images, tmp_path / "whole", optim=settings))
+    run_pretrain(pretraining(images, tmp_path / "whole", optim=settings))
     kills = resume_until_done(
         pretraining(images, tmp_path / "resumed", optim=settings), [*range(1, 46, 6), *range(37, 60, 2)]
     )
@@ -107,7 +107,7 @@ def test_pretraining_killed_before_any_change_of_its_files(images: Path, tmp_pat
 def test_pretraining_killed_at_random_times(images: Path, tmp_path: Path) -> None:
     """First the command itself, as a user starts it, with workers; then again and again by the clock."""
     settings = optim(epochs=30)
-    pretrain(pretraining(images, tmp_path / "whole", optim=settings))
+    run_pretrain(pretraining(images, tmp_path / "whole", optim=settings))
     config = pretraining(images, tmp_path / "resumed", optim=settings, images=DataConfig(num_workers=2))
     command = command_of(config, "--resume")
     moment = random.Random(0)
@@ -133,7 +133,7 @@ def test_pretraining_killed_at_random_times(images: Path, tmp_path: Path) -> Non
 def test_pretraining_killed_between_checkpoints(images: Path, tmp_path: Path) -> None:
     """Mid-epoch, with timed checkpoints at each step, other workers and a cache."""
     settings = optim(epochs=3)
-    pretrain(pretraining(images, tmp_path / "whole", optim=settings))
+    run_pretrain(pretraining(images, tmp_path / "whole", optim=settings))
     config = pretraining(images, tmp_path / "resumed", optim=settings)
     loop = LoopConfig(checkpoint_minutes=1e-9)
     every_step = pretraining(
@@ -147,9 +147,9 @@ def test_pretraining_killed_between_checkpoints(images: Path, tmp_path: Path) ->
 
 def test_resuming_a_finished_run_changes_nothing(images: Path, tmp_path: Path) -> None:
     config = pretraining(images, tmp_path / "run")
-    first = pretrain(config)
+    first = run_pretrain(config)
     metrics = (tmp_path / "run" / "metrics.jsonl").read_bytes()
-    again = pretrain(pretraining(images, tmp_path / "run", resume=True))
+    again = run_pretrain(pretraining(images, tmp_path / "run", resume=True))
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == metrics
     assert again == first
 
@@ -157,9 +157,9 @@ def test_resuming_a_finished_run_changes_nothing(images: Path, tmp_path: Path) -
 def test_fine_tuning(tmp_path: Path) -> None:
     """With every source of randomness that the recipe has, and best and last checkpoints."""
     data = write_classes(tmp_path / "data")
-    pretrain(pretraining(data / "train", tmp_path / "pretrained"))
+    run_pretrain(pretraining(data / "train", tmp_path / "pretrained"))
     more = {"optim": optim(epochs=4), "mix": MixConfig(drop_path=0.3)}
-    finetune(finetuning(data, tmp_path / "whole", tmp_path / "pretrained", **more))
+    run_finetune(finetuning(data, tmp_path / "whole", tmp_path / "pretrained", **more))
     # Opening takes 17 changes, an epoch about 25.
     assert resume_until_done(finetuning(data, tmp_path / "resumed", tmp_path / "pretrained", **more), [21, 48, 60]) == 3
     assert_same_run(tmp_path / "resumed", tmp_path / "whole")
@@ -168,14 +168,14 @@ def test_fine_tuning(tmp_path: Path) -> None:
 
 
 def test_distilling_features_with_the_projector(images: Path, tmp_path: Path) -> None:
-    pretrain(pretraining(images, tmp_path / "teacher"))
+    run_pretrain(pretraining(images, tmp_path / "teacher"))
 
     def config(name: str) -> DistillConfig:
         common: dict[str, Any] = {
             "optim": optim(epochs=3),
             "images": DataConfig(num_workers=0),
             "decoder": DECODER,
-            "features": FeatureConfig(mask_ratio=0.5),
+            "features": FeatureObjectiveConfig(mask_ratio=0.5),
         }
         return DistillConfig(
             data=images, teacher=tmp_path / "teacher", out=tmp_path / name, device="cpu", **STUDENT, **common
@@ -192,7 +192,7 @@ def test_distilling_features_with_the_projector(images: Path, tmp_path: Path) ->
 def test_distilling_logits(tmp_path: Path) -> None:
     data = write_classes(tmp_path / "data")
     write_noise(tmp_path / "more", 5)
-    finetune(
+    run_finetune(
         finetuning(data, tmp_path / "teacher", None, from_scratch=True, model="vit_nano_patch4", image_size=(12, 8))
     )
 
@@ -214,7 +214,7 @@ def test_without_resume_a_run_is_not_overwritten(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = pretraining(images, tmp_path / "run")
-    pretrain(config)
+    run_pretrain(config)
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     capsys.readouterr()
     assert main(command_of(config)) == 2
@@ -228,7 +228,7 @@ def test_without_resume_a_run_is_not_overwritten(
 def test_resume_refuses_other_settings_and_other_data(
     images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pretrain(pretraining(images, tmp_path / "run"))
+    run_pretrain(pretraining(images, tmp_path / "run"))
     capsys.readouterr()
     assert (
         main(command_of(pretraining(images, tmp_path / "run", mask_ratio=0.5, optim=optim(epochs=3)), "--resume")) == 2

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mae_deploy.data.dataset import Batch
 from mae_deploy.training.loop import make_accelerator
 from mae_deploy.training.optim.groups import ParamGroup, adamw, decay_groups
-from mae_deploy.training.plan import Plan
+from mae_deploy.training.plan import RunPlan
 from mae_deploy.training.state.sharding import Network
 from mae_deploy.training.step import StepBatch, Stepper
 
@@ -120,7 +120,7 @@ def test_a_step_that_is_not_finite_changes_nothing(
     def loss(trained: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         return {"size": batch.images.abs().mean(), "loss": trained(batch.images).square().mean()}
 
-    stepper = Stepper(loss, network, built, nn.Identity(), Plan(5, 2, 1, 3, 0.1, 0), clip_grad=1.0, seed=0)
+    stepper = Stepper(loss, network, built, nn.Identity(), RunPlan(5, 2, 1, 3, 0.1, 0), clip_grad=1.0, seed=0)
 
     def take(scale: float) -> tuple[list[float], list[Tensor]]:
         zeros = torch.zeros(5, dtype=torch.int64)

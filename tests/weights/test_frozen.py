@@ -15,7 +15,7 @@ from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.taps import Tap, tapped
 from mae_deploy.models.vit import Encoder
 from mae_deploy.weights.frozen import frozen, image_size_for, normalised, resize_images
-from mae_deploy.weights.load import Loaded, at_image_size
+from mae_deploy.weights.load import LoadedWeights, at_image_size
 from tests.models.tiny_models import (
     ENCODER,
     metadata_of,
@@ -29,8 +29,8 @@ from tests.models.tiny_models import (
 DEEP = replace(ENCODER, depth=3)
 
 
-def loaded(model: Encoder) -> Loaded:
-    return Loaded(metadata_of(model), model.state_dict(), {})
+def loaded(model: Encoder) -> LoadedWeights:
+    return LoadedWeights(metadata_of(model), model.state_dict(), {})
 
 
 def keep(count: int = 4) -> Masking:
@@ -107,7 +107,7 @@ def test_it_learns_nothing() -> None:
 
 def test_weights_of_half_precision_are_computed_with_in_float32() -> None:
     model = tiny_encoder()
-    half = Loaded(metadata_of(model), {name: tensor.half() for name, tensor in model.state_dict().items()}, {})
+    half = LoadedWeights(metadata_of(model), {name: tensor.half() for name, tensor in model.state_dict().items()}, {})
     assert {parameter.dtype for parameter in frozen(half, {Tap("tokens", 1)}).parameters()} == {torch.float32}
 
 

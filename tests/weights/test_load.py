@@ -18,7 +18,7 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.weights.load import (
-    Loaded,
+    LoadedWeights,
     build_model,
     encoder_of,
     load_model,
@@ -48,8 +48,8 @@ MODELS: dict[str, Callable[[], Encoder]] = {
 }
 
 
-def loaded_from(model: Encoder) -> Loaded:
-    return Loaded(metadata_of(model), model.state_dict(), {})
+def loaded_from(model: Encoder) -> LoadedWeights:
+    return LoadedWeights(metadata_of(model), model.state_dict(), {})
 
 
 @pytest.mark.parametrize("name", MODELS)

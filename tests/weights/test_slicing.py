@@ -13,7 +13,7 @@ from mae_deploy.models.config import EncoderConfig, SliceBlocks
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool, patchify
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 from mae_deploy.weights.slicing import choose_blocks, evenly, slice_encoder, start_from_slice
 from tests.models.tiny_models import CLASSES, DECODER, ENCODER, fill, metadata_of, random_images, random_tensor
 
@@ -21,8 +21,8 @@ LARGER = EncoderConfig(name="larger", image_size=(6, 10), patch_size=2, embed_di
 """Heads of 8; the student has 20 channels, 2 blocks, and 5 heads of 4 or 1 of 20."""
 
 
-def loaded(model: Encoder) -> Loaded:
-    return Loaded(metadata_of(model), model.state_dict(), {})
+def loaded(model: Encoder) -> LoadedWeights:
+    return LoadedWeights(metadata_of(model), model.state_dict(), {})
 
 
 def with_sincos(model: Encoder) -> Encoder:
@@ -100,7 +100,7 @@ def test_channels_that_say_nothing_may_be_left_out() -> None:
             else:
                 columns = inner if name == "attn.proj.weight" else hidden if name == "mlp.fc2.weight" else channels
                 there[rows[:, None], columns] = own
-    sliced = slice_encoder(Loaded(metadata_of(Encoder(LARGER)), larger, {}), ENCODER)
+    sliced = slice_encoder(LoadedWeights(metadata_of(Encoder(LARGER)), larger, {}), ENCODER)
     for name, own in small.state_dict().items():
         if name.startswith("blocks"):
             assert torch.equal(sliced[name], own), name

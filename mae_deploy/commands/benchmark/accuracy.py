@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from mae_deploy.commands.benchmark.rows import Loaded, Row
+from mae_deploy.commands.benchmark.rows import BenchmarkRow, LoadedGraph
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
@@ -42,7 +42,7 @@ class Accuracy:
     """Share of the images whose most likely class is the right one; None without logits or labels."""
 
 
-class Judge:
+class AccuracyCheck:
     """Measures accuracy on the images of a folder, else on each bundle's golden samples."""
 
     def __init__(self, folder: Path | None, num_images: int, seed: int) -> None:
@@ -54,7 +54,7 @@ class Judge:
         self._photos = _Photos(folder, num_images) if folder is not None else None
         self._seed = seed
         self._golden: dict[Bundle, Array] = {}
-        self._outputs: dict[tuple[Loaded, int | None], dict[str, Array]] = {}
+        self._outputs: dict[tuple[LoadedGraph, int | None], dict[str, Array]] = {}
         self._references: dict[tuple[str, ...], Array] = {}
 
     @property
@@ -62,7 +62,7 @@ class Judge:
         """Where the images come from."""
         return "golden samples" if self._photos is None else self._photos.source
 
-    def accuracies(self, rows: Iterable[Row], after_row: Callable[[], object]) -> dict[Row, Accuracy]:
+    def accuracies(self, rows: Iterable[BenchmarkRow], after_row: Callable[[], object]) -> dict[BenchmarkRow, Accuracy]:
         """The accuracy of every row; rows that differ by the batch size alone are computed once.
 
         Raises:
@@ -77,7 +77,7 @@ class Judge:
             after_row()
         return found
 
-    def _accuracy(self, loaded: Loaded, keep: int | None, bundle: Bundle) -> Accuracy:
+    def _accuracy(self, loaded: LoadedGraph, keep: int | None, bundle: Bundle) -> Accuracy:
         outputs = self._run(loaded, keep, bundle)
         features = next((name for name in FEATURES if name in outputs), None)
         reference = self._reference(loaded, bundle, features) if features is not None else None
@@ -89,7 +89,7 @@ class Judge:
             top1=float((outputs[LOGITS].argmax(1) == labels).mean()) if labels is not None else None,
         )
 
-    def _reference(self, loaded: Loaded, bundle: Bundle, features: str) -> Array | None:
+    def _reference(self, loaded: LoadedGraph, bundle: Bundle, features: str) -> Array | None:
         """The features of all patches: by the first graph of the same weights and images that can be given them, in
         FP32 where there is one.
         """
@@ -101,14 +101,14 @@ class Judge:
             )[features]
         return self._references.get(shared)
 
-    def _run(self, loaded: Loaded, keep: int | None, bundle: Bundle) -> dict[str, Array]:
+    def _run(self, loaded: LoadedGraph, keep: int | None, bundle: Bundle) -> dict[str, Array]:
         """Features and logits of all images, as far as the graph has them."""
         if (loaded, keep) not in self._outputs:
             names = [name for name in (*FEATURES, LOGITS) if name in bundle.output_names]
             self._outputs[loaded, keep] = self._compute(loaded, keep, bundle, names) if names else {}
         return self._outputs[loaded, keep]
 
-    def _compute(self, loaded: Loaded, keep: int | None, bundle: Bundle, names: Sequence[str]) -> dict[str, Array]:
+    def _compute(self, loaded: LoadedGraph, keep: int | None, bundle: Bundle, names: Sequence[str]) -> dict[str, Array]:
         subject, pixels = loaded.subject, self._pixels(bundle)
         ids_keep = None if keep is None else random_patches(subject.num_patches, keep, range(len(pixels)), self._seed)
         size = subject.batch[0] if subject.batch is not None else _CHUNK

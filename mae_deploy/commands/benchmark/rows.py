@@ -85,7 +85,7 @@ class Subject:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Loaded:
+class LoadedGraph:
     """A graph on an engine."""
 
     subject: Subject
@@ -105,10 +105,10 @@ class Loaded:
 
 
 @dataclass(frozen=True, eq=False, slots=True)
-class Row:
+class BenchmarkRow:
     """One line of the result: a graph on an engine, a batch size, a number of visible patches."""
 
-    loaded: Loaded
+    loaded: LoadedGraph
     batch: int
     keep: int | None
     """None where the graph takes whole images."""

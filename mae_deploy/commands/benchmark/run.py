@@ -15,10 +15,18 @@ from typing import Any
 import numpy as np
 
 from mae_deploy import __version__
-from mae_deploy.commands.benchmark.accuracy import Accuracy, Judge
+from mae_deploy.commands.benchmark.accuracy import Accuracy, AccuracyCheck
 from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.commands.benchmark.report import command_line, describe_machine, report_view, write_report
-from mae_deploy.commands.benchmark.rows import LeftOut, Loaded, Row, Subject, bundle_subject, combinations, file_subject
+from mae_deploy.commands.benchmark.rows import (
+    BenchmarkRow,
+    LeftOut,
+    LoadedGraph,
+    Subject,
+    bundle_subject,
+    combinations,
+    file_subject,
+)
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.progress import notice, progress
@@ -35,7 +43,7 @@ _GEMM_SIZE, _GEMM_LENGTH = 768, 4
 costs nothing."""
 
 
-def run(config: BenchmarkConfig) -> Result:
+def run_benchmark(config: BenchmarkConfig) -> Result:
     """Time every combination that can run, with what it needs and what it is worth; those that cannot are named.
 
     Raises:
@@ -46,7 +54,7 @@ def run(config: BenchmarkConfig) -> Result:
     if config.out is not None:
         refuse_to_overwrite(config.out)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
-    judge = Judge(config.images, config.num_images, config.seed)
+    judge = AccuracyCheck(config.images, config.num_images, config.seed)
     subjects = _subjects(config)
     with ExitStack() as stack:
         rows, left_out = _Plan(config, options, stack).rows(subjects)
@@ -57,7 +65,7 @@ def run(config: BenchmarkConfig) -> Result:
             accuracies = judge.accuracies(rows, bar.advance)
         probes = _probe(rows, inputs, options) if config.probe else {}
         gemms = _open_gemms(rows, options, stack)
-        calls: dict[Row | str, Callable[[], object]] = {
+        calls: dict[BenchmarkRow | str, Callable[[], object]] = {
             row: partial(row.loaded.engine.run, inputs[row]) for row in rows
         }
         with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(gemms))) as bar:
@@ -98,9 +106,9 @@ class _Plan:
         self._left_out: list[LeftOut] = []
         self._errors: list[MaeDeployError] = []
 
-    def rows(self, subjects: Sequence[Subject]) -> tuple[list[Row], list[LeftOut]]:
+    def rows(self, subjects: Sequence[Subject]) -> tuple[list[BenchmarkRow], list[LeftOut]]:
         """The rows in the order of the subjects, and what is left out."""
-        rows: list[Row] = []
+        rows: list[BenchmarkRow] = []
         for subject in subjects:
             found, outside = combinations(subject, self._config.batch_size, self._config.keeps)
             self._left_out += outside
@@ -112,15 +120,17 @@ class _Plan:
                 others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT)
                 engines = self._config.engine if subject.bundle is not None else others or [DEFAULT]
                 candidates = [
-                    Row(loaded, batch, keep) for loaded in self._load(subject, list(engines)) for batch, keep in found
+                    BenchmarkRow(loaded, batch, keep)
+                    for loaded in self._load(subject, list(engines))
+                    for batch, keep in found
                 ]
                 rows += [row for row in candidates if self._runs(row)]
         if not rows:
             raise self._errors[0]
         return rows, self._left_out
 
-    def _load(self, subject: Subject, engines: Sequence[str]) -> list[Loaded]:
-        found: dict[str, Loaded] = {}
+    def _load(self, subject: Subject, engines: Sequence[str]) -> list[LoadedGraph]:
+        found: dict[str, LoadedGraph] = {}
         for name in engines:
             try:
                 engine = _open(subject, name, self._options)
@@ -130,10 +140,10 @@ class _Plan:
                 self._leave_out(f"{subject.name} on {name}", error)
                 continue
             self._stack.enter_context(engine)
-            found.setdefault(engine.name, Loaded(subject, engine))  # auto may be one of those that are named too
+            found.setdefault(engine.name, LoadedGraph(subject, engine))  # auto may be one of those that are named too
         return list(found.values())
 
-    def _runs(self, row: Row) -> bool:
+    def _runs(self, row: BenchmarkRow) -> bool:
         try:
             row.loaded.engine.run(row.inputs(self._config.seed))
         except MaeDeployError as error:
@@ -154,9 +164,11 @@ def _open(subject: Subject, engine: str, options: EngineOptions) -> Engine:
     )
 
 
-def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: EngineOptions) -> dict[Row, Probe]:
+def _probe(
+    rows: Sequence[BenchmarkRow], inputs: dict[BenchmarkRow, dict[str, Any]], options: EngineOptions
+) -> dict[BenchmarkRow, Probe]:
     """Load time and peak memory of each row, one after the other; a row whose process fails is left without."""
-    found: dict[Row, Probe] = {}
+    found: dict[BenchmarkRow, Probe] = {}
     with progress("load time and memory", len(rows)) as bar:
         for row in rows:
             try:
@@ -171,7 +183,9 @@ def _probe(rows: Sequence[Row], inputs: dict[Row, dict[str, Any]], options: Engi
     return found
 
 
-def _open_gemms(rows: Sequence[Row], options: EngineOptions, stack: ExitStack) -> dict[str, Callable[[], object]]:
+def _open_gemms(
+    rows: Sequence[BenchmarkRow], options: EngineOptions, stack: ExitStack
+) -> dict[str, Callable[[], object]]:
     """Products of FP32 matrices on each engine of the run, by its name; not on TensorRT, which opens no bare graphs."""
     x = np.random.default_rng(0).standard_normal((_GEMM_SIZE, _GEMM_SIZE), np.float32)
     found: dict[str, Callable[[], object]] = {}
@@ -184,9 +198,9 @@ def _open_gemms(rows: Sequence[Row], options: EngineOptions, stack: ExitStack) -
 
 
 def _figures(
-    row: Row,
-    rows: Sequence[Row],
-    timings: dict[Row | str, Timing],
+    row: BenchmarkRow,
+    rows: Sequence[BenchmarkRow],
+    timings: dict[BenchmarkRow | str, Timing],
     accuracy: Accuracy,
     probe: Probe | None,
     gemm_rates: dict[str, float],
@@ -222,7 +236,7 @@ def _figures(
     }
 
 
-def _full_row(row: Row, rows: Sequence[Row]) -> Row | None:
+def _full_row(row: BenchmarkRow, rows: Sequence[BenchmarkRow]) -> BenchmarkRow | None:
     """The row of all patches on the same engine, in the same precision and batch size: of a full graph of the model,
     else of the graph itself.
     """

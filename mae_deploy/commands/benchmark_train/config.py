@@ -9,7 +9,7 @@ from mae_deploy.config import section
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mask_config import num_keep
-from mae_deploy.training.config import Device, Precision
+from mae_deploy.training.config import Device, TrainingPrecision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,7 +20,7 @@ class BenchmarkTrainConfig:
     """Images a step."""
     mask_ratio: float = 0.75
     """Share of the patches that the encoder does not see."""
-    precision: Precision = "auto"
+    precision: TrainingPrecision = "auto"
     """Arithmetic of the step: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32. The plain step is FP32 on
     a CPU, on a GPU FP16 with loss scaling."""
     compile: bool = False

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mae_deploy.data.transforms import Normalise
+from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.training.optim.groups import decay_groups
 
@@ -23,7 +23,7 @@ class PlainStep:
         encoder: EncoderConfig,
         decoder: DecoderConfig,
         weights: dict[str, Tensor],
-        normalise: Normalise,
+        normalise: NormaliseImages,
         *,
         mask_ratio: float,
         lr: float,

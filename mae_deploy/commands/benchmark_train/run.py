@@ -17,7 +17,7 @@ from mae_deploy.commands.benchmark_train.plain_step import PlainStep
 from mae_deploy.commands.benchmark_train.report import command_line, report_view, write_report
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import Batch
-from mae_deploy.data.transforms import Normalise
+from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.errors import CheckFailed
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.images.preprocess import Preprocess
@@ -33,7 +33,7 @@ from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.cpu import prepare_cpu
 from mae_deploy.training.loop import make_accelerator
 from mae_deploy.training.optim.groups import adamw, decay_groups
-from mae_deploy.training.plan import Plan
+from mae_deploy.training.plan import RunPlan
 from mae_deploy.training.state.sharding import Network
 from mae_deploy.training.step import StepBatch, Stepper
 
@@ -52,14 +52,18 @@ class OurStep:
     """What `mae-deploy pretrain` does in a step, with its own classes."""
 
     def __init__(
-        self, config: BenchmarkTrainConfig, model: MaskedAutoencoder, normalise: Normalise, accelerator: Accelerator
+        self,
+        config: BenchmarkTrainConfig,
+        model: MaskedAutoencoder,
+        normalise: NormaliseImages,
+        accelerator: Accelerator,
     ) -> None:
         self.kernels = (
             prepare_cpu(model, {}, measured=config.measure_kernels) if accelerator.device.type == "cpu" else None
         )
         network = Network(model, accelerator, sharded=False, compiled=config.compile)
         optimizer = adamw(network.groups(decay_groups(model, 0.05)), betas=(0.9, 0.95))
-        plan = Plan(
+        plan = RunPlan(
             batch_size=config.batch_size, accum_iter=1, steps_per_epoch=1, total_steps=1, peak_lr=_LR, warmup_epochs=0
         )
 
@@ -79,7 +83,7 @@ class OurStep:
         return self.stepper.take([batch], step, _LR, tuple).values[0]
 
 
-def run(config: BenchmarkTrainConfig) -> Result:
+def run_benchmark_train(config: BenchmarkTrainConfig) -> Result:
     """Time both steps and the matrix product.
 
     Raises:
@@ -138,7 +142,7 @@ def _steps(
     C, (H, W) = config.model.in_chans, config.model.image_size
     seed_everything(derive_seed(seed, "weights"))
     model = MaskedAutoencoder(config.model, config.decoder)
-    normalise = Normalise(Preprocess(image_size=(H, W), mean=(0.5,) * C, std=(0.25,) * C)).to(device)
+    normalise = NormaliseImages(Preprocess(image_size=(H, W), mean=(0.5,) * C, std=(0.25,) * C)).to(device)
     plain = PlainStep(config.model, config.decoder, model.state_dict(), normalise, mask_ratio=config.mask_ratio, lr=_LR)
     ours = OurStep(config, model, normalise, accelerator)
     images = torch.randint(

@@ -41,11 +41,11 @@ class _Packed(NamedTuple):
     content: bytes
     suffix: str
     pixels: str
-    looks: int
+    perceptual_hash: int
     error: str | None = None
 
 
-def run(config: PackConfig) -> dict[str, Any]:
+def run_pack(config: PackConfig) -> dict[str, Any]:
     """Write the shards that are not there yet, then their index.
 
     Raises:
@@ -107,8 +107,8 @@ class _Packer:
         record_path = self.work / f"{self.name or 'all'}-{number:06d}.json"
         if record_path.is_file():
             record: dict[str, Any] = read_json(record_path)
-            for name, pixels, looks in record["hashes"]:
-                self.seen.add(name, pixels, looks)
+            for name, pixels, perceptual_hash in record["hashes"]:
+                self.seen.add(name, pixels, perceptual_hash)
             self.bar.advance(len(part), "there already")
         else:
             record = self._write(f"shard-{number:06d}.tar", part, survey)
@@ -135,10 +135,10 @@ class _Packer:
                         dropped.append(("unreadable", packed.error))
                         continue
                     if self.config.dedup != "no":
-                        if (first := self.seen.add(key, packed.pixels, packed.looks)) is not None:
+                        if (first := self.seen.add(key, packed.pixels, packed.perceptual_hash)) is not None:
                             dropped.append(("duplicate", f"{key} = {first}"))
                             continue
-                        hashes.append((key, packed.pixels, packed.looks))
+                        hashes.append((key, packed.pixels, packed.perceptual_hash))
                     label = self.source.labels[index]
                     member = f"{index:08d}{packed.suffix}"
                     members.append((member, tar.offset + _HEADER, len(packed.content), label))
@@ -232,7 +232,7 @@ def _convert(source: ImageSource, config: PackConfig, index: int) -> _Packed:
         image = decode(key, content, config.in_chans, config.pixel_max)
     except UnreadableImage as error:
         return _Packed(b"", "", "", 0, str(error))
-    pixels, looks = (
+    pixels, perceptual_hash = (
         (pixel_hash(image), difference_hash(image) if config.dedup == "near" else 0)
         if config.dedup != "no"
         else ("", 0)
@@ -241,7 +241,7 @@ def _convert(source: ImageSource, config: PackConfig, index: int) -> _Packed:
     suffix = Path(key).suffix.lower()
     if config.encoding != "keep" or small is not image:
         content, suffix = _encoded(small, config, suffix)
-    return _Packed(content, suffix, pixels, looks)
+    return _Packed(content, suffix, pixels, perceptual_hash)
 
 
 def _resized(image: Image.Image | Array, short_side: int | None) -> Image.Image | Array:

@@ -43,7 +43,7 @@ class _Found(NamedTuple):
     pixels: str = ""
 
 
-def run(config: StatsConfig) -> Result:
+def run_stats(config: StatsConfig) -> Result:
     """Read the images and sum up.
 
     Raises:

@@ -58,7 +58,7 @@ def difference_hash(image: Image.Image | Array) -> int:
 
 
 class Seen:
-    """The images that came before, by their pixels and, on request, by their looks."""
+    """The images that came before, by their pixels and, on request, by their perceptual hash."""
 
     def __init__(self, *, near: bool) -> None:
         self.near = near
@@ -66,18 +66,18 @@ class Seen:
         # Two hashes that differ in at most 3 bits are equal in at least one of 4 quarters.
         self._quarters: dict[tuple[int, int], list[tuple[int, str]]] = {}
 
-    def add(self, name: str, pixels: str, looks: int) -> str | None:
+    def add(self, name: str, pixels: str, perceptual_hash: int) -> str | None:
         """The image that this one repeats; else it is remembered."""
         if pixels in self._pixels:
             return self._pixels[pixels]
-        quarters = [(place, looks >> 16 * place & 0xFFFF) for place in range(_NEAR_BITS + 1)]
+        quarters = [(place, perceptual_hash >> 16 * place & 0xFFFF) for place in range(_NEAR_BITS + 1)]
         if self.near:
             for quarter in quarters:
                 for other, first in self._quarters.get(quarter, ()):
-                    if bin(other ^ looks).count("1") <= _NEAR_BITS:
+                    if bin(other ^ perceptual_hash).count("1") <= _NEAR_BITS:
                         return first
             for quarter in quarters:
-                self._quarters.setdefault(quarter, []).append((looks, name))
+                self._quarters.setdefault(quarter, []).append((perceptual_hash, name))
         self._pixels[pixels] = name
         return None
 

@@ -57,7 +57,7 @@ DATASET = {
 C = TypeVar("C")
 
 
-def run(config: QuickstartConfig) -> Result:
+def run_quickstart(config: QuickstartConfig) -> Result:
     """Pretrain, fine-tune, distil, export, verify, time, report; a killed run goes on where it was."""
     started = time.monotonic()
     # For networks this small, a second thread gives 1.5 times the speed on an idle machine and a third of it where a
@@ -69,10 +69,12 @@ def run(config: QuickstartConfig) -> Result:
     images = write_digits(out / "data", config.seeds)
     common = {"seed": config.seed, "device": config.device, "resume": True}
     _say("1/6 pretraining: a masked autoencoder on 1,400 digits without labels")
-    mae = pretrain.run(_recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common))
+    mae = pretrain.run_pretrain(
+        _recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common)
+    )
     _say("2/6 feature distillation: a smaller student, still without labels")
     teacher = {"teacher": out / "pretrain", **STUDENT}
-    distill.run(
+    distill.run_distill(
         _recipe(
             DistillConfig,
             "quickstart-distill-features",
@@ -94,7 +96,7 @@ def run(config: QuickstartConfig) -> Result:
     latency = _latency(out)
     _say("6/6 reconstruction pictures and the report")
     picture = out / "reconstruction.png"
-    reconstruct.run(
+    reconstruct.run_reconstruct(
         ReconstructConfig(
             images=out / "data" / "examples",
             checkpoint=out / "pretrain",
@@ -176,9 +178,11 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
         common = {"data": data, "seed": seed, "device": config.device, "resume": True}
         teacher, student = out / f"finetune-{seed}", out / f"distill-logits-{seed}"
         finetuning = {"init": out / "pretrain", **common}
-        found["teacher"].append(finetune.run(_recipe(FinetuneConfig, FINETUNE, out=teacher, **finetuning))["top1"])
+        found["teacher"].append(
+            finetune.run_finetune(_recipe(FinetuneConfig, FINETUNE, out=teacher, **finetuning))["top1"]
+        )
         scratch = _recipe(FinetuneConfig, FINETUNE, out=out / f"scratch-{seed}", from_scratch=True, **finetuning)
-        found["teacher_from_scratch"].append(finetune.run(scratch)["top1"])
+        found["teacher_from_scratch"].append(finetune.run_finetune(scratch)["top1"])
         logits = {
             "teacher": teacher,
             **STUDENT,
@@ -187,7 +191,9 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
             "logits": {"unlabelled": images},
         }
         found["student"].append(
-            distill.run(_recipe(DistillConfig, "quickstart-distill-logits", out=student, **logits, **common))["top1"]
+            distill.run_distill(_recipe(DistillConfig, "quickstart-distill-logits", out=student, **logits, **common))[
+                "top1"
+            ]
         )
         alone = _recipe(
             FinetuneConfig,
@@ -197,7 +203,7 @@ def _few_labels(config: QuickstartConfig, images: Path) -> dict[str, dict[str, A
             from_scratch=True,
             **common,
         )
-        found["student_from_scratch"].append(finetune.run(alone)["top1"])
+        found["student_from_scratch"].append(finetune.run_finetune(alone)["top1"])
     return {
         name: {"mean": statistics.mean(values), "min": min(values), "max": max(values), "by_seed": values}
         for name, values in found.items()
@@ -212,7 +218,7 @@ def _export(config: QuickstartConfig) -> dict[str, Any]:
         path = out / "bundles" / name
         remove(path)
         checkpoint = out / run_name.format(seed=config.seeds[0])
-        export.run(ExportConfig(checkpoint=checkpoint, out=path, tokens=tokens, samples=out / "data" / "val"))
+        export.run_export(ExportConfig(checkpoint=checkpoint, out=path, tokens=tokens, samples=out / "data" / "val"))
         verification = verify_bundle(Bundle.load(path))
         parity[name] = {
             "passed": verification.passed,

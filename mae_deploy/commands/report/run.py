@@ -17,7 +17,7 @@ from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark.report import describe_machine
-from mae_deploy.commands.benchmark.rows import Loaded, Row, bundle_subject
+from mae_deploy.commands.benchmark.rows import BenchmarkRow, LoadedGraph, bundle_subject
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.commands.report.student import Student, drop, linears_in_int8
 from mae_deploy.errors import ConfigError
@@ -25,7 +25,7 @@ from mae_deploy.files import write_json, write_text
 from mae_deploy.models.mask_config import keep_count
 from mae_deploy.progress import console, notice, progress
 from mae_deploy.reporting.command_line import command_line
-from mae_deploy.reporting.tables import Column, markdown_table, rich_table, shown_columns
+from mae_deploy.reporting.tables import FigureColumn, markdown_table, rich_table, shown_columns
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -37,19 +37,19 @@ STUDENTS = "students"
 """The folder of the bundles, one below it for each run."""
 
 _COST = (
-    Column("run", "run"),
-    Column("params M", "parameters", "{:.2f}", 1e-6),
-    Column("patches", "patches"),
-    Column("GFLOP", "gflop", "{:.3g}"),
+    FigureColumn("run", "run"),
+    FigureColumn("params M", "parameters", "{:.2f}", 1e-6),
+    FigureColumn("patches", "patches"),
+    FigureColumn("GFLOP", "gflop", "{:.3g}"),
 )
 _WORTH = (
-    Column("top-1", "top1", "{:.2f}"),
-    Column("INT8 top-1", "int8_top1", "{:.2f}"),
-    Column("drop", "int8_drop", "{:+.2f}"),
-    Column("FP32 ms", "fp32_ms", "{:.3g}"),
-    Column("INT8 ms", "int8_ms", "{:.3g}"),
-    Column("ratio", "int8_ratio", "{:.2f}"),
-    Column("INT8", "verdict"),
+    FigureColumn("top-1", "top1", "{:.2f}"),
+    FigureColumn("INT8 top-1", "int8_top1", "{:.2f}"),
+    FigureColumn("drop", "int8_drop", "{:+.2f}"),
+    FigureColumn("FP32 ms", "fp32_ms", "{:.3g}"),
+    FigureColumn("INT8 ms", "int8_ms", "{:.3g}"),
+    FigureColumn("ratio", "int8_ratio", "{:.2f}"),
+    FigureColumn("INT8", "verdict"),
 )
 
 _DISTURBED = 1.5
@@ -59,7 +59,7 @@ _Timings = dict[tuple[int, str, float], Timing]
 """By the number of the student, the precision and the share of the patches."""
 
 
-def run(config: ReportConfig) -> Result:
+def run_report(config: ReportConfig) -> Result:
     """Export, judge and time every run; what an earlier call has finished is kept.
 
     Raises:
@@ -76,7 +76,7 @@ def run(config: ReportConfig) -> Result:
     ]
     for student in students:
         console.print(Text(str(student.run), style="bold"))
-        student.judge()
+        student.check()
     timings, version = _time(config, students)
     if disturbed := was_disturbed(timings.values()):
         notice(
@@ -134,8 +134,8 @@ def _time(config: ReportConfig, students: Sequence[Student]) -> tuple[_Timings, 
                 engine = stack.enter_context(load_engine(subject.bundle, config.engine, options))
                 versions[engine.name] = engine.version
                 for share in student.shares:
-                    row = Row(
-                        Loaded(subject, engine),
+                    row = BenchmarkRow(
+                        LoadedGraph(subject, engine),
                         1,
                         None if subject.keep is None else keep_count(subject.num_patches, share),
                     )
@@ -192,7 +192,7 @@ def _verdict(row: dict[str, Any], student: Student) -> str:
 def _view(config: ReportConfig, report: dict[str, Any]) -> Group:
     """Two tables, narrow enough for 80 characters: what the rows are and cost; what they are worth."""
     rows = [{"number": number, **row} for number, row in enumerate(report["rows"], start=1)]
-    number = Column("#", "number")
+    number = FigureColumn("#", "number")
     tables = (
         ("Students", (number, *_COST)),
         (f"On {report['images']} images of {config.data}", shown_columns((number, *_WORTH), rows)),

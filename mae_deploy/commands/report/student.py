@@ -44,7 +44,7 @@ _ANY_LATENCY = 1e9
 
 
 @dataclass(frozen=True, slots=True)
-class Judged:
+class CheckedStudent:
     """A bundle and its top-1 in per cent, of each share."""
 
     bundle: Path
@@ -87,7 +87,7 @@ class Student:
         found = read_json(folder / RESULT) if (folder / RESULT).is_file() else {}
         self._parts: dict[str, Any] = found if found.get("key") == self._key else {}
 
-    def judge(self) -> None:
+    def check(self) -> None:
         """Export and evaluate what is missing: FP32, everything in INT8, and where that loses too much, the fastest mix
         that export finds.
         """
@@ -102,15 +102,15 @@ class Student:
                 self._do(part)
 
     @property
-    def fp32(self) -> Judged:
+    def fp32(self) -> CheckedStudent:
         """The bundle that INT8 is compared with."""
-        return self._judged(FP32)
+        return self._checked(FP32)
 
     @property
-    def int8(self) -> Judged | None:
+    def int8(self) -> CheckedStudent | None:
         """The bundle that loses less; None where there is none."""
         found = [part for part in (INT8, MIX) if math.isfinite(self._worst_drop(part))]
-        return self._judged(min(found, key=self._worst_drop)) if found else None
+        return self._checked(min(found, key=self._worst_drop)) if found else None
 
     @property
     def rejected(self) -> str | None:
@@ -132,14 +132,14 @@ class Student:
         assert self.config.int8.max_drop is not None
         return self.config.int8.max_drop
 
-    def _judged(self, part: str) -> Judged:
-        return Judged(self.folder / part, tuple(self._parts[part]["top1"]))
+    def _checked(self, part: str) -> CheckedStudent:
+        return CheckedStudent(self.folder / part, tuple(self._parts[part]["top1"]))
 
     def _worst_drop(self, part: str) -> float:
         """The largest loss of top-1 of any share, in points."""
         if "top1" not in self._parts.get(part, {}):
             return math.inf
-        return max(map(drop, self.fp32.top1, self._judged(part).top1))
+        return max(map(drop, self.fp32.top1, self._checked(part).top1))
 
     def _do(self, part: str) -> None:
         if part not in self._parts:
@@ -151,7 +151,7 @@ class Student:
         config, out = self.config, self.folder / part
         if not (out / MANIFEST_FILE).is_file():
             try:
-                export.run(self._exports[part])
+                export.run_export(self._exports[part])
             except CheckFailed as error:
                 if part == FP32:
                     raise
@@ -166,7 +166,7 @@ class Student:
             seed=config.seed,
             device=config.device,
         )
-        found = evaluate.run(asked).data
+        found = evaluate.run_eval(asked).data
         return {"images": found["images"], "top1": [row["top1"] for row in found["keep_ratios"]]}
 
     def _export_config(self, part: str, int8: Int8Config) -> ExportConfig:

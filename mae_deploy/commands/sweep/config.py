@@ -8,7 +8,7 @@ from typing import Literal
 
 from mae_deploy.config import section, setting
 from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.config import FeatureConfig, _check_knn, _check_share
+from mae_deploy.evaluation.config import FeaturesConfig, _check_knn, _check_share
 from mae_deploy.training.config import Device
 
 
@@ -56,7 +56,7 @@ class SweepConfig:
     """Added to each of --seeds."""
     device: Device = "auto"
     """auto, cpu or cuda."""
-    features: FeatureConfig = section(FeatureConfig)
+    features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
         if (self.mask_ratio is None) == (self.over is None):

@@ -29,7 +29,15 @@ from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
 from mae_deploy.progress import console
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.plots import Curve, draw_curves
-from mae_deploy.reporting.tables import Column, Row, markdown_table, mean_of, rich_table, shown_columns, write_files
+from mae_deploy.reporting.tables import (
+    FigureColumn,
+    Figures,
+    markdown_table,
+    mean_of,
+    rich_table,
+    shown_columns,
+    write_files,
+)
 from mae_deploy.results import Result
 from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
 from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
@@ -63,7 +71,7 @@ class Cell:
     pretrain: PretrainConfig
 
 
-def run(config: SweepConfig) -> Result:
+def run_sweep(config: SweepConfig) -> Result:
     """Run what is missing of the experiment and report it whole.
 
     Raises:
@@ -79,10 +87,10 @@ def run(config: SweepConfig) -> Result:
     if config.finetune or config.scratch:
         _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
     _open_folder(config)
-    rows: list[Row] = []
+    rows: list[Figures] = []
     report: dict[str, Any] = {}
     for value, of_value in zip(values, cells, strict=True):
-        rows.append({"value": value, **mean_of([_judge(config, setting, cell) for cell in of_value])})
+        rows.append({"value": value, **mean_of([_probe(config, setting, cell) for cell in of_value])})
         # After each value, so that a long sweep can be looked at while it runs.
         report = _report(config, setting, seeds, rows)
     return Result(report, rich_table(f"{setting}: {config.out}", _columns(setting, rows), rows))
@@ -172,12 +180,12 @@ def _open_folder(config: SweepConfig) -> None:
 # --- one value and seed ----------------------------------------------------------------------------------------------
 
 
-def _judge(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
+def _probe(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
     """Pretrain and judge; figures that `result.json` has are taken from it."""
     console.print(Text(f"{setting} {cell.value}, seed {cell.seed}", style="bold"))
     _check_unchanged(cell.pretrain)
     parts = _Parts(cell.folder / RESULT)
-    parts.do("pretrain", lambda: {"loss": pretrain.run(cell.pretrain)["last_loss"]})
+    parts.do("pretrain", lambda: {"loss": pretrain.run_pretrain(cell.pretrain)["last_loss"]})
     if (config.knn and not parts.has("knn")) or (config.linear != "none" and not parts.has("linear")):
         train, val, num_classes = _features(config, cell)
         if config.knn:
@@ -228,7 +236,7 @@ def _linear(config: SweepConfig, cell: Cell, train: FeatureSet, val: FeatureSet,
 
 
 def _finetune(config: SweepConfig, init: Path, out: Path, seed: int, *, from_scratch: bool = False) -> float:
-    return float(finetune.run(_finetune_config(config, init, out, seed, from_scratch=from_scratch))["top1"])
+    return float(finetune.run_finetune(_finetune_config(config, init, out, seed, from_scratch=from_scratch))["top1"])
 
 
 def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
@@ -283,7 +291,7 @@ class _Parts:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]) -> dict[str, Any]:
+def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Figures]) -> dict[str, Any]:
     """Write sweep.json, sweep.md and sweep.png for the values so far."""
     command = command_line("sweep", config)
     report = {
@@ -321,11 +329,11 @@ def _settings(config: SweepConfig) -> dict[str, str]:
     return found
 
 
-def _columns(setting: str, rows: list[Row]) -> list[Column]:
+def _columns(setting: str, rows: list[Figures]) -> list[FigureColumn]:
     columns = [
-        Column(setting, "value"),
-        Column("loss", "loss", "{:.4f}"),
-        *(Column(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
+        FigureColumn(setting, "value"),
+        FigureColumn("loss", "loss", "{:.4f}"),
+        *(FigureColumn(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
     ]
     return shown_columns(columns, rows)
 

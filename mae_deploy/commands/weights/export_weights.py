@@ -17,9 +17,9 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json, write
 from mae_deploy.progress import notice
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
-from mae_deploy.weights.load import Loaded, read_weights
+from mae_deploy.weights.load import LoadedWeights, read_weights
 from mae_deploy.weights.write.card import model_card
-from mae_deploy.weights.write.check import prove
+from mae_deploy.weights.write.check import check_round_trip
 from mae_deploy.weights.write.foreign import (
     ForeignModel,
     Library,
@@ -30,7 +30,7 @@ from mae_deploy.weights.write.foreign import (
 )
 
 
-def run(config: ExportWeightsConfig) -> Result:
+def run_export_weights(config: ExportWeightsConfig) -> Result:
     """Convert, write, prove; returns the report.
 
     Raises:
@@ -55,12 +55,12 @@ def run(config: ExportWeightsConfig) -> Result:
 def _write(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[str, Any]:
     if library == "original":
         torch.save(original_content(model), path)
-        return prove(path, model, library, seed)
+        return check_round_trip(path, model, library, seed)
     path.mkdir()
     save_file(plain_tensors(model), path / "model.safetensors", metadata=header(model))
     for name, content in model.configs.items():
         write_json(path / name, content)
-    proof = prove(path, model, library, seed)
+    proof = check_round_trip(path, model, library, seed)
     write_text(path / "README.md", model_card(model, library, proof))
     return proof
 
@@ -81,7 +81,7 @@ def _report(config: ExportWeightsConfig, model: ForeignModel, proof: dict[str, A
     }
 
 
-def _say_licence(loaded: Loaded) -> None:
+def _say_licence(loaded: LoadedWeights) -> None:
     licence = loaded.metadata.licence
     if NON_COMMERCIAL in licence:
         notice(

@@ -9,11 +9,11 @@ from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
-from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.load import LoadedWeights, model_of
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 
-def run(config: ImportConfig) -> Result:
+def run_import(config: ImportConfig) -> Result:
     """Convert, check, write; returns the report.
 
     Raises:
@@ -30,7 +30,7 @@ def run(config: ImportConfig) -> Result:
         licence=config.license,
     )
     imported = import_weights(config.source, options)
-    model_of(Loaded(imported.metadata, imported.tensors, {}))  # strict: every tensor has its place
+    model_of(LoadedWeights(imported.metadata, imported.tensors, {}))  # strict: every tensor has its place
     save_checkpoint(config.out, imported.tensors, imported.metadata)
     report: dict[str, Any] = {"out": str(config.out), **imported.report}
     return Result(report, facts_table(f"{config.source} → {config.out}", report))

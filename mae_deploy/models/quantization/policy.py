@@ -62,7 +62,7 @@ _FUSED_HEAD_DIMS = (16, 32, 64)
 _FUSED_TOKENS = 512
 
 
-def attention_obstacle(head_dim: int, num_tokens: int) -> str | None:
+def reason_against_int8_attention(head_dim: int, num_tokens: int) -> str | None:
     """Why no engine fuses INT8 attention of this shape (TensorRT's conditions), or None if one can.
 
     Args:

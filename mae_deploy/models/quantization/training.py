@@ -38,7 +38,7 @@ from mae_deploy.models.quantization.smoothing import (
 )
 from mae_deploy.models.vit import Encoder
 
-Kind = Literal["none", "dynamic", "static"]
+RangeKind = Literal["none", "dynamic", "static"]
 
 _WEIGHED_IMAGES = 32
 """Images of a batch whose tails are penalised: with all 128, a step takes 1.8 times as long."""
@@ -49,7 +49,7 @@ _LEAST_SHARE = 0.2
 
 def quantize_in_training(
     model: Encoder,
-    kind: Kind,
+    kind: RangeKind,
     policy: Policy,
     *,
     start: float = 0.0,
@@ -87,7 +87,15 @@ class Quantizer(nn.Module):
     """
 
     def __init__(
-        self, model: Encoder, kind: Kind, policy: Policy, *, start: float, until: float, observed: int, penalises: bool
+        self,
+        model: Encoder,
+        kind: RangeKind,
+        policy: Policy,
+        *,
+        start: float,
+        until: float,
+        observed: int,
+        penalises: bool,
     ) -> None:
         super().__init__()
         self.kind, self.policy = kind, policy

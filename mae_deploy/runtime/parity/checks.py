@@ -109,12 +109,12 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
         engine_version=engine.version,
         device=engine.device,
         num_samples=len(inputs[IMAGES]),
-        tolerance=judged_by(bundle, engine),
+        tolerance=tolerance_for(bundle, engine),
         checks=tuple(_Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})),
     )
 
 
-def judged_by(bundle: Bundle, engine: Engine) -> Tolerance:
+def tolerance_for(bundle: Bundle, engine: Engine) -> Tolerance:
     """What every output must meet: the bundle's tolerance, or that of the precision in which TensorRT was told to
     compute an FP32 or INT8 bundle.
     """
@@ -131,7 +131,7 @@ class _Checks:
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine = bundle, engine
         self.is_fp32 = _precision(bundle, engine) == "fp32"
-        self.tolerance = judged_by(bundle, engine)
+        self.tolerance = tolerance_for(bundle, engine)
 
     def all(self, inputs: Arrays, golden: Arrays) -> list[Check]:
         """Every check of the golden samples."""

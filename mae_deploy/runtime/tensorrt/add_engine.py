@@ -19,8 +19,8 @@ from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precis
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.profiles import Profile, read_profiles
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
-from mae_deploy.runtime.tensorrt.build import Plan, Report, build_plan
-from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
+from mae_deploy.runtime.tensorrt.build import BuiltPlan, Report, build_plan
+from mae_deploy.runtime.tensorrt.check_plan import check_plan, inputs_at, parity_record, repeated
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import add_plan, graph_for
@@ -53,7 +53,7 @@ class _Candidate:
     precision: Precision
     source: str
     """The graph's file in the bundle."""
-    plan: Plan
+    plan: BuiltPlan
     engine: TensorRtEngine
     checks: tuple[Check, ...]
 
@@ -238,7 +238,7 @@ def _try(
     )
     engine.sizes = sizes
     return _Candidate(
-        precision=precision, source=source, plan=plan, engine=engine, checks=tuple(prove_plan(bundle, engine, sizes))
+        precision=precision, source=source, plan=plan, engine=engine, checks=tuple(check_plan(bundle, engine, sizes))
     )
 
 

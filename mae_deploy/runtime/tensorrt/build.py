@@ -30,7 +30,7 @@ _MIB = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Plan:
+class BuiltPlan:
     """A built engine."""
 
     content: bytes
@@ -49,7 +49,7 @@ def build_plan(
     options: BuildOptions = BuildOptions(),
     outputs_marked: Sequence[str] = (),
     on_progress: Report | None = None,
-) -> Plan:
+) -> BuiltPlan:
     """Build a plan of a graph whose dynamic sizes are called B and K.
 
     Args:
@@ -83,7 +83,7 @@ def _plan(
     options: BuildOptions,
     outputs_marked: Sequence[str],
     on_progress: Report | None,
-) -> Plan:
+) -> BuiltPlan:
     """Build with the GPU's context current; what TensorRT makes on the way is gone when this returns."""
     start = time.monotonic()
     with api.explained(f"build an engine of {graph}"):
@@ -109,7 +109,7 @@ def _plan(
         "kernels": summarise(layers or ""),
         "warnings": warnings,
     }
-    return Plan(content=content, layers=layers, record=record)
+    return BuiltPlan(content=content, layers=layers, record=record)
 
 
 def _release_objects_of(error: BaseException | None) -> None:

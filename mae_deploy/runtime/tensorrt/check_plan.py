@@ -20,14 +20,14 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TOKEN_INPUTS
-from mae_deploy.runtime.parity.checks import GOLDEN, Check, judged_by, verify_engine
+from mae_deploy.runtime.parity.checks import GOLDEN, Check, tolerance_for, verify_engine
 from mae_deploy.runtime.parity.compare import compare
 from mae_deploy.runtime.parity.invariances import Arrays
 from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
 
-def prove_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile]) -> list[Check]:
+def check_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile]) -> list[Check]:
     """Every check of an engine; what missed is in `Check.failures`.
 
     The golden samples against PyTorch and under the invariances, then the smallest, usual and largest sizes of each
@@ -38,7 +38,7 @@ def prove_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profil
         MissingDependency: no ONNX Runtime to compare with at other numbers of patches than the golden samples'.
         MaeDeployError: an engine refuses the samples.
     """
-    tolerance = judged_by(bundle, engine)
+    tolerance = tolerance_for(bundle, engine)
     at_sizes: list[Check] = []
     # First of all: only the first shapes that an engine meets get graphs.
     for where, inputs, expected in _at_every_size(bundle, profiles):

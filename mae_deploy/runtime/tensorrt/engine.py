@@ -15,7 +15,7 @@ from mae_deploy.runtime.cuda.arrays import DeviceArray
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
-from mae_deploy.runtime.tensorrt.runner import Runner
+from mae_deploy.runtime.tensorrt.runner import PlanRunner
 from mae_deploy.runtime.tensorrt.slots import Ticket
 from mae_deploy.runtime.tensorrt.tensors import ProfileRange
 
@@ -99,7 +99,7 @@ class TensorRtEngine(Engine):
         try:
             with memory.active():
                 plan = graph.read_bytes()
-                self._runner = Runner(
+                self._runner = PlanRunner(
                     api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index
                 )
         except BaseException as error:

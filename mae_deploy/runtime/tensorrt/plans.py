@@ -21,7 +21,7 @@ from mae_deploy.runtime.manifest import (
     validate_manifest,
 )
 from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.timing_cache import slug
 
 FOLDER = "engines"
@@ -40,14 +40,14 @@ def find_plan(bundle: Bundle, version: str, gpu: Gpu, sizes: Mapping[str, int] |
     fitting = [
         entry
         for entry in bundle.manifest["engines"]
-        if misfit(entry, version, gpu) is None and _holds(entry, sizes or {})
+        if reason_against_plan(entry, version, gpu) is None and _holds(entry, sizes or {})
     ]
     return min(
         fitting, key=lambda entry: (PREFERENCE.index(entry["precision"]), entry["tensorrt"] != version), default=None
     )
 
 
-def misfit(entry: EngineEntry, version: str, gpu: Gpu) -> str | None:
+def reason_against_plan(entry: EngineEntry, version: str, gpu: Gpu) -> str | None:
     """Why an engine cannot be run here; None where it can."""
     if entry["tensorrt"] != version and not (entry["version_compatible"] and _is_later(version, entry["tensorrt"])):
         return f"it was built by TensorRT {entry['tensorrt']}, and {version} is installed"
@@ -64,12 +64,15 @@ def misfit(entry: EngineEntry, version: str, gpu: Gpu) -> str | None:
     return None
 
 
-def why_not(bundle: Bundle, version: str, gpu: Gpu) -> str:
+def reason_against_plans(bundle: Bundle, version: str, gpu: Gpu) -> str:
     """Why `find_plan` finds none: the bundle has none, or what keeps each one from running here."""
     entries = bundle.manifest["engines"]
     if not entries:
         return f"the bundle {bundle.path} has no TensorRT engine"
-    reasons = [f"{entry['file']}: {misfit(entry, version, gpu) or 'no profile holds these sizes'}" for entry in entries]
+    reasons = [
+        f"{entry['file']}: {reason_against_plan(entry, version, gpu) or 'no profile holds these sizes'}"
+        for entry in entries
+    ]
     return f"the bundle {bundle.path} has no TensorRT engine that fits: {'; '.join(reasons)}"
 
 
@@ -80,7 +83,7 @@ def plan_name(version: str, gpu: Gpu, precision: str) -> str:
 
 def add_plan(
     bundle: Bundle,
-    plan: Plan,
+    plan: BuiltPlan,
     *,
     version: str,
     gpu: Gpu,

@@ -45,7 +45,7 @@ little memory."""
 _log = logging.getLogger(__name__)
 
 
-class Runner:
+class PlanRunner:
     """A deserialised engine with its memory; calls from several threads take turns to start a run."""
 
     def __init__(self, api: Api, memory: Memory, engine: Any, index: int) -> None:

@@ -26,7 +26,7 @@ class Unreadable:
         )
         self._met: list[str] = []
 
-    def meet(self, lines: tuple[str, ...]) -> int:
+    def add(self, lines: tuple[str, ...]) -> int:
         """Remember what this process has met; returns how many were not known."""
         found = list(dict.fromkeys(line for line in lines if line not in self.seen and line not in self._met))
         self._met += found

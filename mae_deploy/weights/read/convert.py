@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, Kind, Metadata
+from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, CheckpointKind, Metadata
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
@@ -291,7 +291,7 @@ def _norm_pix_loss(source: Source, asked: bool | None) -> bool:
     return next((value for value in known if value is not None), bool(source.settings.get("norm_pix_loss", True)))
 
 
-def _kind(tensors: dict[str, Tensor]) -> Kind:
+def _kind(tensors: dict[str, Tensor]) -> CheckpointKind:
     if "decoder_pred.weight" in tensors:
         return "mae"
     return "classifier" if "head.weight" in tensors else "encoder"

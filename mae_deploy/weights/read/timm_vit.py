@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
-from mae_deploy.models.vit import OpenBlock, transformer_blocks
+from mae_deploy.models.vit import BlockWithQKV, transformer_blocks
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.files import Source, tensor_of
 
@@ -207,7 +207,7 @@ def _parts(block: nn.Module) -> dict[str, str]:
 
 
 def _kind(module: nn.Module) -> str:
-    name = Block.__name__ if isinstance(module, OpenBlock) else type(module).__name__
+    name = Block.__name__ if isinstance(module, BlockWithQKV) else type(module).__name__
     if type(module) in (nn.LayerNorm, TimmLayerNorm):
         return f"LayerNorm with eps {module.eps:g}"
     if getattr(module, "approximate", "none") != "none":

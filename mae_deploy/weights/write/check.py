@@ -20,7 +20,7 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.load import LoadedWeights, model_of
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.write.foreign import ForeignModel, Library, architecture_of
 
@@ -33,13 +33,13 @@ _MASK_RATIO = 0.5
 """Not the model's own: it must leave a patch of the smallest images."""
 
 
-def prove(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[str, Any]:
+def check_round_trip(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[str, Any]:
     """Read a written file or folder back, and run it in its library where that is installed; returns what was found.
 
     Raises:
         CheckFailed: tensors, settings or outputs differ.
     """
-    _prove_round_trip(path, model.loaded)
+    _check_values(path, model.loaded)
     found: dict[str, Any] = {"round_trip": "same tensors and settings"}
     package = {"timm": "timm", "huggingface": "transformers"}.get(library)
     if package is None:
@@ -66,7 +66,7 @@ def prove(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[
     return {**found, package: f"{', '.join(ours)} agree within {error:.1e} of the largest"}
 
 
-def _prove_round_trip(path: Path, loaded: Loaded) -> None:
+def _check_values(path: Path, loaded: LoadedWeights) -> None:
     """Our own importer gets the same tensors and settings back."""
     imported = import_weights(path, ImportOptions())
     different = [

@@ -17,7 +17,7 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
-from mae_deploy.weights.load import Loaded, encoder_of
+from mae_deploy.weights.load import LoadedWeights, encoder_of
 from mae_deploy.weights.read.convert import OWN_RECORD, is_plain
 
 Library = Literal["original", "timm", "huggingface"]
@@ -59,7 +59,7 @@ LICENCE_IDS = {
 class ForeignModel:
     """A model as another library stores it."""
 
-    loaded: Loaded
+    loaded: LoadedWeights
     """The part of ours that it holds."""
     tensors: dict[str, Tensor]
     configs: dict[str, dict[str, Any]]
@@ -68,7 +68,7 @@ class ForeignModel:
     """What of ours the other library has no place for."""
 
 
-def foreign_model(loaded: Loaded, library: Library) -> ForeignModel:
+def foreign_model(loaded: LoadedWeights, library: Library) -> ForeignModel:
     """The model in another library's terms.
 
     Raises:
@@ -103,7 +103,7 @@ def _refuse_other_objectives(metadata: Metadata, library: str) -> None:
 # --- timm ------------------------------------------------------------------------------------------------------------
 
 
-def _timm(loaded: Loaded) -> ForeignModel:
+def _timm(loaded: LoadedWeights) -> ForeignModel:
     """timm has no decoder: the encoder, or the classifier with its pooling."""
     names = list(loaded.tensors)
     if loaded.metadata.kind == "mae":
@@ -158,9 +158,9 @@ def _timm_name(encoder: EncoderConfig) -> str:
     return f"vit_{size}_patch{14 if size == 'huge' else 16}_224"
 
 
-def _without_decoder(loaded: Loaded) -> Loaded:
+def _without_decoder(loaded: LoadedWeights) -> LoadedWeights:
     encoder = encoder_of(loaded)
-    return Loaded(
+    return LoadedWeights(
         replace(loaded.metadata, kind="encoder", decoder=None, objective=None),
         dict(encoder.state_dict()),
         loaded.record,
@@ -170,7 +170,7 @@ def _without_decoder(loaded: Loaded) -> Loaded:
 # --- transformers ----------------------------------------------------------------------------------------------------
 
 
-def _hugging_face(loaded: Loaded) -> ForeignModel:
+def _hugging_face(loaded: LoadedWeights) -> ForeignModel:
     metadata, encoder = loaded.metadata, loaded.encoder_config
     if metadata.pool == "avg":
         raise ConfigError(
@@ -214,7 +214,7 @@ def _renamed(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
-def _config(loaded: Loaded) -> dict[str, Any]:
+def _config(loaded: LoadedWeights) -> dict[str, Any]:
     metadata, encoder = loaded.metadata, loaded.encoder_config
     rows, columns = encoder.image_size
     config: dict[str, Any] = {

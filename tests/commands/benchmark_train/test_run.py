@@ -16,7 +16,7 @@ import torch
 from mae_deploy.cli import main
 from mae_deploy.commands.benchmark_train import run as benchmark_train
 from mae_deploy.commands.benchmark_train.plain_step import PlainStep
-from mae_deploy.data.transforms import Normalise
+from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
@@ -136,7 +136,7 @@ def test_plain_steps_are_ours() -> None:
     decoder = DecoderConfig(decoder_depth=1, decoder_embed_dim=32)
     torch.manual_seed(0)
     model = MaskedAutoencoder(encoder, decoder)
-    normalise = Normalise(Preprocess(image_size=(12, 20), mean=(0.5,) * 3, std=(0.25,) * 3))
+    normalise = NormaliseImages(Preprocess(image_size=(12, 20), mean=(0.5,) * 3, std=(0.25,) * 3))
     plain = PlainStep(encoder, decoder, model.state_dict(), normalise, mask_ratio=0.75, lr=1e-2)
     optimizer = adamw(decay_groups(model, 0.05), betas=(0.9, 0.95))
     for group in optimizer.param_groups:

@@ -13,7 +13,7 @@ from PIL import Image
 from mae_deploy.cli import main
 from mae_deploy.commands.data import pack as data_pack
 from mae_deploy.commands.data.config import PackConfig, StatsConfig
-from mae_deploy.commands.data.stats import run as stats
+from mae_deploy.commands.data.stats import run_stats
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.sources.shards import scan
 from mae_deploy.errors import CheckFailed, ConfigError
@@ -31,7 +31,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def pack(source: Path, out: Path, **settings: Any) -> dict[str, Any]:
-    return data_pack.run(PackConfig(source=str(source), out=out, **{"num_workers": 0, "shard_images": 4, **settings}))
+    return data_pack.run_pack(
+        PackConfig(source=str(source), out=out, **{"num_workers": 0, "shard_images": 4, **settings})
+    )
 
 
 def texture(seed: int) -> Image.Image:
@@ -52,7 +54,7 @@ def test_statistics_of_every_channel(tmp_path: Path, num_workers: int) -> None:
     Image.fromarray(np.full((3, 5, 3), (0, 51, 255), np.uint8)).save(tmp_path / "d.png")
     write_noise(tmp_path / "broken", 1)
     spoil(tmp_path / "broken" / "00.png")
-    data = stats(StatsConfig(data=str(tmp_path), num_workers=num_workers)).data
+    data = run_stats(StatsConfig(data=str(tmp_path), num_workers=num_workers)).data
     assert (data["mean"], data["std"]) == ([0.5, 0.2, 0.5], [0.5, 0.0, 0.5])
     assert data["flags"] == "--mean 0.5000,0.2000,0.5000 --std 0.5000,0.0000,0.5000"
     assert (data["images"], data["read"], data["formats"]) == (5, 5, {"PNG RGB": 3, "BMP RGB": 1})
@@ -63,13 +65,13 @@ def test_statistics_of_every_channel(tmp_path: Path, num_workers: int) -> None:
 
 
 def test_statistics_of_a_sample_and_of_arrays(images: Path, tmp_path: Path) -> None:
-    data = stats(StatsConfig(data=str(images), sample=3, num_workers=0)).data
+    data = run_stats(StatsConfig(data=str(images), sample=3, num_workers=0)).data
     assert (data["images"], data["read"], sum(data["formats"].values())) == (11, 3, 3)
     np.save(
         tmp_path / "a.npy",
         np.stack([np.full((5, 3), value, np.uint16) for value in (0, 1000, 5000, 10000, 2500)], axis=2),
     )
-    data = stats(StatsConfig(data=str(tmp_path / "a.npy"), in_chans=5, pixel_max=10000.0, num_workers=0)).data
+    data = run_stats(StatsConfig(data=str(tmp_path / "a.npy"), in_chans=5, pixel_max=10000.0, num_workers=0)).data
     assert (data["mean"], data["formats"]) == ([0.0, 0.1, 0.5, 1.0, 0.25], {"NPY": 1})
 
 

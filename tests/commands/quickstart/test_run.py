@@ -63,7 +63,7 @@ def patched() -> Iterator[None]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """The folder and the report of a quickstart with one seed."""
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    return out, quickstart.run(QuickstartConfig(out=out, seeds=(SEED,), device="cpu")).data
+    return out, quickstart.run_quickstart(QuickstartConfig(out=out, seeds=(SEED,), device="cpu")).data
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -171,7 +171,7 @@ def test_a_second_run_trains_nothing_and_reports_the_same(
     finished: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out, report = finished
-    monkeypatch.setattr(runner.Runner, "_launch", lambda *_: pytest.fail("a finished run was trained again"))
+    monkeypatch.setattr(runner.TrainingRunner, "_launch", lambda *_: pytest.fail("a finished run was trained again"))
     assert main(["quickstart", "--out", str(out), "--seeds", str(SEED), "--device", "cpu", "--json"]) == 0
     captured = capsys.readouterr()
     again = json.loads(captured.out)

@@ -156,7 +156,7 @@ def test_int8_that_takes_longer_or_loses_too_much_is_a_row_that_says_so(
     students: Path, tmp_path: Path, work: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """INT8 gets one image more wrong; the mix that is searched for then gets all right that FP32 does."""
-    real = evaluate.run
+    real = evaluate.run_eval
     lost = {"int8": 100 / IMAGES, "int8-mix": 0.0}
 
     def worse(config: Any) -> Any:
@@ -254,7 +254,7 @@ def test_after_a_kill_only_what_is_missing_is_done(
 ) -> None:
     arguments = (students / "plain", students / "elastic", "--data", students / "data", "--out", tmp_path / "report")
     with monkeypatch.context() as patch:
-        real = evaluate.run
+        real = evaluate.run_eval
 
         def killed(config: Any) -> Any:
             if config.model.parts[-2:] == ("plain", "int8"):

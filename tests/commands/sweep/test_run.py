@@ -11,13 +11,13 @@ import pytest
 from mae_deploy.cli import main
 from mae_deploy.commands.sweep import run as sweep
 from mae_deploy.commands.sweep.config import SweepConfig
-from mae_deploy.commands.sweep.run import run
+from mae_deploy.commands.sweep.run import run_sweep
 from mae_deploy.config import read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.config import FeatureConfig
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
-from mae_deploy.training.runner import Runner
+from mae_deploy.training.runner import TrainingRunner
 from tests.training.tiny_runs import finetuning, optim, pretraining
 
 
@@ -57,13 +57,13 @@ def sweeping(data: Path, out: Path, **more: Any) -> SweepConfig:
     return SweepConfig(
         data=str(data),
         out=out,
-        **{"linear": "ridge", "features": FeatureConfig(num_workers=0), "k": 3, "device": "cpu", **more},
+        **{"linear": "ridge", "features": FeaturesConfig(num_workers=0), "k": 3, "device": "cpu", **more},
     )
 
 
 def test_mask_ratios(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
     out = tmp_path / "sweep"
-    found = run(sweeping(classes, out, seeds=(0, 3), scratch=True, **recipes)).data
+    found = run_sweep(sweeping(classes, out, seeds=(0, 3), scratch=True, **recipes)).data
     parts = ("pretrain", "finetune")
     assert trained == [
         *(f"mask_ratio-0.5/seed-0/{part}" for part in parts),
@@ -107,7 +107,7 @@ def test_after_a_kill_only_what_is_missing_is_done(
 
         patch.setattr(sweep, "_linear", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(config)
+            run_sweep(config)
     assert [row["value"] for row in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["rows"]] == [0.5]
     assert trained == [
         "mask_ratio-0.5/seed-0/pretrain",
@@ -115,11 +115,11 @@ def test_after_a_kill_only_what_is_missing_is_done(
         "mask_ratio-0.75/seed-0/pretrain",
     ]
     trained.clear()
-    found = run(config).data
+    found = run_sweep(config).data
     assert trained == ["mask_ratio-0.75/seed-0/finetune"]
     assert [row["value"] for row in found["rows"]] == [0.5, 0.75]
     trained.clear()
-    assert run(config).data == found
+    assert run_sweep(config).data == found
     assert trained == []
 
 
@@ -127,18 +127,18 @@ def test_a_baseline_that_was_interrupted_goes_on_under_another_value(
     classes: Path, recipes: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     common: dict[str, Any] = {"scratch": True, "linear": "none", "finetune": False, **recipes}
-    real = Runner.run
+    real = TrainingRunner.run
 
-    def killed(runner: Runner, num_workers: int) -> None:
+    def killed(runner: TrainingRunner, num_workers: int) -> None:
         if runner.job.title == "from scratch":
             raise KeyboardInterrupt
         real(runner, num_workers)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Runner, "run", killed)
+        patch.setattr(TrainingRunner, "run", killed)
         with pytest.raises(KeyboardInterrupt):
-            run(sweeping(classes, tmp_path / "sweep", **common))
-    found = run(sweeping(classes, tmp_path / "sweep", mask_ratio=(0.34, 0.5), **common)).data
+            run_sweep(sweeping(classes, tmp_path / "sweep", **common))
+    found = run_sweep(sweeping(classes, tmp_path / "sweep", mask_ratio=(0.34, 0.5), **common)).data
     assert [row["scratch_top1"] for row in found["rows"]] == [found["rows"][0]["scratch_top1"]] * 2
 
 
@@ -146,17 +146,17 @@ def test_values_and_seeds_may_be_added_but_no_setting_changed(
     classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]
 ) -> None:
     common = {"finetune": False, "linear": "none", "recipe": recipes["recipe"]}
-    run(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5,)}))
-    run(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5, 0.34)}))
+    run_sweep(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5,)}))
+    run_sweep(sweeping(classes, tmp_path / "sweep", **{**common, "mask_ratio": (0.5, 0.34)}))
     assert trained == ["mask_ratio-0.5/seed-0/pretrain", "mask_ratio-0.34/seed-0/pretrain"]
     with pytest.raises(ConfigError, match="k: 3 -> 5"):
-        run(sweeping(classes, tmp_path / "sweep", **{**common, "k": 5}))
+        run_sweep(sweeping(classes, tmp_path / "sweep", **{**common, "k": 5}))
     recipe = Path(recipes["recipe"])
     recipe.write_text(recipe.read_text().replace("lr: 0.001", "lr: 0.002"))
     with pytest.raises(ConfigError, match=r"optim.lr: 0.001 -> 0.002"):
-        run(sweeping(classes, tmp_path / "sweep", **common))
+        run_sweep(sweeping(classes, tmp_path / "sweep", **common))
     with pytest.raises(ConfigError, match="holds something else"):
-        run(sweeping(classes, classes, **common))
+        run_sweep(sweeping(classes, classes, **common))
 
 
 def test_any_setting_may_be_varied(classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]) -> None:
@@ -166,7 +166,7 @@ def test_any_setting_may_be_varied(classes: Path, recipes: dict[str, str], tmp_p
         "recipe": recipes["recipe"],
         "settings": ("optim.lr=0.002",),
     }
-    found = run(sweeping(classes, tmp_path / "depth", over="decoder.decoder_depth=1,2", **common)).data
+    found = run_sweep(sweeping(classes, tmp_path / "depth", over="decoder.decoder_depth=1,2", **common)).data
     assert [row["value"] for row in found["rows"]] == [1, 2]
     assert trained == ["decoder_depth-1/seed-0/pretrain", "decoder_depth-2/seed-0/pretrain"]
     stored = read_recipe(tmp_path / "depth" / "decoder_depth-2" / "seed-0" / "pretrain" / "config.yaml")
@@ -200,9 +200,9 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
         ({"recipe": "nothing"}, "no recipe 'nothing'"),
     ):
         with pytest.raises(ConfigError, match=message):
-            run(sweeping(classes, out, **{**recipes, **more}))
+            run_sweep(sweeping(classes, out, **{**recipes, **more}))
     with pytest.raises(ConfigError, match="no class folders"):
-        run(sweeping(images, out, **recipes))
+        run_sweep(sweeping(images, out, **recipes))
     assert trained == []
     assert not out.exists()
 
@@ -211,7 +211,7 @@ def test_labelled_images_of_another_folder(
     classes: Path, images: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str]
 ) -> None:
     more: dict[str, Any] = {"labelled": classes, "mask_ratio": (0.5,), "finetune": False, "recipe": recipes["recipe"]}
-    run(sweeping(images, tmp_path / "sweep", **more))
+    run_sweep(sweeping(images, tmp_path / "sweep", **more))
     stored = read_recipe(tmp_path / "sweep" / "mask_ratio-0.5" / "seed-0" / "pretrain" / "config.yaml")
     assert stored["data"] == str(images)
 

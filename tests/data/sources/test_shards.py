@@ -10,7 +10,7 @@ import torch
 
 from mae_deploy.data.config import CropConfig
 from mae_deploy.data.dataset import Batch, ImageDataset
-from mae_deploy.data.order import Stretch
+from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.sources.patterns import is_shards, is_streamed, local_shards
@@ -22,7 +22,7 @@ from mae_deploy.images.read import UnreadableImage
 from tests.data.sources.tiny_shards import shards_of, write_shard
 
 
-def batches(images: ImageSource, where: Stretch) -> list[Batch]:
+def batches(images: ImageSource, where: RunSlice) -> list[Batch]:
     dataset = ImageDataset(
         images, train_transform(default_preprocess((10, 15)), CropConfig()), seed=3, replace_unreadable=True
     )
@@ -43,18 +43,18 @@ def png(images: Path, number: int = 0) -> bytes:
 
 def test_shards_give_what_the_folder_gives(images: Path, tmp_path: Path) -> None:
     shards = shards_of(images, tmp_path / "shards")
-    whole = Stretch(3, 3, 0, 6)
+    whole = RunSlice(3, 3, 0, 6)
     folder, packed = batches(unlabelled_images(images), whole), batches(unlabelled_images(shards), whole)
     assert all(torch.equal(a.images, b.images) for a, b in zip(folder, packed, strict=True))
     assert packed[0].names[0].startswith(str(shards / "shard-"))
-    resumed = batches(unlabelled_images(str(shards / "shard-{0..2}.tar")), Stretch(3, 3, 4, 6))
+    resumed = batches(unlabelled_images(str(shards / "shard-{0..2}.tar")), RunSlice(3, 3, 4, 6))
     assert all(torch.equal(a.images, b.images) for a, b in zip(resumed, packed[4:], strict=True))
 
 
 def test_two_processes_share_what_one_sees(images: Path, tmp_path: Path) -> None:
     found = unlabelled_images(shards_of(images, tmp_path / "shards"))
-    alone = batches(found, Stretch(4, 2, 1, 4))
-    shares = [batches(found, Stretch(2, 2, 1, 4, rank, 2)) for rank in range(2)]
+    alone = batches(found, RunSlice(4, 2, 1, 4))
+    shares = [batches(found, RunSlice(2, 2, 1, 4, rank, 2)) for rank in range(2)]
     for batch, *halves in zip(alone, *shares, strict=True):
         assert torch.equal(batch.images, torch.cat([half.images for half in halves]))
 
@@ -96,7 +96,7 @@ def test_joined_sources_follow_one_another(images: Path, tmp_path: Path) -> None
 def test_a_broken_member_is_named_and_replaced(images: Path, tmp_path: Path) -> None:
     shard = write_shard(tmp_path / "a.tar", [("0.png", png(images)[:60]), ("1.png", b""), ("2.png", png(images, 2))])
     found = unlabelled_images(shard)
-    (batch,) = batches(found, Stretch(3, 1, 0, 1))
+    (batch,) = batches(found, RunSlice(3, 1, 0, 1))
     assert len(batch.images) == 3
     assert {line.partition(": ")[0] for line in batch.unreadable} == {f"{shard}/0.png", f"{shard}/1.png"}
     assert f"{shard}/1.png: the file is empty" in batch.unreadable

@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from mae_deploy.distill.config import Distance
-from mae_deploy.distill.objectives.distance import Normalise, distance, projector
+from mae_deploy.distill.objectives.distance import NormaliseTokens, distance, projector
 from mae_deploy.errors import ConfigError
 from tests.models.tiny_models import random_tensor
 
@@ -63,6 +63,6 @@ def test_without_a_projector_vectors_are_normalised_and_widths_equal() -> None:
     found = projector("none", 5, 5)(vectors.bfloat16())
     assert found.dtype == torch.float32
     assert torch.equal(found, F.layer_norm(vectors.bfloat16().float(), (5,)))
-    assert list(Normalise().parameters()) == []
+    assert list(NormaliseTokens().parameters()) == []
     with pytest.raises(ConfigError, match="5 would have to be the teacher's 7"):
         projector("none", 5, 7)

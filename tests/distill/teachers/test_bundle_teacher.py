@@ -19,7 +19,7 @@ from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run as export
+from mae_deploy.export.run import run_export
 from mae_deploy.models.taps import Tap
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -47,7 +47,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def bundle(checkpoint: Path, samples: Path, out: Path, **settings: Any) -> Path:
-    export(
+    run_export(
         from_dict(
             ExportConfig,
             {"checkpoint": str(checkpoint), "out": str(out), "samples": str(samples), "num_samples": 8, **settings},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.distill.config import TeacherConfig
-from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
 from tests.export.tiny_exports import write_checkpoint
@@ -17,7 +17,7 @@ from tests.models.tiny_models import tiny_mae
 def test_a_checkpoint(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path / "checkpoint", tiny_mae(), licence="CC-BY-NC-4.0")
     teacher = open_teacher(path, TeacherConfig())
-    assert isinstance(teacher, OwnTeacher)
+    assert isinstance(teacher, CheckpointTeacher)
     assert (teacher.kind, teacher.depth, teacher.decoder_width, teacher.licence) == ("mae", 2, 12, "CC-BY-NC-4.0")
     assert teacher.record["sha256"]
 

@@ -10,14 +10,14 @@ import torch
 
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import Teacher
-from mae_deploy.distill.teachers.checkpoint_teacher import OwnTeacher
+from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.taps import Tap
 from mae_deploy.models.vit import Encoder
 from mae_deploy.training.step import StepBatch
-from mae_deploy.weights.load import Loaded
+from mae_deploy.weights.load import LoadedWeights
 from tests.models.tiny_models import ENCODER, metadata_of, random_tensor
 
 T = TypeVar("T", bound=Teacher)
@@ -26,8 +26,8 @@ DEEP = replace(ENCODER, depth=3)
 FP32 = TeacherConfig(teacher_precision="fp32")
 
 
-def own_teacher(model: Encoder, settings: TeacherConfig = FP32) -> OwnTeacher:
-    return OwnTeacher(Loaded(metadata_of(model), model.state_dict(), {"sha256": "ab"}), settings)
+def own_teacher(model: Encoder, settings: TeacherConfig = FP32) -> CheckpointTeacher:
+    return CheckpointTeacher(LoadedWeights(metadata_of(model), model.state_dict(), {"sha256": "ab"}), settings)
 
 
 def ready(

@@ -15,7 +15,7 @@ from mae_deploy.export.job import _with_one_std
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
-from mae_deploy.weights.load import Loaded, at_image_size, model_of
+from mae_deploy.weights.load import LoadedWeights, at_image_size, model_of
 from tests.export.tiny_exports import SavedGraph, graph_of
 from tests.models.tiny_models import ENCODER, fill, metadata_of, tiny_classifier, tiny_encoder, tiny_mae
 
@@ -81,7 +81,7 @@ def test_no_decoder_is_exported(tmp_path: Path) -> None:
 def test_one_standard_deviation_for_all_bands_changes_nothing() -> None:
     model = tiny_encoder(BANDS)
     metadata = replace(metadata_of(model), preprocess=to_dict(SPEC))
-    folded = _with_one_std(Loaded(metadata, model.state_dict(), {}))
+    folded = _with_one_std(LoadedWeights(metadata, model.state_dict(), {}))
     spec = replace(SPEC, std=tuple(folded.metadata.preprocess["std"]))
     assert len(set(spec.std)) == 1
     pixels = inputs("full")["images"]
@@ -93,6 +93,6 @@ def test_one_standard_deviation_for_all_bands_changes_nothing() -> None:
 
 def test_another_size() -> None:
     model = fill(tiny_encoder(BANDS))
-    larger = at_image_size(Loaded(metadata_of(model), model.state_dict(), {}), (10, 14))
+    larger = at_image_size(LoadedWeights(metadata_of(model), model.state_dict(), {}), (10, 14))
     assert larger.encoder_config.num_tokens == 3 * 35
     assert model_of(larger).positions().shape == (1, 1 + 3 * 35, 20)

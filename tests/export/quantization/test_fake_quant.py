@@ -17,7 +17,7 @@ from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph.encoder import GraphSpec, build_graph
 from mae_deploy.export.graph.precision import Precision, Typing
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
-from mae_deploy.models.quantization.policy import attention_obstacle
+from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
@@ -49,7 +49,7 @@ def test_the_multiplications_of_a_linear() -> None:
     [(64, 512, None), (16, 1, None), (80, 50, "head dimension is 80"), (64, 513, "up to 513 tokens")],
 )
 def test_what_fused_int8_attention_needs(head_dim: int, tokens: int, reason: str | None) -> None:
-    found = attention_obstacle(head_dim, tokens)
+    found = reason_against_int8_attention(head_dim, tokens)
     assert found is None if reason is None else reason in (found or "")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
-from mae_deploy.export.quantization.sensitivity import Verdict, choose, sensitivities
+from mae_deploy.export.quantization.sensitivity import BudgetCheck, choose, sensitivities
 from mae_deploy.export.reference import restoring
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.rounding import eligible_linears
@@ -133,10 +133,12 @@ class Judge:
     def passes(self, names: frozenset[str]) -> bool:
         return self._total(names) <= self.budget
 
-    def __call__(self, names: frozenset[str]) -> Verdict:
+    def __call__(self, names: frozenset[str]) -> BudgetCheck:
         assert names
         self.asked.append(names)
-        return Verdict(self.passes(names), 10 * math.log10(self._total(names) / self.budget) if self.deficits else None)
+        return BudgetCheck(
+            self.passes(names), 10 * math.log10(self._total(names) / self.budget) if self.deficits else None
+        )
 
     def _total(self, names: frozenset[str]) -> float:
         return self.factor * sum(self.noise[name] for name in names)
@@ -202,7 +204,7 @@ def test_a_misleading_deficit_is_not_followed_for_ever() -> None:
     """As when the signal-to-noise ratio is fine and the accuracy is not."""
     noise, cost = layers(20, 4)
     judge = Judge(noise, 0.2 * sum(noise.values()))
-    found = choose(noise, cost, lambda names: Verdict(judge(names).passes, -3.0))
+    found = choose(noise, cost, lambda names: BudgetCheck(judge(names).passes, -3.0))
     assert found is not None
     assert judge.passes(found)
     assert len(judge.asked) <= 8

@@ -17,7 +17,7 @@ from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.tensorrt import add_engine as engine_build
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine, compare_speed, resolve_profiles, verdict
-from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.plans import graph_for
 from mae_deploy.runtime.timing import Timing
 from tests.runtime.tiny_bundle import K, N, write_bundle
@@ -174,10 +174,10 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
     gpu = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
     found = {"int8": timings(1.0), "fp16": timings(2.0), "fp32": timings(4.0)}
 
-    def plan_of(graph: Path, **given: Any) -> Plan:
+    def plan_of(graph: Path, **given: Any) -> BuiltPlan:
         given["on_progress"]("tactics", 1.0)
         options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
-        return Plan(
+        return BuiltPlan(
             content=str(graph).encode(), layers=None, record={"precision": given["precision"], "options": options}
         )
 

@@ -21,7 +21,7 @@ from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import build as tensorrt_build
 from mae_deploy.runtime.tensorrt.api import Api
-from mae_deploy.runtime.tensorrt.build import Plan, build_plan, shape_at
+from mae_deploy.runtime.tensorrt.build import BuiltPlan, build_plan, shape_at
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from tests.runtime.tiny_bundle import C, H, W, write_bundle
 
@@ -214,7 +214,7 @@ def use(monkeypatch: pytest.MonkeyPatch, version: str) -> Fake:
     return fake
 
 
-def build(graph: Path, **given: Any) -> Plan:
+def build(graph: Path, **given: Any) -> BuiltPlan:
     return build_plan(
         graph,
         **{

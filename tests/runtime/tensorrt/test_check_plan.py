@@ -18,7 +18,7 @@ from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.tensorrt.check_plan import inputs_at, parity_record, prove_plan, repeated
+from mae_deploy.runtime.tensorrt.check_plan import check_plan, inputs_at, parity_record, repeated
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.runtime.tiny_bundle import OUTPUTS, K, N, write_bundle
 
@@ -55,7 +55,7 @@ class Planned(OnnxRuntimeEngine):
 
 def prove(bundle: Bundle, profiles: Sequence[Profile] = PROFILES, **flaws: Any) -> list[Check]:
     with Planned(bundle, **flaws) as engine:
-        return prove_plan(bundle, cast(TensorRtEngine, engine), profiles)
+        return check_plan(bundle, cast(TensorRtEngine, engine), profiles)
 
 
 def failed(checks: Sequence[Check]) -> set[tuple[str, str]]:
@@ -102,7 +102,7 @@ def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
     profile: Profile = {name: (few[name][0], few[name][1], few[name][2]) for name in proven}
     with Planned(bundle) as engine:
         engine.sizes = [profile]
-        checks = prove_plan(bundle, cast(TensorRtEngine, engine), [profile])
+        checks = check_plan(bundle, cast(TensorRtEngine, engine), [profile])
     assert not failed(checks)
     assert any(check.name.startswith("profile 0") for check in checks)
 
@@ -112,7 +112,7 @@ def test_the_tolerance_is_that_of_the_engine_s_precision(tmp_path: Path) -> None
     with Planned(bundle, precision="fp16") as engine:
         golden = [
             check
-            for check in prove_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1])
+            for check in check_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1])
             if check.name.startswith("golden")
         ]
     assert len(golden) == 2 * len(OUTPUTS)

@@ -16,8 +16,8 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.manifest import EngineEntry, Precision
 from mae_deploy.runtime.tensorrt import plans
-from mae_deploy.runtime.tensorrt.build import Plan
-from mae_deploy.runtime.tensorrt.plans import add_plan, find_plan, misfit, plan_name, why_not
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
+from mae_deploy.runtime.tensorrt.plans import add_plan, find_plan, plan_name, reason_against_plan, reason_against_plans
 from tests.runtime.tensorrt.planned_bundle import PLAN_FILE, planned
 from tests.runtime.tiny_bundle import write_bundle
 
@@ -30,14 +30,14 @@ ORIN, H200, T4 = gpu(), gpu("NVIDIA H200", (9, 0)), gpu("Tesla T4", (7, 5))
 PROFILES = [{"B": (1, 8, 32), "K": (1, 4, 21)}]
 
 
-def plan(content: bytes = b"plan", layers: str | None = '{"Layers": []}', **options: Any) -> Plan:
+def plan(content: bytes = b"plan", layers: str | None = '{"Layers": []}', **options: Any) -> BuiltPlan:
     settings = {"hardware_compatible": "none", "version_compatible": False, "strip": False, **options}
-    return Plan(content=content, layers=layers, record={"options": settings, "seconds": 3.0})
+    return BuiltPlan(content=content, layers=layers, record={"options": settings, "seconds": 3.0})
 
 
 def add(
     bundle: Bundle,
-    built: Plan | None = None,
+    built: BuiltPlan | None = None,
     *,
     precision: Precision = "fp16",
     version: str = "10.3.0",
@@ -179,7 +179,7 @@ def test_the_sizes_that_a_profile_holds(bundle: Bundle) -> None:
 )
 def test_later_versions_of_the_same_major(bundle: Bundle, version: str, fits: bool) -> None:
     entry = add(bundle, plan(version_compatible=True))
-    assert (misfit(entry, version, ORIN) is None) == fits
+    assert (reason_against_plan(entry, version, ORIN) is None) == fits
 
 
 @pytest.mark.parametrize(
@@ -188,7 +188,9 @@ def test_later_versions_of_the_same_major(bundle: Bundle, version: str, fits: bo
 )
 def test_other_gpus(bundle: Bundle, level: str, fitting: list[str]) -> None:
     entry = add(bundle, plan(hardware_compatible=level))
-    assert [on.name for on in (ORIN, gpu("Orin NX"), H200, T4) if misfit(entry, "10.3.0", on) is None] == fitting
+    assert [
+        on.name for on in (ORIN, gpu("Orin NX"), H200, T4) if reason_against_plan(entry, "10.3.0", on) is None
+    ] == fitting
 
 
 def test_the_version_at_hand_goes_before_a_compatible_one(bundle: Bundle) -> None:
@@ -200,11 +202,11 @@ def test_the_version_at_hand_goes_before_a_compatible_one(bundle: Bundle) -> Non
 
 
 def test_why_none_fits(bundle: Bundle) -> None:
-    assert why_not(bundle, "10.3.0", ORIN) == f"the bundle {bundle.path} has no TensorRT engine"
+    assert reason_against_plans(bundle, "10.3.0", ORIN) == f"the bundle {bundle.path} has no TensorRT engine"
     add(bundle, version="8.6.2")
     add(bundle, on=H200)
     assert (
-        why_not(bundle, "10.3.0", ORIN)
+        reason_against_plans(bundle, "10.3.0", ORIN)
         == f"the bundle {bundle.path} has no TensorRT engine that fits: engines/8.6.2-orin-fp16.plan: it was built by"
         " TensorRT 8.6.2, and 10.3.0 is installed; engines/10.3.0-nvidia-h200-fp16.plan: it was built for NVIDIA"
         " H200 (compute capability 9.0), and this is Orin (compute capability 8.7)"

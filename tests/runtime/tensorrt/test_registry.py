@@ -23,7 +23,7 @@ from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.tensorrt import add_engine as engine_build
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import open as plan_engine
-from mae_deploy.runtime.tensorrt.build import Plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.verify import verify_bundle
 from tests.runtime.tensorrt.planned_bundle import PLAN, PLAN_FILE, planned
 from tests.runtime.tiny_bundle import BLOCK_TENSORS, golden_inputs, write_bundle
@@ -231,9 +231,9 @@ def test_layers_are_those_of_an_engine_that_is_built_for_them(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def build_plan(graph: Path, **given: Any) -> Plan:
+    def build_plan(graph: Path, **given: Any) -> BuiltPlan:
         asked.update(given, graph=graph)
-        return Plan(content=b"tapped", layers=None, record={})
+        return BuiltPlan(content=b"tapped", layers=None, record={})
 
     monkeypatch.setattr(plan_engine, "build_plan", build_plan)
     bundle.manifest["engines"][0]["build"] = {"options": {"optimization_level": 2}}

@@ -27,7 +27,7 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder, Pool
 from mae_deploy.results import Result
-from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.load import LoadedWeights, model_of
 from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
 from tests.models.tiny_models import (
     CLASSES,
@@ -168,7 +168,7 @@ def test_an_mlp_whose_ratio_is_no_exact_number(tmp_path: Path) -> None:
     assert (tensors["blocks.0.mlp.fc1.weight"].shape[0], int(44 * (49 / 44))) == (49, 48)
     save_file(tensors, tmp_path / "odd.safetensors")
     imported = import_weights(tmp_path / "odd.safetensors", ImportOptions(num_heads=11))
-    assert_same(model_of(Loaded(imported.metadata, imported.tensors, {})).state_dict(), tensors)
+    assert_same(model_of(LoadedWeights(imported.metadata, imported.tensors, {})).state_dict(), tensors)
 
 
 def test_vit_huge_has_heads_of_80(tmp_path: Path) -> None:

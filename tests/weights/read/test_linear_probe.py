@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.models.vit import Classifier
-from mae_deploy.weights.load import Loaded, model_of
+from mae_deploy.weights.load import LoadedWeights, model_of
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from tests.models.tiny_models import SQUARE, random_images, random_tensor, tiny_classifier, write_original
@@ -55,7 +55,7 @@ def test_an_originals_checkpoint(tmp_path: Path, pool: str) -> None:
     imported = import_weights(write_original(tmp_path / "checkpoint-89.pth", tensors), ImportOptions(num_heads=5))
     assert imported.report["folded"] == ["the BatchNorm of a linear probe: into the head"]
     assert (imported.metadata.kind, imported.metadata.pool, imported.metadata.num_classes) == ("classifier", pool, 11)
-    model, images = model_of(Loaded(imported.metadata, imported.tensors, {})), random_images(SQUARE)
+    model, images = model_of(LoadedWeights(imported.metadata, imported.tensors, {})), random_images(SQUARE)
     assert isinstance(model, Classifier)
     with torch.no_grad():
         assert_same_logits(model(images), head(backbone.forward_pooled(images)))
