@@ -1,1 +1,1 @@
-"""Distillation of a large MAE encoder into a small student."""
+"""Distillation of a large encoder into a small student. Imports neither of the other stages."""

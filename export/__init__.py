@@ -1,1 +1,1 @@
-"""Export: visible-token graphs in ONNX, the parity gate, and the bundle."""
+"""From a checkpoint to a proven bundle: ONNX graphs, the parity gate, INT8. Imports neither of the other stages."""

@@ -65,7 +65,8 @@ def flags_of(
         kind, _ = optional_of(kinds[field.name])
         if dataclasses.is_dataclass(kind):
             section = (inspect.getdoc(kind) or field.name).splitlines()[0].rstrip(".")
-            found += flags_of(kind, path=(*path, field.name), panel=section, defaults=field.metadata.get("defaults"))  # type: ignore[arg-type]
+            inner = field.metadata.get("defaults")
+            found += flags_of(kind, path=(*path, field.name), panel=section, defaults=inner)  # type: ignore[arg-type]
             continue
         if field.metadata.get("hidden"):
             continue

@@ -1,4 +1,4 @@
-"""Results."""
+"""What a command found: plain data, as JSON or as a person reads it."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ save.
 from __future__ import annotations
 
 import random
+import sys
 import zlib
 from collections.abc import Iterable
 from typing import Any
@@ -59,11 +60,12 @@ def uniform_rows(seed: int, purpose: str, count: int, *counters: npt.NDArray[np.
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, NumPy and torch (every device that is in use) in this process."""
-    import torch
-
+    """Seed Python, NumPy and, where it is loaded, torch (every device that is in use) in this process."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
+    torch = sys.modules.get("torch")  # not imported: the device side, which has no torch, draws its patches here too
+    if torch is None:
+        return
     # Not torch.manual_seed: while CUDA is not initialised, it formats a stack trace on each call.
     torch.default_generator.manual_seed(seed)
     if torch.cuda.is_initialized():

@@ -1,1 +1,1 @@
-"""Masked autoencoder pretraining, and what judges and uses a pretrained encoder: fine-tuning, reconstruction."""
+"""Masked autoencoder pretraining, fine-tuning and reconstruction pictures. Imports neither of the other stages."""

@@ -15,7 +15,8 @@ from typing import Any
 import tensorrt
 
 _LEFT_OUT = re.compile(
-    r"Plugin|Calibrator|^Uff|^Caffe|^Dims[A-Z0-9]|^Field|^Algorithm|^IAlgorithm|^IRNN|^RNN|^Permutation|^Safe|^Tiling|^Debug|^IDebug"
+    r"Plugin|Calibrator|^Uff|^Caffe|^Dims[A-Z0-9]|^Field|^Algorithm|^IAlgorithm|^IRNN|^RNN"
+    r"|^Permutation|^Safe|^Tiling|^Debug|^IDebug"
 )
 """Classes that no code here has a use for; they would double the listings."""
 

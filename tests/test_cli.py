@@ -48,7 +48,8 @@ bundle = Bundle.load(sys.argv[1])
 with Backbone(bundle, Backbone.load(bundle.path).engine) as backbone:
     images = bundle.golden()["images"]
     assert backbone(images).cls.shape[0] == len(images)
-    assert backbone.run_cropped(np.zeros((2, *bundle.preprocess.image_size, bundle.preprocess.channels), np.uint8)).cls.shape[0] == 2
+    cropped = np.zeros((2, *bundle.preprocess.image_size, bundle.preprocess.channels), np.uint8)
+    assert backbone.run_cropped(cropped).cls.shape[0] == 2
 """
 """Nothing here needs more than NumPy and ONNX Runtime."""
 

@@ -27,7 +27,9 @@ Command = Callable[..., dict[str, Any]]
 
 # 3x2 patches of 5x5 pixels in three groups: 18 tokens.
 RECIPE = """
-model: {name: tiny, image_size: [15, 10], patch_size: 5, in_chans: 5, band_groups: [[0, 3], [4], [1, 2]], embed_dim: 12, depth: 2, num_heads: 3}
+model:
+  {name: tiny, image_size: [15, 10], patch_size: 5, in_chans: 5, band_groups: [[0, 3], [4], [1, 2]],
+   embed_dim: 12, depth: 2, num_heads: 3}
 decoder: {decoder_depth: 1, decoder_embed_dim: 8, decoder_num_heads: 2}
 optim: {batch_size: 5, lr: 1.0e-3, warmup_epochs: 0.5}
 images: {pixel_max: 10000, mean: [0.4, 0.45, 0.5, 0.55, 0.6], std: [0.2, 0.25, 0.3, 0.35, 0.4]}

@@ -58,10 +58,8 @@ def arithmetic(precision: Precision, typing: Typing, islands: tuple[Island, ...]
     strong = typing == "strong"
     if precision == "fp8" and not strong:
         raise ConfigError("--precision fp8 --typing weak: FP8 is a type in the graph", hint="leave --typing out")
-    if (
-        precision == "bf16" and strong
-        # eight bits of mantissa are too few for the residual stream: FP32 but for the products, unless islands say what is
-    ):
+    # Eight bits of mantissa are too few for the residual stream: FP32 but for the products, unless islands say what is.
+    if precision == "bf16" and strong:
         chosen = Arithmetic(
             stored=BFLOAT16, product=BFLOAT16, stream=BFLOAT16 if islands else FLOAT32, islands=frozenset(islands)
         )

@@ -1,1 +1,1 @@
-"""Commands that are no stage of their own: import, predict, info, doctor, quickstart, and how results look."""
+"""Commands that are no stage, a module or a folder each. Nothing but the command line imports them."""

@@ -1,1 +1,1 @@
-"""Evaluation."""
+"""What an encoder is worth: features, k-NN, linear probes, comparisons, accuracy. Trains no encoder."""

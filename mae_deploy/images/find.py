@@ -1,4 +1,4 @@
-"""Find."""
+"""Which files below a folder are images."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Read."""
+"""Images as arrays: any format that Pillow reads, TIFF of many channels, NumPy files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Encoder, decoder, classifier, and reading weights made elsewhere."""
+"""Networks only: encoder, autoencoder, classifier, masking, positions. Reads and writes no files."""

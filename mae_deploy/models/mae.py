@@ -183,7 +183,9 @@ class MaskedAutoencoder(Encoder):
         error = error.mean(dim=-1) if self.config.band_groups is None else group_means(error, self.config.band_groups)
         return (error * mask).sum() / mask.sum() if self.objective.loss_on == "masked" else error.mean()
 
-    def forward(self, images: Tensor, masking: Masking, target: Tensor | None = None) -> MaeOutput:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, images: Tensor, masking: Masking, target: Tensor | None = None
+    ) -> MaeOutput:
         """Loss and prediction for one masking: `(B, C, H, W) -> MaeOutput`.
 
         Args:
@@ -195,7 +197,9 @@ class MaskedAutoencoder(Encoder):
 
     def predict(self, tokens: Tensor) -> Tensor:
         """The last linear layer, without CLS: `(B, 1 + N, D) -> (B, N, T)`."""
-        return self.decoder_pred(tokens)[:, 1:] if self.config.band_groups is None else self.decoder_pred(tokens[:, 1:])  # type: ignore[no-any-return]
+        if self.config.band_groups is None:
+            return self.decoder_pred(tokens)[:, 1:]  # type: ignore[no-any-return]
+        return self.decoder_pred(tokens[:, 1:])  # type: ignore[no-any-return]
 
     def _moments(self, patches: Tensor) -> tuple[Tensor, Tensor]:
         """Unbiased variance and mean of each patch, or of each group's part of it: `(B, N, 1)` or

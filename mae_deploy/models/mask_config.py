@@ -1,4 +1,4 @@
-"""Mask_config."""
+"""Settings of masking: shares of the patches, how they are drawn, and what does not go together."""
 
 from __future__ import annotations
 

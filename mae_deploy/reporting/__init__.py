@@ -1,1 +1,1 @@
-"""Reporting."""
+"""How results look: tables, Markdown, plots, and the command that made them. Must not import torch."""

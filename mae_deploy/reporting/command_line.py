@@ -1,4 +1,4 @@
-"""Command_line."""
+"""The command that made a result, as it can be typed again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plots."""
+"""Curves and bars of results."""
 
 from __future__ import annotations
 

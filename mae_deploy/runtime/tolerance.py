@@ -1,4 +1,4 @@
-"""Tolerance."""
+"""How far an engine may be from PyTorch, for each precision."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The training loop that pretraining, fine-tuning and distillation share."""
+"""The training loop that pretraining, fine-tuning and distillation share. Knows no stage."""

@@ -1,1 +1,1 @@
-"""Weights."""
+"""Weights in files: reading them from anywhere, loading them into networks, writing them for others."""

@@ -1,4 +1,4 @@
-"""Pyramid."""
+"""Weights of a simple feature pyramid: random, or from a file with Detectron2's names."""
 
 from __future__ import annotations
 

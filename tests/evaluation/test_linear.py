@@ -87,7 +87,7 @@ def test_the_strength_is_chosen_on_held_out_images(solver: str) -> None:
     assert fit.strength == max(strength for strength, top1 in fit.held_out_top1.items() if top1 == best)
     weakest = min(fit.held_out_top1)
     assert fit.held_out_top1[weakest] < best
-    loose = fit_linear(solver, features, labels, CLASSES, held_out=0.3, seed=0, strengths=(weakest,))  # type: ignore[arg-type]
+    loose = fit_linear(solver, features, labels, CLASSES, held_out=0.3, seed=0, strengths=(weakest,))
     assert fit.accuracy(unseen, labels).top1 > loose.accuracy(unseen, labels).top1
 
 

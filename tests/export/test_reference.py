@@ -36,7 +36,8 @@ N = ENCODER.num_patches
 
 
 def reference_of(model: Encoder, **more: object) -> Reference:
-    return Reference(model=model, preprocess=from_dict(Preprocess, metadata_of(model).preprocess), **more)  # type: ignore[arg-type]
+    preprocess = from_dict(Preprocess, metadata_of(model).preprocess)
+    return Reference(model=model, preprocess=preprocess, **more)  # type: ignore[arg-type]
 
 
 def tokens_for(mode: TokenMode) -> dict[str, Array]:

@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from mae_deploy.commands.benchmark.config import BenchmarkConfig
-from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.files import atomic_path, write_json, write_text
 from mae_deploy.options import flags_of
@@ -198,7 +197,9 @@ def _facts(report: dict[str, Any]) -> dict[str, str]:
 # --- the machine and the command -------------------------------------------------------------------------------------
 
 
-def describe_machine(config: BenchmarkConfig | ReportConfig, engines: dict[str, str]) -> dict[str, Any]:
+def describe_machine(
+    engines: dict[str, str], *, threads: int | None, affinity: tuple[int, ...] | None
+) -> dict[str, Any]:
     """What the figures depend on; `engines` are names and versions."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     lines = _CPUINFO.read_text(errors="replace").splitlines() if _CPUINFO.is_file() else []
@@ -208,8 +209,8 @@ def describe_machine(config: BenchmarkConfig | ReportConfig, engines: dict[str, 
         "cpu": entries.get("model name") or platform.processor() or platform.machine(),
         "instructions": [name for name in _INSTRUCTIONS if name in flags],
         "cores": cores,
-        "threads": config.threads or len(config.affinity or ()) or cores,
-        "affinity": ",".join(map(str, config.affinity)) if config.affinity else None,
+        "threads": threads or len(affinity or ()) or cores,
+        "affinity": ",".join(map(str, affinity)) if affinity else None,
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,

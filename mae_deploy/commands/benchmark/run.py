@@ -75,7 +75,11 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line(config),
-        "machine": describe_machine(config, {row.loaded.engine.name: row.loaded.engine.version for row in rows}),
+        "machine": describe_machine(
+            {row.loaded.engine.name: row.loaded.engine.version for row in rows},
+            threads=config.threads,
+            affinity=config.affinity,
+        ),
         "images": judge.source,
         "gemm_gflops": rates,
         "rows": [_figures(row, rows, timings, accuracies[row], probes.get(row), rates) for row in rows],

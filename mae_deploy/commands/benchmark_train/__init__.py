@@ -1,1 +1,1 @@
-"""Benchmark_train."""
+"""`mae-deploy benchmark-train`, for developers: a pretraining step against a plain one."""

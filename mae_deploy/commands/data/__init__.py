@@ -1,1 +1,1 @@
-"""Data."""
+"""`mae-deploy data stats` and `data pack`. Imports no torch."""

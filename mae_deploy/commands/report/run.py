@@ -89,7 +89,7 @@ def run_report(config: ReportConfig) -> Result:
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line("report", config),
-        "machine": describe_machine(config, version),
+        "machine": describe_machine(version, threads=config.threads, affinity=config.affinity),
         "images": students[0].images,
         "disturbed": disturbed,
         "rows": rows,

@@ -1,1 +1,1 @@
-"""Weights."""
+"""`mae-deploy import` and `export-weights`: weights from elsewhere and to elsewhere."""

@@ -1,4 +1,4 @@
-"""Config."""
+"""Settings of `mae-deploy import` and `export-weights`. No torch here."""
 
 from __future__ import annotations
 

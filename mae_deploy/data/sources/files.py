@@ -1,4 +1,4 @@
-"""Files."""
+"""Images as files: a folder in any tree, or a labelled one with a folder a class."""
 
 from __future__ import annotations
 

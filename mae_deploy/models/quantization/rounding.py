@@ -43,11 +43,8 @@ class Rounding:
     def scales(self, absmax: Tensor | npt.ArrayLike) -> Tensor:
         """The scales of what is within these magnitudes, float32 of any shape."""
         scales = torch.as_tensor(absmax, dtype=torch.float32) / self.largest
-        if (
-            self.dtype == FP8.dtype
-            # FP16 in the graph, which has all its digits from 6e-5 on; a floating point number loses nothing by a larger
-            # scale
-        ):
+        # FP16 in the graph, which has all its digits from 6e-5 on; a larger scale loses no digit of FP8.
+        if self.dtype == FP8.dtype:
             return scales.clamp(min=torch.finfo(torch.float16).tiny).half().float()
         # Rows of zeros, and those so small that the scale has no full precision, become zeros: what they add is below
         # float32's smallest number.

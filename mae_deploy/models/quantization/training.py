@@ -320,7 +320,9 @@ class _StraightThrough(torch.autograd.Function):
         return rounded
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, grad: Tensor
+    ) -> tuple[Tensor, None, None]:
         (clipped,) = ctx.saved_tensors
         return (grad if clipped is None else grad.masked_fill(clipped, 0)).to(ctx.dtype), None, None
 

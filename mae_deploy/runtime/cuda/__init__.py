@@ -1,1 +1,1 @@
-"""Cuda."""
+"""The GPU without torch: the driver, memory, streams and arrays. Knows no engine."""

@@ -1,4 +1,4 @@
-"""Bindings_memory."""
+"""GPU memory through NVIDIA's cuda-bindings."""
 
 from __future__ import annotations
 

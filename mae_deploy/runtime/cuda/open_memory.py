@@ -1,4 +1,4 @@
-"""Open_memory."""
+"""Which package gives GPU memory: pycuda or cuda-bindings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pycuda_memory."""
+"""GPU memory through pycuda."""
 
 from __future__ import annotations
 

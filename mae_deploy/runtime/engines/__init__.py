@@ -1,1 +1,1 @@
-"""Engines."""
+"""The interface of an engine, ONNX Runtime and OpenVINO. Knows no bundle."""

@@ -1,1 +1,1 @@
-"""Parity."""
+"""Whether an engine computes what PyTorch computed: comparison, checks, invariances."""

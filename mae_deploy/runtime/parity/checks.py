@@ -1,4 +1,4 @@
-"""Checks."""
+"""The checks of `verify`: golden samples, invariances, and what the outputs should be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Options."""
+"""How a TensorRT engine is built."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Monitor."""
+"""What watches a run: losses that are not finite, timing, trackers, profiles, signals."""

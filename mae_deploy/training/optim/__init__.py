@@ -1,1 +1,1 @@
-"""Optim."""
+"""Parameter groups and optimisers."""

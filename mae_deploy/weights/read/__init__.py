@@ -1,1 +1,1 @@
-"""Read."""
+"""Weight files of other projects, a module a source. Never unpickles."""

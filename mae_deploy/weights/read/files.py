@@ -184,9 +184,7 @@ def _read_safetensors(file: Path) -> dict[str, Any]:
 
     try:
         with safe_open(file, framework="pt") as content:
-            return {
-                **(content.metadata() or {}),
-                "model": {name: content.get_tensor(name) for name in content.keys()},
-            }  # noqa: SIM118  (no mapping)
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (no mapping)
+            return {**(content.metadata() or {}), "model": tensors}
     except (SafetensorError, OSError) as error:
         raise CheckFailed(f"cannot read {file}: {error}") from error

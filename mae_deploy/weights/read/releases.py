@@ -12,7 +12,9 @@ from mae_deploy.weights.read import mae_lite
 from mae_deploy.weights.read.files import MODEL_FILES, Source
 
 _MAE = re.compile(
-    r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)|vit-mae-(base|large|huge)|vit_(base|large|huge)_patch1[46]_224[._]mae"
+    r"mae_(pretrain|visualize|finetuned?)_vit_(base|large|huge)"
+    r"|vit-mae-(base|large|huge)"
+    r"|vit_(base|large|huge)_patch1[46]_224[._]mae"
 )
 """File and repository names of the MAE authors' non-commercial weights and their re-uploads."""
 

@@ -433,18 +433,15 @@ def test_islands_are_fp32_and_nothing_else_is(tmp_path: Path, islands: tuple[str
 @pytest.mark.parametrize("name", ["fp16 weak", "bf16 weak", "int8 static"])
 def test_an_island_in_fp32_is_refused(tmp_path: Path, name: str, islands: tuple[Any, ...]) -> None:
     kind, model = KINDS[name], tiny_classifier("cls")
-    with pytest.raises(
-        ConfigError,
-        match=(
-            f"--fp32-ops {','.join(islands)}: with --precision {kind.precision} --typing {kind.typing} these are FP32"
-            " already"
-        ),
-    ):
-        build_graph(
-            metadata_of(model),
-            model.state_dict(),
-            GraphSpec(token_mode="full", fp32_ops=islands, precision=kind.precision, typing=kind.typing),  # type: ignore[arg-type]
-        )
+    spec = GraphSpec(
+        token_mode="full",
+        fp32_ops=islands,
+        precision=kind.precision,  # type: ignore[arg-type]
+        typing=kind.typing,  # type: ignore[arg-type]
+    )
+    said = f"--fp32-ops {','.join(islands)}: with --precision {kind.precision} --typing {kind.typing} these are FP32"
+    with pytest.raises(ConfigError, match=f"{said} already"):
+        build_graph(metadata_of(model), model.state_dict(), spec)
 
 
 # --- INT8 ------------------------------------------------------------------------------------------------------------
