@@ -15,8 +15,9 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.export.graph.encoder import GraphSpec, available_outputs, build_graph, check_decoder, default_outputs
+from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.precision import arithmetic
+from mae_deploy.export.graph.spec import GraphSpec, available_outputs, check_decoder, default_outputs
 from mae_deploy.export.reference import Reference
 from mae_deploy.export.samples import CalibrationImages, Samples, read_samples, token_inputs
 from mae_deploy.images.preprocess import Preprocess

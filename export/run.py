@@ -16,7 +16,7 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_lic
 from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.graph.encoder import block_tensor
+from mae_deploy.export.graph.spec import block_tensor
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN, ParityRecord, check_parity, engine_name, refuse, tolerance_of
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8

@@ -136,6 +136,11 @@ class GraphBuilder:
             return self.node("ReduceMean", [value], name, axes=[axis], keepdims=int(keepdims))
         return self.node("ReduceMean", [value, self.integers(axis)], name, keepdims=int(keepdims))
 
+    def without_cls(self, tokens: str, name: str) -> str:
+        """All tokens but the first: `(B, 1 + N, D) -> (B, N, D)`."""
+        ends = self.integers(1), self.integers(np.iinfo(np.int64).max), self.integers(1)
+        return self.node("Slice", [tokens, *ends], name)
+
     def inputs(self) -> list[TensorEntry]:
         """The inputs as a manifest records them."""
         return [_entry(info) for info in self._inputs]

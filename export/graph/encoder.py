@@ -1,17 +1,14 @@
 """The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
 
 Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width.
-    With G groups of bands, what is
-kept is of the G * N patches of all groups, group by group.
+With G groups of bands, what is kept is of the G * N patches of all groups, group by group.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -23,90 +20,20 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
-from mae_deploy.export.graph.precision import FLOAT32, Island, Precision, Typing, arithmetic
+from mae_deploy.export.graph.decoder import PixelWriter, write_decoder
+from mae_deploy.export.graph.precision import FLOAT32, arithmetic
 from mae_deploy.export.graph.pyramid import write_pyramid
+from mae_deploy.export.graph.spec import GraphSpec, available_outputs, block_tensor, check_decoder, default_outputs
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.bands import group_positions
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
-
-TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
-Images = Literal["float32", "float16", "uint8"]
-Pixels = Literal["target", "normalised", "image"]
 
 Array = npt.NDArray[Any]
 
 _MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
 """Added to the scores of padded tokens; the softmax makes it exactly 0."""
-
-_PIXEL_EPSILON = 1e-6
-"""Added to a patch's variance, as in the original's loss."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class GraphSpec:
-    """Which graph to write."""
-
-    token_mode: TokenMode
-    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct:
-    encoder and decoder."""
-    keep: int | None = None
-    """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
-    batch: int | None = None
-    """Fixed batch; None leaves it dynamic."""
-    outputs: tuple[str, ...] | None = None
-    """Output names; None takes the model's own (see `default_outputs`)."""
-    images: Images = "float32"
-    """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
-    features: Images = "float32"
-    """Type of the outputs: float32 or float16."""
-    pixels: Pixels = "target"
-    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to
-    1."""
-    precision: Precision = "fp32"
-    typing: Typing = "weak"
-    """See `export.arithmetic`."""
-    fp32_ops: tuple[Island, ...] = ()
-    """Operators kept in FP32 in an FP16 graph."""
-    quantized: Mapping[str, float | None] = field(default_factory=dict)
-    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run
-    time."""
-    attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
-    """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
-    stores_rounded: bool = True
-    """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
-    emulates_bf16: bool = False
-    """Whether BF16 arithmetic is written as FP32 arithmetic that is rounded; see `GraphBuilder`."""
-    pyramid: Mapping[str, Array] | None = None
-    """Weights of a simple feature pyramid, for the outputs p2 to p5."""
-
-
-def block_tensor(index: int) -> str:
-    """The graph's name of the tokens after encoder block `index`, `(B, 1 + K, D)` or their rows, `(B * (1 + K), D)`."""
-    return f"blocks.{index}/mlp_residual"
-
-
-def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
-    """What a model can give.
-
-    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its
-    head reads.
-    """
-    blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
-    inner = (*(LEVELS if pyramid else ()), *blocks)
-    if metadata.kind == "classifier" and metadata.pool == "avg":
-        return ("logits", "pooled", *inner)
-    names = ("logits",) if metadata.kind == "classifier" else ()
-    names = (*names, "cls", "tokens", "pooled", "feature_map", *inner)
-    return ("pixels", *names) if token_mode == "reconstruct" else names
-
-
-def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple[str, ...]:
-    """What a graph gives unless other outputs are asked for."""
-    if token_mode == "reconstruct":
-        return ("pixels",)
-    return tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
 
 
 def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec) -> GraphBuilder:
@@ -131,33 +58,6 @@ def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec)
         raise ConfigError(f"--tokens {spec.token_mode}:{spec.keep}: K must be within 1 and {config.num_tokens}")
     weights = {name: tensor.detach().float().numpy() for name, tensor in tensors.items()}
     return _Graph(metadata, config, weights, spec).write(names)
-
-
-def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
-    """Whether there is a graph of this mode.
-
-    Raises:
-        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder
-            with mask tokens.
-    """
-    if token_mode != "reconstruct":
-        return
-    if metadata.kind != "mae":
-        raise ConfigError(
-            f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}",
-            hint="give a pretraining run",
-        )
-    objective = from_dict(ObjectiveConfig, metadata.objective or {})
-    obstacles = {
-        "a model with --band-groups": metadata.encoder.get("band_groups") is not None,
-        f"a model that predicts {objective.target} instead of pixels": objective.target != "pixels",
-        "a model with mask tokens in the encoder": objective.encoder_mask_tokens,
-    }
-    for model, found in obstacles.items():
-        if found:
-            raise ConfigError(
-                f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged"
-            )
 
 
 class _Graph:
@@ -199,10 +99,8 @@ class _Graph:
                 tokens = writer.layer_norm(tokens, "norm", dtype=FLOAT32)
             values |= self._features(writer, tokens, names)
             if "pixels" in names:
-                values["pixels"] = (
-                    self._reconstruct(tokens, patches),
-                    [self.batch, self.config.num_patches, self.config.patch_dim],
-                )
+                sizes: list[Dim] = [self.batch, self.config.num_patches, self.config.patch_dim]
+                values["pixels"] = self._reconstruct(tokens, patches), sizes
         for name in names:
             self.builder.output(name, *values[name], dtype=self.spec.features)
         return self.builder
@@ -422,11 +320,7 @@ class _Graph:
         b = self.builder
         if self.ragged:
             tokens = b.node("Mul", [tokens, self._real_rows], f"outputs/{name}/real")
-        return self._without_cls(tokens, f"outputs/{name}")
-
-    def _without_cls(self, tokens: str, name: str) -> str:
-        b = self.builder
-        return b.node("Slice", [tokens, b.integers(1), b.integers(np.iinfo(np.int64).max), b.integers(1)], name)
+        return self.builder.without_cls(tokens, f"outputs/{name}")
 
     def _mean(self, patch_tokens: str) -> str:
         """Mean over the real patches: `(B, K, D) -> (B, D)`."""
@@ -442,7 +336,7 @@ class _Graph:
         Of groups of bands, the mean over those that are visible at a place.
         """
         b, c = self.builder, self.config
-        patches = self._without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
+        patches = self.builder.without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
         if c.band_groups is not None:
             patches = b.node(
                 "Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups"
@@ -475,7 +369,7 @@ class _Graph:
     def _groups_seen(self) -> str:
         """How many groups are visible at each place, at least 1: FP32 `(B, N, 1)`."""
         b, c = self.builder, self.config
-        seen = self._without_cls(
+        seen = self.builder.without_cls(
             b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches"
         )
         seen = b.node("Reshape", [seen, b.integers(0, c.num_groups, c.num_patches, 1)], "places/seen_groups")
@@ -486,53 +380,14 @@ class _Graph:
         )
 
     def _reconstruct(self, latent: str, patches: str) -> str:
-        """The decoder: every patch's pixels from the latent of the visible ones, FP32 `(B, N, P * P * C)`."""
-        b, weights = self.builder, self.weights
+        """Every patch's pixels from the tokens of the visible ones: FP32 `(B, T, D) -> (B, N, P * P * C)`."""
         decoder = from_dict(DecoderConfig, self.metadata.decoder or {})
         writer = self._block_writer(self.config.num_patches)
-        # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed,
-        # and the table has the rest.
-        mask_token = weights["mask_token"][0, 0]
-        visible = writer.fp32_linear(latent, "decoder_embed", bias=weights["decoder_embed.bias"] - mask_token)
-        table = b.weight("decoder_table", weights["decoder_pos_embed"][0] + mask_token)
-        tokens = b.cast(b.node("Add", [self._placed(visible), table], "decoder/tokens"), self.arithmetic.of("residual"))
-        rows = writer.rows(tokens, decoder.decoder_embed_dim, "decoder_blocks/rows")
-        for index in range(decoder.decoder_depth):
-            rows = writer.block(rows, f"decoder_blocks.{index}", decoder.heads)
-        # Tokens before the norm: OpenVINO 2026.4 moves a norm's scale through a Reshape behind it, and fails where the
-        # graph has Q/DQ.
-        tokens = writer.layer_norm(
-            writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows"), "decoder_norm", dtype=FLOAT32
+        predicted = write_decoder(writer, decoder, latent, self._placed)
+        pixels = PixelWriter(
+            self.builder,
+            *self._statistics(),
+            uint8=self.spec.images == "uint8",
+            norm_pix_loss=bool(self.metadata.norm_pix_loss),
         )
-        return self._pixels(writer.fp32_linear(self._without_cls(tokens, "decoder/patches"), "decoder_pred"), patches)
-
-    def _pixels(self, pixels: str, patches: str) -> str:
-        """From the decoder's target to the space asked for; each patch's mean and variance are those of the input
-        image.
-        """
-        b, (mean, std) = self.builder, self._statistics()
-        if self.spec.pixels == "target":
-            return pixels
-        per_value = [
-            b.weight(f"pixels/{name}", values.astype(np.float32)) for name, values in (("mean", mean), ("std", std))
-        ]
-        if self.metadata.norm_pix_loss:
-            if self.spec.images == "uint8":
-                patches = b.node("Div", [patches, b.scalar(255.0)], "pixels/unit")
-                patches = b.node(
-                    "Div", [b.node("Sub", [patches, per_value[0]], "pixels/shifted"), per_value[1]], "pixels/normalised"
-                )
-            n = self.config.patch_dim
-            centre = b.mean(patches, 2, "pixels/centre", keepdims=True)
-            away = b.node("Sub", [patches, centre], "pixels/away")
-            spread = b.mean(b.node("Mul", [away, away], "pixels/squares"), 2, "pixels/spread", keepdims=True)
-            variance = b.node("Mul", [spread, b.scalar(n / (n - 1))], "pixels/variance")
-            deviation = b.node(
-                "Sqrt", [b.node("Add", [variance, b.scalar(_PIXEL_EPSILON)], "pixels/floored")], "pixels/deviation"
-            )
-            pixels = b.node("Add", [b.node("Mul", [pixels, deviation], "pixels/scaled"), centre], "pixels/restored")
-        if self.spec.pixels == "image":
-            pixels = b.node(
-                "Add", [b.node("Mul", [pixels, per_value[1]], "pixels/contrast"), per_value[0]], "pixels/image"
-            )
-        return pixels
+        return pixels.write(predicted, patches, self.spec.pixels)

@@ -17,6 +17,7 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, sha256
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
+from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.manifest import (
     BLOCKS,
     IMAGES,
@@ -26,7 +27,6 @@ from mae_deploy.runtime.manifest import (
     TensorEntry,
     TokenMode,
     read_preprocess,
-    validate_manifest,
 )
 from mae_deploy.runtime.tolerance import Tolerance
 

@@ -74,7 +74,7 @@ def test_the_scale_of_a_channel_changes_nothing(solver: Solver) -> None:
 
 
 @pytest.mark.parametrize("solver", ["ridge", "logistic"])
-def test_the_strength_is_chosen_on_held_out_images(solver: str) -> None:
+def test_the_strength_is_chosen_on_held_out_images(solver: Solver) -> None:
     """Many channels of mere noise: what fits the images closely is worse on others."""
     labels = torch.arange(100) % CLASSES
     signal = 2 * random_tensor(CLASSES, 3, seed=3)[labels]
@@ -82,7 +82,7 @@ def test_the_strength_is_chosen_on_held_out_images(solver: str) -> None:
         torch.cat([signal + random_tensor(100, 3, seed=seed), random_tensor(100, 60, seed=seed + 10)], dim=1)
         for seed in (1, 2)
     )
-    fit: LinearFit = fit_linear(solver, features, labels, CLASSES, held_out=0.3, seed=0)  # type: ignore[arg-type]
+    fit: LinearFit = fit_linear(solver, features, labels, CLASSES, held_out=0.3, seed=0)
     best = max(fit.held_out_top1.values())
     assert fit.strength == max(strength for strength, top1 in fit.held_out_top1.items() if top1 == best)
     weakest = min(fit.held_out_top1)

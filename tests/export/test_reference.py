@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from mae_deploy.config import from_dict
-from mae_deploy.export.graph.encoder import TokenMode, available_outputs
+from mae_deploy.export.graph.spec import TokenMode, available_outputs
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array

@@ -23,7 +23,8 @@ from mae_deploy.export import job
 from mae_deploy.export import run as export
 from mae_deploy.export.graph import builder as onnx_builder
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.export.graph.encoder import GraphSpec, build_graph
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import default_preprocess
@@ -32,8 +33,8 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.runtime import Backbone, Bundle
+from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.manifest import validate_manifest
 from mae_deploy.runtime.verify import verify_bundle
 from tests.data.image_folders import spoil
 from tests.export.tiny_exports import CLASS_NAMES, open_session, read_graph, write_checkpoint

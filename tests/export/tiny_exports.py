@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.config import from_dict
 from mae_deploy.export.graph.builder import GraphBuilder
-from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, build_graph
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig

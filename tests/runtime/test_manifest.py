@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.runtime.manifest import Manifest, follows_keep, read_preprocess, validate_manifest
+from mae_deploy.runtime.check_manifest import validate_manifest
+from mae_deploy.runtime.manifest import Manifest, follows_keep, read_preprocess
 from tests.runtime.tensorrt.planned_bundle import planned
 from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, write_bundle
 

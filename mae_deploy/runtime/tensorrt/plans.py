@@ -10,16 +10,9 @@ from typing import Any
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import atomic_path, locked, read_json, write_json
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.manifest import (
-    MANIFEST_FILE,
-    QUANTIZED,
-    EngineEntry,
-    Manifest,
-    Precision,
-    file_entry,
-    validate_manifest,
-)
+from mae_deploy.runtime.manifest import MANIFEST_FILE, QUANTIZED, EngineEntry, Manifest, Precision, file_entry
 from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.timing_cache import slug

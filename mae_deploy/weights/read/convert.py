@@ -28,6 +28,7 @@ from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
 from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
+from mae_deploy.weights.read.shapes import expected_shapes
 from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
 
 OWN_RECORD = "mae_deploy"
@@ -241,32 +242,6 @@ def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped
     }
 
 
-def expected_shapes(
-    encoder: EncoderConfig, decoder: DecoderConfig | None, *, pool: str | None = None, num_classes: int | None = None
-) -> dict[str, tuple[int, ...]]:
-    """The name and shape of every tensor of a model, without building it."""
-    D, N, pixels = encoder.width, encoder.num_patches, encoder.patch**2 * encoder.in_chans
-    shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, D),
-        "pos_embed": (1, 1 + N, D),
-        "patch_embed.proj.weight": (D, encoder.in_chans, encoder.patch, encoder.patch),
-        "patch_embed.proj.bias": (D,),
-        **_block_shapes("blocks", encoder.blocks, D, int(D * encoder.mlp_ratio)),
-    }
-    if pool == "avg":
-        shapes |= _affine("fc_norm", D)
-    else:
-        shapes |= _affine("norm", D)
-    if num_classes is not None:
-        shapes |= _linear("head", D, num_classes)
-    if decoder is not None:
-        E = decoder.decoder_embed_dim
-        shapes |= {"mask_token": (1, 1, E), "decoder_pos_embed": (1, 1 + N, E), **_linear("decoder_embed", D, E)}
-        shapes |= _block_shapes("decoder_blocks", decoder.decoder_depth, E, 4 * E)
-        shapes |= {**_affine("decoder_norm", E), **_linear("decoder_pred", E, pixels)}
-    return shapes
-
-
 # --- what the file says ----------------------------------------------------------------------------------------------
 
 
@@ -387,28 +362,3 @@ def _class_names(source: Source, num_classes: int | None) -> tuple[str, ...] | N
     if names is None and isinstance(labels, dict):
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
     return names if names is not None and len(names) == num_classes else None
-
-
-def _affine(name: str, width: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (width,), f"{name}.bias": (width,)}
-
-
-def _linear(name: str, source: int, target: int) -> dict[str, tuple[int, ...]]:
-    return {f"{name}.weight": (target, source), f"{name}.bias": (target,)}
-
-
-def _block_shapes(prefix: str, depth: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for index in range(depth):
-        block = f"{prefix}.{index}"
-        shapes |= {
-            **_affine(f"{block}.norm1", width),
-            **_linear(f"{block}.attn.qkv", width, 3 * width),
-            **_linear(f"{block}.attn.proj", width, width),
-        }
-        shapes |= {
-            **_affine(f"{block}.norm2", width),
-            **_linear(f"{block}.mlp.fc1", width, hidden),
-            **_linear(f"{block}.mlp.fc2", hidden, width),
-        }
-    return shapes

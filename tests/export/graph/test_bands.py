@@ -10,7 +10,8 @@ import pytest
 
 from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.graph.encoder import GraphSpec, Images, TokenMode, build_graph
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec, Images, TokenMode
 from mae_deploy.export.job import _with_one_std
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.preprocess import Preprocess

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from mae_deploy.config import from_dict
-from mae_deploy.export.graph.encoder import Images, Pixels
+from mae_deploy.export.graph.spec import Images, Pixels
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig

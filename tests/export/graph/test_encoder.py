@@ -18,14 +18,8 @@ import torch
 from onnx import TensorProto, numpy_helper
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.export.graph.encoder import (
-    GraphSpec,
-    TokenMode,
-    available_outputs,
-    block_tensor,
-    build_graph,
-    default_outputs,
-)
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode, available_outputs, block_tensor, default_outputs
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder

@@ -20,7 +20,8 @@ from timm.layers import Attention
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.export.graph.encoder import GraphSpec, TokenMode, available_outputs, build_graph
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode, available_outputs
 from mae_deploy.images.read import Array
 from mae_deploy.models.vit import Encoder
 from tests.export.stream_outliers import inputs_of, plant_stream_outliers, trained_like

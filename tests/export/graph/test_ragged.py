@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_deploy.export.graph.encoder import available_outputs
+from mae_deploy.export.graph.spec import available_outputs
 from mae_deploy.images.read import Array
 from tests.export.tiny_exports import (
     SavedGraph,

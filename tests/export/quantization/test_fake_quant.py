@@ -14,8 +14,9 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.graph.encoder import GraphSpec, build_graph
+from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.precision import Precision, Typing
+from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight

@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mae_deploy.export.graph.encoder import GraphSpec, build_graph
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.models.cpu_kernels import Kernels, MeasuredLinear, use_kernels
 from mae_deploy.models.quantization.activations import Observer
 from mae_deploy.models.quantization.outliers import tail_penalty

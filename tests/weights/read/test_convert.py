@@ -28,7 +28,8 @@ from mae_deploy.models.position import interpolate_position_embedding, sincos_po
 from mae_deploy.models.vit import Classifier, Encoder, Pool
 from mae_deploy.results import Result
 from mae_deploy.weights.load import LoadedWeights, model_of
-from mae_deploy.weights.read.convert import Imported, ImportOptions, expected_shapes, import_weights
+from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
+from mae_deploy.weights.read.shapes import expected_shapes
 from tests.models.tiny_models import (
     CLASSES,
     DECODER,

@@ -21,7 +21,8 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.results import Result
-from mae_deploy.weights.read.convert import ImportOptions, expected_shapes, import_weights
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
+from mae_deploy.weights.read.shapes import expected_shapes
 from tests.models.tiny_models import CLASSES, DECODER, SQUARE, random_tensor, tiny_classifier, tiny_encoder, tiny_mae
 
 NAMES = [

@@ -1,0 +1,114 @@
+"""Which graph to write: token mode, sizes, precision, outputs, and what does not go together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy.typing as npt
+
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.config import from_dict
+from mae_deploy.errors import ConfigError
+from mae_deploy.export.graph.precision import Island, Precision, Typing
+from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
+from mae_deploy.models.pyramid import LEVELS
+
+TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+Images = Literal["float32", "float16", "uint8"]
+Pixels = Literal["target", "normalised", "image"]
+
+Array = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GraphSpec:
+    """Which graph to write."""
+
+    token_mode: TokenMode
+    """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct:
+    encoder and decoder."""
+    keep: int | None = None
+    """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
+    batch: int | None = None
+    """Fixed batch; None leaves it dynamic."""
+    outputs: tuple[str, ...] | None = None
+    """Output names; None takes the model's own (see `default_outputs`)."""
+    images: Images = "float32"
+    """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
+    features: Images = "float32"
+    """Type of the outputs: float32 or float16."""
+    pixels: Pixels = "target"
+    """What a reconstruction is: as the decoder predicts it, in the space of normalised images, or of images from 0 to
+    1."""
+    precision: Precision = "fp32"
+    typing: Typing = "weak"
+    """See `export.graph.precision`."""
+    fp32_ops: tuple[Island, ...] = ()
+    """Operators kept in FP32 in an FP16 graph."""
+    quantized: Mapping[str, float | None] = field(default_factory=dict)
+    """Linear maps in INT8 or FP8, such as `blocks.0.attn.qkv`, with the scale of their input, or None to find it at run
+    time."""
+    attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
+    """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    stores_rounded: bool = True
+    """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
+    emulates_bf16: bool = False
+    """Whether BF16 arithmetic is written as FP32 arithmetic that is rounded; see `GraphBuilder`."""
+    pyramid: Mapping[str, Array] | None = None
+    """Weights of a simple feature pyramid, for the outputs p2 to p5."""
+
+
+def block_tensor(index: int) -> str:
+    """The graph's name of the tokens after encoder block `index`, `(B, 1 + K, D)` or their rows, `(B * (1 + K), D)`."""
+    return f"blocks.{index}/mlp_residual"
+
+
+def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
+    """What a model can give.
+
+    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its
+    head reads.
+    """
+    blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
+    inner = (*(LEVELS if pyramid else ()), *blocks)
+    if metadata.kind == "classifier" and metadata.pool == "avg":
+        return ("logits", "pooled", *inner)
+    names = ("logits",) if metadata.kind == "classifier" else ()
+    names = (*names, "cls", "tokens", "pooled", "feature_map", *inner)
+    return ("pixels", *names) if token_mode == "reconstruct" else names
+
+
+def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple[str, ...]:
+    """What a graph gives unless other outputs are asked for."""
+    if token_mode == "reconstruct":
+        return ("pixels",)
+    return tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
+
+
+def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
+    """Whether there is a graph of this mode.
+
+    Raises:
+        ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder
+            with mask tokens.
+    """
+    if token_mode != "reconstruct":
+        return
+    if metadata.kind != "mae":
+        raise ConfigError(
+            f"--tokens reconstruct needs a decoder, and this checkpoint is of kind {metadata.kind}",
+            hint="give a pretraining run",
+        )
+    objective = from_dict(ObjectiveConfig, metadata.objective or {})
+    obstacles = {
+        "a model with --band-groups": metadata.encoder.get("band_groups") is not None,
+        f"a model that predicts {objective.target} instead of pixels": objective.target != "pixels",
+        "a model with mask tokens in the encoder": objective.encoder_mask_tokens,
+    }
+    for model, found in obstacles.items():
+        if found:
+            raise ConfigError(
+                f"--tokens reconstruct: {model} is exported without its decoder", hint="use full, visible or ragged"
+            )
