@@ -206,7 +206,7 @@ class _Checkpoint:
         source = self._features.classifier_logits(
             self._loaded, config.precision, config.device, keeps=keeps, seed=config.seed
         )
-        settings = self._features.FeatureConfig(
+        settings = self._features.FeaturesConfig(
             batch_size=config.batch_size or _BATCH, num_workers=config.num_workers, max_corrupt=len(images)
         )
         found = self._features.extract(source, images, settings, title="eval")
