@@ -11,7 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import torch
+from onnx import TensorProto, helper
+from onnx.utils import Extractor
 from torch import Tensor
 
 from mae_deploy.checkpoint import CheckpointKind
@@ -19,7 +22,6 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, reason_against_grid
-from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
@@ -197,6 +199,30 @@ def _kinds_of(bundle: Bundle) -> tuple[str, ...]:
         *latent,
         *(name for name in ("cls", "pooled", "logits", "pixels") if name in names),
     )
+
+
+def output_of(tensor: str) -> str:
+    """The name under which a tensor is an output of the graph that `write_prefix` writes."""
+    return f"{tensor}:float32"
+
+
+def write_prefix(graph: Path, tensors: Sequence[str], folder: Path) -> Path:
+    """Write the part of a graph that gives these tensors, in float32, and return its path: engines run no more than it,
+    and of the weights only its own are read.
+
+    Args:
+        tensors: names of outputs or inner tensors; `output_of` says what they are called.
+    """
+    model = onnx.load(graph, load_external_data=False)
+    outputs = [output_of(tensor) for tensor in tensors]
+    for tensor, output in zip(tensors, outputs, strict=True):
+        model.graph.node.append(helper.make_node("Cast", [tensor], [output], to=TensorProto.FLOAT))
+        model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
+    part = Extractor(model).extract_model([entry.name for entry in model.graph.input], outputs)
+    onnx.load_external_data_for_model(part, str(graph.parent))
+    path = folder / "teacher.onnx"
+    onnx.save_model(part, path, save_as_external_data=True, location="teacher.onnx.data")
+    return path
 
 
 def _engine_for(bundle: Bundle, asked: str, device: torch.device) -> str:

@@ -14,8 +14,7 @@ import torch
 from mae_deploy.config import from_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import check_view
-from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher
-from mae_deploy.distill.teachers.graph_prefix import output_of, write_prefix
+from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher, output_of, write_prefix
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
