@@ -42,9 +42,12 @@ def read_graph(path: Path) -> onnx.ModelProto:
 
 
 def open_session(path: Path) -> Any:
-    """ONNX Runtime as it comes, on one thread; not through the project's own engine."""
+    """ONNX Runtime as it comes, on one thread; not through the project's own engine. Its products of 8-bit integers are
+    exact on every CPU.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
+    options.add_session_config_entry("session.x64quantprecision", "1")
     return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 

@@ -12,7 +12,7 @@ from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.engines.saturation import products_saturate
+from mae_deploy.runtime.engines.saturation import onnxruntime_saturates
 from mae_deploy.runtime.engines.taps import with_outputs
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -90,7 +90,7 @@ def _settings(runtime: ModuleType, device: str, threads: int | None, precision: 
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a
     # CPU with AVX2 and no VNNI. Where those are exact, it would only make the graph 1.8 times slower.
-    if precision.startswith("int8") and device == "cpu" and products_saturate(runtime):
+    if precision.startswith("int8") and device == "cpu" and onnxruntime_saturates(runtime):
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
