@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, SliceBlocks
@@ -33,7 +33,7 @@ FROM_TEACHER = Path("teacher")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeatureObjectiveConfig:
+class FeatureObjectiveConfig(Settings, resume="fixed"):
     """Features."""
 
     mask_ratio: float = 0.75
@@ -70,7 +70,7 @@ class FeatureObjectiveConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class RelationConfig:
+class RelationConfig(Settings, resume="fixed"):
     """Attention relations."""
 
     relation_weight: float = 0.0
@@ -97,7 +97,7 @@ class RelationConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderFeatureConfig:
+class DecoderFeatureConfig(Settings, resume="fixed"):
     """Decoder features."""
 
     decoder_feature_weight: float = 0.0
@@ -120,7 +120,7 @@ class DecoderFeatureConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PooledConfig:
+class PooledConfig(Settings, resume="fixed"):
     """One vector an image."""
 
     cls_weight: float = 0.0
@@ -141,7 +141,7 @@ class PooledConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LogitsConfig:
+class LogitsConfig(Settings, resume="fixed"):
     """Logits (labelled images)."""
 
     unlabelled: Path | None = None
@@ -177,7 +177,7 @@ class LogitsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class TeacherConfig:
+class TeacherConfig(Settings, resume="fixed"):
     """Teacher."""
 
     teacher_weights: Path | None = None
@@ -190,7 +190,7 @@ class TeacherConfig:
     as many; interpolate shows it its own size, and resamples the maps of its tokens (whole images only)."""
     teacher_precision: TrainingPrecision = "auto"
     """Arithmetic of the teacher: fp32, bf16, fp16; auto is bf16 where the device multiplies in it, else fp32."""
-    teacher_compile: bool = False
+    teacher_compile: bool = setting(False, resume="free")
     """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
     teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt"] = "auto"
     """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt
@@ -198,13 +198,13 @@ class TeacherConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CacheConfig:
+class CacheConfig(Settings):
     """Feature cache."""
 
-    teacher_cache: Path | None = None
+    teacher_cache: Path | None = setting(None, resume="free")
     """Keep the teacher's answers in this folder, and run the teacher only for images whose answers are not there yet;
     needs --fixed-views."""
-    fixed_views: int = 0
+    fixed_views: int = setting(0, resume="fixed")
     """Augmentations and masks of each image in all, which the epochs take in turn; 0: every epoch draws new ones."""
 
     def __post_init__(self) -> None:
@@ -219,7 +219,7 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EdgeConfig:
+class EdgeConfig(Settings, resume="fixed"):
     """Quantisation-aware distillation."""
 
     quantize: Literal["none", "dynamic", "static"] = "none"
@@ -261,7 +261,7 @@ class EdgeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShapeConfig:
+class ShapeConfig(Settings, resume="fixed"):
     """Student."""
 
     student_width: int | None = None
@@ -282,40 +282,40 @@ class ShapeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DistillConfig:
+class DistillConfig(Settings):
     """Settings of `mae-deploy distill`."""
 
-    data: Path = setting(argument=True)
+    data: Path = setting(argument=True, resume="free")
     """Any tree of images for features; DATA/train/<class>/… and DATA/val/<class>/… for logits."""
-    teacher: Path
+    teacher: Path = setting(resume="fixed")
     """The teacher: a run folder, a checkpoint folder, a weights file, a bundle, or timm:NAME with --teacher-weights; a
     fine-tuned one for logits."""
-    student: str = setting(flag="--student")
+    student: str = setting(flag="--student", resume="fixed")
     """The student's model, such as vit_tiny_patch16 (see pretrain --help); --student-width and the like change its
     shape."""
-    out: Path
+    out: Path = setting(resume="free")
     """Run folder to write."""
-    objective: Literal["auto", "features", "logits"] = "auto"
+    objective: Literal["auto", "features", "logits"] = setting("auto", resume="fixed")
     """Match features on visible patches while the student reconstructs, or logits; auto: logits where the teacher is
     fine-tuned."""
-    init: Path | None = None
+    init: Path | None = setting(None, resume="fixed")
     """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads
     and channels; default: random."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = setting(None, resume="fixed")
     """The student's input height and width, H[,W]; default: the teacher's. The teacher sees the image at the size where
     its patches match."""
-    patch_size: int | None = None
+    patch_size: int | None = setting(None, resume="fixed")
     """Side of the student's patch in pixels; default: its model's."""
-    keep_ratio: tuple[float, float] | None = None
+    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed")
     """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as
     many of its patches, so that one student serves every number of patches; one share fixes it. With logits, the
     teacher sees the whole image; with features, it takes the place of --mask-ratio. Default: all patches with logits,
     --mask-ratio with features."""
-    resume: bool = False
+    resume: bool = setting(False, resume="free")
     """Go on with the run in --out, or start it if it is not there."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Seed of weights, data order, augmentation and masks."""
-    device: Device = "auto"
+    device: Device = setting("auto", resume="free")
     """auto, cpu or cuda."""
     shape: ShapeConfig = section(ShapeConfig)
     features: FeatureObjectiveConfig = section(FeatureObjectiveConfig)

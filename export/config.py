@@ -7,7 +7,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
@@ -21,7 +21,7 @@ _TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu12-bindings", "tensorrt-cu13-bindi
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Int8Config:
+class Int8Config(Settings, resume="fixed"):
     """INT8 and FP8."""
 
     quantization: Literal["auto", "dynamic", "static"] = "auto"
@@ -52,7 +52,7 @@ class Int8Config:
     """Least cosine of centred features, of the worst image; default: 0.995, for FP8 0.95."""
     min_sqnr: float | None = None
     """Least signal-to-noise ratio of an output in dB; default: 30, for FP8 18."""
-    max_latency: float = 1.0
+    max_latency: float = setting(1.0, resume="free")
     """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is
     rejected."""
     search: bool = True
@@ -75,7 +75,7 @@ class Int8Config:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportConfig:
+class ExportConfig(Settings, resume="never"):
     """Settings of `mae-deploy export`."""
 
     checkpoint: Path = setting(argument=True)

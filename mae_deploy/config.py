@@ -1,6 +1,7 @@
 """Frozen dataclasses are the single source of settings: strict reading, plain writing, help texts.
 
-A field's docstring (the string below it) is its help text. Nested dataclasses are sections.
+A field's docstring (the string below it) is its help text. Nested dataclasses are sections. What else there is to know
+about a setting is said on its field, too: see `setting`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import types
 import typing
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin
+from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mae_deploy.errors import ConfigError, import_optional
 
@@ -29,25 +30,48 @@ EXTENDS = "extends"
 """The key of a recipe that names the recipe it builds on."""
 
 
+Resume = Literal["fixed", "free", "never"]
+"""Whether a setting may change where a command goes on with what it began: a run with `--resume`; a sweep, a pack or a
+report that is called again. fixed: it must be what it was; free: it may change; never: the command always starts anew.
+"""
+
+
+class Settings:
+    """What every section and every command's settings derive from, as frozen dataclasses.
+
+    `class X(Settings, resume="fixed")` says it for all fields that say nothing; without it, each field has to.
+    """
+
+    __slots__ = ()
+    _resume: ClassVar[Resume | None] = None
+
+    def __init_subclass__(cls, *, resume: Resume | None = None) -> None:
+        if resume is not None:  # dataclass(slots=True) makes the class a second time, without keywords
+            cls._resume = resume
+
+
 def setting(
     default: Any = dataclasses.MISSING,
     *,
+    resume: Resume | None = None,
     flag: str | None = None,
     argument: bool = False,
     hidden: bool = False,
     repeated: bool = False,
 ) -> Any:
-    """A dataclass field with its place on the command line.
+    """A dataclass field with what there is to know about it.
 
     Args:
         default: the default value; left out for a required setting.
+        resume: whether it may change where a command goes on; default: what its class says.
         flag: the option's name where it is not the field's own.
         argument: a positional argument instead of an option.
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
         repeated: a tuple of which each value is an option of its own, as its values may hold commas.
     """
     return dataclasses.field(
-        default=default, metadata={"flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated}
+        default=default,
+        metadata={"resume": resume, "flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated},
     )
 
 
@@ -166,15 +190,29 @@ def to_yaml(config: Any) -> str:
     return typing.cast(str, yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
-def differences(old: Any, new: Any, *, ignore: frozenset[str] = frozenset(), where: str = "") -> list[str]:
-    """The settings in which two configs of one class differ, as 'section.key: old -> new'."""
+def resume_of(cls: type, field: dataclasses.Field[Any]) -> Resume | None:
+    """Whether a setting may change where its command goes on; None: it is a section, or its class says nothing."""
+    return field.metadata.get("resume") or getattr(cls, "_resume", None)
+
+
+def fixed_settings(config: Any) -> dict[str, Any]:
+    """The config as plain values without what may change where its command goes on."""
+    fields = [field for field in dataclasses.fields(config) if resume_of(type(config), field) != "free"]
+    values = ((field.name, getattr(config, field.name)) for field in fields)
+    return {name: fixed_settings(value) if dataclasses.is_dataclass(value) else _plain(value) for name, value in values}
+
+
+def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
+    """The settings in which a command cannot go on, as 'section.key: old -> new': two configs of one class differ in
+    them, and they may not change.
+    """
     found: list[str] = []
     for field in dataclasses.fields(old):
         before, after = getattr(old, field.name), getattr(new, field.name)
-        if field.name in ignore or before == after:
+        if before == after or resume_of(type(old), field) == "free":
             continue
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
-            found += differences(before, after, ignore=ignore, where=f"{where}{field.name}.")
+            found += differences(before, after, where=f"{where}{field.name}.")
         else:
             found.append(f"{where}{field.name}: {before} -> {after}")
     return found

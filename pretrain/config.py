@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective
@@ -15,38 +15,38 @@ from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig:
+class PretrainConfig(Settings):
     """Settings of `mae-deploy pretrain`."""
 
-    data: str = setting(argument=True)
+    data: str = setting(argument=True, resume="free")
     """Unlabelled images: a folder in any tree; tar shards, as a folder, a pattern such as 'shards-{000..099}.tar',
     URLs, or 'pipe:COMMAND', which is run; or a Hugging Face data set on disk."""
-    out: Path
+    out: Path = setting(resume="free")
     """Run folder to write."""
-    resume: bool = False
+    resume: bool = setting(False, resume="free")
     """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
-    mask_ratio: float = 0.75
+    mask_ratio: float = setting(0.75, resume="fixed")
     """Share of the patches that the encoder does not see."""
-    mask_sampling: MaskSampling = "random"
+    mask_sampling: MaskSampling = setting("random", resume="fixed")
     """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of
     every four."""
-    mask_patch_size: int | None = None
+    mask_patch_size: int | None = setting(None, resume="fixed")
     """Side, in pixels, of the squares that random masking hides or shows as a whole (SimMIM: 32); default: a patch."""
-    group_masking: GroupMasking = "independent"
+    group_masking: GroupMasking = setting("independent", resume="fixed")
     """Of --band-groups: independent, each group has masked patches of its own (better in SatMAE); consistent, all have
     the same."""
-    norm_pix_loss: bool = True
+    norm_pix_loss: bool = setting(True, resume="fixed")
     """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
-    teacher: Path | None = None
+    teacher: Path | None = setting(None, resume="fixed")
     """The frozen encoder of --target features: a run folder, a checkpoint folder or a weights file."""
-    pictures_every: int = 20
+    pictures_every: int = setting(20, resume="free")
     """Epochs between reconstruction pictures; the last epoch always draws one."""
-    picture_bands: tuple[int, ...] | None = None
+    picture_bands: tuple[int, ...] | None = setting(None, resume="fixed")
     """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for
     multispectral images: the first three."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Seed of weights, data order, augmentation and masks."""
-    device: Device = "auto"
+    device: Device = setting("auto", resume="free")
     """auto, cpu or cuda."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)
@@ -76,7 +76,7 @@ class PretrainConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class MixConfig:
+class MixConfig(Settings, resume="fixed"):
     """Regularisation."""
 
     drop_path: float = 0.1
@@ -103,41 +103,41 @@ class MixConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig:
+class FinetuneConfig(Settings):
     """Settings of `mae-deploy finetune`."""
 
-    data: Path = setting(argument=True)
+    data: Path = setting(argument=True, resume="free")
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
-    out: Path
+    out: Path = setting(resume="free")
     """Run folder to write."""
-    init: Path | None = None
+    init: Path | None = setting(None, resume="fixed")
     """Pretrained encoder: a run folder, a checkpoint folder or a weights file."""
-    from_scratch: bool = False
+    from_scratch: bool = setting(False, resume="fixed")
     """Start from random weights: the baseline, of the network of --init or of --model."""
-    model: str | None = None
+    model: str | None = setting(None, resume="fixed")
     """The encoder, where --init does not give it (see pretrain --help)."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = setting(None, resume="fixed")
     """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
     another."""
-    patch_size: int | None = None
+    patch_size: int | None = setting(None, resume="fixed")
     """Side of a patch in pixels, where --init does not give it."""
-    in_chans: int | None = None
+    in_chans: int | None = setting(None, resume="fixed")
     """Input channels, where --init does not give them."""
-    band_groups: tuple[tuple[int, ...], ...] | None = None
+    band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed")
     """Groups of channels (see pretrain --help), where --init does not give them."""
-    resume: bool = False
+    resume: bool = setting(False, resume="free")
     """Go on with the run in --out, or start it if it is not there."""
-    pool: Literal["avg", "cls"] = "avg"
+    pool: Literal["avg", "cls"] = setting("avg", resume="fixed")
     """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
-    keep_ratio: tuple[float, float] | None = None
+    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed")
     """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as
     many of its patches, so that one network serves every number of patches; one share fixes it. Validated with the
     most, and with the fewest. Default: all patches."""
-    layer_decay: float = 0.65
+    layer_decay: float = setting(0.65, resume="fixed")
     """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Seed of the head, data order, augmentation and drop path."""
-    device: Device = "auto"
+    device: Device = setting("auto", resume="free")
     """auto, cpu or cuda."""
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4, min_lr=1e-6, betas=(0.9, 0.999))
     mix: MixConfig = section(MixConfig)
@@ -157,7 +157,7 @@ class FinetuneConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ReconstructConfig:
+class ReconstructConfig(Settings, resume="never"):
     """Settings of `mae-deploy reconstruct`."""
 
     images: Path = setting(argument=True)

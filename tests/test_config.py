@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import json
 import math
 from dataclasses import dataclass
@@ -14,14 +13,17 @@ import pytest
 import yaml
 
 from mae_deploy import config as config_module
+from mae_deploy.checkpoint import Metadata
 from mae_deploy.commands.config import DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
 from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.config import (
     RECIPES,
+    Settings,
     differences,
     field_docs,
     field_types,
+    fixed_settings,
     from_dict,
     is_required,
     merge,
@@ -37,7 +39,10 @@ from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.export.config import ExportConfig
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+from mae_deploy.weights.read.convert import ImportOptions
+from tests.shipped_settings import commands, sections_of
 
 # Each command's config with what it requires.
 COMMANDS: list[tuple[type, dict[str, Any]]] = [
@@ -55,28 +60,11 @@ COMMANDS: list[tuple[type, dict[str, Any]]] = [
     (QuickstartConfig, {}),
 ]
 
-MODULES = [
-    "mae_deploy.checkpoint",
-    "mae_deploy.commands.config",
-    "mae_deploy.data.config",
-    "mae_deploy.distill.config",
-    "mae_deploy.export.config",
-    "mae_deploy.models.config",
-    "mae_deploy.weights.read.convert",
-    "mae_deploy.images.preprocess",
-    "mae_deploy.pretrain.config",
-    "mae_deploy.evaluation.config",
-    "mae_deploy.training.config",
-]
-SHIPPED = [
-    value
-    for module in MODULES
-    for value in vars(importlib.import_module(module)).values()
-    if dataclasses.is_dataclass(value)
-    and isinstance(value, type)
-    and value.__module__ == module
-    and value.__name__.endswith(("Config", "Metadata", "Preprocess", "Options"))
-]
+SHIPPED = list(
+    dict.fromkeys(
+        [*(cls for command in commands() for cls in sections_of(command)), Metadata, ImportOptions, Preprocess]
+    )
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -403,8 +391,35 @@ def test_differences() -> None:
         "oven.degrees: 160.0 -> 200.0",
         "oven.fan: False -> True",
     ]
-    assert differences(old, new, ignore=frozenset({"size", "fan"})) == ["oven.degrees: 160.0 -> 200.0"]
-    assert differences(old, new, ignore=frozenset({"size", "oven"})) == []
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Heat(Settings, resume="fixed"):
+    """Heat."""
+
+    degrees: float = 180.0
+    """Temperature in °C."""
+    minutes: int = setting(40, resume="free")
+    """How long."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Pie(Settings):
+    """Pie."""
+
+    name: str = setting(resume="free")
+    """What it is called."""
+    slices: int = setting(8, resume="fixed")
+    """How many."""
+    heat: Heat = section(Heat)
+
+
+def test_what_may_change_where_a_command_goes_on() -> None:
+    old = Pie(name="plum")
+    new = Pie(name="pear", slices=6, heat=Heat(degrees=200.0, minutes=30))
+    assert differences(old, new) == ["slices: 8 -> 6", "heat.degrees: 180.0 -> 200.0"]
+    assert differences(old, Pie(name="pear", heat=Heat(minutes=30))) == []
+    assert fixed_settings(new) == {"slices": 6, "heat": {"degrees": 200.0}}
 
 
 # --- types and help --------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.manifest import QUANTIZED
 from mae_deploy.runtime.profiles import read_profiles
@@ -15,7 +15,7 @@ from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class VerifyConfig:
+class VerifyConfig(Settings, resume="never"):
     """Settings of `mae-deploy verify`."""
 
     bundle: Path = setting(argument=True)
@@ -36,7 +36,7 @@ class VerifyConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildEngineConfig:
+class BuildEngineConfig(Settings, resume="never"):
     """Settings of `mae-deploy build-engine`."""
 
     bundle: Path = setting(argument=True)
@@ -69,7 +69,7 @@ class BuildEngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PredictConfig:
+class PredictConfig(Settings, resume="never"):
     """Settings of `mae-deploy predict`."""
 
     bundle: Path = setting(argument=True)
@@ -107,7 +107,7 @@ class PredictConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class InfoConfig:
+class InfoConfig(Settings, resume="never"):
     """Settings of `mae-deploy info`."""
 
     path: Path = setting(argument=True)
@@ -119,7 +119,7 @@ class InfoConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DoctorConfig:
+class DoctorConfig(Settings, resume="never"):
     """Settings of `mae-deploy doctor`."""
 
     seed: int = 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from mae_deploy.config import setting
+from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 
@@ -19,34 +19,34 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
+class DataConfig(Settings):
     """Data."""
 
-    num_workers: int = -1
+    num_workers: int = setting(-1, resume="free")
     """Processes that decode images; 0 decodes in the training process, -1 starts one for each core but one."""
-    max_corrupt: int = 100
+    max_corrupt: int = setting(100, resume="free")
     """Unreadable files that are reported and skipped before the run gives up."""
-    mean: tuple[float, ...] | None = None
+    mean: tuple[float, ...] | None = setting(None, resume="fixed")
     """Mean of each channel for pixels in [0, 1]; default: ImageNet's for RGB, 0.5 otherwise."""
-    std: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = setting(None, resume="fixed")
     """Standard deviation of each channel; default: ImageNet's for RGB, 0.25 otherwise."""
-    pixel_max: float | None = None
+    pixel_max: float | None = setting(None, resume="fixed")
     """What pixels of more than 8 bits are divided by before --mean and --std, such as 65535, 10000 (Sentinel-2) or 1;
     default: 8-bit pixels, 255."""
-    crop_pct: float | None = None
+    crop_pct: float | None = setting(None, resume="fixed")
     """Evaluation crop as a share of the resized image; default: 0.875 up to 224 px, 1.0 above."""
-    cache: bool = setting(False)
+    cache: bool = setting(False, resume="free")
     """Keep decoded images in memory, for small sets of small images."""
-    repeated_aug: int = 1
+    repeated_aug: int = setting(1, resume="fixed")
     """Views of each image in a batch, which is decoded once for them all; an epoch keeps its length and sees fewer
     images."""
-    shuffle_buffer: int = 1000
+    shuffle_buffer: int = setting(1000, resume="fixed")
     """Images that each worker mixes, where shards are streamed from a URL or a pipe."""
-    epoch_images: int | None = None
+    epoch_images: int | None = setting(None, resume="fixed")
     """Images that make an epoch of streamed shards, which nobody has counted; whole sets have their own."""
-    image_column: str | None = None
+    image_column: str | None = setting(None, resume="fixed")
     """Column of the images in a Hugging Face data set; default: the one that holds images."""
-    label_column: str | None = None
+    label_column: str | None = setting(None, resume="fixed")
     """Column of the labels in a Hugging Face data set; default: label."""
 
     def __post_init__(self) -> None:
@@ -80,7 +80,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CropConfig:
+class CropConfig(Settings, resume="fixed"):
     """Augmentation."""
 
     crop: Literal["random", "fixed", "none"] = "random"

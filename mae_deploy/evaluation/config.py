@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mask_config import check_shares
@@ -18,26 +18,26 @@ Solver = Literal["ridge", "logistic"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FeaturesConfig:
+class FeaturesConfig(Settings):
     """Features."""
 
-    pool: Literal["auto", "cls", "avg"] = "auto"
+    pool: Literal["auto", "cls", "avg"] = setting("auto", resume="fixed")
     """What is a feature: cls, the CLS token, or avg, the mean of the patch tokens, both after the last norm; auto: what
     a classifier's head reads, else the CLS token."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = setting(None, resume="fixed")
     """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own.
     Bundles are fixed to theirs."""
-    batch_size: int = 64
+    batch_size: int = setting(64, resume="fixed")
     """Images at a time."""
-    precision: TrainingPrecision = "auto"
+    precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
-    engine: str = "auto"
+    engine: str = setting("auto", resume="fixed")
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
-    threads: int | None = None
+    threads: int | None = setting(None, resume="free")
     """CPU threads of a bundle's engine; default: one for each core."""
-    num_workers: int = -1
+    num_workers: int = setting(-1, resume="free")
     """Processes that decode images; 0 decodes in this process, -1 starts one for each core but one."""
-    max_corrupt: int = 100
+    max_corrupt: int = setting(100, resume="free")
     """Unreadable files that are named and left out before the command gives up."""
 
     def __post_init__(self) -> None:
@@ -46,32 +46,32 @@ class FeaturesConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinprobeConfig:
+class LinprobeConfig(Settings):
     """Settings of `mae-deploy linprobe`."""
 
-    data: Path = setting(argument=True)
+    data: Path = setting(argument=True, resume="free")
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
-    init: Path
+    init: Path = setting(resume="fixed")
     """Encoder to judge: a run folder, a checkpoint folder or a weights file."""
-    out: Path
+    out: Path = setting(resume="free")
     """Run folder to write; its checkpoint is a classifier."""
-    solver: Literal["lars", "logistic", "ridge"] = "lars"
+    solver: Literal["lars", "logistic", "ridge"] = setting("lars", resume="fixed")
     """lars: the paper's recipe, with augmentation. For small data, on features that are computed once: logistic,
     multinomial logistic regression, or ridge, least squares on one-hot labels in closed form."""
-    pool: Literal["cls", "avg"] = "cls"
+    pool: Literal["cls", "avg"] = setting("cls", resume="fixed")
     """What the head reads: the CLS token, as in the paper, or the mean of the patch tokens through a norm without
     weights."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = setting(None, resume="fixed")
     """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
     another."""
-    held_out: float = 0.2
+    held_out: float = setting(0.2, resume="fixed")
     """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of
     them."""
-    resume: bool = False
+    resume: bool = setting(False, resume="free")
     """Go on with the run in --out, or start it if it is not there."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Seed of the head, data order and augmentation, and of the held-out share."""
-    device: Device = "auto"
+    device: Device = setting("auto", resume="free")
     """auto, cpu or cuda."""
     optim: OptimConfig = section(OptimConfig, epochs=90, batch_size=512, blr=0.1, weight_decay=0.0)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
@@ -87,7 +87,7 @@ class LinprobeConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class KnnConfig:
+class KnnConfig(Settings, resume="never"):
     """Settings of `mae-deploy knn`."""
 
     data: Path = setting(argument=True)
@@ -113,7 +113,7 @@ class KnnConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig:
+class CompareConfig(Settings, resume="never"):
     """Settings of `mae-deploy compare`."""
 
     encoders: tuple[str, ...] = setting(argument=True)
@@ -160,7 +160,7 @@ def _check_share(held_out: float) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EvalConfig:
+class EvalConfig(Settings, resume="never"):
     """Settings of `mae-deploy eval`."""
 
     model: Path = setting(argument=True, flag="CKPT|BUNDLE")

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
-from mae_deploy.config import nearest, setting
+from mae_deploy.config import Settings, nearest, setting
 from mae_deploy.errors import ConfigError
 
 
@@ -40,7 +40,7 @@ PRESETS = {
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class EncoderConfig:
+class EncoderConfig(Settings, resume="fixed"):
     """Model."""
 
     name: str = setting("vit_base_patch16", flag="--model")
@@ -184,7 +184,7 @@ def check_band_groups(groups: tuple[tuple[int, ...], ...], channels: int) -> Non
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DecoderConfig:
+class DecoderConfig(Settings, resume="fixed"):
     """Decoder."""
 
     decoder_depth: int = 8
@@ -224,7 +224,7 @@ PCA_DIM = 96
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings, resume="fixed"):
     """Objective."""
 
     target: TargetKind = "pixels"

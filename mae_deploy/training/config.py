@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mae_deploy.config import setting
+from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -17,14 +17,15 @@ TRACKERS = ("wandb", "mlflow")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class OptimConfig:
+class OptimConfig(Settings, resume="fixed"):
     """Optimisation."""
 
     epochs: int = 100
     """Passes over the data."""
-    batch_size: int = 64
+    # These two may change where their product with the number of processes does not (training/plan.py).
+    batch_size: int = setting(64, resume="free")
     """Images a step in each process."""
-    accum_iter: int = 1
+    accum_iter: int = setting(1, resume="free")
     """Batches whose gradients are summed into one optimiser step."""
     lr: float | None = None
     """Peak learning rate; default: blr x effective batch / 256."""
@@ -57,34 +58,34 @@ class OptimConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LoopConfig:
+class LoopConfig(Settings):
     """Run."""
 
-    precision: TrainingPrecision = "auto"
+    precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of the forward pass: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
-    checkpoint_every: int = 1
+    checkpoint_every: int = setting(1, resume="free")
     """Epochs between checkpoints."""
-    checkpoint_minutes: float = 15.0
+    checkpoint_minutes: float = setting(15.0, resume="free")
     """Also write a checkpoint within an epoch when this many minutes have passed since the last."""
-    keep_checkpoints: int = 1
+    keep_checkpoints: int = setting(1, resume="free")
     """Newest step-N folders to keep beside the best."""
-    eval_every: int = 1
+    eval_every: int = setting(1, resume="free")
     """Epochs between evaluations, where there is a validation set; the last epoch is always evaluated."""
-    max_skips: int = 3
+    max_skips: int = setting(3, resume="free")
     """Steps with a non-finite loss or gradient in a row, which are skipped, until the run goes back to its last good
     checkpoint with half the learning rate."""
-    max_rollbacks: int = 3
+    max_rollbacks: int = setting(3, resume="free")
     """Times that the run goes back, until it stops."""
-    sharding: Sharding = "ddp"
+    sharding: Sharding = setting("ddp", resume="free")
     """Several processes: ddp gives each the whole model, fsdp2 a share of weights, gradients and optimiser (ViT-H)."""
-    compile: bool = False
+    compile: bool = setting(False, resume="free")
     """Compile the model with torch.compile: minutes at the start, then faster steps on a GPU."""
-    measure_kernels: bool = True
+    measure_kernels: bool = setting(True, resume="fixed")
     """On a CPU, take for every matrix product and attention the FP32 kernel that is the fastest at its size, measured
     when it is first met and kept with the run."""
-    tracker: tuple[str, ...] = ()
+    tracker: tuple[str, ...] = setting((), resume="free")
     """Also log to these, separated by commas: wandb, mlflow; TensorBoard and JSONL are always written."""
-    profile: bool = False
+    profile: bool = setting(False, resume="free")
     """Write a trace of a few steps after the first ones, and a table of the costliest operators, to profile/ in the run
     folder."""
 
@@ -99,33 +100,3 @@ class LoopConfig:
             raise ConfigError(
                 "--checkpoint-every, --keep-checkpoints, --eval-every and --checkpoint-minutes must be above 0"
             )
-
-
-DOES_NOT_CHANGE_LOSSES = frozenset(
-    {
-        "data",
-        "out",
-        "resume",
-        "device",
-        "num_workers",
-        "max_corrupt",
-        "cache",
-        "teacher_cache",
-        "checkpoint_every",
-        "checkpoint_minutes",
-        "keep_checkpoints",
-        "eval_every",
-        "pictures_every",
-        "batch_size",
-        "accum_iter",
-        "max_skips",
-        "max_rollbacks",
-        "sharding",
-        "compile",
-        "teacher_compile",
-        "tracker",
-        "profile",
-    }
-)
-"""Settings that may differ between a run and its resumption; the product of batch size, accumulation and processes may
-not."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_deploy.config import setting
+from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkConfig:
+class BenchmarkConfig(Settings, resume="never"):
     """Settings of `mae-deploy benchmark`."""
 
     bundles: tuple[Path, ...] = setting(argument=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_deploy.config import section
+from mae_deploy.config import Settings, section
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mask_config import num_keep
@@ -13,7 +13,7 @@ from mae_deploy.training.config import Device, TrainingPrecision
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BenchmarkTrainConfig:
+class BenchmarkTrainConfig(Settings, resume="never"):
     """Settings of `mae-deploy benchmark-train`."""
 
     batch_size: int = 16

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import setting
+from mae_deploy.config import Settings, setting
 from mae_deploy.data.config import Columns
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StatsConfig:
+class StatsConfig(Settings, resume="never"):
     """Settings of `mae-deploy data stats`."""
 
     data: str = setting(argument=True)
@@ -39,41 +39,41 @@ class StatsConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PackConfig:
+class PackConfig(Settings):
     """Settings of `mae-deploy data pack`."""
 
-    source: str = setting(argument=True, flag="SRC")
+    source: str = setting(argument=True, flag="SRC", resume="free")
     """Images: a folder in any tree; labelled images as SRC/train/<class>/… and SRC/val/<class>/…; tar shards; a Hugging
     Face data set on disk."""
-    out: Path = setting(argument=True)
+    out: Path = setting(argument=True, resume="free")
     """Folder to write shards to; called again after a kill, it goes on."""
-    short_side: int | None = None
+    short_side: int | None = setting(None, resume="fixed")
     """Make larger images this small, by their shorter side in pixels; default: keep their size."""
-    encoding: Literal["keep", "jpeg", "png", "npy"] = "keep"
+    encoding: Literal["keep", "jpeg", "png", "npy"] = setting("keep", resume="fixed")
     """keep: each file as it is, where its size stays; where not, JPEG as JPEG, others without loss; or one format for
     all."""
-    quality: int = 90
+    quality: int = setting(90, resume="fixed")
     """Of JPEG."""
-    dedup: Literal["no", "exact", "near"] = "no"
+    dedup: Literal["no", "exact", "near"] = setting("no", resume="fixed")
     """Leave out images that came before: exact, the same pixels; near, also those that look the same (difference hash,
     3 of 64 bits)."""
-    shard_images: int = 5000
+    shard_images: int = setting(5000, resume="fixed")
     """Images in a shard."""
-    in_chans: int = 3
+    in_chans: int = setting(3, resume="fixed")
     """Channels: 1 grey, 3 RGB, 4 RGBA, any number from TIFF and NumPy files."""
-    pixel_max: float | None = None
+    pixel_max: float | None = setting(None, resume="fixed")
     """What pixels of more than 8 bits are divided by in training, such as 65535; here, it only lets them pass."""
-    image_column: str | None = None
+    image_column: str | None = setting(None, resume="fixed")
     """Column of the images in a Hugging Face data set; default: the one that holds images."""
-    label_column: str | None = None
+    label_column: str | None = setting(None, resume="fixed")
     """Column of the labels in a Hugging Face data set; default: none, or label where there are splits."""
-    max_corrupt: int = 100
+    max_corrupt: int = setting(100, resume="free")
     """Unreadable files that are reported and left out before packing gives up."""
-    num_workers: int = -1
+    num_workers: int = setting(-1, resume="free")
     """Processes that decode and encode images; 0 does it in this one, -1 starts one for each core but one."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Seed of the order in which images lie in the shards."""
-    device: Device = "cpu"
+    device: Device = setting("cpu", resume="free")
     """Not used: images are packed on the CPU."""
 
     def __post_init__(self) -> None:

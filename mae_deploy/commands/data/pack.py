@@ -16,7 +16,7 @@ from PIL import Image
 
 from mae_deploy.commands.data.config import PackConfig
 from mae_deploy.commands.data.survey import Seen, Survey, difference_hash, pixel_hash, surveying
-from mae_deploy.config import to_dict
+from mae_deploy.config import fixed_settings
 from mae_deploy.data.decode import decode
 from mae_deploy.data.sources.base import UNLABELLED, ImageSource
 from mae_deploy.data.sources.open import labelled_images, split_names, unlabelled_images
@@ -54,11 +54,7 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
     """
     splits = _splits(config)
     job = {
-        "settings": {
-            name: value
-            for name, value in to_dict(config).items()
-            if name not in ("out", "source", "num_workers", "max_corrupt", "device")
-        },
+        "settings": fixed_settings(config),
         "source": {name: source.fingerprint() for name, source in splits.items()},
     }
     work = config.out / _WORK

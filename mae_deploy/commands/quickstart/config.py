@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from mae_deploy.config import Settings
 from mae_deploy.errors import ConfigError
 from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class QuickstartConfig:
+class QuickstartConfig(Settings, resume="never"):
     """Settings of `mae-deploy quickstart`."""
 
     out: Path = Path("quickstart")

@@ -10,7 +10,7 @@ from typing import Any
 from mae_deploy import __version__
 from mae_deploy.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
 from mae_deploy.commands.report.config import ReportConfig
-from mae_deploy.config import to_dict
+from mae_deploy.config import fixed_settings
 from mae_deploy.data.sources.files import ImageList
 from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.errors import CheckFailed, ConfigError
@@ -80,7 +80,7 @@ class Student:
             "data": images.fingerprint(),
             "engine": config.engine,
             "shares": list(self.shares),
-            "int8": {name: value for name, value in to_dict(config.int8).items() if name != "max_latency"},
+            "int8": fixed_settings(config.int8),
             "calibration": str(self._exports[INT8].int8.calib_data),
             "seed": config.seed,
         }

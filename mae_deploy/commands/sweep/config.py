@@ -6,55 +6,55 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig, _check_knn, _check_share
 from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SweepConfig:
+class SweepConfig(Settings):
     """Settings of `mae-deploy sweep`."""
 
-    data: str = setting(argument=True)
+    data: str = setting(argument=True, resume="free")
     """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of
     train without their labels."""
-    out: Path
+    out: Path = setting(resume="free")
     """Folder of the experiment; the same command goes on where it was killed."""
-    mask_ratio: tuple[float, ...] | None = None
+    mask_ratio: tuple[float, ...] | None = setting(None, resume="free")
     """Mask ratios to try, separated by commas: the paper's figure 5."""
-    over: str | None = None
+    over: str | None = setting(None, resume="free")
     """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or
     norm_pix_loss=true,false."""
-    labelled: Path | None = None
+    labelled: Path | None = setting(None, resume="free")
     """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
-    recipe: str | None = None
+    recipe: str | None = setting(None, resume="fixed")
     """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    settings: tuple[str, ...] = setting((), flag="--set", repeated=True)
+    settings: tuple[str, ...] = setting((), flag="--set", repeated=True, resume="fixed")
     """Any setting of pretraining as section.key=value; may be repeated."""
-    knn: bool = True
+    knn: bool = setting(True, resume="fixed")
     """Judge by k-NN."""
-    linear: Literal["logistic", "ridge", "none"] = "logistic"
+    linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed")
     """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
-    finetune: bool = True
+    finetune: bool = setting(True, resume="fixed")
     """Judge by fine-tuning."""
-    finetune_recipe: str | None = None
+    finetune_recipe: str | None = setting(None, resume="fixed")
     """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True)
+    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True, resume="fixed")
     """Any setting of fine-tuning as section.key=value; may be repeated."""
-    scratch: bool = False
+    scratch: bool = setting(False, resume="fixed")
     """Also fine-tune the same network from random weights, for a line to compare with."""
-    k: int = 20
+    k: int = setting(20, resume="fixed")
     """Neighbours that vote."""
-    temperature: float = 0.07
+    temperature: float = setting(0.07, resume="fixed")
     """A neighbour's vote is exp(cosine / temperature)."""
-    held_out: float = 0.2
+    held_out: float = setting(0.2, resume="fixed")
     """Share of the labelled training images on which the linear probe chooses its regularisation."""
-    seeds: tuple[int, ...] = (0,)
+    seeds: tuple[int, ...] = setting((0,), resume="free")
     """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
-    seed: int = 0
+    seed: int = setting(0, resume="fixed")
     """Added to each of --seeds."""
-    device: Device = "auto"
+    device: Device = setting("auto", resume="free")
     """auto, cpu or cuda."""
     features: FeaturesConfig = section(FeaturesConfig)
 

@@ -39,7 +39,6 @@ from mae_deploy.reporting.tables import (
     write_files,
 )
 from mae_deploy.results import Result
-from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
 from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
 from mae_deploy.weights.load import read_weights
 
@@ -47,11 +46,6 @@ C = TypeVar("C")
 
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
-
-_MAY_CHANGE = frozenset(
-    {"data", "out", "labelled", "mask_ratio", "over", "seeds", "device", "num_workers", "max_corrupt", "threads"}
-)
-"""Settings that leave what was found before as it is: more values and seeds may be added to a sweep."""
 
 _CURVES = (
     Curve("fine-tuning", "finetune_top1"),
@@ -166,7 +160,7 @@ def _open_folder(config: SweepConfig) -> None:
     stored = config.out / CONFIG
     if stored.is_file():
         before = from_dict(SweepConfig, read_recipe(stored))
-        if changed := differences(before, config, ignore=_MAY_CHANGE):
+        if changed := differences(before, config):
             raise ConfigError(
                 f"{config.out} is a sweep with other settings: {'; '.join(changed)}",
                 hint="repeat the same options, or choose another --out",
@@ -256,9 +250,7 @@ def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
 def _check_unchanged(config: PretrainConfig | FinetuneConfig) -> None:
     """A recipe's file may have been edited since a run that is finished, and is not opened again."""
     stored = config.out / RUN_CONFIG
-    if stored.is_file() and (
-        changed := differences(from_dict(type(config), read_recipe(stored)), config, ignore=DOES_NOT_CHANGE_LOSSES)
-    ):
+    if stored.is_file() and (changed := differences(from_dict(type(config), read_recipe(stored)), config)):
         raise ConfigError(
             f"{config.out} was run with other settings: {'; '.join(changed)}",
             hint="repeat the same settings, or choose another --out",

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import setting
+from mae_deploy.config import Settings, setting
 from mae_deploy.training.config import Device
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ImportConfig:
+class ImportConfig(Settings, resume="never"):
     """Settings of `mae-deploy import`."""
 
     source: Path = setting(argument=True, flag="SRC")
@@ -40,7 +40,7 @@ class ImportConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ExportWeightsConfig:
+class ExportWeightsConfig(Settings, resume="never"):
     """Settings of `mae-deploy export-weights`."""
 
     checkpoint: Path = setting(argument=True)

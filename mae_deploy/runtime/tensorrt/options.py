@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from mae_deploy.config import Settings
 from mae_deploy.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BuildOptions:
+class BuildOptions(Settings, resume="never"):
     """TensorRT."""
 
     workspace: int = 4096

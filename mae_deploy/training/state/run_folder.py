@@ -17,7 +17,6 @@ from mae_deploy import __version__
 from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
-from mae_deploy.training.config import DOES_NOT_CHANGE_LOSSES
 from mae_deploy.training.state.progress import PROGRESS, STATE
 
 CONFIG = "config.yaml"
@@ -130,7 +129,7 @@ def environment() -> dict[str, Any]:
 
 def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
     stored = from_dict(type(config), read_recipe(path / CONFIG))
-    changed = differences(stored, config, ignore=DOES_NOT_CHANGE_LOSSES)
+    changed = differences(stored, config)
     if changed:
         raise ConfigError(
             f"--resume with other settings than {path} was started with: {'; '.join(changed)}",
