@@ -37,17 +37,17 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was trained: the last parts of the run folders, in turn."""
     folders: list[str] = []
 
-    def watch(module: Any) -> None:
-        real = module.run
+    def watch(module: Any, name: str) -> None:
+        real = getattr(module, name)
 
         def watched(config: Any) -> Any:
             folders.append("/".join(config.out.parts[-3:]))
             return real(config)
 
-        monkeypatch.setattr(module, "run", watched)
+        monkeypatch.setattr(module, name, watched)
 
-    watch(pretrain)
-    watch(finetune)
+    watch(pretrain, "run_pretrain")
+    watch(finetune, "run_finetune")
     return folders
 
 
