@@ -16,6 +16,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from mae_deploy.machine import granted_cores
+
 _SEAL_BYTES = 8
 """Before each row: 2**32 + the CRC of its bytes, which starts from its number. A hole in a file reads as 0, which is
 the seal of no row."""
@@ -38,8 +40,7 @@ class RowStore:
         """Bytes on disk of each row."""
         self._per_shard = max(1, _SHARD_BYTES // self.stride)
         self._files: dict[int, int] = {}
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        self._readers = min(_READERS, cores)
+        self._readers = min(_READERS, granted_cores())
         self._pool = ThreadPoolExecutor(self._readers, thread_name_prefix="rows")
 
     def read(self, numbers: npt.NDArray[np.int64], rows: npt.NDArray[np.uint8]) -> npt.NDArray[np.bool_]:

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import time
 import zipfile
 import zlib
@@ -25,6 +24,7 @@ from mae_deploy.export.reference import restoring
 from mae_deploy.export.samples import CalibrationImages, _digest
 from mae_deploy.files import atomic_path, sha256
 from mae_deploy.images.read import Array
+from mae_deploy.machine import cache_folder
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.quantization.activations import ActivationStats, Observer
 from mae_deploy.models.vit import Encoder
@@ -83,13 +83,13 @@ def calibrate(
     Args:
         names: Linears of the encoder, and of the decoder if it is an autoencoder that reconstructs.
         token_sizes: numbers of visible patches, batch by batch in turn, chosen at random; empty: all patches.
-        cache: folder of the cache; default: `cache_folder()`.
+        cache: folder of the cache; default: the user's.
 
     Raises:
         ConfigError: too few readable images.
         CheckFailed: NaN or infinite activations.
     """
-    file = (cache or cache_folder()) / f"{_key(model, images, names, token_sizes, seed)}.npz"
+    file = (cache or cache_folder("calibration")) / f"{_key(model, images, names, token_sizes, seed)}.npz"
     found = _load(file, names)
     if found is None:
         found = _observe(model.to(device).eval(), images, names, token_sizes, seed)
@@ -98,12 +98,6 @@ def calibrate(
         ):  # else others stood in, whose contents are not in the key
             _save(file, found)
     return found
-
-
-def cache_folder() -> Path:
-    """`mae-deploy/calibration` in `$XDG_CACHE_HOME`, by default `~/.cache`."""
-    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    return (root if root.is_absolute() else Path("~/.cache").expanduser()) / "mae-deploy" / "calibration"
 
 
 @torch.no_grad()

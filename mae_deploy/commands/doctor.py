@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -15,6 +14,7 @@ from rich.text import Text
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.errors import MissingDependency
+from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
@@ -70,23 +70,6 @@ NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 """The extra and the modules behind each command."""
 
-CPU_FEATURES = (
-    "avx2",
-    "avx512f",
-    "avx_vnni",
-    "avx512_vnni",
-    "avx512_bf16",
-    "amx_int8",
-    "amx_bf16",
-    "asimddp",
-    "i8mm",
-    "bf16",
-    "sve",
-)
-"""What makes INT8 (vnni, amx_int8, asimddp, i8mm) and BF16 fast on a CPU, under the names that Linux has for it."""
-
-_CPUINFO = Path("/proc/cpuinfo")
-
 _DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", _CUDA_BINDINGS: "cuda-bindings"}
 
 
@@ -122,8 +105,11 @@ def run_doctor(_: DoctorConfig) -> Result:
         "mae_deploy": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "cpu": cpu_name(),
         "cpu_cores": os.cpu_count(),
-        "cpu_features": _cpu_features(),
+        "granted_cores": granted_cores(),
+        "cpu_features": cpu_features(),
+        "cache": str(cache_folder("")),
         "nvidia_gpus": len(gpus()),
         "gpus": [
             f"{gpu.name}, compute capability {'.'.join(map(str, gpu.compute_capability))}, CUDA {gpu.driver}"
@@ -144,20 +130,6 @@ def _version(module: str) -> str | None:
         return metadata.version(_DISTRIBUTIONS.get(module, module))
     except metadata.PackageNotFoundError:
         return "installed"
-
-
-def _cpu_features() -> list[str] | None:
-    """Those of `CPU_FEATURES` that this CPU has; None where the system does not say."""
-    try:
-        flags = {
-            flag
-            for line in _CPUINFO.read_text().splitlines()
-            if line.lower().startswith(("flags", "features"))
-            for flag in line.split()
-        }
-    except OSError:
-        return None
-    return [feature for feature in CPU_FEATURES if feature in flags]
 
 
 def _engines(packages: dict[str, str | None]) -> dict[str, str]:

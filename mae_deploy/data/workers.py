@@ -7,19 +7,20 @@ import signal
 import sys
 from typing import Any
 
+from mae_deploy.machine import granted_cores
+
 _MOST = 16
 """Workers that are started by default, at most."""
 
 
 def resolve_workers(num_workers: int) -> int:
-    """Worker processes to start: as asked for, or, for -1, one for each core but one, shared among the processes of
-    this machine.
+    """Worker processes to start: as asked for, or, for -1, one for each granted core but one, shared among this
+    machine's processes.
     """
     if num_workers >= 0:
         return num_workers
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))  # as torchrun says
-    return max(1, min(_MOST, cores // processes - 1))
+    return max(1, min(_MOST, granted_cores() // processes - 1))
 
 
 def leave_signals_to_parent(_: int) -> None:

@@ -10,8 +10,6 @@ H heads, T tokens, D head width.
 from __future__ import annotations
 
 import math
-import os
-import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -25,6 +23,7 @@ from torch.nn import functional as F
 
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.files import read_json, write_json
+from mae_deploy.machine import cache_folder, cpu_model
 
 DEFAULT = "default"
 """PyTorch's own choice."""
@@ -120,10 +119,8 @@ class Kernels:
 
 
 def machine_file() -> Path:
-    """Where choices are kept for other runs: in $MAE_DEPLOY_CACHE, else in the user's cache folder. Without the file,
-    the next run measures again.
-    """
-    return Path(os.environ.get("MAE_DEPLOY_CACHE") or Path.home() / ".cache" / "mae-deploy") / "kernels.json"
+    """Where choices are kept for other runs. Without the file, the next run measures again."""
+    return cache_folder("kernels") / "chosen.json"
 
 
 def _read(file: Path) -> dict[str, str]:
@@ -317,12 +314,4 @@ def _power_of_two(number: int) -> int:
 
 @cache
 def _machine() -> str:
-    """PyTorch's version and the CPU: family and model where Linux tells them, because cloud machines of one name differ
-    in both.
-    """
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text(errors="replace").splitlines() if path.is_file() else []
-    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    numbers = (entries.get("vendor_id"), entries.get("cpu family"), entries.get("model"))
-    cpu = " ".join(number for number in numbers if number) or platform.processor() or platform.machine()
-    return f"torch {torch.__version__}/{cpu}"
+    return f"torch {torch.__version__}/{cpu_model()}"

@@ -36,5 +36,5 @@ def exports(
     robust: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> Exports:
     """Exports of `mae` to a folder that is not there yet."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(robust / "cache"))
+    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(robust / "cache"))
     return Exports(robust / "mae", robust / "photos", tmp_path / "place" / "bundle", capsys)

@@ -59,7 +59,7 @@ def exports(
     """Exports of `mae` to a folder that is not there yet; nothing is kept in the user's caches."""
     from tests.export.robust_exports import Exports
 
-    monkeypatch.setenv("XDG_CACHE_HOME", str(checkpoint / "cache"))
+    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(checkpoint / "cache"))
     return Exports(checkpoint / "mae", checkpoint / "photos", tmp_path / "place" / "bundle", capsys)
 
 

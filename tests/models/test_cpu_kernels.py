@@ -154,6 +154,7 @@ def test_processes_take_the_choice_of_the_first(monkeypatch: pytest.MonkeyPatch,
 def test_a_broken_file_is_measured_again(monkeypatch: pytest.MonkeyPatch, content: str) -> None:
     took(monkeypatch, {DEFAULT: 1.0, "onednn": 0.5})
     file = kernels_module.machine_file()
+    file.parent.mkdir()
     file.write_text(content)
     kernels = Kernels()
     assert kernels.product("forward", M, K, N) == "onednn"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import platform
 import shlex
 from collections.abc import Callable
@@ -19,29 +18,16 @@ from rich.text import Text
 from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.errors import MissingDependency, import_optional
 from mae_deploy.files import atomic_path, write_json, write_text
+from mae_deploy.machine import cpu_features, cpu_name, granted_cores
 from mae_deploy.options import flags_of
 from mae_deploy.progress import notice
 from mae_deploy.runtime.cuda.driver import gpus
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.registry import TENSORRT
 
 JSON_FILE, MARKDOWN_FILE, PLOT_FILE = "benchmark.json", "benchmark.md", "benchmark.png"
 
 Row = dict[str, Any]
-
-_CPUINFO = Path("/proc/cpuinfo")
-_INSTRUCTIONS = (
-    "avx2",
-    "avx512f",
-    "avx512_vnni",
-    "avx_vnni",
-    "avx512_bf16",
-    "amx_bf16",
-    "amx_int8",
-    "asimddp",
-    "i8mm",
-    "bf16",
-)
-"""The sets of instructions that decide how fast matrices are multiplied, as Linux calls them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -201,15 +187,12 @@ def describe_machine(
     engines: dict[str, str], *, threads: int | None, affinity: tuple[int, ...] | None
 ) -> dict[str, Any]:
     """What the figures depend on; `engines` are names and versions."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    lines = _CPUINFO.read_text(errors="replace").splitlines() if _CPUINFO.is_file() else []
-    entries = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
-    flags = (entries.get("flags") or entries.get("Features") or "").split()
+    cores = granted_cores()
     return {
-        "cpu": entries.get("model name") or platform.processor() or platform.machine(),
-        "instructions": [name for name in _INSTRUCTIONS if name in flags],
+        "cpu": cpu_name(),
+        "instructions": cpu_features() or [],
         "cores": cores,
-        "threads": threads or len(affinity or ()) or cores,
+        "threads": EngineOptions(threads=threads, affinity=affinity).num_threads or cores,
         "affinity": ",".join(map(str, affinity)) if affinity else None,
         "system": platform.platform(),
         "python": platform.python_version(),

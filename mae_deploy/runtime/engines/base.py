@@ -13,6 +13,7 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
+from mae_deploy.machine import default_threads
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.profiles import batch_that_fits
@@ -28,7 +29,7 @@ class EngineOptions:
     device: str = "cpu"
     """auto, cpu or cuda, for ONNX Runtime; TensorRT uses the first GPU, or with cuda:1 the second, and so on."""
     threads: int | None = None
-    """CPU threads; None: one for each core, or for each of `affinity`."""
+    """CPU threads; None: one for each granted core, or for each of `affinity`."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine's threads, and the calling thread during a run, are bound to; None: any. Linux only."""
     cuda_graphs: bool = True
@@ -48,8 +49,10 @@ class EngineOptions:
 
     @property
     def num_threads(self) -> int | None:
-        """CPU threads; None leaves the choice to the engine."""
-        return len(self.affinity) if self.threads is None and self.affinity is not None else self.threads
+        """CPU threads; None, where the whole machine is granted, leaves the choice to the engine."""
+        if self.threads is None and self.affinity is not None:
+            return len(self.affinity)
+        return default_threads() if self.threads is None else self.threads
 
 
 class Engine(ABC):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.files import atomic_path, locked
+from mae_deploy.machine import cache_folder
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 
@@ -20,11 +21,7 @@ def cache_file(options: BuildOptions, version: str, gpu: Gpu, precision: str) ->
     """Where the timings of such a build are; None where `options.timing_cache` is off."""
     if options.timing_cache == "off":
         return None
-    folder = (
-        Path.home() / ".cache" / "mae-deploy" / "tensorrt"
-        if options.timing_cache == "auto"
-        else Path(options.timing_cache)
-    )
+    folder = cache_folder("tensorrt") if options.timing_cache == "auto" else Path(options.timing_cache)
     level = "default" if options.optimization_level is None else options.optimization_level
     compatible = [
         *([options.hardware_compatible] if options.hardware_compatible != "none" else []),

@@ -131,7 +131,7 @@ def test_a_budget_of_ones_own_is_what_verify_judges_by(exports: Exports) -> None
 def test_calibration_is_kept_for_the_next_export_and_nowhere_else(
     exports: Exports, calibrated: tuple[object, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     (tmp_path / "home").mkdir()
     records, graphs = [], []
@@ -143,7 +143,7 @@ def test_calibration_is_kept_for_the_next_export_and_nowhere_else(
     assert [record["cached"] for record in records] == [False, True, True, False]
     assert graphs[0] == graphs[1]
     assert records[0]["scales_sha256"] == records[1]["scales_sha256"] != records[2]["scales_sha256"]
-    assert len(list((tmp_path / "cache" / "mae-deploy" / "calibration").iterdir())) == 2
+    assert len(list((tmp_path / "cache" / "calibration").iterdir())) == 2
     assert list((tmp_path / "home").iterdir()) == []
 
 

@@ -60,8 +60,8 @@ def file_of(**options: Any) -> Path | None:
 
 
 def test_a_file_for_each_version_gpu_and_set_of_options(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert file_of() == tmp_path / ".cache/mae-deploy/tensorrt/10.3.0-orin-nvgpu-sm87-fp16-level-default-timings"
+    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path))
+    assert file_of() == tmp_path / "tensorrt/10.3.0-orin-nvgpu-sm87-fp16-level-default-timings"
     folder: dict[str, Any] = {"timing_cache": str(tmp_path)}
     other = Gpu(index=0, name="Orin (nvgpu)", compute_capability=(8, 9), memory_bytes=1, driver="12.6")
     files = [
