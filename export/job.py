@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mae_deploy.config import from_dict
-from mae_deploy.errors import ConfigError, MissingDependency, import_optional
+from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
@@ -28,6 +28,7 @@ from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
+from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
 
@@ -66,7 +67,7 @@ class ExportJob:
             preprocess=self.preprocess,
             pyramid=pyramid,
             pixels=self.config.pixels,
-            device=resolved_device(self.config.device),
+            device=resolve_device(self.config.device).type,
         )
 
     @property
@@ -171,17 +172,6 @@ def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]
             )
             raise ConfigError(f"this model has no output '{name}' with --tokens {config.tokens}", hint=hint)
     return tuple(dict.fromkeys(names))
-
-
-def resolved_device(device: str) -> str:
-    """cpu or cuda.
-
-    Raises:
-        MissingDependency: cuda was asked for and is not there.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingDependency("--device cuda, but torch sees no CUDA device")
-    return "cuda" if device != "cpu" and torch.cuda.is_available() else "cpu"
 
 
 def _summary(names: Sequence[str]) -> str:

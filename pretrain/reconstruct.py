@@ -24,6 +24,7 @@ from mae_deploy.models.masking import masking_of
 from mae_deploy.models.vit import patchify, unpatchify
 from mae_deploy.pretrain.config import ReconstructConfig, check_picture_bands
 from mae_deploy.progress import notice
+from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import load_model
 
 _GAP = 4
@@ -48,6 +49,7 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             f"{config.checkpoint} predicts a teacher's features, which are no picture",
             hint="give a run with --target pixels or pca",
         )
+    device = resolve_device(config.device)
     check_picture_bands(config.picture_bands, model.config.in_chans)
     unit = mask_unit(config.mask_patch_size, model.config.patch)
     check_masking(config.mask_sampling, config.mask_ratio, model.config.grid_size, unit=unit)
@@ -64,7 +66,6 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
             notice("skipped", str(error))
     if not images:
         raise ConfigError(f"no readable image at {config.images}")
-    device = "cuda" if config.device != "cpu" and torch.cuda.is_available() else "cpu"
     loss = draw_reconstructions(
         model.to(device),
         images,

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
-from mae_deploy.distill.teachers.arithmetic import resolve_precision, set_precision
+from mae_deploy.distill.teachers.arithmetic import set_precision
 from mae_deploy.distill.teachers.base import key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
+from mae_deploy.training.device import resolve_precision
 from mae_deploy.training.step import StepBatch
 
 
@@ -77,8 +78,11 @@ class TorchTeacher(ABC):
     def to(self, device: torch.device) -> None:
         """See `Teacher`."""
         self._images.to(device)
-        self.arithmetic = set_precision(self.model, self.settings.teacher_precision, device)
-        self._answers.append(resolve_precision(self.settings.teacher_precision, device))
+        precision = resolve_precision(
+            self.settings.teacher_precision, device, frozen=True, option="--teacher-precision"
+        )
+        self.arithmetic = set_precision(self.model, precision, device)
+        self._answers.append(precision)
         self.model.to(device)
 
     @torch.no_grad()

@@ -21,7 +21,6 @@ from mae_deploy.evaluation.features import (
     extract,
     open_source,
     random_like,
-    resolve_device,
 )
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
@@ -33,6 +32,7 @@ from mae_deploy.reporting.plots import Curve, draw_bars
 from mae_deploy.reporting.tables import FigureColumn, markdown_table, mean_of, rich_table, write_files
 from mae_deploy.results import Result
 from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import LoadedWeights, read_weights
 
 RANDOM = "random"

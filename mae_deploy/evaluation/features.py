@@ -5,10 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.loader import eval_loader
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import NormaliseImages, eval_transform
-from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
@@ -29,6 +28,7 @@ from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.seeding import derive_seed, random_patches, seed_everything
 from mae_deploy.training.config import Device, TrainingPrecision
+from mae_deploy.training.device import autocast, resolve_device
 from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, read_weights
 
 
@@ -155,7 +155,7 @@ class ModuleFeatures:
         )
         self._pooled = pooled
         self._normalise = NormaliseImages(spec).to(self.device)
-        self._autocast = autocast_for(self.device, precision)
+        self._autocast = autocast(precision, self.device)
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> Tensor:
@@ -275,33 +275,6 @@ def random_like(loaded: LoadedWeights, seed: int) -> LoadedWeights:
         metrics={},
     )
     return LoadedWeights(metadata, Encoder(loaded.encoder_config).state_dict(), {})
-
-
-def resolve_device(device: Device) -> torch.device:
-    """The torch device that an option means.
-
-    Raises:
-        MissingDependency: there is no CUDA device.
-    """
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
-    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def autocast_for(device: torch.device, precision: TrainingPrecision) -> Callable[[], AbstractContextManager[Any]]:
-    """What to enter for arithmetic in this precision.
-
-    Raises:
-        MissingDependency: fp16 on a CPU.
-    """
-    if precision == "fp16" and device.type == "cpu":
-        raise MissingDependency("--precision fp16 needs a CUDA device", hint="use --precision bf16 or fp32")
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-    if precision == "fp32":
-        return nullcontext
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return lambda: torch.autocast(device.type, dtype)
 
 
 def _pool_of(asked: str, offered: tuple[str, ...]) -> str:

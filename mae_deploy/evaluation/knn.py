@@ -16,9 +16,10 @@ from torch.nn import functional as F
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.evaluation.config import KnnConfig
-from mae_deploy.evaluation.features import FeatureSet, extract, open_source, resolve_device
+from mae_deploy.evaluation.features import FeatureSet, extract, open_source
 from mae_deploy.progress import notice
 from mae_deploy.results import Result
+from mae_deploy.training.device import resolve_device
 
 BLOCK_SIZE = 4096
 

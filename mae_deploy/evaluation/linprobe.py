@@ -23,12 +23,13 @@ from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig, LinprobeConfig
-from mae_deploy.evaluation.features import FeatureSet, FeatureSource, ModuleFeatures, extract, resolve_device
+from mae_deploy.evaluation.features import FeatureSet, FeatureSource, ModuleFeatures, extract
 from mae_deploy.evaluation.linear import fit_linear, unstandardise
 from mae_deploy.files import atomic_path, point_link, read_json, write_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.vit import Classifier
 from mae_deploy.seeding import derive_seed, seed_everything
+from mae_deploy.training.device import resolve_device
 from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.optim.lars import Lars

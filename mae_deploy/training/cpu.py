@@ -11,6 +11,7 @@ from torch import nn
 
 from mae_deploy.models.cpu_kernels import Kernels, measure, use_kernels
 from mae_deploy.progress import notice
+from mae_deploy.training.device import cpu_multiplies_bf16
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """mallopt's numbers, from glibc's malloc.h."""
@@ -44,7 +45,7 @@ def keep_freed_memory() -> None:
 @cache
 def advise_bf16() -> None:
     """Say once how much faster this CPU multiplies BF16, if it has instructions for it."""
-    if torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if cpu_multiplies_bf16():
         notice(
             "bf16:",
             f"this CPU multiplies BF16 matrices {bf16_gain():.1f} times as fast as FP32: --precision bf16 uses that",

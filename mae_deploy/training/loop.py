@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from mae_deploy.errors import MissingDependency, import_optional
+from mae_deploy.errors import import_optional
 from mae_deploy.training.config import Device, OptimConfig, TrainingPrecision
 from mae_deploy.training.cpu import advise_bf16
+from mae_deploy.training.device import resolve_device, resolve_precision
 from mae_deploy.training.job import Evaluation, TrainConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
@@ -33,15 +33,12 @@ def make_accelerator(
     """
     for name in trackers:  # before there is a run folder
         import_optional(name, extra=name)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
+    place = resolve_device(device)
+    resolved = resolve_precision(precision, place)
     AcceleratorState._reset_state()  # an earlier stage in this process may have used another precision
-    on_cpu = device == "cpu" or not torch.cuda.is_available()
-    if precision == "fp16" and on_cpu:
-        raise MissingDependency("--precision fp16 needs a CUDA device", hint="use --precision bf16 or fp32")
-    if precision == "auto":
-        precision = "fp32" if on_cpu or not torch.cuda.is_bf16_supported() else "bf16"
-    return Accelerator(cpu=on_cpu, mixed_precision="no" if precision == "fp32" else precision, project_dir=out)
+    return Accelerator(
+        cpu=place.type == "cpu", mixed_precision="no" if resolved == "fp32" else resolved, project_dir=out
+    )
 
 
 def fit(job: TrainingJob, folder: RunFolder, accelerator: Accelerator, config: TrainConfig) -> dict[str, Any]:

@@ -92,9 +92,9 @@ def run_benchmark_train(config: BenchmarkTrainConfig) -> Result:
     """
     if config.out is not None:
         refuse_to_overwrite(config.out)
+    accelerator = make_accelerator(config.device, config.precision, config.out or Path())
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    accelerator = make_accelerator(config.device, config.precision, config.out or Path())
     device, dtype = accelerator.device, _DTYPES[accelerator.mixed_precision]
     plain_dtype = torch.float32 if device.type == "cpu" else torch.float16
     losses, calls = _steps(config, accelerator)

@@ -19,7 +19,7 @@ from mae_deploy.commands.sweep.config import SweepConfig
 from mae_deploy.config import differences, from_dict, merge, parse_assignment, read_recipe, to_yaml
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract, resolve_device
+from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
 from mae_deploy.files import read_json, write_json, write_text
@@ -39,6 +39,7 @@ from mae_deploy.reporting.tables import (
     write_files,
 )
 from mae_deploy.results import Result
+from mae_deploy.training.device import resolve_device
 from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
 from mae_deploy.weights.load import read_weights
 

@@ -1,0 +1,118 @@
+"""One rule for `--device` and one for `--precision`, whatever the command."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mae_deploy.cli import main
+from mae_deploy.errors import MissingDependency
+from mae_deploy.training import device as device_module
+from mae_deploy.training.device import autocast, resolve_device, resolve_precision
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("asked", "there", "expected"),
+    [("auto", True, CUDA), ("auto", False, CPU), ("cpu", True, CPU), ("cpu", False, CPU), ("cuda", True, CUDA)],
+)
+def test_the_device(asked: Any, there: bool, expected: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    assert resolve_device(asked) == expected
+
+
+def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(MissingDependency, match="--device cuda, but torch sees no CUDA device"):
+        resolve_device("cuda")
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "pretrain {images} --out {out}",
+        "finetune {classes} --init {run} --out {out}",
+        "linprobe {classes} --init {run} --out {out}",
+        "knn {classes} --init {run}",
+        "compare {run} --data {classes}",
+        "sweep {images} --labelled {classes} --mask-ratio 0.5 --out {out}",
+        "distill {images} --teacher {run} --student vit_nano_patch4 --patch-size 5 --image-size 15,10 --out {out}",
+        "reconstruct {images} --checkpoint {run} --out {out}.png",
+        "export {run} --out {out} --samples {images}",
+    ],
+    ids=lambda command: command.split()[0],
+)
+def test_no_command_takes_another_device_than_the_one_asked_for(
+    command: str,
+    images: Path,
+    classes: Path,
+    pretrained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    words = command.format(images=images, classes=classes, run=pretrained, out=tmp_path / "out").split()
+    capsys.readouterr()
+    assert main([*words, "--device", "cuda"]) == 3
+    assert "error: --device cuda, but torch sees no CUDA device\n" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("granted", "before", "variable", "expected"),
+    [(1, 2, None, 1), (2, 1, None, 1), (None, 2, None, 2), (1, 2, "2", 2)],
+)
+def test_threads_on_a_cpu(
+    granted: int | None, before: int, variable: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setitem(os.environ, "OMP_NUM_THREADS", variable)
+    monkeypatch.setattr(device_module, "default_threads", lambda: granted)
+    try:
+        torch.set_num_threads(before)
+        resolve_device("cpu")
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("avx512", "amx", "expected"), [(True, False, "bf16"), (False, True, "bf16"), (False, False, "fp32")]
+)
+def test_auto_on_a_cpu_is_what_it_multiplies_in(
+    avx512: bool, amx: bool, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: avx512)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    assert resolve_precision("auto", CPU, frozen=True) == expected
+    assert resolve_precision("auto", CPU) == "fp32", "a training run is the same on every CPU"
+    assert resolve_precision("fp32", CPU) == "fp32"
+
+
+@pytest.mark.parametrize(("native", "expected"), [(True, "bf16"), (False, "fp32")])
+def test_auto_on_a_gpu(native: bool, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        torch.cuda, "is_bf16_supported", lambda *, including_emulation: native and not including_emulation
+    )
+    assert resolve_precision("auto", CUDA) == expected
+    assert resolve_precision("fp16", CUDA) == "fp16"
+
+
+def test_fp16_needs_a_gpu() -> None:
+    with pytest.raises(MissingDependency, match="--teacher-precision fp16"):
+        resolve_precision("fp16", CPU, option="--teacher-precision")
+
+
+def test_what_is_entered_for_a_precision() -> None:
+    x = torch.ones(2, 2)
+    for precision, expected in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("auto", torch.float32)):
+        with autocast(precision, CPU)():  # type: ignore[arg-type]
+            assert (x @ x).dtype == expected
