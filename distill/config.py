@@ -43,7 +43,7 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
     """The teacher's block whose output is matched, counted from 1; default: at 3/4 of its depth."""
     student_block: int | None = None
     """The student's block that is matched to it, counted from 1; default: at 3/4 of its depth."""
-    feature_blocks: Blocks | None = None
+    feature_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Other pairs of blocks in place of these two, STUDENT:TEACHER, such as 6:12,12:24 or last:last."""
     feature_weight: float | None = None
     """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs
@@ -75,13 +75,13 @@ class RelationConfig(Settings, resume="fixed"):
 
     relation_weight: float = 0.0
     """Weight of the divergence between the relations of queries, keys and values (TinyMIM)."""
-    relation_blocks: Blocks | None = None
+    relation_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the student's last and the teacher's at 3/4 of its depth."""
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     """Which relations."""
     attention_weight: float = 0.0
     """Weight of the squared error of attention maps (MAE-Lite)."""
-    attention_blocks: Blocks | None = None
+    attention_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the last of both."""
     relation_schedule: Schedule | None = setting(None, hidden=True)
     """Factor of --relation-weight over the run: [[share of the run, factor], ...]."""
@@ -103,7 +103,7 @@ class DecoderFeatureConfig(Settings, resume="fixed"):
     decoder_feature_weight: float = 0.0
     """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher
     needs its decoder."""
-    decoder_blocks: Blocks | None = None
+    decoder_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """The pair of decoder blocks, STUDENT:TEACHER; default: the student's last and the teacher's at half of its
     decoder's depth (G2SD: 4 of 8)."""
     decoder_feature_loss: Distance = "smooth_l1"
@@ -287,18 +287,18 @@ class DistillConfig(Settings):
 
     data: Path = setting(argument=True, resume="free")
     """Any tree of images for features; DATA/train/<class>/… and DATA/val/<class>/… for logits."""
-    teacher: Path = setting(resume="fixed")
+    teacher: Path = setting(resume="fixed", metavar="CKPT|BUNDLE")
     """The teacher: a run folder, a checkpoint folder, a weights file, a bundle, or timm:NAME with --teacher-weights; a
     fine-tuned one for logits."""
-    student: str = setting(flag="--student", resume="fixed")
+    student: str = setting(flag="--student", resume="fixed", metavar="MODEL")
     """The student's model, such as vit_tiny_patch16 (see pretrain --help); --student-width and the like change its
     shape."""
     out: Path = setting(resume="free")
     """Run folder to write."""
-    objective: Literal["auto", "features", "logits"] = setting("auto", resume="fixed")
+    objective: Literal["auto", "features", "logits"] = setting("auto", resume="fixed", basic=True)
     """Match features on visible patches while the student reconstructs, or logits; auto: logits where the teacher is
     fine-tuned."""
-    init: Path | None = setting(None, resume="fixed")
+    init: Path | None = setting(None, resume="fixed", basic=True, metavar="CKPT")
     """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads
     and channels; default: random."""
     image_size: tuple[int, int] | None = setting(None, resume="fixed")
@@ -306,16 +306,16 @@ class DistillConfig(Settings):
     its patches match."""
     patch_size: int | None = setting(None, resume="fixed")
     """Side of the student's patch in pixels; default: its model's."""
-    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed")
+    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed", basic=True)
     """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as
     many of its patches, so that one student serves every number of patches; one share fixes it. With logits, the
     teacher sees the whole image; with features, it takes the place of --mask-ratio. Default: all patches with logits,
     --mask-ratio with features."""
-    resume: bool = setting(False, resume="free")
+    resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there."""
-    seed: int = setting(0, resume="fixed")
+    seed: int = setting(0, resume="fixed", basic=True)
     """Seed of weights, data order, augmentation and masks."""
-    device: Device = setting("auto", resume="free")
+    device: Device = setting("auto", resume="free", basic=True)
     """auto, cpu or cuda."""
     shape: ShapeConfig = section(ShapeConfig)
     features: FeatureObjectiveConfig = section(FeatureObjectiveConfig)

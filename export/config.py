@@ -27,7 +27,7 @@ class Int8Config(Settings, resume="fixed"):
     quantization: Literal["auto", "dynamic", "static"] = "auto"
     """dynamic: activation ranges found at run time, no calibration; static: Q/DQ with calibrated ranges;
     auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
-    calib_data: Path | None = None
+    calib_data: Path | None = setting(None, basic=True)
     """Folder of at least 128 images for calibration; required for static."""
     calib_images: int = 512
     """At most this many of them, spread over the folder."""
@@ -45,7 +45,7 @@ class Int8Config(Settings, resume="fixed"):
     int8_attention: bool = False
     """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512
     tokens."""
-    max_drop: float | None = None
+    max_drop: float | None = setting(None, basic=True)
     """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of
     agreement with FP32."""
     min_cosine: float | None = None
@@ -78,41 +78,41 @@ class Int8Config(Settings, resume="fixed"):
 class ExportConfig(Settings, resume="never"):
     """Settings of `mae-deploy export`."""
 
-    checkpoint: Path = setting(argument=True)
+    checkpoint: Path = setting(argument=True, metavar="CKPT")
     """A run folder, a checkpoint folder or a weights file."""
     out: Path
     """Bundle folder to write."""
-    engine: Literal["onnx", "openvino", "trt"] = "onnx"
+    engine: Literal["onnx", "openvino", "trt"] = setting("onnx", basic=True)
     """The engine that the graph is made for and proven on: onnx (ONNX Runtime) or openvino, each of which runs the
     other's too; trt: TensorRT, an engine is built on this machine's GPU and put into the bundle."""
     build: bool = True
     """With --engine trt; --no-build: prove the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine'
     on the device."""
-    tokens: str = "full"
+    tokens: str = setting("full", basic=True, metavar="MODE[:K]")
     """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K;
     ragged: each image its own number, padded (ragged:K: to K); reconstruct: encoder and decoder, all patches' pixels
         from the visible ones (reconstruct:K)."""
-    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = "fp32"
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = setting("fp32", basic=True)
     """Arithmetic of the graph; fp8 (E4M3) for TensorRT 10 and later."""
     typing: Literal["auto", "weak", "strong"] = "auto"
     """weak: an FP32 graph, opset 17, that tells the engine what it may compute in (weights stored in the precision, for
     TensorRT in FP32; Q/DQ with FP32 scales); strong: the types in the graph say it; auto: strong for fp16, and for bf16
     on OpenVINO, else weak; for TensorRT weak where TensorRT 8 is installed, else strong."""
-    batch: str | None = None
+    batch: str | None = setting(None, basic=True, metavar="INTEGER|dynamic")
     """A fixed batch size, or dynamic; default: dynamic, for TensorRT 1 unless --profile gives B."""
-    profile: str | None = None
+    profile: str | None = setting(None, basic=True, metavar="SIZES")
     """Smallest, usual and largest of the dynamic sizes, such as 'B:1,8,32 K:20,49,196'; default: B:1,8,32 and K from 1
     to all patches, usually a quarter. For TensorRT several, separated by ';', each with kernels of its own: 'B:1,1,1
     K:49,49,49; B:8,32,64 K:20,49,196'."""
-    outputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = setting(None, basic=True, metavar="NAME,…")
     """Outputs by name: cls, tokens, pooled, logits, feature_map, block_I, p2 to p5, pixels; default: all of the first
     four that the model has."""
     layers: tuple[int, ...] | None = None
     """Also the patch tokens after these blocks, counted from 0, as outputs block_I."""
-    pyramid: str | None = None
+    pyramid: str | None = setting(None, metavar="PATH|random")
     """Also ViTDet's simple feature pyramid p2 to p5: a weights file of a detector trained on this backbone, or random
     (untrained, from --seed)."""
-    images: Literal["float32", "float16", "uint8"] = "float32"
+    images: Literal["float32", "float16", "uint8"] = setting("float32", basic=True)
     """Input type: normalised float (B, C, H, W), or uint8 (B, H, W, C) with the normalisation in the graph; float16
     only with --precision fp16."""
     one_std: bool = False
@@ -127,7 +127,7 @@ class ExportConfig(Settings, resume="never"):
     pixels: Literal["target", "normalised", "image"] = "target"
     """Reconstructed pixels: as the decoder predicts them, in the space of the normalised images, or of images from 0 to
     1."""
-    image_size: tuple[int, int] | None = None
+    image_size: tuple[int, int] | None = setting(None, basic=True)
     """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are
     interpolated."""
     int8: Int8Config = section(Int8Config)
@@ -138,7 +138,7 @@ class ExportConfig(Settings, resume="never"):
     deepstream: Path | None = None
     """Also write the engine to this folder with configurations for DeepStream; only with --tokens full and an
     engine."""
-    samples: Path | None = None
+    samples: Path | None = setting(None, basic=True)
     """Folder of images for the parity check; default: the data that the checkpoint was trained on."""
     num_samples: int | None = None
     """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
@@ -147,7 +147,7 @@ class ExportConfig(Settings, resume="never"):
     """CPU threads of the engine during the checks; default: one for each core."""
     seed: int = 0
     """Seed of the visible patches in the parity check and in calibration."""
-    device: Device = "cpu"
+    device: Device = setting("cpu", basic=True)
     """Where PyTorch computes the reference: auto, cpu or cuda."""
 
     def __post_init__(self) -> None:

@@ -2,41 +2,58 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from mae_deploy import __version__
-from mae_deploy.commands.benchmark.config import BenchmarkConfig
-from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
-from mae_deploy.commands.config import BuildEngineConfig, DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
-from mae_deploy.commands.data.config import PackConfig, StatsConfig
-from mae_deploy.commands.quickstart.config import QuickstartConfig
-from mae_deploy.commands.report.config import ReportConfig
-from mae_deploy.commands.sweep.config import SweepConfig
-from mae_deploy.commands.weights.config import ExportWeightsConfig, ImportConfig
-from mae_deploy.distill.config import DistillConfig
+from mae_deploy.completion import COMPLETIONS
 from mae_deploy.errors import MaeDeployError, import_optional
-from mae_deploy.evaluation.config import CompareConfig, EvalConfig, KnnConfig, LinprobeConfig
-from mae_deploy.export.config import ExportConfig
-from mae_deploy.options import command
-from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+from mae_deploy.help_page import Group
+from mae_deploy.options import command as register
+
+if TYPE_CHECKING:  # settings are imported for the command that is called
+    from mae_deploy.commands.benchmark.config import BenchmarkConfig
+    from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
+    from mae_deploy.commands.config import BuildEngineConfig, DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
+    from mae_deploy.commands.data.config import PackConfig, StatsConfig
+    from mae_deploy.commands.quickstart.config import QuickstartConfig
+    from mae_deploy.commands.report.config import ReportConfig
+    from mae_deploy.commands.sweep.config import SweepConfig
+    from mae_deploy.commands.weights.config import ExportWeightsConfig, ImportConfig
+    from mae_deploy.distill.config import DistillConfig
+    from mae_deploy.evaluation.config import CompareConfig, EvalConfig, KnnConfig, LinprobeConfig
+    from mae_deploy.export.config import ExportConfig
+    from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+
+START, TRAIN, EVALUATE, DEPLOY = "Start", "Train", "Evaluate", "Export and deploy"
+DATA, WEIGHTS, DEVELOPERS = "Data", "Weights", "Developers"
+
+command = functools.partial(register, completions=COMPLETIONS)
+
+
+class _Commands(Group):
+    panels = (START, TRAIN, EVALUATE, DEPLOY, DATA, WEIGHTS, DEVELOPERS)
+    last = "mae-deploy COMMAND --help explains a command. New here? mae-deploy quickstart"
+
 
 app = typer.Typer(
     name="mae-deploy",
+    cls=_Commands,
     help="From a folder of unlabelled images to a vision backbone on an edge device.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
 
 
 data = typer.Typer(
+    cls=Group,
     help="Look at a data set, or pack it into shards.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -45,160 +62,225 @@ data = typer.Typer(
 app.add_typer(data, name="data")
 
 
-@command(app, QuickstartConfig)
+@command(app, "mae_deploy.commands.quickstart.config:QuickstartConfig", panel=START)
 def quickstart(config: QuickstartConfig) -> Any:
-    """Run the whole pipeline on real handwritten digits: pretrain, fine-tune, distil, export, verify, report."""
+    """Try the whole pipeline on handwritten digits.
+
+    Pretrain, fine-tune, distil, export, verify and report, on real images, in minutes.
+    """
     return _needs_torch("mae_deploy.commands.quickstart.run").run_quickstart(config)
 
 
-@command(app, PretrainConfig, recipes=True)
-def pretrain(config: PretrainConfig) -> Any:
-    """Pretrain a masked autoencoder on a folder of unlabelled images."""
-    return _needs_torch("mae_deploy.pretrain.run").run_pretrain(config)
-
-
-@command(app, FinetuneConfig, recipes=True)
-def finetune(config: FinetuneConfig) -> Any:
-    """Fine-tune a pretrained encoder on labelled images, or train the same network from scratch."""
-    return _needs_torch("mae_deploy.pretrain.finetune").run_finetune(config)
-
-
-@command(app, LinprobeConfig, recipes=True)
-def linprobe(config: LinprobeConfig) -> Any:
-    """Train a linear head on a frozen encoder: the paper's recipe, or on features that are computed once."""
-    return _needs_torch("mae_deploy.evaluation.linprobe").run_linprobe(config)
-
-
-@command(app, KnnConfig)
-def knn(config: KnnConfig) -> Any:
-    """Judge an encoder by the classes of an image's nearest neighbours: nothing is trained."""
-    return _needs_torch("mae_deploy.evaluation.knn").run_knn(config)
-
-
-@command(app, CompareConfig)
-def compare(config: CompareConfig) -> Any:
-    """Put several encoders side by side on the same probes: ours, bundles, timm models, random weights."""
-    return _needs_torch("mae_deploy.evaluation.compare").run_compare(config)
-
-
-@command(app, SweepConfig)
-def sweep(config: SweepConfig) -> Any:
-    """Pretrain at several mask ratios, or values of any setting, judge each, and draw the curve."""
-    return _needs_torch("mae_deploy.commands.sweep.run").run_sweep(config)
-
-
-@command(app, DistillConfig, recipes=True)
-def distill(config: DistillConfig) -> Any:
-    """Distil a pretrained or fine-tuned teacher into a smaller student."""
-    return _needs_torch("mae_deploy.distill.run").run_distill(config)
-
-
-@command(app, ReconstructConfig)
-def reconstruct(config: ReconstructConfig) -> Any:
-    """Draw original, masked and reconstructed images."""
-    return _needs_torch("mae_deploy.pretrain.reconstruct").run_reconstruct(config)
-
-
-@command(app, ImportConfig, name="import")
-def import_(config: ImportConfig) -> Any:
-    """Convert weights of the original MAE, timm, Hugging Face, mmpretrain or MAE-Lite into a checkpoint."""
-    return _needs_torch("mae_deploy.commands.weights.import_weights").run_import(config)
-
-
-@command(app, ExportWeightsConfig, name="export-weights")
-def export_weights(config: ExportWeightsConfig) -> Any:
-    """Write a checkpoint's weights as timm, transformers or the original MAE loads them, proven there."""
-    return _needs_torch("mae_deploy.commands.weights.export_weights").run_export_weights(config)
-
-
-@command(app, ExportConfig, recipes=True)
-def export(config: ExportConfig) -> Any:
-    """Export a checkpoint to a bundle whose graph is proven against PyTorch."""
-    return _needs_torch("mae_deploy.export.run").run_export(config)
-
-
-@command(app, BuildEngineConfig, name="build-engine")
-def build_engine(config: BuildEngineConfig) -> Any:
-    """Build a TensorRT engine on this machine's GPU, prove it and add it to a bundle; needs no torch."""
-    from mae_deploy.commands.build_engine import run_build_engine
-
-    return run_build_engine(config)
-
-
-@command(app, VerifyConfig)
-def verify(config: VerifyConfig) -> Any:
-    """Prove that a bundle computes on this machine what PyTorch computed; needs no torch."""
-    from mae_deploy.commands.verify import run_verify
-
-    return run_verify(config)
-
-
-@command(app, PredictConfig)
-def predict(config: PredictConfig) -> Any:
-    """Classify images, or write their features; needs no torch."""
-    from mae_deploy.commands.predict import run_predict
-
-    return run_predict(config)
-
-
-@command(app, EvalConfig, name="eval")
-def eval_(config: EvalConfig) -> Any:
-    """Top-1 and top-5 of a checkpoint or a bundle on labelled images; a bundle needs no torch."""
-    from mae_deploy.evaluation.evaluate import run_eval
-
-    return run_eval(config)
-
-
-@command(app, BenchmarkConfig)
-def benchmark(config: BenchmarkConfig) -> Any:
-    """Compare bundles, engines, numbers of patches and batch sizes on this machine, timed in turns; needs no torch."""
-    from mae_deploy.commands.benchmark.run import run_benchmark
-
-    return run_benchmark(config)
-
-
-@command(app, BenchmarkTrainConfig, name="benchmark-train")
-def benchmark_train(config: BenchmarkTrainConfig) -> Any:
-    """Time a pretraining step against a plain one and the device's own rate, in turns."""
-    return _needs_torch("mae_deploy.commands.benchmark_train.run").run_benchmark_train(config)
-
-
-@command(app, ReportConfig)
-def report(config: ReportConfig) -> Any:
-    """Export trained classifiers in FP32 and INT8, and put top-1, operations and latency of all side by side."""
-    return _needs_torch("mae_deploy.commands.report.run").run_report(config)
-
-
-@command(app, InfoConfig)
-def info(config: InfoConfig) -> Any:
-    """Say what a run, checkpoint, weights file or bundle is, where it came from and what it may be used for."""
-    from mae_deploy.commands.info import run_info
-
-    return run_info(config)
-
-
-@command(app, DoctorConfig)
+@command(app, "mae_deploy.commands.config:DoctorConfig", panel=START)
 def doctor(config: DoctorConfig) -> Any:
-    """Say what is installed, which engines work here, and what is missing for which command."""
+    """Show what is installed and which engines work here.
+
+    For each command, it says what is missing and how to install it.
+    """
     from mae_deploy.commands.doctor import run_doctor
 
     return run_doctor(config)
 
 
-@command(data, StatsConfig)
+@command(app, "mae_deploy.commands.config:InfoConfig", panel=START)
+def info(config: InfoConfig) -> Any:
+    """Describe a run, checkpoint, weights file or bundle.
+
+    What it is, where it came from and what it may be used for.
+    """
+    from mae_deploy.commands.info import run_info
+
+    return run_info(config)
+
+
+@command(app, "mae_deploy.pretrain.config:PretrainConfig", panel=TRAIN, recipes=True)
+def pretrain(config: PretrainConfig) -> Any:
+    """Pretrain a masked autoencoder on unlabelled images."""
+    return _needs_torch("mae_deploy.pretrain.run").run_pretrain(config)
+
+
+@command(app, "mae_deploy.pretrain.config:FinetuneConfig", panel=TRAIN, recipes=True)
+def finetune(config: FinetuneConfig) -> Any:
+    """Fine-tune an encoder on labelled images.
+
+    With --from-scratch, the same network is trained from random weights, as a baseline.
+    """
+    return _needs_torch("mae_deploy.pretrain.finetune").run_finetune(config)
+
+
+@command(app, "mae_deploy.distill.config:DistillConfig", panel=TRAIN, recipes=True)
+def distill(config: DistillConfig) -> Any:
+    """Distil a teacher into a smaller student.
+
+    The teacher is a pretrained or fine-tuned encoder, of this project or another.
+    """
+    return _needs_torch("mae_deploy.distill.run").run_distill(config)
+
+
+@command(app, "mae_deploy.commands.sweep.config:SweepConfig", panel=TRAIN)
+def sweep(config: SweepConfig) -> Any:
+    """Pretrain at several values of a setting and compare.
+
+    Each value is evaluated by k-NN, a linear probe and fine-tuning, and the curve is drawn.
+    """
+    return _needs_torch("mae_deploy.commands.sweep.run").run_sweep(config)
+
+
+@command(app, "mae_deploy.pretrain.config:ReconstructConfig", panel=EVALUATE)
+def reconstruct(config: ReconstructConfig) -> Any:
+    """Draw original, masked and reconstructed images."""
+    return _needs_torch("mae_deploy.pretrain.reconstruct").run_reconstruct(config)
+
+
+@command(app, "mae_deploy.evaluation.config:LinprobeConfig", panel=EVALUATE, recipes=True)
+def linprobe(config: LinprobeConfig) -> Any:
+    """Train a linear head on a frozen encoder.
+
+    With the paper's recipe, or on features that are computed once.
+    """
+    return _needs_torch("mae_deploy.evaluation.linprobe").run_linprobe(config)
+
+
+@command(app, "mae_deploy.evaluation.config:KnnConfig", panel=EVALUATE)
+def knn(config: KnnConfig) -> Any:
+    """Classify by nearest neighbours; nothing is trained.
+
+    Top-1 of an encoder's features: each validation image is classified by its nearest training images.
+    """
+    return _needs_torch("mae_deploy.evaluation.knn").run_knn(config)
+
+
+@command(app, "mae_deploy.evaluation.config:CompareConfig", panel=EVALUATE)
+def compare(config: CompareConfig) -> Any:
+    """Compare encoders by k-NN and a linear probe.
+
+    Side by side: checkpoints, bundles, timm models, random weights.
+    """
+    return _needs_torch("mae_deploy.evaluation.compare").run_compare(config)
+
+
+@command(app, "mae_deploy.evaluation.config:EvalConfig", name="eval", panel=EVALUATE)
+def eval_(config: EvalConfig) -> Any:
+    """Measure top-1 and top-5 of a checkpoint or bundle.
+
+    A bundle needs no PyTorch.
+    """
+    from mae_deploy.evaluation.evaluate import run_eval
+
+    return run_eval(config)
+
+
+@command(app, "mae_deploy.commands.report.config:ReportConfig", panel=EVALUATE)
+def report(config: ReportConfig) -> Any:
+    """Compare classifiers in FP32 and INT8.
+
+    Exports each of them in both, and puts top-1, parameters, operations and latency side by side.
+    """
+    return _needs_torch("mae_deploy.commands.report.run").run_report(config)
+
+
+@command(app, "mae_deploy.export.config:ExportConfig", panel=DEPLOY, recipes=True)
+def export(config: ExportConfig) -> Any:
+    """Export a checkpoint to a bundle for deployment.
+
+    The graph is checked against PyTorch before the bundle is written.
+    """
+    return _needs_torch("mae_deploy.export.run").run_export(config)
+
+
+@command(app, "mae_deploy.commands.config:BuildEngineConfig", name="build-engine", panel=DEPLOY)
+def build_engine(config: BuildEngineConfig) -> Any:
+    """Build a TensorRT engine for this machine's GPU.
+
+    The engine is checked and added to the bundle. Needs no PyTorch.
+    """
+    from mae_deploy.commands.build_engine import run_build_engine
+
+    return run_build_engine(config)
+
+
+@command(app, "mae_deploy.commands.config:VerifyConfig", panel=DEPLOY)
+def verify(config: VerifyConfig) -> Any:
+    """Check that a bundle is right on this machine.
+
+    Its outputs are compared with those that PyTorch computed at export. Needs no PyTorch.
+    """
+    from mae_deploy.commands.verify import run_verify
+
+    return run_verify(config)
+
+
+@command(app, "mae_deploy.commands.config:PredictConfig", panel=DEPLOY)
+def predict(config: PredictConfig) -> Any:
+    """Classify images, or write their features.
+
+    Needs no PyTorch.
+    """
+    from mae_deploy.commands.predict import run_predict
+
+    return run_predict(config)
+
+
+@command(app, "mae_deploy.commands.benchmark.config:BenchmarkConfig", panel=DEPLOY)
+def benchmark(config: BenchmarkConfig) -> Any:
+    """Measure latency, memory and accuracy of bundles.
+
+    Bundles, engines, numbers of patches and batch sizes, timed in turns. Needs no PyTorch.
+    """
+    from mae_deploy.commands.benchmark.run import run_benchmark
+
+    return run_benchmark(config)
+
+
+@command(data, "mae_deploy.commands.data.config:StatsConfig", panel=DATA)
 def stats(config: StatsConfig) -> Any:
-    """Mean and deviation of every channel, sizes, formats, duplicates and unreadable files; needs no torch."""
+    """Report mean, deviation, sizes and duplicates.
+
+    Of every channel, and formats and unreadable files too. Needs no PyTorch.
+    """
     from mae_deploy.commands.data.stats import run_stats
 
     return run_stats(config)
 
 
-@command(data, PackConfig)
+@command(data, "mae_deploy.commands.data.config:PackConfig", panel=DATA)
 def pack(config: PackConfig) -> Any:
-    """Pack images into tar shards with an index, smaller and without duplicates on request; needs no torch."""
+    """Pack images into tar shards with an index.
+
+    On request smaller and without duplicates. Needs no PyTorch.
+    """
     from mae_deploy.commands.data.pack import run_pack
 
     return run_pack(config)
+
+
+@command(app, "mae_deploy.commands.weights.config:ImportConfig", name="import", panel=WEIGHTS)
+def import_(config: ImportConfig) -> Any:
+    """Convert weights of another library to a checkpoint.
+
+    From the original MAE, timm, Hugging Face, mmpretrain or MAE-Lite.
+    """
+    return _needs_torch("mae_deploy.commands.weights.import_weights").run_import(config)
+
+
+@command(app, "mae_deploy.commands.weights.config:ExportWeightsConfig", name="export-weights", panel=WEIGHTS)
+def export_weights(config: ExportWeightsConfig) -> Any:
+    """Convert a checkpoint for timm or transformers.
+
+    Or for the original MAE; the result is loaded there and compared.
+    """
+    return _needs_torch("mae_deploy.commands.weights.export_weights").run_export_weights(config)
+
+
+@command(
+    app, "mae_deploy.commands.benchmark_train.config:BenchmarkTrainConfig", name="benchmark-train", panel=DEVELOPERS
+)
+def benchmark_train(config: BenchmarkTrainConfig) -> Any:
+    """Time a pretraining step.
+
+    In turns with a plain one and the device's own rate of matrix products.
+    """
+    return _needs_torch("mae_deploy.commands.benchmark_train.run").run_benchmark_train(config)
 
 
 @app.callback(invoke_without_command=True)

@@ -58,6 +58,8 @@ def setting(
     argument: bool = False,
     hidden: bool = False,
     repeated: bool = False,
+    metavar: str | None = None,
+    basic: bool = False,
 ) -> Any:
     """A dataclass field with what there is to know about it.
 
@@ -68,10 +70,20 @@ def setting(
         argument: a positional argument instead of an option.
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
         repeated: a tuple of which each value is an option of its own, as its values may hold commas.
+        metavar: what help says that it takes, where the type says too little: `CKPT`, `MODEL`; shells complete by it.
+        basic: one of the few that `--help` shows where a command has many; required ones always are.
     """
     return dataclasses.field(
         default=default,
-        metadata={"resume": resume, "flag": flag, "argument": argument, "hidden": hidden, "repeated": repeated},
+        metadata={
+            "resume": resume,
+            "flag": flag,
+            "argument": argument,
+            "hidden": hidden,
+            "repeated": repeated,
+            "metavar": metavar,
+            "basic": basic,
+        },
     )
 
 

@@ -1,16 +1,19 @@
-"""Turn config dataclasses into Typer commands: every field an option, every section a help panel."""
+"""Turn config dataclasses into Typer commands: every field an option, every section a heading of the help page."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import os
+import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Optional, TypeVar, get_args, get_origin
+from typing import Annotated, Any, Literal, Optional, TypeVar, cast, get_args, get_origin
 
 import typer
+from typer.core import TyperCommand
 
 from mae_deploy.config import (
     field_docs,
@@ -25,12 +28,20 @@ from mae_deploy.config import (
 )
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import write_text
+from mae_deploy.help_page import Entry, page
 from mae_deploy.results import _shown, show
 
 C = TypeVar("C")
 
 COMMON = "Common"
-"""The help panel of the options that every command has."""
+"""The heading of the options that every command has."""
+
+SMALL = 15
+"""A command with at most so many options shows them all; one with more shows those that matter, and the others with
+`--help-all`."""
+
+Completions = Mapping[str, Callable[[str], Iterable[str]]]
+"""For what an option takes (`CKPT`, `MODEL`), the values that begin with a text."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,11 +59,32 @@ class Flag:
     default: str | None
     argument: bool
     required: bool
+    takes: str
+    """The metavar: `PATH`, `a|b|c`; what it can be completed with goes by it."""
+    basic: bool
+    """Whether `--help` shows it where a command has many options."""
 
     @property
     def variable(self) -> str:
         """The parameter name of the generated function."""
         return "_".join(self.path)
+
+    @property
+    def unused(self) -> bool:
+        """Whether the command accepts it only because every command does."""
+        return self.help.startswith("Not used")
+
+    @property
+    def note(self) -> str:
+        """What is said behind the help: that it is required, or its default; a flag that is off needs neither."""
+        if self.required or self.default is None or (self.kind is bool and self.default == "no"):
+            return "required" if self.required else ""
+        return f"default: {self.default}"
+
+    @property
+    def spelling(self) -> str:
+        """The option as it is written: a flag that is on has its `--no-` form beside it."""
+        return f"{self.name}/--no-{self.name[2:]}" if self.kind is bool and self.default != "no" else self.name
 
 
 def flags_of(
@@ -81,86 +113,194 @@ def flags_of(
                 kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
-                default=None if required or default is None else _shown(default),
+                default=None if required or default is None else _shown(default) or None,
                 argument=argument,
                 required=required,
+                takes=field.metadata.get("metavar") or _metavar(kind),
+                basic=required or argument or bool(field.metadata.get("basic")),
             )
         )
     return found
 
 
 def command(
-    app: typer.Typer, config: type[C], *, name: str | None = None, recipes: bool = False
+    app: typer.Typer,
+    config: type[C] | str,
+    *,
+    name: str | None = None,
+    panel: str | None = None,
+    recipes: bool = False,
+    completions: Completions | None = None,
 ) -> Callable[[Callable[[C], Any]], Callable[[C], Any]]:
     """Register `function(config)` as a command whose options are the fields of `config`.
 
-    The function returns its result as plain data, or as a `Result` that also knows how to show itself.
+    The function returns its result as plain data, or as a `Result` that also knows how to show itself. Its docstring is
+    the help text; the first paragraph stands in the list of commands.
 
     Args:
+        config: the class, or "module:Class", which is imported when the command is called or explained.
+        panel: the heading under which the list of commands has it.
         recipes: also offer `--recipe`, `--set` and `--dump-config`.
     """
 
     def register(function: Callable[[C], Any]) -> Callable[[C], Any]:
-        flags = flags_of(config)
+        def build() -> TyperCommand:
+            cls: type[C] = pkgutil.resolve_name(config) if isinstance(config, str) else config
+            return _build(function, cls, name or function.__name__, recipes, completions or {})
 
-        def run(**given: Any) -> None:
-            as_json: bool = given.pop("as_json")
-            dump: Path | None = given.pop("dump_config", None)
-            values: dict[str, Any] = {}
-            if recipes:
-                recipe: str | None = given.pop("recipe")
-                values = read_recipe(recipe) if recipe else {}
-                for assignment in given.pop("assignments") or []:
-                    values = merge(values, parse_assignment(assignment))
-            for flag in flags:
-                if (value := given[flag.variable]) is not None:
-                    values = merge(values, _nest(flag.path, value))
-            for flag in flags:
-                if flag.required and not _has(values, flag.path):
-                    raise ConfigError(f"{flag.name} is missing", hint=flag.help)
-            settings = from_dict(config, values)
-            if dump is not None:
-                write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
-                return
-            try:
-                result = function(settings)
-            except MaeDeployError as error:
-                if error.result is not None:
-                    show(error.result, as_json=as_json)
-                raise
-            if os.environ.get("RANK", "0") == "0":  # under torchrun, one process of all speaks
-                show(result, as_json=as_json)
-
-        parameters = [_parameter(flag) for flag in flags]
-        if recipes:
-            parameters += _RECIPE_PARAMETERS
-        parameters.append(_JSON_PARAMETER)
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        run.__doc__ = function.__doc__
-        app.command(name or function.__name__)(run)
+        cls = type("Deferred", (_Deferred,), {"build": staticmethod(functools.cache(build))})
+        app.command(name or function.__name__, cls=cls, help=inspect.getdoc(function), rich_help_panel=panel)(_nothing)
         return function
 
     return register
 
 
-def _parameter(flag: Flag) -> inspect.Parameter:
+class _Deferred(TyperCommand):
+    """A command whose options are made when it is called: those of all commands, and the modules that hold their
+    settings, would double the time of every `--help` and of every completion.
+    """
+
+    build: Callable[[], TyperCommand]
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        return self.build().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        return self.build().invoke(ctx)
+
+
+def _nothing() -> None:
+    """In place of a command that is not made yet."""
+
+
+class _Command(TyperCommand):
+    """A command whose help page is made from its flags."""
+
+    flags: list[Flag]
+
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        arguments = [f"{flag.name}..." if _several(flag) else flag.name for flag in self.flags if flag.argument]
+        required = [f"{flag.name} {flag.takes}" for flag in self.flags if flag.required and not flag.argument]
+        return [*arguments, *required, "[OPTIONS]"]
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        formatter.write(self.page(ctx, everything=False))
+
+    def page(self, ctx: Any, *, everything: bool) -> str:
+        """The help page.
+
+        Args:
+            everything: with all options, not only those that matter.
+        """
+        flags = [flag for flag in self.flags if not flag.unused]
+        options = [flag for flag in flags if not flag.argument]
+        shown = flags if everything or len(options) <= SMALL else [flag for flag in flags if flag.basic]
+        entries = [
+            Entry(
+                heading="Arguments" if flag.argument else flag.panel,
+                name=flag.spelling,
+                takes="" if flag.argument else flag.takes,
+                text=flag.help,
+                note=flag.note,
+            )
+            for flag in sorted(shown, key=lambda flag: flag.panel == COMMON)
+        ]
+        entries.append(Entry(COMMON, "--help", "Show this page and exit."))
+        if len(flags) > len(shown) or everything:
+            entries.append(Entry(COMMON, "--help-all", "Show every option and exit."))
+        more = len(flags) - len(shown)
+        return page(
+            " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)]),
+            self.help or "",
+            entries,
+            last=f"… {more} more options: {ctx.command_path} --help-all" if more else "",
+        )
+
+
+def _build(
+    function: Callable[[C], Any], config: type[C], name: str, recipes: bool, completions: Completions
+) -> TyperCommand:
+    flags = flags_of(config)
+    run = _runner(function, config, flags, recipes)
+    flags = [*flags, *(_RECIPE_FLAGS if recipes else []), _JSON_FLAG]
+    parameters = [*(_parameter(flag, completions.get(flag.takes)) for flag in flags), _HELP_ALL]
+    run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+    app.command(name, cls=_Command, help=inspect.getdoc(function))(run)
+    command = cast(_Command, typer.main.get_command(app))
+    command.flags = flags
+    return command
+
+
+def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], recipes: bool) -> Callable[..., None]:
+    def run(**given: Any) -> None:
+        as_json = bool(given.pop("as_json"))
+        given.pop("help_all")
+        dump: Path | None = given.pop("dump_config", None)
+        values: dict[str, Any] = {}
+        if recipes:
+            recipe: str | None = given.pop("recipe")
+            values = read_recipe(recipe) if recipe else {}
+            for assignment in given.pop("assignments") or []:
+                values = merge(values, parse_assignment(assignment))
+        for flag in flags:
+            if (value := given[flag.variable]) is not None:
+                values = merge(values, _nest(flag.path, value))
+        for flag in flags:
+            if flag.required and not _has(values, flag.path):
+                raise ConfigError(f"{flag.name} is missing", hint=flag.help)
+        settings = from_dict(config, values)
+        if dump is not None:
+            write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
+            return
+        try:
+            result = function(settings)
+        except MaeDeployError as error:
+            if error.result is not None:
+                show(error.result, as_json=as_json)
+            raise
+        if os.environ.get("RANK", "0") == "0":  # under torchrun, one process of all speaks
+            show(result, as_json=as_json)
+
+    return run
+
+
+def _parameter(flag: Flag, complete: Callable[[str], Iterable[str]] | None) -> inspect.Parameter:
     kind: Any = flag.kind
+    # Typer tells a completer's arguments by their names.
+    completer = None if complete is None else lambda incomplete: list(complete(incomplete))
     if flag.argument:
         # Required arguments are checked after the recipe is read, which may name them.
-        info = typer.Argument(metavar=flag.name, help=flag.help, show_default=False)
+        info = typer.Argument(metavar=flag.name, help=flag.help, autocompletion=completer)
     else:
-        names = [flag.name, f"--no-{flag.name[2:]}"] if kind is bool else [flag.name]
-        info = typer.Option(
-            "/".join(names),
-            help=flag.help
-            + (r" \[required]" if flag.required else "")
-            + (rf" \[default: {flag.default}]" if flag.default is not None else ""),
-            rich_help_panel=flag.panel,
-            show_default=False,
-        )
+        names = f"{flag.name}/--no-{flag.name[2:]}" if kind is bool and flag is not _JSON_FLAG else flag.name
+        info = typer.Option(names, help=flag.help, hidden=flag.unused, autocompletion=completer)
     annotation = Annotated[Optional[kind], info]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
     return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _several(flag: Flag) -> bool:
+    return get_origin(flag.kind) is list
+
+
+_METAVARS = {
+    int: "INTEGER",
+    float: "NUMBER",
+    str: "TEXT",
+    Path: "PATH",
+    bool: "",
+    tuple[int, int]: "H[,W]",
+    tuple[float, float]: "LOW[,HIGH]",
+}
+
+
+def _metavar(kind: Any) -> str:
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    if get_origin(kind) is tuple and kind not in _METAVARS:
+        return f"{_metavar(get_args(kind)[0])},…"
+    return _METAVARS[kind]
 
 
 def _typer_kind(kind: Any, several: bool) -> Any:
@@ -172,35 +312,63 @@ def _typer_kind(kind: Any, several: bool) -> Any:
     return list[get_args(kind)[0]] if several else str  # type: ignore[misc]
 
 
-def _option(name: str, kind: Any, default: Any, *flags: str, help: str) -> inspect.Parameter:
-    info = typer.Option(*flags, help=help, rich_help_panel=COMMON, show_default=False)
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, info])
+def _common(variable: str, name: str, kind: Any, takes: str, help: str, *, basic: bool = True) -> Flag:
+    return Flag(
+        path=(variable,),
+        name=name,
+        kind=kind,
+        panel=COMMON,
+        help=help,
+        default="no" if kind is bool else None,
+        argument=False,
+        required=False,
+        takes=takes,
+        basic=basic,
+    )
 
 
-_RECIPE_PARAMETERS = [
-    _option(
+_RECIPE_FLAGS = [
+    _common(
         "recipe",
-        str | None,
-        None,
         "--recipe",
-        help="Settings from a YAML file, or the name of a recipe that ships with mae-deploy; flags win over it.",
+        str,
+        "RECIPE",
+        "Settings from a YAML file, or the name of a recipe that ships with mae-deploy; flags win over it.",
     ),
-    _option(
+    _common(
         "assignments",
-        list[str] | None,
-        None,
         "--set",
-        help="Any setting as section.key=value, those without an option too; may be repeated.",
+        list[str],
+        "KEY=VALUE",
+        "Any setting as section.key=value, those without an option too; may be repeated.",
+        basic=False,
     ),
-    _option(
+    _common(
         "dump_config",
-        Path | None,
-        None,
         "--dump-config",
-        help="Write the resolved settings as a recipe (- for stdout) and do nothing else.",
+        Path,
+        "PATH",
+        "Write the resolved settings as a recipe (- for stdout) and do nothing else.",
+        basic=False,
     ),
 ]
-_JSON_PARAMETER = _option("as_json", bool, False, "--json", help="Print the result as JSON on stdout.")
+_JSON_FLAG = _common("as_json", "--json", bool, "", "Print the result as JSON on stdout.")
+
+
+def _show_all(ctx: typer.Context, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        typer.echo(cast(_Command, ctx.command).page(ctx, everything=True))
+        raise typer.Exit
+
+
+_HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool, typer.Option("--help-all", is_eager=True, callback=_show_all, help="Show every option and exit.")
+    ],
+)
 
 
 def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:

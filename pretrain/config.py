@@ -23,9 +23,9 @@ class PretrainConfig(Settings):
     URLs, or 'pipe:COMMAND', which is run; or a Hugging Face data set on disk."""
     out: Path = setting(resume="free")
     """Run folder to write."""
-    resume: bool = setting(False, resume="free")
+    resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
-    mask_ratio: float = setting(0.75, resume="fixed")
+    mask_ratio: float = setting(0.75, resume="fixed", basic=True)
     """Share of the patches that the encoder does not see."""
     mask_sampling: MaskSampling = setting("random", resume="fixed")
     """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of
@@ -37,16 +37,16 @@ class PretrainConfig(Settings):
     the same."""
     norm_pix_loss: bool = setting(True, resume="fixed")
     """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
-    teacher: Path | None = setting(None, resume="fixed")
+    teacher: Path | None = setting(None, resume="fixed", metavar="CKPT")
     """The frozen encoder of --target features: a run folder, a checkpoint folder or a weights file."""
     pictures_every: int = setting(20, resume="free")
     """Epochs between reconstruction pictures; the last epoch always draws one."""
     picture_bands: tuple[int, ...] | None = setting(None, resume="fixed")
     """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for
     multispectral images: the first three."""
-    seed: int = setting(0, resume="fixed")
+    seed: int = setting(0, resume="fixed", basic=True)
     """Seed of weights, data order, augmentation and masks."""
-    device: Device = setting("auto", resume="free")
+    device: Device = setting("auto", resume="free", basic=True)
     """auto, cpu or cuda."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)
@@ -110,34 +110,34 @@ class FinetuneConfig(Settings):
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
     out: Path = setting(resume="free")
     """Run folder to write."""
-    init: Path | None = setting(None, resume="fixed")
+    init: Path | None = setting(None, resume="fixed", basic=True, metavar="CKPT")
     """Pretrained encoder: a run folder, a checkpoint folder or a weights file."""
-    from_scratch: bool = setting(False, resume="fixed")
+    from_scratch: bool = setting(False, resume="fixed", basic=True)
     """Start from random weights: the baseline, of the network of --init or of --model."""
-    model: str | None = setting(None, resume="fixed")
+    model: str | None = setting(None, resume="fixed", basic=True, metavar="MODEL")
     """The encoder, where --init does not give it (see pretrain --help)."""
-    image_size: tuple[int, int] | None = setting(None, resume="fixed")
+    image_size: tuple[int, int] | None = setting(None, resume="fixed", basic=True)
     """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
     another."""
     patch_size: int | None = setting(None, resume="fixed")
     """Side of a patch in pixels, where --init does not give it."""
     in_chans: int | None = setting(None, resume="fixed")
     """Input channels, where --init does not give them."""
-    band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed")
+    band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed", metavar="GROUPS")
     """Groups of channels (see pretrain --help), where --init does not give them."""
-    resume: bool = setting(False, resume="free")
+    resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there."""
     pool: Literal["avg", "cls"] = setting("avg", resume="fixed")
     """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
-    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed")
+    keep_ratio: tuple[float, float] | None = setting(None, resume="fixed", basic=True)
     """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as
     many of its patches, so that one network serves every number of patches; one share fixes it. Validated with the
     most, and with the fewest. Default: all patches."""
     layer_decay: float = setting(0.65, resume="fixed")
     """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
-    seed: int = setting(0, resume="fixed")
+    seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order, augmentation and drop path."""
-    device: Device = setting("auto", resume="free")
+    device: Device = setting("auto", resume="free", basic=True)
     """auto, cpu or cuda."""
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4, min_lr=1e-6, betas=(0.9, 0.999))
     mix: MixConfig = section(MixConfig)
@@ -162,7 +162,7 @@ class ReconstructConfig(Settings, resume="never"):
 
     images: Path = setting(argument=True)
     """An image, or a folder of images."""
-    checkpoint: Path
+    checkpoint: Path = setting(metavar="CKPT")
     """A pretraining run, checkpoint folder or weights file with a decoder."""
     out: Path
     """PNG to write: original, masked and reconstructed, a row for each image."""

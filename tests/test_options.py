@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from collections.abc import Callable
@@ -32,6 +34,8 @@ class Oven:
     """Temperature in °C."""
     fan: bool = True
     """Whether the air moves."""
+    light: bool = False
+    """Whether there is light."""
     gas_mark: int | None = setting(None, hidden=True)
     """Not on the command line."""
 
@@ -46,12 +50,14 @@ class Cake:
     """Where it goes."""
     shape: Literal["round", "square"] = "round"
     """Form of the tin."""
-    size: tuple[int, int] = (26, 28)
-    """Length and width, L[,W]."""
+    size: tuple[int, int] = setting((26, 28), metavar="L[,W]", basic=True)
+    """Length and width."""
     label: str | None = setting(None, flag="--tag")
     """Text on top."""
     seed: int = 0
     """Seed of the sprinkles."""
+    pan: int = 0
+    """Not used: this oven has none."""
     oven: Oven = section(Oven, degrees=160.0)
 
 
@@ -76,12 +82,31 @@ def baked(*arguments: str) -> Cake:
     return got[0]
 
 
+def completed(app: typer.Typer) -> set[str]:
+    """What a shell is told that asks as its environment variables say."""
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit):
+        app(prog_name="prog")
+    return set(printed.getvalue().split())
+
+
 # --- options ---------------------------------------------------------------------------------------------------------
 
 
 def test_flags_of_a_config() -> None:
     flags = {flag.name: flag for flag in flags_of(Cake)}
-    assert list(flags) == ["CAKE", "--out", "--shape", "--size", "--tag", "--seed", "--degrees", "--fan"]
+    assert list(flags) == [
+        "CAKE",
+        "--out",
+        "--shape",
+        "--size",
+        "--tag",
+        "--seed",
+        "--pan",
+        "--degrees",
+        "--fan",
+        "--light",
+    ]
     assert flags["CAKE"] == Flag(
         path=("name",),
         name="CAKE",
@@ -91,6 +116,8 @@ def test_flags_of_a_config() -> None:
         default=None,
         argument=True,
         required=True,
+        takes="TEXT",
+        basic=True,
     )
     assert flags["--degrees"] == Flag(
         path=("oven", "degrees"),
@@ -101,6 +128,8 @@ def test_flags_of_a_config() -> None:
         default="160",
         argument=False,
         required=False,
+        takes="NUMBER",
+        basic=False,
     )
     assert (flags["--size"].kind, flags["--size"].default) == (str, "26,28")
     assert (flags["--fan"].kind, flags["--fan"].default) == (bool, "yes")
@@ -207,33 +236,104 @@ def test_dump_config_writes_a_recipe_and_runs_nothing(tmp_path: Path, capsys: py
     assert run(*arguments, "--dump-config", "-") == 0
     printed = capsys.readouterr().out
     assert printed == dumped.read_text()
-    assert yaml.safe_load(printed)["oven"] == {"degrees": 1e-5, "fan": True, "gas_mark": 3}
+    assert yaml.safe_load(printed)["oven"] == {"degrees": 1e-5, "fan": True, "light": False, "gas_mark": 3}
     # It is a recipe: with nothing else given, the same settings come back.
     assert baked("--recipe", str(dumped)) == Cake(name="plum", out=Path("t"), oven=Oven(degrees=1e-5, gas_mark=3))
 
 
-def test_help_has_a_panel_for_each_section(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
+@pytest.fixture
+def help_of_cake(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """The help page of a command of `Cake` that has few options, or too many to show them all."""
 
     def bake(_: Cake) -> None:
-        """Bake a cake."""
+        """Bake a cake.
 
-    assert cake_command(bake)("--help") == 0
-    text = re.sub(r"\x1b\[[0-9;]*m", "", capsys.readouterr().out)
-    assert "Bake a cake." in text
-    panels = re.findall(r"[╭+][─-] ([A-Z][a-z ]+?) [─-]", text)
-    assert panels == ["Arguments", "Options", "Common", "Oven settings"]
+        It takes a while.
+        """
+
+    def read(option: str) -> str:
+        assert cake_command(bake)(option) == 0
+        return capsys.readouterr().out
+
+    monkeypatch.setenv("COLUMNS", "100")
+    return read
+
+
+def headings(page: str) -> list[str]:
+    return [line for line in page.splitlines() if re.fullmatch(r"[A-Z][a-z ]+", line)]
+
+
+def test_help_of_a_small_command_shows_every_option_under_its_section(help_of_cake: Callable[[str], str]) -> None:
+    page = help_of_cake("--help")
+    assert page.startswith("Usage: ")
+    assert " CAKE --out PATH [OPTIONS]\n\nBake a cake.\n\nIt takes a while.\n" in page
+    assert headings(page) == ["Arguments", "Options", "Oven settings", "Common"]
     for expected in (
-        "Where it goes. [required]",
-        "round|square",
-        "[default: 26,28]",
-        "[default: 160]",
-        "[default: yes]",
-        "L[,W]",
-        "--no-fan",
+        r"^  CAKE +What it is called\. \[required\]$",
+        r"^  --out PATH +Where it goes\. \[required\]$",
+        r"^  --shape round\|square +Form of the tin\. \[default: round\]$",
+        r"^  --size L\[,W\] +Length and width\. \[default: 26,28\]$",
+        r"^  --tag TEXT +Text on top\.$",
+        r"^  --degrees NUMBER +Temperature in °C\. \[default: 160\]$",
+        r"^  --fan/--no-fan +Whether the air moves\. \[default: yes\]$",
+        r"^  --light +Whether there is light\.$",
+        r"^  --seed INTEGER +Seed of the sprinkles\. \[default: 0\]$",
     ):
-        assert expected in text, expected
-    assert "gas-mark" not in text
+        assert re.search(expected, page, re.MULTILINE), expected
+    assert "gas-mark" not in page
+    assert "--pan" not in page, "it is not used"
+    assert "more options" not in page
+
+
+def test_help_of_a_large_command_shows_what_matters(
+    help_of_cake: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = help_of_cake("--help")
+    monkeypatch.setattr("mae_deploy.options.SMALL", 3)
+    page = help_of_cake("--help")
+    named = re.findall(r"^  (--[\w-]+|CAKE)", page, re.MULTILINE)
+    assert named == ["CAKE", "--out", "--size", "--recipe", "--json", "--help", "--help-all"]
+    hidden = ["--shape", "--tag", "--degrees", "--fan", "--light", "--seed", "--set", "--dump-config"]
+    assert page.splitlines()[-1].startswith(f"… {len(hidden)} more options: ")
+    assert page.splitlines()[-1].endswith(" --help-all")
+    everything = help_of_cake("--help-all")
+    assert set(re.findall(r"^  (--[\w-]+|CAKE)", everything, re.MULTILINE)) == {*named, *hidden}
+    assert headings(everything) == headings(small)
+
+
+def test_an_option_that_is_not_used_is_hidden_and_accepted() -> None:
+    assert baked("plum", "--out", "t", "--pan", "3") == Cake(name="plum", out=Path("t"), pan=3, oven=Oven(degrees=160))
+
+
+def test_a_commands_settings_are_imported_when_it_is_called() -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    command(app, "no_such_module:Cake", name="bake")(lambda _: None)
+    assert app.registered_commands[0].name == "bake"
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        app(args=["plum"], standalone_mode=False)
+
+
+def test_a_name_on_the_field_is_what_completes_its_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    app = typer.Typer(pretty_exceptions_enable=False)
+    asked: list[str] = []
+
+    def sizes(incomplete: str) -> list[str]:
+        asked.append(incomplete)
+        return ["26,28", "31,37"]
+
+    command(app, Cake, name="bake", completions={"L[,W]": sizes})(lambda _: None)
+    app.callback()(lambda: None)
+    for words, expected in (
+        ("prog bake --size 3", {"31,37"}),
+        ("prog bake --sha", {"--shape"}),
+        ("prog bake --shape s", {"square"}),
+        ("prog bake --p", set()),
+    ):
+        monkeypatch.setenv("_PROG_COMPLETE", "complete_bash")
+        monkeypatch.setenv("COMP_WORDS", words)
+        monkeypatch.setenv("COMP_CWORD", str(len(words.split()) - 1))
+        assert completed(app) == expected, words
+    assert asked == ["3"]
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -288,9 +388,9 @@ def parameters_of_commands() -> dict[str, list[Any]]:
     for name, one in group.commands.items():
         within = getattr(one, "commands", {})
         found |= (
-            {f"{name} {inner}": list(each.params) for inner, each in within.items()}
+            {f"{name} {inner}": list(each.build().params) for inner, each in within.items()}
             if within
-            else {name: list(one.params)}
+            else {name: list(one.build().params)}
         )
     return found
 

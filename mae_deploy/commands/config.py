@@ -18,11 +18,11 @@ from mae_deploy.training.config import Device
 class VerifyConfig(Settings, resume="never"):
     """Settings of `mae-deploy verify`."""
 
-    bundle: Path = setting(argument=True)
+    bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder."""
     layers: bool = False
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
-    engine: str = "auto"
+    engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
@@ -39,12 +39,12 @@ class VerifyConfig(Settings, resume="never"):
 class BuildEngineConfig(Settings, resume="never"):
     """Settings of `mae-deploy build-engine`."""
 
-    bundle: Path = setting(argument=True)
+    bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder; the engine is added to it."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
     """Arithmetic of the engine; default: the bundle's. An FP32 bundle with weak typing can also be built in fp16 and
     bf16, an INT8 or FP8 bundle in fp16."""
-    profile: str | None = None
+    profile: str | None = setting(None, metavar="SIZES")
     """Smallest, usual and largest sizes to build for, such as 'B:1,8,32 K:20,49,196', several separated by ';';
     default: those of the export."""
     prefer: Literal["fp16"] | None = None
@@ -72,7 +72,7 @@ class BuildEngineConfig(Settings, resume="never"):
 class PredictConfig(Settings, resume="never"):
     """Settings of `mae-deploy predict`."""
 
-    bundle: Path = setting(argument=True)
+    bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder."""
     images: Path = setting(argument=True)
     """An image, or a folder of images."""
@@ -80,7 +80,7 @@ class PredictConfig(Settings, resume="never"):
     """Write the outputs of every image to this .npz or .parquet file."""
     top_k: int = 5
     """Classes to print for each image, where the bundle has logits."""
-    outputs: tuple[str, ...] | None = None
+    outputs: tuple[str, ...] | None = setting(None, metavar="NAME,…")
     """Outputs to compute, by name; default: all."""
     keep: tuple[int, ...] | None = None
     """Patches that the encoder sees, row-major indices separated by commas (visible, ragged and reconstruct bundles);
@@ -89,7 +89,7 @@ class PredictConfig(Settings, resume="never"):
     """See this many patches of each image instead, drawn at random."""
     batch_size: int | None = None
     """Images at a time; default: the graph's fixed batch, or 8."""
-    engine: str = "auto"
+    engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     threads: int | None = None
@@ -110,7 +110,7 @@ class PredictConfig(Settings, resume="never"):
 class InfoConfig(Settings, resume="never"):
     """Settings of `mae-deploy info`."""
 
-    path: Path = setting(argument=True)
+    path: Path = setting(argument=True, metavar="CKPT|BUNDLE")
     """A run folder, a checkpoint folder, a weights file or a bundle."""
     seed: int = 0
     """Not used: nothing here is random."""

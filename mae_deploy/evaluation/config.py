@@ -24,14 +24,14 @@ class FeaturesConfig(Settings):
     pool: Literal["auto", "cls", "avg"] = setting("auto", resume="fixed")
     """What is a feature: cls, the CLS token, or avg, the mean of the patch tokens, both after the last norm; auto: what
     a classifier's head reads, else the CLS token."""
-    image_size: tuple[int, int] | None = setting(None, resume="fixed")
+    image_size: tuple[int, int] | None = setting(None, resume="fixed", basic=True)
     """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own.
     Bundles are fixed to theirs."""
-    batch_size: int = setting(64, resume="fixed")
+    batch_size: int = setting(64, resume="fixed", basic=True)
     """Images at a time."""
     precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
-    engine: str = setting("auto", resume="fixed")
+    engine: str = setting("auto", resume="fixed", metavar="ENGINE")
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
     threads: int | None = setting(None, resume="free")
     """CPU threads of a bundle's engine; default: one for each core."""
@@ -51,11 +51,11 @@ class LinprobeConfig(Settings):
 
     data: Path = setting(argument=True, resume="free")
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
-    init: Path = setting(resume="fixed")
+    init: Path = setting(resume="fixed", metavar="CKPT")
     """Encoder to judge: a run folder, a checkpoint folder or a weights file."""
     out: Path = setting(resume="free")
     """Run folder to write; its checkpoint is a classifier."""
-    solver: Literal["lars", "logistic", "ridge"] = setting("lars", resume="fixed")
+    solver: Literal["lars", "logistic", "ridge"] = setting("lars", resume="fixed", basic=True)
     """lars: the paper's recipe, with augmentation. For small data, on features that are computed once: logistic,
     multinomial logistic regression, or ridge, least squares on one-hot labels in closed form."""
     pool: Literal["cls", "avg"] = setting("cls", resume="fixed")
@@ -67,11 +67,11 @@ class LinprobeConfig(Settings):
     held_out: float = setting(0.2, resume="fixed")
     """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of
     them."""
-    resume: bool = setting(False, resume="free")
+    resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there."""
-    seed: int = setting(0, resume="fixed")
+    seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order and augmentation, and of the held-out share."""
-    device: Device = setting("auto", resume="free")
+    device: Device = setting("auto", resume="free", basic=True)
     """auto, cpu or cuda."""
     optim: OptimConfig = section(OptimConfig, epochs=90, batch_size=512, blr=0.1, weight_decay=0.0)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
@@ -92,7 +92,7 @@ class KnnConfig(Settings, resume="never"):
 
     data: Path = setting(argument=True)
     """Labelled images: DATA/train/<class>/… votes on DATA/val/<class>/…."""
-    init: Path
+    init: Path = setting(metavar="CKPT|BUNDLE")
     """Encoder to judge: a run folder, a checkpoint folder, a weights file or a bundle."""
     k: tuple[int, ...] = (20,)
     """Neighbours that vote; several numbers, separated by commas, are answered in one pass."""
@@ -116,27 +116,27 @@ class KnnConfig(Settings, resume="never"):
 class CompareConfig(Settings, resume="never"):
     """Settings of `mae-deploy compare`."""
 
-    encoders: tuple[str, ...] = setting(argument=True)
+    encoders: tuple[str, ...] = setting(argument=True, metavar="CKPT|BUNDLE")
     """Encoders, each PATH or NAME=PATH: a run, checkpoint, weights file or bundle; PATH@ARCHITECTURE for a weights file
     of any timm model, such as dino=weights.safetensors@vit_small_patch14_dinov2; random for the first checkpoint's
     network with random weights."""
     data: Path
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
-    out: Path | None = None
+    out: Path | None = setting(None, basic=True)
     """Folder to write compare.json, compare.md and compare.png to."""
-    k: tuple[int, ...] = (20,)
+    k: tuple[int, ...] = setting((20,), basic=True)
     """Neighbours that vote; with several numbers, separated by commas, each is a column."""
     temperature: float = 0.07
     """A neighbour's vote is exp(cosine / temperature)."""
-    linear: Solver = "logistic"
+    linear: Solver = setting("logistic", basic=True)
     """The linear probe: logistic or ridge, on standardised features."""
     held_out: float = 0.2
     """Share of the training images on which the linear probe chooses its regularisation."""
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: tuple[int, ...] = setting((0, 1, 2), basic=True)
     """Seeds of the held-out share and of random weights; figures are means over them."""
-    seed: int = 0
+    seed: int = setting(0, basic=True)
     """Added to each of --seeds."""
-    device: Device = "auto"
+    device: Device = setting("auto", basic=True)
     """auto, cpu or cuda."""
     features: FeaturesConfig = section(FeaturesConfig)
 
@@ -163,7 +163,7 @@ def _check_share(held_out: float) -> None:
 class EvalConfig(Settings, resume="never"):
     """Settings of `mae-deploy eval`."""
 
-    model: Path = setting(argument=True, flag="CKPT|BUNDLE")
+    model: Path = setting(argument=True, flag="CKPT|BUNDLE", metavar="CKPT|BUNDLE")
     """A classifier: a run folder, a checkpoint folder, a weights file, or a bundle with logits."""
     data: Path = setting(argument=True)
     """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
@@ -175,7 +175,7 @@ class EvalConfig(Settings, resume="never"):
     patches."""
     batch_size: int | None = None
     """Images at a time; default: a bundle's fixed batch, or 64."""
-    engine: str = "auto"
+    engine: str = setting("auto", metavar="ENGINE")
     """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
     for this machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
     precision: TrainingPrecision = "auto"

@@ -43,16 +43,16 @@ PRESETS = {
 class EncoderConfig(Settings, resume="fixed"):
     """Model."""
 
-    name: str = setting("vit_base_patch16", flag="--model")
+    name: str = setting("vit_base_patch16", flag="--model", basic=True, metavar="MODEL")
     """The encoder: vit_{tiny,small,base,large}_patch16, vit_huge_patch14, or for small images vit_tiny_patch{2,4,8},
     vit_small_patch{4,8}, vit_micro_patch4, vit_nano_patch4."""
-    image_size: tuple[int, int] = (224, 224)
+    image_size: tuple[int, int] = setting((224, 224), basic=True)
     """Input height and width in pixels, H[,W]; each a multiple of the patch size."""
-    patch_size: int | None = None
+    patch_size: int | None = setting(None, basic=True)
     """Side of a patch in pixels; default: the model's."""
     in_chans: int = 3
     """Input channels: 1 grey, 3 RGB, 4 RGBA, any number from TIFF and NumPy files."""
-    band_groups: tuple[tuple[int, ...], ...] | None = None
+    band_groups: tuple[tuple[int, ...], ...] | None = setting(None, metavar="GROUPS")
     """Groups of channels, each with tokens of its own, such as '0,1,2;3,4,5;6,7' (SatMAE); every channel in one of
     them; default: none."""
     embed_dim: int | None = setting(None, hidden=True)

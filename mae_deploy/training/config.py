@@ -20,14 +20,14 @@ TRACKERS = ("wandb", "mlflow")
 class OptimConfig(Settings, resume="fixed"):
     """Optimisation."""
 
-    epochs: int = 100
+    epochs: int = setting(100, basic=True)
     """Passes over the data."""
     # These two may change where their product with the number of processes does not (training/plan.py).
-    batch_size: int = setting(64, resume="free")
+    batch_size: int = setting(64, resume="free", basic=True)
     """Images a step in each process."""
     accum_iter: int = setting(1, resume="free")
     """Batches whose gradients are summed into one optimiser step."""
-    lr: float | None = None
+    lr: float | None = setting(None, basic=True)
     """Peak learning rate; default: blr x effective batch / 256."""
     blr: float = 1.5e-4
     """Base learning rate, for 256 images."""
@@ -61,7 +61,7 @@ class OptimConfig(Settings, resume="fixed"):
 class LoopConfig(Settings):
     """Run."""
 
-    precision: TrainingPrecision = setting("auto", resume="fixed")
+    precision: TrainingPrecision = setting("auto", resume="fixed", basic=True)
     """Arithmetic of the forward pass: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     checkpoint_every: int = setting(1, resume="free")
     """Epochs between checkpoints."""

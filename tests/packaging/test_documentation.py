@@ -7,8 +7,8 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -114,13 +114,32 @@ def test_what_the_classifiers_program_prints(capsys: pytest.CaptureFixture[str])
 # --- command lines ---------------------------------------------------------------------------------------------------
 
 
+class AnyFunction:
+    """A module whose every function is this one."""
+
+    def __init__(self, function: Callable[[Any], None]) -> None:
+        self.function = function
+
+    def __getattr__(self, name: str) -> Callable[[Any], None]:
+        return self.function
+
+
 @pytest.fixture
 def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each command was asked to do; nothing is done, but `verify`, which runs for real."""
     asked: list[Any] = []
-    monkeypatch.setattr(cli, "_needs_torch", lambda _: SimpleNamespace(run=asked.append))
-    for name in ("predict", "benchmark", "info", "doctor", "build_engine", "data_stats", "data_pack", "evaluate"):
-        monkeypatch.setattr(f"mae_deploy.commands.{name}.run", asked.append)
+    monkeypatch.setattr(cli, "_needs_torch", lambda _: AnyFunction(asked.append))
+    for module, function in (
+        ("commands.predict", "run_predict"),
+        ("commands.benchmark.run", "run_benchmark"),
+        ("commands.info", "run_info"),
+        ("commands.doctor", "run_doctor"),
+        ("commands.build_engine", "run_build_engine"),
+        ("commands.data.stats", "run_stats"),
+        ("commands.data.pack", "run_pack"),
+        ("evaluation.evaluate", "run_eval"),
+    ):
+        monkeypatch.setattr(f"mae_deploy.{module}.{function}", asked.append)
     return asked
 
 

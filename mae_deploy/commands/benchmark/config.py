@@ -15,39 +15,39 @@ from mae_deploy.training.config import Device
 class BenchmarkConfig(Settings, resume="never"):
     """Settings of `mae-deploy benchmark`."""
 
-    bundles: tuple[Path, ...] = setting(argument=True)
+    bundles: tuple[Path, ...] = setting(argument=True, metavar="BUNDLE")
     """Bundle folders; everything is timed in turns, and compared with the first row."""
-    against: tuple[Path, ...] | None = None
+    against: tuple[Path, ...] | None = setting(None, basic=True)
     """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
-    engine: tuple[str, ...] = ("auto",)
+    engine: tuple[str, ...] = setting(("auto",), basic=True, metavar="ENGINE")
     """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle
     has an engine for this machine, else the one on which it was proven, where it is installed."""
-    keep: tuple[int, ...] | None = None
+    keep: tuple[int, ...] | None = setting(None, basic=True)
     """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
-    keep_ratio: tuple[float, ...] | None = None
+    keep_ratio: tuple[float, ...] | None = setting(None, basic=True)
     """The same as shares of the patches; may be given beside --keep."""
-    batch_size: tuple[int, ...] | None = None
+    batch_size: tuple[int, ...] | None = setting(None, basic=True)
     """Images a call, separated by commas; default: 1, or what a bundle is fixed to."""
-    images: Path | None = None
+    images: Path | None = setting(None, basic=True)
     """Folder of images for the cosine with all patches, and for top-1 where they lie in folders named by class;
     default: the golden samples."""
     num_images: int = 128
     """At most this many of them, spread over the folder."""
     probe: bool = True
     """Measure load time and peak memory, each row in a fresh process."""
-    out: Path | None = None
+    out: Path | None = setting(None, basic=True)
     """Folder to write the report to: benchmark.json, .md and .png."""
-    repeats: int = 30
+    repeats: int = setting(30, basic=True)
     """Timed rounds."""
     warmup: int = 5
     """Rounds before them that are not timed."""
-    threads: int | None = None
+    threads: int | None = setting(None, basic=True)
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
     """Seed of the random images and patches."""
-    device: Device = "cpu"
+    device: Device = setting("cpu", basic=True)
     """auto, cpu or cuda."""
 
     def __post_init__(self) -> None:

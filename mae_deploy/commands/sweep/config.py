@@ -21,26 +21,30 @@ class SweepConfig(Settings):
     train without their labels."""
     out: Path = setting(resume="free")
     """Folder of the experiment; the same command goes on where it was killed."""
-    mask_ratio: tuple[float, ...] | None = setting(None, resume="free")
+    mask_ratio: tuple[float, ...] | None = setting(None, resume="free", basic=True)
     """Mask ratios to try, separated by commas: the paper's figure 5."""
-    over: str | None = setting(None, resume="free")
+    over: str | None = setting(None, resume="free", basic=True, metavar="SETTING=VALUE,…")
     """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or
     norm_pix_loss=true,false."""
-    labelled: Path | None = setting(None, resume="free")
+    labelled: Path | None = setting(None, resume="free", basic=True)
     """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
-    recipe: str | None = setting(None, resume="fixed")
+    recipe: str | None = setting(None, resume="fixed", basic=True, metavar="RECIPE")
     """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    settings: tuple[str, ...] = setting((), flag="--set", repeated=True, resume="fixed")
+    settings: tuple[str, ...] = setting(
+        (), flag="--set", repeated=True, resume="fixed", basic=True, metavar="KEY=VALUE"
+    )
     """Any setting of pretraining as section.key=value; may be repeated."""
-    knn: bool = setting(True, resume="fixed")
+    knn: bool = setting(True, resume="fixed", basic=True)
     """Judge by k-NN."""
-    linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed")
+    linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed", basic=True)
     """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
-    finetune: bool = setting(True, resume="fixed")
+    finetune: bool = setting(True, resume="fixed", basic=True)
     """Judge by fine-tuning."""
-    finetune_recipe: str | None = setting(None, resume="fixed")
+    finetune_recipe: str | None = setting(None, resume="fixed", metavar="RECIPE")
     """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    finetune_settings: tuple[str, ...] = setting((), flag="--finetune-set", repeated=True, resume="fixed")
+    finetune_settings: tuple[str, ...] = setting(
+        (), flag="--finetune-set", repeated=True, resume="fixed", metavar="KEY=VALUE"
+    )
     """Any setting of fine-tuning as section.key=value; may be repeated."""
     scratch: bool = setting(False, resume="fixed")
     """Also fine-tune the same network from random weights, for a line to compare with."""
@@ -50,11 +54,11 @@ class SweepConfig(Settings):
     """A neighbour's vote is exp(cosine / temperature)."""
     held_out: float = setting(0.2, resume="fixed")
     """Share of the labelled training images on which the linear probe chooses its regularisation."""
-    seeds: tuple[int, ...] = setting((0,), resume="free")
+    seeds: tuple[int, ...] = setting((0,), resume="free", basic=True)
     """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
     seed: int = setting(0, resume="fixed")
     """Added to each of --seeds."""
-    device: Device = setting("auto", resume="free")
+    device: Device = setting("auto", resume="free", basic=True)
     """auto, cpu or cuda."""
     features: FeaturesConfig = section(FeaturesConfig)
 
