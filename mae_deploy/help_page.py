@@ -84,7 +84,7 @@ class Group(TyperGroup):
         usage = " ".join([ctx.command_path, *self.collect_usage_pieces(ctx)])
         entries = [
             *_commands(self, heading="Commands"),
-            *(Entry(OPTIONS, ", ".join(option.opts), option.help or "") for option in self.get_params(ctx)),
+            *(Entry(OPTIONS, option.opts[0], getattr(option, "help", "")) for option in self.get_params(ctx)),
         ]
         formatter.write(page(usage, self.help or "", entries, headings=self.panels, last=self.last))
 

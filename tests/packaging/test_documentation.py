@@ -196,6 +196,8 @@ def test_commands_and_options_that_are_named_exist(page: Path) -> None:
     known = {form for options in OPTIONS.values() for option in options for form in option.split("/")} | {
         "--help",
         "--version",
+        "--install-completion",
+        "--show-completion",
     }
     for code in inline_code(page):
         words = code.split()
