@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from mae_deploy.config import Settings, section
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mask_config import num_keep
@@ -16,30 +16,30 @@ from mae_deploy.training.config import Device, TrainingPrecision
 class BenchmarkTrainConfig(Settings, resume="never"):
     """Settings of `mae-deploy benchmark-train`."""
 
-    batch_size: int = 16
+    batch_size: int = setting(16, basic=True)
     """Images a step."""
-    mask_ratio: float = 0.75
+    mask_ratio: float = setting(0.75, basic=True)
     """Share of the patches that the encoder does not see."""
-    precision: TrainingPrecision = "auto"
+    precision: TrainingPrecision = setting("auto", basic=True)
     """Arithmetic of the step: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32. The plain step is FP32 on
     a CPU, on a GPU FP16 with loss scaling."""
-    compile: bool = False
+    compile: bool = setting(False, basic=True)
     """Compile the model with torch.compile."""
     measure_kernels: bool = True
     """On a CPU, take the fastest FP32 kernel for every size, as training does."""
-    steps: int | None = None
+    steps: int | None = setting(None, basic=True)
     """Steps of a round; default: 1 on a CPU, 10 on a GPU."""
-    repeats: int = 7
+    repeats: int = setting(7, basic=True)
     """Timed rounds."""
     warmup: int = 1
     """Rounds before them that are not timed."""
-    threads: int | None = None
+    threads: int | None = setting(None, basic=True)
     """CPU threads; default: one for each core."""
-    out: Path | None = None
+    out: Path | None = setting(None, basic=True)
     """Folder to write the report to: benchmark-train.json and .md."""
     seed: int = 0
     """Seed of weights, images and masks."""
-    device: Device = "auto"
+    device: Device = setting("auto", basic=True)
     """auto, cpu or cuda."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)

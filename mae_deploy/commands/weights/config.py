@@ -19,7 +19,7 @@ class ImportConfig(Settings, resume="never"):
     .safetensors, or a model folder)."""
     out: Path
     """Checkpoint folder to write."""
-    model: str | None = None
+    model: str | None = setting(None, metavar="NAME")
     """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what
     config.json or the tensors say."""
     image_size: tuple[int, int] | None = None
@@ -43,7 +43,7 @@ class ImportConfig(Settings, resume="never"):
 class ExportWeightsConfig(Settings, resume="never"):
     """Settings of `mae-deploy export-weights`."""
 
-    checkpoint: Path = setting(argument=True)
+    checkpoint: Path = setting(argument=True, metavar="CKPT")
     """A run folder, a checkpoint folder, or a weights file that import reads."""
     to: Literal["timm", "huggingface", "original"]
     """Who is to load it: timm or transformers (a model folder), or the original implementation (a .pth file)."""
