@@ -49,7 +49,7 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
     """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs
     on features, else 0."""
     feature_loss: Distance = "smooth_l1"
-    """That distance; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
+    """The distance of --feature-weight; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
     projector: Projector = "linear"
     """From the student's width to the teacher's: linear, mlp (two layers) or none, where the widths are the same."""
     pixel_weight: float | None = None
@@ -78,7 +78,7 @@ class RelationConfig(Settings, resume="fixed"):
     relation_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the student's last and the teacher's at 3/4 of its depth."""
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
-    """Which relations."""
+    """Relations that are compared, of queries (q), keys (k) and values (v)."""
     attention_weight: float = 0.0
     """Weight of the squared error of attention maps (MAE-Lite)."""
     attention_blocks: Blocks | None = setting(None, metavar="BLOCKS")
@@ -107,9 +107,9 @@ class DecoderFeatureConfig(Settings, resume="fixed"):
     """The pair of decoder blocks, STUDENT:TEACHER; default: the student's last and the teacher's at half of its
     decoder's depth (G2SD: 4 of 8)."""
     decoder_feature_loss: Distance = "smooth_l1"
-    """That distance."""
+    """The distance of --decoder-feature-weight."""
     decoder_feature_patches: Literal["masked", "all"] = "masked"
-    """Patches that it counts."""
+    """Patches that --decoder-feature-weight counts."""
     decoder_feature_schedule: Schedule | None = setting(None, hidden=True)
     """Factor of --decoder-feature-weight over the run: [[share of the run, factor], ...]."""
 
@@ -126,9 +126,9 @@ class PooledConfig(Settings, resume="fixed"):
     cls_weight: float = 0.0
     """Weight of the distance between the student's projected CLS token and the teacher's normalised one."""
     pooled_weight: float = 0.0
-    """The same of what a head would read: the mean of the patch tokens, or what the classifier pools."""
+    """The same for what a head would read: the mean of the patch tokens, or what the classifier pools."""
     pooled_loss: Distance = "smooth_l1"
-    """That distance, of both."""
+    """The distance of --cls-weight and of --pooled-weight."""
     pooled_projector: Projector = "linear"
     """From the student's width to the teacher's, for both: linear, mlp or none."""
     cls_schedule: Schedule | None = setting(None, hidden=True)
@@ -152,7 +152,7 @@ class LogitsConfig(Settings, resume="fixed"):
     temperature: float = 1.0
     """Temperature of the softmax on both sides, of kl and dist; the loss is multiplied by its square."""
     logits_weight: float = 1.0
-    """Weight of that loss, on every image, in runs on logits."""
+    """Weight of --logits-loss on every image, in runs on logits."""
     label_weight: float = 0.5
     """Weight of the cross-entropy with the labels, on labelled images."""
     pool: Literal["avg", "cls"] = "avg"
@@ -194,7 +194,7 @@ class TeacherConfig(Settings, resume="fixed"):
     """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
     teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt"] = "auto"
     """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt
-    (TensorRT), auto is the one on which the bundle was proven."""
+    (TensorRT), auto is the one on which the bundle was checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -316,7 +316,7 @@ class DistillConfig(Settings):
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of weights, data order, augmentation and masks."""
     device: Device = setting("auto", resume="free", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     shape: ShapeConfig = section(ShapeConfig)
     features: FeatureObjectiveConfig = section(FeatureObjectiveConfig)
     relation: RelationConfig = section(RelationConfig)
@@ -354,7 +354,7 @@ def block_pairs(written: Blocks | None, flag: str) -> tuple[tuple[int, int], ...
         first, colon, second = text.partition(":")
         if not (colon and all(block.isdecimal() or block == "last" for block in (first, second))):
             raise ConfigError(
-                f"{flag} {text} is no pair of blocks",
+                f"{flag} {text} is not a pair of blocks",
                 hint="write STUDENT:TEACHER, such as 9:18 or last:last, and in a recipe with quotes",
             )
         pairs.append((_block(first), _block(second)))
@@ -386,7 +386,7 @@ def check_weights(config: Any) -> None:
             rising = bool(shares) and shares == sorted(set(shares)) and 0 <= shares[0] <= shares[-1] <= 1
             if not rising or not all(0 <= factor < math.inf for _, factor in value):
                 raise ConfigError(
-                    f"{field.name} {[list(point) for point in value]} is no schedule",
+                    f"{field.name} {[list(point) for point in value]} is not a schedule",
                     hint=(
                         "write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1],"
                         " [0.5, 1], [1, 0]]"

@@ -83,10 +83,10 @@ class ExportConfig(Settings, resume="never"):
     out: Path
     """Bundle folder to write."""
     engine: Literal["onnx", "openvino", "trt"] = setting("onnx", basic=True)
-    """The engine that the graph is made for and proven on: onnx (ONNX Runtime) or openvino, each of which runs the
+    """The engine that the graph is made for and checked on: onnx (ONNX Runtime) or openvino, each of which runs the
     other's too; trt: TensorRT, an engine is built on this machine's GPU and put into the bundle."""
     build: bool = True
-    """With --engine trt; --no-build: prove the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine'
+    """With --engine trt; --no-build: check the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine'
     on the device."""
     tokens: str = setting("full", basic=True, metavar="MODE[:K]")
     """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K;

@@ -47,7 +47,7 @@ class PretrainConfig(Settings):
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of weights, data order, augmentation and masks."""
     device: Device = setting("auto", resume="free", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)
     objective: ObjectiveConfig = section(ObjectiveConfig)
@@ -82,7 +82,7 @@ class MixConfig(Settings, resume="fixed"):
     drop_path: float = 0.1
     """Stochastic depth, rising linearly over the blocks."""
     label_smoothing: float = 0.1
-    """Label smoothing."""
+    """Label smoothing, from 0 (none) to below 1."""
     mixup: float = 0.8
     """Mixup alpha; 0 turns it off."""
     cutmix: float = 1.0
@@ -124,7 +124,7 @@ class FinetuneConfig(Settings):
     in_chans: int | None = setting(None, resume="fixed")
     """Input channels, where --init does not give them."""
     band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed", metavar="GROUPS")
-    """Groups of channels (see pretrain --help), where --init does not give them."""
+    """Groups of channels (see pretrain --help-all), where --init does not give them."""
     resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there."""
     pool: Literal["avg", "cls"] = setting("avg", resume="fixed")
@@ -138,7 +138,7 @@ class FinetuneConfig(Settings):
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order, augmentation and drop path."""
     device: Device = setting("auto", resume="free", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4, min_lr=1e-6, betas=(0.9, 0.999))
     mix: MixConfig = section(MixConfig)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
@@ -169,21 +169,21 @@ class ReconstructConfig(Settings, resume="never"):
     mask_ratio: float = 0.75
     """Share of the patches to hide."""
     mask_sampling: MaskSampling = "random"
-    """Which patches are hidden: random, block or grid (see pretrain --help)."""
+    """Which patches are hidden: random, block or grid (see pretrain --help-all)."""
     mask_patch_size: int | None = None
     """Side, in pixels, of the squares that random masking hides or shows as a whole; default: a patch."""
     group_masking: GroupMasking = "independent"
-    """Of --band-groups: independent or consistent (see pretrain --help)."""
+    """Of --band-groups: independent or consistent (see pretrain --help-all)."""
     num_images: int = 8
     """Images to draw at most, the first in alphabetical order."""
     paste_visible: bool = True
     """Show the visible patches themselves in the reconstruction, as the paper's figures do."""
     picture_bands: tuple[int, ...] | None = None
-    """Channels to show as red, green and blue, or one as grey (see pretrain --help)."""
+    """Channels to show as red, green and blue, or one as grey (see pretrain --help-all)."""
     seed: int = 0
     """Seed of the masks."""
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if not 0 < self.mask_ratio < 1 or self.num_images < 1:

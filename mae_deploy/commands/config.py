@@ -24,7 +24,7 @@ class VerifyConfig(Settings, resume="never"):
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
-    machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
+    machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -32,7 +32,7 @@ class VerifyConfig(Settings, resume="never"):
     seed: int = 0
     """Not used: the golden samples are fixed."""
     device: Device = "cpu"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -91,7 +91,7 @@ class PredictConfig(Settings, resume="never"):
     """Images at a time; default: the graph's fixed batch, or 8."""
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
-    machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
+    machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     threads: int | None = None
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -99,7 +99,7 @@ class PredictConfig(Settings, resume="never"):
     seed: int = 0
     """Seed of --num-keep."""
     device: Device = "cpu"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if self.top_k < 1:

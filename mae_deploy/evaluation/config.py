@@ -1,6 +1,4 @@
-"""Settings of what judges encoders: linear probe, k-NN, comparison, and sweeps over a setting of pretraining. No torch
-here.
-"""
+"""Settings of evaluation: linear probe, k-NN, comparison, top-1. No torch here."""
 
 from __future__ import annotations
 
@@ -52,7 +50,7 @@ class LinprobeConfig(Settings):
     data: Path = setting(argument=True, resume="free")
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
     init: Path = setting(resume="fixed", metavar="CKPT")
-    """Encoder to judge: a run folder, a checkpoint folder or a weights file."""
+    """Encoder to evaluate: a run folder, a checkpoint folder or a weights file."""
     out: Path = setting(resume="free")
     """Run folder to write; its checkpoint is a classifier."""
     solver: Literal["lars", "logistic", "ridge"] = setting("lars", resume="fixed", basic=True)
@@ -72,7 +70,7 @@ class LinprobeConfig(Settings):
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order and augmentation, and of the held-out share."""
     device: Device = setting("auto", resume="free", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     optim: OptimConfig = section(OptimConfig, epochs=90, batch_size=512, blr=0.1, weight_decay=0.0)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
     images: DataConfig = section(DataConfig)
@@ -82,7 +80,7 @@ class LinprobeConfig(Settings):
         _check_share(self.held_out)
         if self.loop.sharding != "ddp":
             raise ConfigError(
-                "--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it away"
+                "--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it out"
             )
 
 
@@ -93,7 +91,7 @@ class KnnConfig(Settings, resume="never"):
     data: Path = setting(argument=True)
     """Labelled images: DATA/train/<class>/… votes on DATA/val/<class>/…."""
     init: Path = setting(metavar="CKPT|BUNDLE")
-    """Encoder to judge: a run folder, a checkpoint folder, a weights file or a bundle."""
+    """Encoder to evaluate: a run folder, a checkpoint folder, a weights file or a bundle."""
     k: tuple[int, ...] = (20,)
     """Neighbours that vote; several numbers, separated by commas, are answered in one pass."""
     temperature: float = 0.07
@@ -103,7 +101,7 @@ class KnnConfig(Settings, resume="never"):
     seed: int = 0
     """Not used: nothing here is random."""
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
@@ -137,7 +135,7 @@ class CompareConfig(Settings, resume="never"):
     seed: int = setting(0, basic=True)
     """Added to each of --seeds."""
     device: Device = setting("auto", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
@@ -177,7 +175,7 @@ class EvalConfig(Settings, resume="never"):
     """Images at a time; default: a bundle's fixed batch, or 64."""
     engine: str = setting("auto", metavar="ENGINE")
     """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
-    for this machine, else the one on which the bundle was proven, where it is installed, else onnxruntime."""
+    for this machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     precision: TrainingPrecision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     num_workers: int = -1
@@ -189,13 +187,13 @@ class EvalConfig(Settings, resume="never"):
     seed: int = 0
     """Seed of the patches of --keep-ratio."""
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if (self.batch_size or 1) < 1 or self.num_workers < -1:
             raise ConfigError("--batch-size must be at least 1, --num-workers at least -1")
         check_shares(self.keep_ratio)
         if self.confusion is not None and len(self.keep_ratio or (1,)) > 1:
-            raise ConfigError("--confusion is of one --keep-ratio", hint="give one share, or leave --confusion away")
+            raise ConfigError("--confusion is of one --keep-ratio", hint="give one share, or leave --confusion out")
         if self.confusion is not None and self.confusion.suffix != ".csv":
             raise ConfigError(f"--confusion {self.confusion} must end in .csv")

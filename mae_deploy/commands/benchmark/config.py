@@ -18,10 +18,10 @@ class BenchmarkConfig(Settings, resume="never"):
     bundles: tuple[Path, ...] = setting(argument=True, metavar="BUNDLE")
     """Bundle folders; everything is timed in turns, and compared with the first row."""
     against: tuple[Path, ...] | None = setting(None, basic=True)
-    """Somebody else's ONNX files, separated by commas, timed beside the bundles on the same engines."""
+    """ONNX files of other origin, separated by commas, timed beside the bundles on the same engines."""
     engine: tuple[str, ...] = setting(("auto",), basic=True, metavar="ENGINE")
     """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle
-    has an engine for this machine, else the one on which it was proven, where it is installed."""
+    has an engine for this machine, else the one on which it was checked, where it is installed."""
     keep: tuple[int, ...] | None = setting(None, basic=True)
     """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
     keep_ratio: tuple[float, ...] | None = setting(None, basic=True)
@@ -48,7 +48,7 @@ class BenchmarkConfig(Settings, resume="never"):
     seed: int = 0
     """Seed of the random images and patches."""
     device: Device = setting("cpu", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if min(self.keep or (1,)) < 1:

@@ -40,7 +40,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
     seed: int = 0
     """Seed of weights, images and masks."""
     device: Device = setting("auto", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     model: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)
 

@@ -53,7 +53,7 @@ class PackConfig(Settings):
     """keep: each file as it is, where its size stays; where not, JPEG as JPEG, others without loss; or one format for
     all."""
     quality: int = setting(90, resume="fixed")
-    """Of JPEG."""
+    """Quality of JPEG files, from 1 to 100."""
     dedup: Literal["no", "exact", "near"] = setting("no", resume="fixed")
     """Leave out images that came before: exact, the same pixels; near, also those that look the same (difference hash,
     3 of 64 bits)."""

@@ -21,7 +21,7 @@ class QuickstartConfig(Settings, resume="never"):
     seed: int = 0
     """Seed of pretraining and of the feature distillation."""
     device: Device = "auto"
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
 
     def __post_init__(self) -> None:
         if not self.seeds:

@@ -20,14 +20,14 @@ class ReportConfig(Settings):
     runs: tuple[Path, ...] = setting(argument=True, flag="RUN", resume="free", metavar="CKPT")
     """Classifiers: runs or checkpoints of `distill` and `finetune`; a row for each, or several (see --keep-ratio)."""
     data: Path = setting(resume="free")
-    """Labelled images: DATA/val/<class>/… judges; DATA/train, where it has enough images, calibrates."""
+    """Labelled images: accuracy is that of DATA/val/<class>/…; DATA/train, where it has enough images, calibrates."""
     out: Path = setting(resume="free")
     """Folder to write: report.json, report.md, and the bundles in students/. The same command goes on where it was cut
     off."""
     engine: Literal["onnx", "openvino"] = setting("onnx", resume="fixed", basic=True)
-    """What the bundles are made for, judged and timed on: ONNX Runtime or OpenVINO."""
+    """Engine that the bundles are made for, evaluated and timed on: ONNX Runtime or OpenVINO."""
     keep_ratio: tuple[float, ...] | None = setting(None, resume="fixed", basic=True)
-    """Shares of the patches to judge and time, separated by commas, a row for each; default: those that a run was
+    """Shares of the patches to evaluate and time, separated by commas, a row for each; default: those that a run was
     trained on with --keep-ratio, else 1."""
     repeats: int = setting(50, resume="free", basic=True)
     """Timed rounds of one image; FP32 and INT8 of all rows take turns."""
@@ -36,7 +36,7 @@ class ReportConfig(Settings):
     threads: int | None = setting(None, resume="free", basic=True)
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
-    """CPU cores that the engine is bound to while it is judged and timed, e.g. 0,1 (Linux); default: any."""
+    """CPU cores that the engine is bound to while it is evaluated and timed, e.g. 0,1 (Linux); default: any."""
     int8: Int8Config = section(Int8Config, max_drop=0.5)
     seed: int = setting(0, resume="fixed")
     """Seed of the patches that are seen where not all are."""

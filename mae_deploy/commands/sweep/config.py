@@ -20,7 +20,7 @@ class SweepConfig(Settings):
     """Images to pretrain on, as of pretrain; where they lie in DATA/train/<class>/… and DATA/val/<class>/…, those of
     train without their labels."""
     out: Path = setting(resume="free")
-    """Folder of the experiment; the same command goes on where it was killed."""
+    """Folder of the experiment; the same command goes on where it was stopped."""
     mask_ratio: tuple[float, ...] | None = setting(None, resume="free", basic=True)
     """Mask ratios to try, separated by commas: the paper's figure 5."""
     over: str | None = setting(None, resume="free", basic=True, metavar="SETTING=VALUE,…")
@@ -35,11 +35,11 @@ class SweepConfig(Settings):
     )
     """Any setting of pretraining as section.key=value; may be repeated."""
     knn: bool = setting(True, resume="fixed", basic=True)
-    """Judge by k-NN."""
+    """Evaluate by k-NN."""
     linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed", basic=True)
-    """Judge by a linear probe on features that are computed once: logistic, ridge or none."""
+    """Evaluate by a linear probe on features that are computed once: logistic, ridge or none."""
     finetune: bool = setting(True, resume="fixed", basic=True)
-    """Judge by fine-tuning."""
+    """Evaluate by fine-tuning."""
     finetune_recipe: str | None = setting(None, resume="fixed", metavar="RECIPE")
     """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
     finetune_settings: tuple[str, ...] = setting(
@@ -55,11 +55,11 @@ class SweepConfig(Settings):
     held_out: float = setting(0.2, resume="fixed")
     """Share of the labelled training images on which the linear probe chooses its regularisation."""
     seeds: tuple[int, ...] = setting((0,), resume="free", basic=True)
-    """Seeds; each pretrains and judges anew, and the curve shows their mean and range."""
+    """Seeds; each pretrains and evaluates anew, and the curve shows their mean and range."""
     seed: int = setting(0, resume="fixed")
     """Added to each of --seeds."""
     device: Device = setting("auto", resume="free", basic=True)
-    """auto, cpu or cuda."""
+    """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
     def __post_init__(self) -> None:
