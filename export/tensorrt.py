@@ -19,8 +19,7 @@ from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.tensorrt.open import open_plan
+from mae_deploy.runtime.tensorrt.open_plan import open_plan
 
 BASELINE_FILE = "baseline.onnx"
 """The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""
@@ -122,19 +121,21 @@ def build_and_gate(job: ExportJob, bundle: Bundle) -> DeviceProof:
             max_latency=config.int8.max_latency,
             on_progress=report,
         )
-    with open_plan(bundle, built.entry, EngineOptions()) as engine:
-        return _gate(job, engine, built)
+    return _gate(job, bundle, built)
 
 
-def _gate(job: ExportJob, engine: TensorRtEngine, built: Built) -> DeviceProof:
+def _gate(job: ExportJob, bundle: Bundle, built: Built) -> DeviceProof:
     failures: list[str] = []
-    for graphs in (False, True, True):  # a CUDA graph is recorded after a plain run of its shape
-        engine.use_graphs = graphs
-        comparisons, missed, accuracy = compare_samples(job, engine, tolerance_of(job), lambda K: _batches(job, K))
-        failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
+    for graphs in (False, True):
+        with open_plan(bundle, built.entry, EngineOptions(cuda_graphs=graphs)) as engine:
+            for _ in range(1 + graphs):  # a CUDA graph is recorded after a plain run of its shape
+                comparisons, missed, accuracy = compare_samples(
+                    job, engine, tolerance_of(job), lambda K: _batches(job, K)
+                )
+                failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
     if failures:
         raise CheckFailed(
-            f"the TensorRT {engine.version} engine misses parity with PyTorch on the samples:"
+            f"the TensorRT {built.entry['tensorrt']} engine misses parity with PyTorch on the samples:"
             f" {'; '.join(dict.fromkeys(failures))}",
             hint=(
                 "nothing was written; another --precision, --optimization-level or TensorRT version may compute it"

@@ -166,9 +166,7 @@ class BundleTeacher:
         engine = self.engine
         total = len(inputs[IMAGES])
         keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
-        batch = (
-            self.bundle.fixed_batch or (batch_that_fits(engine.sizes, total, keep) if engine.sizes else None) or total
-        )
+        batch = self.bundle.fixed_batch or batch_that_fits(engine.profiles, total, keep) or total
         chunks = []
         for start in range(0, total, batch):
             fits = start + batch <= total
@@ -249,10 +247,8 @@ def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> E
     from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
     manifest = bundle.manifest
-    sizes = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
-    built = build_plan(graph, precision=bundle.precision, typing=manifest["typing"], profiles=[sizes])
+    profile = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
+    built = build_plan(graph, precision=bundle.precision, typing=manifest["typing"], profiles=[profile])
     plan = graph.with_suffix(".plan")
     plan.write_bytes(built.content)
-    loaded = TensorRtEngine(plan, options, precision=bundle.precision)
-    loaded.sizes = [manifest["profile"]]
-    return loaded
+    return TensorRtEngine(plan, options, precision=bundle.precision, profiles=[profile])

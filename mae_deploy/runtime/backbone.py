@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
+from mae_deploy.errors import MaeDeployError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
 from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_batch, token_batch
 from mae_deploy.runtime.manifest import IMAGES
-from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.registry import ALIASES, TENSORRT, fall_back, load_engine
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +66,9 @@ class Backbone:
         """
         bundle = Bundle.load(path)
         options = EngineOptions(device=device, threads=threads, affinity=None if affinity is None else tuple(affinity))
-        return cls(bundle, load_engine(bundle, engine, options, build=build))
+        if build and ALIASES.get(engine, engine) in ("auto", TENSORRT):
+            engine = _with_engine_built(bundle, engine, device)
+        return cls(bundle, load_engine(bundle, engine, options))
 
     @property
     def preprocess(self) -> Preprocess:
@@ -140,3 +143,16 @@ class Backbone:
         names = check_outputs(outputs, self.output_names)
         inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
         return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))
+
+
+def _with_engine_built(bundle: Bundle, engine: str, device: str) -> str:
+    """The engine to load, once TensorRT's was built where it was missing; for auto, another where that fails."""
+    from mae_deploy.runtime.tensorrt.add_engine import build_missing_engine
+
+    try:
+        build_missing_engine(bundle, device)
+    except MaeDeployError as error:
+        if engine != "auto":
+            raise
+        return fall_back(bundle, error)
+    return engine

@@ -42,6 +42,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._checked: dict[str, Path] = {}
+        self._golden: dict[str, Array] | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -62,6 +63,7 @@ class Bundle:
         """Read the manifest again, after an engine was added; every file is checked anew."""
         self.manifest = type(self).load(self.path).manifest
         self._checked.clear()
+        self._golden = None
 
     @property
     def model(self) -> ModelEntry:
@@ -204,11 +206,16 @@ class Bundle:
 
     def golden(self) -> dict[str, Array]:
         """The golden samples: inputs and PyTorch's outputs under the graph's names, each `(num_samples, ...)`, and
-        `blocks` (see `GoldenEntry`).
+        `blocks` (see `GoldenEntry`); read once, so the arrays are read-only.
 
         Raises:
             CheckFailed: as `file`, or an array is missing or of another length or type than the manifest says.
         """
+        if self._golden is None:
+            self._golden = self._read_golden()
+        return dict(self._golden)
+
+    def _read_golden(self) -> dict[str, Array]:
         golden = self.manifest["golden"]
         path = self.file(golden["file"])
         try:
@@ -247,6 +254,8 @@ class Bundle:
                 f"{path}: '{BLOCKS}' {found}; the manifest promises {len(self.blocks)} blocks",
                 hint="export the bundle again",
             )
+        for array in arrays.values():
+            array.flags.writeable = False
         return arrays
 
     def _check(self, name: str) -> Path:

@@ -166,12 +166,8 @@ def _run(engine: Engine, inputs: Mapping[str, Array], bundle: Bundle) -> dict[st
     `(B * (1 + K), D)`.
     """
     S = len(inputs[IMAGES])
-    fitting = (
-        batch_that_fits(engine.sizes, S, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None)
-        if engine.sizes
-        else S
-    )
-    batch = bundle.fixed_batch or fitting or S
+    keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+    batch = bundle.fixed_batch or batch_that_fits(engine.profiles, S, keep) or S
     order = np.arange(-(-S // batch) * batch) % S  # a fixed batch is filled up with the first samples again
     chunks = [
         engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks)

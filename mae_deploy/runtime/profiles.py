@@ -41,9 +41,11 @@ def batch_that_fits(profiles: Sequence[Mapping[str, Sequence[int]]], batch: int,
     """How many samples at a time an engine of these profiles takes, where it is given `batch` of them with `keep`
     patches each.
 
-    `batch` itself if a profile holds it; else the largest batch below it, else the smallest above it, which has to be
-    filled up. None: no profile holds `keep`.
+    `batch` itself if a profile holds it, or there are no profiles; else the largest batch below it, else the smallest
+    above it, which has to be filled up. None: no profile holds `keep`.
     """
+    if not profiles:
+        return batch
     ranges = [
         profile["B"]
         for profile in profiles

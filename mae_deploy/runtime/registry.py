@@ -26,7 +26,6 @@ def load_engine(
     options: EngineOptions = EngineOptions(),
     *,
     taps: Sequence[str] = (),
-    build: bool = False,
 ) -> Engine:
     """Load the bundle's graph, or an engine that was built from it, after its hash has been checked.
 
@@ -35,8 +34,6 @@ def load_engine(
             else the engine on which the bundle was proven, where it is installed and has the device; else ONNX Runtime.
         taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is
             not kept.
-        build: where the bundle has no TensorRT engine that fits this machine, and TensorRT is wanted or the bundle was
-            made for it, build one and add it.
 
     Raises:
         ConfigError: an unknown engine, options that it cannot take, or no TensorRT engine that fits.
@@ -46,9 +43,9 @@ def load_engine(
     """
     name = ALIASES.get(engine, engine)
     if name == "auto":
-        loaded = _automatic(bundle, options, taps, build)
+        loaded = _automatic(bundle, options, taps)
     elif name == TENSORRT:
-        loaded = _tensorrt(bundle, options, taps, build)
+        loaded = _tensorrt(bundle, options, taps)
     else:
         loaded = _on_graph(bundle, name, options, taps)
     names = (*bundle.output_names, *taps)
@@ -60,6 +57,18 @@ def load_engine(
             hint="export the bundle again",
         )
     return loaded
+
+
+def fall_back(bundle: Bundle, error: MaeDeployError) -> str:
+    """The engine that runs a bundle in TensorRT's place, after a warning that says why.
+
+    Raises:
+        CheckFailed: the error is one: a plan that is not what was built is no reason to go on.
+    """
+    if isinstance(error, CheckFailed):
+        raise error
+    _log.warning("ONNX Runtime runs %s instead of TensorRT: %s", bundle.path, error)
+    return DEFAULT
 
 
 def open_graph(
@@ -92,39 +101,36 @@ def _on_graph(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[
     return _class_of(name)(bundle.graph(), options, precision=bundle.arithmetic, taps=taps)
 
 
-def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
+def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
     proven = bundle.manifest["engine"]
-    if build or bundle.manifest["engines"] or proven == TENSORRT:
+    if bundle.manifest["engines"] or proven == TENSORRT:
         try:
-            return _tensorrt(bundle, options, taps, build)
-        except CheckFailed:  # a plan that is not what was built is no reason to go on
-            raise
+            return _tensorrt(bundle, options, taps)
         except MaeDeployError as error:
-            _log.warning("ONNX Runtime runs %s instead of TensorRT: %s", bundle.path, error)
-            return _on_graph(bundle, DEFAULT, options, taps)
+            return _on_graph(bundle, fall_back(bundle, error), options, taps)
     usable = options.device != "cuda" and util.find_spec(proven) is not None
     return _on_graph(bundle, proven if usable else DEFAULT, options, taps)
 
 
-def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str], build: bool) -> Engine:
+def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
     # What these import takes a while, and concerns GPUs alone.
-    from mae_deploy.runtime.tensorrt.add_engine import build_engine
     from mae_deploy.runtime.tensorrt.api import load_tensorrt
     from mae_deploy.runtime.tensorrt.engine import gpu_index
-    from mae_deploy.runtime.tensorrt.open import open_plan, open_tapped
+    from mae_deploy.runtime.tensorrt.open_plan import open_plan
     from mae_deploy.runtime.tensorrt.plans import find_plan, reason_against_plans
 
     api = load_tensorrt(gpu_index(options.device))
     entry = find_plan(bundle, api.version, api.gpu)
-    if entry is None and build:
-        build_engine(bundle)
-        entry = find_plan(bundle, api.version, api.gpu)
     if entry is None:
         raise ConfigError(
             reason_against_plans(bundle, api.version, api.gpu),
             hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle",
         )
-    return open_tapped(bundle, entry, options, taps) if taps else open_plan(bundle, entry, options)
+    if not taps:
+        return open_plan(bundle, entry, options)
+    from mae_deploy.runtime.tensorrt.open_tapped import open_tapped
+
+    return open_tapped(bundle, entry, options, taps)
 
 
 def _onnxruntime() -> type[Engine]:

@@ -22,12 +22,13 @@ from mae_deploy.export import tensorrt
 from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.add_engine import Built
+from mae_deploy.runtime.tensorrt.add_plan import add_plan
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.options import BuildOptions
-from mae_deploy.runtime.tensorrt.plans import add_plan
 from tests.export.robust_exports import CONFIG, Exports, robust_mae
 from tests.export.test_run_precisions import KEEP, MODES, runs_as_pytorch
 from tests.export.tiny_exports import read_graph, write_checkpoint
@@ -363,10 +364,13 @@ GPU = Gpu(index=0, name="Some GPU", compute_capability=(9, 0), memory_bytes=1 <<
 
 
 class StandIn(OnnxRuntimeEngine):
-    """The bundle's graph with the engine's switch; every output is off by so much in CUDA graphs."""
+    """The bundle's graph; every output is off by so much in CUDA graphs."""
 
-    use_graphs = False
     off = 0.0
+
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        super().__init__(graph, options)
+        self.use_graphs = options.cuda_graphs
 
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         assert len(inputs["images"]) in (1, 2, 3), "batches of the profiles"

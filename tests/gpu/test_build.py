@@ -151,7 +151,7 @@ def test_damaged_content_is_an_error_and_no_crash(api: Api, products: Path, dama
 def test_builds_at_the_same_time_share_a_timing_cache(api: Api, products: Path, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.build import build_plan\nfrom"
-        " mae_deploy.runtime.profiles import BuildOptions\nbuild_plan(Path(sys.argv[1]), precision='fp32',"
+        " mae_deploy.runtime.tensorrt.options import BuildOptions\nbuild_plan(Path(sys.argv[1]), precision='fp32',"
         " typing='weak', profiles=[], options=BuildOptions(timing_cache=sys.argv[2]))\n"
     )
     command = [sys.executable, "-c", program, str(products), str(tmp_path / "cache")]

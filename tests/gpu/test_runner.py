@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,7 @@ def check(found: dict[str, Any], given: dict[str, Any]) -> None:
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("ids", [np.int32, np.int64])
 def test_runs(plans: dict[str, Path], options: EngineOptions, graphs: bool, ids: type) -> None:
-    with TensorRtEngine(plans["dynamic"], options) as engine:
-        engine.use_graphs = graphs
+    with TensorRtEngine(plans["dynamic"], replace(options, cuda_graphs=graphs)) as engine:
         assert (set(engine.input_names), set(engine.output_names)) == ({"images", "ids_keep"}, {"pooled", "tokens"})
         for seed in range(4):
             for batch, keep in ((2, 3), (1, 13), (4, 2)):
@@ -125,7 +125,7 @@ def test_two_profiles(plans: dict[str, Path], options: EngineOptions) -> None:
                 check(engine.run(inputs(batch, keep)), inputs(batch, keep))
         with pytest.raises(ConfigError, match="it takes images"):
             engine.run(inputs(33, 49))
-        assert len(engine.profiles) == 2
+        assert len(engine._runner.profiles) == 2
 
 
 def test_more_shapes_than_get_a_graph(plans: dict[str, Path]) -> None:
@@ -252,8 +252,7 @@ def test_a_run_costs_little_more_than_the_bare_enqueue(
     plans: dict[str, Path], options: EngineOptions, graphs: bool, record_property: Any
 ) -> None:
     given = inputs(2, 3)
-    with TensorRtEngine(plans["fixed"], options) as engine:
-        engine.use_graphs = graphs
+    with TensorRtEngine(plans["fixed"], replace(options, cuda_graphs=graphs)) as engine:
         for _ in range(3):
             engine.run(given)
         runner = engine._runner
@@ -379,5 +378,5 @@ def test_sizes_are_those_of_the_network(plans: dict[str, Path]) -> None:
     with TensorRtEngine(plans["dynamic"], EngineOptions()) as engine:
         found = engine.run(inputs(4, 13))
         assert {name: array.shape for name, array in found.items()} == {"pooled": (4, D), "tokens": (4, 13, D)}
-        (profile,) = engine.profiles
+        (profile,) = engine._runner.profiles
         assert profile.most == {"images": (4, C, H, W), "ids_keep": (4, 13)}

@@ -4,6 +4,7 @@ that breaks.
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -94,7 +95,7 @@ def test_every_token_is_a_row_and_the_mean_is_over_all(tmp_path: Path) -> None:
     """One token of 17 x 2 is off: the worst row shows it, as the mean of all rows would not."""
     path = write_bundle(tmp_path / "b", token_mode="full")
     bundle = Bundle.load(path)
-    golden = bundle.golden()
+    golden = copy.deepcopy(bundle.golden())
     golden["blocks"][1, 0, 5] *= -1
     bundle.golden = lambda: golden  # type: ignore[method-assign]
     found = trace_layers(bundle, outputs_pass=True)
@@ -119,7 +120,7 @@ def test_a_block_of_infinities_is_named_and_is_plain_json(tmp_path: Path) -> Non
 def test_not_a_number_behind_the_golden_tokens_is_found(tmp_path: Path) -> None:
     """PyTorch's block outputs cover the first tokens only."""
     bundle = Bundle.load(write_bundle(tmp_path / "b", token_mode="full"))
-    golden = bundle.golden()
+    golden = copy.deepcopy(bundle.golden())
     golden["images"][1, :, -1, -1] = np.nan  # the last patch, which no other token of this graph sees
     bundle.golden = lambda: golden  # type: ignore[method-assign]
     found = trace_layers(bundle, outputs_pass=True)
@@ -129,7 +130,7 @@ def test_not_a_number_behind_the_golden_tokens_is_found(tmp_path: Path) -> None:
 
 def test_not_a_number_in_padding_does_not_matter(tmp_path: Path) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "b", token_mode="ragged"))
-    golden = bundle.golden()
+    golden = copy.deepcopy(bundle.golden())
     golden["images"][1, :, 0, 0] = np.nan  # patch 0, which padding reads
     golden["ids_keep"][1, : golden["num_keep"][1]] = np.arange(3, 3 + golden["num_keep"][1])
     bundle.golden = lambda: golden  # type: ignore[method-assign]

@@ -53,7 +53,6 @@ class AccuracyCheck:
         """
         self._photos = _Photos(folder, num_images) if folder is not None else None
         self._seed = seed
-        self._golden: dict[Bundle, Array] = {}
         self._outputs: dict[tuple[LoadedGraph, int | None], dict[str, Array]] = {}
         self._references: dict[tuple[str, ...], Array] = {}
 
@@ -112,7 +111,7 @@ class AccuracyCheck:
         subject, pixels = loaded.subject, self._pixels(bundle)
         ids_keep = None if keep is None else random_patches(subject.num_patches, keep, range(len(pixels)), self._seed)
         size = subject.batch[0] if subject.batch is not None else _CHUNK
-        batch = None if loaded.engine.sizes else size  # None: what the engine's profiles hold
+        batch = None if loaded.engine.profiles else size  # None: what the engine's profiles hold
         parts = []
         for start in range(0, len(pixels), size):
             images = pixels[start : start + size]
@@ -126,9 +125,7 @@ class AccuracyCheck:
         """Photos, uint8 `(S, H, W, C)`, or golden samples as the graph takes them."""
         if self._photos is not None:
             return self._photos.read(bundle.preprocess)[0]
-        if bundle not in self._golden:
-            self._golden[bundle] = bundle.golden()[IMAGES]
-        return self._golden[bundle]
+        return bundle.golden()[IMAGES]
 
     def _labels(self, bundle: Bundle) -> Array | None:
         return self._photos.labels(bundle) if self._photos is not None else None

@@ -100,7 +100,7 @@ class LoadedGraph:
     @property
     def takes_all(self) -> bool:
         """Whether the engine can be given every patch; one of TensorRT takes what it was built for."""
-        ranges = [profile["K"] for profile in self.engine.sizes if "K" in profile]
+        ranges = [profile["K"] for profile in self.engine.profiles if "K" in profile]
         return self.subject.takes_all and (not ranges or any(most >= self.subject.num_patches for _, _, most in ranges))
 
 

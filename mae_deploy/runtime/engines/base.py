@@ -68,12 +68,17 @@ class Engine(ABC):
     """Those of the graph, then the taps."""
     precision: str
     """As it was loaded with."""
-    sizes: Sequence[Mapping[str, Sequence[int]]] = ()
-    """The ranges of B and K that it takes, each smallest, usual and largest: one range each, or several; none: whatever
-    the graph takes."""
+    profiles: Sequence[Mapping[str, Sequence[int]]]
+    """The ranges of B and K that it takes, each smallest, usual and largest; empty: whatever the graph takes."""
 
     def __init__(
-        self, graph: Path, options: EngineOptions, *, precision: str = "fp32", taps: Sequence[str] = ()
+        self,
+        graph: Path,
+        options: EngineOptions,
+        *,
+        precision: str = "fp32",
+        taps: Sequence[str] = (),
+        profiles: Sequence[Mapping[str, Sequence[int]]] = (),
     ) -> None:
         """Load an ONNX file, with its external data.
 
@@ -81,13 +86,14 @@ class Engine(ABC):
             precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the
                 engine compute in BF16 what the graph has in FP32, int8-bf16 also does so beside the products in INT8.
             taps: names of inner tensors that are returned as further outputs.
+            profiles: the ranges of B and K for which the graph was compiled ahead of time; empty: it was not.
 
         Raises:
             ConfigError: a device that this engine has not, or a core that is not there.
             MissingDependency: the engine's package or its device is absent.
             MaeDeployError: the engine refuses the graph, or a tap is no tensor of it.
         """
-        self._affinity, self.precision = options.affinity, precision
+        self._affinity, self.precision, self.profiles = options.affinity, precision, profiles
         self._load(graph, options, precision, tuple(taps))
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
@@ -158,10 +164,9 @@ def run_in_chunks(
     The last chunk is filled up with its last sample, and the surplus is cut from the outputs.
     """
     total = min(len(array) for array in inputs.values())
-    if batch is None and engine.sizes:
-        fitting = batch_that_fits(engine.sizes, total, inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None)
-        batch = None if fitting == total else fitting
-    if batch is None:
+    keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+    batch = batch or batch_that_fits(engine.profiles, total, keep)
+    if batch is None or batch == total:  # None: the engine itself says which K it takes
         return engine.run(inputs, outputs)
     chunks = [
         engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs)

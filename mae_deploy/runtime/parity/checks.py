@@ -157,11 +157,7 @@ class _Checks:
 
     def _takes(self, inputs: Arrays) -> bool:
         """Whether the engine was made for this K, which may be for less than the graph is."""
-        return (
-            IDS_KEEP not in inputs
-            or not self.engine.sizes
-            or batch_that_fits(self.engine.sizes, 1, inputs[IDS_KEEP].shape[1]) is not None
-        )
+        return IDS_KEEP not in inputs or batch_that_fits(self.engine.profiles, 1, inputs[IDS_KEEP].shape[1]) is not None
 
     def _vary(self, variation: Variation, base: Arrays) -> list[Check]:
         expected, found = even_rows([variation.arranged(base), joined([self._run(part) for part in variation.parts])])

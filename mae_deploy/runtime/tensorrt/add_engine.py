@@ -1,11 +1,11 @@
-"""Build a TensorRT engine for a bundle on this machine, prove it, time it, and keep it only if it is right, and INT8
+"""Build a TensorRT engine for a bundle on this machine, check it, time it, and keep it only if it is right, and INT8
 only if it is also faster than FP16.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -17,20 +17,22 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precision
 from mae_deploy.runtime.parity.checks import Check
+from mae_deploy.runtime.parity.invariances import Arrays
 from mae_deploy.runtime.profiles import Profile, read_profiles
+from mae_deploy.runtime.tensorrt.add_plan import add_plan
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.build import BuiltPlan, Report, build_plan
-from mae_deploy.runtime.tensorrt.check_plan import check_plan, inputs_at, parity_record, repeated
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt.check_plan import check_plan, expected_outputs, inputs_at, parity_record, repeated
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
-from mae_deploy.runtime.tensorrt.plans import add_plan, graph_for
+from mae_deploy.runtime.tensorrt.plans import find_plan, graph_for
 from mae_deploy.runtime.timing import Timing, measure
 
 _ROUNDS, _WARMUP = 50, 10
 """Timed calls at each profile's usual size, and those before them."""
 
 _BUILDING = 0.8
-"""The share of the time that goes into a build; the rest proves it."""
+"""The share of the time that goes into a build; the rest is for the checks."""
 
 _HINT = "nothing was kept; another --precision, --optimization-level or TensorRT version may compute it right"
 
@@ -92,9 +94,10 @@ def build_engine(
     """
     api = load_tensorrt()
     wanted = precision or bundle.manifest["precision"]
-    sizes = resolve_profiles(bundle, profiles)
+    complete = resolve_profiles(bundle, profiles)
     precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED else [wanted]
     sources = {name: graph_for(bundle, name) for name in precisions}
+    expected = expected_outputs(bundle, complete)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-deploy-")))
         reports = [
@@ -102,7 +105,7 @@ def build_engine(
             for index, name in enumerate(precisions)
         ]
         found = [
-            _try(stack, bundle, folder, name, sources[name], sizes, options, report)
+            _try(stack, bundle, folder, name, sources[name], complete, options, expected, report)
             for name, report in zip(precisions, reports, strict=True)
         ]
         first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
@@ -111,7 +114,7 @@ def build_engine(
                 f"the TensorRT {api.version} engine in {last.precision} misses parity: {'; '.join(last.failures)}",
                 hint=_HINT,
             )
-        timings = _time(bundle, found, sizes)
+        timings = _time(bundle, found, complete)
         speed = (
             compare_speed(timings[first.precision], timings[last.precision], first.precision)
             if first is not last
@@ -127,12 +130,26 @@ def build_engine(
         version=api.version,
         gpu=api.gpu,
         precision=kept.precision,
-        profiles=sizes,
+        profiles=complete,
         build={**kept.plan.record, **_origin(bundle, kept.source), "against_fp16": speed, "rejected": rejected},
         parity=parity_record(kept.checks),
         latency_ms=1000 * timings[kept.precision][0].median,
     )
     return Built(entry=entry, checks=kept.checks, baseline=speed, rejected=rejected)
+
+
+def build_missing_engine(bundle: Bundle, device: str) -> None:
+    """Build an engine with the defaults of `build_engine` unless the bundle has one that fits this machine.
+
+    Args:
+        device: see `EngineOptions`.
+
+    Raises:
+        ConfigError, MissingDependency, CheckFailed, MaeDeployError: as `build_engine`.
+    """
+    api = load_tensorrt(gpu_index(device))
+    if find_plan(bundle, api.version, api.gpu) is None:
+        build_engine(bundle)
 
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
@@ -211,18 +228,19 @@ def _try(
     folder: Path,
     precision: Precision,
     source: str,
-    sizes: Sequence[Profile],
+    profiles: Sequence[Profile],
     options: BuildOptions,
+    expected: Mapping[int | None, Arrays],
     report: Report | None,
 ) -> _Candidate:
-    """Build, load and prove one engine; it stays open for the timing."""
+    """Build, load and check one engine, launch by launch and as CUDA graphs; the latter stays open for the timing."""
     graph = bundle.graph(source)
     building = None if report is None else lambda phase, share: report(phase, _BUILDING * share)
     plan = build_plan(
         graph,
         precision=precision,
         typing=bundle.manifest["typing"],
-        profiles=sizes,
+        profiles=profiles,
         options=options,
         on_progress=building,
     )
@@ -230,23 +248,26 @@ def _try(
         report("parity", _BUILDING)
     path = folder / f"{precision}.plan"
     path.write_bytes(plan.content)
-    weights = graph if options.strip else None
-    engine = stack.enter_context(
-        TensorRtEngine(
-            path, EngineOptions(), precision=precision, host_code=options.version_compatible, weights=weights
-        )
+    load = partial(
+        TensorRtEngine,
+        path,
+        precision=precision,
+        profiles=profiles,
+        host_code=options.version_compatible,
+        weights=graph if options.strip else None,
     )
-    engine.sizes = sizes
-    return _Candidate(
-        precision=precision, source=source, plan=plan, engine=engine, checks=tuple(check_plan(bundle, engine, sizes))
-    )
+    with load(EngineOptions(cuda_graphs=False)) as plain:
+        checks = check_plan(bundle, plain, profiles, expected)
+    engine = stack.enter_context(load(EngineOptions()))
+    checks += check_plan(bundle, engine, profiles, expected)
+    return _Candidate(precision=precision, source=source, plan=plan, engine=engine, checks=tuple(checks))
 
 
-def _time(bundle: Bundle, candidates: Sequence[_Candidate], sizes: Sequence[Profile]) -> dict[str, list[Timing]]:
+def _time(bundle: Bundle, candidates: Sequence[_Candidate], profiles: Sequence[Profile]) -> dict[str, list[Timing]]:
     """All engines in turns, at the usual size of each profile."""
     golden = bundle.golden()
     found: dict[str, list[Timing]] = {candidate.precision: [] for candidate in candidates}
-    for profile in sizes:
+    for profile in profiles:
         inputs = repeated(inputs_at(bundle, golden, profile["K"][1] if "K" in profile else None), profile["B"][1])
         calls = {candidate.precision: partial(candidate.engine.run_on_device, inputs) for candidate in candidates}
         for name, timing in measure(calls, repeats=_ROUNDS, warmup=_WARMUP).items():

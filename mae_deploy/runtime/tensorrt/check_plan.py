@@ -1,5 +1,4 @@
-"""Whether a TensorRT engine computes what PyTorch computed, at every size that it was built for, launch by launch and
-as a CUDA graph.
+"""Whether a TensorRT engine computes what PyTorch computed, at every size that it was built for.
 
 TensorRT is known to build engines that are wrong for some shapes without a word, so no engine is kept that was not
 compared at its own.
@@ -7,8 +6,7 @@ compared at its own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from importlib import util
 from typing import Any
@@ -17,7 +15,7 @@ import numpy as np
 
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TOKEN_INPUTS
 from mae_deploy.runtime.parity.checks import GOLDEN, Check, tolerance_for, verify_engine
@@ -27,34 +25,64 @@ from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 
 
-def check_plan(bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile]) -> list[Check]:
-    """Every check of an engine; what missed is in `Check.failures`.
+def check_plan(
+    bundle: Bundle, engine: TensorRtEngine, profiles: Sequence[Profile], expected: Mapping[int | None, Arrays]
+) -> list[Check]:
+    """Every check of a fresh engine; what missed is in `Check.failures`.
 
     The golden samples against PyTorch and under the invariances, then the smallest, usual and largest sizes of each
-    profile against ONNX Runtime on the CPU: all of it with CUDA graphs and without.
+    profile; an engine that uses CUDA graphs is compared as it replays them.
+
+    Args:
+        expected: see `expected_outputs`.
 
     Raises:
         CheckFailed: a file of the bundle is not what was exported.
-        MissingDependency: no ONNX Runtime to compare with at other numbers of patches than the golden samples'.
-        MaeDeployError: an engine refuses the samples.
+        MaeDeployError: the engine refuses the samples.
     """
     tolerance = tolerance_for(bundle, engine)
     at_sizes: list[Check] = []
     # First of all: only the first shapes that an engine meets get graphs.
-    for where, inputs, expected in _at_every_size(bundle, profiles):
-        for graphs in (False, True):
-            engine.use_graphs = graphs
-            if graphs:
-                engine.run(inputs, bundle.output_names)  # the graph of a shape is recorded after its first run
-            found = engine.run(inputs, bundle.output_names)
-            for name in bundle.output_names:
-                comparison = compare(expected[name], found[name], name)
-                at_sizes.append(_named(Check(where, comparison, tuple(comparison.failures(tolerance))), graphs))
-    verified: list[Check] = []
-    for graphs in (False, True):
-        engine.use_graphs = graphs
-        verified += [_named(check, graphs) for check in verify_engine(bundle, engine).checks]
-    return verified + at_sizes
+    for where, inputs, wanted in _at_every_size(bundle, profiles, expected):
+        if engine.use_graphs:
+            engine.run(inputs, bundle.output_names)  # the graph of a shape is recorded after its first run
+        found = engine.run(inputs, bundle.output_names)
+        for name in bundle.output_names:
+            comparison = compare(wanted[name], found[name], name)
+            at_sizes.append(Check(where, comparison, tuple(comparison.failures(tolerance))))
+    checks = [*verify_engine(bundle, engine).checks, *at_sizes]
+    return [replace(check, name=f"{check.name}, CUDA graph") for check in checks] if engine.use_graphs else checks
+
+
+def expected_outputs(bundle: Bundle, profiles: Sequence[Profile]) -> dict[int | None, Arrays]:
+    """The outputs of `inputs_at` for each K of the profiles, None for graphs of all patches: by ONNX Runtime on the
+    CPU; where it cannot compute the graph, PyTorch's at the golden samples' own K alone.
+
+    Raises:
+        CheckFailed: a file of the bundle is not what was exported.
+        MissingDependency: no ONNX Runtime, and a K other than the golden samples'.
+        MaeDeployError: ONNX Runtime refuses the samples.
+    """
+    golden = bundle.golden()
+    wanted = list(dict.fromkeys(K for _, K in _sizes(profiles)))
+    if not _is_computed_by_onnxruntime(bundle):
+        own = golden[IDS_KEEP].shape[1] if IDS_KEEP in bundle.input_names else None
+        others = [K for K in wanted if K != own]
+        if others and not _has_onnxruntime():
+            raise MissingDependency(
+                f"without onnxruntime an engine can be checked at the golden samples' {own} patches alone, not at"
+                f" {others[0]}",
+                hint="pip install onnxruntime",
+            )
+        return {own: {name: golden[name] for name in bundle.output_names}}
+    # INT8 and FP8 are compared with the FP16 graph: ONNX Runtime's rounding is not the engine's.
+    with OnnxRuntimeEngine(bundle.graph(bundle.baseline), EngineOptions(device="cpu")) as reference:
+        return {
+            K: run_in_chunks(
+                reference, inputs_at(bundle, golden, K), batch=bundle.fixed_batch, outputs=bundle.output_names
+            )
+            for K in wanted
+        }
 
 
 def inputs_at(bundle: Bundle, golden: Arrays, keep: int | None) -> Arrays:
@@ -95,26 +123,14 @@ def parity_record(checks: Sequence[Check]) -> dict[str, Any]:
     }
 
 
-def _at_every_size(bundle: Bundle, profiles: Sequence[Profile]) -> Iterator[tuple[str, Arrays, Arrays]]:
-    """A name, inputs and what the outputs must be, for each size of each profile that can be judged."""
+def _at_every_size(
+    bundle: Bundle, profiles: Sequence[Profile], expected: Mapping[int | None, Arrays]
+) -> Iterator[tuple[str, Arrays, Arrays]]:
+    """A name, inputs and what the outputs must be, for each size of each profile of which that is known."""
     golden = bundle.golden()
-    known: dict[int | None, Arrays] = {}
-    with ExitStack() as stack:
-        reference = _reference(bundle, stack)
-        for (B, K), name in _sizes(profiles).items():
-            inputs = inputs_at(bundle, golden, K)
-            if reference is not None and K not in known:
-                known[K] = run_in_chunks(reference, inputs, batch=bundle.fixed_batch, outputs=bundle.output_names)
-            elif reference is None and (K is None or K == golden[IDS_KEEP].shape[1]):
-                known[K] = {output: golden[output] for output in bundle.output_names}
-            elif K not in known and not _has_onnxruntime():
-                raise MissingDependency(
-                    f"without onnxruntime an engine can be proven for the golden samples' {golden[IDS_KEEP].shape[1]}"
-                    f" patches alone, not for {K}",
-                    hint="pip install onnxruntime",
-                )
-            if K in known:
-                yield name, repeated(inputs, B), repeated(known[K], B)
+    for (B, K), name in _sizes(profiles).items():
+        if K in expected:
+            yield name, repeated(inputs_at(bundle, golden, K), B), repeated(expected[K], B)
 
 
 def _sizes(profiles: Sequence[Profile]) -> dict[tuple[int, int | None], str]:
@@ -128,23 +144,13 @@ def _sizes(profiles: Sequence[Profile]) -> dict[tuple[int, int | None], str]:
     return found
 
 
-def _reference(bundle: Bundle, stack: ExitStack) -> Engine | None:
-    """ONNX Runtime on the CPU, with the FP16 graph in place of one in INT8 or FP8: its rounding is not the engine's.
-
-    None for a strongly typed BF16 graph, which it cannot compute, and where it is not installed: there PyTorch's golden
-    outputs are what there is.
-    """
-    if (bundle.precision, bundle.manifest["typing"]) == ("bf16", "strong") or not _has_onnxruntime():
-        return None
-    return stack.enter_context(OnnxRuntimeEngine(bundle.graph(bundle.baseline), EngineOptions(device="cpu")))
+def _is_computed_by_onnxruntime(bundle: Bundle) -> bool:
+    """Not a strongly typed BF16 graph, whose products it has no kernels for."""
+    return _has_onnxruntime() and (bundle.precision, bundle.manifest["typing"]) != ("bf16", "strong")
 
 
 def _has_onnxruntime() -> bool:
     return util.find_spec("onnxruntime") is not None
-
-
-def _named(check: Check, graphs: bool) -> Check:
-    return replace(check, name=f"{check.name}, CUDA graph") if graphs else check
 
 
 def _least(values: Sequence[float | None]) -> float | None:

@@ -17,7 +17,6 @@ from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.runner import PlanRunner
 from mae_deploy.runtime.tensorrt.slots import Ticket
-from mae_deploy.runtime.tensorrt.tensors import ProfileRange
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
 
@@ -32,7 +31,7 @@ class TensorRtEngine(Engine):
     name = "tensorrt"
     device = "cuda"
     use_graphs: bool
-    """Whether runs are replayed as CUDA graphs; may be changed between runs."""
+    """Whether runs are replayed as CUDA graphs."""
 
     def __init__(
         self,
@@ -41,6 +40,7 @@ class TensorRtEngine(Engine):
         *,
         precision: str = "fp32",
         taps: Sequence[str] = (),
+        profiles: Sequence[Mapping[str, Sequence[int]]] = (),
         host_code: bool = False,
         weights: Path | None = None,
     ) -> None:
@@ -53,12 +53,7 @@ class TensorRtEngine(Engine):
         """
         self._host_code = host_code
         self._weights = weights
-        super().__init__(graph, options, precision=precision, taps=taps)
-
-    @property
-    def profiles(self) -> list[ProfileRange]:
-        """The shapes of the inputs that the engine takes."""
-        return self._runner.profiles
+        super().__init__(graph, options, precision=precision, taps=taps, profiles=profiles)
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """As that of every engine, and for inputs on the GPU as well."""

@@ -623,9 +623,8 @@ class PlanOnCpu(OnnxRuntimeEngine):
 
     name = "tensorrt"
 
-    def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
-        super()._load(graph, options, precision, taps)
-        self.precision, self.sizes = "fp16", [{"B": (1, 2, 2), "K": (2, 3, 5)}]
+    def __init__(self, graph: Path, options: EngineOptions) -> None:
+        super().__init__(graph, options, precision="fp16", profiles=[{"B": (1, 2, 2), "K": (2, 3, 5)}])
 
     def _run(self, inputs: Mapping[str, Array], outputs: Any) -> dict[str, Array]:
         if len(inputs["images"]) > 2 or ("ids_keep" in inputs and not 2 <= inputs["ids_keep"].shape[1] <= 5):
@@ -635,7 +634,7 @@ class PlanOnCpu(OnnxRuntimeEngine):
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps, build: PlanOnCpu(bundle.graph(), options))
+    monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps: PlanOnCpu(bundle.graph(), options))
     monkeypatch.setattr(
         benchmark_report,
         "gpus",

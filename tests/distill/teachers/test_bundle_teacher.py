@@ -171,9 +171,9 @@ def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypa
         return SimpleNamespace(content=b"plan")
 
     class Opened(OnnxRuntimeEngine):
-        def __init__(self, plan: Path, options: EngineOptions, *, precision: str) -> None:
+        def __init__(self, plan: Path, options: EngineOptions, *, precision: str, profiles: Any) -> None:
             assert (plan.read_bytes(), options.device) == (b"plan", "cuda")
-            super().__init__(asked[0]["graph"], EngineOptions(threads=1), precision=precision)
+            super().__init__(asked[0]["graph"], EngineOptions(threads=1), precision=precision, profiles=profiles)
 
     monkeypatch.setattr(tensorrt_build, "build_plan", build_plan)
     monkeypatch.setattr(tensorrt_engine, "TensorRtEngine", Opened)
@@ -182,7 +182,7 @@ def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypa
     (settings,) = asked
     sizes = {name: tuple(numbers) for name, numbers in teacher.bundle.manifest["profile"].items()}
     assert (settings["precision"], settings["typing"], settings["profiles"]) == ("fp32", "weak", [sizes])
-    assert teacher.engine.sizes == [teacher.bundle.manifest["profile"]]
+    assert teacher.engine.profiles == [sizes]
     expected = ready(open_teacher(checkpoint, FP32), {Tap("tokens", 2)})
     many = batch_of(batch=37), masking_of(batch=37)  # more than the profile's 32
     assert_same(teacher(*many, whole=False), expected(*many, whole=False))

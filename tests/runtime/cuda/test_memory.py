@@ -49,7 +49,7 @@ SCRIPT = """
 import atexit, ctypes, sys, threading
 import numpy as np
 from mae_deploy.runtime.cuda.driver import CudaError
-from mae_deploy.runtime.cuda.memory import open_memory
+from mae_deploy.runtime.cuda.open_memory import open_memory
 
 driver = ctypes.CDLL("libcuda.so.1")
 driver.stub_limit.argtypes = (ctypes.c_long,)

@@ -268,9 +268,9 @@ def test_chunks(batch: int | None, total: int, batches: list[list[int]]) -> None
     [(1, 4, [2]), (3, 4, [3]), (4, 4, [3, 3]), (5, 4, [5]), (6, 4, [5, 5]), (2, 9, [5]), (7, 10, [7])],
 )
 def test_chunks_of_the_sizes_that_an_engine_takes(total: int, keep: int, runs: list[int]) -> None:
-    engine = Recorder(Path(), EngineOptions())
+    profiles = ({"B": [2, 2, 3], "K": [4, 4, 4]}, {"B": [5, 5, 5], "K": [1, 2, 9]})
+    engine = Recorder(Path(), EngineOptions(), profiles=profiles)
     engine.input_names = ("x", "ids_keep")
-    engine.sizes = ({"B": [2, 2, 3], "K": [4, 4, 4]}, {"B": [5, 5, 5], "K": [1, 2, 9]})
     inputs = {"x": np.arange(total * 2).reshape(total, 2), "ids_keep": np.zeros((total, keep), np.int64)}
     np.testing.assert_array_equal(run_in_chunks(engine, inputs, batch=None)["x"], inputs["x"] * 10, strict=True)
     assert [len(batch) for batch in engine.batches] == runs, "with no range for K, the engine itself refuses"
@@ -279,11 +279,15 @@ def test_chunks_of_the_sizes_that_an_engine_takes(total: int, keep: int, runs: l
 def test_an_engine_s_package_is_imported_when_it_loads_and_torch_never(visible_bundle: Path) -> None:
     probe = f"""
 import sys
-from mae_deploy.runtime import Backbone, benchmark, onnxruntime_engine, openvino_engine, predict, verify
+from mae_deploy.runtime import Backbone, predict, timing, verify
+from mae_deploy.runtime.engines import onnxruntime, openvino
 assert not {{"onnxruntime", "openvino"}} & set(sys.modules)
 backbone = Backbone.load({str(visible_bundle)!r})
 assert "onnxruntime" in sys.modules and "openvino" not in sys.modules
 assert verify.verify_bundle(backbone.bundle).passed
+assert not [name for name in sys.modules if name.startswith("mae_deploy.runtime.tensorrt")], "what concerns GPUs alone"
+from mae_deploy.runtime.tensorrt import open_plan, plans
+assert not {{"mae_deploy.runtime.tensorrt.build", "mae_deploy.runtime.tensorrt.add_engine"}} & set(sys.modules)
 assert not {{"torch", "onnx", "timm", "yaml", "mae_deploy.config"}} & set(sys.modules), sorted(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True)

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.manifest import EngineEntry, file_entry
+from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.manifest import EngineEntry, Precision, file_entry
+from mae_deploy.runtime.tensorrt.add_plan import add_plan
+from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from tests.runtime.tiny_bundle import write_bundle
 
 PLAN = b"not a plan, but a file that is copied\x00"
@@ -57,3 +60,39 @@ def plan_of(bundle: Bundle) -> EngineEntry:
     """Its only plan."""
     (entry,) = bundle.manifest["engines"]
     return entry
+
+
+def gpu(name: str = "Orin", capability: tuple[int, int] = (8, 7)) -> Gpu:
+    return Gpu(index=0, name=name, compute_capability=capability, memory_bytes=1 << 33, driver="12.6")
+
+
+ORIN, H200, T4 = gpu(), gpu("NVIDIA H200", (9, 0)), gpu("Tesla T4", (7, 5))
+PROFILES = [{"B": (1, 8, 32), "K": (1, 4, 21)}]
+
+
+def built_plan(content: bytes = b"plan", layers: str | None = '{"Layers": []}', **options: Any) -> BuiltPlan:
+    settings = {"hardware_compatible": "none", "version_compatible": False, "strip": False, **options}
+    return BuiltPlan(content=content, layers=layers, record={"options": settings, "seconds": 3.0})
+
+
+def add(
+    bundle: Bundle,
+    built: BuiltPlan | None = None,
+    *,
+    precision: Precision = "fp16",
+    version: str = "10.3.0",
+    on: Gpu = ORIN,
+    profiles: Any = PROFILES,
+) -> EngineEntry:
+    built = built or built_plan()
+    return add_plan(
+        bundle,
+        built,
+        version=version,
+        gpu=on,
+        precision=precision,
+        profiles=profiles,
+        build=built.record,
+        parity={"checks": 7},
+        latency_ms=1.5,
+    )

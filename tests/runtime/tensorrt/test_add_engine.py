@@ -158,11 +158,11 @@ def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], 
 class OnGraph(OnnxRuntimeEngine):
     """ONNX Runtime in the place of TensorRT: it runs the graph whose path the plan holds."""
 
-    use_graphs = False
-
-    def __init__(self, path: Path, options: Any, *, precision: str, host_code: bool, weights: Path | None) -> None:
-        super().__init__(Path(path.read_text()), options, precision=precision)
-        self.name = "tensorrt"
+    def __init__(
+        self, path: Path, options: Any, *, precision: str, profiles: Any, host_code: bool, weights: Any
+    ) -> None:
+        super().__init__(Path(path.read_text()), options, precision=precision, profiles=profiles)
+        self.name, self.use_graphs = "tensorrt", options.cuda_graphs
 
     def run_on_device(self, inputs: Any) -> Any:
         return self.run(inputs)
@@ -246,7 +246,7 @@ def test_an_engine_that_is_wrong_is_not_kept(
     def wrong(*_: Any) -> Sequence[Check]:
         return [Check("profile 0 max, B=3", Comparison(name="cls"), ("cls: cosine 0.3 is below 0.99999",))]
 
-    monkeypatch.setattr(engine_build, "prove_plan", wrong)
+    monkeypatch.setattr(engine_build, "check_plan", wrong)
     bundle = Bundle.load(visible_bundle)
     with pytest.raises(
         CheckFailed, match=r"the TensorRT 10\.3\.0 engine in fp32 misses parity: profile 0 max, B=3: cls: cosine 0\.3"

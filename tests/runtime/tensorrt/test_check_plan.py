@@ -18,7 +18,7 @@ from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.profiles import Profile
-from mae_deploy.runtime.tensorrt.check_plan import check_plan, inputs_at, parity_record, repeated
+from mae_deploy.runtime.tensorrt.check_plan import check_plan, expected_outputs, inputs_at, parity_record, repeated
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from tests.runtime.tiny_bundle import OUTPUTS, K, N, write_bundle
 
@@ -26,20 +26,21 @@ PROFILES: list[Profile] = [{"B": (1, 1, 1), "K": (K, K, K)}, {"B": (2, 3, 7), "K
 
 
 class Planned(OnnxRuntimeEngine):
-    """An engine with CUDA graphs and sizes, which may be wrong for one of them."""
+    """An engine with or without CUDA graphs, which may be wrong for one size, or in its graphs."""
 
     def __init__(
         self,
         bundle: Bundle,
+        profiles: Sequence[Profile] = PROFILES,
         *,
+        use_graphs: bool = False,
         wrong_sizes: tuple[int, ...] | None = None,
         wrong_graphs: bool = False,
         precision: str | None = None,
     ) -> None:
-        super().__init__(bundle.graph(), EngineOptions(), precision=precision or bundle.precision)
+        super().__init__(bundle.graph(), EngineOptions(), precision=precision or bundle.precision, profiles=profiles)
         self.name = "tensorrt"
-        self.use_graphs = False
-        self.sizes = PROFILES if "K" in bundle.manifest["profile"] else [{"B": (2, 3, 7)}]
+        self.use_graphs = use_graphs
         self.met: set[tuple[int, ...]] = set()
         self.wrong_sizes, self.wrong_graphs = wrong_sizes, wrong_graphs
 
@@ -53,9 +54,14 @@ class Planned(OnnxRuntimeEngine):
         return found
 
 
-def prove(bundle: Bundle, profiles: Sequence[Profile] = PROFILES, **flaws: Any) -> list[Check]:
-    with Planned(bundle, **flaws) as engine:
-        return check_plan(bundle, cast(TensorRtEngine, engine), profiles)
+def checked(bundle: Bundle, profiles: Sequence[Profile] = PROFILES, **flaws: Any) -> list[Check]:
+    """Without CUDA graphs, then with them."""
+    expected = expected_outputs(bundle, profiles)
+    checks: list[Check] = []
+    for use_graphs in (False, True):
+        with Planned(bundle, profiles, use_graphs=use_graphs, **flaws) as engine:
+            checks += check_plan(bundle, cast(TensorRtEngine, engine), profiles, expected)
+    return checks
 
 
 def failed(checks: Sequence[Check]) -> set[tuple[str, str]]:
@@ -63,7 +69,7 @@ def failed(checks: Sequence[Check]) -> set[tuple[str, str]]:
 
 
 def test_a_right_engine_passes_at_every_size(visible_bundle: Path) -> None:
-    checks = prove(Bundle.load(visible_bundle))
+    checks = checked(Bundle.load(visible_bundle))
     assert not failed(checks)
     names = [
         "profile 0 min, B=1, K=4",
@@ -71,7 +77,7 @@ def test_a_right_engine_passes_at_every_size(visible_bundle: Path) -> None:
         "profile 1 opt, B=3, K=5",
         f"profile 1 max, B=7, K={N}",
     ]
-    both = [form for name in names for form in (name, f"{name}, CUDA graph")]
+    both = [*names, *(f"{name}, CUDA graph" for name in names)]
     assert list(dict.fromkeys(check.name for check in checks if check.name.startswith("profile"))) == both
     golden = [check.comparison.name for check in checks if check.name == "golden"]
     assert golden == list(OUTPUTS)
@@ -81,12 +87,12 @@ def test_a_right_engine_passes_at_every_size(visible_bundle: Path) -> None:
 
 
 def test_an_engine_that_is_wrong_at_one_size(visible_bundle: Path) -> None:
-    checks = prove(Bundle.load(visible_bundle), wrong_sizes=(7, N))
+    checks = checked(Bundle.load(visible_bundle), wrong_sizes=(7, N))
     assert failed(checks) == {(f"profile 1 max, B=7, K={N}", "cls"), (f"profile 1 max, B=7, K={N}, CUDA graph", "cls")}
 
 
 def test_an_engine_that_is_wrong_in_cuda_graphs(visible_bundle: Path) -> None:
-    found = failed(prove(Bundle.load(visible_bundle), wrong_graphs=True))
+    found = failed(checked(Bundle.load(visible_bundle), wrong_graphs=True))
     assert len({name for name, _ in found if name.startswith("profile")}) == 4
     assert found == {(name, "cls") for name, _ in found}
     assert all(name.endswith(", CUDA graph") for name, _ in found)
@@ -100,31 +106,24 @@ def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
     proven = bundle.manifest["profile"]
     few = {"B": proven["B"] if bundle.fixed_batch else [2, 3, 7], "K": proven.get("K", [])}
     profile: Profile = {name: (few[name][0], few[name][1], few[name][2]) for name in proven}
-    with Planned(bundle) as engine:
-        engine.sizes = [profile]
-        checks = check_plan(bundle, cast(TensorRtEngine, engine), [profile])
+    checks = checked(bundle, [profile])
     assert not failed(checks)
     assert any(check.name.startswith("profile 0") for check in checks)
 
 
 def test_the_tolerance_is_that_of_the_engine_s_precision(tmp_path: Path) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "b", bits=14))  # too coarse for FP32, fine for FP16
-    with Planned(bundle, precision="fp16") as engine:
-        golden = [
-            check
-            for check in check_plan(bundle, cast(TensorRtEngine, engine), PROFILES[:1])
-            if check.name.startswith("golden")
-        ]
+    golden = [check for check in checked(bundle, PROFILES[:1], precision="fp16") if check.name.startswith("golden")]
     assert len(golden) == 2 * len(OUTPUTS)
     assert not failed(golden)
-    assert any(check.name == "golden" for check in prove(bundle, PROFILES[:1]) if check.failures)
+    assert any(check.name == "golden" for check in checked(bundle, PROFILES[:1]) if check.failures)
 
 
 def test_without_a_reference_the_golden_outputs_judge_every_batch(tmp_path: Path) -> None:
     bundle = Bundle.load(
         write_bundle(tmp_path / "b", precision="bf16", change=lambda manifest: manifest.update(typing="strong"))
     )
-    names = {check.name for check in prove(bundle) if check.name.startswith("profile")}
+    names = {check.name for check in checked(bundle) if check.name.startswith("profile")}
     assert names == {
         "profile 0 min, B=1, K=4",
         "profile 0 min, B=1, K=4, CUDA graph",
@@ -136,11 +135,11 @@ def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(
 ) -> None:
     monkeypatch.setattr("mae_deploy.runtime.tensorrt.check_plan.util.find_spec", lambda _: None)
     bundle = Bundle.load(visible_bundle)
-    checks = prove(bundle, [{"B": (1, 2, 3), "K": (K, K, K)}])
+    checks = checked(bundle, [{"B": (1, 2, 3), "K": (K, K, K)}])
     assert failed(checks) == set()
     assert {check.name.partition(",")[0] for check in checks} >= {"profile 0 min", "profile 0 opt", "profile 0 max"}
-    with pytest.raises(MissingDependency, match=f"for the golden samples' {K} patches alone, not for 1$"):
-        prove(bundle, [{"B": (1, 2, 3), "K": (1, K, K)}])
+    with pytest.raises(MissingDependency, match=f"at the golden samples' {K} patches alone, not at 1$"):
+        checked(bundle, [{"B": (1, 2, 3), "K": (1, K, K)}])
 
 
 def test_samples_of_any_size(tmp_path: Path) -> None:
@@ -159,8 +158,8 @@ def test_samples_of_any_size(tmp_path: Path) -> None:
 
 
 def test_the_record_for_the_manifest(visible_bundle: Path) -> None:
-    record = parity_record(prove(Bundle.load(visible_bundle), wrong_sizes=(7, N)))
+    record = parity_record(checked(Bundle.load(visible_bundle), wrong_sizes=(7, N)))
     assert (record["passed"], len(record["golden"]), len(record["sizes"])) == (False, len(OUTPUTS), 8)
     assert record["worst"]["cls"]["sqnr_db"] == pytest.approx(40, abs=0.1), "one percent"
     assert record["worst"]["tokens"]["sqnr_db"] is None or record["worst"]["tokens"]["sqnr_db"] > 100
-    assert parity_record(prove(Bundle.load(visible_bundle)))["passed"] is True
+    assert parity_record(checked(Bundle.load(visible_bundle)))["passed"] is True

@@ -101,14 +101,18 @@ def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(
         for _ in range(3):
             engine.run(inputs())
             assert calls(stub_driver) == [*copies, "launch", *results], "and nothing is allocated"
-        engine.use_graphs = False
-        engine.run(inputs())
-        assert calls(stub_driver) == [*copies, *results]
-        engine.use_graphs = True
         engine.run(inputs(), "cls")
         assert calls(stub_driver) == [*copies, "launch", "record", "out", "synchronize"]
         engine.run(inputs(keep=5))
         assert "capture" in calls(stub_driver), "another shape is another graph"
+
+
+def test_without_graphs_every_run_is_enqueued(load: Load, stub_driver: ctypes.CDLL) -> None:
+    with load(graphs=False) as engine:
+        calls(stub_driver)
+        for _ in range(3):
+            engine.run(inputs())
+            assert calls(stub_driver) == ["in", "in", "wait", "record", "out", "out", "synchronize"]
 
 
 def test_shapes_beyond_those_that_get_a_graph(
@@ -174,7 +178,11 @@ def test_a_shape_that_no_profile_covers(load: Load, stub_driver: ctypes.CDLL) ->
 def test_a_plan_of_fixed_shapes(load: Load) -> None:
     with load(plan({"B": (2, 2, 2), "K": (3, 3, 3)}, batch=2, keep=3)) as engine:
         check(engine.run(inputs()), inputs())
-        assert engine.profiles[0].least == engine.profiles[0].most == {"images": (2, C, H, W), "ids_keep": (2, 3)}
+        assert (
+            engine._runner.profiles[0].least
+            == engine._runner.profiles[0].most
+            == {"images": (2, C, H, W), "ids_keep": (2, 3)}
+        )
         with pytest.raises(ConfigError, match=r"it takes images \(2, 3, 2, 5\), ids_keep \(2, 3\)$"):
             engine.run(inputs(1))
 

@@ -20,9 +20,8 @@ from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.registry import load_engine
-from mae_deploy.runtime.tensorrt import add_engine as engine_build
+from mae_deploy.runtime.tensorrt import add_engine, open_plan, open_tapped
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
-from mae_deploy.runtime.tensorrt import open as plan_engine
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.verify import verify_bundle
 from tests.runtime.tensorrt.planned_bundle import PLAN, PLAN_FILE, planned
@@ -44,11 +43,12 @@ class Opened(Engine):
         *,
         precision: str,
         taps: Sequence[str] = (),
+        profiles: Sequence[Mapping[str, Sequence[int]]] = (),
         host_code: bool = False,
         weights: Path | None = None,
     ) -> None:
         self.content, self.host_code, self.weights = plan.read_bytes(), host_code, weights
-        super().__init__(plan, options, precision=precision, taps=taps)
+        super().__init__(plan, options, precision=precision, taps=taps, profiles=profiles)
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         self.session = OnnxRuntimeEngine(self.graph, options, taps=taps)
@@ -66,8 +66,10 @@ class Opened(Engine):
 @pytest.fixture
 def on_orin(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine with TensorRT 10.3.0 on an Orin, as far as the registry can tell."""
-    monkeypatch.setattr(tensorrt_api, "load_tensorrt", lambda _: SimpleNamespace(version="10.3.0", gpu=ORIN))
-    monkeypatch.setattr(plan_engine, "TensorRtEngine", Opened)
+    for module in (tensorrt_api, add_engine):
+        monkeypatch.setattr(module, "load_tensorrt", lambda _: SimpleNamespace(version="10.3.0", gpu=ORIN))
+    for module in (open_plan, open_tapped):
+        monkeypatch.setattr(module, "TensorRtEngine", Opened)
 
 
 @pytest.fixture
@@ -82,7 +84,7 @@ def test_a_plan_that_fits_is_loaded_after_its_hash_was_checked(bundle: Bundle, o
     with load_engine(bundle, name) as engine:
         assert isinstance(engine, Opened)
         assert (engine.content, engine.precision, engine.host_code, engine.weights) == (PLAN, "fp16", False, None)
-        assert engine.sizes == [{"B": [2, 3, 4], "K": [4, 4, 4]}]
+        assert engine.profiles == [{"B": [2, 3, 4], "K": [4, 4, 4]}]
 
 
 def test_a_call_takes_any_number_of_images(bundle: Bundle, on_orin: None) -> None:
@@ -179,7 +181,7 @@ def test_one_is_built_on_request(
         (without.path / PLAN_FILE).write_bytes(PLAN)
         return SimpleNamespace(entry=bundle.manifest["engines"][0])
 
-    monkeypatch.setattr(engine_build, "build_engine", build)
+    monkeypatch.setattr(add_engine, "build_engine", build)
     with Backbone.load(bare, name, build=True) as backbone:
         assert backbone.engine.name == "tensorrt"
     assert built == [bare]
@@ -194,7 +196,7 @@ def test_a_build_that_fails_leaves_onnx_runtime(
     def build(_: Bundle) -> Any:
         raise MaeDeployError("TensorRT 10.3.0 cannot build an engine: no memory")
 
-    monkeypatch.setattr(engine_build, "build_engine", build)
+    monkeypatch.setattr(add_engine, "build_engine", build)
     with Backbone.load(full_bundle, build=True) as backbone:
         assert backbone.engine.name == "onnxruntime"
     assert "no memory" in caplog.text
@@ -235,7 +237,7 @@ def test_layers_are_those_of_an_engine_that_is_built_for_them(
         asked.update(given, graph=graph)
         return BuiltPlan(content=b"tapped", layers=None, record={})
 
-    monkeypatch.setattr(plan_engine, "build_plan", build_plan)
+    monkeypatch.setattr(open_tapped, "build_plan", build_plan)
     bundle.manifest["engines"][0]["build"] = {"options": {"optimization_level": 2}}
     report = trace_layers(bundle, "trt", outputs_pass=True)
     assert [layer.block for layer in report.layers] == [0, 1]

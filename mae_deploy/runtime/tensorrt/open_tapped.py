@@ -1,6 +1,4 @@
-"""A bundle's TensorRT engine, opened: its hash checked before TensorRT sees a byte of it, its weights put back where
-they were left out.
-"""
+"""A TensorRT engine that shows what is inside: built like one of the bundle, with inner tensors as further outputs."""
 
 from __future__ import annotations
 
@@ -16,23 +14,6 @@ from mae_deploy.runtime.tensorrt.build import build_plan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import graph_for
-
-
-def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> TensorRtEngine:
-    """Load an engine of the bundle.
-
-    Raises:
-        CheckFailed: the plan, or the graph that a stripped one needs, is not the file that was built.
-        MissingDependency: neither pycuda nor cuda-bindings is there.
-        MaeDeployError: TensorRT refuses the plan.
-    """
-    plan = bundle.file(entry["file"])
-    weights = bundle.graph(graph_for(bundle, entry["precision"])) if entry["stripped"] else None
-    engine = TensorRtEngine(
-        plan, options, precision=entry["precision"], host_code=entry["version_compatible"], weights=weights
-    )
-    engine.sizes = entry["profiles"]
-    return engine
 
 
 def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps: Sequence[str]) -> TensorRtEngine:
@@ -60,6 +41,4 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
         path = Path(folder) / "tapped.plan"
         path.write_bytes(plan.content)
-        engine = TensorRtEngine(path, options, precision=precision, taps=taps)
-    engine.sizes = entry["profiles"]
-    return engine
+        return TensorRtEngine(path, options, precision=precision, taps=taps, profiles=profiles)
