@@ -7,10 +7,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
 from mae_deploy.checkpoint import OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.weights.write.foreign import LICENCE_IDS, ForeignModel, Library, architecture_of
 
 _KINDS = {"mae": "masked autoencoder, encoder and decoder", "encoder": "ViT encoder", "classifier": "ViT classifier"}
+
+_HUB_LICENCES = {**LICENCE_IDS, UNKNOWN_LICENCE: "unknown"}
+"""As model hubs name them; any other licence is `other` there, with a name."""
 
 
 def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> str:
@@ -19,7 +24,7 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
     size = "x".join(map(str, encoder.image_size))
     lines = [
         "---",
-        *_front_matter(metadata.licence, library, metadata.kind),
+        _front_matter(metadata.licence, library, metadata.kind).to_yaml(),
         "---",
         "",
         f"# {encoder.name}",
@@ -52,28 +57,15 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
     return "\n".join(lines)
 
 
-def _front_matter(licence: str, library: Library, kind: str) -> list[str]:
-    known = LICENCE_IDS.get(licence)
-    stated = (
-        [f"license: {known}"]
-        if known
-        else (
-            ["license: unknown"]
-            if licence == UNKNOWN_LICENCE
-            else ["license: other", f"license_name: {json.dumps(licence)}"]
-        )
+def _front_matter(licence: str, library: Library, kind: str) -> ModelCardData:
+    """What model hubs read."""
+    return ModelCardData(
+        license=_HUB_LICENCES.get(licence, "other"),
+        license_name=None if licence in _HUB_LICENCES else licence,
+        library_name="timm" if library == "timm" else "transformers",
+        pipeline_tag="image-classification" if kind == "classifier" else "image-feature-extraction",
+        tags=["masked-autoencoder", "vit"],
     )
-    task = (
-        ["pipeline_tag: image-classification"] if kind == "classifier" else ["pipeline_tag: image-feature-extraction"]
-    )
-    return [
-        *stated,
-        f"library_name: {'timm' if library == 'timm' else 'transformers'}",
-        *task,
-        "tags:",
-        "- masked-autoencoder",
-        "- vit",
-    ]
 
 
 def _usage(library: Library, kind: str) -> list[str]:
