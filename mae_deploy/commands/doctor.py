@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from importlib import metadata, util
 from typing import Any
 
@@ -19,88 +20,74 @@ from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
 
-_TRAIN = (
-    "torch",
-    "torchvision",
-    "timm",
-    "accelerate",
-    "safetensors",
-    "yaml",
-    "tensorboard",
-    "webdataset",
-    "simplejpeg",
-)
-
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
 
-NEEDS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "pretrain": ("train", _TRAIN),
-    "pretrain --tracker wandb": ("train,wandb", (*_TRAIN, "wandb")),
-    "pretrain --tracker mlflow": ("train,mlflow", (*_TRAIN, "mlflow")),
-    "pretrain on Arrow and Parquet": ("train,hf", (*_TRAIN, "pyarrow")),
-    "finetune": ("train", _TRAIN),
-    "linprobe": ("train", _TRAIN),
-    "knn": ("train", ("torch", "torchvision", "timm", "safetensors")),
-    "compare": ("train", ("torch", "torchvision", "timm", "safetensors", "matplotlib")),
-    "sweep": ("train", (*_TRAIN, "matplotlib")),
-    "distill": ("train", _TRAIN),
-    "reconstruct": ("train", ("torch", "timm", "safetensors")),
-    "import": ("train", ("torch", "timm", "safetensors")),
-    "export-weights": ("train", ("torch", "timm", "safetensors")),
-    "export": ("train", ("torch", "timm", "safetensors", "onnx", "onnxruntime")),
-    "report": ("train", ("torch", "torchvision", "timm", "safetensors", "onnx", "onnxruntime")),
-    "report --engine openvino": ("train,openvino", ("torch", "torchvision", "timm", "safetensors", "onnx", "openvino")),
-    "quickstart": ("train", (*_TRAIN, "onnx", "onnxruntime", "sklearn")),
-    "verify": ("", ("onnxruntime",)),
-    "predict": ("", ("onnxruntime",)),
-    "eval BUNDLE": ("", ("onnxruntime",)),
-    "eval CKPT": ("train", ("torch", "torchvision", "timm", "safetensors")),
-    "predict --out FILE.parquet": ("parquet", ("onnxruntime", "pyarrow")),
-    "predict on TIFF": ("tiff", ("onnxruntime", "tifffile")),
-    "benchmark": ("", ("onnxruntime",)),
-    "benchmark-train": ("train", ("torch", "timm", "accelerate")),
-    "build-engine": ("trt", ("onnxruntime", "tensorrt", _PYCUDA)),
-    "export --engine trt": ("train,trt", ("torch", "timm", "safetensors", "onnx", "onnxruntime", "tensorrt", _PYCUDA)),
-    "predict --engine trt": ("trt", ("tensorrt", _PYCUDA)),
-    "export --engine openvino": ("train,openvino", ("torch", "timm", "safetensors", "onnx", "openvino")),
-    "predict --engine openvino": ("openvino", ("openvino",)),
-    "data": ("", ()),
-    "info": ("", ()),
+NEEDS: dict[str, tuple[str, ...]] = {
+    "": ("verify", "predict", "eval BUNDLE", "benchmark", "data", "info"),
+    "train": (
+        "pretrain",
+        "finetune",
+        "linprobe",
+        "knn",
+        "compare",
+        "sweep",
+        "distill",
+        "reconstruct",
+        "import",
+        "export-weights",
+        "export",
+        "report",
+        "quickstart",
+        "eval CKPT",
+        "benchmark-train",
+    ),
+    "train,wandb": ("pretrain --tracker wandb",),
+    "train,mlflow": ("pretrain --tracker mlflow",),
+    "train,hf": ("pretrain on Arrow and Parquet",),
+    "train,trt": ("export --engine trt",),
+    "train,openvino": ("export --engine openvino", "report --engine openvino"),
+    "trt": ("build-engine", "predict --engine trt"),
+    "openvino": ("predict --engine openvino",),
+    "parquet": ("predict --out FILE.parquet",),
+    "tiff": ("predict on TIFF",),
 }
-"""The extra and the modules behind each command."""
+"""The commands that the package itself and its extras are for."""
 
-_DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow", _CUDA_BINDINGS: "cuda-bindings"}
+_MODULES = {
+    "pyyaml": "yaml",
+    "scikit-learn": "sklearn",
+    "pillow": "PIL",
+    "mlflow-skinny": "mlflow",
+    "cuda-bindings": _CUDA_BINDINGS,
+}
+"""Of distributions that are imported under another name than they are installed."""
+
+_DISTRIBUTIONS = {module: name for name, module in _MODULES.items()}
+
+_REQUIREMENT = re.compile(r"([\w.-]+)[^;]*(?:;.*extra == [\"'](\w+)[\"'])?")
+"""A name and the extra that asks for it, in the words of a package's metadata: `torch>=2.11; extra == "train"`."""
 
 
 def run_doctor(_: DoctorConfig) -> Result:
-    """Look at packages, engines and devices; always succeeds."""
-    modules = sorted(
-        {"numpy", "PIL", "typer", "rich"}
-        | {module for _, needed in NEEDS.values() for module in needed}
-        | {_CUDA_BINDINGS}
-    )
-    packages = {module: _version(module) for module in modules}
-    commands = {
-        name: (
-            {
-                "missing": missing,
-                "install": (
-                    f"pip install 'mae-deploy[{extra}]'" if extra else "pip install --force-reinstall mae-deploy"
-                ),
-            }
-            if missing
-            else None
-        )
-        for name, (extra, needed) in NEEDS.items()
-        for missing in [
-            [
-                module
-                for module in needed
-                if packages[module] is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])
-            ]
-        ]
+    """Look at packages, engines and devices; nothing that is missing makes it fail.
+
+    Raises:
+        MissingDependency: the package runs from its sources and is not installed.
+    """
+    required = requirements()
+    needed = {extras: {module for extra in ["", *extras.split(",")] for module in required[extra]} for extras in NEEDS}
+    packages = {module: _version(module) for module in sorted({_CUDA_BINDINGS}.union(*needed.values()))}
+    absent = {
+        module
+        for module, version in packages.items()
+        if version is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])
     }
+    commands: dict[str, dict[str, Any] | None] = {}
+    for extras, names in NEEDS.items():
+        missing = sorted(needed[extras] & absent)
+        install = f"pip install 'mae-deploy[{extras}]'" if extras else "pip install --force-reinstall mae-deploy"
+        commands |= dict.fromkeys(names, {"missing": missing, "install": install} if missing else None)
     machine = {
         "mae_deploy": __version__,
         "python": platform.python_version(),
@@ -118,6 +105,27 @@ def run_doctor(_: DoctorConfig) -> Result:
     }
     data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
     return Result(data, _view(data))
+
+
+def requirements() -> dict[str, list[str]]:
+    """The modules of each extra, and under "" those of the package itself, as its own metadata names them.
+
+    Raises:
+        MissingDependency: the package runs from its sources and is not installed.
+    """
+    try:
+        lines = metadata.requires("mae-deploy") or []
+    except metadata.PackageNotFoundError as error:
+        raise MissingDependency(
+            "mae-deploy is not installed, and only what is installed says what it needs", hint="pip install -e ."
+        ) from error
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        match = _REQUIREMENT.match(line)
+        assert match is not None
+        name, extra = match.groups(default="")
+        found.setdefault(extra, []).append(_MODULES.get(name.lower(), name.replace("-", "_")))
+    return found
 
 
 def _version(module: str) -> str | None:

@@ -15,7 +15,7 @@ from mae_deploy import __version__, machine
 from mae_deploy.cli import app, main
 from mae_deploy.commands import doctor
 from mae_deploy.commands.config import DoctorConfig
-from mae_deploy.commands.doctor import NEEDS
+from mae_deploy.commands.doctor import NEEDS, requirements
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda.driver import Gpu
 from tests.test_cli import TRAINING, run_without
@@ -30,7 +30,7 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["sklearn"] == metadata.version("scikit-learn"), "under the name of its distribution"
     assert "CPU" in found["engines"]["onnxruntime"]
-    assert set(found["commands"]) == set(NEEDS)
+    assert set(found["commands"]) == {name for names in NEEDS.values() for name in names}
     assert found["commands"]["pretrain"] is None
     assert found["machine"]["nvidia_gpus"] == len(found["machine"]["gpus"])
     assert found["machine"]["cpu_cores"] == os.cpu_count()
@@ -112,7 +112,28 @@ def test_what_tensorrt_lacks(
 
 def test_every_command_is_listed() -> None:
     group: Any = typer.main.get_command(app)
-    assert {name.split()[0] for name in NEEDS} == set(group.commands) - {"doctor"}
+    listed = [name for names in NEEDS.values() for name in names]
+    assert {name.split()[0] for name in listed} == set(group.commands) - {"doctor"}
+    assert len(set(listed)) == len(listed)
+
+
+def test_what_is_needed_is_what_the_package_asks_for() -> None:
+    """The names that are imported, of this package's own metadata; an extra that is not installed has them too."""
+    required = requirements()
+    assert {"numpy", "PIL", "onnxruntime"} <= set(required[""])
+    assert {"torch", "yaml", "sklearn", "ml_dtypes"} <= set(required["train"])
+    assert {"tensorrt", "pycuda"} <= set(required["trt"])
+    assert required["mlflow"] == ["mlflow"]
+    assert {extra for extras in NEEDS for extra in extras.split(",")} <= set(required)
+
+
+def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def requires(name: str) -> None:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    assert main(["doctor"]) == 3
+    assert "error: mae-deploy is not installed" in capsys.readouterr().err
 
 
 def test_without_the_training_packages() -> None:
@@ -122,7 +143,7 @@ def test_without_the_training_packages() -> None:
     assert found["packages"]["torch"] is None
     assert found["packages"]["onnxruntime"] is not None
     pretrain = found["commands"]["pretrain"]
-    assert set(pretrain["missing"]) == set(NEEDS["pretrain"][1])
+    assert set(pretrain["missing"]) == set(TRAINING) & set(requirements()["train"])
     assert pretrain["install"] == "pip install 'mae-deploy[train]'"
     assert found["engines"]["openvino"] == "not installed: pip install 'mae-deploy[openvino]'"
     assert found["commands"]["predict --engine openvino"] == {
@@ -130,14 +151,8 @@ def test_without_the_training_packages() -> None:
         "install": "pip install 'mae-deploy[openvino]'",
     }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
-        "verify",
-        "predict",
-        "eval BUNDLE",
-        "predict --out FILE.parquet",
-        "predict on TIFF",
-        "benchmark",
-        "data",
-        "info",
+        *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info"),
+        *("predict --out FILE.parquet", "predict on TIFF"),
     ]
 
 
@@ -157,4 +172,4 @@ def test_without_an_engine() -> None:
     assert found["engines"]["onnxruntime"] == "not installed: pip install onnxruntime"
     assert found["commands"]["predict"]["missing"] == ["onnxruntime"]
     assert found["commands"]["predict"]["install"] == "pip install --force-reinstall mae-deploy"
-    assert found["commands"]["info"] is None
+    assert found["commands"]["info"]["missing"] == ["onnxruntime"], "what pip installs is there, or is not"
