@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.files import atomic_path, read_json, sha256, write_json
+from mae_deploy.files import atomic_path, follow_link, read_json, sha256, write_json
+from mae_deploy.progress import notice
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,12 +122,23 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadat
 
 def find_checkpoint(path: Path) -> Path | None:
     """The checkpoint folder that `path` means: itself, the best or last of a run folder, or the folder of a weights
-    file.
+    file. Where a run was copied without its links, the newest, and a line says so.
     """
-    candidates = [path, path / "checkpoints" / "best", path / "checkpoints" / "last"]
+    checkpoints = path / "checkpoints"
+    candidates = [path, follow_link(checkpoints / "best"), follow_link(checkpoints / "last")]
     if path.name == WEIGHTS:
         candidates.append(path.parent)
-    return next((folder for folder in candidates if (folder / METADATA).is_file()), None)
+    found = next((folder for folder in candidates if (folder / METADATA).is_file()), None)
+    if found is None and (complete := [step for step in steps_in(checkpoints) if (step / METADATA).is_file()]):
+        found = complete[-1]
+        notice("checkpoint:", f"{checkpoints} has neither best nor last, which are links: taking {found.name}")
+    return found
+
+
+def steps_in(checkpoints: Path) -> list[Path]:
+    """The folders `step-N` in a run's folder of checkpoints, by N."""
+    steps = [folder for folder in checkpoints.glob("step-*") if folder.name.removeprefix("step-").isdecimal()]
+    return sorted(steps, key=lambda folder: int(folder.name.removeprefix("step-")))
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

@@ -63,11 +63,29 @@ def read_json(path: Path) -> Any:
 
 
 def point_link(link: Path, target_name: str) -> None:
-    """Make `link` a relative symlink to its sibling `target_name`, replacing an older link in one step."""
+    """Make `link` a relative symlink to its sibling `target_name`, replacing an older link in one step.
+
+    On a file system without links it becomes a small file with that name; `follow_link` reads both. A folder of that
+    name, as a copy that followed links has it, is replaced too.
+    """
     aside = link.with_name(f"{_ASIDE}{os.getpid()}-{link.name}")
     remove(aside)
-    aside.symlink_to(target_name)
+    try:
+        aside.symlink_to(target_name)
+    except (OSError, NotImplementedError):  # FAT and some network shares; Windows without the right to make links
+        aside.write_text(target_name, encoding="utf-8")
+    if link.is_dir() and not link.is_symlink():
+        remove(link)
     os.replace(aside, link)
+
+
+def follow_link(link: Path) -> Path:
+    """What `point_link` pointed `link` to; the path itself where it is a link of the file system, a folder or absent."""
+    if link.is_file() and link.stat().st_size < 256:
+        name = link.read_text(encoding="utf-8", errors="replace").strip()
+        if name and Path(name).name == name:
+            return link.with_name(name)
+    return link
 
 
 def sha256(path: Path) -> str:

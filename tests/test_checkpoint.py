@@ -88,6 +88,17 @@ def test_every_name_of_a_checkpoint(tmp_path: Path) -> None:
     assert find_checkpoint(run) == best, "the best one where there is one"
 
 
+def test_a_run_copied_without_links(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step in (9, 10):
+        saved(checkpoints / f"step-{step}")
+    (checkpoints / "step-11").mkdir()
+    assert find_checkpoint(tmp_path / "run") == checkpoints / "step-10"
+    assert "has neither best nor last, which are links: taking step-10" in " ".join(capsys.readouterr().err.split())
+    (checkpoints / "best").write_text("step-9", encoding="utf-8")  # as on a file system without links
+    assert find_checkpoint(tmp_path / "run") == checkpoints / "step-9"
+
+
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"")
     for path in (tmp_path, tmp_path / "model.safetensors", tmp_path / "absent"):

@@ -28,7 +28,8 @@ def write_decoder(writer: BlockWriter, decoder: DecoderConfig, latent: str, plac
 
     Args:
         writer: of blocks on all N patches.
-        place: puts the visible tokens at their rows of the position table, zeros elsewhere: `(B, T, d) -> (B, 1 + N, d)`.
+        place: puts the visible tokens at their rows of the position table, zeros elsewhere:
+            `(B, T, d) -> (B, 1 + N, d)`.
     """
     b, weights = writer.builder, writer.weights
     # A visible token's row is x + position, all others are mask_token + position: so (x - mask_token) is placed,

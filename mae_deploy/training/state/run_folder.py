@@ -14,9 +14,10 @@ from typing import Any, TypeVar
 import torch
 
 from mae_deploy import __version__
+from mae_deploy.checkpoint import steps_in
 from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
+from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
 from mae_deploy.training.state.progress import PROGRESS, STATE
 
 CONFIG = "config.yaml"
@@ -50,6 +51,7 @@ class RunFolder:
             refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out")
         if resume and (path / CONFIG).is_file():
             _check_same_run(path, config, data)
+            folder._check_not_lost(config)
         if write:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
             for place in (path, folder.checkpoints):
@@ -60,11 +62,36 @@ class RunFolder:
             write_text(path / CONFIG, to_yaml(config))
         return folder
 
+    def _check_not_lost(self, config: Any) -> None:
+        """A run that has written checkpoints never starts again at step 0, over its metrics and checkpoints.
+
+        Raises:
+            ConfigError: there is no checkpoint to resume from where one has been written.
+        """
+        if self.last is not None:
+            return
+        epoch = max((line.get("epoch", 0) for line in _lines(self.path / "metrics.jsonl")), default=0)
+        unfinished = [folder.name for folder in steps_in(self.checkpoints)]
+        if unfinished or epoch > config.loop.checkpoint_every:
+            there = f"{', '.join(unfinished)} without their state" if unfinished else "none"
+            raise ConfigError(
+                f"--resume of {self.path}, whose metrics go to epoch {epoch:.2f}, finds no checkpoint to go on from:"
+                f" {there} in {self.checkpoints}",
+                hint="copy the run again with checkpoints/step-*, or start a new one with another --out",
+            )
+
     @property
     def last(self) -> Path | None:
-        """The newest complete checkpoint with the state to resume from."""
-        folder = self.checkpoints / "last"
-        return folder if (folder / STATE / PROGRESS).is_file() else None
+        """The checkpoint to resume from: what `last` points to; where the run was copied without its links, or with
+        folders in their place, the newest complete one.
+        """
+        folder = follow_link(self.checkpoints / "last")
+        if _resumable(folder) and (folder.is_symlink() or folder.name != "last"):
+            return folder
+        complete = [step for step in steps_in(self.checkpoints) if _resumable(step)]
+        if complete:
+            return complete[-1]
+        return folder if _resumable(folder) else None
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to a JSONL file; what is not finite becomes null."""
@@ -91,13 +118,18 @@ class RunFolder:
         """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step
         `spare`.
         """
-        steps = sorted(self.checkpoints.glob("step-*"), key=lambda folder: int(folder.name.removeprefix("step-")))
+        steps = steps_in(self.checkpoints)
         # `last` is not always the newest: a kill between the writing of a checkpoint and the move of `last` leaves a
         # newer one.
-        pointed_to = {link.resolve() for name in ("best", "last") if (link := self.checkpoints / name).exists()}
+        links = (follow_link(self.checkpoints / name) for name in ("best", "last"))
+        pointed_to = {link.resolve() for link in links if link.exists()}
         for folder in steps[:-keep]:
             if folder.resolve() not in pointed_to and folder.name != f"step-{spare}":
                 remove(folder)
+
+
+def _resumable(checkpoint: Path) -> bool:
+    return (checkpoint / STATE / PROGRESS).is_file()
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -146,6 +178,20 @@ def _git_revision() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """A JSONL file's lines, without one that a kill cut short."""
+    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    found = []
+    for line in text.splitlines():
+        try:
+            value = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(value, dict):
+            found.append(value)
+    return found
 
 
 def _step_of(line: str) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,13 @@ def write_checkpoint_folder(folder: RunFolder, step: int) -> None:
     state = folder.checkpoints / f"step-{step}" / "state"
     state.mkdir(parents=True)
     (state / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+
+
+def opened_with(run: Path, step: int) -> Path:
+    """A checkpoint of another run."""
+    folder = RunFolder.open(run, config_of(run), DATA, resume=False)
+    write_checkpoint_folder(folder, step)
+    return folder.checkpoints / f"step-{step}"
 
 
 def steps_in(folder: RunFolder) -> set[str]:
@@ -165,12 +173,77 @@ def test_metrics_of_a_run_that_has_none(tmp_path: Path) -> None:
 
 def test_last_is_a_checkpoint_that_can_be_resumed(tmp_path: Path) -> None:
     folder = opened(tmp_path)
-    write_checkpoint_folder(folder, 5)
     found = [folder.last]
+    for step in (5, 9):
+        write_checkpoint_folder(folder, step)
+    (folder.checkpoints / "step-12").mkdir()  # a copy that was cut short
     for target in ("step-5", "step-6"):
         point_link(folder.checkpoints / "last", target)
         found.append(folder.last)
-    assert found == [None, folder.checkpoints / "last", None]
+    assert found == [None, folder.checkpoints / "last", folder.checkpoints / "step-9"]
+
+
+def test_a_run_copied_without_links_goes_on_from_its_newest_checkpoint(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for step in (9, 10):  # by number, not by name
+        write_checkpoint_folder(folder, step)
+    assert folder.last == folder.checkpoints / "step-10"
+
+
+def test_a_run_copied_with_folders_in_place_of_links(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    write_checkpoint_folder(folder, 4)
+    shutil.copytree(folder.checkpoints / "step-4", folder.checkpoints / "last")
+    assert folder.last == folder.checkpoints / "step-4"
+    write_checkpoint_folder(folder, 8)
+    point_link(folder.checkpoints / "last", "step-8")
+    assert (folder.checkpoints / "last").resolve() == folder.checkpoints / "step-8"
+    shutil.rmtree(folder.checkpoints / "step-4")
+    shutil.rmtree(folder.checkpoints / "step-8")
+    (folder.checkpoints / "last").unlink()
+    shutil.copytree(opened_with(tmp_path / "other", 6), folder.checkpoints / "last")
+    assert folder.last == folder.checkpoints / "last", "nothing but last was copied"
+
+
+def test_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: Path, target: str) -> None:
+        raise OSError("operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    folder = opened(tmp_path)
+    for step in (2, 4, 6):
+        write_checkpoint_folder(folder, step)
+    for name, step in (("best", 2), ("last", 4)):
+        point_link(folder.checkpoints / name, f"step-{step}")
+    assert folder.last == folder.checkpoints / "step-4"
+    folder.prune(1)
+    assert steps_in(folder) - {"best", "last"} == {"step-2", "step-4", "step-6"}
+    point_link(folder.checkpoints / "last", "step-6")
+    assert folder.last == folder.checkpoints / "step-6"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [((0.5, 1.0, 1.5), ()), ((0.5,), (7,))], ids=["metrics", "half a checkpoint"]
+)
+def test_a_run_that_lost_its_checkpoints_does_not_start_again(
+    tmp_path: Path, epochs: tuple[float, ...], steps: tuple[int, ...]
+) -> None:
+    folder = opened(tmp_path)
+    for step, epoch in enumerate(epochs, 1):
+        folder.append("metrics.jsonl", {"step": step, "epoch": epoch, "loss": 1.0})
+    for step in steps:
+        (folder.checkpoints / f"step-{step}").mkdir()
+    before = (folder.path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ConfigError, match=r"whose metrics go to epoch .* finds no checkpoint to go on from"):
+        RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True)
+    assert (folder.path / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    for step, epoch in enumerate((0.5, 1.0), 1):
+        folder.append("metrics.jsonl", {"step": step, "epoch": epoch, "loss": 1.0})
+    assert RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True).last is None
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
