@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ import pytest
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import (
     atomic_path,
+    locked,
     point_link,
     read_json,
     refuse_to_overwrite,
@@ -176,3 +179,41 @@ def test_sha256(tmp_path: Path, size: int) -> None:
     content = bytes(range(256)) * (size // 256 + 1)
     (tmp_path / "file").write_bytes(content[:size])
     assert sha256(tmp_path / "file") == hashlib.sha256(content[:size]).hexdigest()
+
+
+def test_a_lock_holds_across_processes_and_ends_with_them(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "lock"
+    waiting = (
+        "import sys\nfrom pathlib import Path\nfrom mae_deploy.files import locked\nwith"
+        " locked(Path(sys.argv[1])):\n    print('in')"
+    )
+    with locked(path):
+        other = subprocess.Popen([sys.executable, "-c", waiting, str(path)], stdout=subprocess.PIPE, text=True)
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.communicate(timeout=0.6)
+    assert other.communicate(timeout=20)[0] == "in\n"
+    dies = waiting.replace("print('in')", "import os; os._exit(1)")
+    subprocess.run([sys.executable, "-c", dies, str(path)], check=False, timeout=20)
+    with locked(path):
+        pass
+
+
+def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OSError, match="file"), locked(tmp_path / "file" / "lock"):
+        pass
+
+
+def test_the_device_side_imports_where_there_is_no_posix() -> None:
+    """Windows has no fcntl, no resource and no pwd."""
+    code = (
+        "import importlib, pkgutil, sys\n"
+        "sys.modules.update(dict.fromkeys(('fcntl', 'resource', 'pwd', 'grp', 'termios')))\n"
+        "import mae_deploy.runtime, mae_deploy.images, mae_deploy.serving\n"
+        "for package in (mae_deploy.runtime, mae_deploy.images, mae_deploy.serving):\n"
+        "    for module in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):\n"
+        "        importlib.import_module(module.name)\n"
+        "import mae_deploy.cli, mae_deploy.files, mae_deploy.machine, mae_deploy.seeding\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -78,7 +78,7 @@ def add_plan(
 def _changed(bundle: Bundle) -> Iterator[Manifest]:
     """The manifest as it is on the disk now, to be changed and written back while no other process does so."""
     try:
-        with locked(bundle.path):
+        with locked(bundle.path / FOLDER / ".lock"):
             manifest = validate_manifest(read_json(bundle.path / MANIFEST_FILE))
             yield manifest
             write_json(bundle.path / MANIFEST_FILE, validate_manifest(manifest))

@@ -51,7 +51,6 @@ def keep(config: Any, path: Path) -> None:
     written is only logged.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         with locked(path.with_name(f"{path.name}.lock")):
             cache = config.get_timing_cache()
             if cache is None:

@@ -4,15 +4,12 @@ time.
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from mae_deploy.files import locked
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep, slug
@@ -118,17 +115,3 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path, caplog: pyt
     attach(config, tmp_path / "file" / "timings")
     keep(config, tmp_path / "file" / "timings")
     assert "cannot be written" in caplog.text
-
-
-@pytest.mark.parametrize("kind", ["file", "folder"])
-def test_a_lock_holds_across_processes_and_ends_with_them(kind: str, tmp_path: Path) -> None:
-    path = tmp_path if kind == "folder" else tmp_path / "lock"
-    waiting = (
-        "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.timing_cache import locked\nwith"
-        " locked(Path(sys.argv[1])):\n    print('in')"
-    )
-    with locked(path):
-        other = subprocess.Popen([sys.executable, "-c", waiting, str(path)], stdout=subprocess.PIPE, text=True)
-        with pytest.raises(subprocess.TimeoutExpired):
-            other.communicate(timeout=0.6)
-    assert other.communicate(timeout=20)[0] == "in\n"
