@@ -5,7 +5,7 @@ from __future__ import annotations
 from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.mask_config import num_keep
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.step import StepBatch
@@ -23,7 +23,7 @@ class Masks:
         self.kept = KeptPatches(encoder.num_patches, config.keep_ratio) if config.keep_ratio is not None else None
         self.fixed_views = config.caching.fixed_views > 0
         self.mask_ratio = config.features.mask_ratio if kind == "features" and self.kept is None else 0.0
-        if num_keep(self.num_patches, self.mask_ratio) == 0:
+        if keep_count(self.num_patches, 1 - self.mask_ratio, least=0) == 0:
             raise ConfigError(f"--mask-ratio {self.mask_ratio} of {self.num_patches} patches leaves nothing to see")
 
     @property
@@ -35,7 +35,7 @@ class Masks:
     def ever(self) -> bool:
         """Whether there are masked patches in any step."""
         return (
-            self.kept.least if self.kept is not None else num_keep(self.num_patches, self.mask_ratio)
+            self.kept.least if self.kept is not None else keep_count(self.num_patches, 1 - self.mask_ratio, least=0)
         ) < self.num_patches
 
     @property

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import sha256
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
 from mae_deploy.runtime.profiles import Range
@@ -96,15 +97,12 @@ def _images_left(place: Path) -> list[Path]:
 
 
 def _read(paths: list[Path], spec: Preprocess, count: int) -> dict[Path, Array]:
-    images: dict[Path, Array] = {}
-    for path in spread_first(paths, count):
-        if len(images) == count:
-            break
-        try:
-            images[path] = spec.crop(spec.read(path))
-        except UnreadableImage as error:
-            notice("skipped", str(error))
-    return images
+    return dict(islice(_cropped(spread_first(paths, count), spec), count))
+
+
+def _cropped(paths: Iterable[Path], spec: Preprocess) -> Iterator[tuple[Path, Array]]:
+    """The files that can be read, with their pixels `(H, W, C)`; the others are named."""
+    return readable(paths, lambda path: spec.crop(spec.read(path)), lambda _, reason: notice("skipped", reason))
 
 
 def _synthetic(spec: Preprocess, count: int) -> Array:
@@ -156,15 +154,9 @@ class CalibrationImages:
         paths: list[Path] = []
         pixels: list[Array] = []
         read = 0
-        for path in self._paths:
-            if read == self._count:
-                break
-            try:
-                pixels.append(self.spec.crop(self.spec.read(path)))
-            except UnreadableImage as error:
-                notice("skipped", str(error))
-                continue
+        for path, image in islice(_cropped(self._paths, self.spec), self._count):
             paths.append(path)
+            pixels.append(image)
             read += 1
             if len(paths) == _BATCH:
                 yield paths, np.stack(pixels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.models.bands import spread_over_bands
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_masking, mask_unit
@@ -54,16 +55,13 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     unit = mask_unit(config.mask_patch_size, model.config.patch)
     check_masking(config.mask_sampling, config.mask_ratio, model.config.grid_size, unit=unit)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
-    images: list[Image.Image | Array] = []
-    skipped = []
-    for path in find_images(config.images):
-        if len(images) == config.num_images:
-            break
-        try:
-            images.append(spec.read(path))
-        except UnreadableImage as error:
-            skipped.append(str(error))
-            notice("skipped", str(error))
+    skipped: list[str] = []
+
+    def skip(_: Path, reason: str) -> None:
+        skipped.append(reason)
+        notice("skipped", reason)
+
+    images = [image for _, image in islice(readable(find_images(config.images), spec.read, skip), config.num_images)]
     if not images:
         raise ConfigError(f"no readable image at {config.images}")
     loss = draw_reconstructions(

@@ -13,15 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pytest
 import yaml
 from PIL import Image
 
 from mae_deploy.cli import main
+from mae_deploy.images.read import Array
 from mae_deploy.runtime import Backbone, Bundle
 
-Array = npt.NDArray[Any]
 Command = Callable[..., dict[str, Any]]
 
 FIXTURES = Path(__file__).parent / "fixtures" / "v1"

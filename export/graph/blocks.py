@@ -10,13 +10,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
-
-Array = npt.NDArray[Any]
 
 _EPSILON = 1e-6
 

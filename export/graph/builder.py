@@ -17,6 +17,7 @@ from onnx import TensorProto, helper
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph.precision import BFLOAT16, FLOAT32
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.manifest import TensorEntry
 
 OPSET = 17
@@ -38,8 +39,6 @@ _ALIGNMENT = 4096
 
 Dim = int | str
 """A fixed size, or the name of a dynamic one."""
-
-Array = npt.NDArray[Any]
 
 
 _RESULT_TYPES: dict[str, np.dtype[Any]] = {

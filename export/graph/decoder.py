@@ -6,18 +6,15 @@ Shapes: B images, P patch side, C channels, N patches, T = 1 + K tokens, D width
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.precision import FLOAT32
 from mae_deploy.export.graph.spec import Pixels
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig
-
-Array = npt.NDArray[Any]
 
 _PIXEL_EPSILON = 1e-6
 """Added to a patch's variance, as in the original's loss."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import re
 from functools import cached_property
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,12 +23,11 @@ from mae_deploy.export.graph.precision import FLOAT32, arithmetic
 from mae_deploy.export.graph.pyramid import write_pyramid
 from mae_deploy.export.graph.spec import GraphSpec, available_outputs, block_tensor, check_decoder, default_outputs
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.bands import group_positions
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
-
-Array = npt.NDArray[Any]
 
 _MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
 """Added to the scores of padded tokens; the softmax makes it exactly 0."""

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mae_deploy.export.graph.blocks import Array, BlockWriter
+from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
 from mae_deploy.export.graph.precision import FLOAT32, Arithmetic
+from mae_deploy.images.read import Array
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 
 

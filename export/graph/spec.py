@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
-
-import numpy.typing as npt
+from typing import Literal
 
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.precision import Island, Precision, Typing
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
 
 TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
 Images = Literal["float32", "float16", "uint8"]
 Pixels = Literal["target", "normalised", "image"]
-
-Array = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

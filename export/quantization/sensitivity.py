@@ -6,21 +6,18 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mae_deploy.export.quantization.fake_quant import fake_quantized
 from mae_deploy.export.reference import restoring
+from mae_deploy.images.read import Array
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.quantization.rounding import INT8, AttentionScales, Rounding
 from mae_deploy.models.vit import Classifier, Encoder, run_blocks
 from mae_deploy.progress import progress
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
-
-Array = npt.NDArray[Any]
 
 _BATCH = 8
 

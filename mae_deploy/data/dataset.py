@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import islice
 from typing import NamedTuple, Protocol
 
 import torch
@@ -16,7 +17,7 @@ from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import require_readers
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.seeding import derive_seed, seed_everything
 
 _REPLACEMENTS = 64
@@ -122,13 +123,9 @@ class ImageDataset(Dataset[Sample]):
     def __getitem__(self, key: Key) -> Sample:
         """Draw one sample; without an image where it, or every one of its would-be replacements, is unreadable."""
         unreadable: list[str] = []
-        for offset in range(min(len(self), _REPLACEMENTS) if self.replace_unreadable else 1):
-            index = (key.item + offset) % len(self)
-            try:
-                image = self._read(index)
-            except UnreadableImage as error:
-                unreadable.append(str(error))
-                continue
+        tries = min(len(self), _REPLACEMENTS) if self.replace_unreadable else 1
+        places = ((key.item + offset) % len(self) for offset in range(tries))
+        for index, image in readable(places, self._read, lambda _, reason: unreadable.append(reason)):
             view, draw = self._draw(key, index)
             seed_everything(derive_seed(self.seed, "augment", *draw))
             return Sample(
@@ -154,15 +151,11 @@ class ImageDataset(Dataset[Sample]):
 
     def first(self, count: int) -> list[Image.Image | Array]:
         """The first few images that can be read, for pictures."""
-        shown: list[Image.Image | Array] = []
-        for index in range(len(self)):
-            if len(shown) == count:
-                break
-            try:
-                shown.append(self.images.read(index, self.transform.spec.channels, self.transform.spec.pixel_max))
-            except UnreadableImage:
-                continue
-        return shown
+        spec = self.transform.spec
+        found = readable(
+            range(len(self)), lambda index: self.images.read(index, spec.channels, spec.pixel_max), lambda *_: None
+        )
+        return [image for _, image in islice(found, count)]
 
     def _draw(self, key: Key, index: int) -> tuple[int, tuple[int, ...]]:
         """The number of the fixed view, and what the augmentation of an image depends on."""

@@ -11,6 +11,7 @@ import random
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.images.find import is_image_name
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
 
@@ -95,16 +96,13 @@ class ShardStream:
 
     def first(self, count: int) -> list[Image.Image | Array]:
         """The first few images of the first shard that can be read, for pictures."""
-        shown: list[Image.Image | Array] = []
-        spec, errors = self.transform.spec, _Errors()
-        for raw in _read_shards(iter(self.urls[:1]), errors):
-            if len(shown) == count:
-                break
-            try:
-                shown.append(decode(raw.name, raw.content, spec.channels, spec.pixel_max))
-            except UnreadableImage:
-                continue
-        return shown
+        spec = self.transform.spec
+        found = readable(
+            _read_shards(iter(self.urls[:1]), _Errors()),
+            lambda raw: decode(raw.name, raw.content, spec.channels, spec.pixel_max),
+            lambda *_: None,
+        )
+        return [image for _, image in islice(found, count)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,14 +191,15 @@ class _Part(IterableDataset[Batch]):
         """Views of each image; one that cannot be read gives its place to the next, so that a batch always takes as
         many from the stream.
         """
-        spec, lines, images = self.transform.spec, [], []
-        for raw in raws:
-            try:
-                images.append(
-                    (raw, decode(raw.name, raw.content, spec.channels, spec.pixel_max, self.transform.shrink))
-                )
-            except UnreadableImage as error:
-                lines.append(str(error))
+        spec, shrink = self.transform.spec, self.transform.shrink
+        lines: list[str] = []
+        images = list(
+            readable(
+                raws,
+                lambda raw: decode(raw.name, raw.content, spec.channels, spec.pixel_max, shrink),
+                lambda _, reason: lines.append(reason),
+            )
+        )
         samples = [] if images else [Sample(None, UNLABELLED, tuple(lines), raws[0].name)]
         for number in range(len(raws) * self.config.repeated_aug if images else 0):
             raw, image = images[number // self.config.repeated_aug % len(images)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.arrays import NUMPY_SUFFIX
+from mae_deploy.images.read import NUMPY_SUFFIX
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     pass

@@ -34,14 +34,11 @@ BLOCK_MIN_GRID = 4
 """The least number of patches down and across for block-wise masking."""
 
 
-def num_keep(num_patches: int, mask_ratio: float) -> int:
-    """Number of visible patches; truncates in floating point exactly as the original implementation does."""
-    return int(num_patches * (1 - mask_ratio))
-
-
-def keep_count(num_patches: int, keep_ratio: float) -> int:
-    """Number of patches that a share of them is, rounded down, at least 1."""
-    return max(1, int(num_patches * keep_ratio))
+def keep_count(num_patches: int, keep_ratio: float, *, least: int = 1) -> int:
+    """Number of patches that a share of them is; truncates in floating point exactly as the original implementation
+    does.
+    """
+    return max(least, int(num_patches * keep_ratio))
 
 
 def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
@@ -95,7 +92,7 @@ def check_masking(kind: MaskSampling, mask_ratio: float, grid_size: tuple[int, i
             f"--mask-sampling block needs at least {BLOCK_MIN_GRID}x{BLOCK_MIN_GRID} patches, not {rows}x{columns}"
         )
     squares = rows * columns // unit**2
-    if num_keep(squares, mask_ratio) in (0, squares):
+    if keep_count(squares, 1 - mask_ratio, least=0) in (0, squares):
         what = "patches" if unit == 1 else f"squares of {unit}x{unit} patches"
         raise ConfigError(
             f"--mask-ratio {mask_ratio} of {squares} {what} leaves nothing to see or nothing to predict",

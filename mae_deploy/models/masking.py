@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mae_deploy.models.mask_config import GroupMasking, MaskSampling, num_keep
+from mae_deploy.models.mask_config import GroupMasking, MaskSampling, keep_count
 
 _BLOCK_MIN_SHARE = 16 / 196
 """Smallest block as a share of the grid: BEiT's 16 of 196 patches."""
@@ -83,7 +83,7 @@ def random_masking(noise: Tensor, mask_ratio: float) -> Masking:
     Args:
         noise: `(B, N)` uniform in [0, 1).
     """
-    return keep_random(noise, num_keep(noise.shape[1], mask_ratio))
+    return keep_random(noise, keep_count(noise.shape[1], 1 - mask_ratio, least=0))
 
 
 def keep_random(noise: Tensor, kept: int) -> Masking:
@@ -107,7 +107,7 @@ def unit_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int], u
     squares = noise.reshape(B, -1, rows // unit, unit, columns // unit, unit)[:, :, :, :1, :, :1]
     ranks = _ranks(squares.flatten(1)).reshape(squares.shape)
     order = ranks.expand(-1, -1, -1, unit, -1, unit).reshape(B, -1)
-    kept = num_keep(squares[0].numel(), mask_ratio) * unit**2
+    kept = keep_count(squares[0].numel(), 1 - mask_ratio, least=0) * unit**2
     return _first_kept(order.argsort(dim=1, stable=True), kept)
 
 
@@ -140,7 +140,7 @@ def block_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int]) 
     rows, columns = grid_size
     N = rows * columns
     groups = noise.reshape(-1, N)
-    hidden = N - num_keep(N, mask_ratio)
+    hidden = N - keep_count(N, 1 - mask_ratio, least=0)
     smallest = _BLOCK_MIN_SHARE * N
     y, x = (
         axis.flatten()
@@ -164,7 +164,7 @@ def block_masking(noise: Tensor, mask_ratio: float, grid_size: tuple[int, int]) 
         outside = torch.minimum(outside, away)
     order = torch.where(inside.isfinite(), inside, blocks + outside)
     ranks = _ranks(-order).reshape(B, -1)
-    return _first_kept(ranks.argsort(dim=1, stable=True), noise.shape[1] // N * num_keep(N, mask_ratio))
+    return _first_kept(ranks.argsort(dim=1, stable=True), noise.shape[1] // N * keep_count(N, 1 - mask_ratio, least=0))
 
 
 def _first_kept(ids_shuffle: Tensor, kept: int) -> Masking:

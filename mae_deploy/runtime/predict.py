@@ -14,9 +14,10 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.files import atomic_path
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.inputs import Keep
+from mae_deploy.seeding import random_patches
 
 PATHS = "paths"
 """The column of file names beside the outputs."""
@@ -75,28 +76,31 @@ class Predictions:
         self.unreadable.clear()
         preprocess = self._backbone.preprocess
         batch: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
-        for index, path in enumerate(self._paths):
-            try:
-                batch.append((index, preprocess.crop(preprocess.read(path))))
-            except UnreadableImage as error:
-                self.unreadable.append(Unreadable(path, str(error).removeprefix(f"{path}: ")))
-            if batch and (len(batch) == self._batch_size or index == len(self._paths) - 1):
+        for index, pixels in readable(
+            range(len(self._paths)), lambda index: preprocess.crop(preprocess.read(self._paths[index])), self._leave_out
+        ):
+            batch.append((index, pixels))
+            if len(batch) == self._batch_size:
                 yield self._run(batch)
                 batch = []
+        if batch:
+            yield self._run(batch)
         if len(self.unreadable) == len(self._paths):
             first = self.unreadable[0]
             raise CheckFailed(
                 f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}"
             )
 
+    def _leave_out(self, index: int, reason: str) -> None:
+        path = self._paths[index]
+        self.unreadable.append(Unreadable(path, reason.removeprefix(f"{path}: ")))
+
     def _run(self, batch: list[tuple[int, Array]]) -> tuple[list[Path], Features]:
         indices = [index for index, _ in batch]
         pixels = np.stack([pixels for _, pixels in batch])
         keep = self._keep
         if self._num_keep is not None:
-            keep = np.stack(
-                [_random_patches(self._backbone.num_patches, self._num_keep, (self._seed, index)) for index in indices]
-            )
+            keep = random_patches(self._backbone.num_patches, self._num_keep, indices, self._seed)
         return [self._paths[index] for index in indices], self._backbone.run_cropped(
             pixels, keep, outputs=self._outputs
         )
@@ -180,7 +184,3 @@ def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> Non
             f"num_keep {num_keep} cannot be used",
             hint=f"this graph takes {most if least == most else f'{least} to {most}'} patches",
         )
-
-
-def _random_patches(num_patches: int, num_keep: int, seed: tuple[int, int]) -> Array:
-    return np.random.default_rng(seed).permutation(num_patches)[:num_keep]

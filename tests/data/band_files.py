@@ -6,15 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import tifffile
+
+from mae_deploy.images.read import Array
 
 BANDS = 5
 PIXEL_MAX = 10000
 SIZE = (17, 13)
 """Height and width of the stored images."""
-
-Array = npt.NDArray[Any]
 
 
 def bands_image(seed: int, *, low: int = 0, high: int = PIXEL_MAX) -> Array:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.mask_config import MaskSampling, check_masking, mask_unit, num_keep
+from mae_deploy.models.mask_config import MaskSampling, check_masking, keep_count, mask_unit
 from mae_deploy.models.masking import Masking, block_masking, grid_masking, masking_of, random_masking, unit_masking
 
 
@@ -34,7 +34,7 @@ from mae_deploy.models.masking import Masking, block_masking, grid_masking, mask
     ],
 )
 def test_number_kept_is_the_originals(num_patches: int, mask_ratio: float, kept: int) -> None:
-    assert num_keep(num_patches, mask_ratio) == kept
+    assert keep_count(num_patches, 1 - mask_ratio, least=0) == kept
     assert random_masking(torch.rand(1, num_patches), mask_ratio).ids_keep.shape == (1, kept)
 
 

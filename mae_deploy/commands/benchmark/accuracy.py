@@ -14,7 +14,7 @@ from mae_deploy.commands.benchmark.rows import BenchmarkRow, LoadedGraph
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import run_in_chunks
@@ -151,17 +151,16 @@ class _Photos:
     def read(self, preprocess: Preprocess) -> tuple[Array, list[Path]]:
         """Pixels, uint8 `(S, H, W, C)`, and the files that they are from."""
         if preprocess not in self._read:
-            pixels: list[Array] = []
-            paths: list[Path] = []
-            for path in self._paths:
-                try:
-                    pixels.append(preprocess.crop(preprocess.read(path)))
-                    paths.append(path)
-                except UnreadableImage as error:
-                    self._say("skipped", str(error))
-            if not pixels:
+            found = dict(
+                readable(
+                    self._paths,
+                    lambda path: preprocess.crop(preprocess.read(path)),
+                    lambda _, reason: self._say("skipped", reason),
+                )
+            )
+            if not found:
                 raise CheckFailed(f"none of {self.source} can be read")
-            self._read[preprocess] = np.stack(pixels), paths
+            self._read[preprocess] = np.stack(list(found.values())), list(found)
         return self._read[preprocess]
 
     def labels(self, bundle: Bundle) -> Array | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
-from mae_deploy.models.mask_config import num_keep
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.training.config import Device, TrainingPrecision
 
 
@@ -50,7 +50,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
             raise ConfigError("--batch-size, --repeats, --steps and --threads must be at least 1, --warmup at least 0")
         if not 0 < self.mask_ratio < 1:
             raise ConfigError(f"--mask-ratio {self.mask_ratio:g} must be above 0 and below 1")
-        if not 1 <= num_keep(self.model.num_patches, self.mask_ratio) < self.model.num_patches:
+        if not 1 <= keep_count(self.model.num_patches, 1 - self.mask_ratio, least=0) < self.model.num_patches:
             raise ConfigError(
                 f"--mask-ratio {self.mask_ratio:g} of {self.model.num_patches} patches leaves none to see, or none to"
                 " predict"

@@ -23,7 +23,7 @@ from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.cpu_kernels import PRODUCTS
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.mask_config import num_keep
+from mae_deploy.models.mask_config import keep_count
 from mae_deploy.models.masking import random_masking
 from mae_deploy.progress import notice, progress
 from mae_deploy.results import Result
@@ -194,7 +194,7 @@ def _figures(
     config: BenchmarkTrainConfig, device: torch.device, name: str, dtype: str, timing: Timing, rates: dict[str, float]
 ) -> dict[str, Any]:
     steps = config.steps or (1 if device.type == "cpu" else 10)
-    visible = num_keep(config.model.num_patches, config.mask_ratio)
+    visible = keep_count(config.model.num_patches, 1 - config.mask_ratio, least=0)
     # The backward pass has two products for each of the forward pass.
     model: Any = to_dict(config.model)
     flops = 3 * autoencoder_flops(model, to_dict(config.decoder), visible, config.model.num_patches)

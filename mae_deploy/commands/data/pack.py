@@ -23,8 +23,7 @@ from mae_deploy.data.sources.open import labelled_images, split_names, unlabelle
 from mae_deploy.data.sources.shards import CLASSES, FORMAT, INDEX
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import atomic_path, read_json, refuse_to_overwrite, remove, sha256, write_json, write_text
-from mae_deploy.images.arrays import resize_and_cut
-from mae_deploy.images.read import Array, UnreadableImage, is_image
+from mae_deploy.images.read import Array, UnreadableImage, is_image, resize_and_cut
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
 

@@ -12,19 +12,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from timm.layers import Attention
 from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.histogram import LEVELS, Histogram, Method
 from mae_deploy.models.quantization.rounding import FP8, INT8, AttentionScales, Rounding, linear_of
-
-Array = npt.NDArray[Any]
 
 _BINS = 256
 _SHIFT = 20

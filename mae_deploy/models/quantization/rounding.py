@@ -19,8 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
-
-Array = npt.NDArray[Any]
+from mae_deploy.images.read import Array
 
 AttentionScales = tuple[float, float, float]
 """Scales of q (already times 1 / sqrt(d)), k and v."""

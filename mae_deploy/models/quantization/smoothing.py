@@ -9,16 +9,13 @@ Bias correction, Nagel et al. 2019: https://arxiv.org/abs/1906.04721 (section 4.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats
 from mae_deploy.models.quantization.rounding import INT8, Rounding, rounded_weight
-
-Array = npt.NDArray[Any]
 
 Divisors = dict[str, Array]
 """For each Linear what the channels of its input are divided by, float64 `(D,)`."""

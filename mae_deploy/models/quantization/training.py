@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.images.read import Array
 from mae_deploy.models.cpu_kernels import MeasuredLinear
-from mae_deploy.models.quantization.activations import ActivationStats, Array, Observer
+from mae_deploy.models.quantization.activations import ActivationStats, Observer
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
 from mae_deploy.models.quantization.rounding import (
