@@ -94,7 +94,7 @@ def build_objectives(
     for name in ("feature", "relation", "attention"):
         if name in weights and teacher.depth == 0:
             raise ConfigError(
-                f"--{name}-weight compares blocks, and the teacher is no ViT",
+                f"--{name}-weight compares blocks, and the teacher is not a ViT",
                 hint=f"pass --{name}-weight 0, and match --pooled-weight or logits",
             )
     objectives = {name: _BUILDERS[name](config, student, teacher) for name in weights if name != "outlier"}

@@ -37,7 +37,7 @@ def start(student: E, config: DistillConfig, weights: LoadedWeights | None) -> E
     """Put the weights into the student.
 
     Raises:
-        ConfigError: the student is no slice of its teacher, or differs from the checkpoint in more than image size.
+        ConfigError: the student is not a slice of its teacher, or differs from the checkpoint in more than image size.
     """
     if weights is None:
         return student

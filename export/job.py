@@ -216,8 +216,8 @@ def _calib_images(
     int8 = config.int8
     if int8.max_drop is not None and "logits" not in names:
         raise ConfigError(
-            "--max-drop judges logits, which this graph does not give",
-            hint="--min-sqnr and --min-cosine judge features",
+            "--max-drop is about logits, which this graph does not give",
+            hint="--min-sqnr and --min-cosine limit the loss of features",
         )
     if int8.int8_attention:
         K = ranges["K"][2] if "K" in ranges else encoder.num_tokens

@@ -53,7 +53,7 @@ def engine_name(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxrunt
 
 
 def judging_engine(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino"]:
-    """The engine that graphs are judged on: their own, but a graph for TensorRT, which builds for minutes, on ONNX
+    """The engine that graphs are checked on: their own, but a graph for TensorRT, which builds for minutes, on ONNX
     Runtime.
     """
     return "openvino" if engine == "openvino" else "onnxruntime"
@@ -70,13 +70,13 @@ def tolerance_of(job: ExportJob) -> Tolerance:
         )
     if (
         int8.max_drop is not None
-    ):  # with labels the accuracy is judged, and two models of one accuracy may differ in many images
+    ):  # with labels the accuracy is measured, and two models of one accuracy may differ in many images
         tolerance = replace(tolerance, top1_agreement=None if labels(job) is not None else 1 - int8.max_drop / 100)
     return tolerance
 
 
 def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance) -> ParityRecord:
-    """Run everything on the engine that graphs of this bundle are judged on."""
+    """Run everything on the engine that graphs of this bundle are checked on."""
     with _judging(job, bundle) as engine:
         comparisons, failures, accuracy = compare_samples(job, engine, tolerance)
         verification = verify_engine(bundle, engine)
@@ -108,7 +108,7 @@ def compare_samples(
     every miss, and the accuracies.
 
     Args:
-        batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is judged;
+        batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is checked;
             default: the fixed batch, or 8.
     """
     comparisons: list[Comparison] = []

@@ -1,4 +1,4 @@
-"""PyTorch's FP32 outputs, against which every graph and engine is judged."""
+"""PyTorch's FP32 outputs, against which every graph and engine is checked."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Export: write the graph, prove it against PyTorch, and only then leave a bundle behind."""
+"""Export: write the graph, check it against PyTorch, and only then leave a bundle behind."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def _serve(config: ExportConfig) -> dict[str, str]:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Made:
-    """A bundle that was proven."""
+    """A bundle that was checked."""
 
     job: ExportJob
     bundle: Bundle
@@ -101,7 +101,7 @@ class _Made:
 
 
 def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
-    """Write a bundle and prove it; for TensorRT also build its engine, unless that is left to the device."""
+    """Write a bundle and check it; for TensorRT also build its engine, unless that is left to the device."""
     folder.mkdir()
     plan = plan_int8(job, folder) if job.config.quantized else None
     bundle = _write_bundle(folder, job, plan)
@@ -110,7 +110,7 @@ def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
     if proof.failures:
         raise refuse(job, proof.failures)
     _record(bundle, job, proof)
-    bar.advance(1, "proven")
+    bar.advance(1, "checked")
     device = None
     if job.config.engine == "trt" and job.config.build:
         device = build_and_gate(job, bundle)
@@ -213,7 +213,7 @@ def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:
 
 
 def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
-    """Put what was proven into the manifest."""
+    """Put what was checked into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
     emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}
     figures = {**verification, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}

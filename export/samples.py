@@ -1,4 +1,4 @@
-"""The images on which parity is proven: the user's own, and a stand-in only where there are none."""
+"""The images on which parity is checked: the user's own, and a stand-in only where there are none."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ BASELINE_FILE = "baseline.onnx"
 """The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""
 
 NO_BUILD = (
-    "--no-build writes the bundle here, proven on ONNX Runtime; 'mae-deploy build-engine' then builds the engine on the"
+    "--no-build writes the bundle, checked on ONNX Runtime; 'mae-deploy build-engine' then builds the engine on the"
     " device"
 )
 

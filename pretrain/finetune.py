@@ -155,6 +155,6 @@ def _encoder_config(config: FinetuneConfig, loaded: LoadedWeights | None) -> Enc
         if name != "image_size" and value is not None and value != own:
             raise ConfigError(
                 f"--init has {name} {own}, not {value}",
-                hint="leave the option away, or leave --init away and use --from-scratch",
+                hint="leave the option out, or leave --init out and use --from-scratch",
             )
     return from_dict(EncoderConfig, {**loaded.metadata.encoder, **given})

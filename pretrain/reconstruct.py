@@ -47,7 +47,7 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         )
     if model.objective.target == "features":
         raise ConfigError(
-            f"{config.checkpoint} predicts a teacher's features, which are no picture",
+            f"{config.checkpoint} predicts a teacher's features, which are not a picture",
             hint="give a run with --target pixels or pca",
         )
     device = resolve_device(config.device)

@@ -46,7 +46,7 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     if target is not None:
         target.to(accelerator.device)
         if accelerator.is_main_process:
-            notice("pictures:", "none, as a teacher's features are no picture")
+            notice("pictures:", "none, as a teacher's features are not a picture")
     if model.pca is not None and folder.last is None:  # a checkpoint has the components
         batch_size, num_workers = config.optim.batch_size, config.images.num_workers
         fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)

@@ -158,7 +158,7 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
             "error: image size 30x30 is not a multiple of the patch size 16",
             "hint: the nearest is 32,32",
         ),
-        (["info", "nowhere"], "error: nowhere is no run, checkpoint, weights file or bundle", None),
+        (["info", "nowhere"], "error: nowhere is not a run, checkpoint, weights file or bundle", None),
         (["import", "nowhere.pth", "--out", "checkpoint"], "error: no weights at nowhere.pth", None),
     ],
 )
@@ -225,7 +225,7 @@ def test_debug_shows_the_traceback_and_keeps_the_code(
 def test_the_process_ends_with_the_code() -> None:
     done = run_module("info", "nowhere", MAE_DEPLOY_DEBUG="0")
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == "error: nowhere is no run, checkpoint, weights file or bundle\n"
+    assert done.stderr == "error: nowhere is not a run, checkpoint, weights file or bundle\n"
     debug = run_module("info", "nowhere", MAE_DEPLOY_DEBUG="1")
     assert debug.returncode == 2
     assert "Traceback" in debug.stderr

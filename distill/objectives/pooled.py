@@ -1,6 +1,6 @@
 """One vector an image: the student's CLS token or pooled tokens, projected, are to be the teacher's.
 
-This is what teachers that are no masked autoencoders offer. The teacher's vector is normalised, without affine.
+This is what teachers that are not masked autoencoders offer. The teacher's vector is normalised, without affine.
 Zhang et al., Accessing Vision Foundation Models via ImageNet-1K (Proteus): https://arxiv.org/abs/2407.10366
 Shang et al., Theia: Distilling Diverse Vision Foundation Models for Robot Learning: https://arxiv.org/abs/2407.20179
 """

@@ -25,7 +25,7 @@ class Teacher(Protocol):
     """A frozen network. Opened, it says what it is; `watch` and then `to` make it ready; then it answers batches."""
 
     depth: int
-    """Blocks of the encoder; 0 where it is no ViT."""
+    """Blocks of the encoder; 0 where it is not a ViT."""
     width: int
     """Width of tokens, latent, cls and pooled."""
     num_heads: int
@@ -78,7 +78,7 @@ class Teacher(Protocol):
         """Move to where the batches are; after `watch`.
 
         Raises:
-            MissingDependency: the device or the engine cannot be had.
+            MissingDependency: the device or the engine is not available.
         """
         ...
 

@@ -57,7 +57,7 @@ class CheckpointTeacher(TorchTeacher):
         config = loaded.encoder_config
         if Tap("pixels") in wanted and config.grid_size != student.grid_size:
             raise ConfigError(
-                "pixels of another grid are no pixels of the student's patches", hint="pass --teacher-grid resize"
+                "pixels of another grid are not pixels of the student's patches", hint="pass --teacher-grid resize"
             )
         if config.band_groups is not None:
             self.needs_whole = "it has groups of bands, and so several tokens at each place"

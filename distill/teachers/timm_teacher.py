@@ -30,7 +30,7 @@ _HINTS = {
     "qkv": "its attention has no plain qkv layer: match features instead",
     "decoder": "only autoencoders of ours have a decoder",
     "pixels": "only autoencoders of ours have a decoder",
-    "tokens": "it is no ViT, whose blocks all have one grid: match pooled or logits",
+    "tokens": "it is not a ViT, whose blocks all have one grid: match pooled or logits",
 }
 
 

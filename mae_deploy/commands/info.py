@@ -43,7 +43,7 @@ def run_info(config: InfoConfig) -> Result:
         raise ConfigError(
             f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume"
         )
-    raise ConfigError(f"{path} is no run, checkpoint, weights file or bundle")
+    raise ConfigError(f"{path} is not a run, checkpoint, weights file or bundle")
 
 
 def _checkpoint(path: Path) -> Result:

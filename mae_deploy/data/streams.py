@@ -74,7 +74,7 @@ class ShardStream:
             )
         if where.batch_size % self.config.repeated_aug:
             raise ConfigError(
-                f"--batch-size {where.batch_size} is no multiple of --repeated-aug {self.config.repeated_aug}"
+                f"--batch-size {where.batch_size} is not a multiple of --repeated-aug {self.config.repeated_aug}"
             )
         asked, most = resolve_workers(num_workers), len(self.urls) // where.world_size
         workers = min(asked, most)

@@ -202,7 +202,7 @@ def _rand_augment(notation: str, spec: Preprocess) -> Callable[[Image.Image], Im
         augment = rand_augment_transform(notation, options)
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(
-            f"--auto-augment {notation} is no RandAugment in timm's notation",
+            f"--auto-augment {notation} is not RandAugment in timm's notation",
             hint="such as rand-m9-mstd0.5-inc1, or none",
         ) from error
     for operation in augment.ops:

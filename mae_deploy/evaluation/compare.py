@@ -59,7 +59,7 @@ class Entry:
 
 
 def run_compare(config: CompareConfig) -> Result:
-    """Judge every encoder by the same images.
+    """Evaluate every encoder on the same images.
 
     Raises:
         ConfigError: an encoder that is not there or is named twice, no labelled images, or `out` is there already.

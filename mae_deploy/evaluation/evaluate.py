@@ -56,7 +56,7 @@ def run_eval(config: EvalConfig) -> Result:
     Raises:
         ConfigError: no classifier, no labelled images, classes that are not the classifier's, or numbers of patches
             that it cannot take.
-        CheckFailed: no image can be read, or logits that are no numbers.
+        CheckFailed: no image can be read, or logits that are not numbers.
         MissingDependency: a checkpoint without torch, or an engine or device that is absent.
     """
     if config.confusion is not None:
@@ -192,7 +192,7 @@ class _Checkpoint:
         if metadata.kind != "classifier":
             raise ConfigError(
                 f"{config.model} is a {metadata.kind} without a head",
-                hint="fine-tune it first, or judge it by linprobe or knn",
+                hint="fine-tune it first, or evaluate it by linprobe or knn",
             )
         self._loaded, self._config = loaded, config
         self.description = f"torch on {self._features.resolve_device(config.device)}"

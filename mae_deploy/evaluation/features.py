@@ -1,4 +1,4 @@
-"""Features of images from a checkpoint, a bundle or a timm model, with which k-NN and linear probes judge it."""
+"""Features of images from a checkpoint, a bundle or a timm model, with which k-NN and linear probes evaluate it."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ BLOCK_SIZE = 4096
 
 
 def run_knn(config: KnnConfig) -> Result:
-    """Judge an encoder by its neighbours.
+    """Evaluate an encoder by its nearest neighbours.
 
     Raises:
         CheckFailed: no image can be read.

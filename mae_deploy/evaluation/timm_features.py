@@ -43,7 +43,7 @@ def _pooling(model: Any, asked: str) -> tuple[str, Callable[[Tensor], Tensor]]:
     pool = offered[0] if asked == "auto" else asked
     if pool not in offered:
         raise ConfigError(
-            f"--pool {asked}, but {type(model).__name__} offers {' and '.join(offered)}", hint="leave --pool away"
+            f"--pool {asked}, but {type(model).__name__} offers {' and '.join(offered)}", hint="leave --pool out"
         )
     if offered == ("head",) or headed:
         return "what its head reads" if pool == "head" else pool, lambda images: model.forward_head(

@@ -86,7 +86,7 @@ class Preprocess:
         For a square, to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates with.
 
         Raises:
-            UnreadableImage: an array that is no such image.
+            UnreadableImage: an array that is not such an image.
         """
         from PIL import Image
 

@@ -37,7 +37,7 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 
 
 class UnreadableImage(Exception):
-    """A file that is no image, is cut short or is empty; the message names it and says why."""
+    """A file that is not an image, is cut short or is empty; the message names it and says why."""
 
 
 def readable(
@@ -227,7 +227,7 @@ def channels_last(values: Array) -> Array:
         ValueError: another shape or type, or NaN or infinity.
     """
     if values.ndim not in (2, 3) or values.size == 0:
-        raise ValueError(f"an array of shape {values.shape} is no image; images are (H, W, C) or (H, W)")
+        raise ValueError(f"an array of shape {values.shape} is not an image; images are (H, W, C) or (H, W)")
     if values.dtype.kind not in "uif":
         raise ValueError(f"pixels are {values.dtype}, not integers or floating-point numbers")
     if values.dtype.kind == "f" and not np.isfinite(values).all():
@@ -279,7 +279,7 @@ def _read_tiff(path: Path | BinaryIO) -> Array:
     kept = [place for place, axis in enumerate(axes) if axis in "YX" or values.shape[place] > 1]
     values, axes = values.reshape([values.shape[place] for place in kept]), "".join(axes[place] for place in kept)
     if values.ndim > 3 or not {"Y", "X"} <= set(axes):
-        raise ValueError(f"a TIFF of axes {axes} and shape {values.shape} is no image")
+        raise ValueError(f"a TIFF of axes {axes} and shape {values.shape} is not an image")
     order = [axes.index("Y"), axes.index("X"), *(place for place, axis in enumerate(axes) if axis not in "YX")]
     pixels: Array = np.asarray(values).transpose(order)
     return pixels

@@ -82,7 +82,7 @@ def check_masking(kind: MaskSampling, mask_ratio: float, grid_size: tuple[int, i
         raise ConfigError(f"--mask-patch-size of {unit} patches does not divide a grid of {rows}x{columns} patches")
     if kind == "grid" and mask_ratio != GRID_MASK_RATIO:
         raise ConfigError(
-            f"--mask-sampling grid keeps one of every four patches, which is no --mask-ratio {mask_ratio}",
+            f"--mask-sampling grid keeps one of every four patches, which is not --mask-ratio {mask_ratio}",
             hint="use --mask-ratio 0.75",
         )
     if kind == "grid" and (rows % 2 or columns % 2):

@@ -97,7 +97,7 @@ def logits(model: Encoder, latent: Tensor) -> Tensor:
     """`(B, 1 + K, D) -> (B, classes)`.
 
     Raises:
-        ValueError: the network is no classifier.
+        ValueError: the network is not a classifier.
     """
     if not isinstance(model, Classifier):
         raise ValueError("logits of a network without a head")

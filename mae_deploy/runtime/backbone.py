@@ -55,7 +55,7 @@ class Backbone:
 
         Args:
             engine: auto, onnxruntime, openvino or tensorrt; auto is TensorRT where the bundle has an engine for this
-                machine, else the one on which the bundle was proven, where it is installed, else onnxruntime.
+                machine, else the one on which the bundle was checked, where it is installed, else onnxruntime.
             build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which
                 takes minutes.
 

@@ -84,7 +84,7 @@ class Bundle:
 
     @property
     def arithmetic(self) -> str:
-        """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was proven
+        """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was checked
         so.
         """
         quantization = self.manifest["quantization"] or {}
@@ -110,7 +110,7 @@ class Bundle:
 
     @property
     def keep_range(self) -> tuple[int, int]:
-        """The smallest and the largest number of an image's patches for which the graph was proven; N and N for a full
+        """The smallest and the largest number of an image's patches for which the graph was checked; N and N for a full
         graph.
         """
         smallest, _, largest = self.manifest["profile"].get("K", [self.num_patches] * 3)

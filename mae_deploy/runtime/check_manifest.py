@@ -195,7 +195,7 @@ def _reason_against_files(manifest: Manifest) -> str | None:
             return f"{key}.file '{name}' is not listed in files"
     for name, entry in manifest["files"].items():
         if not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
-            return f"files['{name}'].sha256 {entry['sha256']!r} is no SHA-256 in lower-case hexadecimals"
+            return f"files['{name}'].sha256 {entry['sha256']!r} is not a SHA-256 in lower-case hexadecimals"
     if manifest["golden"]["num_samples"] < 1:
         return f"golden.num_samples {manifest['golden']['num_samples']} is less than 1"
     return None
@@ -208,7 +208,7 @@ def _reason_against_engines(manifest: Manifest) -> str | None:
             if name is not None and name not in manifest["files"]:
                 return f"{where}: '{name}' is not listed in files"
         if not re.fullmatch(r"\d+(\.\w+)+", entry["tensorrt"]):
-            return f"{where}: '{entry['tensorrt']}' is no version of TensorRT"
+            return f"{where}: '{entry['tensorrt']}' is not a version of TensorRT"
         if len(entry["compute_capability"]) != 2:
             return f"{where}: the compute capability {entry['compute_capability']} is not a major and a minor number"
         if not entry["profiles"]:
@@ -226,7 +226,7 @@ def _reason_against_engines(manifest: Manifest) -> str | None:
 
 def _reason_against_tolerance(manifest: Manifest) -> str | None:
     unknown = [name for name in manifest["tolerance"] if name not in ToleranceEntry.__annotations__]
-    if unknown:  # what cannot be judged must not pass
+    if unknown:  # what cannot be checked must not pass
         return f"unknown tolerance '{unknown[0]}'"
     Tolerance(**manifest["tolerance"])
     return None

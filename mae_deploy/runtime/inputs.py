@@ -157,7 +157,7 @@ def _padded_rows(keep: Keep, batch: int, *, ragged: bool, length: int | None) ->
 
 
 def _check_lengths(width: int, lengths: Array, bundle: Bundle) -> None:
-    """Whether the graph was proven for rows of this width and for these numbers of patches in them."""
+    """Whether the graph was checked for rows of this width and for these numbers of patches in them."""
     fixed, (least, most) = bundle.fixed_keep, bundle.keep_range
     if fixed is not None and width != fixed:
         raise ConfigError(
@@ -167,7 +167,7 @@ def _check_lengths(width: int, lengths: Array, bundle: Bundle) -> None:
     for number in (width, int(lengths.min())):
         if not least <= number <= most:
             raise ConfigError(
-                f"keep has {number} patches an image, the graph was proven for {least} to {most}",
+                f"keep has {number} patches an image, the graph was checked for {least} to {most}",
                 hint="export with another --profile K",
             )
 
@@ -250,7 +250,7 @@ def _as_integers(values: Any, name: str) -> Array:
         numbers = np.asarray(values)
     except ValueError as error:  # NumPy's word for lists that form no array
         raise ConfigError(
-            f"{name} is no list of whole numbers", hint="give (K,) indices for every image, or a row for each"
+            f"{name} is not a list of whole numbers", hint="give (K,) indices for every image, or a row for each"
         ) from error
     if numbers.size and numbers.dtype.kind not in "iu":
         raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}")

@@ -142,7 +142,7 @@ class FileEntry(TypedDict):
 
 class ToleranceEntry(TypedDict, total=False):
     """What every output must meet; see `mae_deploy.runtime.tolerance.Tolerance`. What is null or absent is not
-    judged.
+    checked.
     """
 
     cosine: float | None
@@ -174,12 +174,12 @@ class Manifest(TypedDict):
     keep: int | None
     """The fixed K of `ids_keep (B, K)`; None: dynamic, or a full graph."""
     profile: dict[str, list[int]]
-    """Smallest, usual and largest B and K for which the graph was proven; a full graph has no K."""
+    """Smallest, usual and largest B and K for which the graph was checked; a full graph has no K."""
     precision: Precision
     typing: Literal["weak", "strong"]
     """strong: the types in the graph say what is computed in what; weak: the engine is told the precision."""
     engine: Literal["onnxruntime", "openvino", "tensorrt"]
-    """On which the bundle was proven."""
+    """On which the bundle was checked."""
     quantization: dict[str, Any] | None
     """How INT8 or FP8 was chosen: policy, layers, calibration; None in other precisions.
 

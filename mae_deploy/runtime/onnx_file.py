@@ -51,7 +51,7 @@ def read_inputs(path: Path) -> list[TensorEntry]:
     """Name, type and shape of every input of the graph in an ONNX file, of any size: the weights are skipped.
 
     Raises:
-        ConfigError: no such file, or it is no ONNX model.
+        ConfigError: no such file, or it is not an ONNX model.
     """
     with _opened(path) as model:
         return _inputs(model)
@@ -61,7 +61,7 @@ def read_opset(path: Path) -> int:
     """The version of ONNX's own operators that an ONNX file uses.
 
     Raises:
-        ConfigError: no such file, or it is no ONNX model.
+        ConfigError: no such file, or it is not an ONNX model.
     """
     with _opened(path) as model:
         return max(
@@ -105,7 +105,7 @@ def _opened(path: Path) -> Iterator[_Message]:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             yield _Message(content, 0, len(content))
     except (ValueError, IndexError) as error:
-        raise ConfigError(f"{path} is no ONNX model ({error})") from error
+        raise ConfigError(f"{path} is not an ONNX model ({error})") from error
 
 
 class _Message:

@@ -10,7 +10,7 @@ from mae_deploy.errors import ConfigError
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Tolerance:
-    """What an output must meet; None leaves a measure unjudged, but some measure must judge every output.
+    """What an output must meet; None leaves a measure out, but some measure must cover every output.
 
     An output misses `max_abs` and `max_relative` only if it misses both: in the inner blocks of large models single
     values reach 1,500, of which float32 knows four digits after the point, and an output that is small all over has a
@@ -41,7 +41,7 @@ class Tolerance:
                 )
         if not set(limits) - {"top1_agreement"}:
             raise ConfigError(
-                "tolerance: no measure judges every output",
+                "tolerance: no measure covers every output",
                 hint="set cosine, centred_cosine, sqnr_db, max_abs or max_relative",
             )
 
@@ -59,8 +59,8 @@ TOLERANCES = {
 }
 """What every output must meet in each precision.
 
-FP32 differs from PyTorch's FP32 by the order of summation only. In the others the plain cosine is no proof (18 dB still
-show 0.993, and features of a ViT share most of their norm): noise is judged by SQNR, and what tells images apart by the
-centred cosine. FP8 has three bits of mantissa: each operand is off by 32 dB, whatever its scale, and the outputs of a
-ViT-S or ViT-B with all its Linears in FP8 by 21 dB.
+FP32 differs from PyTorch's FP32 by the order of summation only. In the others the plain cosine says too little (18 dB
+still show 0.993, and features of a ViT share most of their norm): noise is measured by SQNR, and what tells images
+apart by the centred cosine. FP8 has three bits of mantissa: each operand is off by 32 dB, whatever its scale, and the
+outputs of a ViT-S or ViT-B with all its Linears in FP8 by 21 dB.
 """

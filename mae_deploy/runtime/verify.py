@@ -13,7 +13,7 @@ def verify_bundle(bundle: Bundle, engine: str = "auto", options: EngineOptions =
     themselves under invariances.
 
     Raises:
-        CheckFailed: a file is not what was exported. A missed tolerance is no exception: see `Verification.passed`.
+        CheckFailed: a file is not what was exported. A missed tolerance is not an exception: see `Verification.passed`.
         ConfigError: an unknown engine or device.
         MissingDependency: the engine's package or its device is absent.
         MaeDeployError: the engine refuses the graph or the samples.

@@ -47,7 +47,7 @@ def write_deepstream(bundle: Bundle, folder: Path, engine: EngineEntry) -> Path:
     """Write a plan, configurations and labels to a folder, and return it.
 
     Raises:
-        ConfigError: something is there, or DeepStream cannot feed this plan what it was proven on.
+        ConfigError: something is there, or DeepStream cannot feed this plan what it was checked on.
         CheckFailed: the plan is not the file that the manifest lists.
     """
     refuse_to_overwrite(folder, option="--deepstream")

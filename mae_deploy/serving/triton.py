@@ -35,7 +35,7 @@ _TYPES = {
 }
 
 _ANY_DEVICE = ("fp32", "fp16")
-"""Precisions whose graphs ONNX Runtime computes on GPUs as it does on CPUs, where they were proven."""
+"""Precisions whose graphs ONNX Runtime computes on GPUs as it does on CPUs, where they were checked."""
 
 
 def write_triton(bundle: Bundle, repository: Path, engine: EngineEntry | None = None) -> Path:

@@ -1,4 +1,4 @@
-"""Frozen networks whose answers somebody else learns: only the parts that are needed are kept and run, without
+"""Frozen networks whose outputs another network learns: only the parts that are needed are kept and run, without
 gradients.
 """
 

@@ -158,7 +158,7 @@ def test_a_weights_file_of_the_original(tmp_path: Path, capsys: pytest.CaptureFi
 def test_nothing_that_we_know(tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "folder").mkdir()
     assert main(["info", str(tmp_path / name)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path / name} is no run, checkpoint, weights file or bundle\n"
+    assert capsys.readouterr().err == f"error: {tmp_path / name} is not a run, checkpoint, weights file or bundle\n"
 
 
 def test_a_file_that_is_something_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

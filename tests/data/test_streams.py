@@ -109,7 +109,7 @@ def test_repeated_views_of_a_stream(pipe: str) -> None:
     assert batch.names[::2] == batch.names[1::2]
     assert len(set(batch.names)) == 3
     assert not torch.equal(batch.images[0], batch.images[1])
-    with pytest.raises(ConfigError, match="--batch-size 5 is no multiple of --repeated-aug 2"):
+    with pytest.raises(ConfigError, match="--batch-size 5 is not a multiple of --repeated-aug 2"):
         opened(pipe, repeated_aug=2).stream(RunSlice(5, 1, 0, 1), seed=0, num_workers=0, pin_memory=False)
 
 

@@ -233,7 +233,7 @@ def test_blocks_are_those_of_a_vit() -> None:
     no_vit = teacher()
     no_vit.depth = 0  # as of timm's other networks
     for name in ("feature", "relation", "attention"):
-        with pytest.raises(ConfigError, match=f"--{name}-weight compares blocks, and the teacher is no ViT"):
+        with pytest.raises(ConfigError, match=f"--{name}-weight compares blocks, and the teacher is not a ViT"):
             build_objectives({name: Weight(1.0)}, distilling(), tiny_mae(), no_vit)
 
 

@@ -400,7 +400,7 @@ def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: 
         (FeatureObjectiveConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
         (FeatureObjectiveConfig, {"pixel_weight": -1.0}, "cannot be negative"),
         (FeatureObjectiveConfig, {"feature_weight": math.inf}, "--feature-weight inf cannot be negative or infinite"),
-        (FeatureObjectiveConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is no schedule"),
+        (FeatureObjectiveConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is not a schedule"),
         (LogitsConfig, {"temperature": math.inf}, "--temperature inf"),
         (LogitsConfig, {"temperature": 0.0}, "--temperature 0.0"),
         (LogitsConfig, {"label_weight": -0.5}, "cannot be negative"),

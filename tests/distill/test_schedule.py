@@ -34,7 +34,7 @@ def test_schedules_come_from_recipes() -> None:
     "points", [[], [[0.5, 1], [0.5, 2]], [[0.5, 1], [0.2, 1]], [[-0.1, 1]], [[0, 1], [1.1, 1]], [[0, -1]]]
 )
 def test_what_is_no_schedule(points: list[list[float]]) -> None:
-    with pytest.raises(ConfigError, match=r"relation_schedule .* is no schedule"):
+    with pytest.raises(ConfigError, match=r"relation_schedule .* is not a schedule"):
         from_dict(RelationConfig, {"relation_schedule": points})
 
 

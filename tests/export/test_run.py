@@ -278,7 +278,7 @@ def test_for_people(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
         "tokens",
         "pooled",
     ]
-    assert "proven" in captured.err
+    assert "checked" in captured.err
 
 
 # --- what can be exported --------------------------------------------------------------------------------------------

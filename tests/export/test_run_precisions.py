@@ -328,7 +328,7 @@ def test_a_profile_holds_at_run_time(exports: Exports, tokens: str) -> None:
             assert backbone(unseen(), list(range(count)))["tokens"].shape == (3, count, 40)
         for count in (2, 10):
             with pytest.raises(
-                ConfigError, match=f"keep has {count} patches an image, the graph was proven for 3 to 9"
+                ConfigError, match=f"keep has {count} patches an image, the graph was checked for 3 to 9"
             ):
                 backbone(unseen(), list(range(count)))
         with pytest.raises(ConfigError, match="graph takes 3 to 9 of 15 patches"):

@@ -1,4 +1,4 @@
-"""`export --engine trt` on a machine without a GPU: bundles that a device builds engines from, proven on ONNX Runtime;
+"""`export --engine trt` on a machine without a GPU: bundles that a device builds engines from, checked on ONNX Runtime;
 tests/gpu has the rest.
 """
 

@@ -165,7 +165,7 @@ def test_blocks_that_fall_short_grow() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"kind": "grid", "mask_ratio": 0.5}, r"keeps one of every four patches, which is no --mask-ratio 0\.5"),
+        ({"kind": "grid", "mask_ratio": 0.5}, r"keeps one of every four patches, which is not --mask-ratio 0\.5"),
         ({"kind": "grid", "grid_size": (6, 5)}, "even number of patches down and across, not 6x5"),
         ({"kind": "block", "grid_size": (3, 9)}, "at least 4x4 patches, not 3x9"),
         ({"kind": "block", "unit": 2}, "--mask-patch-size goes with --mask-sampling random, not block"),

@@ -382,7 +382,7 @@ def test_the_preprocessing_is_transformers(
         ({"resample": 1}, "Pillow's filter 1"),
         ({"do_center_crop": True, "crop_size": 48, "size": {"shortest_edge": 40}}, "crops 48 pixels out of 40"),
         ({"do_center_crop": True, "do_resize": False}, "crops without resizing"),
-        ({"size": {"longest_edge": 48}}, "is no height and width"),
+        ({"size": {"longest_edge": 48}}, "is not a height and width"),
     ],
 )
 def test_preprocessing_that_ours_cannot_do(tmp_path: Path, settings: dict[str, Any], said: str) -> None:

@@ -97,7 +97,7 @@ def test_a_run_towards_features(
     assert list((tmp_path / "run").glob("*.png")) == []
     arguments = ["reconstruct", str(images), "--checkpoint", str(tmp_path / "run"), "--out", str(tmp_path / "out.png")]
     assert main(arguments) == 2
-    assert "predicts a teacher's features, which are no picture" in capsys.readouterr().err
+    assert "predicts a teacher's features, which are not a picture" in capsys.readouterr().err
 
 
 def test_a_teacher_of_other_channels(images: Path, teacher: Path, tmp_path: Path) -> None:

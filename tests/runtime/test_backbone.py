@@ -218,7 +218,7 @@ def test_a_number_of_patches_outside_of_the_profile(tmp_path: Path, keep: Any) -
     with Backbone.load(write_bundle(tmp_path / "b", profile_keep=(2, 4, 9))) as backbone:
         assert backbone(photo(), range(9)).tokens.shape == (1, 9, D)
         with pytest.raises(
-            ConfigError, match="proven for 2 to 9" if keep is not None else f"takes 2 to 9 of {N} patches"
+            ConfigError, match="checked for 2 to 9" if keep is not None else f"takes 2 to 9 of {N} patches"
         ):
             backbone(photo(), keep)
 
@@ -305,26 +305,26 @@ def test_a_fixed_padded_length(tmp_path: Path, batch: int | None) -> None:
 @pytest.mark.parametrize(
     ("keep", "num_keep", "message"),
     [
-        ([[0, 1], [1]], None, "1 patches an image, the graph was proven for 2 to 9"),
-        ([[0, 1], list(range(10))], None, "10 patches an image, the graph was proven for 2 to 9"),
+        ([[0, 1], [1]], None, "1 patches an image, the graph was checked for 2 to 9"),
+        ([[0, 1], list(range(10))], None, "10 patches an image, the graph was checked for 2 to 9"),
         ([[0, 1], []], None, "keep has 2 rows for 2 images"),
         ([[0, 1], [2, 3, 4], [5, 6]], None, "keep has 3 rows for 2 images"),
         ([[0, 1], [2, 3, N]], None, f"the patch {N}"),
         ([[0, 1, 1], [2, 3]], None, "the patch 1 twice"),
         ([[0, 1], [2.5, 3, 4]], None, "whole numbers, not float64"),
         ([[0, 1], [[2], [3], [4]]], None, "keep has 2 rows for 2 images"),
-        ([[0, 1], 2], None, "no list of whole numbers"),
+        ([[0, 1], 2], None, "not a list of whole numbers"),
         ([[0, 1, -1], [2, 3, -1]], [3, 2], "the patch -1"),
         ([[0, 1, 0], [2, 3, -1]], [3, 2], "the patch 0 twice"),
         ([[0, 1, 9], [2, 3, 9]], [4, 2], "num_keep has 4 for rows of 3"),
         ([[0, 1, 9], [2, 3, 9]], [0, 2], "num_keep has 0 for rows of 3"),
-        ([[0, 1, 9], [2, 3, 9]], [1, 2], "1 patches an image, the graph was proven for 2 to 9"),
+        ([[0, 1, 9], [2, 3, 9]], [1, 2], "1 patches an image, the graph was checked for 2 to 9"),
         ([[0, 1, 9], [2, 3, 9]], [2], r"num_keep \(1,\) for 2 images"),
         ([[0, 1, 9], [2, 3, 9]], 2, r"num_keep \(\) for 2 images"),
         ([[0, 1, 9], [2, 3, 9]], [2.0, 2.0], "num_keep must be whole numbers, not float64"),
-        ([[0, 1, 9], [2, 3]], [2, 2], "keep is no list of whole numbers"),
+        ([[0, 1, 9], [2, 3]], [2, 2], "keep is not a list of whole numbers"),
         ([0, 1, 9], [2, 2], r"keep has the shape \(3,\)"),
-        ([[0] * 10] * 2, [2, 2], "10 patches an image, the graph was proven for 2 to 9"),
+        ([[0] * 10] * 2, [2, 2], "10 patches an image, the graph was checked for 2 to 9"),
         (None, [2, 2], "num_keep without keep"),
     ],
 )

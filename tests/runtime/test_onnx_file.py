@@ -54,7 +54,7 @@ def test_the_opset_is_that_of_onnx_s_own_operators(tmp_path: Path) -> None:
         assert read_opset(tmp_path / "model.onnx") == 19
     assert read_opset(write_bundle(tmp_path / "b") / "encoder.onnx") == 17
     (tmp_path / "empty").write_bytes(b"")
-    with pytest.raises(ConfigError, match="is no ONNX model"):
+    with pytest.raises(ConfigError, match="is not an ONNX model"):
         read_opset(tmp_path / "empty")
 
 
@@ -78,7 +78,7 @@ def test_types_nameless_sizes_and_weights_among_the_inputs(tmp_path: Path) -> No
 def test_what_is_no_model(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "a.onnx"
     path.write_bytes(content)
-    with pytest.raises(ConfigError, match=r"a\.onnx is no ONNX model"):
+    with pytest.raises(ConfigError, match=r"a\.onnx is not an ONNX model"):
         read_inputs(path)
     with pytest.raises(ConfigError, match=r"no ONNX file at .*b\.onnx"):
         read_inputs(tmp_path / "b.onnx")
@@ -89,7 +89,7 @@ def test_a_model_that_is_cut_short(tmp_path: Path) -> None:
     whole = path.read_bytes()
     for length in range(whole.rindex(b"y")):  # the graph's output stands near its end
         path.write_bytes(whole[:length])
-        with pytest.raises(ConfigError, match="is no ONNX model"):
+        with pytest.raises(ConfigError, match="is not an ONNX model"):
             read_inputs(path)
 
 

@@ -36,8 +36,8 @@ class Accuracy:
     """What a graph is worth at one number of patches."""
 
     cosine: float | None = None
-    """Mean over the images of the cosine with the features of all patches; None where those cannot be had, or without
-    features."""
+    """Mean over the images of the cosine with the features of all patches; None where those are not available, or
+    without features."""
     top1: float | None = None
     """Share of the images whose most likely class is the right one; None without logits or labels."""
 
@@ -164,8 +164,8 @@ class _Photos:
         return self._read[preprocess]
 
     def labels(self, bundle: Bundle) -> Array | None:
-        """The class of each image, by the name of its folder below ours; None without logits, or if one is no class of
-        the bundle.
+        """The class of each image, by the name of its folder below ours; None without logits, or if one is not a class
+        of the bundle.
         """
         classes = bundle.class_names
         if classes is None or LOGITS not in bundle.output_names:
@@ -174,9 +174,7 @@ class _Photos:
         folders = [path.relative_to(self._folder).parts[0] if path != self._folder else path.name for path in paths]
         strangers = [name for name in folders if name not in classes]
         if strangers:
-            self._say(
-                "no top-1:", f"'{strangers[0]}' of {self._folder} is no folder named after a class of {bundle.path}"
-            )
+            self._say("no top-1:", f"'{strangers[0]}' of {self._folder} is not named after a class of {bundle.path}")
             return None
         return np.asarray([classes.index(name) for name in folders])
 

@@ -26,13 +26,13 @@ Limits = tuple[int, int]
 
 @dataclass(frozen=True, eq=False, kw_only=True, slots=True)
 class Subject:
-    """A graph to time: a bundle's, or somebody else's."""
+    """A graph to time: a bundle's, or a file of other origin."""
 
     name: str
     """As the command line names it."""
     graph: Path
     bundle: Bundle | None
-    """None of a file of somebody else's."""
+    """None of a file of other origin."""
     inputs: dict[str, str]
     """The graph's own name for each of `images`, `ids_keep` and `num_keep` that it takes."""
     image_shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def arithmetic(self) -> str:
-        """See `Bundle.arithmetic`; somebody else's graph is run as it is."""
+        """See `Bundle.arithmetic`; a graph of other origin is run as it is."""
         return self.bundle.arithmetic if self.bundle is not None else "fp32"
 
     @property
@@ -186,7 +186,7 @@ def bundle_subject(path: Path) -> Subject:
 
 
 def file_subject(path: Path, like: Subject) -> Subject:
-    """Somebody else's ONNX file; what it leaves open is as in `like`.
+    """An ONNX file of other origin; what it leaves open is as in `like`.
 
     Raises:
         ConfigError: no ONNX file, or an input that is neither images nor patch indices.

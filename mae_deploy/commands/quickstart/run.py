@@ -90,7 +90,7 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         " scratch"
     )
     top1 = _few_labels(config, images)
-    _say("4/6 export to ONNX, proven against PyTorch")
+    _say("4/6 export to ONNX, checked against PyTorch")
     parity = _export(config)
     _say("5/6 latency of the full and of the visible-token graph, in turns")
     latency = _latency(out)

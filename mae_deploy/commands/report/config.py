@@ -48,4 +48,4 @@ class ReportConfig(Settings):
         if self.repeats < 1 or self.warmup < 0:
             raise ConfigError("--repeats must be at least 1, --warmup at least 0")
         if self.int8.max_drop is None:
-            raise ConfigError("report judges INT8 by --max-drop", hint="0.5 by default")
+            raise ConfigError("report accepts INT8 by --max-drop", hint="0.5 by default")

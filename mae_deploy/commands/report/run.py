@@ -60,10 +60,10 @@ _Timings = dict[tuple[int, str, float], Timing]
 
 
 def run_report(config: ReportConfig) -> Result:
-    """Export, judge and time every run; what an earlier call has finished is kept.
+    """Export, evaluate and time every run; what an earlier call has finished is kept.
 
     Raises:
-        ConfigError: a run is no classifier, or the images are not of its classes.
+        ConfigError: a run is not a classifier, or the images are not of its classes.
         CheckFailed: an FP32 graph does not compute what PyTorch computes.
         MissingDependency: the engine is not installed.
     """

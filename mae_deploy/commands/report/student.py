@@ -36,7 +36,7 @@ CALIBRATION_IMAGES = 128
 """The least that calibration takes."""
 
 _LOOSE_SQNR, _LOOSE_COSINE = 10.0, 0.9
-"""What INT8 must keep of the FP32 outputs. Its worth is judged by top-1: a student that was distilled for INT8 may
+"""What INT8 must keep of the FP32 outputs. Its worth is measured by top-1: a student that was distilled for INT8 may
 differ from its FP32, and be right."""
 
 _ANY_LATENCY = 1e9
@@ -119,7 +119,7 @@ class Student:
 
     @property
     def images(self) -> int:
-        """Images that it was judged on."""
+        """Images that it was evaluated on."""
         return int(self._parts[FP32]["images"])
 
     @property
@@ -192,7 +192,7 @@ class Student:
 
 def drop(fp32: float, int8: float) -> float:
     """What INT8 loses of a top-1 in per cent, in points, without the last digits of the floating-point difference, on
-    which no verdict may hang.
+    which no result may hang.
     """
     return round(fp32 - int8, 9)
 

@@ -1,5 +1,5 @@
-"""One setting of pretraining at several values: pretrain, judge, draw the curve (the paper's figure 5 and tables 1 and
-2).
+"""One setting of pretraining at several values: pretrain, evaluate, draw the curve (the paper's figure 5 and tables 1
+and 2).
 
 Each value and seed has a folder with its runs; what is finished in it is not done again, so the same command goes on
 after a kill.
@@ -176,7 +176,7 @@ def _open_folder(config: SweepConfig) -> None:
 
 
 def _probe(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
-    """Pretrain and judge; figures that `result.json` has are taken from it."""
+    """Pretrain and evaluate; figures that `result.json` has are taken from it."""
     console.print(Text(f"{setting} {cell.value}, seed {cell.seed}", style="bold"))
     _check_unchanged(cell.pretrain)
     parts = _Parts(cell.folder / RESULT)

@@ -1,4 +1,4 @@
-"""`mae-deploy export-weights`: a checkpoint as the original implementation, timm or transformers loads it, proven
+"""`mae-deploy export-weights`: a checkpoint as the original implementation, timm or transformers loads it, checked
 before anything is left behind.
 """
 
@@ -31,7 +31,7 @@ from mae_deploy.weights.write.foreign import (
 
 
 def run_export_weights(config: ExportWeightsConfig) -> Result:
-    """Convert, write, prove; returns the report.
+    """Convert, write, check; returns the report.
 
     Raises:
         ConfigError: that library's models do not compute what this one does.

@@ -161,7 +161,7 @@ def scan(path: Path) -> Shard:
     except (tarfile.TarError, EOFError) as error:
         found = f"after {len(images)} images " if images else ""
         raise ConfigError(
-            f"{path} ends {found}in the middle, or is no tar file ({error})",
+            f"{path} ends {found}in the middle, or is not a tar file ({error})",
             hint="copy or pack it again, or leave it out",
         ) from error
     except OSError as error:
@@ -216,7 +216,7 @@ def _index(folder: Path) -> dict[str, dict[str, Any]]:
     index = read_json(path)
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ConfigError(
-            f"{path} is no index of shards that this version reads",
+            f"{path} is not an index of shards that this version reads",
             hint="remove it; the shards are then indexed by their headers",
         )
     return {entry["name"]: entry for entry in index["shards"]}

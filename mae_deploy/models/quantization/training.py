@@ -103,7 +103,7 @@ class Quantizer(nn.Module):
         self.start, self.until, self.observed = start, until, observed
         self.mode = _Mode(penalises)
         self._model = (model,)
-        """In a tuple, so that it is no part of this module."""
+        """In a tuple, so that it is not part of this module."""
         self._places = {
             name: _Place(model, name, policy, self.mode)
             for name in eligible_linears(model)

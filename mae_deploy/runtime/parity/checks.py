@@ -126,7 +126,7 @@ def _precision(bundle: Bundle, engine: Engine) -> str:
 
 
 class _Checks:
-    """Runs an engine and judges its outputs."""
+    """Runs an engine and checks its outputs."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle, self.engine = bundle, engine

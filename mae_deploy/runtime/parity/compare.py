@@ -18,7 +18,7 @@ _FLAT = 1e-6
 """Samples that differ from their mean by less than this share of their norm do so by float32's rounding only."""
 
 _NEAR = 0.5
-"""A sample nearer to the mean than this share of the typical distance is judged as if it stood there (see
+"""A sample nearer to the mean than this share of the typical distance is compared as if it stood there (see
 `Comparison.centred_cosine`)."""
 
 
@@ -36,11 +36,11 @@ class Comparison:
     """The worst sample's, with the reference's mean over the samples removed from both: what tells samples apart.
 
     Where no sample differs from the mean by more than float32's rounding (one sample, or constant outputs), the plain
-    cosine. Features that differ by a few percent of their norm are no excuse: noise of that size hides what tells the
-    images apart. One sample that happens to lie near the mean of others that do not is: all that is left of it may be
-    noise. It is judged as if it stood at half the typical distance: both vectors get one more, equal component that
-    brings the reference there. In rows of tokens and in maps, a value that is 0 on both sides is padding: it is left
-    out, and so is one that no other sample has."""
+    cosine. Features that differ by a few percent of their norm are not an excuse: noise of that size hides what tells
+    the images apart. One sample that happens to lie near the mean of others that do not is: all that is left of it may
+    be noise. It is compared as if it stood at half the typical distance: both vectors get one more, equal component
+    that brings the reference there. In rows of tokens and in maps, a value that is 0 on both sides is padding: it is
+    left out, and so is one that no other sample has."""
     max_abs: float = math.nan
     max_relative: float = math.nan
     """`max_abs` over the reference's largest magnitude."""

@@ -98,7 +98,7 @@ def read_source(file: Path, *, average: bool = False) -> Source:
 
     Raises:
         ConfigError: config.json is not JSON.
-        CheckFailed: the weights are damaged, carry code, or are no state dict.
+        CheckFailed: the weights are damaged, carry code, or are not a state dict.
     """
     settings = read_settings(file.with_name("config.json"))
     if file.name.endswith(_INDEX):

@@ -194,7 +194,7 @@ def _pair(size: Any) -> tuple[int, int]:
         return size, size
     if isinstance(size, list) and len(size) == 2:
         return int(size[0]), int(size[1])
-    raise ConfigError(f"{size} is no height and width")
+    raise ConfigError(f"{size} is not a height and width")
 
 
 def _per_channel(value: Any, channels: int) -> list[float]:

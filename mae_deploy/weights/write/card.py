@@ -1,4 +1,4 @@
-"""The README.md of exported weights: licence, what the model is, how it is loaded, what was proven, and where it comes
+"""The README.md of exported weights: licence, what the model is, how it is loaded, what was checked, and where it comes
 from.
 """
 

@@ -1,4 +1,4 @@
-"""Prove that what was written for another library computes there, or reads back here, as the model that it came
+"""Check that what was written for another library computes there, or reads back here, as the model that it came
 from.
 """
 

@@ -160,7 +160,7 @@ def test_images_without_labels_or_of_other_classes(tmp_path: Path, labelled: Pat
     assert {row["top1"] for row in report["rows"]} == {None}
     lines = [line for line in report["said"].splitlines() if line.startswith("no top-1: ")]
     assert lines == [
-        f"no top-1: 'unicorn' of {labelled} is no folder named after a class of {path}" for path in (bundle, other)
+        f"no top-1: 'unicorn' of {labelled} is not named after a class of {path}" for path in (bundle, other)
     ]
     (photo, *_) = find_images(labelled)
     assert f"no top-1: '{photo.name}' of {photo.parent}" in run(bundle, "--images", photo.parent)["said"]

@@ -489,7 +489,7 @@ def test_load_time_and_memory_in_a_process_of_its_own(
         ([], [], "BUNDLES is missing"),
         (["a", "nowhere"], [], "no bundle at nowhere: there is no manifest.json"),
         (["a"], ["--against", "nowhere.onnx"], "no ONNX file at nowhere.onnx"),
-        (["a"], ["--against", "a/manifest.json"], "a/manifest.json is no ONNX model (field type 3)"),
+        (["a"], ["--against", "a/manifest.json"], "a/manifest.json is not an ONNX model (field type 3)"),
         (["a"], ["--keep", "0,3"], "--keep 0 must be at least 1"),
         (["a"], ["--keep-ratio", "0"], "--keep-ratio 0 must be above 0 and at most 1"),
         (["a"], ["--keep-ratio", "0.5,1.5"], "--keep-ratio 1.5 must be above 0 and at most 1"),

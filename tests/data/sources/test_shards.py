@@ -110,7 +110,7 @@ def test_a_shard_that_is_cut_short(images: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"shard-1.tar ends after [23] images in the middle"):
         unlabelled_images(shards)
     cut.write_bytes(b"no tar at all" * 100)
-    with pytest.raises(ConfigError, match=r"shard-1.tar ends in the middle, or is no tar file"):
+    with pytest.raises(ConfigError, match=r"shard-1.tar ends in the middle, or is not a tar file"):
         unlabelled_images(shards)
 
 
@@ -125,7 +125,7 @@ def test_a_shard_that_changed_since_it_was_indexed(images: Path, tmp_path: Path)
     with pytest.raises(ConfigError, match=r"shard-2.tar has 700 bytes, not the \d+ of index.json"):
         shard_images(str(shards))
     (shards / INDEX).write_text("{}")
-    with pytest.raises(ConfigError, match="no index of shards"):
+    with pytest.raises(ConfigError, match="not an index of shards"):
         shard_images(str(shards))
 
 

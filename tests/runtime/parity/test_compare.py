@@ -241,7 +241,7 @@ def test_limits_that_judge_nothing_are_refused(name: str, limit: float) -> None:
 
 def test_a_tolerance_must_judge_every_output() -> None:
     for limits in ({}, {"top1_agreement": 0.99}):
-        with pytest.raises(ConfigError, match="no measure judges every output"):
+        with pytest.raises(ConfigError, match="no measure covers every output"):
             Tolerance(**limits)
 
 
