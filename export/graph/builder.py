@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph.precision import BFLOAT16, FLOAT32
@@ -158,21 +158,21 @@ class GraphBuilder:
         used = {name for node in self._nodes.values() for name in node.input}
         weights = {name: value for name, value in self._weights.items() if name in used}
         # Shapes and other small constants stay in the graph, where shape inference can read them.
-        large = {name: value for name, value in weights.items() if value.nbytes >= _LARGE}
-        tensors = [_inline(name, value) for name, value in weights.items() if name not in large]
-        if sum(value.nbytes for value in large.values()) > INLINE_LIMIT:
-            data = path.with_name(path.name + ".data")
-            tensors += _write_external(data, large)
-            files.append(data)
-        else:
-            tensors += [_inline(name, value) for name, value in large.items()]
-        graph = helper.make_graph(list(self._nodes.values()), self.name, self._inputs, self._outputs, tensors)
+        small = {name: value for name, value in weights.items() if value.nbytes < _LARGE}
+        large = {name: value for name, value in weights.items() if name not in small}
         model = helper.make_model(
-            graph,
+            helper.make_graph(list(self._nodes.values()), self.name, self._inputs, self._outputs),
             opset_imports=[helper.make_opsetid("", self.opset)],
             ir_version=_IR_VERSIONS[self.opset],
             producer_name="mae-deploy",
         )
+        tensors = model.graph.initializer  # filled in place and one by one: each call above copies what it is given
+        tensors.extend(numpy_helper.from_array(value, name) for name, value in small.items())
+        if sum(value.nbytes for value in large.values()) > INLINE_LIMIT:
+            files.append(path.with_name(path.name + ".data"))
+            tensors.extend(_write_external(files[-1], large))
+        else:
+            tensors.extend(numpy_helper.from_array(value, name) for name, value in large.items())
         onnx.save_model(model, path)
         try:
             onnx.checker.check_model(str(path), full_check=True)
@@ -194,12 +194,6 @@ def _entry(info: onnx.ValueInfoProto) -> TensorEntry:
     tensor = info.type.tensor_type
     dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
     return {"name": info.name, "dtype": dtype, "shape": [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]}
-
-
-def _inline(name: str, value: Array) -> onnx.TensorProto:
-    return helper.make_tensor(
-        name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape, np.ascontiguousarray(value).tobytes(), raw=True
-    )
 
 
 def _write_external(path: Path, weights: dict[str, Array]) -> list[onnx.TensorProto]:
