@@ -194,7 +194,7 @@ def markdown(found: Mapping[str, Any]) -> str:
     if found["random_weights"]:
         parts.append(
             f"Random weights: {', '.join(found['random_weights'])}. Speed does not depend on them; INT8's accuracy was"
-            " not judged.\n"
+            " not checked.\n"
         )
     if found["tests"]:
         parts.append(f"GPU tests: {found['tests']}.\n")

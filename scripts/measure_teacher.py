@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument(
-        "--bundle", type=Path, help="also the same cuts of this bundle, on the engine that it was proven on"
+        "--bundle", type=Path, help="also the same cuts of this bundle, on the engine that it was checked on"
     )
     options = parser.parse_args()
     encoder = EncoderConfig(name=options.model, image_size=(options.image_size, options.image_size))

@@ -224,13 +224,13 @@ def write_prefix(graph: Path, tensors: Sequence[str], folder: Path) -> Path:
 
 
 def _engine_for(bundle: Bundle, asked: str, device: torch.device) -> str:
-    """The engine's name: auto is that on which the bundle was proven, where this machine has it."""
+    """The engine's name: auto is that on which the bundle was checked, where this machine has it."""
     if asked != "auto":
         return ALIASES.get(asked, asked)
-    proven: str = bundle.manifest["engine"]
-    if proven == TENSORRT:
+    checked_on: str = bundle.manifest["engine"]
+    if checked_on == TENSORRT:
         return TENSORRT if device.type == "cuda" and importlib.util.find_spec(TENSORRT) is not None else DEFAULT
-    return proven if device.type == "cpu" and importlib.util.find_spec(proven) is not None else DEFAULT
+    return checked_on if device.type == "cpu" and importlib.util.find_spec(checked_on) is not None else DEFAULT
 
 
 def _device_for(engine: str, device: torch.device) -> str:

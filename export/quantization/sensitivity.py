@@ -22,11 +22,11 @@ from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 _BATCH = 8
 
 _CAUTION = 0.95
-"""Share of the noise that a verdict allows, to which the next set is filled: the noise of single Linears adds up
+"""Share of the noise that a result allows, to which the next set is filled: the noise of single Linears adds up
 nearly, not exactly."""
 
 _WORTH = 0.01
-"""Share of the cost below which one more Linear in INT8 is not worth another verdict."""
+"""Share of the cost below which one more Linear in INT8 is not worth another check."""
 
 
 @torch.no_grad()
@@ -129,13 +129,13 @@ class BudgetCheck:
 def choose(
     noise: Mapping[str, float],
     cost: Mapping[str, float],
-    judge: Callable[[frozenset[str]], BudgetCheck],
+    check: Callable[[frozenset[str]], BudgetCheck],
     *,
     trials: int = 8,
 ) -> frozenset[str] | None:
     """The set of Linears of the largest cost that meets the budget in INT8, or None if none does.
 
-    The noise of a set is predicted as the sum of what its members add alone. Each verdict tells how much predicted
+    The noise of a set is predicted as the sum of what its members add alone. Each check tells how much predicted
     noise is allowed; the next set is filled up to that, the Linears of the least noise for their cost first. So the
     first set, all of them, is tightened until one meets the budget, and Linears are admitted again as long as there is
     room between the last set that meets it and the first that does not.
@@ -143,30 +143,30 @@ def choose(
     Args:
         noise: for each Linear noise over signal when it alone is in INT8 (`sensitivities`).
         cost: for each Linear what it saves, such as its multiply-accumulates.
-        judge: the verdict on a set; expensive, and asked for at most `trials` different sets.
+        check: whether a set meets the budget; expensive, and asked for at most `trials` different sets.
     """
     order = sorted(noise, key=lambda name: (noise[name] / cost[name], name))
     worth = _WORTH * _total(cost, order)
     best, fits, fails = frozenset[str](), 0.0, math.inf
-    candidate, judged = frozenset(order), set[frozenset[str]]()
-    while candidate not in judged and len(judged) < trials:
-        judged.add(candidate)
-        predicted, verdict = _total(noise, candidate), judge(candidate)
-        if verdict.passes:
+    candidate, checked = frozenset(order), set[frozenset[str]]()
+    while candidate not in checked and len(checked) < trials:
+        checked.add(candidate)
+        predicted, result = _total(noise, candidate), check(candidate)
+        if result.passes:
             best, fits = candidate, predicted
         else:
             fails = min(fails, predicted)
-        candidate = _filled(order, noise, _allowed(verdict, predicted, fits, fails))
+        candidate = _filled(order, noise, _allowed(result, predicted, fits, fails))
         if _total(cost, candidate) < _total(cost, best) + worth:
             break
     return best or None
 
 
-def _allowed(verdict: BudgetCheck, predicted: float, fits: float, fails: float) -> float:
-    """Predicted noise to which the next set is filled: as the last verdict says, or half-way between the last set that
+def _allowed(result: BudgetCheck, predicted: float, fits: float, fails: float) -> float:
+    """Predicted noise to which the next set is filled: as the last check says, or half-way between the last set that
     fits and the first that fails.
     """
-    allowed = math.inf if verdict.deficit_db is None else predicted * 10 ** (-verdict.deficit_db / 10) * _CAUTION
+    allowed = math.inf if result.deficit_db is None else predicted * 10 ** (-result.deficit_db / 10) * _CAUTION
     return allowed if allowed < fails else (fits + fails) / 2
 
 

@@ -1,4 +1,4 @@
-"""`mae-deploy build-engine`: a TensorRT engine for this machine, proven and put into the bundle; torch-free."""
+"""`mae-deploy build-engine`: a TensorRT engine for this machine, checked and put into the bundle; torch-free."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     """Build an engine from a bundle's graph and add it to the bundle.
 
     Raises:
-        ConfigError: no bundle, or a precision, sizes or options that cannot be had.
+        ConfigError: no bundle, or a precision, sizes or options that are not available.
         MissingDependency: no driver, GPU, TensorRT or memory backend.
         CheckFailed: the engine misses parity, or INT8 is not faster than FP16.
         MaeDeployError: TensorRT cannot build it.

@@ -228,7 +228,7 @@ class Bundle:
             AttributeError,
             TypeError,
             zipfile.BadZipFile,
-        ) as error:  # a bare .npy is no context manager
+        ) as error:  # a bare .npy is not a context manager
             raise CheckFailed(f"{path} holds no arrays: {error}", hint="export the bundle again") from error
         for name in (*self.input_names, *self.output_names):
             if name not in arrays or arrays[name].shape[:1] != (golden["num_samples"],):

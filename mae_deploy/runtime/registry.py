@@ -31,7 +31,7 @@ def load_engine(
 
     Args:
         engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine;
-            else the engine on which the bundle was proven, where it is installed and has the device; else ONNX Runtime.
+            else the engine on which the bundle was checked, where it is installed and has the device; else ONNX Runtime.
         taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is
             not kept.
 
@@ -102,14 +102,14 @@ def _on_graph(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[
 
 
 def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
-    proven = bundle.manifest["engine"]
-    if bundle.manifest["engines"] or proven == TENSORRT:
+    checked_on = bundle.manifest["engine"]
+    if bundle.manifest["engines"] or checked_on == TENSORRT:
         try:
             return _tensorrt(bundle, options, taps)
         except MaeDeployError as error:
             return _on_graph(bundle, fall_back(bundle, error), options, taps)
-    usable = options.device != "cuda" and util.find_spec(proven) is not None
-    return _on_graph(bundle, proven if usable else DEFAULT, options, taps)
+    usable = options.device != "cuda" and util.find_spec(checked_on) is not None
+    return _on_graph(bundle, checked_on if usable else DEFAULT, options, taps)
 
 
 def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:

@@ -251,7 +251,7 @@ def plot(path: Path, rows: list[Row]) -> None:
                 axes.plot(*zip(*points, strict=True), **style)
             elif (
                 series[0][key] is not None
-            ):  # somebody else's graph of whole images: it does not say how many patches those have
+            ):  # a graph of other origin of whole images: it does not say how many patches those have
                 axes.axhline(value(series[0]), linestyle=":", **style)
         axes.set(title=title, xlabel="patches kept")
         axes.grid(alpha=0.3)

@@ -139,7 +139,7 @@ def wait_for_stream(stream: int, other: int) -> None:
     """Let what is put on `stream` from now on wait for all that is on `other` now; 0 is the default stream.
 
     Raises:
-        CudaError: one of them is no stream of the current context.
+        CudaError: one of them is not a stream of the current context.
     """
     driver, event = _load_driver(), c_void_p()
     _check(driver.cuEventCreate(byref(event), _DISABLE_TIMING), "create an event")

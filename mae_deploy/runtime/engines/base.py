@@ -91,7 +91,7 @@ class Engine(ABC):
         Raises:
             ConfigError: a device that this engine has not, or a core that is not there.
             MissingDependency: the engine's package or its device is absent.
-            MaeDeployError: the engine refuses the graph, or a tap is no tensor of it.
+            MaeDeployError: the engine refuses the graph, or a tap is not a tensor of it.
         """
         self._affinity, self.precision, self.profiles = options.affinity, precision, profiles
         self._load(graph, options, precision, tuple(taps))

@@ -120,7 +120,9 @@ def build_engine(
             if first is not last
             else None
         )
-        rejected = None if speed is None else verdict(first.precision, first.failures, speed, max_latency)
+        rejected = (
+            None if speed is None else reason_against_quantized(first.precision, first.failures, speed, max_latency)
+        )
         if rejected is not None and prefer != "fp16":
             raise CheckFailed(rejected, hint="--prefer fp16 keeps FP16 in its place")
     kept = first if rejected is None else last
@@ -154,34 +156,34 @@ def build_missing_engine(bundle: Bundle, device: str) -> None:
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
     """The sizes to build for, complete: those that the bundle was exported for unless some are given; what they leave
-    out is what the graph was proven for.
+    out is what the graph was checked for.
 
     Raises:
-        ConfigError: sizes that the graph does not have or was not proven for, or none that the golden samples have.
+        ConfigError: sizes that the graph does not have or was not checked for, or none that the golden samples have.
     """
-    proven = {name: (numbers[0], numbers[1], numbers[2]) for name, numbers in bundle.manifest["profile"].items()}
+    checked = {name: (numbers[0], numbers[1], numbers[2]) for name, numbers in bundle.manifest["profile"].items()}
     fixed = {"B": bundle.fixed_batch, "K": bundle.fixed_keep}
     found: list[Profile] = []
     for profile in given or _exported_profiles(bundle) or [{}]:
         for name, numbers in profile.items():
             shown = f"--profile {name}:{','.join(map(str, numbers))}"
-            if name not in proven:
+            if name not in checked:
                 raise ConfigError(f"{shown}: a graph of all patches has no {name}", hint="leave it out")
-            if fixed[name] is not None and numbers != proven[name]:
+            if fixed[name] is not None and numbers != checked[name]:
                 raise ConfigError(
                     f"{shown}: the graph is fixed to {name} = {fixed[name]}",
                     hint="leave it out, or export with the size open",
                 )
-            if name == "K" and not proven["K"][0] <= numbers[0] <= numbers[2] <= proven["K"][2]:
+            if name == "K" and not checked["K"][0] <= numbers[0] <= numbers[2] <= checked["K"][2]:
                 raise ConfigError(
-                    f"{shown}: the graph was proven for K from {proven['K'][0]} to {proven['K'][2]}",
+                    f"{shown}: the graph was checked for K from {checked['K'][0]} to {checked['K'][2]}",
                     hint="export with another --profile",
                 )
-        found.append({**proven, **profile})
-    keep = bundle.golden()[IDS_KEEP].shape[1] if "K" in proven else None
+        found.append({**checked, **profile})
+    keep = bundle.golden()[IDS_KEEP].shape[1] if "K" in checked else None
     if keep is not None and not any(profile["K"][0] <= keep <= profile["K"][2] for profile in found):
         raise ConfigError(
-            f"no --profile holds K = {keep}, with which the golden samples prove the engine",
+            f"no --profile holds K = {keep}, with which the golden samples check the engine",
             hint=f"add another, such as '; K:{keep},{keep},{keep}'",
         )
     return found
@@ -203,7 +205,9 @@ def compare_speed(quantized: Sequence[Timing], fp16: Sequence[Timing], precision
     return {"latency_ratio": max(ratios), "profile": ratios.index(max(ratios)), "latency_ms": milliseconds}
 
 
-def verdict(precision: str, failures: Sequence[str], speed: dict[str, Any], max_latency: float = 1.0) -> str | None:
+def reason_against_quantized(
+    precision: str, failures: Sequence[str], speed: dict[str, Any], max_latency: float = 1.0
+) -> str | None:
     """Why INT8 or FP8 is rejected, with both figures; None where it is right and fast enough."""
     ratio, at = speed["latency_ratio"], speed["profile"]
     if not failures and ratio < max_latency:

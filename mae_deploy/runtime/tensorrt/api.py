@@ -57,7 +57,7 @@ class Messages:
             self.errors, self.warnings = [], []
 
     def text(self) -> str:
-        """The errors, or for want of them the warnings, in one line."""
+        """The errors, or the warnings where there are none, in one line."""
         return "; ".join(self.errors or self.warnings) or "TensorRT gives no reason"
 
 

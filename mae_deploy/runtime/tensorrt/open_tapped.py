@@ -21,7 +21,7 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
 
     Raises:
         CheckFailed: the graph is not what was exported.
-        ConfigError: a tap is no tensor of the network.
+        ConfigError: a tap is not a tensor of the network.
         MaeDeployError: TensorRT cannot build it.
     """
     profiles: list[Profile] = [

@@ -78,7 +78,7 @@ def test_logits_count(pool: str) -> None:
         assert found[name] == pytest.approx(worst_ratio(model, name, 0.1, outputs), rel=0.02)  # as above
 
 
-def test_pixels_are_what_a_decoder_is_judged_by() -> None:
+def test_pixels_are_what_a_decoder_is_measured_by() -> None:
     model, images, ids = tiny_mae(), random_tensor(SAMPLES, 3, 6, 10), torch.from_numpy(chosen_patches())
 
     def outputs() -> dict[str, torch.Tensor]:
@@ -123,7 +123,7 @@ def test_progress_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "sensitivity  4/4  blocks.0.mlp.fc2  0 s left\n"
 
 
-class Judge:
+class Budget:
     """A world in which the noise of a set is that of its members together, times what the prediction does not know."""
 
     def __init__(self, noise: dict[str, float], budget: float, *, factor: float = 1.0, deficits: bool = True) -> None:
@@ -151,10 +151,10 @@ def layers(count: int, seed: int) -> tuple[dict[str, float], dict[str, float]]:
     return noise, {name: (3.0, 1.0, 4.0, 4.0)[index % 4] for index, name in enumerate(noise)}
 
 
-def most(noise: dict[str, float], cost: dict[str, float], judge: Judge) -> float:
+def most(noise: dict[str, float], cost: dict[str, float], budget: Budget) -> float:
     """The largest cost of any set that passes."""
     sets = (frozenset(names) for size in range(len(noise) + 1) for names in itertools.combinations(noise, size))
-    return max(sum(cost[name] for name in names) for names in sets if judge.passes(names))
+    return max(sum(cost[name] for name in names) for names in sets if budget.passes(names))
 
 
 @pytest.mark.parametrize("factor", [0.6, 1.0, 1.7])
@@ -162,60 +162,60 @@ def most(noise: dict[str, float], cost: dict[str, float], judge: Judge) -> float
 @pytest.mark.parametrize("seed", range(4))
 def test_the_search_comes_near_the_best_of_all_sets(seed: int, share: float, factor: float) -> None:
     noise, cost = layers(12, seed)
-    judge = Judge(noise, share * sum(noise.values()), factor=factor)
-    found = choose(noise, cost, judge)
+    budget = Budget(noise, share * sum(noise.values()), factor=factor)
+    found = choose(noise, cost, budget)
     assert found is not None
-    assert judge.passes(found)
+    assert budget.passes(found)
     assert (
-        sum(cost[name] for name in found) >= most(noise, cost, judge) - 4
+        sum(cost[name] for name in found) >= most(noise, cost, budget) - 4
     )  # one Linear at most is left out for the caution
-    assert len(judge.asked) <= 5
-    assert judge.asked[0] == frozenset(noise)
+    assert len(budget.asked) <= 5
+    assert budget.asked[0] == frozenset(noise)
 
 
 def test_where_all_pass_one_verdict_is_enough() -> None:
     noise, cost = layers(12, 0)
-    judge = Judge(noise, 1.0)
-    assert choose(noise, cost, judge) == frozenset(noise)
-    assert len(judge.asked) == 1
+    budget = Budget(noise, 1.0)
+    assert choose(noise, cost, budget) == frozenset(noise)
+    assert len(budget.asked) == 1
 
 
 def test_none_helps() -> None:
     noise, cost = layers(12, 0)
-    judge = Judge(noise, 0.5 * min(noise.values()))
-    assert choose(noise, cost, judge) is None
-    assert len(judge.asked) <= 8
+    budget = Budget(noise, 0.5 * min(noise.values()))
+    assert choose(noise, cost, budget) is None
+    assert len(budget.asked) <= 8
 
 
 @pytest.mark.parametrize("share", [0.7, 0.3, 0.05])
 def test_a_bare_yes_or_no_will_do(share: float) -> None:
     noise, cost = layers(48, 3)
-    judge = Judge(noise, share * sum(noise.values()), deficits=False)
-    found = choose(noise, cost, judge)
+    budget = Budget(noise, share * sum(noise.values()), deficits=False)
+    found = choose(noise, cost, budget)
     assert found is not None
-    assert judge.passes(found)
-    assert len(judge.asked) <= 8
-    assert len(set(judge.asked)) == len(judge.asked)
-    informed = choose(noise, cost, Judge(noise, judge.budget))
+    assert budget.passes(found)
+    assert len(budget.asked) <= 8
+    assert len(set(budget.asked)) == len(budget.asked)
+    informed = choose(noise, cost, Budget(noise, budget.budget))
     assert sum(cost[name] for name in found) >= 0.9 * sum(cost[name] for name in informed or ())
 
 
 def test_a_misleading_deficit_is_not_followed_for_ever() -> None:
     """As when the signal-to-noise ratio is fine and the accuracy is not."""
     noise, cost = layers(20, 4)
-    judge = Judge(noise, 0.2 * sum(noise.values()))
-    found = choose(noise, cost, lambda names: BudgetCheck(judge(names).passes, -3.0))
+    budget = Budget(noise, 0.2 * sum(noise.values()))
+    found = choose(noise, cost, lambda names: BudgetCheck(budget(names).passes, -3.0))
     assert found is not None
-    assert judge.passes(found)
-    assert len(judge.asked) <= 8
+    assert budget.passes(found)
+    assert len(budget.asked) <= 8
 
 
 def test_one_linear_that_spoils_all_is_left_out_and_nothing_else() -> None:
     noise, cost = layers(48, 5)
     noise["blocks.7"] = 100 * sum(noise.values())
-    judge = Judge(noise, noise["blocks.7"] / 50)
-    assert choose(noise, cost, judge) == frozenset(noise) - {"blocks.7"}
-    assert len(judge.asked) == 2
+    budget = Budget(noise, noise["blocks.7"] / 50)
+    assert choose(noise, cost, budget) == frozenset(noise) - {"blocks.7"}
+    assert len(budget.asked) == 2
 
 
 def test_the_order_of_the_layers_does_not_matter() -> None:
@@ -223,7 +223,7 @@ def test_the_order_of_the_layers_does_not_matter() -> None:
     noise |= dict.fromkeys(list(noise)[:10], 1e-5)
     budget = 0.1 * sum(noise.values())
     backwards = dict(reversed(noise.items()))
-    assert choose(noise, cost, Judge(noise, budget)) == choose(backwards, cost, Judge(noise, budget))
+    assert choose(noise, cost, Budget(noise, budget)) == choose(backwards, cost, Budget(noise, budget))
 
 
 def test_the_noise_of_several_linears_adds_up() -> None:

@@ -16,7 +16,13 @@ from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.tensorrt import add_engine as engine_build
-from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine, compare_speed, resolve_profiles, verdict
+from mae_deploy.runtime.tensorrt.add_engine import (
+    Built,
+    build_engine,
+    compare_speed,
+    reason_against_quantized,
+    resolve_profiles,
+)
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.plans import graph_for
 from mae_deploy.runtime.timing import Timing
@@ -78,10 +84,10 @@ def test_int8_has_an_fp16_graph_beside_it(tmp_path: Path) -> None:
 # --- for which sizes -------------------------------------------------------------------------------------------------
 
 
-def test_what_no_profile_gives_is_what_the_graph_was_proven_for(visible_bundle: Path, full_bundle: Path) -> None:
+def test_what_no_profile_gives_is_what_the_graph_was_checked_for(visible_bundle: Path, full_bundle: Path) -> None:
     bundle = Bundle.load(visible_bundle)
-    proven = {"B": (1, 8, 32), "K": (1, K, N)}
-    assert resolve_profiles(bundle, []) == [proven]
+    checked = {"B": (1, 8, 32), "K": (1, K, N)}
+    assert resolve_profiles(bundle, []) == [checked]
     assert resolve_profiles(bundle, [{"B": (2, 2, 2)}, {"K": (3, 3, 5)}]) == [
         {"B": (2, 2, 2), "K": (1, K, N)},
         {"B": (1, 8, 32), "K": (3, 3, 5)},
@@ -104,9 +110,9 @@ def test_without_any_those_of_the_export(tmp_path: Path) -> None:
         ({"token_mode": "full"}, {"K": (1, 2, 3)}, "--profile K:1,2,3: a graph of all patches has no K"),
         ({"batch": 2}, {"B": (1, 2, 3)}, "--profile B:1,2,3: the graph is fixed to B = 2"),
         ({"keep": 4}, {"K": (4, 4, 5)}, "--profile K:4,4,5: the graph is fixed to K = 4"),
-        ({"profile_keep": (2, 4, 6)}, {"K": (1, 4, 6)}, "--profile K:1,4,6: the graph was proven for K from 2 to 6"),
-        ({"profile_keep": (2, 4, 6)}, {"K": (2, 4, 7)}, "the graph was proven for K from 2 to 6"),
-        ({}, {"K": (5, 6, 7)}, "no --profile holds K = 4, with which the golden samples prove the engine"),
+        ({"profile_keep": (2, 4, 6)}, {"K": (1, 4, 6)}, "--profile K:1,4,6: the graph was checked for K from 2 to 6"),
+        ({"profile_keep": (2, 4, 6)}, {"K": (2, 4, 7)}, "the graph was checked for K from 2 to 6"),
+        ({}, {"K": (5, 6, 7)}, "no --profile holds K = 4, with which the golden samples check the engine"),
     ],
 )
 def test_sizes_that_cannot_be_had(tmp_path: Path, settings: dict[str, Any], profile: Any, said: str) -> None:
@@ -131,7 +137,7 @@ def test_the_profile_where_int8_does_worst_decides() -> None:
     speed = compare_speed(timings(1.0, 9.0), timings(2.0, 8.0), "int8")
     assert speed == {"latency_ratio": 1.125, "profile": 1, "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]}}
     assert (
-        verdict("int8", [], speed)
+        reason_against_quantized("int8", [], speed)
         == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms"
     )
 
@@ -151,7 +157,7 @@ def test_the_profile_where_int8_does_worst_decides() -> None:
     ],
 )
 def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], most: float, said: str | None) -> None:
-    found = verdict("fp8", failures, compare_speed(timings(milliseconds), timings(1.0), "fp8"), most)
+    found = reason_against_quantized("fp8", failures, compare_speed(timings(milliseconds), timings(1.0), "fp8"), most)
     assert (found is None) if said is None else (found is not None and said.replace("\\", "") in found)
 
 

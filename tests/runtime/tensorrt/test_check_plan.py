@@ -103,9 +103,9 @@ def test_an_engine_that_is_wrong_in_cuda_graphs(visible_bundle: Path) -> None:
 )
 def test_every_kind_of_graph(tmp_path: Path, settings: dict[str, Any]) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "b", **settings))
-    proven = bundle.manifest["profile"]
-    few = {"B": proven["B"] if bundle.fixed_batch else [2, 3, 7], "K": proven.get("K", [])}
-    profile: Profile = {name: (few[name][0], few[name][1], few[name][2]) for name in proven}
+    sizes = bundle.manifest["profile"]
+    few = {"B": sizes["B"] if bundle.fixed_batch else [2, 3, 7], "K": sizes.get("K", [])}
+    profile: Profile = {name: (few[name][0], few[name][1], few[name][2]) for name in sizes}
     checks = checked(bundle, [profile])
     assert not failed(checks)
     assert any(check.name.startswith("profile 0") for check in checks)
@@ -130,7 +130,7 @@ def test_without_a_reference_the_golden_outputs_judge_every_batch(tmp_path: Path
     }, "PyTorch's outputs are there for K = 4 alone"
 
 
-def test_without_onnxruntime_no_other_number_of_patches_can_be_proven(
+def test_without_onnxruntime_no_other_number_of_patches_can_be_checked(
     visible_bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("mae_deploy.runtime.tensorrt.check_plan.util.find_spec", lambda _: None)
