@@ -316,4 +316,5 @@ def _report(error: Exception) -> int:
 
 
 def _needs_torch(module: str) -> Any:
+    import_optional("torch", extra="train")  # first: it is the package whose absence says most
     return import_optional(module, extra="train")

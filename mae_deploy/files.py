@@ -84,7 +84,7 @@ def point_link(link: Path, target_name: str) -> None:
 
 
 def follow_link(link: Path) -> Path:
-    """What `point_link` pointed `link` to; the path itself where it is a link of the file system, a folder or absent."""
+    """What `point_link` pointed `link` to; the path itself where it is a real link, a folder or absent."""
     if link.is_file() and link.stat().st_size < 256:
         name = link.read_text(encoding="utf-8", errors="replace").strip()
         if name and Path(name).name == name:

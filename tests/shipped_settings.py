@@ -47,4 +47,5 @@ def fields_of(cls: type, where: str = "") -> dict[str, tuple[type, dataclasses.F
 def sections_of(cls: type) -> list[type]:
     """The class and those of all sections in it."""
     kinds = [optional_of(kind)[0] for kind in field_types(cls).values()]
-    return [cls, *(inner for kind in kinds if dataclasses.is_dataclass(kind) for inner in sections_of(kind))]  # type: ignore[arg-type]
+    sections: list[Any] = [kind for kind in kinds if dataclasses.is_dataclass(kind)]
+    return [cls, *(inner for section in sections for inner in sections_of(section))]

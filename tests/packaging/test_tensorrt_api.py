@@ -35,9 +35,7 @@ NEEDED = {
 
 @pytest.fixture(scope="module")
 def sources() -> dict[str, str]:
-    runtime = {
-        f"mae_deploy.runtime.{path.stem}": path.read_text() for path in (ROOT / "mae_deploy" / "runtime").glob("*.py")
-    }
+    runtime = modules_of("mae_deploy.runtime", ROOT / "mae_deploy" / "runtime")
     folders = {
         "mae_deploy.commands": "mae_deploy/commands",
         "mae_deploy.export": "export",
@@ -45,12 +43,19 @@ def sources() -> dict[str, str]:
         "scripts": "scripts",
     }
     others = {
-        f"{package}.{path.stem}": path.read_text()
-        for package, folder in folders.items()
-        for path in (ROOT / folder).glob("*.py")
+        name: text for package, folder in folders.items() for name, text in modules_of(package, ROOT / folder).items()
     }
     return runtime | {
         name: text for name, text in others.items() if "tensorrt" in text and "import tensorrt" not in text
+    }
+
+
+def modules_of(package: str, folder: Path) -> dict[str, str]:
+    """The text of every module in a folder and those below it, by its dotted name."""
+    return {
+        ".".join([package, *path.relative_to(folder).with_suffix("").parts]): path.read_text()
+        for path in folder.rglob("*.py")
+        if path.name != "__init__.py"
     }
 
 

@@ -8,7 +8,9 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig
 def expected_shapes(
     encoder: EncoderConfig, decoder: DecoderConfig | None, *, pool: str | None = None, num_classes: int | None = None
 ) -> dict[str, tuple[int, ...]]:
-    """The state dict's names and shapes, of an autoencoder where there is a decoder, else of an encoder or classifier."""
+    """The state dict's names and shapes: of an autoencoder where there is a decoder, else of an encoder or a
+    classifier.
+    """
     D, N, pixels = encoder.width, encoder.num_patches, encoder.patch**2 * encoder.in_chans
     shapes: dict[str, tuple[int, ...]] = {
         "cls_token": (1, 1, D),
