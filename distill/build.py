@@ -3,26 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from mae_deploy.distill.config import LAST_BLOCK, Blocks, DistillConfig, RunKind, block_pairs
+import numpy as np
+
+from mae_deploy.distill.config import LAST_BLOCK, Blocks, DistillConfig, RunKind, Schedule, block_pairs
 from mae_deploy.distill.objectives.attention import AttentionMaps
 from mae_deploy.distill.objectives.base import Objective, Pairs
 from mae_deploy.distill.objectives.decoder_features import DecoderFeatures
-from mae_deploy.distill.objectives.dist_logits import DistLogits
 from mae_deploy.distill.objectives.features import Features
-from mae_deploy.distill.objectives.hard_logits import HardLogits
-from mae_deploy.distill.objectives.labels import Labels
-from mae_deploy.distill.objectives.logits import SoftLogits
+from mae_deploy.distill.objectives.logits import DistLogits, HardLogits, Labels, SoftLogits
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled, Vector
 from mae_deploy.distill.objectives.relations import Relations
 from mae_deploy.distill.quantization import Outliers
-from mae_deploy.distill.schedule import Weight
 from mae_deploy.distill.teachers.base import Teacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.quantization.training import Quantizer
 from mae_deploy.models.vit import Encoder
+
+
+@dataclass(frozen=True, slots=True)
+class Weight:
+    """An objective's weight: a number, and what it is multiplied by over the run."""
+
+    value: float
+    schedule: Schedule | None = None
+    """Points (share of the run, factor) with straight lines between them, the first and last factor before and after;
+    None: 1 throughout."""
+
+    def at(self, done: float) -> float:
+        """The weight where a share of the run's steps is done."""
+        if self.schedule is None:
+            return self.value
+        shares, factors = zip(*self.schedule, strict=True)
+        return self.value * float(np.interp(done, shares, factors))
 
 
 def objective_weights(config: DistillConfig, kind: RunKind, *, masked: bool) -> dict[str, Weight]:

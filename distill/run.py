@@ -17,15 +17,13 @@ from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
-from mae_deploy.distill.build import build_objectives, objective_weights
+from mae_deploy.distill.build import Weight, build_objectives, objective_weights
 from mae_deploy.distill.cache import CachedTeacher, open_cache
 from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.distiller import Distiller
 from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.quantization import student_quantizer
-from mae_deploy.distill.schedule import Weight
-from mae_deploy.distill.start import read_start, start
-from mae_deploy.distill.student import student_encoder
+from mae_deploy.distill.student import read_start, start, student_encoder
 from mae_deploy.distill.teachers.base import Teacher, check_view
 from mae_deploy.distill.teachers.open import open_teacher
 from mae_deploy.errors import ConfigError

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.config import from_dict
-from mae_deploy.data.dataset import ImageDataset
-from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.dataset import ImageDataset, eval_loader
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import NormaliseImages, eval_transform
 from mae_deploy.errors import CheckFailed, ConfigError

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.progress import notice
 from mae_deploy.training.config import OptimConfig
-from mae_deploy.training.schedule import resolve_warmup
 from mae_deploy.training.state.progress import Progress
 
 
@@ -92,3 +92,16 @@ def _plan(
     peak = optim.lr if optim.lr is not None else optim.blr * effective / 256
     warmup = resolve_warmup(optim.warmup_epochs, paper=paper_warmup, epochs=optim.epochs)
     return RunPlan(batch_size, accum, steps, steps * optim.epochs, peak, warmup)
+
+
+def learning_rate(epoch: float, *, peak: float, min_lr: float, warmup_epochs: float, epochs: int) -> float:
+    """Linear warm-up and half-cycle cosine, by fractional epoch counted from 0 (paper, appendix A)."""
+    if epoch < warmup_epochs:
+        return peak * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / max(epochs - warmup_epochs, 1e-12)
+    return min_lr + (peak - min_lr) * 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def resolve_warmup(warmup_epochs: float | None, *, paper: float, epochs: int) -> float:
+    """What was asked for, else the paper's number but at most a tenth of the run."""
+    return min(paper, epochs / 10) if warmup_epochs is None else warmup_epochs

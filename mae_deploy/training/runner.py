@@ -26,8 +26,7 @@ from mae_deploy.training.monitor.timing import StepTimer, StepTimes
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
 from mae_deploy.training.optim.groups import adamw
-from mae_deploy.training.plan import RunPlan
-from mae_deploy.training.schedule import learning_rate
+from mae_deploy.training.plan import RunPlan, learning_rate
 from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.state.progress import Progress
 from mae_deploy.training.state.run_folder import RunFolder, read_metrics

@@ -9,8 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.data.dataset import ImageDataset
-from mae_deploy.data.loader import eval_loader
+from mae_deploy.data.dataset import ImageDataset, eval_loader
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.transforms import NormaliseImages, Transform
 from mae_deploy.errors import CheckFailed

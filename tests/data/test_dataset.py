@@ -14,16 +14,16 @@ from PIL import Image
 from torch import Tensor
 
 from mae_deploy.data.config import CropConfig
-from mae_deploy.data.dataset import ImageDataset, Sample, collate
+from mae_deploy.data.dataset import Batch, ImageDataset, Sample, collate, eval_loader
 from mae_deploy.data.order import Key, RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.sources.files import ImageList
 from mae_deploy.data.sources.files import image_files as unlabelled_images
 from mae_deploy.data.sources.open import labelled_images
-from mae_deploy.data.transforms import train_transform
+from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
-from tests.data.image_folders import spoil, write_classes, write_noise
+from tests.data.image_folders import SIZE, spoil, write_classes, write_noise
 
 
 def dataset_of(
@@ -277,3 +277,36 @@ def test_names_are_of_the_images_that_were_read(images: Path) -> None:
     spoil(found.paths[2])
     batch = collate([dataset_of(found)[Key(0, index)] for index in (1, 2)])
     assert batch.names == (str(found.paths[1]), str(found.paths[3]))
+
+
+# --- loaders ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # where there is one core
+def test_any_number_of_workers_gives_the_same_samples(images: Path) -> None:
+    def batches(num_workers: int) -> list[Batch]:
+        spec = default_preprocess((10, 15))
+        transform = train_transform(spec, CropConfig(), auto_augment="rand-m9-mstd0.5-inc1")
+        dataset = ImageDataset(unlabelled_images(images), transform, seed=5, replace_unreadable=True)
+        return list(dataset.stream(RunSlice(5, 2, 1, 4), seed=5, num_workers=num_workers, pin_memory=False))
+
+    alone, shared = batches(0), batches(2)
+    assert len(alone) == len(shared) == 3
+    assert all(torch.equal(a.images, b.images) for a, b in zip(alone, shared, strict=True))
+
+
+def test_evaluation_takes_each_image_once_in_order(images: Path) -> None:
+    found = unlabelled_images(images)
+    dataset = ImageDataset(found, eval_transform(default_preprocess(SIZE)), seed=0, replace_unreadable=False)
+    alone = torch.cat([batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0)])
+    assert torch.equal(
+        alone, torch.stack([image for index in range(11) if (image := dataset[Key(0, index)].image) is not None])
+    )
+    shares = [
+        torch.cat(
+            [batch.images for batch in eval_loader(dataset, batch_size=4, num_workers=0, rank=rank, world_size=3)]
+        )
+        for rank in range(3)
+    ]
+    assert [len(share) for share in shares] == [4, 4, 3]
+    assert all(torch.equal(share, alone[rank::3]) for rank, share in enumerate(shares))

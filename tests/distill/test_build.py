@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from mae_deploy.distill.build import build_objectives, objective_weights, resolve_block
+from mae_deploy.distill.build import Weight, build_objectives, objective_weights, resolve_block
 from mae_deploy.distill.config import (
     DecoderFeatureConfig,
     DistillConfig,
@@ -22,10 +22,7 @@ from mae_deploy.distill.config import (
     RunKind,
     TeacherConfig,
 )
-from mae_deploy.distill.objectives.dist_logits import DistLogits
-from mae_deploy.distill.objectives.hard_logits import HardLogits
-from mae_deploy.distill.objectives.logits import SoftLogits
-from mae_deploy.distill.schedule import Weight
+from mae_deploy.distill.objectives.logits import DistLogits, HardLogits, SoftLogits
 from mae_deploy.distill.teachers.checkpoint_teacher import CheckpointTeacher
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.mae import MaskedAutoencoder
@@ -84,6 +81,15 @@ def test_the_weights_of_each_kind_of_run() -> None:
         "pixel": 0.5,
         "outlier": 6,
     }
+
+
+def test_a_weight_without_a_schedule_stays() -> None:
+    assert [Weight(0.3).at(done) for done in (0.0, 0.5, 1.0)] == [0.3, 0.3, 0.3]
+
+
+def test_straight_lines_between_points() -> None:
+    weight = Weight(2.0, ((0.25, 1.0), (0.5, 3.0), (0.75, 0.0)))
+    assert [weight.at(done) for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)] == [2, 2, 4, 6, 3, 0, 0]
 
 
 def test_schedules_go_with_their_weights() -> None:

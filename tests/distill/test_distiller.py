@@ -17,8 +17,7 @@ from mae_deploy.distill.objectives.attention import AttentionMaps
 from mae_deploy.distill.objectives.base import Objective
 from mae_deploy.distill.objectives.decoder_features import DecoderFeatures
 from mae_deploy.distill.objectives.features import Features
-from mae_deploy.distill.objectives.labels import Labels
-from mae_deploy.distill.objectives.logits import SoftLogits
+from mae_deploy.distill.objectives.logits import Labels, SoftLogits
 from mae_deploy.distill.objectives.pixels import Pixels
 from mae_deploy.distill.objectives.pooled import Pooled
 from mae_deploy.distill.objectives.relations import Relations

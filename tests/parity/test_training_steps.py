@@ -19,7 +19,7 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.training.optim.groups import adamw, decay_groups
-from mae_deploy.training.schedule import learning_rate
+from mae_deploy.training.plan import learning_rate
 
 Weights = dict[str, Tensor]
 

@@ -1,4 +1,4 @@
-"""Weights over a run: straight lines between points, constant before the first and after the last."""
+"""Schedules and pairs of blocks as recipes and options give them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,7 @@ from mae_deploy.distill.config import (
     RelationConfig,
     block_pairs,
 )
-from mae_deploy.distill.schedule import Weight
 from mae_deploy.errors import ConfigError
-
-
-def test_a_weight_without_a_schedule_stays() -> None:
-    assert [Weight(0.3).at(done) for done in (0.0, 0.5, 1.0)] == [0.3, 0.3, 0.3]
-
-
-def test_straight_lines_between_points() -> None:
-    weight = Weight(2.0, ((0.25, 1.0), (0.5, 3.0), (0.75, 0.0)))
-    assert [weight.at(done) for done in (0.0, 0.25, 0.375, 0.5, 0.625, 0.75, 1.0)] == [2, 2, 4, 6, 3, 0, 0]
 
 
 def test_schedules_come_from_recipes() -> None:
