@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_licence
@@ -23,6 +22,8 @@ from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
 from mae_deploy.progress import Bar, notice, progress
+from mae_deploy.reporting.bundles import PARITY
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import (
@@ -231,32 +232,19 @@ def _record_device(bundle: Bundle, device: DeviceProof) -> None:
 
 
 def _view(data: dict[str, Any]) -> Table:
+    """A row for each output; what was decided stands below."""
     title = (
         f"{data['out']}: {data['tokens']} tokens, {data['precision']} on {data['engine']}, parity with PyTorch on"
         f" {data['samples']}"
     )
-    if "quantization" in data:
-        title += f"\n{data['quantization']['text']}"
-    if "built" in data:
-        title += f"\n{data['built']['text']}"
-    elif data["engine"] == TENSORRT:
-        title += f"\nno engine was built: mae-deploy build-engine {data['out']} does that on the device"
-        title += f"; {SPEED_LEFT}" if "quantization" in data else ""
-    table = Table(title=Text(title), title_justify="left")
-    for name in ("output", "cosine", "centred cosine", "max abs", "SQNR dB", "top-1"):
-        table.add_column(name, justify="left" if name == "output" else "right")
-    for row in data["parity"]:
-        noise = "inf" if row["sqnr_db"] is None else f"{row['sqnr_db']:.1f}"
-        agreement = "" if row["top1_agreement"] is None else f"{100 * row['top1_agreement']:.1f} %"
-        table.add_row(
-            row["name"],
-            f"{row['cosine']:.7f}",
-            f"{row['centred_cosine']:.7f}",
-            f"{row['max_abs']:.2e}",
-            noise,
-            agreement,
-        )
-    return table
+    notes = [data[part]["text"] for part in ("quantization", "built") if part in data]
+    if "built" not in data and data["engine"] == TENSORRT:
+        speed = f"; {SPEED_LEFT}" if "quantization" in data else ""
+        notes.append(f"no engine was built: mae-deploy build-engine {data['out']} does that on the device{speed}")
+    # JSON has no infinity: of an output that is equal to the last bit, the ratio is null.
+    rows = [{**row, "sqnr_db": math.inf if row["sqnr_db"] is None else row["sqnr_db"]} for row in data["parity"]]
+    columns = (Column("output", "name"), *PARITY, Column("top-1", "top1_agreement", "{:.1f} %", 100))
+    return Table(title, columns, rows, notes)
 
 
 def _say_licence(licence: str) -> None:

@@ -29,7 +29,7 @@ from mae_deploy.config import (
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import write_text
 from mae_deploy.help_page import Entry, page
-from mae_deploy.results import _shown, show
+from mae_deploy.results import as_text, show
 
 C = TypeVar("C")
 
@@ -113,7 +113,7 @@ def flags_of(
                 kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
-                default=None if required or default is None else _shown(default) or None,
+                default=None if required or default in (None, ()) else as_text(default, ","),
                 argument=argument,
                 required=required,
                 takes=field.metadata.get("metavar") or _metavar(kind),

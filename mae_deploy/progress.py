@@ -29,6 +29,11 @@ def notice(label: str, text: str) -> None:
     console.print(Text.assemble((label, "yellow"), " ", text), soft_wrap=True)
 
 
+def heading(text: str) -> None:
+    """A line in bold above what follows."""
+    console.print(Text(text, style="bold"))
+
+
 class Bar:
     """One task's progress."""
 

@@ -1,10 +1,11 @@
-"""What a command found: plain data, as JSON or as a person reads it."""
+"""What a command hands back, and how it is printed."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -32,16 +33,21 @@ def show(result: Any, *, as_json: bool) -> None:
         console.print(result.view)
     elif isinstance(result.data, dict):
         lines = (
-            f"[bold]{key}[/bold]  {escape(_shown(value))}" for key, value in result.data.items() if value is not None
+            f"[bold]{key}[/bold]  {escape(as_text(value, ','))}"
+            for key, value in result.data.items()
+            if value is not None
         )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
 
 
-def _shown(value: Any) -> str:
-    if isinstance(value, tuple | list):
-        return ",".join(map(_shown, value))
+def as_text(value: Any, comma: str = ", ") -> str:
+    """A value in words, never as Python writes it: a dash for nothing, yes or no, items with commas between them."""
+    if value is None or (isinstance(value, Mapping | tuple | list) and not value):
+        return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"
-    if isinstance(value, dict):
-        return ", ".join(f"{k} {_shown(v)}" for k, v in value.items())
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {as_text(item, comma)}" for name, item in value.items())
+    if isinstance(value, tuple | list):
+        return comma.join(as_text(item, comma) for item in value)
     return f"{value:g}" if isinstance(value, float) else str(value)

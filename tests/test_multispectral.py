@@ -116,7 +116,7 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
         }
     check_backbone()
     assert main(["info", "bundles/visible"]) == 0
-    assert "0,3;4;1,2" in capsys.readouterr().out.replace("\n", "").replace("│", "").replace(" ", "")
+    assert "0,3;4;1,2" in capsys.readouterr().out.replace("\n", "").replace(" ", "")
 
 
 def check_backbone() -> None:

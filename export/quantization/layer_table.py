@@ -8,12 +8,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mae_deploy.errors import import_optional
-from mae_deploy.files import atomic_path, write_json
+from mae_deploy.files import write_json
 from mae_deploy.models.quantization.activations import ActivationStats
-
-_COLOURS = {"int8": "#3b78b5", "fp8": "#3b78b5"}
-_HIGHER = "#d98c3a"
+from mae_deploy.reporting import plots
 
 _ROW_INCHES = 0.17
 
@@ -76,11 +73,9 @@ def write_table(stem: Path, rows: Sequence[LayerRow]) -> list[Path]:
     Raises:
         MissingDependency: matplotlib is not installed; nothing is written.
     """
-    figures = import_optional("matplotlib.figure", extra="plot")
     files = [stem.with_name(f"{stem.name}{suffix}") for suffix in (".json", ".png")]
+    _draw(files[1], rows)
     write_json(files[0], [_plain(row) for row in rows])
-    with atomic_path(files[1]) as aside:
-        _picture(figures, rows).savefig(aside, format="png", dpi=110)
     return files
 
 
@@ -92,27 +87,25 @@ def _plain(row: LayerRow) -> dict[str, Any]:
     }
 
 
-def _picture(figures: Any, rows: Sequence[LayerRow]) -> Any:
+def _draw(path: Path, rows: Sequence[LayerRow]) -> None:
     """Bars of noise and of cost, a line for each Linear from top to bottom."""
-    figure = figures.Figure(figsize=(10, 1.4 + _ROW_INCHES * len(rows)), layout="constrained")
-    noise, cost = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    eight_bits, otherwise = plots.COLOURS[:2]
+    colours = [eight_bits if row.precision in ("int8", "fp8") else otherwise for row in rows]
     places = range(len(rows))
-    colours = [_COLOURS.get(row.precision, _HIGHER) for row in rows]
     finite = [row.noise_db for row in rows if math.isfinite(row.noise_db)]
     floor = math.floor(min(finite, default=0.0)) - 5
-    noise.barh(places, [max(row.noise_db, floor) - floor for row in rows], left=floor, color=colours, height=0.8)
-    cost.barh(places, [100 * row.macs_share for row in rows], color=colours, height=0.8)
-    noise.set_yticks(places, [f"{row.layer}  {row.precision}" for row in rows], fontsize=6.5)
-    noise.set_ylim(len(rows) - 0.4, -0.6)
-    noise.set_xlabel("noise over signal of the worst output, this Linear alone in eight bits, dB")
-    cost.set_xlabel("multiply-accumulates, %")
-    for axes in (noise, cost):
-        axes.xaxis.grid(True, linewidth=0.4)
-        axes.set_axisbelow(True)
-    figure.suptitle(
-        "Precision by layer: " + ", ".join(f"{count} {name}" for name, count in _tally(rows).items()), fontsize=10
-    )
-    return figure
+    with plots.figure(path, 10, 1.4 + _ROW_INCHES * len(rows)) as drawn:
+        noise, cost = drawn.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+        noise.barh(places, [max(row.noise_db, floor) - floor for row in rows], left=floor, color=colours)
+        cost.barh(places, [100 * row.macs_share for row in rows], color=colours)
+        noise.set_yticks(places, [f"{row.layer}  {row.precision}" for row in rows], fontsize="x-small")
+        noise.set_ylim(len(rows) - 0.4, -0.6)
+        noise.set_xlabel("noise over signal of the worst output, this Linear alone in eight bits, dB")
+        cost.set_xlabel("multiply-accumulates, %")
+        for axes in (noise, cost):
+            axes.yaxis.grid(False)
+        counts = ", ".join(f"{count} {name}" for name, count in _tally(rows).items())
+        drawn.suptitle(f"Precision by layer: {counts}")
 
 
 def _tally(rows: Sequence[LayerRow]) -> dict[str, int]:

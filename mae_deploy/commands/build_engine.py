@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from mae_deploy.commands.config import BuildEngineConfig
-from mae_deploy.commands.views import engine_summary
 from mae_deploy.progress import notice, percentage
+from mae_deploy.reporting.bundles import engine_summary
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle

@@ -9,15 +9,13 @@ from importlib import metadata, util
 from typing import Any
 
 from rich.console import Group
-from rich.table import Table
-from rich.text import Text
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.errors import MissingDependency
 from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
-from mae_deploy.reporting.tables import facts_table
-from mae_deploy.results import Result
+from mae_deploy.reporting.tables import Column, Table, facts_table, stacked
+from mae_deploy.results import Result, as_text
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
 
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
@@ -190,20 +188,19 @@ def _openvino() -> str:
 
 
 def _view(data: dict[str, Any]) -> Group:
-    commands = Table("command", "state", title="Commands", title_justify="left")
-    for name, problem in data["commands"].items():
-        state = (
-            Text("ready", "green")
-            if problem is None
-            else Text(f"needs {', '.join(problem['missing'])}: {problem['install']}", "yellow")
-        )
-        commands.add_row(name, state)
-    packages = {name: version or "-" for name, version in data["packages"].items()}
-    machine = {**data["machine"], "cpu_features": " ".join(data["machine"]["cpu_features"] or "-")}
-    machine["gpus"] = "\n".join(machine["gpus"]) or "-"
-    return Group(
-        facts_table("Machine", machine),
-        facts_table("Packages", packages),
-        facts_table("Engines", data["engines"]),
-        commands,
+    commands = [
+        {
+            "command": name,
+            "state": "ready" if lacking is None else f"needs {as_text(lacking['missing'])}: {lacking['install']}",
+        }
+        for name, lacking in data["commands"].items()
+    ]
+    state = Column("state", "state", colour=lambda text: "green" if text == "ready" else "yellow")
+    return stacked(
+        [
+            facts_table("Machine", {**data["machine"], "gpus": "\n".join(data["machine"]["gpus"]) or None}),
+            facts_table("Packages", data["packages"]),
+            facts_table("Engines", data["engines"]),
+            Table("Commands", (Column("command", "command"), state), commands),
+        ]
     )

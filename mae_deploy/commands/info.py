@@ -7,10 +7,10 @@ from typing import Any
 
 from mae_deploy.checkpoint import find_checkpoint, open_checkpoint
 from mae_deploy.commands.config import InfoConfig
-from mae_deploy.commands.views import engine_summary
 from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
+from mae_deploy.reporting.bundles import engine_summary
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle

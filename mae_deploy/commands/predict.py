@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.commands.config import PredictConfig
-from mae_deploy.commands.views import prediction_table
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.images.find import find_images
 from mae_deploy.progress import notice, progress
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.bundle import Bundle
@@ -73,7 +73,11 @@ def run_predict(config: PredictConfig) -> Result:
         {"path": str(path), "classes": [{"class": name, "probability": round(share, 6)} for name, share in classes]}
         for path, classes in zip(read, ranked, strict=True)
     ]
-    return Result(data, prediction_table(read, ranked))
+    rows = [
+        {"image": path, "classes": "  ".join(f"{name} {share:.1%}" for name, share in classes)}
+        for path, classes in zip(read, ranked, strict=True)
+    ]
+    return Result(data, Table("", (Column("image", "image"), Column("classes", "classes")), rows))
 
 
 def _check_out(path: Path) -> None:

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Group
-from rich.text import Text
-
 from mae_deploy.commands.config import VerifyConfig
-from mae_deploy.commands.views import layers_table, verification_table
 from mae_deploy.errors import CheckFailed
+from mae_deploy.reporting.bundles import blocks_table, verification_table
+from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -44,4 +42,4 @@ def _result(verification: Verification, layers: LayerReport | None) -> Result:
     data, table = verification.to_dict(), verification_table(verification)
     if layers is None:
         return Result(data, table)
-    return Result({**data, "layers": layers.to_dict()}, Group(table, layers_table(layers), Text(layers.conclusion)))
+    return Result({**data, "layers": layers.to_dict()}, stacked([table, blocks_table(layers)]))

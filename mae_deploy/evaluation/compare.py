@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
-
-from rich.text import Text
 
 from mae_deploy.checkpoint import find_checkpoint
 from mae_deploy.data.sources.base import ImageSource
@@ -25,11 +24,12 @@ from mae_deploy.evaluation.features import (
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
 from mae_deploy.evaluation.timm_features import TimmFeatures
-from mae_deploy.files import atomic_path, refuse_to_overwrite
-from mae_deploy.progress import console
+from mae_deploy.files import refuse_to_overwrite
+from mae_deploy.progress import heading
 from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.markdown import Page, Picture, write_report
 from mae_deploy.reporting.plots import Curve, draw_bars
-from mae_deploy.reporting.tables import FigureColumn, markdown_table, mean_of, rich_table, write_files
+from mae_deploy.reporting.tables import Column, Table, mean_of
 from mae_deploy.results import Result
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.training.device import resolve_device
@@ -87,11 +87,12 @@ def run_compare(config: CompareConfig) -> Result:
         "encoders": rows,
     }
     if config.out is not None:
-        _write(config.out, config, report)
+        report = {"command": command_line("compare", config), **report}
+        write_report(config.out, "compare", report, _page(config, report))
     narrow = [
         column for column in _columns(config) if column.key not in ("features", "dim", "linear_top5", "licence")
     ]  # 80 characters
-    return Result(report, rich_table(f"top-1 on {config.data}", narrow, rows))
+    return Result(report, Table(f"top-1 on {config.data}", narrow, rows))
 
 
 def read_entries(words: tuple[str, ...]) -> list[Entry]:
@@ -149,7 +150,7 @@ def _compare_entry(
     entry: Entry, config: CompareConfig, train: ImageSource, val: ImageSource, model: LoadedWeights | None
 ) -> dict[str, Any]:
     """A row: figures are means over the seeds, with `_range` beside them."""
-    console.print(Text(entry.name, style="bold"))
+    heading(entry.name)
     found: list[dict[str, Any]] = []
     sets: tuple[FeatureSet, FeatureSet] | None = None
     about: dict[str, Any] = {}
@@ -204,31 +205,31 @@ def _seeds(config: CompareConfig) -> list[int]:
     return [config.seed + seed for seed in config.seeds]
 
 
-def _columns(config: CompareConfig) -> list[FigureColumn]:
+def _columns(config: CompareConfig) -> list[Column]:
     return [
-        FigureColumn("encoder", "name"),
-        FigureColumn("feature", "features"),
-        FigureColumn("parameters, M", "parameters", "{:.2f}", 1e-6),
-        FigureColumn("D", "dim"),
-        *(FigureColumn(f"{k}-NN, %", f"knn{k}_top1", "{:.2f}") for k in config.k),
-        FigureColumn("linear, %", "linear_top1", "{:.2f}"),
-        FigureColumn("linear top-5, %", "linear_top5", "{:.2f}"),
-        FigureColumn("images/s", "images_per_second", "{:.0f}"),
-        FigureColumn("licence", "licence"),
+        Column("encoder", "name"),
+        Column("feature", "features"),
+        Column("parameters, M", "parameters", "{:.2f}", 1e-6),
+        Column("D", "dim"),
+        *(Column(f"{k}-NN, %", f"knn{k}_top1", "{:.2f}") for k in config.k),
+        Column("linear, %", "linear_top1", "{:.2f}"),
+        Column("linear top-5, %", "linear_top5", "{:.2f}"),
+        Column("images/s", "images_per_second", "{:.0f}"),
+        Column("licence", "licence"),
     ]
 
 
-def _write(folder: Path, config: CompareConfig, report: dict[str, Any]) -> None:
-    """All files or none."""
-    rows, command = report["encoders"], command_line("compare", config)
-    seeds = ",".join(map(str, report["seeds"]))
-    page = (
-        f"# Encoders compared\n\n```sh\n{command}\n```\n\n{report['train_images']} training and {report['val_images']}"
-        f" validation images of {report['classes']} classes; top-1 in per cent; {config.linear} linear probe on"
-        f" standardised features; mean and range over the seeds {seeds}. images/s is the rate of the encoder"
-        f" alone.\n\n{markdown_table(_columns(config), rows)}\n\n![top-1](compare.png)\n"
-    )
+def _page(config: CompareConfig, report: dict[str, Any]) -> Page:
+    rows, seeds = report["encoders"], ",".join(map(str, report["seeds"]))
     bars = [*(Curve(f"{k}-NN", f"knn{k}_top1") for k in config.k), Curve("linear", "linear_top1")]
-    with atomic_path(folder) as aside:
-        aside.mkdir()
-        write_files(aside, "compare", {"command": command, **report}, page, lambda path: draw_bars(path, rows, bars))
+    return Page(
+        title="Encoders compared",
+        command=report["command"],
+        parts=[
+            f"{report['train_images']} training and {report['val_images']} validation images of {report['classes']}"
+            f" classes; top-1 in per cent; {config.linear} linear probe on standardised features; mean and range over"
+            f" the seeds {seeds}. images/s is the rate of the encoder alone.",
+            Table("", _columns(config), rows),
+        ],
+        picture=Picture("top-1", partial(draw_bars, rows=rows, bars=bars)),
+    )

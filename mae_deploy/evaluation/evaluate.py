@@ -13,8 +13,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from rich.table import Table
-from rich.text import Text
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_val
@@ -25,6 +23,7 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.models.mask_config import keep_count
 from mae_deploy.progress import notice, progress
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
@@ -91,7 +90,7 @@ def run_eval(config: EvalConfig) -> Result:
             {"keep_ratio": ratio, "patches": count, **accuracy.summary()}
             for ratio, count, accuracy in zip(config.keep_ratio, counts, found, strict=True)
         ]
-    return Result(data, _table(data) if config.keep_ratio is None else _ratio_table(data))
+    return Result(data, _class_table(data) if config.keep_ratio is None else _ratio_table(data))
 
 
 def _images(data: Path, classifier: Classifier) -> ImageSource:
@@ -226,25 +225,20 @@ def _write_confusion(path: Path, names: tuple[str, ...], accuracy: Accuracy) -> 
         writer.writerows([name, *row] for name, row in zip(names, accuracy.confusion.tolist(), strict=True))
 
 
-def _table(data: dict[str, Any]) -> Table:
-    """The whole in the last row, behind the classes."""
-    table = Table("class", "images", "top-1", title=Text(f"{data['model']}, {data['on']}"))
-    for name, found in data["classes"].items():
-        table.add_row(Text(name), str(found["images"]), "-" if found["top1"] is None else f"{found['top1']:.1f} %")
-    table.add_section()
-    table.add_row("all", str(data["images"]), f"{data['top1']:.2f} %, top-5 {data['top5']:.2f} %")
-    return table
+def _class_table(data: dict[str, Any]) -> Table:
+    """A row for each class, and the whole below."""
+    rows = [{"class": name, **found} for name, found in data["classes"].items()]
+    columns = (Column("class", "class"), Column("images", "images"), Column("top-1", "top1", "{:.1f} %"))
+    whole = f"all {data['images']} images: top-1 {data['top1']:.2f} %, top-5 {data['top5']:.2f} %"
+    return Table(f"{data['model']}, {data['on']}", columns, rows, [whole])
 
 
 def _ratio_table(data: dict[str, Any]) -> Table:
     """A row for each share of the patches."""
-    table = Table(
-        "patches kept",
-        "patches",
-        "top-1",
-        "top-5",
-        title=Text(f"{data['model']}, {data['on']}, {data['images']} images"),
+    columns = (
+        Column("patches kept", "keep_ratio", "{:g}"),
+        Column("patches", "patches"),
+        Column("top-1", "top1", "{:.2f} %"),
+        Column("top-5", "top5", "{:.2f} %"),
     )
-    for row in data["keep_ratios"]:
-        table.add_row(f"{row['keep_ratio']:g}", str(row["patches"]), f"{row['top1']:.2f} %", f"{row['top5']:.2f} %")
-    return table
+    return Table(f"{data['model']}, {data['on']}, {data['images']} images", columns, data["keep_ratios"])

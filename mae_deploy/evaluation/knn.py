@@ -8,8 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +16,7 @@ from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.evaluation.config import KnnConfig
 from mae_deploy.evaluation.features import FeatureSet, extract, open_source
 from mae_deploy.progress import notice
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.training.device import resolve_device
 
@@ -61,10 +60,9 @@ def run_knn(config: KnnConfig) -> Result:
         "images_per_second": known.images_per_second,
         "knn": found,
     }
-    table = Table("k", "top-1", "top-5", title=Text(f"k-NN, {source.description}"))
-    for k, accuracy in found.items():
-        table.add_row(str(k), f"{accuracy['top1']:.2f} %", f"{accuracy['top5']:.2f} %")
-    return Result(data, table)
+    columns = (Column("k", "k"), Column("top-1", "top1", "{:.2f} %"), Column("top-5", "top5", "{:.2f} %"))
+    rows = [{"k": k, **accuracy} for k, accuracy in found.items()]
+    return Result(data, Table(f"k-NN, {source.description}", columns, rows))
 
 
 def knn(

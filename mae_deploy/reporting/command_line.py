@@ -1,35 +1,46 @@
-"""The command that made a result, as it can be typed again."""
+"""The command that made a report, as a line to copy."""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import shlex
 from typing import Any
 
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.errors import ConfigError
 from mae_deploy.options import flags_of
 
 
 def command_line(name: str, config: Any) -> str:
-    """The command that makes these settings; what has its default is left out."""
+    """The command that makes these settings; an option without which they would be the same is left out."""
     words = ["mae-deploy", name]
     options: list[str] = []
+    needed = to_dict(config)
     for flag in flags_of(type(config)):
-        value, default = config, _default_of(type(config), flag.path)
-        for part in flag.path:
-            value = getattr(value, part)
+        value = functools.reduce(getattr, flag.path, config)
         if flag.argument:
             words += map(str, value) if isinstance(value, tuple) else [str(value)]
-        elif value != default and value is not None:
+            continue
+        without = _without(needed, flag.path)
+        if value is None or _makes(without, config):
+            needed = without
+        else:
             options += _option(flag.name, value, repeated=flag.kind == list[str])
     return shlex.join([*words, *options])
 
 
-def _default_of(cls: type, path: tuple[str, ...]) -> Any:
-    field = next(field for field in dataclasses.fields(cls) if field.name == path[0])
-    found = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    for part in path[1:]:
-        found = getattr(found, part)
-    return found
+def _without(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {name: value for name, value in values.items() if name != first}
+    return {**values, first: _without(values[first], tuple(rest))}
+
+
+def _makes(values: dict[str, Any], config: Any) -> bool:
+    try:
+        return bool(from_dict(type(config), values) == config)
+    except ConfigError:
+        return False
 
 
 def _option(name: str, value: Any, *, repeated: bool) -> list[str]:

@@ -1,92 +1,140 @@
-"""What comparisons and sweeps found: as tables in the terminal and in Markdown, as JSON and as a picture."""
+"""The one table: rows of figures under columns, in the terminal and in Markdown."""
 
 from __future__ import annotations
 
-import dataclasses
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from rich.table import Table
+import rich.table
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
 from rich.text import Text
 
-from mae_deploy.files import atomic_path, write_json, write_text
+from mae_deploy.results import as_text
 
-Figures = dict[str, Any]
+Row = Mapping[str, Any]
+"""Figures by their keys."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class FigureColumn:
-    """One column: its title, the figure that it shows, and how; where seeds differ, their range stands beside the
-    mean.
-    """
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column: its title, the figure that it shows, and how."""
 
     title: str
     key: str
-    form: str = "{}"
+    form: str = ""
+    """As `str.format` takes it, such as `{:.2f}`; empty: as words."""
     scale: float = 1
+    colour: Callable[[str], str] | None = None
+    """rich's name of a cell's colour in the terminal, by its text."""
 
-    def cell(self, row: Figures) -> str:
-        """The figure as text; a dash where there is none."""
+    def cell(self, row: Row) -> str:
+        """The figure as text, with the range over the seeds beside a mean; a dash where there is none."""
         value = row.get(self.key)
-        if value is None:
-            return "-"
-        least, most = row.get(f"{self.key}_range", (value, value))
-        spread = f" ({self._shown(least)} to {self._shown(most)})" if least != most else ""
-        return self._shown(value) + spread
+        least, most = map(self._text, row.get(f"{self.key}_range", (value, value)))
+        return self._text(value) + (f" ({least} to {most})" if least != most else "")
 
-    def _shown(self, value: Any) -> str:
+    def coloured(self, row: Row) -> Text:
+        """The cell for the terminal."""
+        text = self.cell(row)
+        return Text(text, "" if self.colour is None else self.colour(text))
+
+    def _text(self, value: Any) -> str:
+        if value is None or (isinstance(value, float) and math.isnan(value)):
+            return "-"
+        if not self.form:
+            return as_text(value)
         return self.form.format(value * self.scale if isinstance(value, float | int) else value)
 
 
-def mean_of(found: Sequence[dict[str, float]]) -> Figures:
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Rows under columns, without the columns in which nothing stands."""
+
+    title: str
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    notes: Sequence[str] = ()
+    """Sentences below it."""
+
+    def __rich__(self) -> Group:
+        """For the terminal: the title at the terminal's width, numbers on the right and never broken."""
+        columns = self._columns
+        table = rich.table.Table(
+            box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False, show_header=_has_titles(columns)
+        )
+        for column in columns:
+            if self._is_number(column):
+                table.add_column(column.title, justify="right", min_width=self._longest_word(column))
+            else:
+                table.add_column(column.title, overflow="fold")
+        for row in self.rows:
+            table.add_row(*(column.coloured(row) for column in columns))
+        title = [Text(self.title, "bold")] if self.title else []
+        return Group(*title, table, *map(Text, self.notes))
+
+    def to_markdown(self) -> str:
+        """The table and its notes, without the title, which is a heading of the page."""
+        columns = self._columns
+        lines = [
+            [column.title for column in columns],
+            ["--:" if self._is_number(column) else "---" for column in columns],
+            *([_escaped(column.cell(row)) for column in columns] for row in self.rows),
+        ]
+        table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+        return "\n\n".join([table, *self.notes])
+
+    @property
+    def _columns(self) -> list[Column]:
+        return [column for column in self.columns if any(column.cell(row) not in ("", "-") for row in self.rows)]
+
+    def _is_number(self, column: Column) -> bool:
+        values = [value for row in self.rows if (value := row.get(column.key)) is not None]
+        return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+    def _longest_word(self, column: Column) -> int:
+        texts = [column.title, *(column.cell(row) for row in self.rows)]
+        return max(len(word) for text in texts for word in text.split())
+
+
+def facts_table(title: str, values: Mapping[str, Any], notes: Sequence[str] = ()) -> Table:
+    """A table without a header: what, and its value, in words; facts within a fact stand in lines of their own."""
+    rows = [{"what": name, "value": _lines(value)} for name, value in values.items()]
+    return Table(title, (Column("", "what"), Column("", "value")), rows, notes)
+
+
+def numbered(rows: Sequence[Row]) -> list[Row]:
+    """The rows with their `number`, from 1, by which a second table goes on with them."""
+    return [{"number": number, **row} for number, row in enumerate(rows, start=1)]
+
+
+def stacked(tables: Sequence[Table]) -> Group:
+    """Tables below one another in the terminal, an empty line between them."""
+    first, *others = tables
+    return Group(first, *(part for table in others for part in (Text(), table)))
+
+
+def mean_of(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """The mean of each figure over the seeds, `KEY_range` (smallest and largest) and `KEY_by_seed` beside it."""
-    row: Figures = {}
+    row: dict[str, Any] = {}
     for key in found[0]:
         values = [figures[key] for figures in found]
         row |= {key: statistics.mean(values), f"{key}_range": [min(values), max(values)], f"{key}_by_seed": values}
     return row
 
 
-def shown_columns(columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> list[FigureColumn]:
-    """Those in which something stands."""
-    return [column for column in columns if any(row.get(column.key) is not None for row in rows)]
+def _lines(value: Any) -> str:
+    if isinstance(value, Mapping) and value:
+        return "\n".join(f"{name}: {as_text(inner)}" for name, inner in value.items())
+    return as_text(value)
 
 
-def rich_table(title: str, columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> Table:
-    """For the terminal."""
-    table = Table(title=Text(title), title_justify="left")
-    for index, column in enumerate(columns):
-        table.add_column(column.title, justify="right" if index else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(column.cell(row)) for column in columns))
-    return table
+def _has_titles(columns: Sequence[Column]) -> bool:
+    return any(column.title for column in columns)
 
 
-def markdown_table(columns: Sequence[FigureColumn], rows: Sequence[Figures]) -> str:
-    """For a page."""
-    lines = [[column.title for column in columns], ["--:" if index else "---" for index in range(len(columns))]]
-    lines += [[column.cell(row).replace("|", "\\|") for column in columns] for row in rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
-
-
-def write_files(folder: Path, stem: str, report: dict[str, Any], page: str, draw: Callable[[Path], None]) -> None:
-    """Write `stem.json`, `stem.md` and `stem.png` into a folder, each in one step."""
-    with atomic_path(folder / f"{stem}.png") as aside:
-        draw(aside)
-    write_text(folder / f"{stem}.md", page)
-    write_json(folder / f"{stem}.json", report)
-
-
-def facts_table(title: str, facts: Mapping[str, object]) -> Table:
-    """Two columns: what, and its value; facts within a fact stand in lines of their own. Values are shown as they are:
-    a path may hold brackets.
-    """
-    table = Table(title=Text(title), show_header=False, title_justify="left")
-    for name, value in facts.items():
-        text = (
-            "\n".join(f"{key}: {inner}" for key, inner in value.items()) if isinstance(value, Mapping) else str(value)
-        )
-        table.add_row(name, Text(text, overflow="fold"))
-    return table
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", "<br>")

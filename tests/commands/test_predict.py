@@ -19,6 +19,7 @@ from mae_deploy.runtime import Backbone, Features
 from mae_deploy.runtime.predict import top_k
 from tests.data.image_folders import spoil
 from tests.export.tiny_exports import CLASS_NAMES
+from tests.reporting.printed import cells
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_cli import TRAINING, run_without
 
@@ -64,11 +65,11 @@ def test_top_classes_for_people(
     monkeypatch.setenv("COLUMNS", "300")
     assert main(["predict", str(exported / "classifier"), str(photos), "--top-k", "2"]) == 0
     captured = capsys.readouterr()
-    lines = [line for line in captured.out.splitlines() if line.startswith("│")]
-    assert [line.split()[1] for line in lines] == [str(path) for path in find_images(photos)]
-    assert lines[-1].split()[1].endswith("/a[/x].png")
-    for line in lines:
-        _, _, _, first, share, second, less, _ = line.split()
+    rows = cells(captured.out)
+    assert [row[0] for row in rows] == [str(path) for path in find_images(photos)]
+    assert rows[-1][0].endswith("/a[/x].png")
+    for _, first_class, second_class in rows:
+        (first, share), (second, less) = first_class.split(), second_class.split()
         assert {first, second} < set(CLASS_NAMES)
         assert float(share.rstrip("%")) >= float(less.rstrip("%"))
     assert "skipped" not in captured.err

@@ -17,7 +17,7 @@ import numpy as np
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark.accuracy import Accuracy, AccuracyCheck
 from mae_deploy.commands.benchmark.config import BenchmarkConfig
-from mae_deploy.commands.benchmark.report import command_line, describe_machine, report_view, write_report
+from mae_deploy.commands.benchmark.report import report_page, result_tables
 from mae_deploy.commands.benchmark.rows import (
     BenchmarkRow,
     LeftOut,
@@ -30,6 +30,10 @@ from mae_deploy.commands.benchmark.rows import (
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.progress import notice, progress
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.machine import describe_machine
+from mae_deploy.reporting.markdown import write_report
+from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
@@ -74,7 +78,7 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
     report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line(config),
+        "command": command_line("benchmark", config),
         "machine": describe_machine(
             {row.loaded.engine.name: row.loaded.engine.version for row in rows},
             threads=config.threads,
@@ -86,8 +90,8 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
         "left_out": [{"row": combination.row, "why": combination.why} for combination in left_out],
     }
     if config.out is not None:
-        write_report(config.out, report)
-    return Result(report, report_view(report))
+        write_report(config.out, "benchmark", report, report_page(report))
+    return Result(report, stacked(result_tables(report)))
 
 
 def _subjects(config: BenchmarkConfig) -> list[Subject]:

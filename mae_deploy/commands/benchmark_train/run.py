@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
 from mae_deploy.commands.benchmark_train.plain_step import PlainStep
-from mae_deploy.commands.benchmark_train.report import command_line, report_view, write_report
+from mae_deploy.commands.benchmark_train.report import report_page, result_table
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import Batch
 from mae_deploy.data.transforms import NormaliseImages
@@ -26,6 +26,8 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.mask_config import keep_count
 from mae_deploy.models.masking import random_masking
 from mae_deploy.progress import notice, progress
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.markdown import write_report
 from mae_deploy.results import Result
 from mae_deploy.runtime.flops import autoencoder_flops
 from mae_deploy.runtime.timing import Timing, measure
@@ -116,7 +118,7 @@ def run_benchmark_train(config: BenchmarkTrainConfig) -> Result:
     report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": command_line(config),
+        "command": command_line("benchmark-train", config),
         "machine": _machine(device),
         "first_loss": losses,
         "loss_difference": difference,
@@ -128,8 +130,8 @@ def run_benchmark_train(config: BenchmarkTrainConfig) -> Result:
         ],
     }
     if config.out is not None:
-        write_report(config.out, report)
-    return Result(report, report_view(report))
+        write_report(config.out, "benchmark-train", report, report_page(report))
+    return Result(report, result_table(report))
 
 
 def _steps(

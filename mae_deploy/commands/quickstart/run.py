@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from mae_deploy.commands.quickstart.config import QuickstartConfig
-from mae_deploy.commands.quickstart.report import quickstart_table, write_report
+from mae_deploy.commands.quickstart.report import quickstart_table, report_page
 from mae_deploy.config import from_dict, merge, read_recipe
 from mae_deploy.distill import run as distill
 from mae_deploy.distill.config import DistillConfig
@@ -26,7 +26,9 @@ from mae_deploy.files import atomic_path, remove
 from mae_deploy.pretrain import finetune, reconstruct
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.progress import console, progress
+from mae_deploy.progress import heading, progress
+from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.markdown import write_report
 from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.bundle import Bundle
@@ -68,11 +70,11 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         raise ConfigError(f"--out {out} holds something else", hint="choose another --out")
     images = write_digits(out / "data", config.seeds)
     common = {"seed": config.seed, "device": config.device, "resume": True}
-    _say("1/6 pretraining: a masked autoencoder on 1,400 digits without labels")
+    heading("1/6 pretraining: a masked autoencoder on 1,400 digits without labels")
     mae = pretrain.run_pretrain(
         _recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common)
     )
-    _say("2/6 feature distillation: a smaller student, still without labels")
+    heading("2/6 feature distillation: a smaller student, still without labels")
     teacher = {"teacher": out / "pretrain", **STUDENT}
     distill.run_distill(
         _recipe(
@@ -85,16 +87,16 @@ def run_quickstart(config: QuickstartConfig) -> Result:
             **common,
         )
     )
-    _say(
+    heading(
         f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from"
         " scratch"
     )
     top1 = _few_labels(config, images)
-    _say("4/6 export to ONNX, checked against PyTorch")
+    heading("4/6 export to ONNX, checked against PyTorch")
     parity = _export(config)
-    _say("5/6 latency of the full and of the visible-token graph, in turns")
+    heading("5/6 latency of the full and of the visible-token graph, in turns")
     latency = _latency(out)
-    _say("6/6 reconstruction pictures and the report")
+    heading("6/6 reconstruction pictures and the report")
     picture = out / "reconstruction.png"
     reconstruct.run_reconstruct(
         ReconstructConfig(
@@ -106,6 +108,7 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         )
     )
     report = {
+        "command": command_line("quickstart", config),
         "dataset": DATASET,
         "protocol": {
             "unlabelled_images": NUM_UNLABELLED,
@@ -128,8 +131,8 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         "reconstruction": str(picture),
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_report(out, report)
-    return Result(report, quickstart_table(report))
+    write_report(out, "report", report, report_page(report))
+    return Result(report, quickstart_table(report, f"Quickstart, {report['seconds']:.0f} s"))
 
 
 def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:
@@ -265,7 +268,3 @@ def _recipe(kind: type[C], name: str, **settings: Any) -> C:
 def _save(pixels: Any, folder: Path, index: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     Image.fromarray(pixels).save(folder / f"{index:04d}.png")
-
-
-def _say(text: str) -> None:
-    console.print(f"[bold]{text}[/bold]", highlight=False)

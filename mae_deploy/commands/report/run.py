@@ -12,20 +12,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.text import Text
-
 from mae_deploy import __version__
-from mae_deploy.commands.benchmark.report import describe_machine
 from mae_deploy.commands.benchmark.rows import BenchmarkRow, LoadedGraph, bundle_subject
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.commands.report.student import Student, drop, linears_in_int8
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import write_json, write_text
 from mae_deploy.models.mask_config import keep_count
-from mae_deploy.progress import console, notice, progress
+from mae_deploy.progress import heading, notice, progress
 from mae_deploy.reporting.command_line import command_line
-from mae_deploy.reporting.tables import FigureColumn, markdown_table, rich_table, shown_columns
+from mae_deploy.reporting.machine import describe_machine, machine_table
+from mae_deploy.reporting.markdown import Page, write_report
+from mae_deploy.reporting.tables import Column, Table, numbered, stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -37,19 +34,19 @@ STUDENTS = "students"
 """The folder of the bundles, one below it for each run."""
 
 _COST = (
-    FigureColumn("run", "run"),
-    FigureColumn("params M", "parameters", "{:.2f}", 1e-6),
-    FigureColumn("patches", "patches"),
-    FigureColumn("GFLOP", "gflop", "{:.3g}"),
+    Column("run", "run"),
+    Column("params M", "parameters", "{:.2f}", 1e-6),
+    Column("patches", "patches"),
+    Column("GFLOP", "gflop", "{:.3g}"),
 )
 _WORTH = (
-    FigureColumn("top-1", "top1", "{:.2f}"),
-    FigureColumn("INT8 top-1", "int8_top1", "{:.2f}"),
-    FigureColumn("drop", "int8_drop", "{:+.2f}"),
-    FigureColumn("FP32 ms", "fp32_ms", "{:.3g}"),
-    FigureColumn("INT8 ms", "int8_ms", "{:.3g}"),
-    FigureColumn("ratio", "int8_ratio", "{:.2f}"),
-    FigureColumn("INT8", "verdict"),
+    Column("top-1", "top1", "{:.2f}"),
+    Column("INT8 top-1", "int8_top1", "{:.2f}"),
+    Column("drop", "int8_drop", "{:+.2f}"),
+    Column("FP32 ms", "fp32_ms", "{:.3g}"),
+    Column("INT8 ms", "int8_ms", "{:.3g}"),
+    Column("ratio", "int8_ratio", "{:.2f}"),
+    Column("INT8", "verdict"),
 )
 
 _DISTURBED = 1.5
@@ -75,7 +72,7 @@ def run_report(config: ReportConfig) -> Result:
         for path, name in zip(config.runs, folder_names(config.runs), strict=True)
     ]
     for student in students:
-        console.print(Text(str(student.run), style="bold"))
+        heading(str(student.run))
         student.check()
     timings, version = _time(config, students)
     if disturbed := was_disturbed(timings.values()):
@@ -94,9 +91,8 @@ def run_report(config: ReportConfig) -> Result:
         "disturbed": disturbed,
         "rows": rows,
     }
-    write_json(folder / "report.json", report)
-    write_text(folder / "report.md", _page(config, report))
-    return Result(report, _view(config, report))
+    write_report(folder, "report", report, _page(config, report))
+    return Result(report, stacked(_tables(config, report)))
 
 
 def folder_names(runs: Sequence[Path]) -> list[str]:
@@ -189,33 +185,29 @@ def _verdict(row: dict[str, Any], student: Student) -> str:
     return "; ".join(wrong) or "ok"
 
 
-def _view(config: ReportConfig, report: dict[str, Any]) -> Group:
-    """Two tables, narrow enough for 80 characters: what the rows are and cost; what they are worth."""
-    rows = [{"number": number, **row} for number, row in enumerate(report["rows"], start=1)]
-    number = FigureColumn("#", "number")
-    tables = (
-        ("Students", (number, *_COST)),
-        (f"On {report['images']} images of {config.data}", shown_columns((number, *_WORTH), rows)),
-    )
-    return Group(*(rich_table(title, columns, rows) for title, columns in tables))
+def _tables(config: ReportConfig, report: dict[str, Any]) -> list[Table]:
+    """Narrow enough for 80 characters: what the rows are and cost; what they are worth."""
+    rows, number = numbered(report["rows"]), Column("#", "number")
+    return [
+        Table("Students", (number, *_COST), rows),
+        Table(f"On {report['images']} images of {config.data}", (number, *_WORTH), rows),
+    ]
 
 
-def _page(config: ReportConfig, report: dict[str, Any]) -> str:
-    machine = report["machine"]
-    engines = ", ".join(f"{name} {version}" for name, version in machine["engines"].items())
-    instructions = ", ".join([machine["cpu"], *machine["instructions"]])
+def _page(config: ReportConfig, report: dict[str, Any]) -> Page:
     busy = " **The machine was busy: these times mean little.**" if report["disturbed"] else ""
-    return f"""# Students
-
-```sh
-{report["command"]}
-```
-
-{markdown_table(shown_columns((*_COST, *_WORTH), report["rows"]), report["rows"])}
-
-Top-1 in per cent on {report["images"]} images of {config.data}, by the bundles on their engine; drop: FP32 less INT8, in points. GFLOP of one image, two for
-a multiply-add. Milliseconds: median of {config.repeats} rounds of one image, FP32 and INT8 of all rows in turns; ratio: INT8 over FP32. INT8 is ok where it
-loses at most {config.int8.max_drop:g} points and takes less than {config.int8.max_latency:g} of FP32's latency.{busy}
-
-{engines} on {instructions}; {machine["threads"]} of {machine["cores"]} cores; mae-deploy {report["mae_deploy"]}; {report["created"]}.
-"""
+    return Page(
+        title="Students",
+        command=report["command"],
+        parts=[
+            Table("", (*_COST, *_WORTH), report["rows"]),
+            (
+                f"Top-1 in per cent on {report['images']} images of {config.data}, by the bundles on their engine;"
+                " drop: FP32 less INT8, in points. GFLOP of one image, two for a multiply-add. Milliseconds: median of"
+                f" {config.repeats} rounds of one image, FP32 and INT8 of all rows in turns; ratio: INT8 over FP32."
+                f" INT8 is ok where it loses at most {config.int8.max_drop:g} points and takes less than"
+                f" {config.int8.max_latency:g} of FP32's latency.{busy}"
+            ),
+            machine_table(report),
+        ],
+    )

@@ -10,10 +10,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-
-from rich.text import Text
 
 from mae_deploy.commands.sweep.config import SweepConfig
 from mae_deploy.config import differences, from_dict, merge, parse_assignment, read_recipe, to_yaml
@@ -26,18 +25,11 @@ from mae_deploy.files import read_json, write_json, write_text
 from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
-from mae_deploy.progress import console
+from mae_deploy.progress import heading
 from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.markdown import Page, Picture, write_report
 from mae_deploy.reporting.plots import Curve, draw_curves
-from mae_deploy.reporting.tables import (
-    FigureColumn,
-    Figures,
-    markdown_table,
-    mean_of,
-    rich_table,
-    shown_columns,
-    write_files,
-)
+from mae_deploy.reporting.tables import Column, Row, Table, mean_of
 from mae_deploy.results import Result
 from mae_deploy.training.device import resolve_device
 from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
@@ -82,13 +74,13 @@ def run_sweep(config: SweepConfig) -> Result:
     if config.finetune or config.scratch:
         _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
     _open_folder(config)
-    rows: list[Figures] = []
+    rows: list[Row] = []
     report: dict[str, Any] = {}
     for value, of_value in zip(values, cells, strict=True):
         rows.append({"value": value, **mean_of([_probe(config, setting, cell) for cell in of_value])})
         # After each value, so that a long sweep can be looked at while it runs.
         report = _report(config, setting, seeds, rows)
-    return Result(report, rich_table(f"{setting}: {config.out}", _columns(setting, rows), rows))
+    return Result(report, Table(f"{setting}: {config.out}", _columns(setting), rows))
 
 
 def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
@@ -177,7 +169,7 @@ def _open_folder(config: SweepConfig) -> None:
 
 def _probe(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
     """Pretrain and evaluate; figures that `result.json` has are taken from it."""
-    console.print(Text(f"{setting} {cell.value}, seed {cell.seed}", style="bold"))
+    heading(f"{setting} {cell.value}, seed {cell.seed}")
     _check_unchanged(cell.pretrain)
     parts = _Parts(cell.folder / RESULT)
     parts.do("pretrain", lambda: {"loss": pretrain.run_pretrain(cell.pretrain)["last_loss"]})
@@ -284,7 +276,7 @@ class _Parts:
 # --- the report ------------------------------------------------------------------------------------------------------
 
 
-def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Figures]) -> dict[str, Any]:
+def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]) -> dict[str, Any]:
     """Write sweep.json, sweep.md and sweep.png for the values so far."""
     command = command_line("sweep", config)
     report = {
@@ -295,17 +287,20 @@ def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Figu
         "labelled": str(config.labelled or config.data),
         "rows": rows,
     }
-    settings = "\n\n".join(f"{stage}: {what}" for stage, what in _settings(config).items())
-    page = (
-        f"# {setting}\n\n```sh\n{command}\n```\n\n{settings}\n\nTop-1 in per cent on the validation images; mean and"
-        " range over the seeds"
-        f" {','.join(map(str, seeds))}.\n\n{markdown_table(_columns(setting, rows), rows)}\n\n![top-1 against"
-        f" {setting}](sweep.png)\n"
-    )
     values = [row["value"] for row in rows]
-    write_files(
-        config.out, "sweep", report, page, lambda path: draw_curves(path, rows, _CURVES, label=setting, values=values)
+    page = Page(
+        title=setting,
+        command=command,
+        parts=[
+            *(f"{stage}: {what}" for stage, what in _settings(config).items()),
+            f"Top-1 in per cent on the validation images; mean and range over the seeds {','.join(map(str, seeds))}.",
+            Table("", _columns(setting), rows),
+        ],
+        picture=Picture(
+            f"top-1 against {setting}", partial(draw_curves, rows=rows, curves=_CURVES, label=setting, values=values)
+        ),
     )
+    write_report(config.out, "sweep", report, page)
     return report
 
 
@@ -322,13 +317,12 @@ def _settings(config: SweepConfig) -> dict[str, str]:
     return found
 
 
-def _columns(setting: str, rows: list[Figures]) -> list[FigureColumn]:
-    columns = [
-        FigureColumn(setting, "value"),
-        FigureColumn("loss", "loss", "{:.4f}"),
-        *(FigureColumn(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
+def _columns(setting: str) -> list[Column]:
+    return [
+        Column(setting, "value"),
+        Column("loss", "loss", "{:.4f}"),
+        *(Column(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
     ]
-    return shown_columns(columns, rows)
 
 
 def _slug(value: Any) -> str:

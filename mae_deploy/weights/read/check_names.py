@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,21 +63,25 @@ def check_names(
     raise CheckFailed(message, hint=hint, result=Result(data, _table(data), failed=True))
 
 
-def _table(data: dict[str, Any]) -> Any:
+def _table(data: dict[str, Any]) -> Table:
     """A row for each tensor that does not fit."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table(
-        "", "tensor", "in the file", "expected", title=Text(data["source"], overflow="fold"), title_justify="left"
+    rows = [
+        {
+            "sort": sort,
+            "tensor": entry["name"] + (f"\n({entry['in_file']})" if "in_file" in entry else ""),
+            **{part: _written(entry[part]) for part in ("found", "expected") if part in entry},
+        }
+        for sort in ("missing", "unexpected", "reshaped")
+        for entry in data[sort]
+    ]
+    columns = (
+        Column("", "sort"),
+        Column("tensor", "tensor"),
+        Column("in the file", "found"),
+        Column("expected", "expected"),
     )
-    for sort in ("missing", "unexpected", "reshaped"):
-        for entry in data[sort]:
-            shapes = (_written(entry.get(part)) for part in ("found", "expected"))
-            called = f"\n({entry['in_file']})" if "in_file" in entry else ""
-            table.add_row(sort, Text(f"{entry['name']}{called}", overflow="fold"), *shapes)
-    return table
+    return Table(data["source"], columns, rows)
 
 
-def _written(shape: list[int] | None) -> str:
-    return "-" if shape is None else "x".join(map(str, shape)) or "a number"
+def _written(shape: list[int]) -> str:
+    return "x".join(map(str, shape)) or "a number"

@@ -17,10 +17,10 @@ import pytest
 from onnx import TensorProto, helper
 
 from mae_deploy.cli import main
-from mae_deploy.commands.benchmark import report as benchmark_report
 from mae_deploy.commands.benchmark import run as benchmark
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
+from mae_deploy.reporting import machine as reporting_machine
 from mae_deploy.runtime import probe, registry
 from mae_deploy.runtime import timing as runtime_benchmark
 from mae_deploy.runtime.cuda.driver import Gpu
@@ -636,7 +636,7 @@ class PlanOnCpu(OnnxRuntimeEngine):
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps: PlanOnCpu(bundle.graph(), options))
     monkeypatch.setattr(
-        benchmark_report,
+        reporting_machine,
         "gpus",
         lambda: [Gpu(index=0, name="Quick", compute_capability=(9, 0), memory_bytes=1, driver="12.4")],
     )

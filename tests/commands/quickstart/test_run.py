@@ -73,6 +73,7 @@ def test_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     assert json.loads((out / "report.json").read_text()) == report
     assert list(report) == [
+        "command",
         "dataset",
         "protocol",
         "mae_loss",
@@ -153,7 +154,7 @@ def test_the_report_for_people(finished: tuple[Path, dict[str, Any]]) -> None:
     ):
         assert text in page, text
     rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 1 + 1 + len(PARTS) + 3 + 2 + 3
+    assert len(rows) == 2 + 1 + len(PARTS) + 3 + 2 + 3
     assert f"{report['mae_loss']['first']:.3f} → {report['mae_loss']['last']:.3f}" in page
     for part in PARTS:
         assert f"{report['top1'][part]['mean']:.1f} % (" in page

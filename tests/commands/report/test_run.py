@@ -60,13 +60,13 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     done: list[str] = []
 
     def watch(module: Any, what: str, folder: Callable[[Any], Path]) -> None:
-        real = module.run
+        real = getattr(module, f"run_{what}")
 
         def watched(config: Any) -> Any:
             done.append(f"{what} {'/'.join(folder(config).parts[-2:])}")
             return real(config)
 
-        monkeypatch.setattr(module, "run", watched)
+        monkeypatch.setattr(module, f"run_{what}", watched)
 
     watch(export, "export", lambda config: config.out)
     watch(evaluate, "eval", lambda config: config.model)
@@ -165,7 +165,7 @@ def test_int8_that_takes_longer_or_loses_too_much_is_a_row_that_says_so(
             row["top1"] = 50.0 - lost.get(config.model.name, 0.0)
         return result
 
-    monkeypatch.setattr(evaluate, "run", worse)
+    monkeypatch.setattr(evaluate, "run_eval", worse)
     arguments = (students / "plain", "--data", students / "data", "--out")
     (row,) = report(capsys, *arguments, tmp_path / "a", "--no-search")["rows"]
     assert row["verdict"] == "loses more than 0.5 points"
@@ -261,7 +261,7 @@ def test_after_a_kill_only_what_is_missing_is_done(
                 raise RuntimeError("killed")
             return real(config)
 
-        patch.setattr(evaluate, "run", killed)
+        patch.setattr(evaluate, "run_eval", killed)
         assert main(["report", *map(str, arguments), *QUICK]) == 1
     assert work == ["export plain/fp32", "eval plain/fp32", "export plain/int8"]
     work.clear()
