@@ -1,4 +1,4 @@
-"""What scripts/gpu_check.sh times on a GPU, on a small bundle."""
+"""What scripts/measure_gpu.py times on a GPU, on a small bundle."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.options import BuildOptions
-from scripts.gpu_check_speed import BARE, main
+from scripts.measure_gpu import BARE, main
 
 pytestmark = pytest.mark.gpu
 
@@ -26,8 +26,7 @@ def test_an_engine_is_timed_on_the_gpu_from_the_host_and_bare(api: Api, tmp_path
         profiles=[{"B": (1, 1, 1)}, {"B": (4, 4, 4)}],
         options=BuildOptions(optimization_level=1, timing_cache="off", workspace=256),
     )
-    request = {"bundles": [str(bundle.path)], "parts": ["tensorrt"], "batches": [1, 4, 9], "repeats": 5}
-    rows = main(request)
+    rows = main([str(bundle.path), "--batch", "1", "4", "9", "--repeats", "5"])
     assert [(row["engine"], row["arrays"], row["batch"]) for row in rows] == [
         (engine, arrays, batch)
         for batch in (1, 4)
