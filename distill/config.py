@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.config import DecoderConfig, SliceBlocks
 from mae_deploy.models.mask_config import check_keep_ratio
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
@@ -36,7 +37,7 @@ FROM_TEACHER = Path("teacher")
 class FeatureObjectiveConfig(Settings, resume="fixed"):
     """Features."""
 
-    mask_ratio: float = 0.75
+    mask_ratio: float = setting(0.75, at_least=0, below=1)
     """Share of the patches that the student does not see, in runs on features; 0: it sees the whole image (TinyMIM),
     and reconstructs nothing."""
     teacher_block: int | None = None
@@ -45,14 +46,14 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
     """The student's block that is matched to it, counted from 1; default: at 3/4 of its depth."""
     feature_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Other pairs of blocks in place of these two, STUDENT:TEACHER, such as 6:12,12:24 or last:last."""
-    feature_weight: float | None = None
+    feature_weight: float | None = setting(None, at_least=0, below=math.inf)
     """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs
     on features, else 0."""
     feature_loss: Distance = "smooth_l1"
     """The distance of --feature-weight; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
     projector: Projector = "linear"
     """From the student's width to the teacher's: linear, mlp (two layers) or none, where the widths are the same."""
-    pixel_weight: float | None = None
+    pixel_weight: float | None = setting(None, at_least=0, below=math.inf)
     """Weight of the student's own reconstruction loss; default: 1 where there is a mask in a run on features, else
     0."""
     feature_schedule: Schedule | None = setting(None, hidden=True)
@@ -60,26 +61,28 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
     pixel_schedule: Schedule | None = setting(None, hidden=True)
     """The same of --pixel-weight."""
 
-    def __post_init__(self) -> None:
-        if not 0 <= self.mask_ratio < 1:
-            raise ConfigError(f"--mask-ratio {self.mask_ratio} must be at least 0 and below 1")
-        if self.feature_blocks is not None and (self.teacher_block, self.student_block) != (None, None):
-            raise ConfigError("--feature-blocks takes the place of --student-block and --teacher-block")
-        check_weights(self)
-        block_pairs(self.feature_blocks, "--feature-blocks")
+    def faults(self) -> Iterator[MaeDeployError]:
+        for flag, block in (("--student-block", self.student_block), ("--teacher-block", self.teacher_block)):
+            if self.feature_blocks is not None and block is not None:
+                yield ConfigError(
+                    f"--feature-blocks {','.join(self.feature_blocks)} does not go with {flag} {block}",
+                    hint="its pairs take the place of both",
+                )
+        yield from schedule_faults(self)
+        yield from errors_of(lambda: block_pairs(self.feature_blocks, "--feature-blocks"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RelationConfig(Settings, resume="fixed"):
     """Attention relations."""
 
-    relation_weight: float = 0.0
+    relation_weight: float = setting(0.0, at_least=0, below=math.inf)
     """Weight of the divergence between the relations of queries, keys and values (TinyMIM)."""
     relation_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the student's last and the teacher's at 3/4 of its depth."""
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     """Relations that are compared, of queries (q), keys (k) and values (v)."""
-    attention_weight: float = 0.0
+    attention_weight: float = setting(0.0, at_least=0, below=math.inf)
     """Weight of the squared error of attention maps (MAE-Lite)."""
     attention_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the last of both."""
@@ -88,19 +91,19 @@ class RelationConfig(Settings, resume="fixed"):
     attention_schedule: Schedule | None = setting(None, hidden=True)
     """The same of --attention-weight."""
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-        block_pairs(self.relation_blocks, "--relation-blocks")
-        block_pairs(self.attention_blocks, "--attention-blocks")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from schedule_faults(self)
+        yield from errors_of(lambda: block_pairs(self.relation_blocks, "--relation-blocks"))
+        yield from errors_of(lambda: block_pairs(self.attention_blocks, "--attention-blocks"))
         if not self.relations:
-            raise ConfigError("--relations names none", hint="such as qk,vv")
+            yield ConfigError("--relations '' must be at least one of qk, vv, qq, kk")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DecoderFeatureConfig(Settings, resume="fixed"):
     """Decoder features."""
 
-    decoder_feature_weight: float = 0.0
+    decoder_feature_weight: float = setting(0.0, at_least=0, below=math.inf)
     """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher
     needs its decoder."""
     decoder_blocks: Blocks | None = setting(None, metavar="BLOCKS")
@@ -113,19 +116,20 @@ class DecoderFeatureConfig(Settings, resume="fixed"):
     decoder_feature_schedule: Schedule | None = setting(None, hidden=True)
     """Factor of --decoder-feature-weight over the run: [[share of the run, factor], ...]."""
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-        if len(block_pairs(self.decoder_blocks, "--decoder-blocks") or (1,)) > 1:
-            raise ConfigError("--decoder-blocks is one pair")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from schedule_faults(self)
+        yield from errors_of(lambda: block_pairs(self.decoder_blocks, "--decoder-blocks"))
+        if self.decoder_blocks is not None and len(self.decoder_blocks) > 1:
+            yield ConfigError(f"--decoder-blocks {','.join(self.decoder_blocks)} must be one pair, STUDENT:TEACHER")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PooledConfig(Settings, resume="fixed"):
     """One vector an image."""
 
-    cls_weight: float = 0.0
+    cls_weight: float = setting(0.0, at_least=0, below=math.inf)
     """Weight of the distance between the student's projected CLS token and the teacher's normalised one."""
-    pooled_weight: float = 0.0
+    pooled_weight: float = setting(0.0, at_least=0, below=math.inf)
     """The same for what a head would read: the mean of the patch tokens, or what the classifier pools."""
     pooled_loss: Distance = "smooth_l1"
     """The distance of --cls-weight and of --pooled-weight."""
@@ -136,8 +140,8 @@ class PooledConfig(Settings, resume="fixed"):
     pooled_schedule: Schedule | None = setting(None, hidden=True)
     """The same of --pooled-weight."""
 
-    def __post_init__(self) -> None:
-        check_weights(self)
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from schedule_faults(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -149,31 +153,25 @@ class LogitsConfig(Settings, resume="fixed"):
     logits_loss: Literal["kl", "hard", "dist"] = "kl"
     """kl: the divergence from the teacher's distribution; hard: the cross-entropy with its decision (DeiT); dist: the
     correlation with its distribution over classes and over images (DIST)."""
-    temperature: float = 1.0
+    temperature: float = setting(1.0, above=0, below=math.inf)
     """Temperature of the softmax on both sides, of kl and dist; the loss is multiplied by its square."""
-    logits_weight: float = 1.0
+    logits_weight: float = setting(1.0, at_least=0, below=math.inf)
     """Weight of --logits-loss on every image, in runs on logits."""
-    label_weight: float = 0.5
+    label_weight: float = setting(0.5, at_least=0, below=math.inf)
     """Weight of the cross-entropy with the labels, on labelled images."""
     pool: Literal["avg", "cls"] = "avg"
     """What the student's head reads: the mean of the patch tokens, or the CLS token."""
-    layer_decay: float = 0.75
+    layer_decay: float = setting(0.75, above=0, at_most=1)
     """Learning-rate decay a layer from the head down."""
-    drop_path: float = 0.0
+    drop_path: float = setting(0.0, at_least=0, below=1)
     """Stochastic depth of the student."""
     logits_schedule: Schedule | None = setting(None, hidden=True)
     """Factor of --logits-weight over the run: [[share of the run, factor], ...]."""
     label_schedule: Schedule | None = setting(None, hidden=True)
     """The same of --label-weight."""
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-        if not 0 < self.temperature < math.inf:
-            raise ConfigError(f"--temperature {self.temperature} must be above 0, and finite")
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
-        if not 0 <= self.drop_path < 1:
-            raise ConfigError(f"--drop-path {self.drop_path} must be at least 0 and below 1")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from schedule_faults(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -204,16 +202,14 @@ class CacheConfig(Settings):
     teacher_cache: Path | None = setting(None, resume="free")
     """Keep the teacher's answers in this folder, and run the teacher only for images whose answers are not there yet;
     needs --fixed-views."""
-    fixed_views: int = setting(0, resume="fixed")
+    fixed_views: int = setting(0, resume="fixed", at_least=0)
     """Augmentations and masks of each image in all, which the epochs take in turn; 0: every epoch draws new ones."""
 
-    def __post_init__(self) -> None:
-        if self.fixed_views < 0:
-            raise ConfigError(f"--fixed-views {self.fixed_views} cannot be negative")
+    def faults(self) -> Iterator[MaeDeployError]:
         if self.teacher_cache is not None and self.fixed_views == 0:
-            raise ConfigError(
-                "--teacher-cache keeps answers to views that come again, and without --fixed-views every epoch has"
-                " views of its own",
+            yield ConfigError(
+                f"--teacher-cache {self.teacher_cache} keeps answers to views that come again, and without"
+                " --fixed-views every epoch has views of its own",
                 hint="add --fixed-views, such as 1 for whole images without augmentation, 4 for crops",
             )
 
@@ -226,59 +222,44 @@ class EdgeConfig(Settings, resume="fixed"):
     """Round the student's Linears in training as an INT8 export will: dynamic as for ONNX Runtime, with ranges found at
     run time; static as for OpenVINO and TensorRT, with ranges from the training images. The checkpoint holds plain
     weights either way."""
-    quantize_from: float = 0.5
+    quantize_from: float = setting(0.5, at_least=0, below=1)
     """Share of the run after which the student is rounded."""
-    outlier_weight: float = 0.0
+    outlier_weight: float = setting(0.0, at_least=0, below=math.inf)
     """Weight of the penalty on heavy tails among the inputs of the student's Linears, with --quantize or without."""
     outlier_schedule: Schedule | None = setting(None, hidden=True)
     """See feature_schedule."""
-    ranges_observed: int = setting(50, hidden=True)
+    ranges_observed: int = setting(50, hidden=True, at_least=1)
     """Into how many parts a run is split, from each of which static ranges are taken once: it costs some 30 ms a
     Linear."""
-    ranges_until: float = setting(0.9, hidden=True)
+    ranges_until: float = setting(0.9, hidden=True, at_least=0, at_most=1)
     """Share of the run from which static ranges stay what they are."""
     smooth_quant: bool = setting(True, hidden=True)
     """As the option of export."""
-    smooth_alpha: float = setting(0.5, hidden=True)
+    smooth_alpha: float = setting(0.5, hidden=True, at_least=0, at_most=1)
     """As the option of export."""
     calib_method: Literal["mse", "minmax", "percentile", "entropy"] = setting("mse", hidden=True)
     """As the option of export."""
-    calib_percentile: float = setting(99.99, hidden=True)
+    calib_percentile: float = setting(99.99, hidden=True, at_least=50, at_most=100)
     """As the option of export."""
 
-    def __post_init__(self) -> None:
-        check_weights(self)
-        for name, allowed, limits in (
-            ("--quantize-from", 0 <= self.quantize_from < 1, "at least 0 and below 1"),
-            ("edge.ranges_observed", self.ranges_observed >= 1, "at least 1"),
-            ("edge.ranges_until", 0 <= self.ranges_until <= 1, "within 0 and 1"),
-            ("edge.smooth_alpha", 0 <= self.smooth_alpha <= 1, "within 0 and 1"),
-            ("edge.calib_percentile", 50 <= self.calib_percentile <= 100, "within 50 and 100"),
-        ):
-            if not allowed:
-                value = getattr(self, name.removeprefix("--").removeprefix("edge.").replace("-", "_"))
-                raise ConfigError(f"{name} {value:g} must be {limits}")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from schedule_faults(self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShapeConfig(Settings, resume="fixed"):
     """Student."""
 
-    student_width: int | None = None
+    student_width: int | None = setting(None, at_least=1)
     """Width of the student's tokens; default: its model's. A multiple of 64 keeps heads of 64, which TensorRT fuses in
     INT8."""
-    student_depth: int | None = None
+    student_depth: int | None = setting(None, at_least=1)
     """The student's blocks; default: its model's."""
-    student_heads: int | None = None
+    student_heads: int | None = setting(None, at_least=1)
     """The student's attention heads; default: its model's, with --student-width one for every 64 of it."""
     init_blocks: SliceBlocks = "even"
     """Which of its blocks the student gets with --init teacher: even, spread from the first to the last, or first, the
     first ones."""
-
-    def __post_init__(self) -> None:
-        for name in ("student_width", "student_depth", "student_heads"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {value} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -301,10 +282,10 @@ class DistillConfig(Settings):
     init: Path | None = setting(None, resume="fixed", basic=True, metavar="CKPT")
     """The student's starting weights, such as a features run; `teacher`: a slice of the teacher, its own layers, heads
     and channels; default: random."""
-    image_size: tuple[int, int] | None = setting(None, resume="fixed")
+    image_size: tuple[int, int] | None = setting(None, resume="fixed", at_least=1)
     """The student's input height and width, H[,W]; default: the teacher's. The teacher sees the image at the size where
     its patches match."""
-    patch_size: int | None = setting(None, resume="fixed")
+    patch_size: int | None = setting(None, resume="fixed", at_least=1)
     """Side of the student's patch in pixels; default: its model's."""
     keep_ratio: tuple[float, float] | None = setting(None, resume="fixed", basic=True)
     """Share of the patches that the student sees, LOW,HIGH: each step draws a number between them, and each image as
@@ -332,10 +313,10 @@ class DistillConfig(Settings):
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
 
-    def __post_init__(self) -> None:
-        check_keep_ratio(self.keep_ratio)
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_keep_ratio(self.keep_ratio))
         if self.shape.init_blocks != "even" and self.init != FROM_TEACHER:
-            raise ConfigError(
+            yield ConfigError(
                 f"--init-blocks {self.shape.init_blocks} says which of the teacher's blocks to take",
                 hint="add --init teacher",
             )
@@ -354,13 +335,13 @@ def block_pairs(written: Blocks | None, flag: str) -> tuple[tuple[int, int], ...
         first, colon, second = text.partition(":")
         if not (colon and all(block.isdecimal() or block == "last" for block in (first, second))):
             raise ConfigError(
-                f"{flag} {text} is not a pair of blocks",
+                f"{flag} '{text}' is not a pair of blocks",
                 hint="write STUDENT:TEACHER, such as 9:18 or last:last, and in a recipe with quotes",
             )
         pairs.append((_block(first), _block(second)))
     if not pairs or len(set(pairs)) < len(pairs):
         raise ConfigError(
-            f"{flag} {','.join(written)} names no pair of blocks, or one of them twice",
+            f"{flag} '{','.join(written)}' must be at least one pair of blocks, and each once",
             hint="write STUDENT:TEACHER, such as 6:12,12:24",
         )
     return tuple(pairs)
@@ -370,22 +351,15 @@ def _block(written: str) -> int:
     return LAST_BLOCK if written == "last" else int(written)
 
 
-def check_weights(config: Any) -> None:
-    """Whether weights and the factors of their schedules are finite and at least 0, and schedules run from the start to
-    the end.
-
-    Raises:
-        ConfigError: names the setting.
-    """
+def schedule_faults(config: Any) -> Iterator[ConfigError]:
+    """Schedules whose shares of the run do not rise from the start to the end, or whose factors are negative."""
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
-        if field.name.endswith("_weight") and value is not None and not 0 <= value < math.inf:
-            raise ConfigError(f"--{field.name.replace('_', '-')} {value} cannot be negative or infinite")
         if field.name.endswith("_schedule") and value is not None:
             shares = [share for share, _ in value]
             rising = bool(shares) and shares == sorted(set(shares)) and 0 <= shares[0] <= shares[-1] <= 1
             if not rising or not all(0 <= factor < math.inf for _, factor in value):
-                raise ConfigError(
+                yield ConfigError(
                     f"{field.name} {[list(point) for point in value]} is not a schedule",
                     hint=(
                         "write [[share of the run, factor], ...] with shares that rise from 0 to 1, such as [[0, 1],"

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import Settings, section, setting
-from mae_deploy.errors import ConfigError
+from mae_deploy.config import Settings, changed_options, section, setting
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.training.config import Device
@@ -29,49 +30,36 @@ class Int8Config(Settings, resume="fixed"):
     auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
     calib_data: Path | None = setting(None, basic=True)
     """Folder of at least 128 images for calibration; required for static."""
-    calib_images: int = 512
+    calib_images: int = setting(512, at_least=128)
     """At most this many of them, spread over the folder."""
     calib_method: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
     """How activation ranges of INT8 are chosen; FP8 takes the largest magnitude."""
-    calib_percentile: float = 99.99
+    calib_percentile: float = setting(99.99, at_least=50, at_most=100)
     """Share of the values within the range, for --calib-method percentile."""
     smooth_quant: bool = True
     """SmoothQuant: move the activations' outlier channels into the weights, folded into LayerNorm and v; without
     --calib-data from the weights alone."""
-    smooth_alpha: float = 0.5
+    smooth_alpha: float = setting(0.5, at_least=0, at_most=1)
     """How much of them moves, from 0 to 1."""
     bias_correction: bool = False
     """Add the mean error of the rounded weights to the biases; needs --calib-data."""
     int8_attention: bool = False
     """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512
     tokens."""
-    max_drop: float | None = setting(None, basic=True)
+    max_drop: float | None = setting(None, basic=True, at_least=0, below=100)
     """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of
     agreement with FP32."""
-    min_cosine: float | None = None
+    min_cosine: float | None = setting(None, above=0, at_most=1)
     """Least cosine of centred features, of the worst image; default: 0.995, for FP8 0.95."""
-    min_sqnr: float | None = None
+    min_sqnr: float | None = setting(None, at_least=0)
     """Least signal-to-noise ratio of an output in dB; default: 30, for FP8 18."""
-    max_latency: float = setting(1.0, resume="free")
+    max_latency: float = setting(1.0, resume="free", above=0)
     """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is
     rejected."""
     search: bool = True
     """Where all of it in eight bits misses the budget, find the fastest mix with higher precision that meets it."""
     prefer: Literal["fp16"] | None = None
     """fp16: where eight bits on TensorRT are slower than FP16 or miss the budget, keep FP16 instead of failing."""
-
-    def __post_init__(self) -> None:
-        for name, allowed, limits in (
-            ("calib_images", self.calib_images >= 128, "at least 128"),
-            ("calib_percentile", 50 <= self.calib_percentile <= 100, "within 50 and 100"),
-            ("smooth_alpha", 0 <= self.smooth_alpha <= 1, "within 0 and 1"),
-            ("max_drop", self.max_drop is None or 0 <= self.max_drop < 100, "at least 0 and below 100"),
-            ("min_cosine", self.min_cosine is None or 0 < self.min_cosine <= 1, "above 0 and at most 1"),
-            ("min_sqnr", self.min_sqnr is None or self.min_sqnr >= 0, "at least 0"),
-            ("max_latency", self.max_latency > 0, "above 0"),
-        ):
-            if not allowed:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name):g} must be {limits}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -107,7 +95,7 @@ class ExportConfig(Settings, resume="never"):
     outputs: tuple[str, ...] | None = setting(None, basic=True, metavar="NAME,…")
     """Outputs by name: cls, tokens, pooled, logits, feature_map, block_I, p2 to p5, pixels; default: all of the first
     four that the model has."""
-    layers: tuple[int, ...] | None = None
+    layers: tuple[int, ...] | None = setting(None, at_least=0)
     """Also the patch tokens after these blocks, counted from 0, as outputs block_I."""
     pyramid: str | None = setting(None, metavar="PATH|random")
     """Also ViTDet's simple feature pyramid p2 to p5: a weights file of a detector trained on this backbone, or random
@@ -127,7 +115,7 @@ class ExportConfig(Settings, resume="never"):
     pixels: Literal["target", "normalised", "image"] = "target"
     """Reconstructed pixels: as the decoder predicts them, in the space of the normalised images, or of images from 0 to
     1."""
-    image_size: tuple[int, int] | None = setting(None, basic=True)
+    image_size: tuple[int, int] | None = setting(None, basic=True, at_least=1)
     """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are
     interpolated."""
     int8: Int8Config = section(Int8Config)
@@ -140,47 +128,38 @@ class ExportConfig(Settings, resume="never"):
     engine."""
     samples: Path | None = setting(None, basic=True)
     """Folder of images for the parity check; default: the data that the checkpoint was trained on."""
-    num_samples: int | None = None
+    num_samples: int | None = setting(None, at_least=1)
     """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
     samples."""
-    threads: int | None = None
+    threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine during the checks; default: one for each core."""
-    seed: int = 0
+    seed: int = setting(0, at_least=0)
     """Seed of the visible patches in the parity check and in calibration."""
     device: Device = setting("cpu", basic=True)
     """Where PyTorch computes the reference: auto, cpu or cuda."""
 
-    def __post_init__(self) -> None:
-        mode, colon, keep = self.tokens.partition(":")
-        if mode not in _MODES or (colon and (mode == "full" or not keep.isdecimal() or int(keep) < 1)):
-            raise ConfigError(
-                f"--tokens {self.tokens}",
-                hint="write full, visible, ragged or reconstruct, or visible:K such as visible:49",
-            )
-        if self.batch not in (None, "dynamic") and not (self.batch.isdecimal() and int(self.batch) >= 1):
-            raise ConfigError(f"--batch {self.batch}", hint="a number of at least 1, or dynamic")
-        if self.outputs is not None and len(set(self.outputs)) < len(self.outputs):
-            raise ConfigError(f"--outputs {','.join(self.outputs)} names an output twice")
-        if self.layers is not None and (len(set(self.layers)) < len(self.layers) or min(self.layers, default=0) < 0):
-            raise ConfigError(f"--layers {','.join(map(str, self.layers))} must be block numbers from 0, each once")
-        for name, count in (("num-samples", self.num_samples), ("threads", self.threads)):
-            if count is not None and count < 1:
-                raise ConfigError(f"--{name} {count} must be at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"--seed {self.seed} must be at least 0")
-        if self.precision != "fp16" and "float16" in (self.images, self.features):
-            raise ConfigError(f"--images and --features float16 need --precision fp16, not {self.precision}")
-        if self.pixels != "target" and mode != "reconstruct":
-            raise ConfigError(f"--pixels {self.pixels} needs --tokens reconstruct")
+    def faults(self) -> Iterator[MaeDeployError]:
+        spelling = [*self._spelling_faults(), *errors_of(lambda: read_profiles(self.profile))]
+        yield from spelling
+        if spelling:  # what is read from these three is asked below
+            return
+        for flag, names in (("--outputs", self.outputs), ("--layers", self.layers)):
+            if names is not None and len(set(names)) < len(names):
+                yield ConfigError(f"{flag} {','.join(map(str, names))} must name each once")
+        for flag, kind in (("--images", self.images), ("--features", self.features)):
+            if kind == "float16" and self.precision != "fp16":
+                yield ConfigError(f"{flag} float16 needs --precision fp16, not {self.precision}")
+        if self.pixels != "target" and self.token_mode != "reconstruct":
+            yield ConfigError(f"--pixels {self.pixels} needs --tokens reconstruct, not {self.tokens}")
         if (self.engine, self.precision, self.typing) == ("onnx", "bf16", "strong"):
-            raise ConfigError(
+            yield ConfigError(
                 "--precision bf16 --typing strong: ONNX Runtime has no BF16 arithmetic on the CPU",
                 hint="pass --engine openvino, or leave --typing out: weights stored in BF16, computed in FP32",
             )
-        self._check_profile()
-        self._check_tensorrt()
-        self._check_int8()
-        self._check_serving()
+        yield from self._profile_faults()
+        yield from self._tensorrt_faults()
+        yield from self._int8_faults()
+        yield from self._serving_faults()
 
     @property
     def token_mode(self) -> Literal["full", "visible", "ragged", "reconstruct"]:
@@ -291,89 +270,96 @@ class ExportConfig(Settings, resume="never"):
             name: (least, usual, most) for name, (least, usual, most) in covering(self.profiles(num_patches)).items()
         }
 
-    def _check_profile(self) -> None:
+    def _spelling_faults(self) -> Iterator[ConfigError]:
+        mode, colon, keep = self.tokens.partition(":")
+        if mode not in _MODES or (colon and (mode == "full" or not keep.isdecimal() or int(keep) < 1)):
+            yield ConfigError(
+                f"--tokens '{self.tokens}' is not full, visible, ragged or reconstruct",
+                hint="the last three also with :K for a fixed number of patches, such as visible:49",
+            )
+        if self.batch not in (None, "dynamic") and not (self.batch.isdecimal() and int(self.batch) >= 1):
+            yield ConfigError(f"--batch '{self.batch}' is not a whole number of at least 1, or dynamic")
+
+    def _profile_faults(self) -> Iterator[ConfigError]:
         profiles = read_profiles(self.profile)
         given = {name for profile in profiles for name in profile}
-        fixed = [
-            name for name, value in (("B", self.fixed_batch), ("K", self.keep)) if value is not None and name in given
-        ]
-        if fixed:
-            raise ConfigError(
-                f"--profile {self.profile} gives a range for {fixed[0]}, which is fixed",
-                hint="leave one of the two out",
-            )
+        for name, value in (("B", self.fixed_batch), ("K", self.keep)):
+            if value is not None and name in given:
+                yield ConfigError(
+                    f"--profile '{self.profile}' gives a range for {name}, which is fixed to {value}",
+                    hint="leave one of the two out",
+                )
         if "K" in given and self.token_mode == "full":
-            raise ConfigError(f"--profile {self.profile}: a graph of all patches has no K", hint="use --tokens visible")
+            yield ConfigError(
+                f"--profile '{self.profile}': a graph of all patches has no K", hint="use --tokens visible"
+            )
         if len(profiles) > 1 and self.engine != "trt":
-            raise ConfigError(
-                f"--profile {self.profile}: only engines of TensorRT have several profiles",
+            yield ConfigError(
+                f"--profile '{self.profile}': only engines of TensorRT have several profiles",
                 hint="give one, or pass --engine trt",
             )
 
-    def _check_serving(self) -> None:
+    def _serving_faults(self) -> Iterator[ConfigError]:
         if self.one_std and self.token_mode == "reconstruct":
-            raise ConfigError(
-                "--one-std with --tokens reconstruct: the decoder predicts pixels divided by each channel's own",
+            yield ConfigError(
+                f"--one-std with --tokens {self.tokens}: the decoder predicts pixels divided by each channel's own",
                 hint="leave it out",
             )
         builds = self.engine == "trt" and self.build
         if self.triton is not None and not builds and (self.precision, self.resolved_typing) == ("bf16", "strong"):
-            hint = "pass another --precision; a TensorRT engine of it can be served"
-            raise ConfigError(
-                f"--triton {self.triton}: ONNX Runtime, which serves the graph, does not compute in BF16", hint=hint
+            yield ConfigError(
+                f"--triton {self.triton}: ONNX Runtime, which serves the graph, does not compute in BF16",
+                hint="pass another --precision; a TensorRT engine of it can be served",
             )
         if self.deepstream is not None and not builds:
-            hint = "pass --engine trt without --no-build, or --deepstream to 'mae-deploy build-engine' on the device"
-            raise ConfigError(
-                f"--deepstream {self.deepstream} needs a TensorRT engine, and this export builds none", hint=hint
+            yield ConfigError(
+                f"--deepstream {self.deepstream} needs a TensorRT engine, and this export builds none",
+                hint="pass --engine trt without --no-build, or --deepstream to 'mae-deploy build-engine' on the device",
             )
 
-    def _check_tensorrt(self) -> None:
+    def _tensorrt_faults(self) -> Iterator[ConfigError]:
         if self.engine == "trt":
             if self.int8.quantization == "dynamic":
-                raise ConfigError(
+                yield ConfigError(
                     "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",
                     hint="leave it out, and give --calib-data",
                 )
             return
         if self.precision == "fp8":
-            raise ConfigError(
+            yield ConfigError(
                 f"--precision fp8 with --engine {self.engine}: only TensorRT computes in FP8", hint="pass --engine trt"
             )
-        given = [
-            (not self.build, "--no-build"),
-            (self.int8.prefer is not None, "--prefer"),
-            (self.tensorrt != BuildOptions(), "settings of TensorRT"),
-        ]
-        for is_given, name in given:
-            if is_given:
-                raise ConfigError(f"{name} with --engine {self.engine}", hint="pass --engine trt, or leave it out")
+        prefer = [] if self.int8.prefer is None else [f"--prefer {self.int8.prefer}"]
+        for given in [*(["--no-build"] if not self.build else []), *prefer, *changed_options(self.tensorrt)]:
+            yield ConfigError(f"{given} with --engine {self.engine}", hint="pass --engine trt, or leave it out")
 
-    def _check_int8(self) -> None:
+    def _int8_faults(self) -> Iterator[ConfigError]:
         if not self.quantized:
-            if self.int8 != Int8Config():
-                raise ConfigError(
-                    f"settings of INT8 are given with --precision {self.precision}", hint="pass --precision int8"
+            for given in changed_options(self.int8):
+                yield ConfigError(
+                    f"{given} with --precision {self.precision}", hint="pass --precision int8, or leave it out"
                 )
             return
-        if self.precision == "fp8" and (
-            self.int8.quantization == "dynamic" or self.int8.calib_method in ("percentile", "entropy")
-        ):
-            raise ConfigError(
-                "FP8 has ranges of its own, the largest magnitudes", hint="leave --quantization and --calib-method out"
-            )
+        if self.precision == "fp8":
+            own = {"--quantization": self.int8.quantization, "--calib-method": self.int8.calib_method}
+            for flag, value in own.items():
+                if value in ("dynamic", "percentile", "entropy"):
+                    yield ConfigError(
+                        f"{flag} {value} with --precision fp8, whose ranges are the largest magnitudes",
+                        hint="leave it out",
+                    )
         if self.policy == "static" and self.int8.calib_data is None:
-            kind = "static INT8" if self.precision == "int8" else "FP8"
-            raise ConfigError(
-                f"{kind} needs --calib-data", hint="a folder of at least 128 images like those that the model will see"
+            yield ConfigError(
+                f"--precision {self.precision} with static ranges needs --calib-data",
+                hint="a folder of at least 128 images like those that the model will see",
             )
         if self.policy == "dynamic" and (self.resolved_typing == "strong" or self.int8.int8_attention):
-            raise ConfigError(
-                "dynamic INT8 has neither strong typing nor INT8 attention",
-                hint="pass --quantization static and --calib-data",
+            given = "--int8-attention" if self.int8.int8_attention else "--typing strong"
+            yield ConfigError(
+                f"{given} with dynamic INT8, which does not have it", hint="pass --quantization static and --calib-data"
             )
         if self.int8.calib_data is None and self.int8.bias_correction:
-            raise ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")
+            yield ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")
 
 
 def tensorrt_major() -> int | None:

@@ -13,13 +13,15 @@ import functools
 import inspect
 import itertools
 import math
+import operator
 import sys
 import types
 import typing
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
-from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.errors import ConfigError, MaeDeployError, import_optional, raise_all
 
 C = TypeVar("C")
 
@@ -39,7 +41,8 @@ report that is called again. fixed: it must be what it was; free: it may change;
 class Settings:
     """What every section and every command's settings derive from, as frozen dataclasses.
 
-    `class X(Settings, resume="fixed")` says it for all fields that say nothing; without it, each field has to.
+    `class X(Settings, resume="fixed")` says it for all fields that say nothing; without it, each field has to. Values
+    are checked when it is built: each against the bounds of its field, then all together by `faults`.
     """
 
     __slots__ = ()
@@ -49,11 +52,30 @@ class Settings:
         if resume is not None:  # dataclass(slots=True) makes the class a second time, without keywords
             cls._resume = resume
 
+    def __post_init__(self) -> None:
+        fields = dataclasses.fields(self)  # type: ignore[arg-type]
+        raise_all([e for f in fields for e in out_of_bounds(f, getattr(self, f.name), option_name(f))])
+        self.resolve()
+        raise_all(list(self.faults()))
+
+    def resolve(self) -> None:
+        """Put what the other settings say in the place of what was left out."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        """What is wrong between settings that are each within their bounds; each names the option, the value received
+        and what is accepted.
+        """
+        return iter(())
+
 
 def setting(
     default: Any = dataclasses.MISSING,
     *,
     resume: Resume | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
     flag: str | None = None,
     argument: bool = False,
     hidden: bool = False,
@@ -66,6 +88,10 @@ def setting(
     Args:
         default: the default value; left out for a required setting.
         resume: whether it may change where a command goes on; default: what its class says.
+        at_least: the bounds of a number, or of each number of a tuple; as are
+        above:
+        at_most:
+        below: infinity, for a number that has to be finite.
         flag: the option's name where it is not the field's own.
         argument: a positional argument instead of an option.
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
@@ -73,10 +99,12 @@ def setting(
         metavar: what help says that it takes, where the type says too little: `CKPT`, `MODEL`; shells complete by it.
         basic: one of the few that `--help` shows where a command has many; required ones always are.
     """
+    bounds = {"at_least": at_least, "above": above, "at_most": at_most, "below": below}
     return dataclasses.field(
         default=default,
         metadata={
             "resume": resume,
+            "bounds": {name: limit for name, limit in bounds.items() if limit is not None},
             "flag": flag,
             "argument": argument,
             "hidden": hidden,
@@ -96,25 +124,96 @@ def section(cls: type[C], **defaults: Any) -> C:
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "") -> C:
+def from_dict(cls: type[C], values: dict[str, Any], *, where: str = "", flags: Mapping[str, str] | None = None) -> C:
     """Build a config dataclass from plain values; unknown keys and wrong types are errors.
 
+    Args:
+        flags: of values from the command line, the option that gave each; the others go by their key.
+
     Raises:
-        ConfigError: names the key, the value received and, for a misspelt key, the nearest known one.
+        ConfigError: everything that is wrong, each with its option or key, the value received and what is accepted.
     """
+    found: list[MaeDeployError] = []
+    config = _read(cls, values, where, flags, found)
+    raise_all(found)
+    return typing.cast(C, config)
+
+
+def _read(
+    cls: type[C], values: dict[str, Any], where: str, flags: Mapping[str, str] | None, found: list[MaeDeployError]
+) -> C | None:
+    """The config; None where something is wrong, which is added to `found`."""
     kinds = field_types(cls)  # type: ignore[arg-type]
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     arguments: dict[str, Any] = {}
+    before = len(found)
     for key, value in values.items():
         if key not in fields:
-            raise ConfigError(f"unknown setting '{where}{key}'", hint=nearest(key, list(kinds)))
-        if isinstance(value, dict):
+            found.append(ConfigError(f"unknown setting '{where}{key}'", hint=nearest(key, list(kinds))))
+            continue
+        name = (flags or {}).get(f"{where}{key}", f"{where}{key}")
+        kind, _ = optional_of(kinds[key])
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = merge(fields[key].metadata.get("defaults", {}), value)
-        arguments[key] = _coerce(kinds[key], value, f"{where}{key}")
-    missing = [name for name, field in fields.items() if name not in arguments and is_required(field)]
-    if missing:
-        raise ConfigError(f"missing setting '{where}{missing[0]}'")
-    return cls(**arguments)
+            arguments[key] = _read(kind, value, f"{where}{key}.", flags, found)  # type: ignore[type-var]
+            continue
+        try:
+            arguments[key] = _coerce(kinds[key], value, name)
+        except ConfigError as error:
+            found.append(error)
+        else:
+            found += out_of_bounds(fields[key], arguments[key], name)
+    for name, field in fields.items():
+        if name not in values and is_required(field):
+            missing = f"missing setting '{where}{name}'" if flags is None else f"{option_name(field)} is missing"
+            found.append(ConfigError(missing, hint=None if flags is None else field_docs(cls).get(name)))  # type: ignore[arg-type]
+    if len(found) == before:
+        try:
+            return cls(**arguments)
+        except ConfigError as error:
+            found += error.errors
+    return None
+
+
+def option_name(field: dataclasses.Field[Any]) -> str:
+    """What the command line calls a setting: `--image-size`, `DATA`; the key of one that has no option."""
+    if field.metadata.get("hidden"):
+        return field.name
+    plain = field.name.upper() if field.metadata.get("argument") else f"--{field.name.replace('_', '-')}"
+    return field.metadata.get("flag") or plain
+
+
+def changed_options(config: Any) -> list[str]:
+    """The options of a section whose values are not its class's defaults, as they are written: `--workspace 64`."""
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [
+        (option_name(field) if value else f"--no-{option_name(field)[2:]}")
+        if isinstance(value, bool)
+        else f"{option_name(field)} {value}"
+        for field, value in values
+        if value != field.default
+    ]
+
+
+_BOUNDS: dict[str, Callable[[float, float], bool]] = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
+
+
+def out_of_bounds(field: dataclasses.Field[Any], value: Any, name: str) -> list[MaeDeployError]:
+    """What a number, or one of a tuple, is not within; `name` is what to call the setting."""
+    bounds: dict[str, float] = field.metadata.get("bounds", {})
+    numbers = value if isinstance(value, tuple) else () if value is None else (value,)
+    if all(_BOUNDS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
+        return []
+    accepted = " and ".join(
+        "finite" if limit == math.inf else f"{bound.replace('_', ' ')} {limit:g}" for bound, limit in bounds.items()
+    )
+    each = "each of " if isinstance(value, tuple) else ""
+    return [ConfigError(f"{each}{name} must be {accepted}, got {','.join(map(str, numbers))}")]
 
 
 def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
@@ -289,14 +388,12 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(kind):
         if isinstance(value, kind):  # type: ignore[arg-type]
             return value
-        if isinstance(value, dict):
-            return from_dict(kind, value, where=f"{where}.")  # type: ignore[arg-type]
     elif get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
         choices = ", ".join(map(str, get_args(kind)))
         raise ConfigError(
-            f"{where}: {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)])
+            f"{where} {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)])
         )
     elif get_origin(kind) is tuple:
         return _coerce_tuple(get_args(kind), value, where)
@@ -318,7 +415,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
                 return int(value) if isinstance(value, int) else int(number)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise ConfigError(f"{where}: {value!r} is not {_describe(kind)}")
+    raise ConfigError(f"{where} {value!r} is not {_describe(kind)}")
 
 
 def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -332,7 +429,8 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     if len(value) == 1:  # --image-size 224 is 224,224
         value = list(value) * len(kinds)
     if len(value) != len(kinds):
-        raise ConfigError(f"{where}: {','.join(map(str, value))} must be one value or {len(kinds)} separated by commas")
+        given = ",".join(map(str, value))
+        raise ConfigError(f"{where} '{given}' is not one value or {len(kinds)} separated by commas")
     return tuple(_coerce(kind, item, where) for kind, item in zip(kinds, value, strict=True))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 
@@ -17,6 +18,11 @@ class MaeDeployError(Exception):
         self.result = result
         """What was found before it failed; a command still prints it."""
 
+    @property
+    def errors(self) -> tuple[MaeDeployError, ...]:
+        """Each of several, else the error itself."""
+        return (self,)
+
 
 class CheckFailed(MaeDeployError):
     """A check ran and its answer is no: parity missed, a hash differs, too many unreadable files."""
@@ -26,6 +32,19 @@ class ConfigError(MaeDeployError):
     """A value, a file name or a combination of options that cannot be used."""
 
     exit_code = 2
+
+
+class ConfigErrors(ConfigError):
+    """Several at once: all that is wrong with a call."""
+
+    def __init__(self, errors: Sequence[MaeDeployError]) -> None:
+        super().__init__("; ".join(map(str, errors)), hint=next((e.hint for e in errors if e.hint), None))
+        self._errors = tuple(errors)
+
+    @property
+    def errors(self) -> tuple[MaeDeployError, ...]:
+        """Each of them."""
+        return self._errors
 
 
 class MissingDependency(MaeDeployError):
@@ -50,3 +69,22 @@ def import_optional(module: str, *, extra: str) -> ModuleType:
             f"this needs the package '{name}', which cannot be imported ({' '.join(str(error).split())})",
             hint=f"pip install 'mae-deploy[{extra}]'",
         ) from error
+
+
+def errors_of(check: Callable[[], object]) -> tuple[MaeDeployError, ...]:
+    """What a check finds wrong, instead of raising it; none where all is well."""
+    try:
+        check()
+    except ConfigError as error:
+        return error.errors
+    return ()
+
+
+def raise_all(errors: Sequence[MaeDeployError]) -> None:
+    """Raise what was found, at once; nothing where nothing was.
+
+    Raises:
+        ConfigError: the only one, or `ConfigErrors` of several.
+    """
+    if errors:
+        raise errors[0] if len(errors) == 1 else ConfigErrors(errors)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective
 from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_keep_ratio, check_masking, mask_unit
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig
@@ -25,12 +26,12 @@ class PretrainConfig(Settings):
     """Run folder to write."""
     resume: bool = setting(False, resume="free", basic=True)
     """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
-    mask_ratio: float = setting(0.75, resume="fixed", basic=True)
+    mask_ratio: float = setting(0.75, resume="fixed", basic=True, above=0, below=1)
     """Share of the patches that the encoder does not see."""
     mask_sampling: MaskSampling = setting("random", resume="fixed")
     """Which patches are masked (paper, table 1f): random; block, large rectangles as in BEiT; grid, all but one of
     every four."""
-    mask_patch_size: int | None = setting(None, resume="fixed")
+    mask_patch_size: int | None = setting(None, resume="fixed", at_least=1)
     """Side, in pixels, of the squares that random masking hides or shows as a whole (SimMIM: 32); default: a patch."""
     group_masking: GroupMasking = setting("independent", resume="fixed")
     """Of --band-groups: independent, each group has masked patches of its own (better in SatMAE); consistent, all have
@@ -39,7 +40,7 @@ class PretrainConfig(Settings):
     """Predict each patch normalised by its own mean and variance (paper, table 1d)."""
     teacher: Path | None = setting(None, resume="fixed", metavar="CKPT")
     """The frozen encoder of --target features: a run folder, a checkpoint folder or a weights file."""
-    pictures_every: int = setting(20, resume="free")
+    pictures_every: int = setting(20, resume="free", at_least=1)
     """Epochs between reconstruction pictures; the last epoch always draws one."""
     picture_bands: tuple[int, ...] | None = setting(None, resume="fixed")
     """Channels, counted from 0, that pictures show as red, green and blue, or one of them as grey; default for
@@ -56,18 +57,21 @@ class PretrainConfig(Settings):
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
 
-    def __post_init__(self) -> None:
-        check_masking(self.mask_sampling, self.mask_ratio, self.model.grid_size, unit=self.mask_unit)
-        check_objective(self.model, self.decoder, self.objective)
-        if (self.objective.target == "features") != (self.teacher is not None):
-            raise ConfigError("--target features and --teacher go together", hint="give both, or neither")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(
+            lambda: check_masking(self.mask_sampling, self.mask_ratio, self.model.grid_size, unit=self.mask_unit)
+        )
+        yield from errors_of(lambda: check_objective(self.model, self.decoder, self.objective))
+        if self.objective.target == "features" and self.teacher is None:
+            yield ConfigError("--target features needs --teacher", hint="a run, checkpoint folder or weights file")
+        if self.objective.target != "features" and self.teacher is not None:
+            yield ConfigError(f"--teacher {self.teacher} needs --target features, not {self.objective.target}")
         if self.teacher is not None and self.objective.target_dim is not None:
-            raise ConfigError(
-                f"--target-dim {self.objective.target_dim} cannot be chosen: a --teacher's features have its width"
+            yield ConfigError(
+                f"--target-dim {self.objective.target_dim} cannot be chosen: a --teacher's features have its width",
+                hint="leave it out",
             )
-        if self.pictures_every < 1:
-            raise ConfigError("--pictures-every must be at least 1")
-        check_picture_bands(self.picture_bands, self.model.in_chans)
+        yield from errors_of(lambda: check_picture_bands(self.picture_bands, self.model.in_chans))
 
     @property
     def mask_unit(self) -> int:
@@ -79,27 +83,22 @@ class PretrainConfig(Settings):
 class MixConfig(Settings, resume="fixed"):
     """Regularisation."""
 
-    drop_path: float = 0.1
+    drop_path: float = setting(0.1, at_least=0, below=1)
     """Stochastic depth, rising linearly over the blocks."""
-    label_smoothing: float = 0.1
+    label_smoothing: float = setting(0.1, at_least=0, below=1)
     """Label smoothing, from 0 (none) to below 1."""
-    mixup: float = 0.8
+    mixup: float = setting(0.8, at_least=0)
     """Mixup alpha; 0 turns it off."""
-    cutmix: float = 1.0
+    cutmix: float = setting(1.0, at_least=0)
     """CutMix alpha; 0 turns it off."""
-    reprob: float = 0.25
+    reprob: float = setting(0.25, at_least=0, below=1)
     """Probability of random erasing."""
     auto_augment: str | None = "rand-m9-mstd0.5-inc1"
     """RandAugment in timm's notation; none turns it off."""
 
-    def __post_init__(self) -> None:
+    def resolve(self) -> None:
         if self.auto_augment is not None and self.auto_augment.lower() == "none":
             object.__setattr__(self, "auto_augment", None)
-        for name in ("drop_path", "label_smoothing", "reprob"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(f"--{name.replace('_', '-')} {getattr(self, name)} must be at least 0 and below 1")
-        if self.mixup < 0 or self.cutmix < 0:
-            raise ConfigError("--mixup and --cutmix cannot be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,12 +115,12 @@ class FinetuneConfig(Settings):
     """Start from random weights: the baseline, of the network of --init or of --model."""
     model: str | None = setting(None, resume="fixed", basic=True, metavar="MODEL")
     """The encoder, where --init does not give it (see pretrain --help)."""
-    image_size: tuple[int, int] | None = setting(None, resume="fixed", basic=True)
+    image_size: tuple[int, int] | None = setting(None, resume="fixed", basic=True, at_least=1)
     """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
     another."""
-    patch_size: int | None = setting(None, resume="fixed")
+    patch_size: int | None = setting(None, resume="fixed", at_least=1)
     """Side of a patch in pixels, where --init does not give it."""
-    in_chans: int | None = setting(None, resume="fixed")
+    in_chans: int | None = setting(None, resume="fixed", at_least=1)
     """Input channels, where --init does not give them."""
     band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed", metavar="GROUPS")
     """Groups of channels (see pretrain --help-all), where --init does not give them."""
@@ -133,7 +132,7 @@ class FinetuneConfig(Settings):
     """Share of the patches that the network sees, LOW,HIGH: each step draws a number between them, and each image as
     many of its patches, so that one network serves every number of patches; one share fixes it. Validated with the
     most, and with the fewest. Default: all patches."""
-    layer_decay: float = setting(0.65, resume="fixed")
+    layer_decay: float = setting(0.65, resume="fixed", above=0, at_most=1)
     """Learning-rate decay a layer from the head down (paper: 0.65 for ViT-B, 0.75 for ViT-L and ViT-H)."""
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order, augmentation and drop path."""
@@ -145,15 +144,13 @@ class FinetuneConfig(Settings):
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[MaeDeployError]:
         if self.init is None and not (self.from_scratch and self.model):
-            raise ConfigError(
-                "finetune needs --init",
+            yield ConfigError(
+                "--init is missing",
                 hint="give a pretrained run or checkpoint, or --from-scratch with --model for the baseline",
             )
-        check_keep_ratio(self.keep_ratio)
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"--layer-decay {self.layer_decay} must be above 0 and at most 1")
+        yield from errors_of(lambda: check_keep_ratio(self.keep_ratio))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -166,15 +163,15 @@ class ReconstructConfig(Settings, resume="never"):
     """A pretraining run, checkpoint folder or weights file with a decoder."""
     out: Path
     """PNG to write: original, masked and reconstructed, a row for each image."""
-    mask_ratio: float = 0.75
+    mask_ratio: float = setting(0.75, above=0, below=1)
     """Share of the patches to hide."""
     mask_sampling: MaskSampling = "random"
     """Which patches are hidden: random, block or grid (see pretrain --help-all)."""
-    mask_patch_size: int | None = None
+    mask_patch_size: int | None = setting(None, at_least=1)
     """Side, in pixels, of the squares that random masking hides or shows as a whole; default: a patch."""
     group_masking: GroupMasking = "independent"
     """Of --band-groups: independent or consistent (see pretrain --help-all)."""
-    num_images: int = 8
+    num_images: int = setting(8, at_least=1)
     """Images to draw at most, the first in alphabetical order."""
     paste_visible: bool = True
     """Show the visible patches themselves in the reconstruction, as the paper's figures do."""
@@ -185,11 +182,9 @@ class ReconstructConfig(Settings, resume="never"):
     device: Device = "auto"
     """Where to compute; auto takes the GPU where there is one."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.mask_ratio < 1 or self.num_images < 1:
-            raise ConfigError("--mask-ratio must be above 0 and below 1, --num-images at least 1")
+    def faults(self) -> Iterator[MaeDeployError]:
         if self.out.suffix.lower() != ".png":
-            raise ConfigError(f"--out {self.out} must end in .png")
+            yield ConfigError(f"--out {self.out} must end in .png")
 
 
 def check_picture_bands(bands: tuple[int, ...] | None, channels: int) -> None:
@@ -201,6 +196,6 @@ def check_picture_bands(bands: tuple[int, ...] | None, channels: int) -> None:
     if bands is not None and (len(bands) not in (1, 3) or any(not 0 <= band < channels for band in bands)):
         given = ",".join(map(str, bands))
         raise ConfigError(
-            f"--picture-bands {given} of {channels} channels",
-            hint=f"one or three of 0 to {channels - 1}, such as 3,2,1",
+            f"--picture-bands {given} is not one or three of the channels 0 to {channels - 1}",
+            hint="such as 3,2,1; --in-chans is the number of channels",
         )

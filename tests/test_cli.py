@@ -155,7 +155,7 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
         ),
         (
             ["pretrain", "images", "--out", "run", "--image-size", "30"],
-            "error: image size 30x30 is not a multiple of the patch size 16",
+            "error: --image-size 30,30 is not a multiple of the patch size, 16",
             "hint: the nearest is 32,32",
         ),
         (["info", "nowhere"], "error: nowhere is not a run, checkpoint, weights file or bundle", None),

@@ -209,7 +209,7 @@ def test_a_flag_that_is_false_wins_over_a_recipe(tmp_path: Path) -> None:
         (("plum",), "--out is missing", "Where it goes."),
         (
             ("plum", "--out", "t", "--set", "size=[1,2,3]"),
-            "size: 1,2,3 must be one value or 2 separated by commas",
+            "size '1,2,3' is not one value or 2 separated by commas",
             None,
         ),
         (("plum", "--out", "t", "--set", "oven.degree=3"), "unknown setting 'oven.degree'", "did you mean 'degrees'?"),

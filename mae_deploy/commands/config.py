@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.runtime.manifest import QUANTIZED
 from mae_deploy.runtime.profiles import read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
@@ -25,7 +26,7 @@ class VerifyConfig(Settings, resume="never"):
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
-    threads: int | None = None
+    threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
@@ -59,12 +60,11 @@ class BuildEngineConfig(Settings, resume="never"):
     device: Device = "auto"
     """Not used: the engine is built for the first GPU."""
 
-    def __post_init__(self) -> None:
-        read_profiles(self.profile)
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: read_profiles(self.profile))
         if self.prefer is not None and self.precision not in (None, *QUANTIZED):
-            raise ConfigError(
-                f"--prefer {self.prefer} has no meaning with --precision {self.precision}",
-                hint="it is for int8 and fp8",
+            yield ConfigError(
+                f"--prefer {self.prefer} does not go with --precision {self.precision}", hint="it is for int8 and fp8"
             )
 
 
@@ -78,7 +78,7 @@ class PredictConfig(Settings, resume="never"):
     """An image, or a folder of images."""
     out: Path | None = None
     """Write the outputs of every image to this .npz or .parquet file."""
-    top_k: int = 5
+    top_k: int = setting(5, at_least=1)
     """Classes to print for each image, where the bundle has logits."""
     outputs: tuple[str, ...] | None = setting(None, metavar="NAME,…")
     """Outputs to compute, by name; default: all."""
@@ -87,12 +87,12 @@ class PredictConfig(Settings, resume="never"):
     default: all."""
     num_keep: int | None = None
     """See this many patches of each image instead, drawn at random."""
-    batch_size: int | None = None
+    batch_size: int | None = setting(None, at_least=1)
     """Images at a time; default: the graph's fixed batch, or 8."""
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
-    threads: int | None = None
+    threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
@@ -100,10 +100,6 @@ class PredictConfig(Settings, resume="never"):
     """Seed of --num-keep."""
     device: Device = "cpu"
     """Where to compute; auto takes the GPU where there is one."""
-
-    def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise ConfigError(f"--top-k {self.top_k} must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from mae_deploy.config import Settings, setting
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 
 
@@ -22,42 +23,32 @@ class Columns:
 class DataConfig(Settings):
     """Data."""
 
-    num_workers: int = setting(-1, resume="free")
+    num_workers: int = setting(-1, resume="free", at_least=-1)
     """Processes that decode images; 0 decodes in the training process, -1 starts one for each core but one."""
-    max_corrupt: int = setting(100, resume="free")
+    max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are reported and skipped before the run gives up."""
     mean: tuple[float, ...] | None = setting(None, resume="fixed")
     """Mean of each channel for pixels in [0, 1]; default: ImageNet's for RGB, 0.5 otherwise."""
     std: tuple[float, ...] | None = setting(None, resume="fixed")
     """Standard deviation of each channel; default: ImageNet's for RGB, 0.25 otherwise."""
-    pixel_max: float | None = setting(None, resume="fixed")
+    pixel_max: float | None = setting(None, resume="fixed", above=0)
     """What pixels of more than 8 bits are divided by before --mean and --std, such as 65535, 10000 (Sentinel-2) or 1;
     default: 8-bit pixels, 255."""
-    crop_pct: float | None = setting(None, resume="fixed")
+    crop_pct: float | None = setting(None, resume="fixed", above=0, at_most=1)
     """Evaluation crop as a share of the resized image; default: 0.875 up to 224 px, 1.0 above."""
     cache: bool = setting(False, resume="free")
     """Keep decoded images in memory, for small sets of small images."""
-    repeated_aug: int = setting(1, resume="fixed")
+    repeated_aug: int = setting(1, resume="fixed", at_least=1)
     """Views of each image in a batch, which is decoded once for them all; an epoch keeps its length and sees fewer
     images."""
-    shuffle_buffer: int = setting(1000, resume="fixed")
+    shuffle_buffer: int = setting(1000, resume="fixed", at_least=1)
     """Images that each worker mixes, where shards are streamed from a URL or a pipe."""
-    epoch_images: int | None = setting(None, resume="fixed")
+    epoch_images: int | None = setting(None, resume="fixed", at_least=1)
     """Images that make an epoch of streamed shards, which nobody has counted; whole sets have their own."""
     image_column: str | None = setting(None, resume="fixed")
     """Column of the images in a Hugging Face data set; default: the one that holds images."""
     label_column: str | None = setting(None, resume="fixed")
     """Column of the labels in a Hugging Face data set; default: label."""
-
-    def __post_init__(self) -> None:
-        if self.num_workers < -1 or self.max_corrupt < 0:
-            raise ConfigError("--num-workers must be at least -1, --max-corrupt at least 0")
-        if min(self.repeated_aug, self.shuffle_buffer, 1 if self.epoch_images is None else self.epoch_images) < 1:
-            raise ConfigError("--repeated-aug, --shuffle-buffer and --epoch-images must be at least 1")
-        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
-            raise ConfigError(f"--crop-pct {self.crop_pct} must be above 0 and at most 1")
-        if self.pixel_max is not None and not self.pixel_max > 0:
-            raise ConfigError(f"--pixel-max {self.pixel_max:g} must be above 0")
 
     @property
     def columns(self) -> Columns:
@@ -86,22 +77,18 @@ class CropConfig(Settings, resume="fixed"):
     crop: Literal["random", "fixed", "none"] = "random"
     """random: resized crop; fixed: a crop of fixed size at a random place; none: the centre, without flips (paper,
     table 1e)."""
-    color_jitter: float = 0.0
+    color_jitter: float = setting(0.0, at_least=0)
     """Random change of brightness, contrast and saturation, each by up to this share; for 1, 3 and 4 channels."""
-    min_scale: float = 0.2
+    min_scale: float = setting(0.2, above=0)
     """Smallest share of the image's area in a random resized crop."""
     max_scale: float = setting(1.0, hidden=True)
     """Largest share of the image's area in a random resized crop."""
-    hflip: float = 0.5
+    hflip: float = setting(0.5, at_least=0, at_most=1)
     """Probability of a horizontal flip."""
-    translate: float = 0.0
+    translate: float = setting(0.0, at_least=0, below=1)
     """Random shift by up to this share of the image's side, instead of the random resized crop, where above 0 (digits,
     aligned scans)."""
 
-    def __post_init__(self) -> None:
-        if not 0 < self.min_scale <= self.max_scale:
-            raise ConfigError(f"--min-scale {self.min_scale} must be above 0 and at most {self.max_scale}")
-        if self.color_jitter < 0:
-            raise ConfigError(f"--color-jitter {self.color_jitter:g} cannot be negative")
-        if not (0 <= self.hflip <= 1 and 0 <= self.translate < 1):
-            raise ConfigError("--hflip must be within 0 and 1, --translate within 0 and 1")
+    def faults(self) -> Iterator[MaeDeployError]:
+        if self.min_scale > self.max_scale:
+            yield ConfigError(f"--min-scale {self.min_scale:g} must be at most max_scale, {self.max_scale:g}")

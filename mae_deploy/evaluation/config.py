@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
 
@@ -25,22 +26,18 @@ class FeaturesConfig(Settings):
     image_size: tuple[int, int] | None = setting(None, resume="fixed", basic=True)
     """Input height and width, H[,W], of checkpoints, their position embeddings interpolated; default: each its own.
     Bundles are fixed to theirs."""
-    batch_size: int = setting(64, resume="fixed", basic=True)
+    batch_size: int = setting(64, resume="fixed", basic=True, at_least=1)
     """Images at a time."""
     precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     engine: str = setting("auto", resume="fixed", metavar="ENGINE")
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
-    threads: int | None = setting(None, resume="free")
+    threads: int | None = setting(None, resume="free", at_least=1)
     """CPU threads of a bundle's engine; default: one for each core."""
-    num_workers: int = setting(-1, resume="free")
+    num_workers: int = setting(-1, resume="free", at_least=-1)
     """Processes that decode images; 0 decodes in this process, -1 starts one for each core but one."""
-    max_corrupt: int = setting(100, resume="free")
+    max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are named and left out before the command gives up."""
-
-    def __post_init__(self) -> None:
-        if self.batch_size < 1 or self.num_workers < -1 or self.max_corrupt < 0:
-            raise ConfigError("--batch-size must be at least 1, --num-workers at least -1 and --max-corrupt at least 0")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,7 +59,7 @@ class LinprobeConfig(Settings):
     image_size: tuple[int, int] | None = setting(None, resume="fixed")
     """Input height and width in pixels, H[,W]; default: that of --init, its position embeddings interpolated for
     another."""
-    held_out: float = setting(0.2, resume="fixed")
+    held_out: float = setting(0.2, resume="fixed", above=0, below=1)
     """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of
     them."""
     resume: bool = setting(False, resume="free", basic=True)
@@ -76,11 +73,11 @@ class LinprobeConfig(Settings):
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
 
-    def __post_init__(self) -> None:
-        _check_share(self.held_out)
+    def faults(self) -> Iterator[MaeDeployError]:
         if self.loop.sharding != "ddp":
-            raise ConfigError(
-                "--sharding fsdp2 has nothing to share out: only a linear head is trained", hint="leave it out"
+            yield ConfigError(
+                f"--sharding {self.loop.sharding} has nothing to share out: only a linear head is trained",
+                hint="leave it out",
             )
 
 
@@ -92,11 +89,11 @@ class KnnConfig(Settings, resume="never"):
     """Labelled images: DATA/train/<class>/… votes on DATA/val/<class>/…."""
     init: Path = setting(metavar="CKPT|BUNDLE")
     """Encoder to evaluate: a run folder, a checkpoint folder, a weights file or a bundle."""
-    k: tuple[int, ...] = (20,)
+    k: tuple[int, ...] = setting((20,), at_least=1)
     """Neighbours that vote; several numbers, separated by commas, are answered in one pass."""
-    temperature: float = 0.07
+    temperature: float = setting(0.07, above=0)
     """A neighbour's vote is exp(cosine / temperature)."""
-    block_size: int = 4096
+    block_size: int = setting(4096, at_least=1)
     """Images of either side that are compared at a time: bounds the memory, changes no result."""
     seed: int = 0
     """Not used: nothing here is random."""
@@ -104,10 +101,8 @@ class KnnConfig(Settings, resume="never"):
     """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
-    def __post_init__(self) -> None:
-        _check_knn(self.k, self.temperature)
-        if self.block_size < 1:
-            raise ConfigError(f"--block-size {self.block_size} must be at least 1")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from _each_once("--k", self.k)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,13 +117,13 @@ class CompareConfig(Settings, resume="never"):
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
     out: Path | None = setting(None, basic=True)
     """Folder to write compare.json, compare.md and compare.png to."""
-    k: tuple[int, ...] = setting((20,), basic=True)
+    k: tuple[int, ...] = setting((20,), basic=True, at_least=1)
     """Neighbours that vote; with several numbers, separated by commas, each is a column."""
-    temperature: float = 0.07
+    temperature: float = setting(0.07, above=0)
     """A neighbour's vote is exp(cosine / temperature)."""
     linear: Solver = setting("logistic", basic=True)
     """The linear probe: logistic or ridge, on standardised features."""
-    held_out: float = 0.2
+    held_out: float = setting(0.2, above=0, below=1)
     """Share of the training images on which the linear probe chooses its regularisation."""
     seeds: tuple[int, ...] = setting((0, 1, 2), basic=True)
     """Seeds of the held-out share and of random weights; figures are means over them."""
@@ -138,23 +133,16 @@ class CompareConfig(Settings, resume="never"):
     """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
-    def __post_init__(self) -> None:
-        _check_knn(self.k, self.temperature)
-        _check_share(self.held_out)
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from _each_once("--k", self.k)
         if not self.seeds:
-            raise ConfigError("--seeds needs at least one seed")
+            yield ConfigError("--seeds '' must be at least one seed, such as 0,1,2")
 
 
-def _check_knn(k: tuple[int, ...], temperature: float) -> None:
-    if not k or min(k) < 1 or len({*k}) < len(k):
-        raise ConfigError(f"--k {','.join(map(str, k))} must be numbers from 1 on, each once")
-    if temperature <= 0:
-        raise ConfigError(f"--temperature {temperature:g} must be above 0")
-
-
-def _check_share(held_out: float) -> None:
-    if not 0 < held_out < 1:
-        raise ConfigError(f"--held-out {held_out:g} must be above 0 and below 1")
+def _each_once(flag: str, numbers: tuple[int, ...]) -> Iterator[ConfigError]:
+    if not numbers or len({*numbers}) < len(numbers):
+        given = ",".join(map(str, numbers))
+        yield ConfigError(f"{flag} '{given}' must be at least one number, and each once")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,20 +155,20 @@ class EvalConfig(Settings, resume="never"):
     """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
     confusion: Path | None = None
     """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
-    keep_ratio: tuple[float, ...] | None = None
+    keep_ratio: tuple[float, ...] | None = setting(None, above=0, at_most=1)
     """Shares of the patches that the classifier sees, separated by commas, such as 1,0.5,0.25: top-1 with each, every
     image with its own random patches; below 1 of checkpoints and of bundles of --tokens visible or ragged; default: all
     patches."""
-    batch_size: int | None = None
+    batch_size: int | None = setting(None, at_least=1)
     """Images at a time; default: a bundle's fixed batch, or 64."""
     engine: str = setting("auto", metavar="ENGINE")
     """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
     for this machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     precision: TrainingPrecision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
-    num_workers: int = -1
+    num_workers: int = setting(-1, at_least=-1)
     """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each core but one."""
-    threads: int | None = None
+    threads: int | None = setting(None, at_least=1)
     """CPU threads of a bundle's engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""
@@ -189,11 +177,11 @@ class EvalConfig(Settings, resume="never"):
     device: Device = "auto"
     """Where to compute; auto takes the GPU where there is one."""
 
-    def __post_init__(self) -> None:
-        if (self.batch_size or 1) < 1 or self.num_workers < -1:
-            raise ConfigError("--batch-size must be at least 1, --num-workers at least -1")
-        check_shares(self.keep_ratio)
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_shares(self.keep_ratio))
         if self.confusion is not None and len(self.keep_ratio or (1,)) > 1:
-            raise ConfigError("--confusion is of one --keep-ratio", hint="give one share, or leave --confusion out")
+            yield ConfigError(
+                f"--confusion {self.confusion} is of one --keep-ratio", hint="give one share, or leave --confusion out"
+            )
         if self.confusion is not None and self.confusion.suffix != ".csv":
-            raise ConfigError(f"--confusion {self.confusion} must end in .csv")
+            yield ConfigError(f"--confusion {self.confusion} must end in .csv")

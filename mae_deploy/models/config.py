@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
 from mae_deploy.config import Settings, nearest, setting
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,59 +47,56 @@ class EncoderConfig(Settings, resume="fixed"):
     name: str = setting("vit_base_patch16", flag="--model", basic=True, metavar="MODEL")
     """The encoder: vit_{tiny,small,base,large}_patch16, vit_huge_patch14, or for small images vit_tiny_patch{2,4,8},
     vit_small_patch{4,8}, vit_micro_patch4, vit_nano_patch4."""
-    image_size: tuple[int, int] = setting((224, 224), basic=True)
+    image_size: tuple[int, int] = setting((224, 224), basic=True, at_least=1)
     """Input height and width in pixels, H[,W]; each a multiple of the patch size."""
-    patch_size: int | None = setting(None, basic=True)
+    patch_size: int | None = setting(None, basic=True, at_least=1)
     """Side of a patch in pixels; default: the model's."""
-    in_chans: int = 3
+    in_chans: int = setting(3, at_least=1)
     """Input channels: 1 grey, 3 RGB, 4 RGBA, any number from TIFF and NumPy files."""
     band_groups: tuple[tuple[int, ...], ...] | None = setting(None, metavar="GROUPS")
     """Groups of channels, each with tokens of its own, such as '0,1,2;3,4,5;6,7' (SatMAE); every channel in one of
     them; default: none."""
-    embed_dim: int | None = setting(None, hidden=True)
+    embed_dim: int | None = setting(None, hidden=True, at_least=1)
     """Width of the tokens; default: the model's."""
-    depth: int | None = setting(None, hidden=True)
+    depth: int | None = setting(None, hidden=True, at_least=1)
     """Number of blocks; default: the model's."""
-    num_heads: int | None = setting(None, hidden=True)
+    num_heads: int | None = setting(None, hidden=True, at_least=1)
     """Attention heads; default: the model's."""
-    mlp_ratio: float = setting(4.0, hidden=True)
+    mlp_ratio: float = setting(4.0, hidden=True, above=0)
     """Hidden width of the MLP as a multiple of embed_dim."""
 
-    def __post_init__(self) -> None:
+    def resolve(self) -> None:
+        # The frozen config holds the numbers themselves, so that a checkpoint does not depend on a table.
         preset = PRESETS.get(self.name)
-        if preset is None:
-            if None in (self.patch_size, self.embed_dim, self.depth, self.num_heads):
-                raise ConfigError(f"unknown model '{self.name}'", hint=nearest(self.name, list(PRESETS)))
-        else:
-            # The frozen config holds the numbers themselves, so that a checkpoint does not depend on a table.
-            for field in dataclasses.fields(Preset):
-                given, own = getattr(self, field.name), getattr(preset, field.name)
-                if given is None:
-                    object.__setattr__(self, field.name, own)
-                elif given != own and field.name != "patch_size":
-                    raise ConfigError(
-                        f"model '{self.name}' has {field.name} {own}, not {given}",
+        for field in dataclasses.fields(Preset):
+            if preset is not None and getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, getattr(preset, field.name))
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        if None in (self.patch_size, self.embed_dim, self.depth, self.num_heads):
+            hint = nearest(self.name, list(PRESETS))
+            yield ConfigError(f"--model '{self.name}' is not a known model", hint=hint)
+            return
+        if (preset := PRESETS.get(self.name)) is not None:
+            for name in ("embed_dim", "depth", "num_heads"):
+                if (given := getattr(self, name)) != (own := getattr(preset, name)):
+                    yield ConfigError(
+                        f"--model '{self.name}' has {name} {own}, not {given}",
                         hint="give a shape of your own a name of its own",
                     )
-        if min(*self.image_size, self.patch, self.in_chans, self.blocks, self.heads, self.width) < 1:
-            raise ConfigError(f"sizes of model '{self.name}' must be at least 1")
         if any(side % self.patch for side in self.image_size):
-            raise ConfigError(
-                f"image size {self.image_size[0]}x{self.image_size[1]} is not a multiple of the patch size"
+            nearest_sides = (max(1, round(side / self.patch)) * self.patch for side in self.image_size)
+            yield ConfigError(
+                f"--image-size {self.image_size[0]},{self.image_size[1]} is not a multiple of the patch size,"
                 f" {self.patch}",
-                hint=(
-                    "the nearest is"
-                    f" {','.join(str(max(1, round(side / self.patch)) * self.patch) for side in self.image_size)}"
-                ),
+                hint=f"the nearest is {','.join(map(str, nearest_sides))}",
             )
         if self.width % self.heads or self.width % 4:
-            raise ConfigError(f"embed_dim {self.width} must be a multiple of 4 and of num_heads {self.heads}")
-        if self.band_groups is not None:
-            check_band_groups(self.band_groups, self.in_chans)
+            yield ConfigError(f"embed_dim {self.width} must be a multiple of 4 and of num_heads, {self.heads}")
+        if (groups := self.band_groups) is not None:
+            yield from errors_of(lambda: check_band_groups(groups, self.in_chans))
             if self.width < 8:
-                raise ConfigError(
-                    f"embed_dim {self.width} has no room for a code of the group of bands", hint="at least 8"
-                )
+                yield ConfigError(f"embed_dim must be at least 8 with --band-groups, got {self.width}")
 
     @property
     def patch(self) -> int:
@@ -187,27 +185,24 @@ def check_band_groups(groups: tuple[tuple[int, ...], ...], channels: int) -> Non
 class DecoderConfig(Settings, resume="fixed"):
     """Decoder."""
 
-    decoder_depth: int = 8
+    decoder_depth: int = setting(8, at_least=0)
     """Blocks of the decoder (paper, table 1a: 1 to 12); 0: one linear layer on the encoder's tokens, with
     --encoder-mask-tokens (SimMIM)."""
-    decoder_embed_dim: int = 512
+    decoder_embed_dim: int = setting(512, at_least=1)
     """Width of the decoder (paper, table 1b: 128 to 1024)."""
-    decoder_num_heads: int | None = None
+    decoder_num_heads: int | None = setting(None, at_least=1)
     """Attention heads of the decoder; default: one for every 32 of its width, 16 for the paper's 512."""
 
-    def __post_init__(self) -> None:
+    def resolve(self) -> None:
         if self.decoder_num_heads is None:
-            most = max(1, self.decoder_embed_dim // 32)
-            object.__setattr__(
-                self,
-                "decoder_num_heads",
-                next(heads for heads in range(most, 0, -1) if self.decoder_embed_dim % heads == 0),
-            )
-        if self.decoder_depth < 0 or min(self.decoder_embed_dim, self.heads) < 1:
-            raise ConfigError("the decoder's width and heads must be at least 1, its depth at least 0")
+            width, most = self.decoder_embed_dim, max(1, self.decoder_embed_dim // 32)
+            heads = next(heads for heads in range(most, 0, -1) if width % heads == 0)
+            object.__setattr__(self, "decoder_num_heads", heads)
+
+    def faults(self) -> Iterator[MaeDeployError]:
         if self.decoder_embed_dim % self.heads or self.decoder_embed_dim % 4:
-            raise ConfigError(
-                f"decoder_embed_dim {self.decoder_embed_dim} must be a multiple of 4 and of decoder_num_heads"
+            yield ConfigError(
+                f"--decoder-embed-dim {self.decoder_embed_dim} must be a multiple of 4 and of --decoder-num-heads,"
                 f" {self.heads}"
             )
 
@@ -230,7 +225,7 @@ class ObjectiveConfig(Settings, resume="fixed"):
     target: TargetKind = "pixels"
     """What is predicted of a patch: its pixels, the largest coefficients of its principal components (paper, table 1d),
     or a --teacher's features. --norm-pix-loss normalises the patches of the first two."""
-    target_dim: int | None = None
+    target_dim: int | None = setting(None, at_least=1)
     """Numbers predicted for a patch with --target pca; default: 96, as in the paper, at most those of a patch."""
     loss: Literal["mse", "l1", "smooth_l1"] = "mse"
     """How far a prediction is from its target: mse (MAE), l1 (SimMIM), smooth_l1."""
@@ -240,9 +235,9 @@ class ObjectiveConfig(Settings, resume="fixed"):
     """The encoder runs on mask tokens too, as BEiT's and SimMIM's does: slower and less accurate (paper, table 1c), for
     comparison."""
 
-    def __post_init__(self) -> None:
-        if self.target_dim is not None and (self.target_dim < 1 or self.target == "pixels"):
-            raise ConfigError(f"--target-dim {self.target_dim} needs --target pca, and is at least 1")
+    def faults(self) -> Iterator[MaeDeployError]:
+        if self.target_dim is not None and self.target == "pixels":
+            yield ConfigError(f"--target-dim {self.target_dim} needs --target pca, not {self.target}")
 
     def width(self, encoder: EncoderConfig) -> int:
         """Numbers predicted for a patch."""
@@ -265,7 +260,8 @@ def check_objective(encoder: EncoderConfig, decoder: DecoderConfig, objective: O
             hint="pass --encoder-mask-tokens with it, as SimMIM does",
         )
     if encoder.band_groups is not None and (objective.target != "pixels" or objective.encoder_mask_tokens):
-        raise ConfigError("--band-groups go with --target pixels, and without --encoder-mask-tokens")
+        given = "--encoder-mask-tokens" if objective.encoder_mask_tokens else f"--target {objective.target}"
+        raise ConfigError(f"--band-groups does not go with {given}", hint="leave one of the two out")
     if objective.target == "pca" and objective.width(encoder) > encoder.patch_dim:
         raise ConfigError(
             f"--target-dim {objective.target_dim} is more than the {encoder.patch_dim} numbers of a patch"

@@ -8,16 +8,13 @@ from mae_deploy.errors import ConfigError
 
 
 def check_shares(keep_ratio: tuple[float, ...] | None) -> None:
-    """Whether these are shares of the patches.
+    """Whether there are shares of the patches, each above 0 and at most 1 as the field's bounds say.
 
     Raises:
-        ConfigError: names the one that is not.
+        ConfigError: there is none.
     """
     if keep_ratio == ():
-        raise ConfigError("--keep-ratio names no share", hint="such as 1,0.5,0.25")
-    for ratio in keep_ratio or ():
-        if not 0 < ratio <= 1:
-            raise ConfigError(f"--keep-ratio {ratio:g} must be above 0 and at most 1")
+        raise ConfigError("--keep-ratio '' must be at least one share", hint="such as 1,0.5,0.25")
 
 
 MaskSampling = Literal["random", "block", "grid"]
@@ -49,7 +46,7 @@ def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
     """
     if keep_ratio is not None and not 0 < keep_ratio[0] <= keep_ratio[1] <= 1:
         raise ConfigError(
-            f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} must be LOW,HIGH, above 0 and at most 1",
+            f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} is not LOW,HIGH, above 0 and at most 1",
             hint="such as 0.15,1, or one share",
         )
 
@@ -63,7 +60,7 @@ def mask_unit(mask_patch_size: int | None, patch_size: int) -> int:
     if mask_patch_size is None:
         return 1
     if mask_patch_size < 1 or mask_patch_size % patch_size:
-        raise ConfigError(f"--mask-patch-size {mask_patch_size} is not a multiple of the patch size {patch_size}")
+        raise ConfigError(f"--mask-patch-size {mask_patch_size} is not a multiple of the patch size, {patch_size}")
     return mask_patch_size // patch_size
 
 
@@ -75,14 +72,14 @@ def check_masking(kind: MaskSampling, mask_ratio: float, grid_size: tuple[int, i
     """
     rows, columns = grid_size
     if not 0 < mask_ratio < 1:
-        raise ConfigError(f"--mask-ratio {mask_ratio} must be above 0 and below 1")
+        raise ConfigError(f"--mask-ratio must be above 0 and below 1, got {mask_ratio:g}")
     if kind != "random" and unit != 1:
-        raise ConfigError(f"--mask-patch-size goes with --mask-sampling random, not {kind}")
+        raise ConfigError(f"--mask-patch-size of {unit} patches goes with --mask-sampling random, not {kind}")
     if rows % unit or columns % unit:
         raise ConfigError(f"--mask-patch-size of {unit} patches does not divide a grid of {rows}x{columns} patches")
     if kind == "grid" and mask_ratio != GRID_MASK_RATIO:
         raise ConfigError(
-            f"--mask-sampling grid keeps one of every four patches, which is not --mask-ratio {mask_ratio}",
+            f"--mask-sampling grid keeps one of every four patches, not --mask-ratio {mask_ratio:g}",
             hint="use --mask-ratio 0.75",
         )
     if kind == "grid" and (rows % 2 or columns % 2):

@@ -63,8 +63,8 @@ def _read_profile(text: str, whole: str) -> Profile:
         match = re.fullmatch(r"([BK]):(\d+),(\d+),(\d+)", part)
         numbers = [int(number) for number in match.groups()[1:]] if match else []
         if match is None or not 1 <= numbers[0] <= numbers[1] <= numbers[2] or match[1] in found:
-            raise ConfigError(f"--profile {whole}", hint=_PROFILE_HINT)
+            raise ConfigError(f"--profile '{whole}' is not min,opt,max", hint=_PROFILE_HINT)
         found[match[1]] = (numbers[0], numbers[1], numbers[2])
     if not found:
-        raise ConfigError(f"--profile {whole}", hint=_PROFILE_HINT)
+        raise ConfigError(f"--profile '{whole}' is not min,opt,max", hint=_PROFILE_HINT)
     return found

@@ -29,17 +29,17 @@ def test_precedence() -> None:
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (DataConfig, {"num_workers": -2}, "--num-workers"),
-        (DataConfig, {"max_corrupt": -1}, "--max-corrupt"),
-        (DataConfig, {"repeated_aug": 0}, "--repeated-aug"),
-        (DataConfig, {"epoch_images": 0}, "--epoch-images"),
-        (CropConfig, {"color_jitter": -0.1}, "--color-jitter -0.1"),
-        (DataConfig, {"crop_pct": 0.0}, "--crop-pct 0.0"),
-        (DataConfig, {"crop_pct": 1.1}, "--crop-pct 1.1"),
-        (CropConfig, {"min_scale": 0.0}, "--min-scale 0.0"),
-        (CropConfig, {"min_scale": 1.5}, "--min-scale 1.5"),
-        (CropConfig, {"hflip": 1.5}, "--hflip"),
-        (CropConfig, {"translate": 1.0}, "--translate"),
+        (DataConfig, {"num_workers": -2}, "--num-workers must be at least -1, got -2"),
+        (DataConfig, {"max_corrupt": -1}, "--max-corrupt must be at least 0, got -1"),
+        (DataConfig, {"repeated_aug": 0}, "--repeated-aug must be at least 1, got 0"),
+        (DataConfig, {"epoch_images": 0}, "--epoch-images must be at least 1, got 0"),
+        (CropConfig, {"color_jitter": -0.1}, "--color-jitter must be at least 0, got -0.1"),
+        (DataConfig, {"crop_pct": 0.0}, "--crop-pct must be above 0 and at most 1, got 0.0"),
+        (DataConfig, {"crop_pct": 1.1}, "--crop-pct must be above 0 and at most 1, got 1.1"),
+        (CropConfig, {"min_scale": 0.0}, "--min-scale must be above 0, got 0.0"),
+        (CropConfig, {"min_scale": 1.5}, "--min-scale 1.5 must be at most max_scale, 1"),
+        (CropConfig, {"hflip": 1.5}, "--hflip must be at least 0 and at most 1, got 1.5"),
+        (CropConfig, {"translate": 1.0}, "--translate must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_impossible_values(config: type[Any], values: dict[str, Any], message: str) -> None:

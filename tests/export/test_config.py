@@ -59,9 +59,11 @@ def test_tokens(tokens: str, mode: str, keep: int | None) -> None:
     ],
 )
 def test_tokens_that_mean_nothing(tokens: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--tokens {tokens}$") as caught:
+    with pytest.raises(
+        ConfigError, match=f"^--tokens '{re.escape(tokens)}' is not full, visible, ragged or reconstruct$"
+    ) as caught:
         settings(tokens=tokens)
-    assert caught.value.hint == "write full, visible, ragged or reconstruct, or visible:K such as visible:49"
+    assert "visible:49" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize(("batch", "fixed"), [("dynamic", None), ("1", 1), ("17", 17)])
@@ -71,7 +73,7 @@ def test_batch(batch: str, fixed: int | None) -> None:
 
 @pytest.mark.parametrize("batch", ["0", "-1", "1.5", "many", "", "²"])
 def test_batches_that_mean_nothing(batch: str) -> None:
-    with pytest.raises(ConfigError, match=f"--batch {batch}"):
+    with pytest.raises(ConfigError, match=f"--batch '{batch}' is not a whole number of at least 1, or dynamic"):
         settings(batch=batch)
 
 
@@ -117,7 +119,7 @@ def test_more_patches_than_the_image_has(more: dict[str, Any]) -> None:
     ],
 )
 def test_profiles_that_mean_nothing(profile: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--profile {re.escape(profile)}$") as caught:
+    with pytest.raises(ConfigError, match=f"^--profile '{re.escape(profile)}' is not min,opt,max$") as caught:
         settings(tokens="visible", profile=profile)
     assert (
         caught.value.hint
@@ -210,23 +212,23 @@ def test_what_a_version_of_tensorrt_reads(
     ("more", "said"),
     [
         ({"build": False}, "--no-build with --engine onnx"),
-        ({"engine": "openvino", **int8(calib_data=DATA, prefer="fp16")}, "--prefer with --engine openvino"),
-        ({"tensorrt": BuildOptions(workspace=1)}, "settings of TensorRT with --engine onnx"),
+        ({"engine": "openvino", **int8(calib_data=DATA, prefer="fp16")}, "--prefer fp16 with --engine openvino"),
+        ({"tensorrt": BuildOptions(workspace=1)}, "--workspace 1 with --engine onnx"),
         (
             {"precision": "fp8", "int8": Int8Config(calib_data=DATA)},
             "--precision fp8 with --engine onnx: only TensorRT computes in FP8",
         ),
         (
-            {"engine": "trt", **int8(quantization="dynamic")},
+            {"engine": "trt", **int8(quantization="dynamic", calib_data=DATA), "typing": "weak"},
             "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",
         ),
-        ({"engine": "trt", **int8()}, "static INT8 needs --calib-data"),
-        ({"engine": "trt", "precision": "fp8"}, "FP8 needs --calib-data"),
+        ({"engine": "trt", **int8()}, "--precision int8 with static ranges needs --calib-data"),
+        ({"engine": "trt", "precision": "fp8"}, "--precision fp8 with static ranges needs --calib-data"),
         (
             {"engine": "trt", "precision": "fp8", "int8": Int8Config(calib_data=DATA, calib_method="entropy")},
-            "FP8 has ranges of its own, the largest magnitudes",
+            "--calib-method entropy with --precision fp8, whose ranges are the largest magnitudes",
         ),
-        ({"engine": "trt", "int8": Int8Config(prefer="fp16")}, "settings of INT8 are given with --precision fp32"),
+        ({"engine": "trt", "int8": Int8Config(prefer="fp16")}, "--prefer fp16 with --precision fp32"),
     ],
 )
 def test_what_tensorrt_alone_has_and_what_it_has_not(more: dict[str, Any], said: str) -> None:
@@ -256,14 +258,15 @@ def test_the_installed_tensorrt_is_found_without_importing_it(monkeypatch: pytes
 
 
 def test_an_output_named_twice() -> None:
-    with pytest.raises(ConfigError, match="--outputs cls,pooled,cls names an output twice"):
+    with pytest.raises(ConfigError, match="--outputs cls,pooled,cls must name each once"):
         settings(outputs=("cls", "pooled", "cls"))
 
 
 @pytest.mark.parametrize("layers", [(3, 5, 3), (-1,), (0, -2)])
 def test_blocks_that_there_are_not(layers: tuple[int, ...]) -> None:
+    given = ",".join(map(str, layers))
     with pytest.raises(
-        ConfigError, match=f"--layers {','.join(map(str, layers))} must be block numbers from 0, each once"
+        ConfigError, match=rf"--layers {given} must name each once|each of --layers must be at least 0, got {given}"
     ):
         settings(layers=layers)
 
@@ -274,20 +277,20 @@ def test_blocks(layers: tuple[int, ...] | None) -> None:
 
 
 def test_no_samples_at_all() -> None:
-    with pytest.raises(ConfigError, match="--num-samples 0 must be at least 1"):
+    with pytest.raises(ConfigError, match="--num-samples must be at least 1, got 0"):
         settings(num_samples=0)
 
 
 @pytest.mark.parametrize("threads", [0, -2])
 def test_no_threads_at_all(threads: int) -> None:
     """Said before PyTorch has worked for minutes."""
-    with pytest.raises(ConfigError, match=f"--threads {threads} must be at least 1"):
+    with pytest.raises(ConfigError, match=f"--threads must be at least 1, got {threads}"):
         settings(threads=threads)
     assert settings(threads=1).threads == 1
 
 
 def test_a_seed_that_numpy_does_not_take() -> None:
-    with pytest.raises(ConfigError, match="--seed -1 must be at least 0"):
+    with pytest.raises(ConfigError, match="--seed must be at least 0, got -1"):
         settings(seed=-1)
 
 
@@ -301,9 +304,8 @@ def test_how_many_samples(more: dict[str, Any], count: int) -> None:
 @pytest.mark.parametrize("field", ["images", "features"])
 @pytest.mark.parametrize("more", [{}, {"precision": "bf16"}, int8()])
 def test_halves_in_or_out_of_another_precision(field: str, more: dict[str, Any]) -> None:
-    with pytest.raises(
-        ConfigError, match=f"--images and --features float16 need --precision fp16, not {more.get('precision', 'fp32')}"
-    ):
+    precision = more.get("precision", "fp32")
+    with pytest.raises(ConfigError, match=f"--{field} float16 needs --precision fp16, not {precision}"):
         settings(**{field: "float16"}, **more)
     assert getattr(settings(**{field: "float16"}, precision="fp16"), field) == "float16"
 
@@ -365,7 +367,7 @@ def test_the_faster_int8_of_an_engine(more: dict[str, Any], policy: str) -> None
     "more", [int8(quantization="static"), {**int8(), "engine": "openvino"}, {**int8(), "typing": "strong"}]
 )
 def test_static_int8_needs_images(more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="static INT8 needs --calib-data") as caught:
+    with pytest.raises(ConfigError, match="--precision int8 with static ranges needs --calib-data") as caught:
         settings(**more)
     assert caught.value.hint == "a folder of at least 128 images like those that the model will see"
 
@@ -379,14 +381,16 @@ def test_static_int8_needs_images(more: dict[str, Any]) -> None:
     ],
 )
 def test_what_dynamic_int8_has_not(more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="dynamic INT8 has neither strong typing nor INT8 attention"):
+    with pytest.raises(ConfigError, match="--(typing strong|int8-attention) with dynamic INT8, which does not have it"):
         settings(**more)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("more", [{"calib_data": DATA}, {"max_drop": 1.0}, {"search": False}])
 def test_settings_of_int8_in_another_precision(precision: str, more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=f"settings of INT8 are given with --precision {precision}"):
+    with pytest.raises(
+        ConfigError, match=f"^--(calib-data {DATA}|max-drop 1.0|no-search) with --precision {precision}$"
+    ):
         settings(precision=precision, int8=Int8Config(**more))
 
 
@@ -400,10 +404,10 @@ def test_what_is_learned_from_images_needs_some() -> None:
     ("name", "value", "limits"),
     [
         ("calib_images", 127, "at least 128"),
-        ("calib_percentile", 49, "within 50 and 100"),
-        ("calib_percentile", 100.1, "within 50 and 100"),
-        ("smooth_alpha", -0.1, "within 0 and 1"),
-        ("smooth_alpha", 1.1, "within 0 and 1"),
+        ("calib_percentile", 49, "at least 50 and at most 100"),
+        ("calib_percentile", 100.1, "at least 50 and at most 100"),
+        ("smooth_alpha", -0.1, "at least 0 and at most 1"),
+        ("smooth_alpha", 1.1, "at least 0 and at most 1"),
         ("max_drop", -0.5, "at least 0 and below 100"),
         ("max_drop", 100, "at least 0 and below 100"),
         ("min_cosine", 1.1, "above 0 and at most 1"),
@@ -415,7 +419,7 @@ def test_what_is_learned_from_images_needs_some() -> None:
     ],
 )
 def test_numbers_out_of_range(name: str, value: float, limits: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} {value:g} must be {limits}$"):
+    with pytest.raises(ConfigError, match=rf"^--{name.replace('_', '-')} must be {limits}, got {value:g}$"):
         Int8Config(**{name: value})  # type: ignore[arg-type]
 
 

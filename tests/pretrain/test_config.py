@@ -41,7 +41,7 @@ def test_the_papers_recipes_are_the_defaults() -> None:
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, -0.1])
 def test_mask_ratios_that_are_none(ratio: float) -> None:
-    with pytest.raises(ConfigError, match=f"--mask-ratio {ratio} must be above 0"):
+    with pytest.raises(ConfigError, match=f"--mask-ratio must be above 0 and below 1, got {ratio}"):
         pretraining(HERE, HERE, mask_ratio=ratio)
 
 
@@ -55,10 +55,10 @@ def test_mask_ratios_that_leave_nothing() -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"drop_path": 1.0}, "--drop-path 1.0"),
-        ({"label_smoothing": -0.1}, "--label-smoothing -0.1"),
-        ({"reprob": 1.0}, "--reprob 1.0"),
-        ({"mixup": -1.0}, "--mixup and --cutmix"),
+        ({"drop_path": 1.0}, "--drop-path must be at least 0 and below 1, got 1.0"),
+        ({"label_smoothing": -0.1}, "--label-smoothing must be at least 0 and below 1, got -0.1"),
+        ({"reprob": 1.0}, "--reprob must be at least 0 and below 1, got 1.0"),
+        ({"mixup": -1.0}, "--mixup must be at least 0, got -1.0"),
     ],
 )
 def test_impossible_regularisation(values: dict[str, Any], message: str) -> None:
@@ -76,11 +76,11 @@ def test_none_turns_rand_augment_off() -> None:
     [
         ({"mask_sampling": "grid", "mask_ratio": 0.75}, "even number of patches down and across, not 3x2"),
         ({"mask_sampling": "block"}, "at least 4x4 patches"),
-        ({"mask_patch_size": 7}, "--mask-patch-size 7 is not a multiple of the patch size 5"),
+        ({"mask_patch_size": 7}, "--mask-patch-size 7 is not a multiple of the patch size, 5"),
         ({"mask_patch_size": 10}, "does not divide a grid of 3x2"),
         ({"decoder": DecoderConfig(decoder_depth=0)}, "--decoder-depth 0 leaves masked patches"),
-        ({"objective": ObjectiveConfig(target="features")}, "--target features and --teacher go together"),
-        ({"teacher": HERE}, "--target features and --teacher go together"),
+        ({"objective": ObjectiveConfig(target="features")}, "--target features needs --teacher"),
+        ({"teacher": HERE}, f"--teacher {HERE} needs --target features, not pixels"),
         (
             {"teacher": HERE, "objective": ObjectiveConfig(target="features", target_dim=3)},
             "--target-dim 3 cannot be chosen",
@@ -97,8 +97,8 @@ def test_objectives_that_do_not_go_together(values: dict[str, Any], message: str
 
 
 def test_other_numbers() -> None:
-    with pytest.raises(ConfigError, match="--pictures-every"):
+    with pytest.raises(ConfigError, match="--pictures-every must be at least 1, got 0"):
         pretraining(HERE, HERE, pictures_every=0)
     for decay in (0.0, 1.1):
-        with pytest.raises(ConfigError, match=f"--layer-decay {decay}"):
+        with pytest.raises(ConfigError, match=f"--layer-decay must be above 0 and at most 1, got {decay}"):
             FinetuneConfig(data=HERE, out=HERE, init=HERE, layer_decay=decay)

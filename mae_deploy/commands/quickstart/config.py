@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from mae_deploy.config import Settings
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.training.config import Device
 
 
@@ -23,6 +24,6 @@ class QuickstartConfig(Settings, resume="never"):
     device: Device = "auto"
     """Where to compute; auto takes the GPU where there is one."""
 
-    def __post_init__(self) -> None:
+    def faults(self) -> Iterator[MaeDeployError]:
         if not self.seeds:
-            raise ConfigError("--seeds needs at least one seed")
+            yield ConfigError("--seeds '' must be at least one seed, such as 0,1,2")

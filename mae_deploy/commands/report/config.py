@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.export.config import Int8Config
 from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device
@@ -26,14 +27,14 @@ class ReportConfig(Settings):
     off."""
     engine: Literal["onnx", "openvino"] = setting("onnx", resume="fixed", basic=True)
     """Engine that the bundles are made for, evaluated and timed on: ONNX Runtime or OpenVINO."""
-    keep_ratio: tuple[float, ...] | None = setting(None, resume="fixed", basic=True)
+    keep_ratio: tuple[float, ...] | None = setting(None, resume="fixed", basic=True, above=0, at_most=1)
     """Shares of the patches to evaluate and time, separated by commas, a row for each; default: those that a run was
     trained on with --keep-ratio, else 1."""
-    repeats: int = setting(50, resume="free", basic=True)
+    repeats: int = setting(50, resume="free", basic=True, at_least=1)
     """Timed rounds of one image; FP32 and INT8 of all rows take turns."""
-    warmup: int = setting(5, resume="free")
+    warmup: int = setting(5, resume="free", at_least=0)
     """Rounds before them that are not timed."""
-    threads: int | None = setting(None, resume="free", basic=True)
+    threads: int | None = setting(None, resume="free", basic=True, at_least=1)
     """CPU threads of the engine; default: one for each core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
     """CPU cores that the engine is bound to while it is evaluated and timed, e.g. 0,1 (Linux); default: any."""
@@ -43,9 +44,7 @@ class ReportConfig(Settings):
     device: Device = setting("cpu", resume="free", basic=True)
     """Where PyTorch computes what the graphs are compared with, and the engine its answers: auto, cpu or cuda."""
 
-    def __post_init__(self) -> None:
-        check_shares(self.keep_ratio)
-        if self.repeats < 1 or self.warmup < 0:
-            raise ConfigError("--repeats must be at least 1, --warmup at least 0")
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_shares(self.keep_ratio))
         if self.int8.max_drop is None:
-            raise ConfigError("report accepts INT8 by --max-drop", hint="0.5 by default")
+            yield ConfigError("int8.max_drop None must be a number: report rejects INT8 by it", hint="0.5 by default")

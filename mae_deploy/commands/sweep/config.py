@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.errors import ConfigError
-from mae_deploy.evaluation.config import FeaturesConfig, _check_knn, _check_share
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.training.config import Device
 
 
@@ -21,7 +22,7 @@ class SweepConfig(Settings):
     train without their labels."""
     out: Path = setting(resume="free")
     """Folder of the experiment; the same command goes on where it was stopped."""
-    mask_ratio: tuple[float, ...] | None = setting(None, resume="free", basic=True)
+    mask_ratio: tuple[float, ...] | None = setting(None, resume="free", basic=True, above=0, below=1)
     """Mask ratios to try, separated by commas: the paper's figure 5."""
     over: str | None = setting(None, resume="free", basic=True, metavar="SETTING=VALUE,…")
     """Any other setting of pretraining and its values, such as decoder.decoder_depth=1,2,4,8 or
@@ -48,11 +49,11 @@ class SweepConfig(Settings):
     """Any setting of fine-tuning as section.key=value; may be repeated."""
     scratch: bool = setting(False, resume="fixed")
     """Also fine-tune the same network from random weights, for a line to compare with."""
-    k: int = setting(20, resume="fixed")
+    k: int = setting(20, resume="fixed", at_least=1)
     """Neighbours that vote."""
-    temperature: float = setting(0.07, resume="fixed")
+    temperature: float = setting(0.07, resume="fixed", above=0)
     """A neighbour's vote is exp(cosine / temperature)."""
-    held_out: float = setting(0.2, resume="fixed")
+    held_out: float = setting(0.2, resume="fixed", above=0, below=1)
     """Share of the labelled training images on which the linear probe chooses its regularisation."""
     seeds: tuple[int, ...] = setting((0,), resume="free", basic=True)
     """Seeds; each pretrains and evaluates anew, and the curve shows their mean and range."""
@@ -62,15 +63,16 @@ class SweepConfig(Settings):
     """Where to compute; auto takes the GPU where there is one."""
     features: FeaturesConfig = section(FeaturesConfig)
 
-    def __post_init__(self) -> None:
-        if (self.mask_ratio is None) == (self.over is None):
-            raise ConfigError(
-                "sweep needs what to vary, once",
-                hint="such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8",
-            )
+    def faults(self) -> Iterator[MaeDeployError]:
+        hint = "such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8"
+        if self.mask_ratio is None and self.over is None:
+            yield ConfigError("--mask-ratio or --over is missing: what to vary", hint=hint)
+        if self.mask_ratio is not None and self.over is not None:
+            yield ConfigError(f"--over {self.over} does not go with --mask-ratio: one setting is varied", hint=hint)
         if not self.seeds or len({*self.seeds}) < len(self.seeds):
-            raise ConfigError("--seeds needs at least one seed, and each once")
+            given = ",".join(map(str, self.seeds))
+            yield ConfigError(f"--seeds '{given}' must be at least one seed, and each once")
         if not (self.knn or self.linear != "none" or self.finetune):
-            raise ConfigError("nothing would be judged", hint="leave one of --knn, --linear and --finetune on")
-        _check_knn((self.k,), self.temperature)
-        _check_share(self.held_out)
+            yield ConfigError(
+                "--no-knn, --linear none and --no-finetune leave nothing to evaluate", hint="leave one of them out"
+            )

@@ -5,17 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from mae_deploy.config import Settings
-from mae_deploy.errors import ConfigError
+from mae_deploy.config import Settings, setting
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuildOptions(Settings, resume="never"):
     """TensorRT."""
 
-    workspace: int = 4096
+    workspace: int = setting(4096, at_least=1)
     """Memory in MiB that a kernel may work in; a GPU with less gives what it has."""
-    optimization_level: int | None = None
+    optimization_level: int | None = setting(None, at_least=0, at_most=5)
     """From 0 (short build) to 5 (long build, every kernel tried); default: TensorRT's own, 3."""
     timing_cache: str = "auto"
     """Folder where timings of kernels are kept for the next build, in a file for each TensorRT version, GPU and set of
@@ -30,9 +29,3 @@ class BuildOptions(Settings, resume="never"):
     later)."""
     refit: bool = False
     """Let other weights be put into the engine later."""
-
-    def __post_init__(self) -> None:
-        if self.workspace < 1:
-            raise ConfigError(f"--workspace {self.workspace} must be at least 1 MiB")
-        if self.optimization_level is not None and not 0 <= self.optimization_level <= 5:
-            raise ConfigError(f"--optimization-level {self.optimization_level} must be within 0 and 5")

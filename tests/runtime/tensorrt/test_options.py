@@ -63,9 +63,9 @@ def test_a_graph_of_all_patches_has_one_range() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"workspace": 0}, "--workspace 0"),
-        ({"optimization_level": 6}, "--optimization-level 6"),
-        ({"optimization_level": -1}, "--optimization-level -1"),
+        ({"workspace": 0}, "--workspace must be at least 1, got 0"),
+        ({"optimization_level": 6}, "--optimization-level must be at least 0 and at most 5, got 6"),
+        ({"optimization_level": -1}, "--optimization-level must be at least 0 and at most 5, got -1"),
     ],
 )
 def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
