@@ -306,12 +306,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
-    known = isinstance(error, MaeDeployError)
-    message = " ".join(str(error).split())
-    print(f"error: {message if known else f'{type(error).__name__}: {message}'}", file=sys.stderr)
-    hint = error.hint if isinstance(error, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback"
-    if hint:
-        print(f"hint: {hint}", file=sys.stderr)
+    for one in error.errors if isinstance(error, MaeDeployError) else (error,):
+        known = isinstance(one, MaeDeployError)
+        message = " ".join(str(one).split())
+        print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
+        if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
+            print(f"hint: {hint}", file=sys.stderr)
     return error.exit_code if isinstance(error, MaeDeployError) else 1
 
 

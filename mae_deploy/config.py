@@ -391,9 +391,11 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
     elif get_origin(kind) is Literal:
         if value in get_args(kind):
             return value
-        choices = ", ".join(map(str, get_args(kind)))
+        choices = [str(choice) for choice in get_args(kind)]
+        close = difflib.get_close_matches(str(value), choices, n=1)
         raise ConfigError(
-            f"{where} {value!r} is not one of {choices}", hint=nearest(str(value), [str(c) for c in get_args(kind)])
+            f"{where} {value!r} is not one of {', '.join(choices)}",
+            hint=f"did you mean '{close[0]}'?" if close else None,
         )
     elif get_origin(kind) is tuple:
         return _coerce_tuple(get_args(kind), value, where)

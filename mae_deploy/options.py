@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import os
@@ -21,12 +22,13 @@ from mae_deploy.config import (
     from_dict,
     is_required,
     merge,
+    option_name,
     optional_of,
     parse_assignment,
     read_recipe,
     to_yaml,
 )
-from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.errors import ConfigError, MaeDeployError, raise_all
 from mae_deploy.files import write_text
 from mae_deploy.help_page import Entry, page
 from mae_deploy.results import as_text, show
@@ -108,8 +110,7 @@ def flags_of(
         found.append(
             Flag(
                 path=(*path, field.name),
-                name=field.metadata.get("flag")
-                or (field.name.upper() if argument else f"--{field.name.replace('_', '-')}"),
+                name=option_name(field),
                 kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
@@ -177,6 +178,39 @@ class _Command(TyperCommand):
     """A command whose help page is made from its flags."""
 
     flags: list[Flag]
+    allow_extra_args = True  # they are reported with all else that is wrong
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Read the options; what is wrong with them is kept for `_runner`, which reports it with all the rest."""
+        found: list[MaeDeployError] = []
+        ctx.meta[_USAGE] = found
+        while True:
+            try:
+                extra = super().parse_args(ctx, list(args))
+            except Exception as error:  # Typer brings click's own classes, or click does, by version
+                if (option := getattr(error, "option_name", None)) is None:
+                    raise
+                args = self._without(option, args, found)
+                continue
+            unknown = any(error.hint == _LISTED for error in found)
+            # Behind an unknown option stands its value, or not: nobody knows.
+            found += [ConfigError(f"unexpected argument '{word}'") for word in extra if not unknown]
+            return []
+
+    def _without(self, option: str, args: list[str], found: list[MaeDeployError]) -> list[str]:
+        """The arguments without an option that cannot be read, and without its value where the nearest one has one."""
+        at = next(i for i, word in enumerate(args) if word.partition("=")[0] == option or option == word[:2] != "--")
+        spellings = {name: flag for flag in self.flags for name in flag.spelling.split("/") if name.startswith("-")}
+        after = args[at + 1 :]
+        if option in spellings or option.replace("--no-", "--", 1) in spellings:
+            given = args[at].partition("=")[2]
+            found.append(ConfigError(f"{option} takes no value, got '{given}'" if given else f"{option} needs a value"))
+            return args[:at] + after
+        close = difflib.get_close_matches(option, spellings, n=1)
+        hint = f"did you mean '{close[0]}'?" if close else _LISTED
+        found.append(ConfigError(f"there is no option '{args[at]}'", hint=hint))
+        takes = bool(close) and spellings[close[0]].kind is not bool and "=" not in args[at]
+        return args[:at] + after[1 if takes else 0 :]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
         arguments = [f"{flag.name}..." if _several(flag) else flag.name for flag in self.flags if flag.argument]
@@ -223,7 +257,7 @@ def _build(
     flags = flags_of(config)
     run = _runner(function, config, flags, recipes)
     flags = [*flags, *(_RECIPE_FLAGS if recipes else []), _JSON_FLAG]
-    parameters = [*(_parameter(flag, completions.get(flag.takes)) for flag in flags), _HELP_ALL]
+    parameters = [_CONTEXT, *(_parameter(flag, completions.get(flag.takes)) for flag in flags), _HELP_ALL]
     run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     run.__annotations__ = {p.name: p.annotation for p in parameters}
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -234,23 +268,23 @@ def _build(
 
 
 def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], recipes: bool) -> Callable[..., None]:
-    def run(**given: Any) -> None:
+    def run(context: typer.Context, **given: Any) -> None:
         as_json = bool(given.pop("as_json"))
         given.pop("help_all")
         dump: Path | None = given.pop("dump_config", None)
-        values: dict[str, Any] = {}
-        if recipes:
-            recipe: str | None = given.pop("recipe")
-            values = read_recipe(recipe) if recipe else {}
-            for assignment in given.pop("assignments") or []:
-                values = merge(values, parse_assignment(assignment))
+        found: list[MaeDeployError] = context.meta[_USAGE]
+        values = _from_recipes(given.pop("recipe"), given.pop("assignments") or [], found) if recipes else {}
+        names: dict[str, str] = {}
         for flag in flags:
             if (value := given[flag.variable]) is not None:
                 values = merge(values, _nest(flag.path, value))
-        for flag in flags:
-            if flag.required and not _has(values, flag.path):
-                raise ConfigError(f"{flag.name} is missing", hint=flag.help)
-        settings = from_dict(config, values)
+                names[".".join(flag.path)] = flag.name
+        try:
+            settings = from_dict(config, values, flags=names)
+        except ConfigError as error:
+            said = {str(one).partition(" ")[0] for one in found}
+            found += [one for one in error.errors if str(one) not in {f"{name} is missing" for name in said}]
+        raise_all(found)
         if dump is not None:
             write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
             return
@@ -266,8 +300,26 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
     return run
 
 
+def _from_recipes(recipe: str | None, assignments: list[str], found: list[MaeDeployError]) -> dict[str, Any]:
+    """The settings of `--recipe`, and those of `--set` on top; what is wrong with these is added to `found`."""
+    values: dict[str, Any] = {}
+    if recipe is not None:
+        try:
+            values = read_recipe(recipe)
+        except ConfigError as error:
+            raise_all([*found, *error.errors])  # what it leaves out would all be reported as missing
+    for assignment in assignments:
+        try:
+            values = merge(values, parse_assignment(assignment))
+        except ConfigError as error:
+            found += error.errors
+    return values
+
+
 def _parameter(flag: Flag, complete: Callable[[str], Iterable[str]] | None) -> inspect.Parameter:
-    kind: Any = flag.kind
+    kind = _text(flag.kind)
+    if get_origin(flag.kind) is Literal:
+        complete = functools.partial(_starting_with, get_args(flag.kind))
     # Typer tells a completer's arguments by their names.
     completer = None if complete is None else lambda incomplete: list(complete(incomplete))
     if flag.argument:
@@ -278,6 +330,10 @@ def _parameter(flag: Flag, complete: Callable[[str], Iterable[str]] | None) -> i
         info = typer.Option(names, help=flag.help, hidden=flag.unused, autocompletion=completer)
     annotation = Annotated[Optional[kind], info]  # noqa: UP045  (a Literal has no | operator on Python 3.10)
     return inspect.Parameter(flag.variable, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation)
+
+
+def _starting_with(choices: tuple[Any, ...], incomplete: str) -> list[str]:
+    return [str(choice) for choice in choices if str(choice).startswith(incomplete)]
 
 
 def _several(flag: Flag) -> bool:
@@ -310,6 +366,13 @@ def _typer_kind(kind: Any, several: bool) -> Any:
     if get_origin(kind) is not tuple:
         return kind
     return list[get_args(kind)[0]] if several else str  # type: ignore[misc]
+
+
+def _text(kind: Any) -> Any:
+    """What Typer reads it as: text, which the settings check, with all that is wrong at once."""
+    if kind in (bool, Path):
+        return kind
+    return list[_text(get_args(kind)[0])] if get_origin(kind) is list else str  # type: ignore[misc]
 
 
 def _common(variable: str, name: str, kind: Any, takes: str, help: str, *, basic: bool = True) -> Flag:
@@ -361,6 +424,13 @@ def _show_all(ctx: typer.Context, value: bool) -> None:
         raise typer.Exit
 
 
+_USAGE = "mae_deploy.usage"
+"""Key of Click's context for what is wrong with the options themselves."""
+
+_LISTED = "--help-all lists the options"
+
+_CONTEXT = inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+
 _HELP_ALL = inspect.Parameter(
     "help_all",
     inspect.Parameter.KEYWORD_ONLY,
@@ -375,11 +445,3 @@ def _nest(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     for part in reversed(path):
         value = {part: value}
     return dict(value)
-
-
-def _has(values: dict[str, Any], path: tuple[str, ...]) -> bool:
-    for part in path:
-        if not isinstance(values, dict) or part not in values:
-            return False
-        values = values[part]
-    return True

@@ -130,7 +130,7 @@ def test_help_is_0_and_nothing_is_2(capsys: pytest.CaptureFixture[str]) -> None:
         (["pretrain", "--batch-sizes", "3"], "--batch-size"),
         (["pretrain", "images", "--seed", "x"], "--seed"),
         (["pretrain", "images", "--device", "tpu"], "cuda"),
-        (["doctor", "more"], "unexpected extra argument"),
+        (["doctor", "more"], "unexpected argument"),
     ],
 )
 def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

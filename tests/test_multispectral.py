@@ -162,9 +162,9 @@ def test_unreadable_scenes_are_named_and_left_out(command: Command, capsys: pyte
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--picture-bands", "3,2"), "--picture-bands 3,2 of 5 channels"),
-        (("--picture-bands", "3,2,5"), "--picture-bands 3,2,5 of 5 channels"),
-        (("--pixel-max", 0), "--pixel-max 0 must be above 0"),
+        (("--picture-bands", "3,2"), "--picture-bands 3,2 is not one or three of the channels 0 to 4"),
+        (("--picture-bands", "3,2,5"), "--picture-bands 3,2,5 is not one or three of the channels 0 to 4"),
+        (("--pixel-max", 0), "--pixel-max must be above 0, got 0"),
         (("--band-groups", "0,1"), "names band 2 0 times"),
         (("--color-jitter", 0.3), "colours of 5 channels with --pixel-max cannot be augmented"),
     ],

@@ -146,9 +146,9 @@ def test_an_engine_that_is_refused(
     ("arguments", "said"),
     [
         (["--profile", "B:2,1,3"], "--profile B:2,1,3"),
-        (["--workspace", "0"], "--workspace 0 must be at least 1 MiB"),
-        (["--optimization-level", "7"], "--optimization-level 7 must be within 0 and 5"),
-        (["--precision", "fp32", "--prefer", "fp16"], "--prefer fp16 has no meaning with --precision fp32"),
+        (["--workspace", "0"], "--workspace must be at least 1, got 0"),
+        (["--optimization-level", "7"], "--optimization-level must be at least 0 and at most 5, got 7"),
+        (["--precision", "fp32", "--prefer", "fp16"], "--prefer fp16 does not go with --precision fp32"),
     ],
 )
 def test_usage(bundle: Path, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -275,7 +275,7 @@ def test_a_suffix_that_is_not_written(
 @pytest.mark.parametrize(
     ("name", "arguments", "said"),
     [
-        ("classifier", ["--top-k", "0"], "--top-k 0 must be at least 1"),
+        ("classifier", ["--top-k", "0"], "--top-k must be at least 1, got 0"),
         ("classifier", ["--keep", "0,1"], "this bundle's graph takes every patch, so keep cannot be used"),
         ("classifier", ["--num-keep", "3"], "this bundle's graph takes every patch, so num_keep cannot be used"),
         ("classifier", ["--outputs", "tokens"], "no output 'tokens'"),

@@ -369,7 +369,7 @@ def test_more_components_than_numbers_are_refused() -> None:
         MaskedAutoencoder(ENCODER, DECODER, objective=ObjectiveConfig(target="pca", target_dim=13))
     with pytest.raises(ConfigError, match="--target-dim 5 needs --target pca"):
         ObjectiveConfig(target_dim=5)
-    with pytest.raises(ConfigError, match="--target-dim 0"):
+    with pytest.raises(ConfigError, match="--target-dim must be at least 1, got 0"):
         ObjectiveConfig(target="pca", target_dim=0)
 
 

@@ -245,17 +245,17 @@ def test_every_preset_fits_a_multiple_of_its_patch(name: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message", "hint"),
     [
-        ({"name": "vit_bass_patch16"}, "unknown model 'vit_bass_patch16'", "vit_base_patch16"),
+        ({"name": "vit_bass_patch16"}, "--model 'vit_bass_patch16' is not a known model", "vit_base_patch16"),
         (
             {"image_size": (224, 230)},
-            "image size 224x230 is not a multiple of the patch size 16",
+            "--image-size 224,230 is not a multiple of the patch size, 16",
             "the nearest is 224,224",
         ),
-        ({"image_size": (0, 224)}, "must be at least 1", None),
+        ({"image_size": (0, 224)}, "each of --image-size must be at least 1, got 0,224", None),
         ({"depth": 11}, "model 'vit_base_patch16' has depth 12, not 11", "a name of its own"),
         (
             {"name": "odd", "patch_size": 2, "embed_dim": 20, "depth": 1, "num_heads": 3},
-            "embed_dim 20 must be a multiple of 4 and of num_heads 3",
+            "embed_dim 20 must be a multiple of 4 and of num_heads, 3",
             None,
         ),
         (

@@ -292,7 +292,7 @@ def test_a_run_on_any_number_of_patches(classes: Path, pretrained: Path, tmp_pat
 
 def test_shares_of_the_patches_in_order(classes: Path, tmp_path: Path) -> None:
     for low, high in ((0.5, 0.2), (0.0, 1.0), (0.5, 1.2)):
-        with pytest.raises(ConfigError, match=f"--keep-ratio {low:g},{high:g} must be LOW,HIGH"):
+        with pytest.raises(ConfigError, match=f"--keep-ratio {low:g},{high:g} is not LOW,HIGH"):
             finetuning(
                 classes, tmp_path / "run", None, from_scratch=True, model="vit_nano_patch4", keep_ratio=(low, high)
             )

@@ -211,13 +211,13 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": 0}, "--epochs"),
-        ({"batch_size": 0}, "--batch-size"),
-        ({"accum_iter": 0}, "--accum-iter"),
-        ({"lr": -1.0}, "--lr -1.0"),
-        ({"weight_decay": -0.1}, "--weight-decay -0.1"),
-        ({"clip_grad": 0.0}, "--clip-grad 0.0"),
-        ({"ema": 1.0}, "--ema 1.0"),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
+        ({"accum_iter": 0}, "--accum-iter must be at least 1, got 0"),
+        ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),
+        ({"weight_decay": -0.1}, "--weight-decay must be at least 0, got -0.1"),
+        ({"clip_grad": 0.0}, "--clip-grad must be above 0, got 0.0"),
+        ({"ema": 1.0}, "--ema must be above 0 and below 1, got 1.0"),
     ],
 )
 def test_impossible_settings(values: dict[str, Any], message: str) -> None:
@@ -227,16 +227,16 @@ def test_impossible_settings(values: dict[str, Any], message: str) -> None:
 
 @pytest.mark.parametrize("name", ["checkpoint_every", "keep_checkpoints", "eval_every", "checkpoint_minutes"])
 def test_impossible_intervals(name: str) -> None:
-    with pytest.raises(ConfigError, match="must be above 0"):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} must be (at least 1|above 0), got 0"):
         LoopConfig(**{name: 0})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"max_skips": 0}, "--max-skips"),
-        ({"max_rollbacks": -1}, "--max-rollbacks"),
-        ({"tracker": ("wandb", "comet")}, "--tracker comet is not one of wandb, mlflow"),
+        ({"max_skips": 0}, "--max-skips must be at least 1, got 0"),
+        ({"max_rollbacks": -1}, "--max-rollbacks must be at least 0, got -1"),
+        ({"tracker": ("wandb", "comet")}, "--tracker 'comet' is not one of wandb, mlflow"),
         ({"sharding": "fsdp2", "precision": "fp16"}, "fsdp2 does not work with --precision fp16"),
     ],
 )

@@ -119,10 +119,10 @@ def test_steps_that_differ_fail(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--mask-ratio", "1"), "must be above 0 and below 1"),
+        (("--mask-ratio", "1"), "--mask-ratio must be above 0 and below 1, got 1"),
         (("--mask-ratio", "0.99"), "leaves none to see"),
-        (("--steps", "0"), "must be at least 1"),
-        (("--band-groups", "0;1,2"), "no --band-groups"),
+        (("--steps", "0"), "--steps must be at least 1, got 0"),
+        (("--band-groups", "0;1,2"), "--band-groups 0;1,2: benchmark-train compares with an autoencoder without"),
     ],
 )
 def test_what_cannot_be_timed_is_refused(more: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -199,11 +199,14 @@ def test_too_many_broken_files(images: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"short_side": 0}, "--short-side must be at least 1"),
-        ({"quality": 0}, "--quality 0"),
-        ({"encoding": "jpeg", "in_chans": 5}, "--encoding jpeg"),
-        ({"encoding": "png", "pixel_max": 1.0}, "--encoding png"),
-        ({"num_workers": -2}, "--num-workers"),
+        ({"short_side": 0}, "--short-side must be at least 1, got 0"),
+        ({"quality": 0}, "--quality must be at least 1 and at most 100, got 0"),
+        ({"encoding": "jpeg", "in_chans": 5}, "--encoding jpeg holds 1 or 3 channels of 8 bits, not --in-chans 5"),
+        (
+            {"encoding": "png", "pixel_max": 1.0},
+            "--encoding png holds 1 or 3 or 4 channels of 8 bits, not --pixel-max 1",
+        ),
+        ({"num_workers": -2}, "--num-workers must be at least -1, got -2"),
     ],
 )
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:

@@ -191,7 +191,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
 ) -> None:
     out = tmp_path / "sweep"
     for more, message in (
-        ({"mask_ratio": (0.5, 1.5)}, "mask-ratio 1.5"),
+        ({"mask_ratio": (0.5, 1.5)}, "each of --mask-ratio must be above 0 and below 1, got 0.5,1.5"),
         ({"over": "decoder.depth=1,2", "mask_ratio": None}, "unknown setting 'decoder.depth'"),
         ({"over": "seed=1,2", "mask_ratio": None}, "seed cannot be varied"),
         ({"over": "decoder.decoder_depth=1,1", "mask_ratio": None}, "each once"),

@@ -152,9 +152,9 @@ def test_code_is_refused_with_one_line(tmp_path: Path, capsys: pytest.CaptureFix
     ("arguments", "said"),
     [
         (["--num-heads", "5"], "which form no square"),
-        (["--image-size", "6,10", "--num-heads", "3"], "embed_dim 20 must be a multiple of 4 and of num_heads 3"),
-        (["--image-size", "6,11", "--num-heads", "5"], "image size 6x11 is not a multiple of the patch size 2"),
-        (["--image-size", "6,10", "--num-heads", "5", "--decoder-num-heads", "5"], "decoder_embed_dim 12"),
+        (["--image-size", "6,10", "--num-heads", "3"], "embed_dim 20 must be a multiple of 4 and of num_heads, 3"),
+        (["--image-size", "6,11", "--num-heads", "5"], "--image-size 6,11 is not a multiple of the patch size, 2"),
+        (["--image-size", "6,10", "--num-heads", "5", "--decoder-num-heads", "5"], "--decoder-embed-dim 12"),
     ],
 )
 def test_options_that_do_not_fit_the_file(
