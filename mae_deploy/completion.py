@@ -33,7 +33,7 @@ def _engines(incomplete: str) -> list[str]:
 
 
 def _recipes(incomplete: str) -> list[str]:
-    from mae_deploy.config import RECIPES
+    from mae_deploy.recipe import RECIPES
 
     folder = os.path.dirname(incomplete)
     files = (os.path.join(folder, path.name) for path in sorted(Path(folder or ".").glob("*.y*ml")))

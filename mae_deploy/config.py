@@ -25,13 +25,6 @@ from mae_deploy.errors import ConfigError, MaeDeployError, import_optional, rais
 
 C = TypeVar("C")
 
-RECIPES = Path(__file__).parent / "recipes"
-"""The recipes that ship with the package; `--recipe NAME` finds them without a path."""
-
-EXTENDS = "extends"
-"""The key of a recipe that names the recipe it builds on."""
-
-
 Resume = Literal["fixed", "free", "never"]
 """Whether a setting may change where a command goes on with what it began: a run with `--resume`; a sweep, a pack or a
 report that is called again. fixed: it must be what it was; free: it may change; never: the command always starts anew.
@@ -155,7 +148,7 @@ def _read(
         kind, _ = optional_of(kinds[key])
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = merge(fields[key].metadata.get("defaults", {}), value)
-            arguments[key] = _read(kind, value, f"{where}{key}.", flags, found)  # type: ignore[type-var]
+            arguments[key] = _read(kind, value, f"{where}{key}.", flags, found)  # type: ignore[arg-type]
             continue
         try:
             arguments[key] = _coerce(kinds[key], value, name)
@@ -223,68 +216,6 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
         old = merged.get(key)
         merged[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return merged
-
-
-def read_recipe(name: str | Path) -> dict[str, Any]:
-    """A recipe's settings: a YAML file, or the name of one that ships with the package.
-
-    A recipe may say `extends: NAME`, another recipe beside it or of the package: its own settings are laid on top of
-    that one's.
-
-    Raises:
-        ConfigError: no such recipe, not a mapping of settings, or recipes that extend each other.
-    """
-    path = _find_recipe(Path(name))
-    read = [path]
-    values = _read_mapping(path)
-    while (base := values.pop(EXTENDS, None)) is not None:
-        path = _find_recipe(path.parent / f"{base}", name=str(base))
-        if path in read:
-            raise ConfigError(
-                f"recipe {read[0]} extends itself, by way of"
-                f" {' and '.join(recipe.stem for recipe in read[1:]) or 'itself'}"
-            )
-        read.append(path)
-        values = merge(_read_mapping(path), values)
-    return values
-
-
-def parse_assignment(text: str) -> dict[str, Any]:
-    """`section.key=value` of `--set` as a nested mapping; the value is YAML."""
-    key, equals, value = text.partition("=")
-    if not equals or not key:
-        raise ConfigError(f"--set {text}", hint="write it as --set section.key=value")
-    yaml = import_optional("yaml", extra="train")
-    try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
-        raise ConfigError(
-            f"--set {text}: the value is not YAML", hint="quote what YAML reads as its own, such as --set 'key=\"[\"'"
-        ) from error
-    for part in reversed(key.split(".")):
-        nested = {part: nested}
-    return typing.cast(dict[str, Any], nested)
-
-
-def _find_recipe(path: Path, *, name: str | None = None) -> Path:
-    if path.is_file():
-        return path.resolve()
-    shipped = RECIPES / f"{name or path}.yaml"
-    if not shipped.is_file():
-        known = sorted(p.stem for p in RECIPES.glob("*.yaml"))
-        raise ConfigError(f"no recipe '{name or path}'", hint=f"give a YAML file or one of: {', '.join(known)}")
-    return shipped
-
-
-def _read_mapping(path: Path) -> dict[str, Any]:
-    yaml = import_optional("yaml", extra="train")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(values or {}, dict):
-        raise ConfigError(f"recipe {path} must be a mapping of settings, not {type(values).__name__}")
-    return values or {}
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

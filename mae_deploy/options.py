@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import functools
 import inspect
@@ -16,27 +15,15 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, cast, get_args, g
 import typer
 from typer.core import TyperCommand
 
-from mae_deploy.config import (
-    field_docs,
-    field_types,
-    from_dict,
-    is_required,
-    merge,
-    option_name,
-    optional_of,
-    parse_assignment,
-    read_recipe,
-    to_yaml,
-)
+from mae_deploy.config import from_dict, merge, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError, raise_all
 from mae_deploy.files import write_text
+from mae_deploy.flags import COMMON, Flag, flags_of
 from mae_deploy.help_page import Entry, page
-from mae_deploy.results import as_text, show
+from mae_deploy.recipe import parse_assignment, read_recipe
+from mae_deploy.results import show
 
 C = TypeVar("C")
-
-COMMON = "Common"
-"""The heading of the options that every command has."""
 
 SMALL = 15
 """A command with at most so many options shows them all; one with more shows those that matter, and the others with
@@ -44,84 +31,6 @@ SMALL = 15
 
 Completions = Mapping[str, Callable[[str], Iterable[str]]]
 """For what an option takes (`CKPT`, `MODEL`), the values that begin with a text."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Flag:
-    """One config field as the command line shows it."""
-
-    path: tuple[str, ...]
-    """Where its value goes in the nested settings."""
-    name: str
-    """`--image-size`, or the metavar of a positional argument."""
-    kind: Any
-    """The Python type that Typer parses."""
-    panel: str
-    help: str
-    default: str | None
-    argument: bool
-    required: bool
-    takes: str
-    """The metavar: `PATH`, `a|b|c`; what it can be completed with goes by it."""
-    basic: bool
-    """Whether `--help` shows it where a command has many options."""
-
-    @property
-    def variable(self) -> str:
-        """The parameter name of the generated function."""
-        return "_".join(self.path)
-
-    @property
-    def unused(self) -> bool:
-        """Whether the command accepts it only because every command does."""
-        return self.help.startswith("Not used")
-
-    @property
-    def note(self) -> str:
-        """What is said behind the help: that it is required, or its default; a flag that is off needs neither."""
-        if self.required or self.default is None or (self.kind is bool and self.default == "no"):
-            return "required" if self.required else ""
-        return f"default: {self.default}"
-
-    @property
-    def spelling(self) -> str:
-        """The option as it is written: a flag that is on has its `--no-` form beside it."""
-        return f"{self.name}/--no-{self.name[2:]}" if self.kind is bool and self.default != "no" else self.name
-
-
-def flags_of(
-    cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", defaults: dict[str, Any] | None = None
-) -> list[Flag]:
-    """Every option and argument that a config class gives a command, sections flattened."""
-    found: list[Flag] = []
-    kinds, docs = field_types(cls), field_docs(cls)
-    for field in dataclasses.fields(cls):
-        kind, _ = optional_of(kinds[field.name])
-        if dataclasses.is_dataclass(kind):
-            section = (inspect.getdoc(kind) or field.name).splitlines()[0].rstrip(".")
-            inner = field.metadata.get("defaults")
-            found += flags_of(kind, path=(*path, field.name), panel=section, defaults=inner)  # type: ignore[arg-type]
-            continue
-        if field.metadata.get("hidden"):
-            continue
-        required = is_required(field)
-        default = (defaults or {}).get(field.name, field.default)
-        argument = bool(field.metadata.get("argument"))
-        found.append(
-            Flag(
-                path=(*path, field.name),
-                name=option_name(field),
-                kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
-                panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
-                help=docs.get(field.name, ""),
-                default=None if required or default in (None, ()) else as_text(default, ","),
-                argument=argument,
-                required=required,
-                takes=field.metadata.get("metavar") or _metavar(kind),
-                basic=required or argument or bool(field.metadata.get("basic")),
-            )
-        )
-    return found
 
 
 def command(
@@ -213,7 +122,7 @@ class _Command(TyperCommand):
         return args[:at] + after[1 if takes else 0 :]
 
     def collect_usage_pieces(self, ctx: Any) -> list[str]:
-        arguments = [f"{flag.name}..." if _several(flag) else flag.name for flag in self.flags if flag.argument]
+        arguments = [f"{flag.name}..." if flag.several else flag.name for flag in self.flags if flag.argument]
         required = [f"{flag.name} {flag.takes}" for flag in self.flags if flag.required and not flag.argument]
         return [*arguments, *required, "[OPTIONS]"]
 
@@ -336,43 +245,11 @@ def _starting_with(choices: tuple[Any, ...], incomplete: str) -> list[str]:
     return [str(choice) for choice in choices if str(choice).startswith(incomplete)]
 
 
-def _several(flag: Flag) -> bool:
-    return get_origin(flag.kind) is list
-
-
-_METAVARS = {
-    int: "INTEGER",
-    float: "NUMBER",
-    str: "TEXT",
-    Path: "PATH",
-    bool: "",
-    tuple[int, int]: "H[,W]",
-    tuple[float, float]: "LOW[,HIGH]",
-}
-
-
-def _metavar(kind: Any) -> str:
-    if get_origin(kind) is Literal:
-        return "|".join(map(str, get_args(kind)))
-    if get_origin(kind) is tuple and kind not in _METAVARS:
-        return f"{_metavar(get_args(kind)[0])},…"
-    return _METAVARS[kind]
-
-
-def _typer_kind(kind: Any, several: bool) -> Any:
-    """Typer reads a comma-separated tuple as text, but several positional arguments, and an option that may be
-    repeated, as a list.
-    """
-    if get_origin(kind) is not tuple:
-        return kind
-    return list[get_args(kind)[0]] if several else str  # type: ignore[misc]
-
-
 def _text(kind: Any) -> Any:
     """What Typer reads it as: text, which the settings check, with all that is wrong at once."""
-    if kind in (bool, Path):
-        return kind
-    return list[_text(get_args(kind)[0])] if get_origin(kind) is list else str  # type: ignore[misc]
+    if get_origin(kind) is list:
+        return list[Path] if get_args(kind) == (Path,) else list[str]
+    return kind if kind in (bool, Path) else str
 
 
 def _common(variable: str, name: str, kind: Any, takes: str, help: str, *, basic: bool = True) -> Flag:

@@ -11,8 +11,9 @@ import pytest
 
 from mae_deploy import completion
 from mae_deploy.completion import COMPLETIONS
-from mae_deploy.config import RECIPES, from_dict
+from mae_deploy.config import from_dict
 from mae_deploy.models.config import EncoderConfig
+from mae_deploy.recipe import RECIPES
 from mae_deploy.runtime.registry import ALIASES, ENGINES
 from tests.packaging.test_imports import HEAVY
 

@@ -12,13 +12,12 @@ from typing import Any, Literal
 import pytest
 import yaml
 
-from mae_deploy import config as config_module
+from mae_deploy import recipe as recipe_module
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.commands.config import DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
 from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.config import (
-    RECIPES,
     Settings,
     differences,
     field_docs,
@@ -28,8 +27,6 @@ from mae_deploy.config import (
     is_required,
     merge,
     optional_of,
-    parse_assignment,
-    read_recipe,
     section,
     setting,
     to_dict,
@@ -41,6 +38,7 @@ from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
+from mae_deploy.recipe import RECIPES, parse_assignment, read_recipe
 from mae_deploy.weights.read.convert import ImportOptions
 from tests.shipped_settings import commands, sections_of
 
@@ -283,7 +281,7 @@ def test_a_recipe_from_a_file(tmp_path: Path) -> None:
 def test_a_recipe_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plum.yaml").write_text("name: plum\n", encoding="utf-8")
     (tmp_path / "apple.yaml").write_text("name: apple\n", encoding="utf-8")
-    monkeypatch.setattr(config_module, "RECIPES", tmp_path)
+    monkeypatch.setattr(recipe_module, "RECIPES", tmp_path)
     assert read_recipe("plum") == {"name": "plum"}
     with pytest.raises(ConfigError, match="no recipe 'pear'") as caught:
         read_recipe("pear")
@@ -311,7 +309,7 @@ def test_a_recipe_that_extends_another(tmp_path: Path, monkeypatch: pytest.Monke
     """Section by section; a file beside it comes before a recipe of the package."""
     shipped = tmp_path / "shipped"
     shipped.mkdir()
-    monkeypatch.setattr(config_module, "RECIPES", shipped)
+    monkeypatch.setattr(recipe_module, "RECIPES", shipped)
     (shipped / "plain.yaml").write_text("shape: round\noven: {degrees: 180, trays: 3}\n", encoding="utf-8")
     (shipped / "hot.yaml").write_text("extends: plain\noven: {degrees: 220}\n", encoding="utf-8")
     (tmp_path / "mine.yaml").write_text("extends: hot\nname: mine\noven: {fan: true}\n", encoding="utf-8")

@@ -18,7 +18,8 @@ import yaml
 from mae_deploy.cli import app as shipped_app
 from mae_deploy.config import section, setting
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.options import Flag, command, flags_of
+from mae_deploy.flags import Flag, flags_of
+from mae_deploy.options import command
 from mae_deploy.results import Result, show
 
 SNAPSHOT = Path(__file__).with_name("command_options.json")

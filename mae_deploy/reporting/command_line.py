@@ -8,7 +8,7 @@ from typing import Any
 
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.options import flags_of
+from mae_deploy.flags import flags_of
 
 
 def command_line(name: str, config: Any) -> str:

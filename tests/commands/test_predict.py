@@ -283,7 +283,7 @@ def test_a_suffix_that_is_not_written(
         ("encoder", ["--keep", "4,4"], "keep has the patch 4 twice for one image"),
         ("encoder", ["--keep", "0", "--num-keep", "3"], "keep and num_keep exclude one another"),
         ("encoder", ["--num-keep", "16"], "num_keep 16 cannot be used"),
-        ("encoder", ["--batch-size", "0"], "nothing to predict: 5 images in batches of 0"),
+        ("encoder", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         ("encoder", ["--engine", "abacus"], "unknown engine 'abacus'"),
         ("nowhere", [], "no bundle at {exported}/nowhere: there is no manifest.json"),
     ],

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from mae_deploy.config import RECIPES, from_dict, merge, read_recipe
+from mae_deploy.config import from_dict, merge
+from mae_deploy.recipe import RECIPES, read_recipe
 from mae_deploy.distill.build import objective_weights
 from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.masks import Masks

@@ -397,7 +397,7 @@ def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("config", "values", "message"),
     [
-        (FeatureObjectiveConfig, {"mask_ratio": 1.0}, "--mask-ratio 1.0"),
+        (FeatureObjectiveConfig, {"mask_ratio": 1.0}, "--mask-ratio must be at least 0 and below 1, got 1.0"),
         (FeatureObjectiveConfig, {"pixel_weight": -1.0}, "--pixel-weight must be at least 0 and finite, got -1.0"),
         (
             FeatureObjectiveConfig,
@@ -405,11 +405,11 @@ def test_a_start_that_is_another_network(images: Path, teacher: Path, tmp_path: 
             "--feature-weight must be at least 0 and finite, got inf",
         ),
         (FeatureObjectiveConfig, {"feature_schedule": ((0.0, 1.0), (1.0, math.inf))}, "is not a schedule"),
-        (LogitsConfig, {"temperature": math.inf}, "--temperature inf"),
-        (LogitsConfig, {"temperature": 0.0}, "--temperature 0.0"),
+        (LogitsConfig, {"temperature": math.inf}, "--temperature must be above 0 and finite, got inf"),
+        (LogitsConfig, {"temperature": 0.0}, "--temperature must be above 0 and finite, got 0.0"),
         (LogitsConfig, {"label_weight": -0.5}, "--label-weight must be at least 0 and finite, got -0.5"),
-        (LogitsConfig, {"layer_decay": 0.0}, "--layer-decay 0.0"),
-        (LogitsConfig, {"drop_path": 1.0}, "--drop-path 1.0"),
+        (LogitsConfig, {"layer_decay": 0.0}, "--layer-decay must be above 0 and at most 1, got 0.0"),
+        (LogitsConfig, {"drop_path": 1.0}, "--drop-path must be at least 0 and below 1, got 1.0"),
     ],
 )
 def test_impossible_settings(config: type[Any], values: dict[str, Any], message: str) -> None:

@@ -70,12 +70,12 @@ def test_heads_that_tensorrt_does_not_fuse_are_told(capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"shape": {"student_width": 0}}, "--student-width must be at least 1, got 0"),
+        ({"shape": {"student_width": 0}}, "shape.student_width must be at least 1, got 0"),
         (
             {"shape": {"student_width": 192, "student_heads": 5}},
             "embed_dim 192 must be a multiple of 4 and of num_heads, 5",
         ),
-        ({"patch_size": 0}, "--patch-size must be at least 1, got 0"),
+        ({"patch_size": 0}, "patch_size must be at least 1, got 0"),
         ({"keep_ratio": [0.5, 0.2]}, "--keep-ratio 0.5,0.2 is not LOW,HIGH"),
     ],
 )

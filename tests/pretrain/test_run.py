@@ -13,7 +13,8 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_deploy.checkpoint import OWN_LICENCE, open_checkpoint
-from mae_deploy.config import from_dict, read_recipe, to_dict
+from mae_deploy.config import from_dict, to_dict
+from mae_deploy.recipe import read_recipe
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.models.mae import MaskedAutoencoder

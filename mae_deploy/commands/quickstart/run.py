@@ -16,7 +16,7 @@ from PIL import Image
 
 from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.quickstart.report import quickstart_table, report_page
-from mae_deploy.config import from_dict, merge, read_recipe
+from mae_deploy.config import from_dict, merge
 from mae_deploy.distill import run as distill
 from mae_deploy.distill.config import DistillConfig
 from mae_deploy.errors import ConfigError, import_optional
@@ -27,6 +27,7 @@ from mae_deploy.pretrain import finetune, reconstruct
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
 from mae_deploy.progress import heading, progress
+from mae_deploy.recipe import read_recipe
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.markdown import write_report
 from mae_deploy.results import Result

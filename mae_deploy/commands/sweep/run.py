@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_deploy.commands.sweep.config import SweepConfig
-from mae_deploy.config import differences, from_dict, merge, parse_assignment, read_recipe, to_yaml
+from mae_deploy.config import differences, from_dict, merge, to_yaml
 from mae_deploy.data.sources.open import labelled_images
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract
@@ -26,6 +26,7 @@ from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
 from mae_deploy.progress import heading
+from mae_deploy.recipe import parse_assignment, read_recipe
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.markdown import Page, Picture, write_report
 from mae_deploy.reporting.plots import Curve, draw_curves

@@ -15,9 +15,10 @@ import torch
 
 from mae_deploy import __version__
 from mae_deploy.checkpoint import steps_in
-from mae_deploy.config import differences, from_dict, read_recipe, to_yaml
+from mae_deploy.config import differences, from_dict, to_yaml
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
+from mae_deploy.recipe import read_recipe
 from mae_deploy.training.state.progress import PROGRESS, STATE
 
 CONFIG = "config.yaml"

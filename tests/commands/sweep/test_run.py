@@ -12,7 +12,8 @@ from mae_deploy.cli import main
 from mae_deploy.commands.sweep import run as sweep
 from mae_deploy.commands.sweep.config import SweepConfig
 from mae_deploy.commands.sweep.run import run_sweep
-from mae_deploy.config import read_recipe, to_yaml
+from mae_deploy.config import to_yaml
+from mae_deploy.recipe import read_recipe
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.pretrain import finetune

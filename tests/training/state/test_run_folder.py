@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from mae_deploy.config import from_dict, read_recipe
+from mae_deploy.config import from_dict
+from mae_deploy.recipe import read_recipe
 from mae_deploy.data.config import DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import point_link
