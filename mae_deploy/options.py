@@ -226,7 +226,7 @@ def _from_recipes(recipe: str | None, assignments: list[str], found: list[MaeDep
 
 
 def _parameter(flag: Flag, complete: Callable[[str], Iterable[str]] | None) -> inspect.Parameter:
-    kind = _text(flag.kind)
+    kind: Any = _text(flag.kind)
     if get_origin(flag.kind) is Literal:
         complete = functools.partial(_starting_with, get_args(flag.kind))
     # Typer tells a completer's arguments by their names.
