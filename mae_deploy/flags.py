@@ -87,7 +87,7 @@ def flags_of(
                 kind=_typer_kind(kind, argument or bool(field.metadata.get("repeated"))),
                 panel=panel if path else (COMMON if field.name in ("seed", "device") else "Options"),
                 help=docs.get(field.name, ""),
-                default=None if required or default is None else as_text(default) or None,
+                default=None if required or default in (None, ()) else as_text(default, ","),
                 argument=argument,
                 required=required,
                 takes=field.metadata.get("metavar") or _metavar(kind),

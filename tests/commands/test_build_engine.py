@@ -145,7 +145,7 @@ def test_an_engine_that_is_refused(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--profile", "B:2,1,3"], "--profile B:2,1,3"),
+        (["--profile", "B:2,1,3"], "--profile 'B:2,1,3' is not min,opt,max"),
         (["--workspace", "0"], "--workspace must be at least 1, got 0"),
         (["--optimization-level", "7"], "--optimization-level must be at least 0 and at most 5, got 7"),
         (["--precision", "fp32", "--prefer", "fp16"], "--prefer fp16 does not go with --precision fp32"),

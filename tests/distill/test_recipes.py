@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.config import from_dict, merge
-from mae_deploy.recipe import RECIPES, read_recipe
 from mae_deploy.distill.build import objective_weights
 from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.student import student_encoder
+from mae_deploy.recipe import RECIPES, read_recipe
 
 DOCS = Path(__file__).parents[2] / "docs" / "recipes.md"
 OBJECTIVES: dict[str, dict[str, float]] = {

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from mae_deploy.config import from_dict, merge
-from mae_deploy.recipe import RECIPES, read_recipe
 from mae_deploy.evaluation.config import LinprobeConfig
 from mae_deploy.models.config import ObjectiveConfig
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
+from mae_deploy.recipe import RECIPES, read_recipe
 from mae_deploy.training.config import OptimConfig
 
 STAGES: dict[str, tuple[type, dict[str, str]]] = {

@@ -14,12 +14,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from mae_deploy.checkpoint import OWN_LICENCE, open_checkpoint
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.recipe import read_recipe
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.pretrain.run import run_pretrain
+from mae_deploy.recipe import read_recipe
 from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.weights.load import load_model
 from tests.data.image_folders import spoil

@@ -20,9 +20,9 @@ from mae_deploy.commands.quickstart import run as quickstart
 from mae_deploy.commands.quickstart.config import QuickstartConfig
 from mae_deploy.commands.quickstart.run import LABELS_PER_CLASS, NUM_UNLABELLED, write_digits
 from mae_deploy.config import from_dict, merge
-from mae_deploy.recipe import read_recipe
 from mae_deploy.images.read import Array
 from mae_deploy.pretrain.config import PretrainConfig
+from mae_deploy.recipe import read_recipe
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.verify import verify_bundle

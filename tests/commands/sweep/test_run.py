@@ -13,11 +13,11 @@ from mae_deploy.commands.sweep import run as sweep
 from mae_deploy.commands.sweep.config import SweepConfig
 from mae_deploy.commands.sweep.run import run_sweep
 from mae_deploy.config import to_yaml
-from mae_deploy.recipe import read_recipe
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
+from mae_deploy.recipe import read_recipe
 from mae_deploy.training.runner import TrainingRunner
 from tests.training.tiny_runs import finetuning, optim, pretraining
 

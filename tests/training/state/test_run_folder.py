@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from mae_deploy.config import from_dict
-from mae_deploy.recipe import read_recipe
 from mae_deploy.data.config import DataConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import point_link
 from mae_deploy.pretrain.config import PretrainConfig
+from mae_deploy.recipe import read_recipe
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.run_folder import RunFolder, read_metrics
 from tests.training.tiny_runs import optim, pretraining
