@@ -55,8 +55,8 @@ def command(
 
     def register(function: Callable[[C], Any]) -> Callable[[C], Any]:
         def build() -> TyperCommand:
-            cls: type[C] = pkgutil.resolve_name(config) if isinstance(config, str) else config
-            return _build(function, cls, name or function.__name__, recipes, completions or {})
+            found = cast(type[C], pkgutil.resolve_name(config)) if isinstance(config, str) else config
+            return _build(function, found, name or function.__name__, recipes, completions or {})
 
         cls = type("Deferred", (_Deferred,), {"build": staticmethod(functools.cache(build))})
         app.command(name or function.__name__, cls=cls, help=inspect.getdoc(function), rich_help_panel=panel)(_nothing)
