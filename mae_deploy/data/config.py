@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.images.preprocess import Preprocess, default_preprocess
+
+if TYPE_CHECKING:
+    from mae_deploy.images.preprocess import Preprocess
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,8 @@ class DataConfig(Settings):
 
     def preprocess(self, image_size: tuple[int, int], channels: int, base: Preprocess | None = None) -> Preprocess:
         """The evaluation transform: what is set here, else `base` (a checkpoint's), else the default."""
+        from mae_deploy.images.preprocess import default_preprocess  # it needs NumPy, for which no --help should wait
+
         spec = (
             replace(base, image_size=image_size)
             if base is not None and base.channels == channels
