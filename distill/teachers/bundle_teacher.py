@@ -30,10 +30,9 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.inputs import token_batch
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.profiles import batch_that_fits
+from mae_deploy.runtime.manifest import IMAGES
 from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
 from mae_deploy.training.step import StepBatch
 
@@ -162,30 +161,16 @@ class BundleTeacher:
         return np.ascontiguousarray(pixels.byte().permute(0, 2, 3, 1).numpy())
 
     def _outputs(self, inputs: Mapping[str, Array], kept: int | None) -> dict[str, Tensor]:
-        """The graph's tensors of any number of images: as many at a time as it takes, the last ones filled up."""
-        engine = self.engine
-        total = len(inputs[IMAGES])
-        keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
-        batch = self.bundle.fixed_batch or batch_that_fits(engine.profiles, total, keep) or total
-        chunks = []
-        for start in range(0, total, batch):
-            fits = start + batch <= total
-            rows = slice(start, start + batch) if fits else np.minimum(np.arange(start, start + batch), total - 1)
-            chunks.append(
-                engine.run({name: array[rows] for name, array in inputs.items()}, tuple(self._names.values()))
-            )
-        return {
-            name: self._joined(name, [chunk[output] for chunk in chunks], batch, kept)[:total]
-            for name, output in self._names.items()
-        }
+        """The graph's tensors of any number of images; those of ragged graphs end in padding, which is cut."""
+        names = tuple(self._names.values())
+        found = run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names)
+        return {name: self._cut(name, found[output], kept) for name, output in self._names.items()}
 
-    def _joined(self, name: str, parts: Sequence[Array], batch: int, kept: int | None) -> Tensor:
-        """The chunks of one tensor; tokens of blocks may be rows of all images, and of ragged graphs end in padding."""
-        arrays = [part.reshape(batch, -1, self.width) if name in self.bundle.blocks else part for part in parts]
-        joined = torch.from_numpy(np.concatenate(arrays).astype(np.float32, copy=False))
-        if kept is None or joined.ndim < 3 or name == "pixels":
-            return joined
-        return joined[:, : kept + (name in self.bundle.blocks)]
+    def _cut(self, name: str, values: Array, kept: int | None) -> Tensor:
+        tensor = torch.from_numpy(values.astype(np.float32, copy=False))
+        if kept is None or tensor.ndim < 3 or name == "pixels":
+            return tensor
+        return tensor[:, : kept + (name in self.bundle.blocks)]
 
 
 def _kinds_of(bundle: Bundle) -> tuple[str, ...]:

@@ -12,10 +12,9 @@ import numpy as np
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.manifest import BLOCKS, IDS_KEEP, IMAGES, NUM_KEEP
+from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
+from mae_deploy.runtime.manifest import BLOCKS, NUM_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
-from mae_deploy.runtime.profiles import batch_that_fits
 from mae_deploy.runtime.registry import load_engine
 
 FLOOR_DB = 80.0
@@ -140,7 +139,7 @@ def trace_layers(
     S, _, T, _ = expected_SLTD.shape
     with load_engine(bundle, engine, options, taps=bundle.blocks) as loaded:
         inputs = {name: golden[name][:S] for name in bundle.input_names}
-        found = _run(loaded, inputs, bundle)
+        found = run_in_chunks(loaded, inputs, batch=bundle.fixed_batch, outputs=bundle.blocks)
     layers: list[LayerDrift] = []
     for block, name in enumerate(bundle.blocks):
         comparison = compare(_rows(expected_SLTD[:, block]), _rows(found[name][:, :T]), name)
@@ -159,24 +158,6 @@ def trace_layers(
         num_samples=S,
         num_tokens=T,
     )
-
-
-def _run(engine: Engine, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
-    """The tokens of the samples after every block, `(S, 1 + K, D)`, also of graphs that work on rows,
-    `(B * (1 + K), D)`.
-    """
-    S = len(inputs[IMAGES])
-    keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
-    batch = bundle.fixed_batch or batch_that_fits(engine.profiles, S, keep) or S
-    order = np.arange(-(-S // batch) * batch) % S  # a fixed batch is filled up with the first samples again
-    chunks = [
-        engine.run({name: array[order[first : first + batch]] for name, array in inputs.items()}, bundle.blocks)
-        for first in range(0, len(order), batch)
-    ]
-    return {
-        name: np.concatenate([chunk[name].reshape(batch, -1, bundle.model["embed_dim"]) for chunk in chunks])[:S]
-        for name in bundle.blocks
-    }
 
 
 def _real(tokens: Array, inputs: Mapping[str, Array]) -> Array:

@@ -161,18 +161,23 @@ def run_in_chunks(
     """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as
     many as the engine takes.
 
-    The last chunk is filled up with its last sample, and the surplus is cut from the outputs.
+    The last chunk is filled up with its last sample, and the surplus is cut from the outputs. Inner tensors that hold
+    the rows of all samples, `(B * T, D)`, come back as `(B, T, D)`.
     """
     total = min(len(array) for array in inputs.values())
     keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
     batch = batch or batch_that_fits(engine.profiles, total, keep)
     if batch is None or batch == total:  # None: the engine itself says which K it takes
-        return engine.run(inputs, outputs)
+        return {name: _by_sample(values, total) for name, values in engine.run(inputs, outputs).items()}
     chunks = [
         engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs)
         for start in range(0, total, batch)
     ]
-    return {name: np.concatenate([chunk[name] for chunk in chunks])[:total] for name in chunks[0]}
+    return {name: np.concatenate([_by_sample(chunk[name], batch) for chunk in chunks])[:total] for name in chunks[0]}
+
+
+def _by_sample(values: Array, batch: int) -> Array:
+    return values.reshape(batch, -1, values.shape[1]) if values.ndim == 2 and len(values) > batch else values
 
 
 def _fill(samples: Array, batch: int) -> Array:
