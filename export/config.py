@@ -132,7 +132,7 @@ class ExportConfig(Settings, resume="never"):
     """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
     samples."""
     threads: int | None = setting(None, at_least=1)
-    """CPU threads of the engine during the checks; default: one for each core."""
+    """CPU threads of the engine during the checks; default: one for each granted core."""
     seed: int = setting(0, at_least=0)
     """Seed of the visible patches in the parity check and in calibration."""
     device: Device = setting("cpu", basic=True)

@@ -27,7 +27,7 @@ class VerifyConfig(Settings, resume="never"):
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     threads: int | None = setting(None, at_least=1)
-    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0
@@ -93,7 +93,7 @@ class PredictConfig(Settings, resume="never"):
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
     threads: int | None = setting(None, at_least=1)
-    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0

@@ -26,7 +26,7 @@ class DataConfig(Settings):
     """Data."""
 
     num_workers: int = setting(-1, resume="free", at_least=-1)
-    """Processes that decode images; 0 decodes in the training process, -1 starts one for each core but one."""
+    """Processes that decode images; 0 decodes in the training process, -1 starts one for each granted core but one."""
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are reported and skipped before the run gives up."""
     mean: tuple[float, ...] | None = setting(None, resume="fixed")

@@ -33,9 +33,9 @@ class FeaturesConfig(Settings):
     engine: str = setting("auto", resume="fixed", metavar="ENGINE")
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
     threads: int | None = setting(None, resume="free", at_least=1)
-    """CPU threads of a bundle's engine; default: one for each core."""
+    """CPU threads of a bundle's engine; default: one for each granted core."""
     num_workers: int = setting(-1, resume="free", at_least=-1)
-    """Processes that decode images; 0 decodes in this process, -1 starts one for each core but one."""
+    """Processes that decode images; 0 decodes in this process, -1 starts one for each granted core but one."""
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are named and left out before the command gives up."""
 
@@ -167,9 +167,10 @@ class EvalConfig(Settings, resume="never"):
     precision: TrainingPrecision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     num_workers: int = setting(-1, at_least=-1)
-    """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each core but one."""
+    """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each granted core but
+    one."""
     threads: int | None = setting(None, at_least=1)
-    """CPU threads of a bundle's engine; default: one for each core, or for each of --affinity."""
+    """CPU threads of a bundle's engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0

@@ -43,7 +43,7 @@ class BenchmarkConfig(Settings, resume="never"):
     warmup: int = setting(5, at_least=0)
     """Rounds before them that are not timed."""
     threads: int | None = setting(None, basic=True, at_least=1)
-    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""
     seed: int = 0

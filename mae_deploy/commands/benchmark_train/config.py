@@ -35,7 +35,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
     warmup: int = setting(1, at_least=0)
     """Rounds before them that are not timed."""
     threads: int | None = setting(None, basic=True, at_least=1)
-    """CPU threads; default: one for each core."""
+    """CPU threads; default: one for each granted core."""
     out: Path | None = setting(None, basic=True)
     """Folder to write the report to: benchmark-train.json and .md."""
     seed: int = 0

@@ -28,7 +28,7 @@ class StatsConfig(Settings, resume="never"):
     image_column: str | None = None
     """Column of the images in a Hugging Face data set; default: the one that holds images."""
     num_workers: int = setting(-1, at_least=-1)
-    """Processes that decode images; 0 decodes in this one, -1 starts one for each core but one."""
+    """Processes that decode images; 0 decodes in this one, -1 starts one for each granted core but one."""
     seed: int = 0
     """Seed of --sample."""
     device: Device = "cpu"
@@ -67,7 +67,7 @@ class PackConfig(Settings):
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are reported and left out before packing gives up."""
     num_workers: int = setting(-1, resume="free", at_least=-1)
-    """Processes that decode and encode images; 0 does it in this one, -1 starts one for each core but one."""
+    """Processes that decode and encode images; 0 does it in this one, -1 starts one for each granted core but one."""
     seed: int = setting(0, resume="fixed")
     """Seed of the order in which images lie in the shards."""
     device: Device = setting("cpu", resume="free")

@@ -35,7 +35,7 @@ class ReportConfig(Settings):
     warmup: int = setting(5, resume="free", at_least=0)
     """Rounds before them that are not timed."""
     threads: int | None = setting(None, resume="free", basic=True, at_least=1)
-    """CPU threads of the engine; default: one for each core, or for each of --affinity."""
+    """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
     """CPU cores that the engine is bound to while it is evaluated and timed, e.g. 0,1 (Linux); default: any."""
     int8: Int8Config = section(Int8Config, max_drop=0.5)
