@@ -80,9 +80,9 @@ def _bundle(path: Path) -> Result:
         "model": _model(manifest["model"]),
         "tokens": manifest["token_mode"] + (f", K = {manifest['keep']}" if manifest["keep"] else ""),
         "batch": manifest["batch"] or "dynamic",
-        "proven for": ", ".join(_checked(name, numbers) for name, numbers in manifest["profile"].items()),
+        "checked for": ", ".join(_checked(name, numbers) for name, numbers in manifest["profile"].items()),
         "made for": manifest["engine"],
-        "proven on": (
+        "checked on": (
             ", ".join(dict.fromkeys(record["engine"] for record in manifest["parity"].values() if "engine" in record))
             or "-"
         ),

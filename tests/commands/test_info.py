@@ -99,7 +99,7 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     )
     printed = shown(bundle, capsys, monkeypatch)
     assert "made for tensorrt" in " ".join(printed.split())
-    assert "proven on onnxruntime" in " ".join(printed.split())
+    assert "checked on onnxruntime" in " ".join(printed.split())
     for expected in (
         "visible, K = 4",
         "Apache-2.0",
@@ -110,7 +110,7 @@ def test_a_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatc
         assert expected in printed, expected
 
 
-def test_what_a_bundle_was_proven_for(
+def test_what_a_bundle_was_checked_for(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = write_bundle(

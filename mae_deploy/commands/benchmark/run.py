@@ -124,7 +124,7 @@ class _Plan:
                 ConfigError(f"nothing is left to time: {combination.row}: {combination.why}") for combination in outside
             ]
             if found:
-                # Somebody else's file runs on the engines that the bundles run on and that read files.
+                # A file of other origin runs on the engines that the bundles run on and that read files.
                 others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT)
                 engines = self._config.engine if subject.bundle is not None else others or [DEFAULT]
                 candidates = [
