@@ -221,9 +221,9 @@ def _calib_images(
         )
     if int8.int8_attention:
         K = ranges["K"][2] if "K" in ranges else encoder.num_tokens
-        if obstacle := reason_against_int8_attention(encoder.width // encoder.heads, 1 + K):
+        if reason := reason_against_int8_attention(encoder.width // encoder.heads, 1 + K):
             raise ConfigError(
-                f"--int8-attention: {obstacle}", hint="leave it out: the Linears alone are most of the arithmetic"
+                f"--int8-attention: {reason}", hint="leave it out: the Linears alone are most of the arithmetic"
             )
     return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
 

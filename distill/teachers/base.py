@@ -56,7 +56,7 @@ class Teacher(Protocol):
         ...
 
     @property
-    def needs_whole(self) -> str | None:
+    def reason_against_subset(self) -> str | None:
         """Why it can only be shown whole images, in words, once `watch` was called; None: it can be shown the visible
         patches alone.
         """
@@ -101,7 +101,7 @@ def check_view(teacher: Teacher, *, masked: bool, whole: bool) -> None:
     Raises:
         ConfigError: says why not.
     """
-    if masked and not whole and (reason := teacher.needs_whole) is not None:
+    if masked and not whole and (reason := teacher.reason_against_subset) is not None:
         raise ConfigError(
             f"the teacher can only be shown whole images: {reason}", hint="pass --teacher-view whole, or --mask-ratio 0"
         )

@@ -78,7 +78,7 @@ class BundleTeacher:
         self.licence = bundle.licence
         self.record: dict[str, Any] = {"bundle": str(path), "precision": bundle.precision, **manifest["provenance"]}
         self.preprocess = bundle.preprocess
-        self.needs_whole: str | None = None
+        self.reason_against_subset: str | None = None
         self.settings = settings
         self._shape = shape
         self._offered = _kinds_of(bundle)
@@ -107,7 +107,7 @@ class BundleTeacher:
                 f"the bundle's graph has one size: {unlike}",
                 hint=f"export it with --image-size {size}, or pass --teacher-grid interpolate",
             )
-        self.needs_whole = (
+        self.reason_against_subset = (
             "its graph takes every patch; export it with --tokens visible" if bundle.token_mode == "full" else unlike
         )
         self._images = TeacherImages(spec, self.preprocess, config.image_size)

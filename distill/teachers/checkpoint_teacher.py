@@ -60,7 +60,7 @@ class CheckpointTeacher(TorchTeacher):
                 "pixels of another grid are not pixels of the student's patches", hint="pass --teacher-grid resize"
             )
         if config.band_groups is not None:
-            self.needs_whole = "it has groups of bands, and so several tokens at each place"
+            self.reason_against_subset = "it has groups of bands, and so several tokens at each place"
         model = frozen(loaded, wanted)
         self.sees_all = isinstance(model, MaskedAutoencoder) and model.objective.encoder_mask_tokens
         self.prepare(

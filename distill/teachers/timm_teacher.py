@@ -74,7 +74,7 @@ class TimmTeacher(TorchTeacher):
         if _picks_patches(model):
             model.patch_drop = self._keeper
         else:
-            self.needs_whole = f"timm's {type(model).__name__} takes no choice of patches"
+            self.reason_against_subset = f"timm's {type(model).__name__} takes no choice of patches"
         if self.is_vit:
             if any(tap.kind in SPATIAL_KINDS for tap in wanted) and self.settings.teacher_grid == "resize":
                 built, cells = (

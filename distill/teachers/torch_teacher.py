@@ -30,7 +30,7 @@ class TorchTeacher(ABC):
     preprocess: Preprocess
     encoder_config: EncoderConfig | None
     record: dict[str, Any]
-    needs_whole: str | None = None
+    reason_against_subset: str | None = None
     sees_all: bool = False
     """Whether it gives rows of all patches, even where it is shown some of them."""
 
@@ -65,7 +65,7 @@ class TorchTeacher(ABC):
         self.model = model
         self.wanted = tuple(sorted(wanted))
         self.found, self.asked = grid_size, student.grid_size
-        self.needs_whole = self.needs_whole or reason_against_grid(self.found, self.asked)
+        self.reason_against_subset = self.reason_against_subset or reason_against_grid(self.found, self.asked)
         self._images = TeacherImages(spec, self.preprocess, image_size)
         self._answers = [
             self.wanted,

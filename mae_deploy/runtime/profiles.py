@@ -1,6 +1,4 @@
-"""How a TensorRT engine is to be built: options, and the sizes that it is built for. Nothing is imported here but what
-every device has.
-"""
+"""The sizes of batches and patches that a TensorRT engine is built for."""
 
 from __future__ import annotations
 

@@ -31,7 +31,8 @@ def load_engine(
 
     Args:
         engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine;
-            else the engine on which the bundle was checked, where it is installed and has the device; else ONNX Runtime.
+            else the engine on which the bundle was checked, where it is installed and has the device; else ONNX
+            Runtime.
         taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is
             not kept.
 

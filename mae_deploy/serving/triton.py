@@ -49,8 +49,8 @@ def write_triton(bundle: Bundle, repository: Path, engine: EngineEntry | None = 
         CheckFailed: a file of the bundle is not the one that was exported.
     """
     model = model_folder(bundle.path, repository)
-    if obstacle := reason_against_triton(bundle, engine):
-        raise ConfigError(f"Triton cannot serve {bundle.path}: {obstacle}")
+    if reason := reason_against_triton(bundle, engine):
+        raise ConfigError(f"Triton cannot serve {bundle.path}: {reason}")
     with atomic_path(model) as aside:
         (aside / "1").mkdir(parents=True)
         served = _Served(bundle, engine)

@@ -35,7 +35,7 @@ def api(gpu: Gpu) -> Api:
         pytest.skip(str(error))
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=tuple(BACKENDS))
 def memory(gpu: Gpu, request: pytest.FixtureRequest) -> Iterator[Memory]:
     """The GPU's memory through each of the packages that give it, not made current."""
     try:

@@ -52,7 +52,7 @@ def plans(api: Api, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
     return {name: folder / name for name in contents}
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=tuple(BACKENDS))
 def options(request: pytest.FixtureRequest, memory_packages: dict[str, bool]) -> EngineOptions:
     """Options with each backend that is installed."""
     if not memory_packages[request.param]:

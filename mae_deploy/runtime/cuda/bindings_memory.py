@@ -6,17 +6,14 @@ import ctypes
 import weakref
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mae_deploy.errors import import_optional
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.driver import CudaError
-
-if TYPE_CHECKING:
-    pass
-from mae_deploy.runtime.cuda.memory import _DISABLE_TIMING, _NON_BLOCKING, Event, Memory, Stream
+from mae_deploy.runtime.cuda.memory import DISABLE_TIMING, NON_BLOCKING, Event, Memory, Stream
 
 
 class _Driver:
@@ -54,7 +51,7 @@ class _BindingsActive:
 class _BindingsStream(Stream):
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
-        self.handle = int(driver.call("cuStreamCreate", _NON_BLOCKING))
+        self.handle = int(driver.call("cuStreamCreate", NON_BLOCKING))
 
     def wait(self, event: _BindingsEvent) -> None:
         self._driver.call("cuStreamWaitEvent", self.handle, event.handle, 0)
@@ -66,13 +63,15 @@ class _BindingsStream(Stream):
 class _BindingsEvent(Event):
     def __init__(self, driver: _Driver) -> None:
         self._driver = driver
-        self.handle = int(driver.call("cuEventCreate", _DISABLE_TIMING))
+        self.handle = int(driver.call("cuEventCreate", DISABLE_TIMING))
 
     def record(self, stream: _BindingsStream) -> None:
         self._driver.call("cuEventRecord", self.handle, stream.handle)
 
 
-class _BindingsMemory(Memory):
+class BindingsMemory(Memory):
+    """See `Memory`."""
+
     backend = "cuda-bindings"
 
     def __init__(self, index: int) -> None:

@@ -17,11 +17,11 @@ from mae_deploy.images.read import Array
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-
-_NON_BLOCKING = 1
+NON_BLOCKING = 1
 """Streams that do not wait for the default stream: what another thread does there would break the capture of a CUDA
 graph."""
-_DISABLE_TIMING = 2
+DISABLE_TIMING = 2
+"""Events that only order work, which costs less than timing it."""
 
 
 class Event(ABC):
@@ -111,9 +111,3 @@ class Memory(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-# --- pycuda ----------------------------------------------------------------------------------------------------------
-
-
-# --- cuda-bindings ---------------------------------------------------------------------------------------------------

@@ -2,38 +2,35 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 from mae_deploy.errors import ConfigError, MissingDependency
+from mae_deploy.runtime.cuda.bindings_memory import BindingsMemory
 from mae_deploy.runtime.cuda.driver import require_gpu
-
-if TYPE_CHECKING:
-    pass
-from mae_deploy.runtime.cuda.bindings_memory import _BindingsMemory
 from mae_deploy.runtime.cuda.memory import Memory
-from mae_deploy.runtime.cuda.pycuda_memory import _PycudaMemory
+from mae_deploy.runtime.cuda.pycuda_memory import PycudaMemory
 
-BACKENDS = ("pycuda", "cuda-bindings")
+BACKENDS: dict[str, Callable[[int], Memory]] = {"pycuda": PycudaMemory, "cuda-bindings": BindingsMemory}
+"""What opens the memory of a GPU, by the name of the package; the first that can be imported is taken."""
 
 
 def open_memory(backend: str = "auto", index: int = 0) -> Memory:
     """The memory of a GPU.
 
     Args:
-        backend: one of `BACKENDS`, or auto: pycuda where it can be imported, else cuda-bindings.
+        backend: a name of `BACKENDS`, or auto: the first of them that can be imported.
 
     Raises:
         ConfigError: an unknown backend.
         MissingDependency: no such GPU, or the package is absent.
     """
-    kinds: dict[str, type[Memory]] = {"pycuda": _PycudaMemory, "cuda-bindings": _BindingsMemory}
-    if backend not in ("auto", *kinds):
-        raise ConfigError(f"unknown CUDA backend '{backend}'", hint=f"known: auto, {', '.join(kinds)}")
+    if backend not in ("auto", *BACKENDS):
+        raise ConfigError(f"unknown CUDA backend '{backend}'", hint=f"known: auto, {', '.join(BACKENDS)}")
     require_gpu(index)
     absent = []
-    for kind in kinds.values() if backend == "auto" else [kinds[backend]]:
+    for name in BACKENDS if backend == "auto" else [backend]:
         try:
-            return kind(index)  # type: ignore[call-arg]
+            return BACKENDS[name](index)
         except MissingDependency as error:
             absent.append(str(error))
     raise MissingDependency("; ".join(absent), hint="pip install 'mae-deploy[trt]'")

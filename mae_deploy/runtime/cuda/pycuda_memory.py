@@ -5,17 +5,14 @@ from __future__ import annotations
 import weakref
 from contextlib import AbstractContextManager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mae_deploy.errors import import_optional
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.driver import CudaError, pop_context
-
-if TYPE_CHECKING:
-    pass
-from mae_deploy.runtime.cuda.memory import _DISABLE_TIMING, _NON_BLOCKING, Event, Memory, Stream
+from mae_deploy.runtime.cuda.memory import DISABLE_TIMING, NON_BLOCKING, Event, Memory, Stream
 
 
 class _PycudaActive:
@@ -35,7 +32,7 @@ class _PycudaActive:
 
 class _PycudaStream(Stream):
     def __init__(self, driver: Any) -> None:
-        self.inner = driver.Stream(_NON_BLOCKING)
+        self.inner = driver.Stream(NON_BLOCKING)
         self.handle = int(self.inner.handle)
 
     def wait(self, event: _PycudaEvent) -> None:
@@ -47,13 +44,15 @@ class _PycudaStream(Stream):
 
 class _PycudaEvent(Event):
     def __init__(self, driver: Any) -> None:
-        self.inner = driver.Event(_DISABLE_TIMING)
+        self.inner = driver.Event(DISABLE_TIMING)
 
     def record(self, stream: _PycudaStream) -> None:
         self.inner.record(stream.inner)
 
 
-class _PycudaMemory(Memory):
+class PycudaMemory(Memory):
+    """See `Memory`."""
+
     backend = "pycuda"
 
     def __init__(self, index: int) -> None:

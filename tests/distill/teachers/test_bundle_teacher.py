@@ -81,7 +81,7 @@ def test_answers_are_the_checkpoints(wanted: tuple[Tap, ...], visible: Path, che
     )
     assert isinstance(teacher, BundleTeacher)
     assert (teacher.depth, teacher.width, teacher.num_heads, teacher.num_classes) == (3, 20, 5, None)
-    assert teacher.needs_whole is None
+    assert teacher.reason_against_subset is None
     batch, masking = batch_of(), masking_of()
     for mask, whole in ((None, False), (masking, True), (masking, False)):
         assert_same(teacher(batch, mask, whole=whole), reference(batch, mask, whole=whole))

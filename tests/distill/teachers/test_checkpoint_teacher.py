@@ -134,7 +134,7 @@ def test_another_patch_size_is_met_by_resizing() -> None:
     model, batch, masking = tiny_encoder(DEEP), batch_of(FINER), masking_of(FINER)
     teacher = ready(own_teacher(model), {Tap("tokens", 3)}, student=FINER)
     small = replace(batch, images=resize_images(batch.images, (6, 10)))
-    assert teacher.needs_whole is None
+    assert teacher.reason_against_subset is None
     assert torch.equal(
         teacher(batch, masking, whole=False)[Tap("tokens", 3)],
         ready(own_teacher(model), {Tap("tokens", 3)})(small, masking, whole=False)[Tap("tokens", 3)],
@@ -173,7 +173,7 @@ def test_pixels_are_not_interpolated() -> None:
 def test_logits_alone_are_those_of_its_own_size() -> None:
     teacher = ready(own_teacher(tiny_classifier("avg")), {Tap("logits"), Tap("pooled")}, student=OTHER)
     assert teacher.model.config.image_size == ENCODER.image_size
-    assert teacher.needs_whole is not None
+    assert teacher.reason_against_subset is not None
     assert teacher(batch_of(OTHER), None, whole=False)[Tap("logits")].shape == (3, 11)
 
 

@@ -171,7 +171,8 @@ def test_its_own_statistics_size_and_names(weights: Path) -> None:
     assert teacher.record["timm"] == "test_vit"
     ready(teacher, {Tap("logits")}, student=STUDENT)
     assert teacher(batch_of(STUDENT), None, whole=False)[Tap("logits")].shape == (3, 7)
-    assert teacher.needs_whole == "it sees 10x10 patches, the student 2x3"  # logits alone are those of its own size
+    # Logits alone are those of its own size.
+    assert teacher.reason_against_subset == "it sees 10x10 patches, the student 2x3"
 
 
 def test_a_tag_says_what_its_weights_may_be_used_for() -> None:
