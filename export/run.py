@@ -11,7 +11,7 @@ from typing import Any, cast
 import numpy as np
 
 from mae_deploy import __version__
-from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, inherited_licence
+from mae_deploy.checkpoint import inherited_licence
 from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
@@ -23,6 +23,7 @@ from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, b
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.bundles import PARITY
+from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -73,7 +74,7 @@ def run_export(config: ExportConfig) -> Result:
                 remove(aside)
                 made = _make(aside, job.in_precision("fp16"), bar)
             files = {name: entry["size"] for name, entry in made.bundle.manifest["files"].items()}
-    _say_licence(made.bundle.licence)
+    say_licence(made.bundle.licence, "this bundle")
     served = _serve(config)
     data = {**_data(made), **rejected, **({"served": served} if served else {}), "files": files}
     return Result(data, _view(data))
@@ -245,12 +246,3 @@ def _view(data: dict[str, Any]) -> Table:
     rows = [{**row, "sqnr_db": math.inf if row["sqnr_db"] is None else row["sqnr_db"]} for row in data["parity"]]
     columns = (Column("output", "name"), *PARITY, Column("top-1", "top1_agreement", "{:.1f} %", 100))
     return Table(title, columns, rows, notes)
-
-
-def _say_licence(licence: str) -> None:
-    if NON_COMMERCIAL in licence:
-        notice("licence:", f"{licence}: these weights derive from a non-commercial release, and so does this bundle")
-    elif UNKNOWN_LICENCE in licence:
-        notice(
-            "licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for"
-        )

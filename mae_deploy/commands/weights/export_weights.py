@@ -10,14 +10,13 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
 from mae_deploy.commands.weights.config import ExportWeightsConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json, write_text
-from mae_deploy.progress import notice
+from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
-from mae_deploy.weights.load import LoadedWeights, read_weights
+from mae_deploy.weights.load import read_weights
 from mae_deploy.weights.write.card import model_card
 from mae_deploy.weights.write.check import check_round_trip
 from mae_deploy.weights.write.foreign import (
@@ -47,7 +46,7 @@ def run_export_weights(config: ExportWeightsConfig) -> Result:
     model = foreign_model(loaded, config.to)
     with atomic_path(config.out) as aside:
         proof = _write(aside, model, config.to, config.seed)
-    _say_licence(model.loaded)
+    say_licence(model.loaded.metadata.licence, "what was written")
     report = _report(config, model, proof)
     return Result(report, facts_table(f"{config.checkpoint} → {config.out}", report))
 
@@ -79,15 +78,3 @@ def _report(config: ExportWeightsConfig, model: ForeignModel, proof: dict[str, A
         "proof": proof,
         "licence": metadata.licence,
     }
-
-
-def _say_licence(loaded: LoadedWeights) -> None:
-    licence = loaded.metadata.licence
-    if NON_COMMERCIAL in licence:
-        notice(
-            "licence:", f"{licence}: these weights derive from a non-commercial release, and so does what was written"
-        )
-    elif UNKNOWN_LICENCE in licence:
-        notice(
-            "licence:", f"{licence}: pass --license to 'mae-deploy import' to record what these weights may be used for"
-        )

@@ -20,6 +20,9 @@ class BuildProgress:
 
     The steps of a phase that has a parent are a part of the parent's current step. What a report raises, a Ctrl-C
     included, ends the build at its next step instead of unwinding through TensorRT: it stays in `error`.
+
+    rich shows several tasks, but none is a part of another: what phases add up to, and a line for a log file, is
+    reckoned here.
     """
 
     def __init__(self, report: Callable[[str, float], None]) -> None:
