@@ -18,7 +18,7 @@ class BuildOptions(Settings, resume="never"):
     """From 0 (short build) to 5 (long build, every kernel tried); default: TensorRT's own, 3."""
     timing_cache: str = "auto"
     """Folder where timings of kernels are kept for the next build, in a file for each TensorRT version, GPU and set of
-    options; auto: ~/.cache/mae-deploy/tensorrt; off: none."""
+    options; auto: tensorrt in $MAE_DEPLOY_CACHE, by default ~/.cache/mae-deploy; off: none."""
     hardware_compatible: Literal["none", "same", "ampere"] = "none"
     """Which other GPUs the engine also runs on, at a cost in speed: none; same: all of this compute capability
     (TensorRT 10.9 or later); ampere: all from compute capability 8.0 on."""
