@@ -206,7 +206,7 @@ class BlockWriter:
     def _dynamic_product(self, value: str, weight: Array, name: str) -> str:
         """Activations as uint8 with a range found at run time, weights int8 per output channel, the sum in int32."""
         b = self.builder
-        integers, scales = quantize_weight(weight, f"{name}.weight")
+        integers, scales = quantize_weight(weight, f"{name}.weight", self.rounding)
         scale, zero = f"{name}/input_scale", f"{name}/input_zero"
         rounded = b.node("DynamicQuantizeLinear", [value], f"{name}/input", extra_outputs=(scale, zero))
         stored = b.weight(f"{name}.weight", integers.T)

@@ -27,7 +27,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.models.bands import group_positions
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
-from mae_deploy.models.quantization.rounding import INT8, ROUNDINGS
+from mae_deploy.models.quantization.rounding import ROUNDINGS, rounding_of
 
 _MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
 """Added to the scores of padded tokens; the softmax makes it exactly 0."""
@@ -113,7 +113,7 @@ class _Graph:
             attention_scales=self.spec.attention_scales,
             padding=padding,
             sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
-            rounding=ROUNDINGS.get(self.spec.precision, INT8),
+            rounding=rounding_of(self.spec.precision, self.spec.weight_bits),
             stores_rounded=self.spec.stores_rounded,
         )
 

@@ -49,6 +49,8 @@ class GraphSpec:
     time."""
     attention_scales: Mapping[str, tuple[float, float, float]] = field(default_factory=dict)
     """Attention in INT8 or FP8, such as `blocks.0.attn`, with the scales of q, k and v."""
+    weight_bits: int = 8
+    """Of the weights of `quantized`: 8, or 7 in INT8."""
     stores_rounded: bool = True
     """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
     emulates_bf16: bool = False

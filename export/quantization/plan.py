@@ -27,9 +27,10 @@ from mae_deploy.export.quantization.sensitivity import BudgetCheck, choose, sens
 from mae_deploy.files import remove
 from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
 from mae_deploy.models.quantization.policy import Policy
-from mae_deploy.models.quantization.rounding import ROUNDINGS, AttentionScales, eligible_linears
+from mae_deploy.models.quantization.rounding import AttentionScales, eligible_linears, rounding_of
 from mae_deploy.models.quantization.smoothing import bias_corrections, correct_biases, smooth, smoothed_stats
 from mae_deploy.progress import notice
+from mae_deploy.runtime.bundle import int8_arithmetic
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import open_graph
@@ -64,14 +65,16 @@ class Int8Plan:
 
     def graph(self) -> GraphBuilder:
         """The graph to ship."""
-        return self.job.graph(quantized=self.quantized, attention_scales=self.attention)
+        return self.job.graph(
+            quantized=self.quantized, attention_scales=self.attention, weight_bits=self.facts["weight_bits"]
+        )
 
     def summary(self) -> dict[str, Any]:
         """For the command's result."""
         record = self.record()
         text = (
             f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()}"
-            f" ({self.facts['policy']})"
+            f" ({self.facts['policy']}{', weights of 7 bits' if self.facts['weight_bits'] == 7 else ''})"
         )
         if self.latency is not None:
             milliseconds = record["latency_ms"]
@@ -156,7 +159,8 @@ class _Attempt:
     def __init__(self, job: ExportJob, folder: Path) -> None:
         int8 = job.config.int8
         self.config, self.folder = job.config, folder
-        self.name, self.rounding = job.config.precision.upper(), ROUNDINGS[job.config.precision]
+        self.name, self.weight_bits = job.config.precision.upper(), int8.weight_bits
+        self.rounding = rounding_of(job.config.precision, self.weight_bits)
         self.tolerance = tolerance_of(job)
         self.names = eligible_linears(job.reference.model)
         policy = Policy(
@@ -182,7 +186,7 @@ class _Attempt:
         halves = self.config.resolved_typing == "strong" or self.config.engine == "trt"
         self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
         """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
-        self.facts = _facts(job, calibration, self.scales)
+        self.facts = {**_facts(job, calibration, self.scales), "weight_bits": self.weight_bits}
         self.failures: list[str] = []
         self._figures: dict[frozenset[str], list[Comparison]] = {}
 
@@ -253,31 +257,37 @@ class _Attempt:
 
     def rejected(self, rows: list[LayerRow], why: str, timings: tuple[Timing, Timing] | None) -> CheckFailed:
         """With both figures, and the per-layer table left beside `--out`."""
+        config, faster = self.config, ""
         if timings is not None:
             fp32, int8 = timings
             why += (
                 f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against"
                 f" {1000 * fp32.median:.2f} ms"
             )
-        table = write_table(self.config.out.with_name(f"{self.config.out.name}-sensitivity"), rows) if rows else []
-        other = "fp16 (--prefer fp16)" if self.config.engine == "trt" else "fp32 or bf16"
+            if config.engine == "onnx" and self.weight_bits == 8 and not int8.ratio(fp32) < config.int8.max_latency:
+                faster = "; on an x86 CPU without VNNI, try --weight-bits 7"
+        table = write_table(config.out.with_name(f"{config.out.name}-sensitivity"), rows) if rows else []
+        other = "fp16 (--prefer fp16)" if config.engine == "trt" else "fp32 or bf16"
         return CheckFailed(
             f"{self.name} is rejected: {why}",
-            hint=("" if self.config.int8.search else "leave out --no-search, ")
+            hint=("" if config.int8.search else "leave out --no-search, ")
             + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop,"
-            " --max-latency" + (f"; the layers are in {table[0]}" if table else ""),
+            f" --max-latency{faster}" + (f"; the layers are in {table[0]}" if table else ""),
         )
 
     def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
         quantized = {name: scale for name, scale in self.scales.items() if name in chosen}
-        return self.job_for(chosen).graph(quantized=quantized, attention_scales=self.attention_for(chosen))
+        return self.job_for(chosen).graph(
+            quantized=quantized, attention_scales=self.attention_for(chosen), weight_bits=self.weight_bits
+        )
 
     def _engine(self, stack: ExitStack, graph: GraphBuilder, precision: str) -> Engine:
         files = graph.save(self.folder / f"tried-{precision}.onnx")
         options = EngineOptions(threads=self.config.threads)
-        arithmetic = "int8-bf16" if precision == "int8" and self.rest == "bf16" else precision
+        if precision == "int8":
+            precision = int8_arithmetic({"weight_bits": self.weight_bits, "rest": self.rest})
         engine = stack.enter_context(
-            open_graph(files[0], judging_engine(self.config.engine), options, precision=arithmetic)
+            open_graph(files[0], judging_engine(self.config.engine), options, precision=precision)
         )
         for file in files:  # the engine has read them
             remove(file)

@@ -8,8 +8,10 @@ import mmap
 import os
 import re
 import zipfile
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 
@@ -87,9 +89,8 @@ class Bundle:
         """The precision as an `Engine` takes it: BF16 in place of the graph's FP32 only where the bundle was checked
         so.
         """
-        quantization = self.manifest["quantization"] or {}
         if self.precision == "int8":
-            return "int8-bf16" if quantization.get("rest") == "bf16" else "int8"
+            return int8_arithmetic(self.manifest["quantization"] or {})
         weak_bf16 = self.manifest["typing"] == "weak" and self.manifest["engine"] == "openvino"
         return "fp32" if self.precision == "bf16" and not weak_bf16 else self.precision
 
@@ -283,6 +284,16 @@ class Bundle:
                 hint="copy the bundle again, or export it again",
             )
         return path
+
+
+def int8_arithmetic(quantization: Mapping[str, Any]) -> str:
+    """What an INT8 graph computes in, as an `Engine` takes it.
+
+    Args:
+        quantization: the manifest's record; older ones have weights of 8 bits and no `weight_bits`.
+    """
+    weights = "-w7" if quantization.get("weight_bits") == 7 else ""
+    return f"int8{weights}{'-bf16' if quantization.get('rest') == 'bf16' else ''}"
 
 
 def _is_inside(name: str, folder: Path) -> bool:

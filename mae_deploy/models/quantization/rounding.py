@@ -1,15 +1,16 @@
 """Rounding to eight bits: which Linears, and how their weights and inputs are rounded.
 
-INT8 weights are symmetric per output channel. Activations are one number range a tensor: static (symmetric int8, the
-scale known beforehand) or dynamic (uint8, the range found at run time). FP8 is E4M3, per tensor and static. All are
-ONNX's own definitions, QuantizeLinear and DynamicQuantizeLinear. On tensors nothing waits for the device.
+INT8 weights are symmetric per output channel, of 8 bits or 7. Activations are one number range a tensor: static
+(symmetric int8, the scale known beforehand) or dynamic (uint8, the range found at run time). FP8 is E4M3, per tensor
+and static. All are ONNX's own definitions, QuantizeLinear and DynamicQuantizeLinear. On tensors nothing waits for the
+device.
 FP8 formats, Micikevicius et al. 2022: https://arxiv.org/abs/2209.05433
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import ml_dtypes
@@ -35,6 +36,8 @@ class Rounding:
     """As it is stored."""
     largest: float
     """The number that the largest magnitude becomes."""
+    largest_weight: float
+    """The same of weights."""
     per_channel: bool
     """Whether each output channel of a weight has its scale. TensorRT multiplies FP8 with one a tensor, but on Hopper
     from 10.6 on."""
@@ -63,11 +66,18 @@ class Rounding:
         return 1 / self.largest
 
 
-INT8 = Rounding(dtype=np.dtype(np.int8), largest=127, per_channel=True)
-FP8 = Rounding(dtype=np.dtype(ml_dtypes.float8_e4m3fn), largest=448, per_channel=False)
+INT8 = Rounding(dtype=np.dtype(np.int8), largest=127, largest_weight=127, per_channel=True)
+INT8_WEIGHTS_7 = replace(INT8, largest_weight=64)
+"""Weights of 7 bits: two products fit in 16 bits, `2 * 255 * 64 = 32,640`, all that x86 CPUs without VNNI have."""
+FP8 = Rounding(dtype=np.dtype(ml_dtypes.float8_e4m3fn), largest=448, largest_weight=448, per_channel=False)
 
 ROUNDINGS = {"int8": INT8, "fp8": FP8}
 """By precision."""
+
+
+def rounding_of(precision: str, weight_bits: int = 8) -> Rounding:
+    """That of a precision; of another one than INT8 and FP8, INT8's."""
+    return INT8_WEIGHTS_7 if weight_bits == 7 else ROUNDINGS.get(precision, INT8)
 
 
 def eligible_linears(model: nn.Module) -> list[str]:
@@ -119,7 +129,7 @@ def static_round_trip(values: Tensor, scale: float | Tensor, rounding: Rounding 
     448.
     """
     step = torch.as_tensor(scale, dtype=values.dtype, device=values.device)
-    return rounding.levels(values / step, -128 if rounding is INT8 else -rounding.largest).mul_(step)
+    return rounding.levels(values / step, -128 if rounding.dtype == INT8.dtype else -rounding.largest).mul_(step)
 
 
 def dynamic_round_trip(values: Tensor) -> Tensor:
@@ -133,5 +143,6 @@ def dynamic_round_trip(values: Tensor) -> Tensor:
 
 def _weight_levels(weight: Tensor, rounding: Rounding) -> tuple[Tensor, Tensor]:
     """What is stored, `(O, I)` still in float32, and its scales, `(O,)` or ()."""
+    rounding = replace(rounding, largest=rounding.largest_weight)
     scales = rounding.scales(weight.abs().amax(dim=1 if rounding.per_channel else (0, 1)))
     return rounding.levels(weight.float() / scales.reshape(-1, 1), -rounding.largest), scales

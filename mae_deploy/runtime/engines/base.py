@@ -84,7 +84,8 @@ class Engine(ABC):
 
         Args:
             precision: what the graph computes in, fp32, fp16, bf16 or int8, as `Bundle.arithmetic` says: bf16 lets the
-                engine compute in BF16 what the graph has in FP32, int8-bf16 also does so beside the products in INT8.
+                engine compute in BF16 what the graph has in FP32, int8-bf16 also does so beside the products in INT8;
+                int8-w7 and int8-w7-bf16 have weights of 7 bits, whose products are exact on every CPU.
             taps: names of inner tensors that are returned as further outputs.
             profiles: the ranges of B and K for which the graph was compiled ahead of time; empty: it was not.
 

@@ -12,7 +12,7 @@ from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.engines.saturation import onnxruntime_saturates
+from mae_deploy.runtime.engines.saturation import may_saturate, onnxruntime_saturates, say_exact
 from mae_deploy.runtime.engines.taps import with_outputs
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -90,7 +90,8 @@ def _settings(runtime: ModuleType, device: str, threads: int | None, precision: 
         options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Exact kernels where the fast ones are not: without this, a ViT-S with dynamic INT8 fell from 31 dB to 19 dB on a
     # CPU with AVX2 and no VNNI. Where those are exact, it would only make the graph 1.8 times slower.
-    if precision.startswith("int8") and device == "cpu" and onnxruntime_saturates(runtime):
+    if may_saturate(precision) and device == "cpu" and onnxruntime_saturates(runtime):
+        say_exact("ONNX Runtime multiplies exactly, which is slower", "export with --weight-bits 7")
         options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 

@@ -16,7 +16,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import external_data
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.engines.saturation import openvino_saturates
+from mae_deploy.runtime.engines.saturation import may_saturate, openvino_saturates, say_exact
 
 DEVICES = ("auto", "cpu")
 
@@ -179,7 +179,8 @@ def _compile(core: Any, model: Any, options: EngineOptions, precision: str) -> A
         }
         # Products in FP32 of what is stored in 8 bits where the fast ones are not exact: without this, a ViT-S with
         # static INT8 fell from 33 dB to 13 dB on a CPU with AVX2 and no VNNI.
-        if precision.startswith("int8") and openvino_saturates(core):
+        if may_saturate(precision) and openvino_saturates(core):
+            say_exact("OpenVINO computes INT8 in FP32", "export fp32, or for ONNX Runtime with --weight-bits 7")
             settings["LP_TRANSFORMS_MODE"] = False
         if options.num_threads is not None:
             settings["INFERENCE_NUM_THREADS"] = options.num_threads

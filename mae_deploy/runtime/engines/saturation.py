@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,23 @@ _UINT8, _INT8, _INT32 = 2, 3, 6
 """Types in onnx.proto."""
 
 _LENGTH = 8
+
+_log = logging.getLogger(__name__)
+
+
+def may_saturate(precision: str) -> bool:
+    """Whether a graph's products overflow where they are added in 16 bits; weights of 7 bits are small enough.
+
+    Args:
+        precision: as an `Engine` takes it.
+    """
+    return precision.startswith("int8") and "-w7" not in precision
+
+
+@functools.cache
+def say_exact(how: str, remedy: str) -> None:
+    """Log, once for each engine, how it computes exactly instead of by its fast products, and what to do about it."""
+    _log.warning("%s: this CPU has no VNNI, and its fast products of 8-bit integers overflow; for it, %s", how, remedy)
 
 
 def onnxruntime_saturates(runtime: ModuleType) -> bool:

@@ -19,7 +19,7 @@ from mae_deploy.export.graph.precision import Precision, Typing
 from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
-from mae_deploy.models.quantization.rounding import ROUNDINGS, eligible_linears, quantize_weight
+from mae_deploy.models.quantization.rounding import eligible_linears, quantize_weight, rounding_of
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.export.graph.small_graphs import open_small
@@ -114,13 +114,21 @@ def test_a_rounded_model_computes_what_the_graph_computes(scale: float | None, t
 
 
 @pytest.mark.parametrize(
-    ("scale", "attention", "precision"),
-    [(0.05, False, "int8"), (0.05, True, "int8"), (None, False, "int8"), (0.0625, False, "fp8"), (0.0625, True, "fp8")],
+    ("scale", "attention", "precision", "weight_bits"),
+    [
+        (0.05, False, "int8", 8),
+        (0.05, True, "int8", 8),
+        (0.05, False, "int8", 7),
+        (None, False, "int8", 8),
+        (None, False, "int8", 7),
+        (0.0625, False, "fp8", 8),
+        (0.0625, True, "fp8", 8),
+    ],
 )
 def test_a_rounded_encoder_computes_what_the_exported_graph_computes(
-    scale: float | None, attention: bool, precision: Precision, tmp_path: Path
+    scale: float | None, attention: bool, precision: Precision, weight_bits: int, tmp_path: Path
 ) -> None:
-    model, images = noisy_encoder(), random_tensor(5, 3, 12, 20)
+    model, images = noisy_encoder(), random_tensor(5, 3, 12, 20, seed=2)
     scales = dict.fromkeys(eligible_linears(model)[:-1], scale)
     products = {"blocks.0.attn": (0.01, 0.04, 0.03), "blocks.1.attn": (0.02, 0.03, 0.04)} if attention else {}
     typing: Typing = "weak"
@@ -140,15 +148,17 @@ def test_a_rounded_encoder_computes_what_the_exported_graph_computes(
         typing=typing,
         quantized=scales,
         attention_scales=products,
+        weight_bits=weight_bits,
         outputs=("tokens",),
     )
     builder = build_graph(metadata_of(model), model.state_dict(), spec)
     builder.save(tmp_path / "graph.onnx")
-    with OnnxRuntimeEngine(tmp_path / "graph.onnx", EngineOptions(threads=1), precision=precision) as engine:
+    arithmetic = "int8-w7" if weight_bits == 7 else precision  # multiplied by the fast products of any CPU
+    with OnnxRuntimeEngine(tmp_path / "graph.onnx", EngineOptions(threads=1), precision=arithmetic) as engine:
         exported = torch.from_numpy(engine.run({"images": images.numpy()})["tokens"])
     with torch.no_grad():
         plain = model(images)[:, 1:]
-        with fake_quantized(model, scales, products, rounding=ROUNDINGS[precision]):
+        with fake_quantized(model, scales, products, rounding=rounding_of(precision, weight_bits)):
             rounded = model(images)[:, 1:]
     # Where a value lies between two integers, the last bit of a float32 sum decides: a few are off by a step, which is
     # a thousandth of the noise.

@@ -10,8 +10,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from onnx import numpy_helper
 
 from mae_deploy.export.quantization import plan as int8
 from mae_deploy.images.preprocess import default_preprocess
@@ -64,6 +66,7 @@ def test_dynamic_is_the_default_and_needs_no_images(exports: Exports) -> None:
         "linears": 8,
         "quantized": dict.fromkeys(LINEARS),
         "attention": [],
+        "weight_bits": 8,
     }
     assert {key: result["quantization"][key] for key in record} == record
     assert result["quantization"]["text"].startswith("8 of 8 Linears in INT8 (dynamic), ")
@@ -95,11 +98,27 @@ def test_static_ranges_are_recorded_with_what_they_come_from(
 
 def test_openvino_takes_static_ranges(exports: Exports, robust: Path) -> None:
     code, said = exports(*INT8, "--engine", "openvino")
-    assert (code, said.splitlines()[0]) == (2, "error: static INT8 needs --calib-data")
+    assert (code, said.splitlines()[0]) == (2, "error: --precision int8 with static ranges needs --calib-data")
     pytest.importorskip("openvino")
     exports.passed(*INT8, "--engine", "openvino", "--calib-data", robust / "calibration")
     assert (record_of(exports)["policy"], record_of(exports)["rest"]) == ("static", "bf16")
     assert Bundle.load(exports.out).arithmetic == "int8-bf16"
+
+
+@pytest.mark.parametrize("engine", ["onnx", "openvino"])
+def test_weights_of_7_bits_on_demand(exports: Exports, robust: Path, engine: str) -> None:
+    """Whichever CPU it is, and each engine runs them on its fast products."""
+    pytest.importorskip("openvino")
+    result = exports.passed(*INT8, "--engine", engine, "--calib-data", robust / "calibration", "--weight-bits", 7)
+    assert record_of(exports)["weight_bits"] == 7
+    assert ", weights of 7 bits), " in result["quantization"]["text"]
+    assert Bundle.load(exports.out).arithmetic.startswith("int8-w7")
+    stored = {tensor.name: tensor for tensor in read_graph(exports.out / "encoder.onnx").graph.initializer}
+    for name in LINEARS:
+        weight = numpy_helper.to_array(stored[f"{name}.weight"])
+        assert (weight.dtype.name, np.abs(weight.astype(int)).max()) == ("int8", 64)
+    for other in ("onnxruntime", "openvino"):
+        assert exports.verified("--engine", other)["failures"] == []
 
 
 def test_on_openvino_the_rest_is_fp32_where_bf16_misses_the_budget(
@@ -188,25 +207,30 @@ def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (("--quantization", "static"), "static INT8 needs --calib-data"),
-        (("--typing", "strong"), "static INT8 needs --calib-data"),
+        (("--quantization", "static"), "--precision int8 with static ranges needs --calib-data"),
+        (("--typing", "strong"), "--precision int8 with static ranges needs --calib-data"),
         (
             ("--quantization", "dynamic", "--typing", "strong"),
-            "dynamic INT8 has neither strong typing nor INT8 attention",
+            "--typing strong with dynamic INT8, which does not have it",
         ),
-        (("--int8-attention",), "dynamic INT8 has neither strong typing nor INT8 attention"),
+        (("--int8-attention",), "--int8-attention with dynamic INT8, which does not have it"),
         (("--bias-correction",), "--bias-correction needs --calib-data"),
         (("--calib-data", "nowhere"), "no such file or folder: nowhere"),
-        (("--calib-images", 127), "--calib-images 127 must be at least 128"),
-        (("--calib-percentile", 49), "--calib-percentile 49 must be within 50 and 100"),
-        (("--smooth-alpha", 1.5), "--smooth-alpha 1.5 must be within 0 and 1"),
-        (("--max-latency", 0), "--max-latency 0 must be above 0"),
-        (("--min-cosine", 0), "--min-cosine 0 must be above 0 and at most 1"),
-        (("--min-sqnr", -1), "--min-sqnr -1 must be at least 0"),
-        (("--max-drop", 100), "--max-drop 100 must be at least 0 and below 100"),
+        (("--calib-images", 127), "--calib-images must be at least 128, got 127"),
+        (("--calib-percentile", 49), "--calib-percentile must be at least 50 and at most 100, got 49.0"),
+        (("--weight-bits", 6), "--weight-bits must be at least 7 and at most 8, got 6"),
+        (
+            ("--weight-bits", 7, "--int8-attention"),
+            "--weight-bits 7 with --int8-attention: it keeps products of weights on CPUs from overflowing, no others",
+        ),
+        (("--smooth-alpha", 1.5), "--smooth-alpha must be at least 0 and at most 1, got 1.5"),
+        (("--max-latency", 0), "--max-latency must be above 0, got 0.0"),
+        (("--min-cosine", 0), "--min-cosine must be above 0 and at most 1, got 0.0"),
+        (("--min-sqnr", -1), "--min-sqnr must be at least 0, got -1.0"),
+        (("--max-drop", 100), "--max-drop must be at least 0 and below 100, got 100.0"),
         (("--max-drop", 1), "--max-drop is about logits, which this graph does not give"),
         (("--fp32-ops", "gelu"), "--fp32-ops gelu: with --precision int8 --typing weak these are FP32 already"),
-        (("--images", "float16"), "--images and --features float16 need --precision fp16, not int8"),
+        (("--images", "float16"), "--images float16 needs --precision fp16, not int8"),
     ],
     ids=lambda value: "-".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -309,10 +333,13 @@ def test_without_a_search_all_or_nothing(exports: Exports) -> None:
 
 
 def test_what_is_not_faster_is_rejected_with_both_figures(exports: Exports) -> None:
-    code, said = exports("--precision", "int8", "--max-latency", 1e-9)
-    assert code == 1
     figures = r"it is not faster \(cls: SQNR \d\d\.\d dB, centred cosine 0\.99\d+\)"
-    assert re.fullmatch(rf"error: INT8 is rejected: {figures}; {LATENCY}", said.splitlines()[0])
+    for bits in (8, 7):
+        code, said = exports("--precision", "int8", "--max-latency", 1e-9, "--weight-bits", bits)
+        error, hint = said.splitlines()
+        assert code == 1
+        assert re.fullmatch(rf"error: INT8 is rejected: {figures}; {LATENCY}", error)
+        assert hint.endswith("; on an x86 CPU without VNNI, try --weight-bits 7") is (bits == 8)
     assert exports.left == set()
 
 

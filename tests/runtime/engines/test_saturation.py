@@ -13,6 +13,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from mae_deploy.images.read import Array
+from mae_deploy.models.quantization.rounding import INT8_WEIGHTS_7
 from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
 from mae_deploy.runtime.engines import openvino as openvino_engine
 from mae_deploy.runtime.engines import saturation
@@ -64,6 +65,16 @@ def product(activations: Array, weights: Array, *, saturates: bool) -> Array:
     return found
 
 
+def test_weights_of_7_bits_fit_on_every_cpu() -> None:
+    """The largest of both signs, in every order; weights of 8 bits do not fit, nor do the next larger ones."""
+    largest = int(INT8_WEIGHTS_7.largest_weight)
+    for most, fits in ((largest, True), (largest + 1, False), (127, False)):
+        activations = np.array([[255, 255, 0, 0], [255, 0, 255, 0], [128, 127, 1, 255]], np.uint8)
+        weights = np.array(np.meshgrid(*[[most, -most]] * 4), np.int8).reshape(4, 16)
+        found, expected = (product(activations, weights, saturates=saturates) for saturates in (True, False))
+        assert np.array_equal(found, expected) is fits
+
+
 @pytest.mark.parametrize("saturates", [False, True])
 def test_a_cpu_without_vnni(saturates: bool) -> None:
     """Two products of 255 and 127 are 64,770; 16 bits hold 32,767."""
@@ -78,7 +89,8 @@ def test_a_cpu_without_vnni(saturates: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "saturates", "exact"), [("int8", True, True), ("int8", False, False), ("fp32", True, False)]
+    ("precision", "saturates", "exact"),
+    [("int8", True, True), ("int8-w7", True, False), ("int8", False, False), ("fp32", True, False)],
 )
 def test_the_session(
     full_bundle: Path, precision: str, saturates: bool, exact: bool, monkeypatch: pytest.MonkeyPatch
@@ -121,16 +133,31 @@ def test_a_cpu_without_vnni_on_openvino(saturates: bool) -> None:
 
 @pytest.mark.parametrize(
     ("precision", "saturates", "exact"),
-    [("int8", True, True), ("int8-bf16", True, True), ("int8", False, False), ("fp32", True, False)],
+    [
+        ("int8", True, True),
+        ("int8-bf16", True, True),
+        ("int8-w7", True, False),
+        ("int8-w7-bf16", True, False),
+        ("int8", False, False),
+        ("fp32", True, False),
+    ],
 )
-def test_the_compiled_graph(precision: str, saturates: bool, exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiled_graph(
+    precision: str, saturates: bool, exact: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     given: list[dict[str, Any]] = []
     core = SimpleNamespace(
         get_property=lambda *_: [], compile_model=lambda _model, _device, settings: given.append(settings)
     )
     monkeypatch.setattr(openvino_engine, "openvino_saturates", lambda _: saturates)
-    openvino_engine._compile(core, None, EngineOptions(threads=1), precision)
+    saturation.say_exact.cache_clear()
+    for _ in range(2):
+        openvino_engine._compile(core, None, EngineOptions(threads=1), precision)
     assert given[0].get("LP_TRANSFORMS_MODE", True) is not exact
+    assert [record.getMessage() for record in caplog.records] == exact * [
+        "OpenVINO computes INT8 in FP32: this CPU has no VNNI, and its fast products of 8-bit integers overflow; for"
+        " it, export fp32, or for ONNX Runtime with --weight-bits 7"
+    ]
 
 
 def quantized_product(weights: Array) -> onnx.ModelProto:
