@@ -159,7 +159,8 @@ def _read(
     for name, field in fields.items():
         if name not in values and is_required(field):
             missing = f"missing setting '{where}{name}'" if flags is None else f"{option_name(field)} is missing"
-            found.append(ConfigError(missing, hint=None if flags is None else field_docs(cls).get(name)))  # type: ignore[arg-type]
+            hint = None if flags is None else field_docs(cls).get(name)  # type: ignore[arg-type]
+            found.append(ConfigError(missing, hint=hint))
     if len(found) == before:
         try:
             return cls(**arguments)

@@ -381,7 +381,9 @@ def test_static_int8_needs_images(more: dict[str, Any]) -> None:
     ],
 )
 def test_what_dynamic_int8_has_not(more: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"--(typing strong|int8-attention) with dynamic INT8, which does not have it"):
+    with pytest.raises(
+        ConfigError, match=r"--(typing strong|int8-attention) with dynamic INT8, which does not have it"
+    ):
         settings(**more)
 
 
