@@ -97,12 +97,6 @@ def cpu_name() -> str:
     return _cpuinfo().get("model name") or platform.processor() or platform.machine()
 
 
-def cpu_model() -> str:
-    """Maker, family and model, because cloud machines of one name differ in them."""
-    numbers = [_cpuinfo().get(entry) for entry in ("vendor_id", "cpu family", "model")]
-    return " ".join(number for number in numbers if number) or platform.processor() or platform.machine()
-
-
 def cpu_features() -> list[str] | None:
     """Those of `CPU_FEATURES` that this CPU has; None where the system does not say."""
     if not CPUINFO.is_file():

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from mae_deploy.models.bands import GroupedPatchEmbed, group_positions
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.cpu_kernels import MeasuredLinear
 from mae_deploy.models.position import sincos_group_embedding, sincos_position_embedding
 
 Pool = Literal["avg", "cls"]
@@ -27,7 +26,7 @@ LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
 
 EXPLICIT_ATTENTION_TOKENS = 65
 """Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward
-pass). Where it is measured, what was measured counts (`Kernels.fused_attention`)."""
+pass)."""
 
 
 def patchify(images: Tensor, patch_size: int) -> Tensor:
@@ -120,16 +119,8 @@ def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
 def run_block(block: nn.Module, tokens: Tensor, **inner: Any) -> Any:
     """Apply one block (see `BlockWithQKV`), with the attention that is faster for this device and length."""
     assert isinstance(block, Block)
-    block.attn.fused_attn = _fused_is_faster(block.attn, tokens)  # type: ignore[assignment]
+    block.attn.fused_attn = not tokens.is_cpu or tokens.shape[1] > EXPLICIT_ATTENTION_TOKENS  # type: ignore[assignment]
     return block(tokens, **inner)
-
-
-def _fused_is_faster(attention: Any, tokens: Tensor) -> bool:
-    B, T, _ = tokens.shape
-    fused = not tokens.is_cpu or T > EXPLICIT_ATTENTION_TOKENS
-    if isinstance(attention.qkv, MeasuredLinear) and attention.qkv.measures(tokens):
-        return attention.qkv.kernels.fused_attention(B, attention.num_heads, T, attention.head_dim, unmeasured=fused)
-    return fused
 
 
 class Encoder(nn.Module):

@@ -70,9 +70,8 @@ class LoopConfig(Settings):
     """Several processes: ddp gives each the whole model, fsdp2 a share of weights, gradients and optimiser (ViT-H)."""
     compile: bool = setting(False, resume="free")
     """Compile the model with torch.compile: minutes at the start, then faster steps on a GPU."""
-    measure_kernels: bool = setting(True, resume="fixed")
-    """On a CPU, take for every matrix product and attention the FP32 kernel that is the fastest at its size, measured
-    when it is first met and kept with the run."""
+    measure_kernels: bool = setting(True, resume="free")
+    """Not used: PyTorch's own kernels are taken, which were as fast as those that were chosen by measurement."""
     tracker: tuple[str, ...] = setting((), resume="free")
     """Also log to these, separated by commas: wandb, mlflow; TensorBoard and JSONL are always written."""
     profile: bool = setting(False, resume="free")

@@ -1,16 +1,15 @@
-"""What a training run sets up on a CPU: kernels chosen by measurement, memory that is kept, and a word on BF16."""
+"""What a training run sets up on a CPU: memory that is kept, and a word on BF16."""
 
 from __future__ import annotations
 
 import ctypes
 import platform
-from functools import cache
+from functools import cache, partial
 
 import torch
-from torch import nn
 
-from mae_deploy.models.cpu_kernels import Kernels, measure, use_kernels
 from mae_deploy.progress import notice
+from mae_deploy.runtime.timing import measure
 from mae_deploy.training.device import cpu_multiplies_bf16
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
@@ -18,15 +17,6 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 
 _GEMM = 768
 """Side of the matrices that FP32 and BF16 are compared on."""
-
-
-def prepare_cpu(model: nn.Module, chosen: dict[str, str], *, measured: bool) -> Kernels:
-    """Make a model ready for its steps on a CPU; choices are added to `chosen`."""
-    keep_freed_memory()
-    kernels = Kernels(chosen)
-    if measured:
-        use_kernels(model, kernels)
-    return kernels
 
 
 @cache
@@ -56,5 +46,5 @@ def bf16_gain() -> float:
     """FP32's time over BF16's for a product of square matrices."""
     x = torch.randn(_GEMM, _GEMM)
     y = x.bfloat16()
-    fp32, bf16 = (measure({"product": torch.nn.functional.linear}, (z, z))["product"] for z in (x, y))
-    return fp32 / bf16
+    timings = measure({z.dtype: partial(torch.nn.functional.linear, z, z) for z in (x, y)}, repeats=5, warmup=1)
+    return min(timings[x.dtype].seconds) / min(timings[y.dtype].seconds)

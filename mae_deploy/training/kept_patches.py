@@ -17,8 +17,7 @@ from mae_deploy.seeding import derive_seed
 from mae_deploy.training.step import StepBatch
 
 _MOST_SIZES = 16
-"""Numbers of patches that are drawn from: `torch.compile` and the measured kernels deal with each size that they
-meet."""
+"""Numbers of patches that are drawn from: `torch.compile` deals with each size that it meets."""
 
 
 class KeptPatches:

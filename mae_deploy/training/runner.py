@@ -13,10 +13,10 @@ from accelerate import Accelerator
 from mae_deploy.data.dataset import Batch
 from mae_deploy.data.order import RunSlice
 from mae_deploy.data.transforms import NormaliseImages
-from mae_deploy.progress import Bar, notice, progress
+from mae_deploy.progress import Bar, progress
 from mae_deploy.training.checkpoints import Checkpoints
 from mae_deploy.training.config import LoopConfig, OptimConfig
-from mae_deploy.training.cpu import prepare_cpu
+from mae_deploy.training.cpu import keep_freed_memory
 from mae_deploy.training.job import TrainingJob
 from mae_deploy.training.monitor.guard import Guard, StepOutcome
 from mae_deploy.training.monitor.profiling import Profiler
@@ -69,11 +69,8 @@ class TrainingRunner:
         self.job, self.folder, self.accelerator, self.plan, self.state = job, folder, accelerator, plan, state
         self.trackers, self.unreadable, self.optim, self.loop, self.seed = trackers, unreadable, optim, loop, seed
         self.checkpoints = Checkpoints(job, folder, state, keep=loop.keep_checkpoints)
-        self.kernels = (
-            prepare_cpu(job.model, state.kernels, measured=loop.measure_kernels)
-            if accelerator.device.type == "cpu"
-            else None
-        )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         network = Network(job.model, accelerator, sharded=loop.sharding == "fsdp2", compiled=loop.compile)
         groups = network.groups(job.groups)
         optimizer = adamw(groups, betas=optim.betas) if job.optimizer is None else job.optimizer(groups)
@@ -171,8 +168,6 @@ class TrainingRunner:
         self.batches, self.waited, self.new_unreadable = [], 0.0, 0
         numbers = self.stepper.take(self._next_batches(stream), state.step, lr, self._flags)
         state.step += 1
-        if self.kernels is not None and self.accelerator.is_main_process and (summary := self.kernels.summary()):
-            notice("CPU kernels:", summary)
         if self.average is not None:
             self.average.update(state.step)
         self._push(numbers, lr)

@@ -68,7 +68,7 @@ def test_a_run_goes_on_with_its_ranges(classes: Path, teacher: Path, tmp_path: P
     settings: dict[str, Any] = {
         "edge": edge,
         "optim": optim(epochs=4, ema=0.9),
-        "loop": LoopConfig(measure_kernels=False, keep_checkpoints=4),
+        "loop": LoopConfig(keep_checkpoints=4),
     }
     run_distill(distilling(classes / "train", teacher, tmp_path / "whole", **settings))
     steps = [progress_of(tmp_path / "whole") * epochs // 4 for epochs in (2, 3, 4)]

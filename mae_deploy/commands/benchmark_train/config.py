@@ -27,7 +27,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
     compile: bool = setting(False, basic=True)
     """Compile the model with torch.compile."""
     measure_kernels: bool = True
-    """On a CPU, take the fastest FP32 kernel for every size, as training does."""
+    """Not used: PyTorch's own kernels are taken, as training does."""
     steps: int | None = setting(None, basic=True, at_least=1)
     """Steps of a round; default: 1 on a CPU, 10 on a GPU."""
     repeats: int = setting(7, basic=True, at_least=1)

@@ -21,18 +21,17 @@ from mae_deploy.data.transforms import NormaliseImages
 from mae_deploy.errors import CheckFailed
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.models.cpu_kernels import PRODUCTS
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.mask_config import keep_count
 from mae_deploy.models.masking import random_masking
-from mae_deploy.progress import notice, progress
+from mae_deploy.progress import progress
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.markdown import write_report
 from mae_deploy.results import Result
 from mae_deploy.runtime.flops import autoencoder_flops
 from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.cpu import prepare_cpu
+from mae_deploy.training.cpu import keep_freed_memory
 from mae_deploy.training.loop import make_accelerator
 from mae_deploy.training.optim.groups import adamw, decay_groups
 from mae_deploy.training.plan import RunPlan
@@ -60,9 +59,8 @@ class OurStep:
         normalise: NormaliseImages,
         accelerator: Accelerator,
     ) -> None:
-        self.kernels = (
-            prepare_cpu(model, {}, measured=config.measure_kernels) if accelerator.device.type == "cpu" else None
-        )
+        if accelerator.device.type == "cpu":
+            keep_freed_memory()
         network = Network(model, accelerator, sharded=False, compiled=config.compile)
         optimizer = adamw(network.groups(decay_groups(model, 0.05)), betas=(0.9, 0.95))
         plan = RunPlan(
@@ -107,14 +105,9 @@ def run_benchmark_train(config: BenchmarkTrainConfig) -> Result:
             hint="this is a defect; please report it",
         )
     gemms = {str(kind).removeprefix("torch."): _gemm(device, kind) for kind in dict.fromkeys((dtype, plain_dtype))}
-    with progress("timing", (config.warmup + config.repeats) * (len(calls) + sum(map(len, gemms.values())))) as bar:
-        products = {f"{kind} {name}": product for kind, products in gemms.items() for name, product in products.items()}
-        timings = measure({**calls, **products}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
-    work = 2 * _GEMM[device.type] ** 3
-    rates = {
-        kind: max(work / min(timings[f"{kind} {name}"].seconds) for name in products)
-        for kind, products in gemms.items()
-    }
+    with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(gemms))) as bar:
+        timings = measure({**calls, **gemms}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
+    rates = {kind: 2 * _GEMM[device.type] ** 3 / min(timings[kind].seconds) for kind in gemms}
     report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -156,8 +149,6 @@ def _steps(
         config.model.num_patches
     )
     losses = {PLAIN: plain(images, noise), OURS: ours(images, 0).item()}
-    if ours.kernels is not None and (summary := ours.kernels.summary()):
-        notice("CPU kernels:", summary)
     steps = config.steps or (1 if device.type == "cpu" else 10)
 
     def our_round() -> None:
@@ -173,23 +164,15 @@ def _steps(
     return losses, {PLAIN: plain_round, OURS: our_round}
 
 
-def _gemm(device: torch.device, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Calls that multiply two square matrices; on a CPU by every kernel that there is for this type."""
+def _gemm(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
+    """A call that multiplies two square matrices."""
     x, y = torch.randn(2, _GEMM[device.type], _GEMM[device.type], device=device).to(dtype)
-    kernels = (
-        PRODUCTS["forward"]
-        if (device.type, dtype) == ("cpu", torch.float32)
-        else {"default": torch.nn.functional.linear}
-    )
 
-    def product(kernel: Callable[..., Tensor]) -> Callable[[], object]:
-        def call() -> None:
-            kernel(x, y)
-            _wait(device)
+    def product() -> None:
+        torch.nn.functional.linear(x, y)
+        _wait(device)
 
-        return call
-
-    return {name: product(kernel) for name, kernel in kernels.items()}
+    return product
 
 
 def _figures(

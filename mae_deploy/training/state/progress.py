@@ -6,7 +6,7 @@ Tensors are whole and named after parameters, so they fit any number of processe
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +64,6 @@ class Progress:
     """Step of the last checkpoint whose weights gave a finite loss afterwards."""
     candidate: int | None = None
     """Step of the last checkpoint, while that is not known of it."""
-    kernels: dict[str, str] = field(default_factory=dict)
-    """CPU kernels that were chosen by measurement; going on with others would change the last bits of the losses."""
 
 
 def save_progress(folder: Path, progress: Progress) -> None:
@@ -75,7 +73,9 @@ def save_progress(folder: Path, progress: Progress) -> None:
 
 def load_progress(folder: Path) -> Progress:
     """Read the progress."""
-    return Progress(**read_json(folder / PROGRESS))
+    found = read_json(folder / PROGRESS)
+    found.pop("kernels", None)  # which CPU kernels earlier versions chose for the run; it goes on with PyTorch's own
+    return Progress(**found)
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ def test_figures_follow_from_the_times(
         for function in functions.values():
             function()
         return {"plain": Timing((3.0, 5.0, 4.0)), "mae-deploy": Timing((2.5, 2.0, 1.0))} | {
-            name: Timing((0.5, 0.25)) for name in functions if name.startswith("float32")
+            name: Timing((0.5, 0.25)) for name in functions if name not in ("plain", "mae-deploy")
         }
 
     monkeypatch.setattr(benchmark_train, "measure", timed)
@@ -92,7 +92,7 @@ def test_figures_follow_from_the_times(
 
 
 def test_the_command_in_the_report_makes_the_same_run(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(command("--json", "--no-measure-kernels")) == 0
+    assert main(command("--json", "--seed", "3")) == 0
     report = json.loads(capsys.readouterr().out)
     words = shlex.split(report["command"])
     assert words[:2] == ["mae-deploy", "benchmark-train"]

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec
-from mae_deploy.models.cpu_kernels import Kernels, MeasuredLinear, use_kernels
 from mae_deploy.models.quantization.activations import Observer
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
@@ -28,7 +27,7 @@ from mae_deploy.models.quantization.rounding import (
     weight_round_trip,
 )
 from mae_deploy.models.quantization.smoothing import smooth, smoothed_stats
-from mae_deploy.models.quantization.training import Quantizer, quantize_in_training
+from mae_deploy.models.quantization.training import QuantizedLinear, Quantizer, quantize_in_training
 from mae_deploy.models.vit import Encoder
 from tests.export.outlier_models import decibels, noisy_encoder, plant_outliers
 from tests.export.tiny_exports import SavedGraph
@@ -154,7 +153,7 @@ def test_the_model_keeps_its_weights_and_their_names(kind: Kind) -> None:
     quantizer = quantize_in_training(model, kind, Policy(static=kind == "static"))
     assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
     assert not list(quantizer.parameters())
-    assert {name for name, module in model.named_modules() if isinstance(module, MeasuredLinear)} == {
+    assert {name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)} == {
         name for name in eligible_linears(plain) if not name.startswith("decoder_")
     }
     images = random_tensor(3, 3, 6, 10)
@@ -299,24 +298,6 @@ def test_a_copy_is_a_whole_of_its_own() -> None:
         other.student(IMAGES)
     assert min(scales_of(other.quantizer).values()) < 1
     assert set(scales_of(both.quantizer).values()) == {1.0}
-
-
-def test_it_multiplies_by_measured_kernels(tmp_path: Path) -> None:
-    class Chosen(Kernels):
-        met: set[str] = set()  # noqa: RUF012
-
-        def product(self, kind: str, M: int, K: int, N: int) -> str:
-            self.met.add(kind)
-            return "onednn"
-
-    models = [noisy_encoder(), noisy_encoder()]
-    for model in models:
-        rounded(model, "dynamic")
-    use_kernels(models[1], Chosen(file=tmp_path / "kernels.json"))
-    tokens = [model(IMAGES) for model in models]
-    tokens[1].sum().backward()
-    assert Chosen.met == {"forward", "grad input", "grad weight"}
-    assert (tokens[1] - tokens[0]).abs().median() < 1e-5
 
 
 def test_in_bf16_it_is_rounded_too() -> None:

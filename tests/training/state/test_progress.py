@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS
-from mae_deploy.files import read_json
+from mae_deploy.files import read_json, write_json
 from mae_deploy.training.optim.groups import adamw, decay_groups
 from mae_deploy.training.state.progress import (
     OPTIMIZER,
@@ -100,6 +100,13 @@ def test_progress(tmp_path: Path) -> None:
     save_progress(tmp_path, progress)
     assert load_progress(tmp_path) == progress
     assert read_json(tmp_path / "progress.json")["step"] == 7
+
+
+def test_kernels_that_an_earlier_version_chose_are_passed_over(tmp_path: Path) -> None:
+    save_progress(tmp_path, Progress(step=7))
+    recorded = read_json(tmp_path / "progress.json")
+    write_json(tmp_path / "progress.json", recorded | {"kernels": {"torch 2.15/forward/256x5x3": "onednn"}})
+    assert load_progress(tmp_path) == Progress(step=7)
 
 
 def test_a_checkpoint_of_a_part_and_the_rest_are_the_whole_model(tmp_path: Path) -> None:
