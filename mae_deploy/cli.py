@@ -20,7 +20,14 @@ from mae_deploy.options import command as register
 if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.commands.benchmark.config import BenchmarkConfig
     from mae_deploy.commands.benchmark_train.config import BenchmarkTrainConfig
-    from mae_deploy.commands.config import BuildEngineConfig, DoctorConfig, InfoConfig, PredictConfig, VerifyConfig
+    from mae_deploy.commands.config import (
+        BuildEngineConfig,
+        DoctorConfig,
+        InfoConfig,
+        PredictConfig,
+        SchemaConfig,
+        VerifyConfig,
+    )
     from mae_deploy.commands.data.config import PackConfig, StatsConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
@@ -53,13 +60,14 @@ app = typer.Typer(
 
 
 data = typer.Typer(
+    name="data",
     cls=Group,
     help="Look at a data set, or pack it into shards.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
 )
-app.add_typer(data, name="data")
+app.add_typer(data)
 
 
 @command(app, "mae_deploy.commands.quickstart.config:QuickstartConfig", panel=START)
@@ -91,6 +99,17 @@ def info(config: InfoConfig) -> Any:
     from mae_deploy.commands.info import run_info
 
     return run_info(config)
+
+
+@command(app, "mae_deploy.commands.config:SchemaConfig", panel=START)
+def schema(config: SchemaConfig) -> Any:
+    """Print the JSON Schema of a command's settings.
+
+    With it, an editor completes and checks recipes.
+    """
+    from mae_deploy.commands.schema import run_schema
+
+    return run_schema(config)
 
 
 @command(app, "mae_deploy.pretrain.config:PretrainConfig", panel=TRAIN, recipes=True)

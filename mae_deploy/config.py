@@ -224,7 +224,7 @@ def merge(base: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """The config as plain JSON and YAML values; `from_dict` reads it back."""
-    return {f.name: _plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+    return {f.name: to_plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
 
 
 def to_yaml(config: Any) -> str:
@@ -242,7 +242,9 @@ def fixed_settings(config: Any) -> dict[str, Any]:
     """The config as plain values without what may change where its command goes on."""
     fields = [field for field in dataclasses.fields(config) if resume_of(type(config), field) != "free"]
     values = ((field.name, getattr(config, field.name)) for field in fields)
-    return {name: fixed_settings(value) if dataclasses.is_dataclass(value) else _plain(value) for name, value in values}
+    return {
+        name: fixed_settings(value) if dataclasses.is_dataclass(value) else to_plain(value) for name, value in values
+    }
 
 
 def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
@@ -368,11 +370,12 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     return tuple(_coerce(kind, item, where) for kind, item in zip(kinds, value, strict=True))
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
+    """A value as JSON and YAML have it."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return to_dict(value)
     if isinstance(value, tuple):
-        return [_plain(item) for item in value]
+        return [to_plain(item) for item in value]
     return str(value) if isinstance(value, Path) else value
 
 

@@ -33,6 +33,15 @@ Completions = Mapping[str, Callable[[str], Iterable[str]]]
 """For what an option takes (`CKPT`, `MODEL`), the values that begin with a text."""
 
 
+_SETTINGS: dict[str, type | str] = {}
+"""Of every command its config class, or where it is."""
+
+
+def settings_of_commands() -> dict[str, type]:
+    """The config class of every command by its name, `pretrain` or `data pack`."""
+    return {name: pkgutil.resolve_name(cls) if isinstance(cls, str) else cls for name, cls in _SETTINGS.items()}
+
+
 def command(
     app: typer.Typer,
     config: type[C] | str,
@@ -54,6 +63,9 @@ def command(
     """
 
     def register(function: Callable[[C], Any]) -> Callable[[C], Any]:
+        group = "data " if app.info.name == "data" else ""
+        _SETTINGS[group + (name or function.__name__)] = config
+
         def build() -> TyperCommand:
             found = cast(type[C], pkgutil.resolve_name(config)) if isinstance(config, str) else config
             return _build(function, found, name or function.__name__, recipes, completions or {})

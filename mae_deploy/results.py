@@ -17,12 +17,14 @@ class Result:
     view: Any = None
     failed: bool = False
     """It says why there is no result: people read it on stderr, above the error."""
+    as_json: bool = False
+    """JSON is what was asked for, with `--json` or without."""
 
 
 def show(result: Any, *, as_json: bool) -> None:
     """Print a command's result on stdout; everything else that a command says goes to stderr."""
     result = result if isinstance(result, Result) else Result(result)
-    if as_json:
+    if as_json or result.as_json:
         sys.stdout.write(json.dumps(result.data, indent=2, default=str) + "\n")
         return
     from rich.console import Console

@@ -115,6 +115,18 @@ class InfoConfig(Settings, resume="never"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class SchemaConfig(Settings, resume="never"):
+    """Settings of `mae-deploy schema`."""
+
+    command: tuple[str, ...] = setting(argument=True)
+    """The command whose settings are described, such as pretrain or data pack."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "cpu"
+    """Not used: nothing is computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DoctorConfig(Settings, resume="never"):
     """Settings of `mae-deploy doctor`."""
 

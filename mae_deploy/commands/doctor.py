@@ -22,7 +22,7 @@ _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
 
 NEEDS: dict[str, tuple[str, ...]] = {
-    "": ("verify", "predict", "eval BUNDLE", "benchmark", "data", "info"),
+    "": ("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema"),
     "train": (
         "pretrain",
         "finetune",

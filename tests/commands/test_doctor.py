@@ -151,7 +151,7 @@ def test_without_the_training_packages() -> None:
         "install": "pip install 'mae-deploy[openvino]'",
     }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
-        *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info"),
+        *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema"),
         *("predict --out FILE.parquet", "predict on TIFF"),
     ]
 
