@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.data.config import CropConfig, DataConfig
+from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.config import DecoderConfig, SliceBlocks
 from mae_deploy.models.mask_config import check_keep_ratio
@@ -311,6 +311,7 @@ class DistillConfig(Settings):
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4)
     augment: CropConfig = section(CropConfig)
     images: DataConfig = section(DataConfig)
+    validation: ValidationConfig = section(ValidationConfig)
     loop: LoopConfig = section(LoopConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:

@@ -14,7 +14,8 @@ from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import to_dict
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.sources.base import ImageSource, Joined
-from mae_deploy.data.sources.open import labelled_images, unlabelled_images
+from mae_deploy.data.sources.open import unlabelled_images
+from mae_deploy.data.sources.splits import announce, labelled_splits
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.distill.build import Weight, build_objectives, objective_weights
@@ -162,18 +163,22 @@ def _answers(
 
 def _unlabelled(config: DistillConfig) -> _Data:
     images = unlabelled_images(config.data, config.images.columns)
+    announce(config.data, {"": images})
     return _Data(train=images, fingerprint=images.fingerprint())
 
 
 def _labelled(config: DistillConfig, teacher: Teacher) -> _Data:
     names = tuple(teacher.class_names) if teacher.class_names is not None else None
-    train = labelled_images(config.data, "train", names, config.images.columns)
-    val = labelled_images(config.data, "val", train.class_names, config.images.columns)
+    train, val = labelled_splits(
+        config.data, config.validation, seed=config.seed, class_names=names, columns=config.images.columns
+    )
     if train.class_names is None or len(train.class_names) != (teacher.num_classes or len(train.class_names)):
         raise ConfigError(
             f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}"
         )
     extra = unlabelled_images(config.logits.unlabelled) if config.logits.unlabelled is not None else None
+    if extra is not None:
+        announce(extra.name, {"unlabelled": extra})
     fingerprint = {
         "train": train.fingerprint(),
         "val": val.fingerprint(),

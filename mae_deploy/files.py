@@ -123,6 +123,14 @@ def refuse_to_overwrite(path: Path, *, option: str = "--out", hint: str | None =
         )
 
 
+def refuse_within(path: Path, data: Path, *, option: str = "--out") -> None:
+    """Raise ConfigError if `path`, which an option asks for, lies in a folder of images, among which it would be
+    counted the next time.
+    """
+    if data.is_dir() and data.resolve() in (path.resolve(), *path.resolve().parents):
+        raise ConfigError(f"{option} {path} lies within {data}, as one of its images", hint=f"choose another {option}")
+
+
 def _is_running(process: str) -> bool:
     """Whether a process of this number is at work here."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.data.config import CropConfig, DataConfig
+from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective
 from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_keep_ratio, check_masking, mask_unit
@@ -142,6 +142,7 @@ class FinetuneConfig(Settings):
     mix: MixConfig = section(MixConfig)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
     images: DataConfig = section(DataConfig)
+    validation: ValidationConfig = section(ValidationConfig)
     loop: LoopConfig = section(LoopConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:

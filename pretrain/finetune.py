@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
@@ -39,9 +39,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     encoder = _encoder_config(config, loaded)
     base = from_dict(Preprocess, loaded.metadata.preprocess) if loaded is not None else None
     spec = config.images.preprocess(encoder.image_size, encoder.in_chans, base)
-    train = labelled_images(config.data, "train", columns=config.images.columns)
+    train, val = labelled_splits(config.data, config.validation, seed=config.seed, columns=config.images.columns)
     assert train.class_names is not None
-    val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     fingerprint = {"train": train.fingerprint(), "val": val.fingerprint()}
     transform = train_transform(spec, config.augment, auto_augment=config.mix.auto_augment)
     dataset = train_dataset(train, transform, config.images, seed=config.seed)

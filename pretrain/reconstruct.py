@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import atomic_path
+from mae_deploy.files import atomic_path, refuse_within
 from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, readable
@@ -37,8 +37,9 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """Draw the grid for given images and a checkpoint.
 
     Raises:
-        ConfigError: the checkpoint has no decoder, or no image can be read.
+        ConfigError: the checkpoint has no decoder, no image can be read, or `out` would lie among the images.
     """
+    refuse_within(config.out, config.images)
     model, loaded = load_model(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(

@@ -22,6 +22,23 @@ class Columns:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ValidationConfig(Settings, resume="fixed"):
+    """Validation."""
+
+    val_split: str | None = None
+    """Name of the split to validate with, such as test; default: val, validation or valid."""
+    val_share: float | None = setting(None, above=0, below=1)
+    """Validate with this share of the training images of each class, such as 0.1, drawn by --seed, and train on the
+    others; DATA may then be DATA/<class>/…."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        if self.val_share is not None and self.val_split is not None:
+            yield ConfigError(f"--val-split {self.val_split} does not go with --val-share {self.val_share:g}")
+        if self.val_split == "train":
+            yield ConfigError("--val-split train: what is trained on validates nothing", hint="use --val-share 0.1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig(Settings):
     """Data."""
 

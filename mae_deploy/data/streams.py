@@ -23,15 +23,20 @@ from mae_deploy.data.dataset import Batch, Sample, collate
 from mae_deploy.data.decode import decode
 from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
+from mae_deploy.data.sources.members import arrays_beside, clean_name, group_key, kind_of, label_of, label_stem
 from mae_deploy.data.sources.patterns import expand
 from mae_deploy.data.sources.shards import INDEX, read_label
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.images.find import is_image_name
 from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
+
+_LARGEST_SAMPLE = 64
+"""Members that are held at a time to find labels among them: `scan.2023.000.jpg`, `scan.2023.001.jpg`, … are one sample
+to WebDataset, and could be a whole shard.
+"""
 
 
 class ShardStream:
@@ -228,7 +233,7 @@ def _counted(urls: tuple[str, ...]) -> int | None:
 
 def _read_shards(urls: Iterator[str], errors: _Errors) -> Iterator[_Raw]:
     """The images of some shards, one shard after the other; a broken shard is named, and left where it breaks."""
-    from webdataset.tariterators import group_by_keys, tar_file_expander, url_opener
+    from webdataset.tariterators import tar_file_expander, url_opener
 
     def named() -> Iterator[dict[str, Any]]:
         for url in urls:
@@ -241,16 +246,35 @@ def _read_shards(urls: Iterator[str], errors: _Errors) -> Iterator[_Raw]:
                     with suppress(Exception):  # a command that was stopped before its end
                         shard["stream"].close()
 
-    members = tar_file_expander(url_opener(named(), handler=errors), handler=errors)
-    for sample in group_by_keys(members, handler=errors):
-        extension = next((name for name in sample if not name.startswith("__") and is_image_name(f"x.{name}")), None)
-        if extension is None:
-            continue
-        name = f"{sample['__url__']}/{sample['__key__']}.{extension}"
-        label = UNLABELLED
-        if "cls" in sample:
-            try:
-                label = read_label(sample["cls"], name)
-            except ConfigError as error:
-                errors(error)
-        yield _Raw(name, sample[extension], label)
+    def wanted(name: str) -> bool:
+        return kind_of(clean_name(name)) in ("image", "label")
+
+    members = tar_file_expander(url_opener(named(), handler=errors), handler=errors, select_files=wanted)
+    place: tuple[str, str] | None = None
+    sample: dict[str, bytes] = {}
+    for member in members:
+        name = clean_name(member["fname"]) if member else ""  # empty at a shard's end
+        here = (member["__url__"], group_key(name)) if member else None
+        if place is not None and (here != place or len(sample) == _LARGEST_SAMPLE):
+            yield from _images_of(place[0], sample, errors)
+            sample = {}
+        place = here
+        if member:
+            sample[name] = member["data"]
+    if place is not None:
+        yield from _images_of(place[0], sample, errors)
+
+
+def _images_of(url: str, sample: dict[str, bytes], errors: _Errors) -> Iterator[_Raw]:
+    """The images among members that follow one another and are called the same up to the first dot."""
+    labels: dict[str, int] = {}
+    for name in (name for name in sample if kind_of(name) == "label"):
+        try:
+            labels[label_stem(name)] = read_label(sample[name], f"{url}/{name}")
+        except ConfigError as error:
+            errors(error)
+    images = [name for name in sample if kind_of(name) == "image"]
+    beside = arrays_beside(images)
+    for name in images:
+        if name not in beside:
+            yield _Raw(f"{url}/{name}", sample[name], label_of(name, labels))

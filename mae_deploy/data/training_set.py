@@ -7,6 +7,7 @@ from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.sources.patterns import is_streamed
+from mae_deploy.data.sources.splits import announce, announce_line
 from mae_deploy.data.streams import ShardStream
 from mae_deploy.data.transforms import Transform
 
@@ -18,8 +19,12 @@ def open_training(data: str, transform: Transform, config: DataConfig, *, seed: 
         ConfigError: nothing is there, or a stream whose epoch nobody has counted.
     """
     if is_streamed(data):
-        return ShardStream(data, transform, config, seed=seed)
-    return train_dataset(unlabelled_images(data, config.columns), transform, config, seed=seed)
+        stream = ShardStream(data, transform, config, seed=seed)
+        announce_line(f"{data}: {len(stream.urls)} streamed shards, {len(stream)} images an epoch")
+        return stream
+    images = unlabelled_images(data, config.columns)
+    announce(data, {"": images})
+    return train_dataset(images, transform, config, seed=seed)
 
 
 def train_dataset(

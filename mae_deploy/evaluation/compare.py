@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from mae_deploy.checkpoint import find_checkpoint
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import CompareConfig
 from mae_deploy.evaluation.features import (
@@ -69,8 +69,7 @@ def run_compare(config: CompareConfig) -> Result:
         refuse_to_overwrite(config.out)
     entries = read_entries(config.encoders)
     resolve_device(config.device)
-    train = labelled_images(config.data, "train")
-    val = labelled_images(config.data, "val", train.class_names)
+    train, val = labelled_splits(config.data, config.validation, seed=config.seed)
     model = _model_for_random(entries)
     for entry in entries:  # what cannot be opened is said before the first hour of work
         _open(entry, config, model, config.seed).close()

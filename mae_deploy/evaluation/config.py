@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
-from mae_deploy.data.config import CropConfig, DataConfig
+from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
@@ -71,6 +71,7 @@ class LinprobeConfig(Settings):
     optim: OptimConfig = section(OptimConfig, epochs=90, batch_size=512, blr=0.1, weight_decay=0.0)
     augment: CropConfig = section(CropConfig, min_scale=0.08)
     images: DataConfig = section(DataConfig)
+    validation: ValidationConfig = section(ValidationConfig)
     loop: LoopConfig = section(LoopConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:
@@ -96,9 +97,10 @@ class KnnConfig(Settings, resume="never"):
     block_size: int = setting(4096, at_least=1)
     """Images of either side that are compared at a time: bounds the memory, changes no result."""
     seed: int = 0
-    """Not used: nothing here is random."""
+    """Seed of --val-share."""
     device: Device = "auto"
     """Where to compute; auto takes the GPU where there is one."""
+    validation: ValidationConfig = section(ValidationConfig)
     features: FeaturesConfig = section(FeaturesConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:
@@ -131,6 +133,7 @@ class CompareConfig(Settings, resume="never"):
     """Added to each of --seeds."""
     device: Device = setting("auto", basic=True)
     """Where to compute; auto takes the GPU where there is one."""
+    validation: ValidationConfig = section(ValidationConfig)
     features: FeaturesConfig = section(FeaturesConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:
@@ -153,6 +156,8 @@ class EvalConfig(Settings, resume="never"):
     """A classifier: a run folder, a checkpoint folder, a weights file, or a bundle with logits."""
     data: Path = setting(argument=True)
     """Labelled images: DATA/val/<class>/… if there is a val, else DATA/<class>/…."""
+    val_split: str | None = None
+    """Name of the split below DATA, such as test; default: val, validation or valid."""
     confusion: Path | None = None
     """Also write the confusion matrix to this .csv file: a row for each true class, a column for each class found."""
     keep_ratio: tuple[float, ...] | None = setting(None, above=0, at_most=1)

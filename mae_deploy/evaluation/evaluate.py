@@ -16,6 +16,7 @@ import numpy as np
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_val
+from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.evaluation.config import EvalConfig
@@ -61,7 +62,7 @@ def run_eval(config: EvalConfig) -> Result:
     if config.confusion is not None:
         refuse_to_overwrite(config.confusion, option="--confusion")
     classifier: Classifier = _Bundle(config) if (config.model / MANIFEST_FILE).is_file() else _Checkpoint(config)
-    images = _images(config.data, classifier)
+    images = _images(config.data, config.val_split, classifier)
     counts = [keep_count(classifier.num_patches, ratio) for ratio in config.keep_ratio or (1.0,)]
     found = [Accuracy(classifier.num_classes) for _ in counts]
     for logits, labels in classifier.logits(
@@ -93,9 +94,10 @@ def run_eval(config: EvalConfig) -> Result:
     return Result(data, _class_table(data) if config.keep_ratio is None else _ratio_table(data))
 
 
-def _images(data: Path, classifier: Classifier) -> ImageSource:
+def _images(data: Path, val_split: str | None, classifier: Classifier) -> ImageSource:
     """The labelled images, their labels in the order of the classifier's logits."""
-    images = labelled_val(data, classifier.class_names)
+    images = labelled_val(data, classifier.class_names, val_split)
+    announce(data, {"": images})
     found = len(images.class_names or ())
     if found != classifier.num_classes:
         raise ConfigError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.evaluation.accuracy import Accuracy
 from mae_deploy.evaluation.config import KnnConfig
 from mae_deploy.evaluation.features import FeatureSet, extract, open_source
@@ -31,9 +31,8 @@ def run_knn(config: KnnConfig) -> Result:
         ConfigError: no encoder, no labelled images, or a feature that the encoder does not have.
         MissingDependency: the device or the engine is absent.
     """
-    train = labelled_images(config.data, "train")
+    train, val = labelled_splits(config.data, config.validation, seed=config.seed)
     assert train.class_names is not None
-    val = labelled_images(config.data, "val", train.class_names)
     source = open_source(config.init, config.features, config.device)
     try:
         known = extract(source, train, config.features, title="train")

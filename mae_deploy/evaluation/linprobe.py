@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from mae_deploy.checkpoint import Metadata, save_checkpoint
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
 from mae_deploy.errors import ConfigError
@@ -55,9 +55,8 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
     spec = config.images.preprocess(
         encoder.image_size, encoder.in_chans, from_dict(Preprocess, loaded.metadata.preprocess)
     )
-    train = labelled_images(config.data, "train", columns=config.images.columns)
+    train, val = labelled_splits(config.data, config.validation, seed=config.seed, columns=config.images.columns)
     assert train.class_names is not None
-    val = labelled_images(config.data, "val", train.class_names, config.images.columns)
     data = {"train": train.fingerprint(), "val": val.fingerprint()}
     seed_everything(derive_seed(config.seed, "weights"))
     classifier = start_from(Classifier(encoder, num_classes=len(train.class_names), pool=config.pool), loaded)

@@ -1,68 +1,179 @@
-"""Which files below a folder are images."""
+"""Which files below a folder are images, and what else is there."""
 
 from __future__ import annotations
 
 import functools
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.read import NUMPY_SUFFIX
+from mae_deploy.images.left_out import LeftOut
+from mae_deploy.images.read import NUMPY_SUFFIX, formats
+from mae_deploy.progress import notice
 
-if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
-    pass
-from mae_deploy.images.read import _formats
+ARCHIVE_SUFFIX = ".tar"
+
+TABLE_SUFFIXES = (".parquet", ".arrow")
+
+_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+
+_OUTPUTS = (
+    ({"config.yaml", "environment.json"}, "run folders of mae-deploy"),
+    ({"manifest.json", "golden.npz"}, "bundles of mae-deploy"),
+    ({"sweep.yaml", "sweep.json"}, "sweeps of mae-deploy"),
+    ({"compare.json", "compare.md"}, "comparisons of mae-deploy"),
+    ({"report.json", "report.md"}, "reports of mae-deploy"),
+)
+"""Files by which a folder that we wrote is known."""
 
 
-def find_images(root: Path) -> list[Path]:
-    """All image files at or below `root`, or all `.npy` files where there is no image, in a stable order; hidden files
-    and folders are left out.
+@dataclass(slots=True)
+class Found:
+    """The regular files below a folder by what they are, each list in a stable order."""
+
+    images: list[Path] = field(default_factory=list)
+    arrays: list[Path] = field(default_factory=list)
+    """NumPy files: beside images labels, masks or features; where there is nothing else, the images."""
+    archives: list[Path] = field(default_factory=list)
+    """Tar files."""
+    tables: list[Path] = field(default_factory=list)
+    """Parquet and Arrow files."""
+    left_out: LeftOut = field(default_factory=LeftOut)
+
+
+def find_images(root: Path, *, say: bool = True) -> list[Path]:
+    """All image files at or below `root` in a stable order, or all `.npy` files where there is no image.
+
+    Args:
+        say: print what was left out, where anything was.
 
     Raises:
         ConfigError: nothing is there.
     """
     if root.is_file():
         return [root]
+    found = images_only(survey(root), root)
+    if say and found.left_out:
+        notice("images:", f"{len(found.images)} below {root}; left out: {found.left_out}")
+    return found.images
+
+
+def survey(root: Path) -> Found:
+    """What is below a folder. Hidden files and folders are left out, and those that this program wrote: run folders,
+    bundles.
+
+    Raises:
+        ConfigError: no such folder, or one below it that cannot be read.
+    """
     if not root.is_dir():
-        raise ConfigError(f"no such file or folder: {root}")
-    known = _image_suffixes()
-    files = sorted(_walk(root), key=lambda path: path.relative_to(root).as_posix())
-    # Beside images, .npy files are labels, masks or features; where there is nothing else, they are the images.
-    found = [path for path in files if path.suffix.lower() in known] or [
-        path for path in files if path.suffix.lower() == NUMPY_SUFFIX
-    ]
-    if not found:
         raise ConfigError(
-            f"no images below {root}",
-            hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders",
+            f"{root} is neither a file nor a folder" if root.exists() else f"no such file or folder: {root}"
         )
+    found = Found()
+    known = image_suffixes()
+    for path in sorted(_walk(root, found.left_out), key=lambda path: path.relative_to(root).as_posix()):
+        suffix = path.suffix.lower()
+        if suffix in known:
+            found.images.append(path)
+        elif suffix == NUMPY_SUFFIX:
+            found.arrays.append(path)
+        elif suffix == ARCHIVE_SUFFIX:
+            found.archives.append(path)
+        elif suffix in TABLE_SUFFIXES:
+            found.tables.append(path)
+        else:
+            found.left_out.add(reason_by_suffix(path.name), str(path.relative_to(root)))
     return found
 
 
-def _walk(root: Path) -> Iterator[Path]:
-    entered: set[tuple[int, int]] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        # A link may lead to a folder that was walked already, or back up: each is entered once.
-        here = os.stat(folder)
-        if (here.st_dev, here.st_ino) in entered:
-            folders.clear()
-            continue
-        entered.add((here.st_dev, here.st_ino))
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        yield from (Path(folder) / name for name in files if not name.startswith("."))
+def output_of_ours(names: set[str]) -> str | None:
+    """What a folder with files of these names is, where this program wrote it."""
+    return next((what for marks, what in _OUTPUTS if marks <= names), None)
+
+
+def images_only(found: Found, root: Path) -> Found:
+    """What was found, with the images alone as such, and the rest counted as left out.
+
+    Raises:
+        ConfigError: no image.
+    """
+    rest = [*found.archives, *found.tables]
+    if found.images:
+        rest += found.arrays
+    for path in rest:
+        found.left_out.add(path.suffix.lower(), str(path.relative_to(root)))
+    images = found.images or found.arrays
+    if not images:
+        raise ConfigError(
+            f"no images below {root}" + (f"; there are: {found.left_out}" if found.left_out else ""),
+            hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders",
+        )
+    return Found(images, left_out=found.left_out)
 
 
 def is_image_name(name: str) -> bool:
     """Whether a file of this name is an image by its suffix."""
     suffix = os.path.splitext(name)[1].lower()
-    return suffix == NUMPY_SUFFIX or suffix in _image_suffixes()
+    return suffix == NUMPY_SUFFIX or suffix in image_suffixes()
+
+
+def reason_by_suffix(name: str) -> str:
+    """Why a file of this name is no image that can be read here."""
+    suffix = os.path.splitext(name)[1].lower()
+    if suffix in _HEIF_SUFFIXES:
+        return f"{suffix} (pip install pillow-heif)"
+    return suffix or "without a suffix"
 
 
 @functools.cache
-def _image_suffixes() -> frozenset[str]:
+def image_suffixes() -> frozenset[str]:
+    """Suffixes in lower case that Pillow reads here."""
     from PIL import Image
 
-    formats = _formats()
-    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in formats)
+    known = {*formats(), "MPO"}  # which Pillow opens as a JPEG
+    return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in known)
+
+
+def _walk(root: Path, left_out: LeftOut) -> Iterator[Path]:
+    """Files, and links that lead nowhere, which whoever reads them reports."""
+    entered: set[tuple[int, int]] = set()
+    folders = [root]
+    while folders:
+        folder = folders.pop()
+        try:
+            here = os.stat(folder)
+            with os.scandir(folder) as scan:
+                entries = sorted(scan, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ConfigError(
+                f"cannot read the folder {folder}: {error.strerror}", hint="allow it, or move it out of the data"
+            ) from error
+        # A link may lead to a folder that was walked already, or back up: each is entered once.
+        if (here.st_dev, here.st_ino) in entered:
+            continue
+        entered.add((here.st_dev, here.st_ino))
+        if folder != root and (ours := output_of_ours({entry.name for entry in entries})) is not None:
+            left_out.add(ours, str(folder.relative_to(root)))
+            continue
+        below = []
+        for entry in entries:
+            path = folder / entry.name
+            if entry.name.startswith("."):
+                if is_image_name(entry.name):
+                    left_out.add("hidden images", str(path.relative_to(root)))
+            elif _is(entry, "dir"):
+                below.append(path)
+            elif _is(entry, "file") or (entry.is_symlink() and not path.exists()):
+                yield path
+            else:  # reading a pipe would wait for ever
+                left_out.add("pipes, sockets or devices", str(path.relative_to(root)))
+        folders += reversed(below)
+
+
+def _is(entry: os.DirEntry[str], kind: str) -> bool:
+    try:
+        return entry.is_dir() if kind == "dir" else entry.is_file()
+    except OSError:  # a link that leads to itself
+        return False

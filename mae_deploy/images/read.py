@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import io
 import os
 import sys
@@ -103,7 +104,7 @@ def read_image(
         with warnings.catch_warnings():
             # Pillow warns of large files and of damaged metadata that it then does without.
             warnings.simplefilter("ignore")
-            with Image.open(file or path, formats=_formats()) as image:
+            with Image.open(file or path, formats=formats()) as image:
                 if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
                     image.draft(None, (image.width // factor, image.height // factor))
                 image.load()
@@ -189,13 +190,15 @@ def from_array(pixels: Array) -> Image.Image:
 
 
 @functools.cache
-def _formats() -> tuple[str, ...]:
+def formats() -> tuple[str, ...]:
     """Pillow's formats but those that hold no pixels it can read, and EPS, for which it would start Ghostscript on a
-    file that nobody checked.
+    file that nobody checked; HEIF where `pillow_heif` is installed.
     """
     from PIL import Image
 
     Image.init()
+    if importlib.util.find_spec("pillow_heif") is not None:
+        importlib.import_module("pillow_heif").register_heif_opener()
     return tuple(name for name in Image.OPEN if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "EPS"))
 
 

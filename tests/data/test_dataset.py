@@ -186,15 +186,15 @@ def test_a_class_without_validation_images_keeps_its_number(tmp_path: Path) -> N
 
 
 def test_labelled_data_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no class folders in .*train") as caught:
+    with pytest.raises(ConfigError, match=r"no train in .*, where there is: nothing") as caught:
         labelled_images(tmp_path, "train")
     assert caught.value.hint is not None
     assert "DATA/train/<class>" in caught.value.hint
     write_noise(tmp_path / "train", 1)
-    with pytest.raises(ConfigError, match="no class folders"):
+    with pytest.raises(ConfigError, match=r"no class folders with images in .*: 1 images in no class folder such as"):
         labelled_images(tmp_path, "train")
     (tmp_path / "train" / "dark").mkdir()
-    with pytest.raises(ConfigError, match=r"no images below .*dark"):
+    with pytest.raises(ConfigError, match=r"1 class folders without images such as dark"):
         labelled_images(tmp_path, "train")
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.dataset import ImageDataset
+from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.images.preprocess import default_preprocess
@@ -47,3 +49,12 @@ def test_fine_tuning_on_shards(tmp_path: Path, pretrained: Path) -> None:
     for data in (classes, tmp_path / "packed"):
         run_finetune(finetuning(data, tmp_path / f"run-{data.name}", pretrained))
     assert losses_of(tmp_path / "run-packed") == losses_of(tmp_path / "run-classes")
+
+
+def test_a_run_within_its_data_is_resumed(images: Path) -> None:
+    """Its pictures are no images: the data is what it was when the run began."""
+    first = pretraining(images, images / "runs" / "mae")
+    run_pretrain(first)
+    assert sorted((images / "runs" / "mae").glob("*.png")) != []
+    assert run_pretrain(replace(first, resume=True))["steps"] == 4
+    assert len(unlabelled_images(images)) == 11

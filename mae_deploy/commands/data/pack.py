@@ -19,10 +19,20 @@ from mae_deploy.commands.data.survey import Seen, Survey, difference_hash, pixel
 from mae_deploy.config import fixed_settings
 from mae_deploy.data.decode import decode
 from mae_deploy.data.sources.base import UNLABELLED, ImageSource
-from mae_deploy.data.sources.open import labelled_images, split_names, unlabelled_images
+from mae_deploy.data.sources.open import beside_splits, labelled_images, split_names, unlabelled_images
 from mae_deploy.data.sources.shards import CLASSES, FORMAT, INDEX
+from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.files import atomic_path, read_json, refuse_to_overwrite, remove, sha256, write_json, write_text
+from mae_deploy.files import (
+    atomic_path,
+    read_json,
+    refuse_to_overwrite,
+    refuse_within,
+    remove,
+    sha256,
+    write_json,
+    write_text,
+)
 from mae_deploy.images.read import Array, UnreadableImage, is_image, resize_and_cut
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
@@ -51,6 +61,7 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
         ConfigError: OUT holds something else.
         CheckFailed: too many unreadable images, or nothing is left.
     """
+    refuse_within(config.out, Path(config.source), option="OUT")
     splits = _splits(config)
     job = {
         "settings": fixed_settings(config),
@@ -168,14 +179,18 @@ def _splits(config: PackConfig) -> dict[str, ImageSource]:
     """
     names = split_names(config.source)
     if not names:
-        return {"": unlabelled_images(config.source, config.columns)}
+        images = unlabelled_images(config.source, config.columns)
+        announce(config.source, {"": images})
+        return {"": images}
     train = labelled_images(config.source, "train", columns=config.columns)
     others = {
         name: labelled_images(config.source, name, train.class_names, config.columns)
         for name in names
         if name != "train"
     }
-    return {**others, "train": train}
+    splits = {**others, "train": train}
+    announce(config.source, splits, beside_splits(config.source, splits))
+    return splits
 
 
 def _finish(

@@ -19,6 +19,7 @@ from mae_deploy.data.config import Columns
 from mae_deploy.data.decode import decode
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import unlabelled_images
+from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.progress import progress
@@ -50,6 +51,7 @@ def run_stats(config: StatsConfig) -> Result:
         CheckFailed: not one can be read.
     """
     source = unlabelled_images(config.data, Columns(image=config.image_column))
+    announce(config.data, {"": source})
     indices: Sequence[int] = range(len(source))
     if config.sample is not None and config.sample < len(source):
         drawn = np.random.default_rng(derive_seed(config.seed, "sample")).choice(
@@ -71,6 +73,7 @@ def run_stats(config: StatsConfig) -> Result:
         "images": len(source),
         "read": len(indices),
         **total.report(),
+        "left_out": source.left_out.counts,
         "fingerprint": source.fingerprint()["sha256"],
     }
     return Result(data, facts_table(f"{config.data}", _shown(data)))

@@ -235,6 +235,6 @@ def _quantizations(config: ReportConfig) -> dict[str, Int8Config]:
 def _calibrates(folder: Path) -> bool:
     """Whether it has enough images, as files."""
     try:
-        return len(find_images(folder)) >= CALIBRATION_IMAGES
+        return len(find_images(folder, say=False)) >= CALIBRATION_IMAGES
     except ConfigError:
         return False

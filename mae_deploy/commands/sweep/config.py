@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
+from mae_deploy.data.config import ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.training.config import Device
@@ -61,6 +62,7 @@ class SweepConfig(Settings):
     """Added to each of --seeds."""
     device: Device = setting("auto", resume="free", basic=True)
     """Where to compute; auto takes the GPU where there is one."""
+    validation: ValidationConfig = section(ValidationConfig)
     features: FeaturesConfig = section(FeaturesConfig)
 
     def faults(self) -> Iterator[MaeDeployError]:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_deploy.commands.sweep.config import SweepConfig
-from mae_deploy.config import differences, from_dict, merge, to_yaml
-from mae_deploy.data.sources.open import labelled_images
+from mae_deploy.config import differences, from_dict, merge, to_dict, to_yaml
+from mae_deploy.data.config import ValidationConfig
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract
 from mae_deploy.evaluation.knn import knn
@@ -67,7 +68,7 @@ def run_sweep(config: SweepConfig) -> Result:
     """
     setting, values = _varied(config)
     labelled = config.labelled or config.data
-    labelled_images(labelled, "val", labelled_images(labelled, "train").class_names)
+    labelled_splits(labelled, config.validation, seed=config.seed)
     resolve_device(config.device)
     seeds = [config.seed + seed for seed in config.seeds]
     # Every setting is checked before the first hour of training.
@@ -132,6 +133,7 @@ def _finetune_config(config: SweepConfig, init: Path, out: Path, seed: int, **mo
         "resume": True,
         "seed": seed,
         "device": config.device,
+        **({"validation": to_dict(config.validation)} if config.validation != ValidationConfig() else {}),
         **more,
     }
     return _build(FinetuneConfig, config.finetune_recipe, config.finetune_settings, {}, given)
@@ -192,8 +194,7 @@ def _probe(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
 def _features(config: SweepConfig, cell: Cell) -> tuple[FeatureSet, FeatureSet, int]:
     """Features of the labelled images, and the number of classes."""
     labelled = config.labelled or config.data
-    train = labelled_images(labelled, "train")
-    val = labelled_images(labelled, "val", train.class_names)
+    train, val = labelled_splits(labelled, config.validation, seed=cell.seed)
     source = EncoderFeatures(read_weights(cell.pretrain.out), config.features, config.device)
     known, asked = (
         extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mae_deploy.data.decode import Shrink
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 
 UNLABELLED = -1
@@ -47,6 +49,11 @@ class ImageSource(Protocol):
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The classes' names in the order of the labels, where there are labels."""
+        ...
+
+    @property
+    def left_out(self) -> LeftOut:
+        """What was found beside the images and is not used."""
         ...
 
     def __len__(self) -> int: ...
@@ -88,6 +95,9 @@ class Joined:
         self.name = " and ".join(part.name for part in parts)
         self.labels: Sequence[int] = [label for part in parts for label in part.labels]
         self.class_names = parts[0].class_names
+        self.left_out = LeftOut()
+        for part in parts:
+            self.left_out.merge(part.left_out)
 
     def __len__(self) -> int:
         """Number of images in all."""
@@ -123,6 +133,95 @@ class Joined:
         raise IndexError(index)
 
 
+class Chosen:
+    """Some of the images of a source, in its order."""
+
+    def __init__(self, source: ImageSource, indices: Sequence[int], name: str) -> None:
+        self.source = source
+        self.name = name
+        self.labels: Sequence[int] = [source.labels[index] for index in indices]
+        self.class_names = source.class_names
+        self.left_out = source.left_out
+        self._indices = np.array(indices, np.int64)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._indices)
+
+    def key(self, index: int) -> str:
+        """The image's name in the source."""
+        return self.source.key(int(self._indices[index]))
+
+    def raw(self, index: int) -> bytes:
+        """The image's file as it is."""
+        return self.source.raw(int(self._indices[index]))
+
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
+        """Decode one image."""
+        return self.source.read(int(self._indices[index]), channels, pixel_max, shrink)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Number of images, and a hash of the source's hash and the choice."""
+        whole = str(self.source.fingerprint()["sha256"]).encode()
+        digest = hashlib.sha256(whole + self._indices.astype("<i8").tobytes())
+        return {"images": len(self), "sha256": digest.hexdigest()}
+
+
+def hold_out(source: ImageSource, share: float, rng: np.random.Generator) -> tuple[ImageSource, ImageSource]:
+    """Split a labelled source: the rest, and `share` of each class at random, at least one image where there are two.
+
+    Raises:
+        ConfigError: no class has two images.
+    """
+    labels = np.asarray(source.labels)
+    held = np.zeros(len(labels), bool)
+    for label in np.unique(labels):
+        (members,) = np.nonzero(labels == label)
+        count = min(max(1, round(share * len(members))), len(members) - 1)
+        held[rng.permutation(members)[:count]] = True
+    if not held.any():
+        raise ConfigError(f"--val-share {share:g}: no class of {source.name} has two images")
+    rest, chosen = (np.nonzero(mask)[0].tolist() for mask in (~held, held))
+    return Chosen(source, rest, source.name), Chosen(source, chosen, f"{share:g} of {source.name}")
+
+
+def class_key(name: str) -> str:
+    """What all spellings of a class have in common: macOS writes é as e and an accent, Linux as one character."""
+    return unicodedata.normalize("NFC", name)
+
+
+def distinct_classes(names: Iterable[str]) -> tuple[str, ...]:
+    """Names in alphabetical order, of several spellings of a class the first."""
+    spelt: dict[str, str] = {}
+    for name in sorted(set(names)):
+        spelt.setdefault(class_key(name), name)
+    return tuple(spelt.values())
+
+
+def class_positions(names: Sequence[str]) -> dict[str, int]:
+    """The label of each class by its `class_key`."""
+    return {class_key(name): number for number, name in reversed(list(enumerate(names)))}
+
+
+def check_classes(found: Iterable[str], wanted: tuple[str, ...], describe: Callable[[str], str]) -> None:
+    """Whether every class that was found is wanted.
+
+    Args:
+        describe: names a class and where it is.
+
+    Raises:
+        ConfigError: names one that is not.
+    """
+    known = class_positions(wanted)
+    if unknown := [own for own in found if class_key(own) not in known]:
+        raise ConfigError(
+            f"{describe(unknown[0])} is not one of the {len(wanted)} classes:"
+            f" {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}"
+        )
+
+
 def match_classes(
     numbers: Array, own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str
 ) -> tuple[Array, tuple[str, ...]]:
@@ -132,26 +231,49 @@ def match_classes(
         own: the data's classes in the order of its numbers; None: the numbers have no names.
 
     Raises:
-        ConfigError: an image without a label, a number without a class, or a class that is not wanted.
+        ConfigError: an image without a label, a number without a class or that may mean two, or a class that is not
+            wanted.
     """
     if (numbers < 0).any():
         raise ConfigError(f"{int((numbers < 0).sum())} of the {len(numbers)} images of {name} have no label")
     if own is None:
-        own = (
-            wanted
-            if wanted is not None and all(known.isdigit() for known in wanted)
-            else tuple(map(str, range(int(numbers.max()) + 1)))
-        )
+        own = _names_of_numbers(numbers, wanted, name)
     if numbers.max() >= len(own):
         raise ConfigError(f"{name} has a label {int(numbers.max())}, but there are {len(own)} classes")
     if wanted is None or own == wanted:
         return numbers, own
-    if unknown := [own[number] for number in np.unique(numbers) if own[number] not in wanted]:
-        raise ConfigError(
-            f"class {unknown[0]} of {name} is not one of the {len(wanted)} classes:"
-            f" {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}"
-        )
-    return np.array([wanted.index(known) if known in wanted else UNLABELLED for known in own])[numbers], wanted
+    check_classes((own[number] for number in np.unique(numbers)), wanted, lambda known: f"class {known} of {name}")
+    place = class_positions(wanted)
+    return np.array([place.get(class_key(known), UNLABELLED) for known in own])[numbers], wanted
+
+
+def _names_of_numbers(numbers: Array, wanted: tuple[str, ...] | None, name: str) -> tuple[str, ...]:
+    """The class of each number from 0 on, where the data has no names: beside classes that are called by numbers, as
+    folders may be, the one that is called so, "10" or "010", and not the one that stands there in their alphabetical
+    order.
+
+    Raises:
+        ConfigError: the number may be the name of one class and the place of another.
+    """
+    plain = tuple(map(str, range(int(numbers.max()) + 1)))
+    if wanted is None or not all(known.isdecimal() for known in wanted):
+        return plain
+    present, values = np.unique(numbers).tolist(), [int(known) for known in wanted]
+    called = dict(zip(values, wanted, strict=True))
+    by_name = [called.get(number) for number in present]
+    ordered = [known for _, known in sorted(zip(values, wanted, strict=True))]
+    by_place = [ordered[number] if number < len(ordered) else None for number in present]
+    alphabetical = [wanted[number] if number < len(wanted) else None for number in present]
+    named, placed = None not in by_name, None not in by_place
+    if named and len(called) == len(wanted) and (not placed or by_name == by_place):
+        return tuple(called.get(number, known) for number, known in enumerate(plain))
+    if not named and (not placed or by_place == alphabetical):
+        return wanted
+    raise ConfigError(
+        f"{name} has the labels {present[0]} to {present[-1]}, which may be the names or the places of the classes"
+        f" {', '.join(wanted[:8])}{' …' if len(wanted) > 8 else ''}",
+        hint="write the classes' names in the order of the labels: classes.json beside shards, a ClassLabel in tables",
+    )
 
 
 def read_file(path: Path) -> bytes:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from PIL import Image
 
 from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.base import UNLABELLED, read_file
+from mae_deploy.data.sources.base import (
+    UNLABELLED,
+    check_classes,
+    class_key,
+    class_positions,
+    distinct_classes,
+    read_file,
+)
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.find import find_images
+from mae_deploy.images.find import Found, images_only, is_image_name, output_of_ours, reason_by_suffix, survey
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, read_image
+
+_PACKED = (".zip", ".rar", ".7z", ".gz", ".tgz", ".bz2", ".xz", ".zst")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +34,7 @@ class ImageList:
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
     class_names: tuple[str, ...] | None = None
+    left_out: LeftOut = field(default_factory=LeftOut, compare=False)
 
     @property
     def name(self) -> str:
@@ -63,41 +74,63 @@ class ImageList:
         return {"images": len(self.paths), "sha256": digest.hexdigest()}
 
 
-def image_files(root: Path) -> ImageList:
+def image_files(root: Path, found: Found | None = None) -> ImageList:
     """Every image at or below a folder.
 
+    Args:
+        found: what is there, where it is known.
+
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or the file is none by its suffix.
     """
-    paths = find_images(root)
-    return ImageList(root.parent if root.is_file() else root, tuple(paths), (UNLABELLED,) * len(paths))
+    if root.is_file():
+        if not is_image_name(root.name):
+            hint = "unpack it, and give the folder" if root.suffix.lower() in _PACKED else "give the folder of images"
+            raise ConfigError(f"{root} is no image, no tar file and no table: {reason_by_suffix(root.name)}", hint=hint)
+        return ImageList(root.parent, (root,), (UNLABELLED,))
+    only = images_only(found or survey(root), root)
+    return ImageList(root, tuple(only.images), (UNLABELLED,) * len(only.images), left_out=only.left_out)
 
 
 def labelled_files(folder: Path, class_names: tuple[str, ...] | None = None) -> ImageList:
-    """The images of `folder/<class>/…`, classes in alphabetical order or in that of `class_names`.
+    """The images of `folder/<class>/…`, classes in alphabetical order or in that of `class_names`. A class without
+    images is left out.
 
     Raises:
-        ConfigError: no such folder, no classes, or a class that is not among `class_names`.
+        ConfigError: no classes, or one that is not among `class_names`.
     """
-    found = (
-        sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        if folder.is_dir()
-        else []
-    )
-    if not found:
+    left_out, classes = LeftOut(), dict[str, list[Path]]()
+    for loose in sorted(path.name for path in folder.iterdir() if path.is_file() and is_image_name(path.name)):
+        left_out.add("images in no class folder", loose)
+    for path in class_folders(folder):
+        found = survey(path)
+        classes[path.name] = found.images or found.arrays
+        left_out.merge(found.left_out)
+        if not classes[path.name]:
+            left_out.add("class folders without images", path.name)
+            del classes[path.name]
+    if not classes:
         raise ConfigError(
-            f"no class folders in {folder}", hint="labelled data is DATA/train/<class>/… and DATA/val/<class>/…"
+            f"no class folders with images in {folder}" + (f"; there are: {left_out}" if left_out else ""),
+            hint="labelled data is DATA/train/<class>/… and DATA/val/<class>/…",
         )
-    names = class_names or tuple(found)
-    if unknown := [name for name in found if name not in names]:
-        raise ConfigError(
-            f"{folder / unknown[0]} is not one of the {len(names)} classes:"
-            f" {', '.join(names[:8])}{' …' if len(names) > 8 else ''}"
-        )
-    paths: list[Path] = []
-    labels: list[int] = []
-    for name in found:
-        images = find_images(folder / name)
-        paths += images
-        labels += [names.index(name)] * len(images)
-    return ImageList(folder, tuple(paths), tuple(labels), names)
+    if class_names is not None:
+        check_classes(classes, class_names, lambda name: str(folder / name))
+    names = class_names or distinct_classes(classes)
+    place = class_positions(names)
+    paths = [path for images in classes.values() for path in images]
+    labels = [place[class_key(name)] for name, images in classes.items() for _ in images]
+    return ImageList(folder, tuple(paths), tuple(labels), names, left_out)
+
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder in alphabetical order, without hidden ones and those that this program wrote.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    try:
+        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+        return [path for path in found if output_of_ours({entry.name for entry in path.iterdir()}) is None]
+    except OSError as error:
+        raise ConfigError(f"cannot read the folder {error.filename}: {error.strerror}") from error

@@ -5,9 +5,10 @@ folders.
 from __future__ import annotations
 
 import hashlib
+import posixpath
 import tarfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,20 @@ import numpy as np
 from PIL import Image
 
 from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.base import UNLABELLED, Numbers, match_classes
+from mae_deploy.data.sources.base import (
+    UNLABELLED,
+    Numbers,
+    class_key,
+    class_positions,
+    distinct_classes,
+    match_classes,
+)
+from mae_deploy.data.sources.members import arrays_beside, clean_name, kind_of, label_of, label_stem
 from mae_deploy.data.sources.patterns import local_shards
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
-from mae_deploy.images.find import is_image_name
+from mae_deploy.images.find import reason_by_suffix
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 
 INDEX = "index.json"
@@ -29,6 +39,8 @@ CLASSES = "classes.json"
 """Names of the classes in the order of their numbers, beside the shards or above them."""
 
 FORMAT = 1
+
+_REASONS = {"hidden": "hidden", "link": "links or sparse files"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +54,8 @@ class Shard:
     offsets: list[int]
     sizes: list[int]
     labels: list[int]
+    left_out: LeftOut = field(default_factory=LeftOut)
+    """Members that are no images; not in `index.json`."""
 
     def entry(self) -> dict[str, Any]:
         """As `index.json` holds it."""
@@ -79,6 +93,9 @@ class ShardSource:
                 hint="members are images such as 000001.jpg, with labels in 000001.cls",
             )
         self.name = name
+        self.left_out = LeftOut()
+        for shard in shards:
+            self.left_out.merge(shard.left_out)
         self._paths = [shard.path for shard in shards]
         counts = [len(shard.names) for shard in shards]
         # Arrays, not lists: worker processes share their memory for as long as nobody counts references to a million
@@ -146,18 +163,24 @@ def scan(path: Path) -> Shard:
     """
     images: dict[str, tuple[str, int, int]] = {}
     labels: dict[str, int] = {}
+    left_out = LeftOut()
     try:
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
-                stem, extension = split_name(member.name)
-                if not member.isreg():
-                    continue
-                if extension == "cls":
-                    file.seek(member.offset_data)
-                    labels[stem] = read_label(file.read(member.size), f"{path}/{member.name}")
-                elif is_image_name(member.name):
-                    images.setdefault(stem, (member.name, member.offset_data, member.size))
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                if member.isdir():
+                    continue
+                name = clean_name(member.name)
+                kind = kind_of(name) if member.isreg() and not member.issparse() else "link"
+                if kind == "label":
+                    file.seek(member.offset_data)
+                    labels[label_stem(name)] = read_label(file.read(member.size), f"{path}/{member.name}")
+                elif kind == "image":
+                    if name in images:
+                        left_out.add("that came before under the same name", name)
+                    images[name] = (member.name, member.offset_data, member.size)
+                else:
+                    left_out.add(_REASONS.get(kind) or reason_by_suffix(name), name)
     except (tarfile.TarError, EOFError) as error:
         found = f"after {len(images)} images " if images else ""
         raise ConfigError(
@@ -166,21 +189,18 @@ def scan(path: Path) -> Shard:
         ) from error
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    for name in sorted(arrays_beside(images)):
+        left_out.add("arrays beside images", name)
+        del images[name]
     return Shard(
         path,
         path.stat().st_size,
         [name for name, _, _ in images.values()],
         [offset for _, offset, _ in images.values()],
         [size for _, _, size in images.values()],
-        [labels.get(stem, UNLABELLED) for stem in images],
+        [label_of(name, labels) for name in images],
+        left_out,
     )
-
-
-def split_name(member: str) -> tuple[str, str]:
-    """Key and extension of a member, as WebDataset splits them: at the first dot of the file's name."""
-    folder, _, name = member.rpartition("/")
-    stem, _, extension = name.partition(".")
-    return (f"{folder}/{stem}" if folder else stem), extension.lower()
 
 
 def read_label(content: bytes, where: str) -> int:
@@ -228,15 +248,17 @@ def _classes(
     """Labels in the order of `wanted`, or of the shards' own classes, and the classes' names."""
     own = _class_names(folder)
     if (numbers == UNLABELLED).all():
-        folders = [member.rpartition(b"/")[0].decode("utf-8", "surrogateescape") for member in names.tolist()]
+        folders = [
+            posixpath.dirname(clean_name(member.decode("utf-8", "surrogateescape"))) for member in names.tolist()
+        ]
         if not all(folders):
             raise ConfigError(
                 f"the images of {name} have no labels",
                 hint="give each a .cls member with its number, or put it below the name of its class",
             )
-        own = own or tuple(sorted(set(folders)))
-        place = {known: number for number, known in enumerate(own)}
-        numbers = np.array([place.get(found, UNLABELLED) for found in folders], np.int64)
+        own = own or distinct_classes(folders)
+        place = class_positions(own)
+        numbers = np.array([place.get(class_key(found), UNLABELLED) for found in folders], np.int64)
     return match_classes(numbers, own, wanted, name)
 
 

@@ -15,9 +15,18 @@ from PIL import Image
 
 from mae_deploy.data.config import Columns
 from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.base import UNLABELLED, Numbers, match_classes, read_file
+from mae_deploy.data.sources.base import (
+    UNLABELLED,
+    Numbers,
+    class_key,
+    class_positions,
+    distinct_classes,
+    match_classes,
+    read_file,
+)
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 
 _STATE = "state.json"
@@ -50,7 +59,15 @@ def find_tables(data: Path) -> list[Path]:
                 hint="save it again with flatten_indices().save_to_disk(…)",
             )
         return [data / entry["filename"] for entry in state["_data_files"]]
-    return sorted(data.glob("*.parquet")) if data.is_dir() else []
+    return sorted(data.glob("[!.]*.parquet")) if data.is_dir() else []
+
+
+def name_files(paths: Sequence[Path], columns: Columns) -> bool:
+    """Whether the rows of some tables name image files beside them, instead of holding the images."""
+    try:
+        return TableSource(str(paths[0]), paths, columns).names_files
+    except ConfigError:  # another table, which holds no images
+        return False
 
 
 class TableSource:
@@ -74,6 +91,7 @@ class TableSource:
     ) -> None:
         import_optional("pyarrow", extra="hf")
         self.name = name
+        self.left_out = LeftOut()
         self._folder = paths[0].parent
         tables = [_open(path) for path in paths]
         self._image = _column(tables[0].schema, columns.image, _IMAGES, "--image-column", name)
@@ -90,6 +108,12 @@ class TableSource:
         if len(self) == 0:
             raise ConfigError(f"no rows in {name}")
         self._digest = _digest(paths, self._labels)
+
+    @property
+    def names_files(self) -> bool:
+        """Whether the first row names a file."""
+        row = self._row(0)
+        return row.get("bytes") is None and bool(row.get("path"))
 
     @property
     def labels(self) -> Sequence[int]:
@@ -177,9 +201,9 @@ def _labels(
     values: list[Any], own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str
 ) -> tuple[Array, tuple[str, ...]]:
     if any(isinstance(value, str) for value in values):
-        own = own or tuple(sorted({str(value) for value in values if value is not None}))
-        place = {known: number for number, known in enumerate(own)}
-        values = [place.get(value, UNLABELLED) for value in values]
+        own = own or distinct_classes(str(value) for value in values if value is not None)
+        place = class_positions(own)
+        values = [UNLABELLED if value is None else place.get(class_key(str(value)), UNLABELLED) for value in values]
     elif not all(isinstance(value, int) for value in values if value is not None):
         raise ConfigError(
             f"the labels of {name} are neither numbers nor names",

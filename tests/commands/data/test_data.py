@@ -212,3 +212,22 @@ def test_too_many_broken_files(images: Path, tmp_path: Path) -> None:
 def test_impossible_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PackConfig(source="a", out=Path("b"), **settings)
+
+
+def test_shards_among_the_images_are_refused(images: Path) -> None:
+    for out in (images, images / "packed"):
+        with pytest.raises(ConfigError, match=f"OUT {out} lies within {images}"):
+            pack(images, out)
+    assert not (images / "packed").exists()
+
+
+def test_every_split_is_packed_or_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = write_classes(tmp_path / "set")
+    (root / "val").rename(root / "valid")
+    write_noise(root / "test" / "dark", 2)
+    write_noise(root / "extra" / "dark", 2)
+    assert pack(root, tmp_path / "out")["images"] == 20
+    assert {path.name for path in (tmp_path / "out").iterdir() if path.is_dir()} == {"train", "val", "test"}
+    line = capsys.readouterr().err.splitlines()[0]
+    assert line.startswith(f"data: {root}: val 6 images")
+    assert line.endswith("not used: extra")

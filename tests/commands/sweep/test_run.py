@@ -202,7 +202,7 @@ def test_what_cannot_work_is_refused_before_anything_is_trained(
     ):
         with pytest.raises(ConfigError, match=message):
             run_sweep(sweeping(classes, out, **{**recipes, **more}))
-    with pytest.raises(ConfigError, match="no class folders"):
+    with pytest.raises(ConfigError, match="no train in"):
         run_sweep(sweeping(images, out, **recipes))
     assert trained == []
     assert not out.exists()

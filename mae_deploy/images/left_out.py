@@ -1,0 +1,29 @@
+"""What is found in the data and not used: counted by reason, so that no file disappears unsaid."""
+
+from __future__ import annotations
+
+
+class LeftOut:
+    """Counts by reason, each with the first name that it was met under."""
+
+    def __init__(self) -> None:
+        self.counts: dict[str, int] = {}
+        self._first: dict[str, str] = {}
+
+    def add(self, reason: str, name: str, count: int = 1) -> None:
+        """Count one more."""
+        self.counts[reason] = self.counts.get(reason, 0) + count
+        self._first.setdefault(reason, name)
+
+    def merge(self, other: LeftOut) -> None:
+        """Count what another one counted."""
+        for reason, count in other.counts.items():
+            self.add(reason, other._first[reason], count)
+
+    def __bool__(self) -> bool:
+        return bool(self.counts)
+
+    def __str__(self) -> str:
+        """Such as `4 .heic (pip install pillow-heif) such as trip/a.heic, 1 without a suffix such as IMG_1`."""
+        ranked = sorted(self.counts.items(), key=lambda pair: -pair[1])
+        return ", ".join(f"{count} {reason} such as {self._first[reason]}" for reason, count in ranked)

@@ -1,0 +1,159 @@
+"""What DATA stands for: where it may be two things, nothing is guessed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from mae_deploy.cli import main
+from mae_deploy.data.sources.open import beside_splits, labelled_images, labelled_val, split_names, unlabelled_images
+from mae_deploy.errors import ConfigError
+from tests.data.image_folders import write_classes, write_noise
+from tests.data.sources.test_tables import pa, pq, table_of
+from tests.data.sources.tiny_shards import shards_of
+
+# --- two kinds -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", ["x.tar", "a/x.tar"])
+def test_archives_beside_images(images: Path, tmp_path: Path, place: str) -> None:
+    shards_of(images, tmp_path / "shards")
+    (tmp_path / "shards" / "shard-0.tar").rename(images / place)
+    with pytest.raises(ConfigError, match=rf"two kinds .*: 11 images \(a/00.png, …\) and 1 tar archive \({place}, …\)"):
+        unlabelled_images(images)
+    assert len(unlabelled_images(images / place)) == len(unlabelled_images(f"{(images / place).parent}/*.tar")) == 4
+    assert len(unlabelled_images(images / "b")) == 4
+
+
+def test_a_table_beside_images(images: Path) -> None:
+    pq.write_table(pa.table({"file_name": ["00.png"], "caption": ["noise"]}), images / "metadata.parquet")
+    with pytest.raises(ConfigError, match=r"11 images \(a/00.png, …\) and 1 table \(metadata.parquet, …\)"):
+        unlabelled_images(images)
+    (images / "metadata.parquet").rename(images / ".metadata.parquet")
+    assert len(unlabelled_images(images)) == 11
+
+
+def test_a_table_that_names_the_images_beside_it(images: Path) -> None:
+    rows = pa.array(
+        [{"bytes": None, "path": f"a/{number:02d}.png"} for number in range(3)],
+        pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+    )
+    pq.write_table(pa.table({"image": rows}), images / "some.parquet")
+    found = unlabelled_images(images)
+    assert (len(found), found.raw(2)) == (3, (images / "a" / "02.png").read_bytes())
+
+
+def test_shards_beside_class_folders(images: Path, tmp_path: Path) -> None:
+    root = write_classes(tmp_path / "set")
+    shards_of(images, tmp_path / "shards", labelled=True)
+    (tmp_path / "shards" / "shard-0.tar").rename(root / "train-0.tar")
+    with pytest.raises(ConfigError, match=r"train twice: 1 tar archive in .*train-\*.tar and 12 images in the f"):
+        labelled_images(root, "train")
+    (root / "train-0.tar").rename(root / "train" / "0.tar")
+    with pytest.raises(ConfigError, match="holds its train twice"):
+        labelled_images(root, "train")
+    (root / "train" / "0.tar").unlink()
+    (root / "valid").mkdir()
+    assert len(labelled_images(root, "val")) == 6  # an empty folder is none
+    write_noise(root / "valid" / "dark", 1)
+    with pytest.raises(ConfigError, match=r"holds its val twice: 6 images in the folders of .*val and 1 image in"):
+        labelled_images(root, "val")
+    assert len(labelled_images(root, "valid", exact=True)) == 1
+
+
+# --- splits ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["val", "validation", "valid"])
+def test_names_of_the_validation_split(tmp_path: Path, name: str) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "val").rename(tmp_path / name)
+    assert len(labelled_images(tmp_path, "val", ("dark", "light"))) == 6
+    assert len(labelled_val(tmp_path, None)) == len(labelled_val(tmp_path / name, None)) == 6
+    assert split_names(tmp_path) == ["train", "val"]
+    assert beside_splits(tmp_path, ["train", "val"]) == []
+
+
+def test_the_folders_that_are_there_are_listed(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "val").rename(tmp_path / "test")
+    (tmp_path / "README.md").touch()
+    with pytest.raises(ConfigError, match=r"no val in .*, where there is: test/, train/, README.md$") as caught:
+        labelled_images(tmp_path, "val")
+    assert str(caught.value.hint).startswith("name it with --val-split")
+    assert len(labelled_val(tmp_path, None, "test")) == 6
+    with pytest.raises(ConfigError, match=r"no val in .*, where there is: test/"):
+        labelled_val(tmp_path, None)
+    assert beside_splits(tmp_path, ["train", "val"]) == ["test"]
+
+
+@pytest.mark.parametrize("name", ["val-disere", "train", "val"])
+def test_class_folders_that_are_called_like_a_split(tmp_path: Path, name: str) -> None:
+    for known in ("aosta", name):
+        write_noise(tmp_path / "val" / known, 2)
+    found = labelled_val(tmp_path / "val", None)
+    assert (found.class_names, list(found.labels)) == (("aosta", name), [0, 0, 1, 1])
+
+
+# --- odd folders -----------------------------------------------------------------------------------------------------
+
+
+def test_classes_without_images_are_left_out(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    for empty in ("train/empty", "train/__MACOSX", "val/only-text"):
+        (tmp_path / empty).mkdir()
+    (tmp_path / "train" / "__MACOSX" / "._dark").touch()
+    (tmp_path / "val" / "only-text" / "notes.txt").touch()
+    train = labelled_images(tmp_path, "train")
+    assert train.class_names == ("dark", "light")
+    assert train.left_out.counts == {"class folders without images": 2}
+    val = labelled_images(tmp_path, "val", train.class_names)
+    assert val.left_out.counts == {".txt": 1, "class folders without images": 1}
+
+
+def test_a_class_in_two_spellings(tmp_path: Path) -> None:
+    """é as one character, and as macOS writes it."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    write_noise(tmp_path / "train" / composed, 2)
+    write_noise(tmp_path / "train" / "bar", 1)
+    write_noise(tmp_path / "val" / decomposed, 2)
+    train = labelled_images(tmp_path, "train")
+    assert train.class_names == ("bar", composed)
+    val = labelled_images(tmp_path, "val", train.class_names)
+    assert (list(val.labels), val.class_names) == ([1, 1], train.class_names)
+    write_noise(tmp_path / "train" / decomposed, 3)
+    both = labelled_images(tmp_path, "train")
+    assert both.class_names is not None
+    assert (len(both.class_names), sorted(both.labels)) == (2, [0, 1, 1, 1, 1, 1])
+
+
+def test_files_that_are_no_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, hint in (("photos.zip", "unpack it"), ("list.txt", "give the folder of images")):
+        (tmp_path / name).write_text("a.jpg")
+        assert main(["pretrain", str(tmp_path / name), "--out", str(tmp_path / "run")]) == 2
+        error = capsys.readouterr().err
+        assert f"{tmp_path / name} is no image, no tar file and no table: {name[-4:]}" in error
+        assert hint in error
+        assert not (tmp_path / "run").exists()
+
+
+def test_the_layout_of_the_hugging_face_hub(images: Path, tmp_path: Path) -> None:
+    root = tmp_path / "hub"
+    (root / "data").mkdir(parents=True)
+    (root / "README.md").touch()
+    for split, first, count in (("train", 0, 8), ("test", 8, 3)):
+        pq.write_table(table_of(images).slice(first, count), root / "data" / f"{split}-00000-of-00001.parquet")
+    found = unlabelled_images(root)
+    assert sorted(found.raw(index) for index in range(len(found))) == sorted(
+        path.read_bytes() for path in images.rglob("*.png")
+    )
+    assert found.left_out.counts == {".md": 1}
+    assert beside_splits(root, ["train", "val"]) == []
+
+
+def test_shards_below_shards_are_said(images: Path, tmp_path: Path) -> None:
+    shards = shards_of(images, tmp_path / "shards")
+    shards_of(images, shards / "more")
+    found = unlabelled_images(shards)
+    assert (len(found), found.left_out.counts) == (11, {".tar below": 3})
