@@ -20,6 +20,7 @@ OF_RUNS = {
     *("data", "out", "resume", "device", "num_workers", "max_corrupt", "cache", "teacher_cache", "checkpoint_every"),
     *("checkpoint_minutes", "keep_checkpoints", "eval_every", "pictures_every", "batch_size", "accum_iter"),
     *("max_skips", "max_rollbacks", "sharding", "compile", "teacher_compile", "tracker", "profile"),
+    "measure_kernels",  # added since: it is not used any more
 }
 OF_SWEEPS = {
     "data",
