@@ -200,12 +200,14 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             if (value := given[flag.variable]) is not None:
                 values = merge(values, _nest(flag.path, value))
                 names[".".join(flag.path)] = flag.name
+        settings = None
         try:
             settings = from_dict(config, values, flags=names)
         except ConfigError as error:
             said = {str(one).partition(" ")[0] for one in found}
             found += [one for one in error.errors if str(one) not in {f"{name} is missing" for name in said}]
         raise_all(found)
+        assert settings is not None  # what kept it from being built was raised
         if dump is not None:
             write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
             return

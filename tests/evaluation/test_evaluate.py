@@ -132,7 +132,7 @@ def test_shares_that_cannot_be_seen(
     for asked, message in (
         (["--keep-ratio", "0.5"], "this bundle's graph takes whole images"),
         (["--keep-ratio", "0"], "each of --keep-ratio must be above 0 and at most 1, got 0.0"),
-        (["--keep-ratio", ""], "--keep-ratio names no share"),
+        (["--keep-ratio", ""], "--keep-ratio '' must be at least one share"),
         (["--keep-ratio", "1,0.5", "--confusion", str(tmp_path / "matrix.csv")], "is of one --keep-ratio"),
     ):
         assert main(["eval", str(exported / "classifier"), str(labelled), *asked]) == 2

@@ -315,7 +315,7 @@ def test_a_whole_recipe_on_an_odd_batch(classes: Path, pretrained: Path, tmp_pat
         ({"patch_size": 4}, "--init has patch_size 5, not 4"),
         ({"in_chans": 1}, "--init has in_chans 3, not 1"),
         ({"model": "vit_nano_patch4"}, "--init has name tiny, not vit_nano_patch4"),
-        ({"image_size": (12, 10)}, "not a multiple of the patch size 5"),
+        ({"image_size": (12, 10)}, "not a multiple of the patch size, 5"),
         ({"mix": replace(NO_MIX, auto_augment="foo")}, "--auto-augment foo"),
     ],
 )
@@ -345,5 +345,5 @@ def test_a_validation_class_that_training_lacks(classes: Path, pretrained: Path,
 
 def test_neither_init_nor_scratch(classes: Path, tmp_path: Path) -> None:
     for more in ({}, {"from_scratch": True}, {"model": "vit_nano_patch4"}):
-        with pytest.raises(ConfigError, match="finetune needs --init"):
+        with pytest.raises(ConfigError, match="--init is missing"):
             finetuning(classes, tmp_path / "run", None, **more)

@@ -72,7 +72,8 @@ class RunFolder:
         if self.last is not None:
             return
         epoch = max((line.get("epoch", 0) for line in _lines(self.path / "metrics.jsonl")), default=0)
-        unfinished = [folder.name for folder in steps_in(self.checkpoints)]
+        # step-0 is a probe's that is fitted without steps, and has no state.
+        unfinished = [folder.name for folder in steps_in(self.checkpoints) if folder.name != "step-0"]
         if unfinished or epoch > config.loop.checkpoint_every:
             there = f"{', '.join(unfinished)} without their state" if unfinished else "none"
             raise ConfigError(
