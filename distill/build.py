@@ -141,11 +141,13 @@ def _given(weight: float | None, default: bool) -> float:
 def _pairs(written: Blocks | None, default: tuple[int, int], depths: tuple[int, int], flag: str) -> Pairs:
     pairs: list[tuple[int, int]] = []
     for pair in block_pairs(written, flag) or (default,):
-        own, its = (depth if block == LAST_BLOCK else block for block, depth in zip(pair, depths, strict=True))
-        for block, depth, whose in ((own, depths[0], "student"), (its, depths[1], "teacher")):
+        student_block, teacher_block = (
+            depth if block == LAST_BLOCK else block for block, depth in zip(pair, depths, strict=True)
+        )
+        for block, depth, whose in ((student_block, depths[0], "student"), (teacher_block, depths[1], "teacher")):
             if not 1 <= block <= depth:
-                raise ConfigError(f"{flag} {own}:{its}: the {whose}'s blocks are 1 to {depth}")
-        pairs.append((own, its))
+                raise ConfigError(f"{flag} {student_block}:{teacher_block}: the {whose}'s blocks are 1 to {depth}")
+        pairs.append((student_block, teacher_block))
     return tuple(pairs)
 
 
@@ -184,11 +186,13 @@ def _decoder_features(config: DistillConfig, student: Encoder, teacher: Teacher)
             hint="take the pretrained autoencoder as --teacher, or --decoder-feature-weight 0",
         )
     depths = student.decoder_config.decoder_depth, teacher.decoder_depth
-    ((own, its),) = _pairs(settings.decoder_blocks, (depths[0], -(-depths[1] // 2)), depths, "--decoder-blocks")
+    ((student_block, teacher_block),) = _pairs(
+        settings.decoder_blocks, (depths[0], -(-depths[1] // 2)), depths, "--decoder-blocks"
+    )
     width = student.decoder_config.decoder_embed_dim
     return DecoderFeatures(
-        own,
-        its,
+        student_block,
+        teacher_block,
         width,
         teacher.decoder_width,
         loss=settings.decoder_feature_loss,

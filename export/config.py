@@ -218,7 +218,7 @@ class ExportConfig(Settings, resume="never"):
 
     @property
     def emulates_bf16(self) -> bool:
-        """Whether ONNX Runtime's CPU, which judges graphs for TensorRT, is given products in FP32 of numbers that are
+        """Whether ONNX Runtime's CPU, which checks graphs for TensorRT, is given products in FP32 of numbers that are
         rounded to BF16.
         """
         return self.engine == "trt" and self.stored_precision == "bf16"

@@ -23,7 +23,10 @@ class AttentionMaps(Objective):
     """
 
     def __init__(self, pairs: Pairs, student_heads: int, teacher_heads: int) -> None:
-        super().__init__(tuple(Tap("qkv", own) for own, _ in pairs), tuple(Tap("qkv", its) for _, its in pairs))
+        super().__init__(
+            tuple(Tap("qkv", student_block) for student_block, _ in pairs),
+            tuple(Tap("qkv", teacher_block) for _, teacher_block in pairs),
+        )
         same = student_heads == teacher_heads
         self.adapters = nn.ModuleList(
             nn.Identity() if same else nn.Conv2d(student_heads, teacher_heads, 1, bias=False) for _ in pairs
@@ -35,8 +38,8 @@ class AttentionMaps(Objective):
         with full_precision(view.images):
             return torch.stack(
                 [
-                    F.mse_loss(adapt(_attention(student[own])), _attention(teacher[its].detach()))
-                    for adapt, own, its in each
+                    F.mse_loss(adapt(_attention(student[student_tap])), _attention(teacher[teacher_tap].detach()))
+                    for adapt, student_tap, teacher_tap in each
                 ]
             ).mean()
 

@@ -41,12 +41,15 @@ class DecoderFeatures(Objective):
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """Tokens `(B, N, D)` and `(B, N, D')` in the image's order to a scalar."""
-        own, its = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
+        student_tokens, teacher_tokens = student[self.student_taps[0]], teacher[self.teacher_taps[0]]
         if self.patches == "masked":
             assert view.masking is not None  # a whole image has no masked patches
             hidden = _ids_masked(view.masking)
-            own, its = gather_tokens(own, hidden), gather_tokens(its, hidden)
-        return distance(self.loss, self.projector(own), its)
+            student_tokens, teacher_tokens = (
+                gather_tokens(student_tokens, hidden),
+                gather_tokens(teacher_tokens, hidden),
+            )
+        return distance(self.loss, self.projector(student_tokens), teacher_tokens)
 
 
 def _ids_masked(masking: Masking) -> Tensor:

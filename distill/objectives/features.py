@@ -33,7 +33,10 @@ class Features(Objective):
         loss: Distance = "smooth_l1",
         projector_kind: Projector = "linear",
     ) -> None:
-        super().__init__(tuple(Tap("tokens", own) for own, _ in pairs), tuple(Tap("tokens", its) for _, its in pairs))
+        super().__init__(
+            tuple(Tap("tokens", student_block) for student_block, _ in pairs),
+            tuple(Tap("tokens", teacher_block) for _, teacher_block in pairs),
+        )
         self.loss = loss
         self.projectors = nn.ModuleList(projector(projector_kind, student_dim, teacher_dim) for _ in pairs)
 
@@ -41,5 +44,8 @@ class Features(Objective):
         """Tokens `(B, 1 + K, D)` and `(B, 1 + K, D')` to a scalar."""
         each = zip(self.projectors, self.student_taps, self.teacher_taps, strict=True)
         return torch.stack(
-            [distance(self.loss, project(student[own]), teacher[its]) for project, own, its in each]
+            [
+                distance(self.loss, project(student[student_tap]), teacher[teacher_tap])
+                for project, student_tap, teacher_tap in each
+            ]
         ).mean()

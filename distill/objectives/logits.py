@@ -23,8 +23,13 @@ class SoftLogits(Objective):
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, classes)` of both to a scalar."""
-        own, its = (F.log_softmax(taps[Tap("logits")].float() / self.temperature, dim=1) for taps in (student, teacher))
-        return F.kl_div(own, its.detach(), reduction="batchmean", log_target=True) * self.temperature**2
+        student_log_probs, teacher_log_probs = (
+            F.log_softmax(taps[Tap("logits")].float() / self.temperature, dim=1) for taps in (student, teacher)
+        )
+        return (
+            F.kl_div(student_log_probs, teacher_log_probs.detach(), reduction="batchmean", log_target=True)
+            * self.temperature**2
+        )
 
 
 class DistLogits(Objective):
@@ -46,9 +51,15 @@ class DistLogits(Objective):
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, classes)` of both to a scalar."""
-        own, its = (F.softmax(taps[Tap("logits")].float() / self.temperature, dim=1) for taps in (student, teacher))
-        its = its.detach()
-        return (2 - _pearson(own, its, dim=1).mean() - _pearson(own, its, dim=0).mean()) * self.temperature**2
+        student_probs, teacher_probs = (
+            F.softmax(taps[Tap("logits")].float() / self.temperature, dim=1) for taps in (student, teacher)
+        )
+        teacher_probs = teacher_probs.detach()
+        return (
+            2
+            - _pearson(student_probs, teacher_probs, dim=1).mean()
+            - _pearson(student_probs, teacher_probs, dim=0).mean()
+        ) * self.temperature**2
 
 
 def _pearson(first: Tensor, second: Tensor, dim: int) -> Tensor:

@@ -39,19 +39,27 @@ class Relations(Objective):
         *,
         kinds: tuple[Relation, ...] = ("qk", "vv"),
     ) -> None:
-        super().__init__(tuple(Tap("qkv", own) for own, _ in pairs), tuple(Tap("qkv", its) for _, its in pairs))
+        super().__init__(
+            tuple(Tap("qkv", student_block) for student_block, _ in pairs),
+            tuple(Tap("qkv", teacher_block) for _, teacher_block in pairs),
+        )
         self.kinds = kinds
         self.num_heads = relation_heads(student_dim, teacher_dim, teacher_heads)
 
     def forward(self, student: Taps, teacher: Taps, view: View) -> Tensor:
         """`(B, 3, heads, 1 + K, head_dim)` of both to a scalar."""
         each = zip(self.student_taps, self.teacher_taps, strict=True)
-        return torch.stack([self._divergence(student[own], teacher[its].detach()) for own, its in each]).mean()
+        return torch.stack(
+            [self._divergence(student[student_tap], teacher[teacher_tap].detach()) for student_tap, teacher_tap in each]
+        ).mean()
 
-    def _divergence(self, own: Tensor, its: Tensor) -> Tensor:
-        with full_precision(own):
+    def _divergence(self, student_qkv: Tensor, teacher_qkv: Tensor) -> Tensor:
+        with full_precision(student_qkv):
             terms = [
-                _kl(relation(its.float(), kind, self.num_heads), relation(own.float(), kind, self.num_heads))
+                _kl(
+                    relation(teacher_qkv.float(), kind, self.num_heads),
+                    relation(student_qkv.float(), kind, self.num_heads),
+                )
                 for kind in self.kinds
             ]
         return torch.stack(terms).sum()

@@ -1,6 +1,6 @@
 """INT8 and FP8: which Linears, with which ranges, and whether the result is worth having.
 
-All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is judged on ONNX
+All of it is measured on the engine that will run it. A graph for TensorRT, which builds for minutes, is checked on ONNX
 Runtime here; whether its engine is faster than one in FP16 is measured once, on the device (`runtime.engine_build`).
 """
 
@@ -121,11 +121,11 @@ def plan_int8(job: ExportJob, folder: Path) -> Int8Plan:
     rows: list[LayerRow] = []
     failures = ""
     chosen: frozenset[str] | None = everything
-    verdict = attempt.check_budget(everything)
-    if not verdict.passes and attempt.rest == "bf16":
+    budget = attempt.check_budget(everything)
+    if not budget.passes and attempt.rest == "bf16":
         attempt.rest = "fp32"
-        verdict = attempt.check_budget(everything)
-    if not verdict.passes:
+        budget = attempt.check_budget(everything)
+    if not budget.passes:
         chosen, failures = None, "; ".join(attempt.failures)
         if job.config.int8.search:
             notice(
@@ -154,7 +154,7 @@ def plan_int8(job: ExportJob, folder: Path) -> Int8Plan:
 
 
 class _Attempt:
-    """Tries sets of Linears in eight bits on the engine that judges them."""
+    """Tries sets of Linears in eight bits on the engine that runs them."""
 
     def __init__(self, job: ExportJob, folder: Path) -> None:
         int8 = job.config.int8

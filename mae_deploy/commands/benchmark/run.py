@@ -58,7 +58,7 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
     if config.out is not None:
         refuse_to_overwrite(config.out)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
-    judge = AccuracyCheck(config.images, config.num_images, config.seed)
+    accuracy_check = AccuracyCheck(config.images, config.num_images, config.seed)
     subjects = _subjects(config)
     with ExitStack() as stack:
         rows, left_out = _Plan(config, options, stack).rows(subjects)
@@ -66,7 +66,7 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
             notice("left out:", f"{combination.row}: {combination.why}")
         inputs = {row: row.inputs(config.seed) for row in rows}
         with progress("accuracy", len(rows)) as bar:
-            accuracies = judge.accuracies(rows, bar.advance)
+            accuracies = accuracy_check.accuracies(rows, bar.advance)
         probes = _probe(rows, inputs, options) if config.probe else {}
         gemms = _open_gemms(rows, options, stack)
         calls: dict[BenchmarkRow | str, Callable[[], object]] = {
@@ -84,7 +84,7 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
             threads=config.threads,
             affinity=config.affinity,
         ),
-        "images": judge.source,
+        "images": accuracy_check.source,
         "gemm_gflops": rates,
         "rows": [_figures(row, rows, timings, accuracies[row], probes.get(row), rates) for row in rows],
         "left_out": [{"row": combination.row, "why": combination.why} for combination in left_out],

@@ -122,10 +122,10 @@ def _time(config: ReportConfig, students: Sequence[Student]) -> tuple[_Timings, 
     versions: dict[str, str] = {}
     with ExitStack() as stack:
         for number, student in enumerate(students):
-            for precision, judged in (("fp32", student.fp32), ("int8", student.int8)):
-                if judged is None:
+            for precision, checked in (("fp32", student.fp32), ("int8", student.int8)):
+                if checked is None:
                     continue
-                subject = bundle_subject(judged.bundle)
+                subject = bundle_subject(checked.bundle)
                 assert subject.bundle is not None
                 engine = stack.enter_context(load_engine(subject.bundle, config.engine, options))
                 versions[engine.name] = engine.version
@@ -158,22 +158,22 @@ def _rows(number: int, student: Student, timings: _Timings) -> list[dict[str, An
             "fp32_min_ms": 1000 * fp32.percentile(0),
             "fp32_bundle": str(student.fp32.bundle),
         }
-        if (judged := student.int8) is not None:
+        if (checked := student.int8) is not None:
             int8 = timings[number, "int8", share]
             row |= {
-                "int8_top1": judged.top1[index],
-                "int8_drop": drop(student.fp32.top1[index], judged.top1[index]),
+                "int8_top1": checked.top1[index],
+                "int8_drop": drop(student.fp32.top1[index], checked.top1[index]),
                 "int8_ms": 1000 * int8.median,
                 "int8_min_ms": 1000 * int8.percentile(0),
                 "int8_ratio": int8.ratio(fp32),
-                "int8_bundle": str(judged.bundle),
-                "int8_linears": linears_in_int8(Bundle.load(judged.bundle)),
+                "int8_bundle": str(checked.bundle),
+                "int8_linears": linears_in_int8(Bundle.load(checked.bundle)),
             }
-        rows.append({**row, "verdict": _verdict(row, student)})
+        rows.append({**row, "verdict": _int8_result(row, student)})
     return rows
 
 
-def _verdict(row: dict[str, Any], student: Student) -> str:
+def _int8_result(row: dict[str, Any], student: Student) -> str:
     """Whether INT8 is worth having."""
     if (why := student.rejected) is not None:
         return f"rejected: {why}"
