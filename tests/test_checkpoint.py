@@ -117,9 +117,9 @@ def change_metadata(folder: Path, **values: Any) -> None:
     [
         ({"schema_version": 2}, "has schema version 2, this mae-deploy reads 1"),
         ({"schema_version": None}, "has schema version None"),
-        ({"kind": "detector"}, r"metadata\.kind: 'detector' is not one of mae, encoder, classifier"),
+        ({"kind": "detector"}, r"metadata\.kind 'detector' is not one of mae, encoder, classifier"),
         ({"colour": "red"}, r"unknown setting 'metadata\.colour'"),
-        ({"step": "many"}, r"metadata\.step: 'many' is not a whole number"),
+        ({"step": "many"}, r"metadata\.step 'many' is not a whole number"),
     ],
 )
 def test_metadata_is_read_strictly(tmp_path: Path, values: dict[str, Any], message: str) -> None:

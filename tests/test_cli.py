@@ -284,7 +284,7 @@ def test_dump_config_is_a_recipe_and_nothing_else(
     [
         (["pretrain", "images", "--out", "run"], "torch", "train"),
         (["finetune", "images", "--out", "run", "--init", "x"], "torch", "train"),
-        (["export", "run", "--out", "bundle"], "timm", "train"),
+        (["export", "run", "--out", "bundle"], "torch", "train"),
         (["import", "weights.pth", "--out", "checkpoint"], "torch", "train"),
         (["pretrain", "images", "--out", "run", "--dump-config", "-"], "yaml", "train"),
         (["pretrain", "images", "--out", "run", "--set", "seed=3"], "yaml", "train"),

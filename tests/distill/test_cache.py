@@ -208,7 +208,7 @@ def test_visible_patches_that_each_step_draws_cannot_be_kept(dataset: ImageDatas
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"fixed_views": -1}, "--fixed-views -1"),
+        ({"fixed_views": -1}, "--fixed-views must be at least 0, got -1"),
         ({"teacher_cache": Path("cache")}, "without --fixed-views every epoch has views of its own"),
     ],
 )

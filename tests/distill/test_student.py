@@ -138,7 +138,7 @@ def test_a_run_from_a_slice_of_the_teacher(images: Path, teacher: Path, tmp_path
         load_file(tmp_path / "run" / "checkpoints" / "last" / "model.safetensors"),
         open_checkpoint(tmp_path / "run").metadata,
     )
-    expected = slice_encoder(read_weights(teacher), EncoderConfig(**metadata.encoder))
+    expected = slice_encoder(read_weights(teacher), from_dict(EncoderConfig, metadata.encoder))
     assert expected["blocks.0.attn.qkv.weight"].shape == (24, 8)
     assert expected["patch_embed.proj.weight"].shape == (8, 3, 4, 4)
     assert [name for name in expected if not found[name].equal(expected[name])] == []

@@ -310,7 +310,7 @@ def test_other_images_or_weights_are_judged_anew(
     [
         (["encoder"], "is a encoder without a head"),
         (["plain", "plain"], "a run is named twice"),
-        (["plain", "--engine", "openvino"], "static INT8 needs --calib-data"),
+        (["plain", "--engine", "openvino"], "--precision int8 with static ranges needs --calib-data"),
         (["plain", "--keep-ratio", "1.5"], "each of --keep-ratio must be above 0 and at most 1, got 1.5"),
         (["plain", "--calib-data", "nowhere"], "--calib-data nowhere has not the 128 images"),
         (["nothing"], "no checkpoint at"),

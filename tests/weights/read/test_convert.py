@@ -277,7 +277,7 @@ def test_patches_that_form_both_a_square_and_the_asked_size_are_taken_as_asked(t
 
 def test_a_size_that_is_no_multiple_of_the_patch(tmp_path: Path) -> None:
     file = write_original(tmp_path / "checkpoint.pth", tiny_encoder(SQUARE).state_dict())
-    with pytest.raises(ConfigError, match="7x10 is not a multiple of the patch size 2"):
+    with pytest.raises(ConfigError, match="--image-size 7,10 is not a multiple of the patch size, 2"):
         import_weights(file, replace(OPTIONS, image_size=(7, 10)))
 
 
