@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mae_deploy.config import from_dict
-from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
@@ -25,6 +25,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
+from mae_deploy.runtime.engines.openvino import import_openvino
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
@@ -122,7 +123,7 @@ def prepare(config: ExportConfig) -> ExportJob:
         MissingDependency: the engine's package is absent.
     """
     if config.engine == "openvino":
-        import_optional("openvino", extra="openvino")
+        import_openvino()
     arithmetic(config.precision, config.resolved_typing, config.islands)
     loaded = at_image_size(read_weights(config.checkpoint), config.image_size)
     if config.one_std:

@@ -148,7 +148,7 @@ def _engines(packages: dict[str, str | None]) -> dict[str, str]:
         if packages[name] is not None:
             try:
                 engines[name] = describe()
-            except (ImportError, RuntimeError) as error:
+            except (ImportError, RuntimeError, MissingDependency) as error:
                 engines[name] = f"cannot be loaded: {' '.join(str(error).split())}"
     if packages["tensorrt"] is not None:
         engines["tensorrt"] = _tensorrt(packages)
@@ -170,9 +170,10 @@ def _tensorrt(packages: dict[str, str | None]) -> str:
 
 
 def _onnxruntime() -> str:
-    import onnxruntime
+    from mae_deploy.runtime.engines.onnxruntime import import_onnxruntime
 
-    return ", ".join(name.removesuffix("ExecutionProvider") for name in onnxruntime.get_available_providers())
+    providers = import_onnxruntime().get_available_providers()
+    return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
 
 
 def _openvino() -> str:

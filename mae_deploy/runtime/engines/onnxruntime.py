@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +28,7 @@ class OnnxRuntimeEngine(Engine):
     name = "onnxruntime"
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
-        runtime = _import_onnxruntime()
+        runtime = import_onnxruntime()
         self.device = _resolve_device(runtime, options.device)
         self.version = str(runtime.__version__)
         settings = _settings(runtime, self.device, options.num_threads, precision)
@@ -50,7 +51,14 @@ class OnnxRuntimeEngine(Engine):
         self._session = None
 
 
-def _import_onnxruntime() -> ModuleType:
+def import_onnxruntime() -> ModuleType:
+    """ONNX Runtime, without its telemetry unless the user's environment asks for it: from 1.29 on it writes a device id
+    and an upload database below HOME, and sends from there (onnxruntime#27379).
+
+    Raises:
+        MissingDependency: it is not installed, or cannot be loaded.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
     try:
         return importlib.import_module("onnxruntime")
     except ImportError as error:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -56,7 +58,7 @@ class OpenVinoEngine(Engine):
                 f"OpenVINO runs on the CPU here, not on '{options.device}'",
                 hint="use device cpu, or engine onnxruntime",
             )
-        openvino = import_optional("openvino", extra="openvino")
+        openvino = import_openvino()
         self.version = str(openvino.__version__).partition("-")[0]
         try:
             model, self.input_names, names = _read(graph)
@@ -118,7 +120,24 @@ def openvino_core() -> Any:
     With the last one its CPU plug-in goes. If that happens in another thread than the one that has made it, the next
     signal handler of Python's there, for Ctrl-C or a child that ends, ends the process (OpenVINO 2026.4).
     """
-    return importlib.import_module("openvino").Core()
+    return import_openvino().Core()
+
+
+def import_openvino() -> ModuleType:
+    """OpenVINO without its telemetry, which has no switch in the environment: where it is first imported, it writes an
+    id below HOME and sends that it was. Where the package is missing, it does without.
+
+    Raises:
+        MissingDependency: OpenVINO is not installed, or cannot be loaded.
+    """
+    hidden = {"openvino", "openvino_telemetry"}.isdisjoint(sys.modules)
+    if hidden:
+        sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]  # an import of it fails
+    try:
+        return import_optional("openvino", extra="openvino")
+    finally:
+        if hidden:
+            sys.modules.pop("openvino_telemetry", None)
 
 
 def _read(graph: Path) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:

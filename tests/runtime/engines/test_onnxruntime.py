@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -17,6 +18,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.runtime.engines.onnxruntime import import_onnxruntime
 from mae_deploy.runtime.registry import load_engine, open_graph
 from tests.runtime.tiny_bundle import OUTPUTS, golden_inputs, reference, rehash, write_bundle
 
@@ -274,6 +276,33 @@ def test_chunks_of_the_sizes_that_an_engine_takes(total: int, keep: int, runs: l
     inputs = {"x": np.arange(total * 2).reshape(total, 2), "ids_keep": np.zeros((total, keep), np.int64)}
     np.testing.assert_array_equal(run_in_chunks(engine, inputs, batch=None)["x"], inputs["x"] * 10, strict=True)
     assert [len(batch) for batch in engine.batches] == runs, "with no range for K, the engine itself refuses"
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_an_engine_writes_nothing_at_home(full_bundle: Path, tmp_path: Path, engine: str) -> None:
+    """Left to themselves, ONNX Runtime keeps a device id and a database of what it sends, and OpenVINO an id."""
+    home = tmp_path / "home"
+    home.mkdir()
+    probe = f"""
+from mae_deploy.runtime import Backbone
+with Backbone.load({str(full_bundle)!r}, engine={engine!r}) as backbone:
+    backbone(backbone.bundle.golden()["images"])
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "ORT_", "CI"))}
+    done = subprocess.run(
+        [sys.executable, "-c", probe], env={**environment, "HOME": str(home)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert list(home.rglob("*")) == []
+
+
+def test_telemetry_that_a_user_asks_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ORT_DISABLE_TELEMETRY", "0")
+    import_onnxruntime()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "0"
+    monkeypatch.delenv("ORT_DISABLE_TELEMETRY")
+    import_onnxruntime()
+    assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"
 
 
 def test_an_engine_s_package_is_imported_when_it_loads_and_torch_never(visible_bundle: Path) -> None:
