@@ -1,6 +1,7 @@
 """Time bundles' TensorRT engines on this machine's GPU in turns: a call of ours from arrays on the GPU and on the host,
-TensorRT's bare enqueue, and with a checkpoint PyTorch in FP16, eager and compiled. `mae-deploy benchmark` times whole
-engines and other runtimes; this shows what our runner adds, and what TensorRT gains over PyTorch. Prints rows as JSON.
+TensorRT's bare enqueue and the bare replay of its CUDA graph, and with a checkpoint PyTorch in FP16, eager and
+compiled. `mae-deploy benchmark` times whole engines and other runtimes; this shows what our runner adds, and what
+TensorRT gains over PyTorch. Prints rows as JSON.
 
     python -m scripts.measure_gpu BUNDLE... [--checkpoint CKPT] [--compile] [--batch 1 8 32] [--repeats 100]
 """
@@ -21,6 +22,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cuda.driver import CudaGraph
 from mae_deploy.runtime.cuda.memory import Memory
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -35,6 +37,7 @@ from mae_deploy.runtime.tensorrt.tensors import (
     create_context,
     read_profiles,
     read_tensors,
+    runtime_config,
 )
 from mae_deploy.runtime.timing import measure
 
@@ -43,7 +46,8 @@ Candidate = tuple[dict[str, Any], Callable[[int], Call | None]]
 """What tells a candidate from others, and what gives its call for a batch size; None where it does not take it."""
 
 BARE = "tensorrt, bare"
-"""The engine of the rows of `RawCalls`."""
+REPLAY = "tensorrt, bare replay"
+"""The engines of the rows of `RawCalls`: an enqueue, and the replay of the CUDA graph that was captured from one."""
 
 
 def main(arguments: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -93,7 +97,8 @@ def tensorrt_candidates(bundles: Sequence[Bundle], stack: ExitStack) -> Iterator
         if not entry["stripped"]:
             raw = RawCalls(api, memory, bundle.file(entry["file"]).read_bytes())
             stack.callback(raw.close)
-            yield {**row, "arrays": "gpu", "engine": BARE}, partial(_bare, raw, bundle)
+            yield {**row, "arrays": "gpu", "engine": BARE}, partial(_bare, raw, bundle, False)
+            yield {**row, "arrays": "gpu", "engine": REPLAY}, partial(_bare, raw, bundle, True)
 
 
 def _on_device(engine: TensorRtEngine, bundle: Bundle, memory: Memory, batch: int) -> Call | None:
@@ -106,8 +111,8 @@ def _on_host(engine: TensorRtEngine, bundle: Bundle, batch: int) -> Call | None:
     return _if_it_runs(partial(engine.run, random_inputs(bundle, batch)))
 
 
-def _bare(raw: RawCalls, bundle: Bundle, batch: int) -> Call | None:
-    return raw.call(random_inputs(bundle, batch))
+def _bare(raw: RawCalls, bundle: Bundle, replay: bool, batch: int) -> Call | None:
+    return raw.call(random_inputs(bundle, batch), replay=replay)
 
 
 def _if_it_runs(call: Call) -> Call | None:
@@ -154,7 +159,7 @@ def random_inputs(bundle: Bundle, batch: int) -> dict[str, Array]:
 
 
 class RawCalls:
-    """One engine as TensorRT's own tool calls it: everything is on the GPU already, one enqueue, one wait."""
+    """One engine as TensorRT's own tool calls it: everything is on the GPU already, one enqueue or replay, one wait."""
 
     def __init__(self, api: Api, memory: Memory, content: bytes) -> None:
         self._api, self._memory = api, memory
@@ -162,19 +167,21 @@ class RawCalls:
             engine = api.deserialize(content)
             inputs, outputs = read_tensors(api.module, engine)
             self._engine: Any = engine
+            self._config = runtime_config(api.module, engine)
             self._stream, self._nbytes = memory.stream(), activation_bytes(engine)
             self._activations = memory.allocate(self._nbytes)
         self._inputs, self._tensors, self._profiles = inputs, {**inputs, **outputs}, read_profiles(engine, inputs)
         self._contexts: list[Any] = []
+        self._graphs: list[CudaGraph] = []
 
-    def call(self, given: dict[str, Array]) -> Call | None:
-        """An enqueue with these inputs; None where no profile holds them."""
+    def call(self, given: dict[str, Array], *, replay: bool) -> Call | None:
+        """An enqueue with these inputs, or the replay of one; None where no profile holds them."""
         try:
             profile = choose_profile(self._profiles, {name: array.shape for name, array in given.items()})
         except ConfigError:
             return None
         with self._memory.active():
-            context = create_context(self._api.module, self._engine, self._activations, self._nbytes)
+            context = create_context(self._api.module, self._engine, self._activations, self._nbytes, self._config)
             context.set_optimization_profile_async(profile.index, self._stream.handle)
             for name, array in given.items():
                 context.set_input_shape(name, array.shape)
@@ -185,18 +192,31 @@ class RawCalls:
                     self._memory.copy_in(pointer, np.ascontiguousarray(given[name], tensor.dtype), self._stream)
                     self._stream.synchronize()
         self._contexts.append(context)
-        return partial(self._run, context)
+        enqueue = partial(self._enqueue, context)
+        if not replay:
+            return partial(self._run, enqueue)
+        self._run(enqueue)  # the first run does what cannot be captured
+        with self._memory.active():
+            graph = CudaGraph.capture(self._stream.handle, enqueue)
+        self._graphs.append(graph)
+        return partial(self._run, partial(graph.launch, self._stream.handle))
 
     def close(self) -> None:
         """Free what TensorRT holds; it must go before the memory."""
         with self._memory.active():
+            for graph in self._graphs:
+                graph.close()
+            self._graphs.clear()
             self._contexts.clear()
-            self._engine = None
+            self._config = self._engine = None
 
-    def _run(self, context: Any) -> None:
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.handle):
+            raise self._api.refuse("run this engine")
+
+    def _run(self, start: Call) -> None:
         with self._memory.active():
-            if not context.execute_async_v3(self._stream.handle):
-                raise self._api.refuse("run this engine")
+            start()
             self._stream.synchronize()
 
 
@@ -207,18 +227,20 @@ def pytorch_candidates(checkpoint: Path, keeps: Collection[int | None], *, compi
     from mae_deploy.weights.load import encoder_of, read_weights
 
     encoder = encoder_of(read_weights(checkpoint)).to("cuda", torch.float16).eval()
-    for engine, model in {
-        "pytorch": encoder,
-        **({"torch.compile": torch.compile(encoder)} if compiled else {}),
-    }.items():
+    for engine in ("pytorch", "torch.compile") if compiled else ("pytorch",):
         for keep in keeps:
             row = {"engine": engine, "precision": "fp16", "tokens": "full" if keep is None else "visible"}
-            yield {**row, "arrays": "gpu"}, partial(_torch_call, model, encoder.config, keep)
+            yield {**row, "arrays": "gpu"}, partial(_torch_call, encoder, keep, engine == "torch.compile")
 
 
-def _torch_call(model: Any, config: Any, keep: int | None, batch: int) -> Call:
+def _torch_call(encoder: Any, keep: int | None, compiled: bool, batch: int) -> Call:
+    """A call of the encoder; compiled for this shape alone, at batch 1, where launches cost most, as CUDA graphs."""
     import torch
 
+    config, model = encoder.config, encoder
+    if compiled:
+        torch._dynamo.config.recompile_limit = 64  # kernels of their own for each shape, not for shapes left open
+        model = torch.compile(encoder, dynamic=False, mode="reduce-overhead" if batch == 1 else None)
     images = torch.randn(batch, config.in_chans, *config.image_size, device="cuda", dtype=torch.float16)
     order = torch.rand(batch, config.num_patches, device="cuda").argsort(1)
     ids_keep = None if keep is None else order[:, :keep].contiguous()
@@ -228,7 +250,8 @@ def _torch_call(model: Any, config: Any, keep: int | None, batch: int) -> Call:
             model(images, ids_keep)
         torch.cuda.synchronize()
 
-    call()  # compiles
+    for _ in range(3):  # compiles, warms up, records
+        call()
     return call
 
 

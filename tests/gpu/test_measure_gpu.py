@@ -10,7 +10,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt.add_engine import build_engine
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.options import BuildOptions
-from scripts.measure_gpu import BARE, main
+from scripts.measure_gpu import BARE, REPLAY, main
 
 pytestmark = pytest.mark.gpu
 
@@ -30,6 +30,6 @@ def test_an_engine_is_timed_on_the_gpu_from_the_host_and_bare(api: Api, tmp_path
     assert [(row["engine"], row["arrays"], row["batch"]) for row in rows] == [
         (engine, arrays, batch)
         for batch in (1, 4)
-        for engine, arrays in (("tensorrt", "gpu"), ("tensorrt", "host"), (BARE, "gpu"))
+        for engine, arrays in (("tensorrt", "gpu"), ("tensorrt", "host"), (BARE, "gpu"), (REPLAY, "gpu"))
     ]
     assert all(row["p50_ms"] > 0 for row in rows)

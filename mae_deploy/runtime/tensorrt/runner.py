@@ -35,6 +35,7 @@ from mae_deploy.runtime.tensorrt.tensors import (
     create_context,
     read_profiles,
     read_tensors,
+    runtime_config,
 )
 
 NUM_SLOTS = 2
@@ -57,6 +58,7 @@ class PlanRunner:
         self._turn = threading.Lock()
         self.inputs, self.outputs = read_tensors(api.module, engine)
         self.profiles: list[ProfileRange] = read_profiles(engine, self.inputs)
+        self._config = runtime_config(api.module, engine)
         self._activation_bytes = activation_bytes(engine)
         self._activations = memory.allocate(self._activation_bytes)
         tensors = {**self.inputs, **self.outputs}
@@ -104,7 +106,7 @@ class PlanRunner:
             with self._memory.active():
                 for slot in self._slots:
                     slot.close()
-                self._engine = None
+                self._config = self._engine = None
             self._memory.close()
 
     def _free_slot(self) -> Slot:
@@ -201,7 +203,9 @@ class PlanRunner:
 
     def _create_context(self, profile: ProfileRange, stream: int) -> Any:
         self._api.said.clear()
-        context = create_context(self._api.module, self._engine, self._activations, self._activation_bytes)
+        context = create_context(
+            self._api.module, self._engine, self._activations, self._activation_bytes, self._config
+        )
         if context is None:
             raise self._api.refuse("make an execution context")
         if not context.set_optimization_profile_async(profile.index, stream):

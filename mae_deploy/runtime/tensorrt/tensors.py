@@ -133,11 +133,31 @@ def to_numpy(tensor: Tensor, pinned: Array) -> Array:
     return found
 
 
-def create_context(trt: Any, engine: Any, memory: int, nbytes: int) -> Any:
+def runtime_config(trt: Any, engine: Any) -> Any:
+    """What all contexts of an engine of TensorRT for RTX share; None for TensorRT itself.
+
+    Its kernels are compiled on the device: kept in one cache, so that a second context compiles nothing again, and
+    for a context's own shapes before its first run, so that a CUDA graph holds the fast ones.
+    """
+    if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
+        return None
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
+    config.set_runtime_cache(config.create_runtime_cache())
+    return config
+
+
+def create_context(trt: Any, engine: Any, memory: int, nbytes: int, config: Any = None) -> Any:
     """An execution context whose activations are in memory of the caller's, which contexts that take turns can share;
     None where TensorRT refuses.
+
+    Args:
+        config: what `runtime_config` gave.
     """
-    if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
+    if config is not None:
+        context = engine.create_execution_context(config)
+    elif hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
         context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     else:
         context = engine.create_execution_context_without_device_memory()
