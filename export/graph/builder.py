@@ -1,7 +1,7 @@
 """A small builder for ONNX graphs: named nodes, named weights, and files that never hold the weights twice in memory.
 
 Graphs are written node by node rather than traced: nothing is left in them that the model does not compute, every
-weight keeps its state-dict name, and a dynamic batch or length needs no shape arithmetic.
+weight keeps its state-dict name, and a dynamic batch or length needs no shape arithmetic but in a ragged one.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ _RESULT_TYPES: dict[str, np.dtype[Any]] = {
     "MatMulInteger": np.dtype(np.int32),
     "Equal": np.dtype(np.bool_),
     "LessOrEqual": np.dtype(np.bool_),
+    "Shape": np.dtype(np.int64),
 }
 """Of operators whose result is not of the type of their first input; see also `_result_type`."""
 

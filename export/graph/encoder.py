@@ -29,8 +29,9 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.quantization.rounding import ROUNDINGS, rounding_of
 
-_MASKED = {"float32": -1e30, "bfloat16": -1e30, "float16": -6e4}
-"""Added to the scores of padded tokens; the softmax makes it exactly 0."""
+_MASKED = -6e4
+"""Added to the scores of padded tokens; the softmax makes it exactly 0. FP16 holds it: TensorRT computes a weakly typed
+FP32 graph in FP16, where -1e30 would be -inf, and its product with the 0 of a real token NaN."""
 
 
 def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec) -> GraphBuilder:
@@ -239,13 +240,13 @@ class _Graph:
     def _real(self, kept: str) -> str:
         """Which entries of `ids_keep` are real: bool `(B, K)`, position < num_keep."""
         b = self.builder
-        num_keep = b.cast(b.input("num_keep", np.int64, [self.batch]), FLOAT32)
-        num_keep = b.node("Unsqueeze", [num_keep, b.integers(1)], "padding/num_keep")
-        if isinstance(self.keep, int):
-            ordinals = b.weight("padding/ordinals", np.arange(1, self.keep + 1, dtype=np.float32)[None])
-        else:  # 1, 2, … K without shape arithmetic: a running sum of ones
-            ones = b.cast(b.node("Equal", [kept, kept], "padding/ones"), FLOAT32)
-            ordinals = b.node("CumSum", [ones, b.scalar(1, np.int64)], "padding/ordinals")
+        num_keep = b.node("Unsqueeze", [b.input("num_keep", np.int64, [self.batch]), b.integers(1)], "padding/num_keep")
+        # Whole numbers: FP16, in which TensorRT may compute a weakly typed graph, counts to 2048.
+        most = self.keep if isinstance(self.keep, int) else self.config.num_tokens
+        ordinals = b.weight("padding/ordinals", np.arange(1, most + 1, dtype=np.int64)[None])
+        if not isinstance(self.keep, int):  # the first K; CumSum is a loop to TensorRT 8.6: no CUDA graph takes it
+            length = b.node("Shape", [kept], "padding/K", start=1, end=2)
+            ordinals = b.node("Slice", [ordinals, b.integers(0), length, b.integers(1)], "padding/first")
         return b.node("LessOrEqual", [ordinals, num_keep], "padding/real")
 
     def _mask(self, real: str) -> str:
@@ -254,8 +255,8 @@ class _Graph:
         """
         b = self.builder
         tokens = b.node("Pad", [b.cast(real, FLOAT32), b.integers(0, 1, 0, 0), b.scalar(1.0)], "padding/tokens")
-        masked = b.scalar(_MASKED[self.arithmetic.of("softmax").name])
-        bias = b.node("Mul", [b.node("Sub", [b.scalar(1.0), tokens], "padding/absent"), masked], "padding/bias")
+        absent = b.node("Sub", [b.scalar(1.0), tokens], "padding/absent")
+        bias = b.node("Mul", [absent, b.scalar(_MASKED)], "padding/bias")
         return b.node("Unsqueeze", [bias, b.integers(1, 2)], "padding/scores")
 
     @cached_property
@@ -325,7 +326,7 @@ class _Graph:
         if not self.ragged:
             return b.mean(patch_tokens, 1, "outputs/mean")
         total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "outputs/sum", keepdims=0)
-        return b.node("Div", [total, "padding/num_keep"], "outputs/mean")
+        return b.node("Div", [total, b.cast("padding/num_keep", FLOAT32)], "outputs/mean")
 
     def _feature_map(self, tokens: str, name: str) -> str:
         """Tokens at their places in the grid, zeros where a patch is not visible: `(B, T, D) -> (B, D, H', W')`.

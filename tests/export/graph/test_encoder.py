@@ -118,16 +118,15 @@ OPERATORS = {
         "Erf",
         "Softmax",
         "LayerNormalization",
-        "CumSum",
         "ReduceMean",
         "ReduceSum",
     ),
     *("Equal", "LessOrEqual", "Where", "Cast", "Identity"),
-    *("Gather", "GatherND", "Pad", "Reshape", "Slice", "Transpose", "Unsqueeze"),
+    *("Gather", "GatherND", "Pad", "Reshape", "Shape", "Slice", "Transpose", "Unsqueeze"),
     *("Conv", "ConvTranspose", "MaxPool"),
 }
-"""What every engine that reads opset 17 knows: no Shape, If, Loop, Expand, Range, NonZero or Resize, and nothing
-random."""
+"""What every engine that reads opset 17 knows: no CumSum, If, Loop, Expand, Range, NonZero or Resize, and nothing
+random; Shape tells a ragged graph its own K alone."""
 
 
 def token_inputs(mode: TokenMode, num_patches: int, batch: int, keep: int) -> dict[str, Array]:
@@ -531,6 +530,7 @@ def test_what_is_in_the_graph(written: Written) -> None:
     in_maps = sum(node.op_type == "LayerNormalization" and node.name.startswith("simfp") for node in model.graph.node)
     assert operators["LayerNormalization"] - in_maps == 2 * DEPTH + 1 + 3 * decoder, "two a block, and the final norms"
     assert operators["Softmax"] == DEPTH + decoder
+    assert operators["Shape"] == (written.mode == "ragged" and written.keep is None)
     # The patch embedding; q k, weights times v, qkv, proj, fc1 and fc2 a block; the head, or the decoder's first and
     # last; where patches are chosen, the feature map's places before and after the norm, and those of the decoder.
     placed = 0 if written.mode == "full" else 2
