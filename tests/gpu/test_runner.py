@@ -214,6 +214,13 @@ def test_arrays_on_the_gpu(plans: dict[str, Path], memory: Memory) -> None:
             _ = first.pointer
 
 
+def test_its_speed_by_the_gpus_clock(plans: dict[str, Path]) -> None:
+    with TensorRtEngine(plans["dynamic"], EngineOptions()) as engine:
+        timer = engine.timer(inputs(4, 13), replays=3)
+        assert all(0 < timer() < 1 for _ in range(3))
+        check(engine.run(inputs(4, 13)), inputs(4, 13))
+
+
 def test_torch_gives_and_takes(plans: dict[str, Path]) -> None:
     torch = pytest.importorskip("torch")
     if not torch.cuda.is_available():

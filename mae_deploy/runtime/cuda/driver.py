@@ -8,8 +8,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Callable
-from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from ctypes import POINTER, byref, c_char_p, c_float, c_int, c_size_t, c_uint, c_ulonglong, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +22,7 @@ LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _NO_DEVICE, _STUB_LIBRARY = 100, 34
 _COMPUTE_CAPABILITY_MAJOR, _COMPUTE_CAPABILITY_MINOR = 75, 76
 _CAPTURE_THREAD_LOCAL = 1
-_DISABLE_TIMING = 2
+_WITH_TIMING, _DISABLE_TIMING = 0, 2
 
 _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuInit": (c_uint,),
@@ -41,6 +42,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "cuGraphDestroy": (c_void_p,),
     "cuEventCreate": (POINTER(c_void_p), c_uint),
     "cuEventRecord": (c_void_p, c_void_p),
+    "cuEventSynchronize": (c_void_p,),
+    "cuEventElapsedTime": (POINTER(c_float), c_void_p, c_void_p),
     "cuEventDestroy_v2": (c_void_p,),
     "cuStreamWaitEvent": (c_void_p, c_void_p, c_uint),
 }
@@ -141,13 +144,26 @@ def wait_for_stream(stream: int, other: int) -> None:
     Raises:
         CudaError: one of them is not a stream of the current context.
     """
-    driver, event = _load_driver(), c_void_p()
-    _check(driver.cuEventCreate(byref(event), _DISABLE_TIMING), "create an event")
-    try:
+    driver = _load_driver()
+    with _event(_DISABLE_TIMING) as event:
         _check(driver.cuEventRecord(event, other), "record an event")
         _check(driver.cuStreamWaitEvent(stream, event, 0), "wait for an event")
-    finally:
-        driver.cuEventDestroy_v2(event)  # freed when it has happened
+
+
+def seconds_on(stream: int, enqueue: Callable[[], None]) -> float:
+    """How long the GPU takes for what `enqueue` puts on a stream, by its own clock; waits for it.
+
+    Raises:
+        CudaError: the work failed, or it is not a stream of the current context.
+    """
+    driver, milliseconds = _load_driver(), c_float()
+    with _event(_WITH_TIMING) as start, _event(_WITH_TIMING) as end:
+        _check(driver.cuEventRecord(start, stream), "record an event")
+        enqueue()
+        _check(driver.cuEventRecord(end, stream), "record an event")
+        _check(driver.cuEventSynchronize(end), "wait for an event")
+        _check(driver.cuEventElapsedTime(byref(milliseconds), start, end), "time what is between two events")
+    return milliseconds.value / 1000
 
 
 def pop_context() -> None:
@@ -206,6 +222,17 @@ def _describe(driver: ctypes.CDLL, index: int) -> Gpu:
         memory_bytes=memory.value,
         driver=f"{version.value // 1000}.{version.value % 1000 // 10}",
     )
+
+
+@contextmanager
+def _event(flags: int) -> Iterator[c_void_p]:
+    """An event of the current context; it is freed when it has happened."""
+    driver, event = _load_driver(), c_void_p()
+    _check(driver.cuEventCreate(byref(event), flags), "create an event")
+    try:
+        yield event
+    finally:
+        driver.cuEventDestroy_v2(event)
 
 
 def _destroy(graph: c_void_p) -> None:

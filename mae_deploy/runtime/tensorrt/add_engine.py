@@ -26,10 +26,10 @@ from mae_deploy.runtime.tensorrt.check_plan import check_plan, expected_outputs,
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import find_plan, graph_for
-from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.runtime.timing import Timing, take_turns
 
-_ROUNDS, _WARMUP = 50, 10
-"""Timed calls at each profile's usual size, and those before them."""
+_ROUNDS, _WARMUP, _REPLAYS = 20, 4, 5
+"""Timed rounds at each profile's usual size, those before them, and the runs in each."""
 
 _BUILDING = 0.8
 """The share of the time that goes into a build; the rest is for the checks."""
@@ -268,13 +268,15 @@ def _try(
 
 
 def _time(bundle: Bundle, candidates: Sequence[_Candidate], profiles: Sequence[Profile]) -> dict[str, list[Timing]]:
-    """All engines in turns, at the usual size of each profile."""
+    """All engines in turns, at the usual size of each profile, by the GPU's clock: copies from and to the host, as
+    much as the network itself in large batches, would bring every ratio towards 1.
+    """
     golden = bundle.golden()
     found: dict[str, list[Timing]] = {candidate.precision: [] for candidate in candidates}
     for profile in profiles:
         inputs = repeated(inputs_at(bundle, golden, profile["K"][1] if "K" in profile else None), profile["B"][1])
-        calls = {candidate.precision: partial(candidate.engine.run_on_device, inputs) for candidate in candidates}
-        for name, timing in measure(calls, repeats=_ROUNDS, warmup=_WARMUP).items():
+        timers = {candidate.precision: candidate.engine.timer(inputs, replays=_REPLAYS) for candidate in candidates}
+        for name, timing in take_turns(timers, repeats=_ROUNDS, warmup=_WARMUP).items():
             found[name].append(timing)
     return found
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.arrays import DeviceView, is_on_device, view_of
-from mae_deploy.runtime.cuda.driver import CudaGraph, wait_for_stream
+from mae_deploy.runtime.cuda.driver import CudaGraph, seconds_on, wait_for_stream
 from mae_deploy.runtime.cuda.memory import Memory
 from mae_deploy.runtime.tensorrt.api import Api
 from mae_deploy.runtime.tensorrt.slots import Prepared, Slot, Ticket
@@ -83,18 +83,35 @@ class PlanRunner:
         if on_device and any(self.outputs[name].bfloat16 for name in outputs):
             raise ConfigError("outputs in BF16 cannot stay on the GPU", hint="take them as NumPy arrays")
         with self._turn:
-            if self._engine is None:
-                raise MaeDeployError("this engine is closed", hint="load the bundle again")
             slot = self._free_slot()
-            with self._memory.active():
-                try:
-                    prepared = self._launch(slot, inputs, () if on_device else outputs, use_graphs=use_graphs)
-                except BaseException:
-                    slot.stream.synchronize()  # what was begun must not meet the next run
-                    raise
+            prepared = self._begin(slot, inputs, () if on_device else outputs, use_graphs=use_graphs)
             ticket = Ticket(slot, prepared, inputs, outputs, holder, on_device=on_device)
             slot.hold(ticket)
             return ticket
+
+    def timer(self, inputs: Mapping[str, Any], *, replays: int, use_graphs: bool) -> Callable[[], float]:
+        """Run these inputs, and return what runs them again: the GPU's seconds for one of `replays` runs in a row,
+        whose inputs and outputs stay on it; nothing else may run in between.
+
+        Raises:
+            ConfigError, MaeDeployError: as `start`; the latter where the time is taken, too.
+        """
+        with self._turn:
+            slot = self._free_slot()
+            prepared = self._begin(slot, inputs, (), use_graphs=use_graphs)
+            slot.wait()
+
+        def enqueue() -> None:
+            for _ in range(replays):
+                self._enqueue(prepared, slot, use_graphs=use_graphs)
+
+        def seconds() -> float:
+            with self._turn:
+                self._check_open()
+                with self._memory.active():
+                    return seconds_on(slot.stream.handle, enqueue) / replays
+
+        return seconds
 
     def close(self) -> None:
         """Wait for the runs in flight, and free everything; closing twice does nothing."""
@@ -109,10 +126,24 @@ class PlanRunner:
                 self._config = self._engine = None
             self._memory.close()
 
+    def _check_open(self) -> None:
+        if self._engine is None:
+            raise MaeDeployError("this engine is closed", hint="load the bundle again")
+
+    def _begin(self, slot: Slot, inputs: Mapping[str, Any], copied_out: Sequence[str], *, use_graphs: bool) -> Prepared:
+        """Put a run on a free slot's stream; where that fails, nothing of it is left there."""
+        with self._memory.active():
+            try:
+                return self._launch(slot, inputs, copied_out, use_graphs=use_graphs)
+            except BaseException:
+                slot.stream.synchronize()  # what was begun must not meet the next run
+                raise
+
     def _free_slot(self) -> Slot:
         """A free slot, the one that was used last unless its outputs are being read on the GPU; else that whose run was
         started first, after that run.
         """
+        self._check_open()
         free = [slot for slot in reversed(self._slots) if slot.is_free] or self._slots[:1]
         slot = next((slot for slot in free if not slot.is_lent), free[-1])
         slot.finish()

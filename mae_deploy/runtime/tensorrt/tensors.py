@@ -155,10 +155,8 @@ def create_context(trt: Any, engine: Any, memory: int, nbytes: int, config: Any 
     Args:
         config: what `runtime_config` gave.
     """
-    if config is not None:
-        context = engine.create_execution_context(config)
-    elif hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
-        context = engine.create_execution_context(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+    if hasattr(trt, "ExecutionContextAllocationStrategy"):  # 10 and later
+        context = engine.create_execution_context(config or trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     else:
         context = engine.create_execution_context_without_device_memory()
     if context is None:

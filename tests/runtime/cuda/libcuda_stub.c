@@ -27,6 +27,8 @@ static __thread void *capturing;
 static __thread int capture_broken;
 static __thread long capture_id;
 static long next_graph = 1;
+static long clock_us, copy_us;
+static struct { void *event; long at; int timed; } times[MOST];
 
 static int setting(const char *name, int other) { const char *value = getenv(name); return value ? atoi(value) : other; }
 
@@ -90,6 +92,8 @@ static int old_object(void *object, int kind)
 /* --- for tests --- */
 void stub_configure(int status, int count) { init_status = status; devices = count; }
 void stub_limit(long bytes) { limit = bytes; }
+void stub_copies_take(long microseconds) { copy_us = microseconds; }
+void stub_work(long microseconds) { clock_us += microseconds; }
 void stub_on_launch(void (*callback)(long)) { on_launch = callback; }
 int stub_live(void) { int count = retained; for (int i = 0; i < MOST; i++) count += live[i].kind != 0; return count; }
 int stub_made(void) { return made; }
@@ -140,7 +144,7 @@ static int copy(const char *call, void *to, const void *from, size_t size, void 
     note(call);
     if (capturing) { capture_broken = 1; return CAPTURE_UNSUPPORTED; }
     int status = stream_ready(stream);
-    if (!status) memcpy(to, from, size);
+    if (!status) { memcpy(to, from, size); clock_us += copy_us; }
     return status;
 }
 int cuMemcpyHtoDAsync_v2(unsigned long long to, const void *from, size_t size, void *stream) { return copy("in", (void *)to, from, size, stream); }
@@ -158,8 +162,28 @@ int cuStreamSynchronize(void *stream)
     return stream_ready(stream);
 }
 int cuStreamWaitEvent(void *stream, void *event, unsigned flags) { (void)flags; note("wait"); return is_live(event, EVENT) ? stream_ready(stream) : INVALID_HANDLE; }
-int cuEventCreate(void **event, unsigned flags) { (void)flags; return new_object(event, EVENT, 1); }
-int cuEventRecord(void *event, void *stream) { note("record"); return is_live(event, EVENT) ? stream_ready(stream) : INVALID_HANDLE; }
+static int index_of(void *event) { int i = 0; while (times[i].event && times[i].event != event) i++; return i; }
+int cuEventCreate(void **event, unsigned flags)
+{
+    int status = new_object(event, EVENT, 1);
+    if (!status) { int i = index_of(*event); times[i].event = *event; times[i].at = -1; times[i].timed = !(flags & 2); }
+    return status;
+}
+int cuEventRecord(void *event, void *stream)
+{
+    note("record");
+    if (!is_live(event, EVENT)) return INVALID_HANDLE;
+    times[index_of(event)].at = clock_us;
+    return stream_ready(stream);
+}
+int cuEventSynchronize(void *event) { note("synchronize"); return is_live(event, EVENT) ? OK : INVALID_HANDLE; }
+int cuEventElapsedTime(float *milliseconds, void *start, void *end)
+{
+    int i = index_of(start), j = index_of(end);
+    if (!is_live(start, EVENT) || !is_live(end, EVENT) || !times[i].timed || !times[j].timed || times[i].at < 0 || times[j].at < 0) return INVALID_HANDLE;
+    *milliseconds = (times[j].at - times[i].at) / 1000.0f;
+    return OK;
+}
 int cuEventDestroy_v2(void *event) { return old_object(event, EVENT); }
 
 /* --- graphs --- */

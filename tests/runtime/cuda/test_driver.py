@@ -11,7 +11,7 @@ import pytest
 
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda import driver as cuda
-from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph, Gpu, gpus, require_gpu, wait_for_stream
+from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph, Gpu, gpus, require_gpu, seconds_on, wait_for_stream
 from tests.runtime.cuda.stub_driver import StubMemory, calls
 
 GPU = Gpu(index=0, name="Stub GPU 0", compute_capability=(9, 0), memory_bytes=7 << 30, driver="12.4")
@@ -138,6 +138,17 @@ def test_a_stream_waits_for_another(memory: StubMemory) -> None:
     assert memory.driver.stub_live() == before
     with pytest.raises(CudaError, match="record an event"):
         wait_for_stream(stream.handle, 12345)
+
+
+def test_time_by_the_gpus_clock(memory: StubMemory) -> None:
+    stream = memory.stream()
+    before = memory.driver.stub_live()
+    memory.driver.stub_work(5000)
+    assert seconds_on(stream.handle, lambda: memory.driver.stub_work(250)) == pytest.approx(250e-6)
+    assert seconds_on(stream.handle, lambda: None) == 0
+    with pytest.raises(CudaError, match="record an event"):
+        seconds_on(12345, lambda: None)
+    assert memory.driver.stub_live() == before
 
 
 def test_pop_context(stub_driver: ctypes.CDLL) -> None:

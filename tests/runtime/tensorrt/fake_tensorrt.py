@@ -37,10 +37,12 @@ def plan(
     tokens: str = "FLOAT",
     batch: int = -1,
     keep: int = -1,
+    microseconds: int = 0,
 ) -> bytes:
-    """A plan with these ranges of B and K."""
+    """A plan with these ranges of B and K; a run takes so many microseconds of the stub's clock."""
     ranges = profiles or ({"B": (1, 2, 4), "K": (1, 3, 7)},)
-    return json.dumps({"profiles": ranges, "ids": ids, "tokens": tokens, "batch": batch, "keep": keep}).encode()
+    sizes = {"batch": batch, "keep": keep, "microseconds": microseconds}
+    return json.dumps({"profiles": ranges, "ids": ids, "tokens": tokens, **sizes}).encode()
 
 
 def reference(images: Any, ids_keep: Any) -> dict[str, Any]:
@@ -144,6 +146,7 @@ class _Engine:
         return _SizedContext(self)
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
+        self.graphs.driver.stub_work(self.content["microseconds"])
         B, K = shapes["ids_keep"]
         found = reference(self._at(addresses, "images", shapes["images"]), self._at(addresses, "ids_keep", (B, K)))
         self._at(addresses, "cls", (B, C))[...] = found["cls"]

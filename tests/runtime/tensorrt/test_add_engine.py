@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.tensorrt import add_engine as engine_build
+from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt.add_engine import (
     Built,
     build_engine,
@@ -24,8 +32,11 @@ from mae_deploy.runtime.tensorrt.add_engine import (
     resolve_profiles,
 )
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from mae_deploy.runtime.tensorrt.plans import graph_for
 from mae_deploy.runtime.timing import Timing
+from tests.runtime.cuda.stub_driver import StubMemory
+from tests.runtime.tensorrt.fake_tensorrt import make_tensorrt, plan
 from tests.runtime.tiny_bundle import K, N, write_bundle
 
 MANIFEST = "manifest.json"
@@ -161,6 +172,32 @@ def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], 
     assert (found is None) if said is None else (found is not None and said.replace("\\", "") in found)
 
 
+def test_engines_are_timed_by_the_gpus_clock_without_their_copies(
+    stub_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A copy of 50 ms from the host would make 1 ms and 2 ms alike."""
+    monkeypatch.setattr(tensorrt_api, "_loaded", {})
+    monkeypatch.setitem(sys.modules, "tensorrt", make_tensorrt(stub_driver))
+    monkeypatch.setattr(tensorrt_engine, "open_memory", lambda *_: StubMemory(stub_driver))
+    monkeypatch.setattr(
+        engine_build,
+        "inputs_at",
+        lambda *_: {"images": np.ones((2, 3, 2, 5), np.float32), "ids_keep": np.ones((2, 3), np.int64)},
+    )
+    stub_driver.stub_copies_take(50_000)
+    with ExitStack() as stack:
+        candidates = []
+        for precision, microseconds in (("int8", 1000), ("fp16", 2000)):
+            path = tmp_path / f"{precision}.plan"
+            path.write_bytes(plan(microseconds=microseconds))
+            engine = stack.enter_context(TensorRtEngine(path, EngineOptions(), precision=precision))
+            candidates.append(SimpleNamespace(precision=precision, engine=engine))
+        bundle: Any = SimpleNamespace(golden=dict)
+        found = engine_build._time(bundle, candidates, [{"B": (1, 2, 4), "K": (1, 3, 7)}])  # type: ignore[arg-type]
+    assert compare_speed(found["int8"], found["fp16"], "int8")["latency_ratio"] == pytest.approx(0.5)
+    assert found["int8"][0].median == pytest.approx(0.001)
+
+
 class OnGraph(OnnxRuntimeEngine):
     """ONNX Runtime in the place of TensorRT: it runs the graph whose path the plan holds."""
 
@@ -169,9 +206,6 @@ class OnGraph(OnnxRuntimeEngine):
     ) -> None:
         super().__init__(Path(path.read_text()), options, precision=precision, profiles=profiles)
         self.name, self.use_graphs = "tensorrt", options.cuda_graphs
-
-    def run_on_device(self, inputs: Any) -> Any:
-        return self.run(inputs)
 
 
 @pytest.fixture

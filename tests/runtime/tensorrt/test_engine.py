@@ -333,6 +333,29 @@ def test_profiles_that_contexts_cannot_share(load: Load) -> None:
         assert "build-engine" in (caught.value.hint or "")
 
 
+# --- its speed --------------------------------------------------------------------------------------------------------
+
+
+def test_a_timer_replays_what_lies_on_the_gpu(load: Load, stub_driver: ctypes.CDLL) -> None:
+    with load(plan(microseconds=700)) as engine:
+        timer = engine.timer(inputs(), replays=3)
+        calls(stub_driver)
+        stub_driver.stub_copies_take(9000)
+        assert timer() == pytest.approx(700e-6)  # the driver gives milliseconds as FP32
+        assert calls(stub_driver) == ["record", "launch", "launch", "launch", "record", "synchronize"], "nothing copied"
+        stub_driver.stub_copies_take(0)
+        check(engine.run(inputs(seed=1)), inputs(seed=1))
+    with pytest.raises(MaeDeployError, match="this engine is closed"):
+        timer()
+    with load(graphs=False) as engine:
+        timer = engine.timer(inputs(), replays=2)
+        calls(stub_driver)
+        timer()
+        assert "launch" not in calls(stub_driver)
+        with pytest.raises(ConfigError, match="the graph takes the inputs images, ids_keep, not images"):
+            engine.timer({"images": inputs()["images"]}, replays=2)
+
+
 # --- on the GPU ------------------------------------------------------------------------------------------------------
 
 
