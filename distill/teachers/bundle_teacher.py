@@ -23,7 +23,7 @@ from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
@@ -33,7 +33,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.inputs import token_batch
 from mae_deploy.runtime.manifest import IMAGES
-from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, load_engine, open_graph
+from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, fall_back, load_engine, open_graph
 from mae_deploy.training.step import StepBatch
 
 _HINTS = {
@@ -115,7 +115,16 @@ class BundleTeacher:
 
     def to(self, device: torch.device) -> None:
         """See `Teacher`."""
-        name = _engine_for(self.bundle, self.settings.teacher_engine, device)
+        asked = self.settings.teacher_engine
+        name = _engine_for(self.bundle, asked, device)
+        try:
+            self._start(name, device)
+        except MissingDependency as error:  # its package is there, and does not load
+            if asked != "auto" or name == DEFAULT:
+                raise
+            self._start(fall_back(self.bundle, error, name), device)
+
+    def _start(self, name: str, device: torch.device) -> None:
         options = EngineOptions(
             device=_device_for(name, device), threads=torch.get_num_threads() if device.type == "cpu" else None
         )

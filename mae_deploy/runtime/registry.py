@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from importlib import util
 from pathlib import Path
 
-from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 
@@ -16,6 +16,8 @@ DEFAULT = "onnxruntime"
 
 TENSORRT = "tensorrt"
 """The engine that does not read the graph, but plans that were built from it."""
+
+_NAMES = {TENSORRT: "TensorRT", "openvino": "OpenVINO"}
 
 _log = logging.getLogger(__name__)
 
@@ -60,15 +62,15 @@ def load_engine(
     return loaded
 
 
-def fall_back(bundle: Bundle, error: MaeDeployError) -> str:
-    """The engine that runs a bundle in TensorRT's place, after a warning that says why.
+def fall_back(bundle: Bundle, error: MaeDeployError, engine: str = TENSORRT) -> str:
+    """The engine that runs a bundle in another's place, after a warning that says why.
 
     Raises:
         CheckFailed: the error is one: a plan that is not what was built is no reason to go on.
     """
     if isinstance(error, CheckFailed):
         raise error
-    _log.warning("ONNX Runtime runs %s instead of TensorRT: %s", bundle.path, error)
+    _log.warning("ONNX Runtime runs %s instead of %s: %s", bundle.path, _NAMES.get(engine, engine), error)
     return DEFAULT
 
 
@@ -109,8 +111,12 @@ def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> E
             return _tensorrt(bundle, options, taps)
         except MaeDeployError as error:
             return _on_graph(bundle, fall_back(bundle, error), options, taps)
-    usable = options.device != "cuda" and util.find_spec(checked_on) is not None
-    return _on_graph(bundle, checked_on if usable else DEFAULT, options, taps)
+    if checked_on == DEFAULT or options.device == "cuda" or util.find_spec(checked_on) is None:
+        return _on_graph(bundle, DEFAULT, options, taps)
+    try:
+        return _on_graph(bundle, checked_on, options, taps)
+    except MissingDependency as error:  # it is there, and does not load
+        return _on_graph(bundle, fall_back(bundle, error, checked_on), options, taps)
 
 
 def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, Literal
 
 import torch
 
 from mae_deploy.errors import MissingDependency
 from mae_deploy.machine import default_threads
+from mae_deploy.progress import notice
+from mae_deploy.runtime.cuda.driver import gpus
 from mae_deploy.training.config import Device, TrainingPrecision
 
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
@@ -19,20 +23,50 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def resolve_device(device: Device) -> torch.device:
-    """Where to compute: auto is CUDA where there is a device, else the CPU, on which torch then uses no more threads
-    than the machine grants (OMP_NUM_THREADS says otherwise).
+    """Where to compute: auto is CUDA where a device computes, else the CPU, on which torch then uses no more threads
+    than the machine grants (OMP_NUM_THREADS says otherwise). Why a GPU that is there is not used is said once.
 
     Raises:
-        MissingDependency: cuda was asked for, and there is no CUDA device.
+        MissingDependency: cuda was asked for, and there is no CUDA device that computes.
     """
-    if device != "cpu" and torch.cuda.is_available():
-        return torch.device("cuda")
-    if device == "cuda":
-        raise MissingDependency("--device cuda, but torch sees no CUDA device", hint="use --device auto or cpu")
+    if device != "cpu":
+        problem = reason_against_cuda()
+        if problem is None:
+            return torch.device("cuda")
+        if device == "cuda":
+            raise MissingDependency(f"--device cuda, but {problem}", hint="use --device auto or cpu")
+        if gpus():
+            _say_cpu(problem)
     threads = default_threads()
     if threads is not None and threads < torch.get_num_threads() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(threads)
     return torch.device("cpu")
+
+
+def reason_against_cuda() -> str | None:
+    """Why torch does not compute on a GPU here; None where it does."""
+    with warnings.catch_warnings(record=True) as said:  # such as that the driver is too old
+        warnings.simplefilter("always")
+        if torch.cuda.is_available():
+            return _trial()
+    why = "".join(f" ({' '.join(str(warning.message).split())})" for warning in said[:1])
+    return f"torch {torch.__version__} sees no CUDA device{why}"
+
+
+@cache
+def _trial() -> str | None:
+    """Why a product on the GPU fails, as where torch has no kernels for one so old; None where it does not."""
+    try:
+        x = torch.ones(8, 8, device="cuda")
+        (x @ x).sum().item()
+    except RuntimeError as error:
+        return f"torch {torch.__version__} cannot compute on the GPU: {' '.join(str(error).split())}"
+    return None
+
+
+@cache
+def _say_cpu(why: str) -> None:
+    notice("CPU:", f"--device auto computes on it: {why}")
 
 
 def resolve_precision(

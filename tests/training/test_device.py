@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from mae_deploy.cli import main
 from mae_deploy.errors import MissingDependency
+from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.training import device as device_module
 from mae_deploy.training.device import autocast, resolve_device, resolve_precision
 
@@ -23,13 +27,44 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 )
 def test_the_device(asked: Any, there: bool, expected: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    monkeypatch.setattr(device_module, "_trial", lambda: None)
     assert resolve_device(asked) == expected
 
 
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(MissingDependency, match="--device cuda, but torch sees no CUDA device"):
+    with pytest.raises(MissingDependency, match=r"--device cuda, but torch \S+ sees no CUDA device"):
         resolve_device("cuda")
+
+
+H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
+
+
+@pytest.mark.parametrize("problem", ["no kernels", "old driver"])
+def test_auto_is_a_gpu_that_computes_not_one_that_is_there(
+    problem: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def is_available() -> bool:
+        if problem == "old driver":
+            warnings.warn("CUDA initialization: The NVIDIA driver\non your system is too old", stacklevel=1)
+        return problem == "no kernels"
+
+    device_module._trial.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", is_available)
+    monkeypatch.setattr(torch, "ones", Mock(side_effect=RuntimeError("no kernel image\nis available")))
+    monkeypatch.setattr(device_module, "gpus", lambda: [H200])
+    try:
+        assert [resolve_device("auto") for _ in range(2)] == [CPU] * 2
+        why = {
+            "no kernels": f"torch {torch.__version__} cannot compute on the GPU: no kernel image is available",
+            "old driver": f"torch {torch.__version__} sees no CUDA device (CUDA initialization: The NVIDIA driver on"
+            " your system is too old)",
+        }[problem]
+        assert capsys.readouterr().err == f"CPU: --device auto computes on it: {why}\n", "once"
+        with pytest.raises(MissingDependency, match=re.escape(why)):
+            resolve_device("cuda")
+    finally:
+        device_module._trial.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -60,7 +95,7 @@ def test_no_command_takes_another_device_than_the_one_asked_for(
     words = command.format(images=images, classes=classes, run=pretrained, out=tmp_path / "out").split()
     capsys.readouterr()
     assert main([*words, "--device", "cuda"]) == 3
-    assert "error: --device cuda, but torch sees no CUDA device\n" in capsys.readouterr().err
+    assert re.search(r"^error: --device cuda, but torch \S+ sees no CUDA device$", capsys.readouterr().err, re.M)
     assert not (tmp_path / "out").exists()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
+from mae_deploy.runtime.cuda.driver import require_gpu
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.engines.saturation import may_saturate, onnxruntime_saturates, say_exact
@@ -21,6 +24,8 @@ DEVICES = ("auto", "cpu", "cuda")
 _CUDA = "CUDAExecutionProvider"
 _ERRORS_ONLY, _FATAL_ONLY = 3, 4
 
+_log = logging.getLogger(__name__)
+
 
 class OnnxRuntimeEngine(Engine):
     """An ONNX graph in an ONNX Runtime session; calls from several threads run side by side."""
@@ -29,11 +34,10 @@ class OnnxRuntimeEngine(Engine):
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         runtime = import_onnxruntime()
-        self.device = _resolve_device(runtime, options.device)
         self.version = str(runtime.__version__)
-        settings = _settings(runtime, self.device, options.num_threads, precision)
         with bound_to(options.affinity):
-            self._session: Any = _open_session(runtime, graph, taps, self.device, settings)
+            self._session: Any
+            self.device, self._session = _start(runtime, graph, options, precision, taps)
         self.input_names = tuple(entry.name for entry in self._session.get_inputs())
         self.output_names = tuple(dict.fromkeys(entry.name for entry in self._session.get_outputs()))
 
@@ -67,18 +71,41 @@ def import_onnxruntime() -> ModuleType:
         ) from error
 
 
-def _resolve_device(runtime: ModuleType, device: str) -> str:
-    if device not in DEVICES:
-        raise ConfigError(f"unknown device '{device}'", hint=f"known: {', '.join(DEVICES)}")
-    if device == "cpu":
-        return device
-    available = _CUDA in runtime.get_available_providers()
-    if device == "cuda" and not available:
+def _start(
+    runtime: ModuleType, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]
+) -> tuple[str, Any]:
+    """Where the session computes, and the session. With auto that is CUDA where it starts, not where it is installed;
+    why it does not is said once.
+    """
+    if options.device not in DEVICES:
+        raise ConfigError(f"unknown device '{options.device}'", hint=f"known: {', '.join(DEVICES)}")
+
+    def on(device: str) -> tuple[str, Any]:
+        settings = _settings(runtime, device, options.num_threads, precision)
+        return device, _open_session(runtime, graph, taps, device, settings)
+
+    installed = _CUDA in runtime.get_available_providers()
+    if options.device == "cuda" and not installed:
         raise MissingDependency(
             "this ONNX Runtime cannot use CUDA",
             hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or use device cpu",
         )
-    return "cuda" if available else "cpu"
+    if options.device == "cpu" or not installed:
+        return on("cpu")
+    try:
+        require_gpu()  # first: what ONNX Runtime writes about a GPU that is not there fills a page
+        return on("cuda")
+    except MaeDeployError as error:
+        if options.device == "cuda":
+            raise
+        opened = on("cpu")  # a graph that neither takes is no fault of CUDA's
+        _say_cpu(str(error))
+        return opened
+
+
+@functools.cache
+def _say_cpu(why: str) -> None:
+    _log.warning("device auto: ONNX Runtime computes on the CPU: %s", why)
 
 
 def _settings(runtime: ModuleType, device: str, threads: int | None, precision: str) -> Any:
@@ -113,7 +140,10 @@ def _open_session(runtime: ModuleType, graph: Path, taps: tuple[str, ...], devic
     providers: list[Any] = [(_CUDA, {"use_tf32": "0"})] if device == "cuda" else []
     try:
         source = with_outputs(graph, taps) if taps else str(graph)
-        session = runtime.InferenceSession(source, options, providers=[*providers, "CPUExecutionProvider"])
+        # Its own fallback tries again without CUDA, and prints why to stdout.
+        session = runtime.InferenceSession(
+            source, options, providers=[*providers, "CPUExecutionProvider"], enable_fallback=0
+        )
     except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
         hint = "inner tensors of a graph with external data need ONNX Runtime 1.21 or later" if taps else None
         if "NOT_IMPLEMENTED" in str(error):  # BF16 products, which a graph for OpenVINO may have

@@ -16,10 +16,11 @@ from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.base import check_view
 from mae_deploy.distill.teachers.bundle_teacher import BundleTeacher, output_of, write_prefix
 from mae_deploy.distill.teachers.open import open_teacher
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.run import run_export
 from mae_deploy.models.taps import Tap
+from mae_deploy.runtime.engines import openvino as openvino_engine
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.tensorrt import build as tensorrt_build
@@ -160,6 +161,24 @@ def test_engines_by_name(visible: Path, checkpoint: Path) -> None:
     expected = ready(open_teacher(checkpoint, FP32), {Tap("tokens", 2)})(batch_of(), masking_of(), whole=False)
     # Two libraries' float32; OpenVINO sums in another order again.
     assert_same(teacher(batch_of(), masking_of(), whole=False), expected)
+
+
+def test_auto_where_the_engine_is_installed_and_does_not_load(
+    visible: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail() -> None:
+        raise MissingDependency("libopenvino.so is missing")
+
+    monkeypatch.setattr(openvino_engine, "import_openvino", fail)
+    teacher = open_teacher(visible, AUTO)
+    assert isinstance(teacher, BundleTeacher)
+    teacher.bundle.manifest["engine"] = "openvino"
+    ready(teacher, {Tap("tokens", 2)})
+    assert teacher.engine.name == "onnxruntime"
+    assert "instead of OpenVINO: libopenvino.so is missing" in caplog.text
+    named = open_teacher(visible, TeacherConfig(teacher_engine="openvino"))
+    with pytest.raises(MissingDependency):
+        ready(named, {Tap("tokens", 2)})
 
 
 def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 import onnxruntime
 import pytest
 
+from mae_deploy.cli import main
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
 from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.cuda import driver
 from mae_deploy.runtime.engines import onnxruntime as onnxruntime_engine
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
 from mae_deploy.runtime.engines.onnxruntime import import_onnxruntime
@@ -62,6 +65,24 @@ def test_auto_without_the_engine_s_package_or_device_is_onnxruntime(
     with pytest.raises(MissingDependency, match="needs the package 'openvino'") as caught:
         load_engine(bundle, "openvino")
     assert caught.value.hint == "pip install 'mae-deploy[openvino]'"
+
+
+def test_auto_where_the_engine_is_installed_and_does_not_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bundle = write_proven_on_openvino(tmp_path / "b")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "openvino"]:
+        monkeypatch.delitem(sys.modules, name)
+    broken = tmp_path / "site" / "openvino"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise ImportError('libopenvino.so: cannot open shared object file')")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    with load_engine(bundle) as engine:
+        assert engine.name == "onnxruntime"
+    assert f"ONNX Runtime runs {bundle.path} instead of OpenVINO: " in caplog.text
+    assert "libopenvino.so: cannot open shared object file" in caplog.text
+    with pytest.raises(MissingDependency, match=r"libopenvino\.so"):
+        load_engine(bundle, "openvino")
 
 
 @pytest.mark.parametrize("name", ["auto", "onnx"])
@@ -125,20 +146,84 @@ def test_cuda_that_is_not_there(full_bundle: Path, monkeypatch: pytest.MonkeyPat
         assert engine.device == "cpu"
 
 
-def test_cuda_that_is_built_in_but_does_not_start(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime itself falls back to the CPU without an error; a user who asked for CUDA must learn of it."""
-    session = onnxruntime.InferenceSession
-
-    def fall_back(path: str, options: object, providers: list[Any]) -> Any:
-        assert providers[0] == ("CUDAExecutionProvider", {"use_tf32": "0"})
-        return session(path, options, providers=["CPUExecutionProvider"])
-
+@pytest.fixture
+def gpu_package(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """An ONNX Runtime that is built for CUDA, as far as the engine can tell."""
     monkeypatch.setattr(
         onnxruntime, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"]
     )
-    monkeypatch.setattr(onnxruntime, "InferenceSession", fall_back)
-    with pytest.raises(MissingDependency, match="did not start"):
-        load_engine(Bundle.load(full_bundle), options=EngineOptions(device="cuda"))
+    onnxruntime_engine._say_cpu.cache_clear()
+    yield
+    onnxruntime_engine._say_cpu.cache_clear()
+
+
+def start_without_cuda(monkeypatch: pytest.MonkeyPatch, error: str | None) -> None:
+    """There is a GPU; a session that asks for CUDA fails with the error, or has the CPU alone: ONNX Runtime itself
+    falls back without an error.
+    """
+    session = onnxruntime.InferenceSession
+
+    def start(path: str, options: object, providers: list[Any], enable_fallback: int) -> Any:
+        assert enable_fallback == 0, "it would print to stdout"
+        if len(providers) > 1:
+            assert providers[0] == ("CUDAExecutionProvider", {"use_tf32": "0"})
+            if error is not None:
+                raise RuntimeError(error)
+        return session(path, options, providers=["CPUExecutionProvider"])
+
+    monkeypatch.setattr(onnxruntime_engine, "require_gpu", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", start)
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (None, "ONNX Runtime's CUDA provider did not start"),
+        ("CUDA failure 35:\ndriver too old", "CUDA failure 35: driver too old"),
+    ],
+)
+def test_auto_is_cuda_where_it_starts_not_where_it_is_installed(
+    full_bundle: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpu_package: None,
+    caplog: pytest.LogCaptureFixture,
+    error: str | None,
+    message: str,
+) -> None:
+    start_without_cuda(monkeypatch, error)
+    bundle = Bundle.load(full_bundle)
+    for _ in range(2):
+        with load_engine(bundle, options=EngineOptions(device="auto")) as engine:
+            assert engine.device == "cpu"
+            assert len(engine.run(golden_inputs(visible=False))["cls"])
+    assert [
+        record.getMessage().startswith("device auto: ONNX Runtime computes on the CPU: ") for record in caplog.records
+    ] == [True]
+    assert message in caplog.text
+    with pytest.raises(MaeDeployError, match=message):
+        load_engine(bundle, options=EngineOptions(device="cuda"))
+
+
+def test_the_gpu_package_without_a_gpu(
+    full_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu_package: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime, which writes a page about it, is not even asked."""
+    monkeypatch.setattr(driver, "LIBRARY", "libcuda-of-nobody.so.1")
+    assert main(["verify", str(full_bundle), "--device", "auto", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["device"] == "cpu"
+    assert main(["verify", str(full_bundle), "--device", "cuda", "--json"]) == 3
+    assert "error: there is no NVIDIA driver here" in capsys.readouterr().err
+
+
+def test_a_graph_that_cuda_and_the_cpu_refuse_says_nothing_about_cuda(
+    full_bundle: Path, monkeypatch: pytest.MonkeyPatch, gpu_package: None, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(onnxruntime_engine, "require_gpu", lambda: None)
+    (full_bundle / "encoder.onnx").write_bytes(b"not a graph")
+    rehash(full_bundle)
+    with pytest.raises(MaeDeployError, match="cannot load"):
+        load_engine(Bundle.load(full_bundle), options=EngineOptions(device="auto"))
+    assert caplog.text == ""
 
 
 def test_without_onnxruntime(full_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
