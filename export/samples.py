@@ -91,7 +91,7 @@ def _data_folders(provenance: dict[str, Any]) -> list[Path]:
 def _images_left(place: Path) -> list[Path]:
     """What is still there of the data of a checkpoint."""
     try:
-        return find_images(place, say=False)
+        return find_images(place)
     except ConfigError:
         return []
 

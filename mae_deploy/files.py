@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import ctypes
 import glob
 import hashlib
@@ -54,6 +55,18 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
 
 
+def decode_text(content: bytes, *, errors: str = "strict") -> str:
+    """Text in UTF-8, or as its byte-order mark says: Notepad puts one in front of UTF-8, PowerShell's `>` writes
+    UTF-16.
+
+    Raises:
+        UnicodeDecodeError: it is no such text, and `errors` is strict.
+    """
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", errors)
+    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors)
+
+
 def read_json(path: Path) -> Any:
     """Parse a JSON file.
 
@@ -61,7 +74,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(decode_text(path.read_bytes()))
     except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
 

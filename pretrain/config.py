@@ -158,8 +158,8 @@ class FinetuneConfig(Settings):
 class ReconstructConfig(Settings, resume="never"):
     """Settings of `mae-deploy reconstruct`."""
 
-    images: Path = setting(argument=True)
-    """An image, or a folder of images."""
+    images: tuple[Path, ...] = setting(argument=True)
+    """Images, folders, patterns such as 'photos/**/*.jpg', @list.txt or - (a list on standard input)."""
     checkpoint: Path = setting(metavar="CKPT")
     """A pretraining run, checkpoint folder or weights file with a decoder."""
     out: Path

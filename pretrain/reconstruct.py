@@ -16,6 +16,7 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_within
 from mae_deploy.images.find import find_images
+from mae_deploy.images.names import described
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, readable
 from mae_deploy.models.bands import spread_over_bands
@@ -39,7 +40,8 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     Raises:
         ConfigError: the checkpoint has no decoder, no image can be read, or `out` would lie among the images.
     """
-    refuse_within(config.out, config.images)
+    for name in config.images:
+        refuse_within(config.out, name)
     model, loaded = load_model(config.checkpoint)
     if not isinstance(model, MaskedAutoencoder):
         raise ConfigError(
@@ -62,9 +64,9 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         skipped.append(reason)
         notice("skipped", reason)
 
-    images = [image for _, image in islice(readable(find_images(config.images), spec.read, skip), config.num_images)]
+    images = [image for _, image in islice(readable(find_images(*config.images), spec.read, skip), config.num_images)]
     if not images:
-        raise ConfigError(f"no readable image at {config.images}")
+        raise ConfigError(f"no readable image in {described(config.images)}")
     loss = draw_reconstructions(
         model.to(device),
         images,

@@ -74,8 +74,9 @@ class PredictConfig(Settings, resume="never"):
 
     bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder."""
-    images: Path = setting(argument=True)
-    """An image, or a folder of images."""
+    images: tuple[Path, ...] = setting(argument=True)
+    """Images, folders of images, patterns such as 'photos/**/*.jpg', @list.txt for a list with a path a line, or - for
+    such a list on standard input."""
     out: Path | None = None
     """Write the outputs of every image to this .npz or .parquet file."""
     top_k: int = setting(5, at_least=1)

@@ -20,7 +20,7 @@ from mae_deploy.runtime.predict import Predictions, top_k, write_features
 
 
 def run_predict(config: PredictConfig) -> Result:
-    """Run every image of a folder through a bundle.
+    """Run every image through a bundle.
 
     Raises:
         CheckFailed: no image can be read.
@@ -29,7 +29,7 @@ def run_predict(config: PredictConfig) -> Result:
     """
     if config.out is not None:
         _check_out(config.out)
-    paths = find_images(config.images)
+    paths = find_images(*config.images)
     with Backbone.load(
         config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
     ) as backbone:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.left_out import LeftOut
+from mae_deploy.images.names import described, expand
 from mae_deploy.images.read import NUMPY_SUFFIX, formats
 from mae_deploy.progress import notice
 
@@ -17,7 +19,10 @@ ARCHIVE_SUFFIX = ".tar"
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
-_HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+_READ_BY = {**dict.fromkeys((".heic", ".heif", ".hif"), "pillow-heif"), ".avif": "--upgrade pillow"}
+"""What reads formats that not every Pillow does."""
+
+_FORMATS = "any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders"
 
 _OUTPUTS = (
     ({"config.yaml", "environment.json"}, "run folders of mae-deploy"),
@@ -43,21 +48,39 @@ class Found:
     left_out: LeftOut = field(default_factory=LeftOut)
 
 
-def find_images(root: Path, *, say: bool = True) -> list[Path]:
-    """All image files at or below `root` in a stable order, or all `.npy` files where there is no image.
+def find_images(*names: Path, say: bool = True) -> list[Path]:
+    """All image files that are named, in a stable order: files, folders, patterns or lists (see `names.expand`). Of a
+    folder, the images below it, or all `.npy` files where there is no image.
 
     Args:
-        say: print what was left out, where anything was.
+        say: print what was found, and what was left out.
 
     Raises:
-        ConfigError: nothing is there.
+        ConfigError: one of them is not there, or a folder has no image.
     """
-    if root.is_file():
-        return [root]
-    found = images_only(survey(root), root)
-    if say and found.left_out:
-        notice("images:", f"{len(found.images)} below {root}; left out: {found.left_out}")
-    return found.images
+    images: list[Path] = []
+    left_out = LeftOut()
+    for named in expand(names):
+        if named.path.is_dir():
+            below = survey(named.path)
+            if named.matched and not (below.images or below.arrays):
+                left_out.add("folders without images", str(named.path))
+                continue
+            found = images_only(below, named.path)
+            images += found.images
+            left_out.merge(found.left_out)
+        elif named.matched and not is_image_file(named.path):
+            left_out.add(reason_by_suffix(named.path.name), str(named.path))
+        elif named.path.exists() and not named.path.is_file():
+            raise ConfigError(f"{named.path} is neither a file nor a folder")
+        else:
+            images.append(named.path)
+    if not images:
+        raise ConfigError(f"no images in {described(names)}; there are: {left_out}", hint=_FORMATS)
+    if say:
+        rest = f"; left out: {left_out}" if left_out else ""
+        notice("data:", f"{described(names)}: {len(images)} image{'s' * (len(images) != 1)}{rest}")
+    return images
 
 
 def survey(root: Path) -> Found:
@@ -83,6 +106,8 @@ def survey(root: Path) -> Found:
             found.archives.append(path)
         elif suffix in TABLE_SUFFIXES:
             found.tables.append(path)
+        elif not suffix and _holds_image(path):
+            found.images.append(path)
         else:
             found.left_out.add(reason_by_suffix(path.name), str(path.relative_to(root)))
     return found
@@ -108,7 +133,7 @@ def images_only(found: Found, root: Path) -> Found:
     if not images:
         raise ConfigError(
             f"no images below {root}" + (f"; there are: {found.left_out}" if found.left_out else ""),
-            hint="any format that Pillow reads, TIFF, or .npy arrays (H, W, C), in any tree of folders",
+            hint=_FORMATS,
         )
     return Found(images, left_out=found.left_out)
 
@@ -119,11 +144,16 @@ def is_image_name(name: str) -> bool:
     return suffix == NUMPY_SUFFIX or suffix in image_suffixes()
 
 
+def is_image_file(path: Path) -> bool:
+    """Whether a file is an image by its suffix or, without one, by its first bytes."""
+    return is_image_name(path.name) or (not path.suffix and _holds_image(path))
+
+
 def reason_by_suffix(name: str) -> str:
     """Why a file of this name is no image that can be read here."""
     suffix = os.path.splitext(name)[1].lower()
-    if suffix in _HEIF_SUFFIXES:
-        return f"{suffix} (pip install pillow-heif)"
+    if (package := _READ_BY.get(suffix)) is not None:
+        return f"{suffix} (pip install {package})"
     return suffix or "without a suffix"
 
 
@@ -134,6 +164,19 @@ def image_suffixes() -> frozenset[str]:
 
     known = {*formats(), "MPO"}  # which Pillow opens as a JPEG
     return frozenset(suffix for suffix, name in Image.EXTENSION.items() if name in known)
+
+
+def _holds_image(path: Path) -> bool:
+    """Whether Pillow knows a file by its first bytes."""
+    from PIL import Image
+
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            Image.open(path, formats=formats()).close()
+    except Exception:  # as in `read_image`: on files that are no images, Pillow's plug-ins raise nearly anything
+        return False
+    return True
 
 
 def _walk(root: Path, left_out: LeftOut) -> Iterator[Path]:

@@ -14,7 +14,16 @@ from mae_deploy.images.read import TIFF_SUFFIXES, require_tiff, resize_and_cut
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image
-from mae_deploy.images.read import Array, as_array, from_array, is_image, read_image, takes_arrays, to_mode
+from mae_deploy.images.read import (
+    Array,
+    as_array,
+    from_array,
+    is_image,
+    name_of_bytes,
+    read_image,
+    takes_arrays,
+    to_mode,
+)
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -75,9 +84,11 @@ class Preprocess:
         """Of cropped pixels: uint8, or float32 where `pixel_max` is given."""
         return "uint8" if self.pixel_max is None else "float32"
 
-    def read(self, path: Path) -> Image.Image | Array:
-        """Read an image file; see `read_image`."""
-        return read_image(path, self.channels, self.pixel_max)
+    def read(self, image: Path | bytes) -> Image.Image | Array:
+        """Read an image file, or its bytes; see `read_image`."""
+        if isinstance(image, bytes):
+            return read_image(name_of_bytes(image), self.channels, self.pixel_max, content=image)
+        return read_image(image, self.channels, self.pixel_max)
 
     def crop(self, image: Image.Image | Array) -> Array:
         """Resize so that the crop covers `image_size`, and cut out the centre: `(H, W, C)`, uint8 or, where `pixel_max`

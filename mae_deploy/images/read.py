@@ -30,6 +30,8 @@ NUMPY_SUFFIX = ".npy"
 
 TIFF_SUFFIXES = (".tif", ".tiff")
 
+_TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
 _MOST_PIXELS = 2 * 89_478_485
 """At which Pillow takes a file for a bomb as well."""
 
@@ -122,6 +124,13 @@ def read_image(
         # Pillow names bytes by their address, under which the same file would be reported anew each time.
         reason = "the file is empty" if empty else " ".join(str(error).replace(repr(file), "").split())
         raise UnreadableImage(f"{path}: {reason}") from error
+
+
+def name_of_bytes(content: bytes) -> Path:
+    """A name for an image that is no file, with the suffix by which NumPy and TIFF files are known."""
+    signatures = {b"\x93NUMPY": NUMPY_SUFFIX, **dict.fromkeys(_TIFF_SIGNATURES, TIFF_SUFFIXES[0])}
+    suffix = next((suffix for start, suffix in signatures.items() if content.startswith(start)), "")
+    return Path(f"{len(content):,} bytes{suffix}")
 
 
 def to_mode(image: Image.Image, channels: int) -> Image.Image:

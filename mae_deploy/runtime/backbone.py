@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,8 @@ from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_
 from mae_deploy.runtime.manifest import IMAGES
 from mae_deploy.runtime.registry import ALIASES, TENSORRT, fall_back, load_engine
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # a device that is given normalised arrays needs no Pillow
+    from PIL import Image
     from typing_extensions import Self
 
 
@@ -74,6 +76,14 @@ class Backbone:
     def preprocess(self) -> Preprocess:
         """What is done to uint8 and Pillow images."""
         return self.bundle.preprocess
+
+    def read(self, image: str | os.PathLike[str] | bytes) -> Image.Image | Array:
+        """Read an image file, or the bytes of one, such as an upload: what a call takes, turned upright.
+
+        Raises:
+            UnreadableImage: empty, cut short, not an image, or of a kind that has no 8-bit form.
+        """
+        return self.preprocess.read(image if isinstance(image, bytes) else Path(image))
 
     @property
     def num_patches(self) -> int:

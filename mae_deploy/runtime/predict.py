@@ -32,12 +32,12 @@ class Unreadable:
 
 
 class Predictions:
-    """Features of image files, batch by batch: iterate once over `(paths, features)`, then look at `unreadable`."""
+    """Features of image files, batch by batch: iterate over `(paths, features)`, then look at `unreadable`."""
 
     def __init__(
         self,
         backbone: Backbone,
-        paths: Sequence[Path],
+        paths: Sequence[str | os.PathLike[str]],
         *,
         batch_size: int | None = None,
         keep: Keep | None = None,
@@ -48,10 +48,10 @@ class Predictions:
         """Read and run `paths` in batches of `batch_size`: by default the graph's fixed batch, or 8.
 
         Args:
-            keep: as for `Backbone`.
+            keep: the visible patches of every image, as for `Backbone`: `(K,)`.
             num_keep: instead of `keep`, this many patches of each image at random. The choice depends on `seed` and the
-                file's place in `paths`
-                alone: neither the batch size nor an unreadable file changes it.
+                file's place in `paths` alone: neither the batch size nor an unreadable file changes it.
+            outputs: names of the outputs to compute; None for all.
 
         Raises:
             ConfigError: no paths, a batch size below 1, or both `keep` and `num_keep`, or one that the bundle cannot
@@ -63,7 +63,7 @@ class Predictions:
         if num_keep is not None:
             _check_num_keep(backbone, keep, num_keep)
         self.unreadable: list[Unreadable] = []
-        self._backbone, self._paths, self._batch_size = backbone, paths, batch_size
+        self._backbone, self._paths, self._batch_size = backbone, [Path(path) for path in paths], batch_size
         self._keep, self._num_keep, self._seed, self._outputs = keep, num_keep, seed, outputs
 
     def __iter__(self) -> Iterator[tuple[list[Path], Features]]:

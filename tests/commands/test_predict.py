@@ -4,7 +4,9 @@ end.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -81,6 +83,19 @@ def test_one_image_and_five_classes_by_default(
     found = predict(capsys, exported / "classifier", photos / "02.png")
     assert [row["path"] for row in found["predictions"]] == [str(photos / "02.png")]
     assert len(found["predictions"][0]["classes"]) == 5
+
+
+def test_images_by_name_pattern_and_list(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = predict(capsys, exported / "classifier", photos)["predictions"]
+    assert predict(capsys, exported / "classifier", *find_images(photos, say=False))["predictions"] == whole
+    assert predict(capsys, exported / "classifier", photos / "0*.png")["predictions"] == whole[:4]
+    (tmp_path / "list.txt").write_text("".join(f"{row['path']}\n" for row in reversed(whole)))
+    named = predict(capsys, exported / "classifier", f"@{tmp_path / 'list.txt'}")["predictions"]
+    assert [row["path"] for row in named] == [row["path"] for row in reversed(whole)]
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(os.fsencode(photos))))
+    assert predict(capsys, exported / "classifier", "-")["predictions"] == whole
 
 
 def test_the_batch_size_does_not_matter(exported: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -295,7 +310,7 @@ def test_mistakes_are_2(
     assert main(["predict", str(exported / name), str(photos), *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
-    error, *hints = captured.err.splitlines()
+    error, *hints = [line for line in captured.err.splitlines() if line != f"data: {photos}: 5 images"]
     assert error == f"error: {said.format(exported=exported)}"
     assert len(hints) <= 1
 
@@ -305,7 +320,7 @@ def test_a_fixed_number_of_patches_must_be_given(
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", keep=4)
     assert main(["predict", str(bundle), str(photos)]) == 2
-    assert capsys.readouterr().err.startswith("error: this bundle's graph takes 4 of 21 patches\n")
+    assert "error: this bundle's graph takes 4 of 21 patches\n" in capsys.readouterr().err
     assert main(["predict", str(bundle), str(photos), "--num-keep", "4"]) == 0
 
 

@@ -74,7 +74,8 @@ def test_other_images_stand_in_for_broken_ones(tmp_path: Path, capsys: pytest.Ca
     assert found.source == f"4 images of {tmp_path}"
     assert [path.name for path in found.paths] == ["00.png", "07.png", "01.png", "02.png"]
     assert [line.split(": ")[0] for line in capsys.readouterr().err.splitlines()] == [
-        f"skipped {tmp_path / name}" for name in ("03.png", "10.png")
+        "data",
+        *(f"skipped {tmp_path / name}" for name in ("03.png", "10.png")),
     ]
 
 

@@ -27,7 +27,7 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
     assert [path.name for path in find_images(tmp_path)] == ["00.png", "01.png", "02.png"]
     line = " ".join(capsys.readouterr().err.split())
     assert line.startswith(
-        f"images: 3 below {tmp_path}; left out: 2 .heic (pip install pillow-heif) such as trip/a.heic"
+        f"data: {tmp_path}: 3 images; left out: 2 .heic (pip install pillow-heif) such as trip/a.heic"
     )
     for part in (
         "1 without a suffix such as trip/IMG_1",
@@ -39,6 +39,24 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, capsys: pytest.Ca
         assert part in line
     assert find_images(tmp_path, say=False)
     assert capsys.readouterr().err == ""
+
+
+def test_what_was_found_is_always_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_noise(tmp_path, 2)
+    find_images(tmp_path)
+    assert capsys.readouterr().err == f"data: {tmp_path}: 2 images\n"
+    find_images(tmp_path / "00.png")
+    assert capsys.readouterr().err == f"data: {tmp_path / '00.png'}: 1 image\n"
+
+
+def test_files_without_a_suffix_are_images_if_they_begin_as_one(tmp_path: Path) -> None:
+    write_noise(tmp_path, 2)
+    (tmp_path / "00.png").rename(tmp_path / "5f1d")
+    (tmp_path / "README").write_text("no image")
+    (tmp_path / "empty").touch()
+    found = survey(tmp_path)
+    assert [path.name for path in found.images] == ["01.png", "5f1d"]
+    assert found.left_out.counts == {"without a suffix": 2}
 
 
 def test_only_other_files(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ import yaml
 
 from mae_deploy import cli
 from mae_deploy.cli import main
+from tests.data.image_folders import write_noise
 from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -85,8 +86,9 @@ def test_something_was_found() -> None:
 
 @pytest.fixture
 def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The bundles that the documentation speaks of, in the current folder."""
+    """The bundles and photos that the documentation speaks of, in the current folder."""
     monkeypatch.chdir(tmp_path)
+    write_noise(Path("photos"), 2)
     write_bundle(Path("bundles/visible"))
     write_bundle(Path("bundles/classifier"), token_mode="full")
 
@@ -107,7 +109,7 @@ def test_what_the_readmes_program_prints(capsys: pytest.CaptureFixture[str]) -> 
 
 @pytest.mark.usefixtures("bundles")
 def test_what_the_classifiers_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    (program,) = blocks(ROOT / "docs" / "bundles.md", "python")
+    program = blocks(ROOT / "docs" / "bundles.md", "python")[0]
     exec(compile(program, "bundles.md", "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
     assert re.fullmatch(rf"\[\d+\] {re.escape(str(CLASS_NAMES))}\n", capsys.readouterr().out)
 

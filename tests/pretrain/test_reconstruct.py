@@ -36,7 +36,7 @@ def checkpoint(tmp_path: Path) -> None:
 
 def settings(tmp_path: Path, images: Path, **more: Any) -> ReconstructConfig:
     return ReconstructConfig(
-        images=images, checkpoint=tmp_path / "checkpoint", out=tmp_path / "out.png", device="cpu", **more
+        images=(images,), checkpoint=tmp_path / "checkpoint", out=tmp_path / "out.png", device="cpu", **more
     )
 
 
@@ -163,5 +163,5 @@ def test_what_cannot_be_drawn(images: Path, tmp_path: Path) -> None:
         replace(settings(tmp_path, images), num_images=0)
     for path in images.iterdir():
         spoil(path)
-    with pytest.raises(ConfigError, match="no readable image at"):
+    with pytest.raises(ConfigError, match="no readable image in"):
         run_reconstruct(settings(tmp_path, images))

@@ -169,7 +169,7 @@ def test_components_are_drawn(images: Path, tmp_path: Path, norm_pix_loss: bool)
     assert (tmp_path / "run" / "reconstruction-0001.png").is_file()
     result = run_reconstruct(
         ReconstructConfig(
-            images=images,
+            images=(images,),
             checkpoint=tmp_path / "run",
             out=tmp_path / "out.png",
             num_images=2,
@@ -223,7 +223,7 @@ def test_other_masks(images: Path, tmp_path: Path, kind: str) -> None:
     masks: dict[str, Any] = {"mask_sampling": kind, "mask_patch_size": None}
     result = run_reconstruct(
         ReconstructConfig(
-            images=images, checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks
+            images=(images,), checkpoint=tmp_path / "run", out=tmp_path / "out.png", num_images=1, device="cpu", **masks
         )
     )
     assert result["images"] == 1

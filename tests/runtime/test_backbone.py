@@ -14,7 +14,7 @@ from PIL import Image
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
-from mae_deploy.runtime import Backbone, Features
+from mae_deploy.runtime import Backbone, Features, UnreadableImage
 from tests.runtime.tiny_bundle import CLASSES, OUTPUTS, C, D, H, K, N, P, W, golden_inputs, reference, write_bundle
 
 ATOL = 1e-5
@@ -98,6 +98,26 @@ def test_pillow_images_are_turned_upright(full: Backbone, tmp_path: Path) -> Non
     Image.fromarray(np.rot90(pixels)).save(tmp_path / "turned.png", exif=exif)
     with Image.open(tmp_path / "turned.png") as turned:
         assert_same(full(turned), dict(full(pixels)))
+
+
+def test_an_image_is_read_from_its_path_or_its_bytes(full: Backbone, tmp_path: Path) -> None:
+    path = tmp_path / "photo.jpg"
+    image = Image.fromarray(photo())
+    exif = image.getexif()
+    exif[0x0112] = 6
+    image.save(path, exif=exif)
+    expected = full(Image.open(path))
+    for source in (path, str(path), path.read_bytes()):
+        assert_same(full(full.read(source)), dict(expected))
+    with pytest.raises(UnreadableImage, match=r"^7 bytes: cannot identify image file"):
+        full.read(b"no jpeg")
+
+
+def test_arrays_are_read_from_their_bytes(tmp_path: Path) -> None:
+    backbone = Backbone.load(write_bundle(tmp_path / "bundle", token_mode="full", preprocess={"pixel_max": 1000.0}))
+    pixels = 3 * photo().astype(np.uint16)
+    np.save(tmp_path / "scene.npy", pixels)
+    np.testing.assert_array_equal(backbone.read((tmp_path / "scene.npy").read_bytes()), pixels)
 
 
 def test_a_transposed_float_batch_is_refused(full: Backbone) -> None:

@@ -171,7 +171,8 @@ class _Photos:
         if classes is None or LOGITS not in bundle.output_names:
             return None
         paths = self.read(bundle.preprocess)[1]
-        folders = [path.relative_to(self._folder).parts[0] if path != self._folder else path.name for path in paths]
+        below = self._folder.is_dir()
+        folders = [path.relative_to(self._folder).parts[0] if below else path.parent.name for path in paths]
         strangers = [name for name in folders if name not in classes]
         if strangers:
             self._say("no top-1:", f"'{strangers[0]}' of {self._folder} is not named after a class of {bundle.path}")

@@ -101,7 +101,7 @@ def run_quickstart(config: QuickstartConfig) -> Result:
     picture = out / "reconstruction.png"
     reconstruct.run_reconstruct(
         ReconstructConfig(
-            images=out / "data" / "examples",
+            images=(out / "data" / "examples",),
             checkpoint=out / "pretrain",
             out=picture,
             seed=config.seed,

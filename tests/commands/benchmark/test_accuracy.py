@@ -164,7 +164,7 @@ def test_images_without_labels_or_of_other_classes(tmp_path: Path, labelled: Pat
     ]
     (photo, *_) = find_images(labelled)
     assert f"no top-1: '{photo.name}' of {photo.parent}" in run(bundle, "--images", photo.parent)["said"]
-    assert f"no top-1: '{photo.name}' of {photo} is" in run(bundle, "--images", photo)["said"]
+    assert "no top-1" not in run(bundle, "--images", photo)["said"]  # its folder is a class
     assert (
         "no top-1"
         not in run(
