@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import ctypes
 import glob
 import hashlib
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.text import decode_text
 
 _ASIDE = ".partial-"
 """Prefix of what is being written; whatever carries it after a kill is rubbish."""
@@ -53,18 +53,6 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Replace `path` by `value` as indented JSON in one step."""
     write_text(path, json.dumps(value, indent=2, default=str) + "\n")
-
-
-def decode_text(content: bytes, *, errors: str = "strict") -> str:
-    """Text in UTF-8, or as its byte-order mark says: Notepad puts one in front of UTF-8, PowerShell's `>` writes
-    UTF-16.
-
-    Raises:
-        UnicodeDecodeError: it is no such text, and `errors` is strict.
-    """
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16", errors)
-    return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors)
 
 
 def read_json(path: Path) -> Any:

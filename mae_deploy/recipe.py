@@ -8,6 +8,7 @@ from typing import Any
 
 from mae_deploy.config import merge
 from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.text import decode_text
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship with the package; `--recipe NAME` finds them without a path."""
@@ -70,7 +71,7 @@ def _find_recipe(path: Path, *, name: str | None = None) -> Path:
 def _read_mapping(path: Path) -> dict[str, Any]:
     yaml = import_optional("yaml", extra="train")
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(decode_text(path.read_bytes()))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values or {}, dict):

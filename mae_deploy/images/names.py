@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.files import decode_text
+from mae_deploy.text import decode_text
 
 _STDIN = "-"
 _LIST = "@"

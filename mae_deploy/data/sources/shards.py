@@ -31,6 +31,7 @@ from mae_deploy.files import read_json
 from mae_deploy.images.find import reason_by_suffix
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.text import decode_text
 
 INDEX = "index.json"
 """Beside the shards, as `data pack` writes it: what would else be read from every header."""
@@ -210,7 +211,7 @@ def read_label(content: bytes, where: str) -> int:
         ConfigError: there is none.
     """
     try:
-        return int(content)
+        return int(decode_text(content))
     except ValueError as error:
         raise ConfigError(f"{where} holds {content[:20]!r}, not the number of a class") from error
 
