@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from mae_deploy.data.order import Key, RunSlice, StreamSampler
 from mae_deploy.data.sources.base import ImageSource
+from mae_deploy.data.sources.pixels import check_pixels
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.errors import ConfigError
@@ -82,7 +83,7 @@ class ImageDataset(Dataset[Sample]):
         fixed_views: augmentations of each image in all, which the epochs take in turn; 0: every epoch draws its own.
 
     Raises:
-        ConfigError: fewer fixed views than views in a batch.
+        ConfigError: fewer fixed views than views in a batch, or pixels that are not of the kind that is expected.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class ImageDataset(Dataset[Sample]):
                 hint="a batch would hold the same view twice",
             )
         require_readers(map(images.key, range(len(images))), transform.spec)
+        check_pixels(images, transform.spec.channels, transform.spec.pixel_max)
         self.images = images
         self.transform = transform
         self.seed = seed

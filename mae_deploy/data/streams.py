@@ -25,6 +25,7 @@ from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.data.sources.members import arrays_beside, clean_name, group_key, kind_of, label_of, label_stem
 from mae_deploy.data.sources.patterns import expand
+from mae_deploy.data.sources.pixels import LOOKED_AT, check_images
 from mae_deploy.data.sources.shards import INDEX, read_label
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
@@ -103,11 +104,20 @@ class ShardStream:
         """The first few images of the first shard that can be read, for pictures."""
         spec = self.transform.spec
         found = readable(
-            _read_shards(iter(self.urls[:1]), _Errors()),
+            self._first_shard(),
             lambda raw: decode(raw.name, raw.content, spec.channels, spec.pixel_max),
             lambda *_: None,
         )
         return [image for _, image in islice(found, count)]
+
+    def check_pixels(self) -> None:
+        """Look at a few images of the first shard; see `check_images`."""
+        spec = self.transform.spec
+        raws = islice(self._first_shard(), LOOKED_AT)
+        check_images(self.name, ((raw.name, raw.content) for raw in raws), spec.channels, spec.pixel_max)
+
+    def _first_shard(self) -> Iterator[_Raw]:
+        return _read_shards(iter(self.urls[:1]), _Errors())
 
 
 @dataclass(frozen=True, slots=True)

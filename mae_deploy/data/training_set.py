@@ -21,6 +21,7 @@ def open_training(data: str, transform: Transform, config: DataConfig, *, seed: 
     if is_streamed(data):
         stream = ShardStream(data, transform, config, seed=seed)
         announce_line(f"{data}: {len(stream.urls)} streamed shards, {len(stream)} images an epoch")
+        stream.check_pixels()
         return stream
     images = unlabelled_images(data, config.columns)
     announce(data, {"": images})

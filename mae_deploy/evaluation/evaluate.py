@@ -16,6 +16,7 @@ import numpy as np
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_val
+from mae_deploy.data.sources.pixels import check_pixels
 from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.evaluation.accuracy import Accuracy
@@ -131,6 +132,7 @@ class _Bundle:
     def logits(self, images: ImageSource, keeps: Sequence[int | None]) -> Iterator[tuple[list[Array], Array]]:
         """Images are read by a few threads, cropped as the bundle says, and run in batches."""
         self._check(keeps)
+        check_pixels(images, self._backbone.preprocess.channels, self._backbone.preprocess.pixel_max)
         labels, numbers = np.asarray(images.labels), itertools.count()
         with self._backbone as backbone, ThreadPoolExecutor() as pool, progress("eval", len(images)) as bar:
             for first in range(0, len(images), self._batch_size):

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.arrays import NUMPY_SUFFIX
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.names import described, expand
-from mae_deploy.images.read import NUMPY_SUFFIX, formats
+from mae_deploy.images.read import formats
 from mae_deploy.progress import notice
 
 ARCHIVE_SUFFIX = ".tar"

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.read import TIFF_SUFFIXES, require_tiff, resize_and_cut
+from mae_deploy.images.arrays import TIFF_SUFFIXES, require_tiff, resize_and_cut
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image

@@ -1,7 +1,11 @@
-"""Images as arrays: any format that Pillow reads, TIFF of many channels, NumPy files."""
+"""Image files: any format that Pillow reads, TIFF of many channels, NumPy files.
+
+How many bits a pixel has is decided by the kind of file, never by what is in it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import io
@@ -10,30 +14,32 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, TypeVar
 
 import numpy as np
-import numpy.typing as npt
 
-from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_optional
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.images.arrays import (
+    NUMPY_SUFFIX,
+    TIFF_SUFFIXES,
+    channels_last,
+    may_be_deep,
+    read_array,
+    read_deep,
+)
+from mae_deploy.images.arrays import Array as Array
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
-    from PIL import Image
+    from PIL import Image, ImageFile
     from typing_extensions import TypeIs
-
-Array = npt.NDArray[Any]
 
 Item = TypeVar("Item")
 Value = TypeVar("Value")
 
-NUMPY_SUFFIX = ".npy"
-
-TIFF_SUFFIXES = (".tif", ".tiff")
-
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
 
-_MOST_PIXELS = 2 * 89_478_485
-"""At which Pillow takes a file for a bomb as well."""
+_BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
+"""TIFF's tags."""
 
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """The Pillow mode for each number of channels that ordinary image files hold."""
@@ -92,30 +98,62 @@ def read_image(
     Raises:
         UnreadableImage: empty, cut short, not an image, of a kind that has no 8-bit form, or a bomb; an array of
             another number of channels.
-        MissingDependency: a TIFF file that only `tifffile` reads.
+        MissingDependency: a TIFF file that only `tifffile` reads, or colours of 16 bits that only `imagecodecs` does.
     """
-    from PIL import Image, ImageOps
+    arrays = takes_arrays(channels, pixel_max)
+    with _reading(path, content) as file:
+        if arrays or path.suffix.lower() == NUMPY_SUFFIX:
+            pixels = as_array(_stored(path, file, channels), channels, pixel_max)
+            return pixels if arrays else from_array(pixels)
+        with _open_image(file or path) as image:
+            if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
+                image.draft(None, (image.width // factor, image.height // factor))
+            _load_upright(image)
+            converted = to_mode(image, channels)
+            return converted.copy() if converted is image else converted
 
+
+def stored_pixels(path: Path, channels: int, content: bytes | None = None) -> Array:
+    """The pixels `(H, W, C)` of a file with all their bits, in its own type of number.
+
+    Args:
+        channels: how many are wanted; there may be others.
+        content: the file's bytes, where `path` is but its name.
+
+    Raises:
+        UnreadableImage: see `read_image`.
+        MissingDependency: a file that only `tifffile` or `imagecodecs` reads.
+    """
+    with _reading(path, content) as file:
+        return channels_last(_stored(path, file, channels))
+
+
+def may_hold_more_bits(path: Path, content: bytes) -> bool:
+    """Whether a file may hold more than 8 bits of a pixel, by its header; true of what has no such header."""
+    if path.suffix.lower() != NUMPY_SUFFIX:
+        with contextlib.suppress(Exception), _open_image(io.BytesIO(content)) as image:
+            return may_be_deep(image)
+    return True
+
+
+@contextlib.contextmanager
+def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
+    """Pillow's image of a file, of which no more than the header is read."""
+    from PIL import Image
+
+    with warnings.catch_warnings():
+        # Pillow warns of large files and of damaged metadata that it then does without.
+        warnings.simplefilter("ignore")
+        with Image.open(file, formats=formats()) as image:
+            yield image
+
+
+@contextlib.contextmanager
+def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
+    """The content as a file, where there is any; whatever goes wrong is an `UnreadableImage` that names the path."""
     file = None if content is None else io.BytesIO(content)
     try:
-        if path.suffix.lower() == NUMPY_SUFFIX or (
-            takes_arrays(channels, pixel_max) and path.suffix.lower() in TIFF_SUFFIXES
-        ):
-            pixels = as_array(read_array(path, file), channels, pixel_max)
-            return pixels if takes_arrays(channels, pixel_max) else from_array(pixels)
-        with warnings.catch_warnings():
-            # Pillow warns of large files and of damaged metadata that it then does without.
-            warnings.simplefilter("ignore")
-            with Image.open(file or path, formats=formats()) as image:
-                if shrink is not None and (factor := shrink(image.width, image.height)) > 1:
-                    image.draft(None, (image.width // factor, image.height // factor))
-                image.load()
-                upright = ImageOps.exif_transpose(image)
-                if takes_arrays(channels, pixel_max):
-                    return as_array(
-                        np.asarray(upright.convert("RGB") if upright.mode == "P" else upright), channels, pixel_max
-                    )
-                return to_mode(upright, channels)
+        yield file
     except MaeDeployError:
         raise
     except Exception as error:
@@ -133,8 +171,29 @@ def name_of_bytes(content: bytes) -> Path:
     return Path(f"{len(content):,} bytes{suffix}")
 
 
+def _stored(path: Path, file: BinaryIO | None, channels: int) -> Array:
+    """The pixels `(H, W)` or `(H, W, C)` with all their bits."""
+    if path.suffix.lower() in (NUMPY_SUFFIX, *TIFF_SUFFIXES):
+        return read_array(path, file)
+    with _open_image(file or path) as image:
+        if (deep := read_deep(image, channels)) is not None:
+            return deep
+        _load_upright(image)
+        if image.mode.startswith("I"):
+            return _grey_values(image)[0]
+        return np.asarray(to_mode(image, channels) if image.mode != "F" and channels in MODES else image)
+
+
+def _load_upright(image: Image.Image) -> None:
+    from PIL import ImageOps
+
+    image.load()
+    ImageOps.exif_transpose(image, in_place=True)
+
+
 def to_mode(image: Image.Image, channels: int) -> Image.Image:
-    """Convert to 8 bits and to the mode of `channels`; 16-bit values are scaled, not clipped.
+    """Convert to 8 bits and to the mode of `channels`; 16-bit values are scaled, not clipped. Where there is no channel
+    for it, what is transparent is laid on white.
 
     Raises:
         UnreadableImage: pixels with no fixed range.
@@ -144,28 +203,27 @@ def to_mode(image: Image.Image, channels: int) -> Image.Image:
     if channels not in MODES:
         raise ConfigError(f"image files hold 1, 3 or 4 channels, not {channels}")
     mode = MODES[channels]
-    if image.mode == mode:
-        return image
     if image.mode.startswith("I"):
-        # "I;16", and "I" as Pillow reads some 16-bit files: convert("RGB") would clip everything above 255 to white.
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 65535:
+        # convert("RGB") would clip everything above 255 to white.
+        values, white = _grey_values(image)
+        if white is None:
             raise UnreadableImage("32-bit pixels have no fixed range; save the image with 8 or 16 bits a channel")
-        divisor = 257 if image.mode != "I" or values.max() > 255 else 1
-        image = Image.fromarray((values // divisor).astype(np.uint8))
+        image = Image.fromarray((values.astype(np.int64) * 255 // white).astype(np.uint8))
     elif image.mode == "F":
         raise UnreadableImage("floating-point pixels have no fixed range; save the image with 8 or 16 bits a channel")
-    elif image.mode == "P":
-        # Palettes may carry transparency that a direct conversion drops with a warning.
+    elif image.has_transparency_data:
         image = image.convert("RGBA")
-    return image.convert(mode)
+        if channels != 4:
+            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image if image.mode == mode else image.convert(mode)
 
 
 def as_array(values: Array, channels: int, pixel_max: float | None) -> Array:
     """An image as the array `(H, W, C)` that it must be: uint8 unless `pixel_max` says in what range other numbers lie.
 
     Raises:
-        UnreadableImage: another number of channels, other numbers, NaN or infinity.
+        UnreadableImage: another number of channels, other numbers, NaN or infinity, or 8 bits where `pixel_max` is
+            above 255.
     """
     try:
         pixels = channels_last(values)
@@ -179,6 +237,8 @@ def as_array(values: Array, channels: int, pixel_max: float | None) -> Array:
         raise UnreadableImage(
             f"the pixels are {pixels.dtype}; say what they are to be divided by with --pixel-max, such as 65535"
         )
+    if pixel_max is not None and pixel_max > 255 and pixels.dtype.itemsize == 1:
+        raise UnreadableImage(f"the pixels have 8 bits, at most 255, and would be divided by --pixel-max {pixel_max:g}")
     return pixels
 
 
@@ -211,87 +271,14 @@ def formats() -> tuple[str, ...]:
     return tuple(name for name in Image.OPEN if name not in ("PDF", "MPEG", "HDF5", "GRIB", "BUFR", "EPS"))
 
 
-# --- arrays of any number of channels and any type of number ---------------------------------------------------------
-
-
-def read_array(path: Path, file: BinaryIO | None = None) -> Array:
-    """A `.npy` or TIFF file as `(H, W, C)`, in its own type of number.
-
-    Args:
-        file: the content, where `path` is but its name.
-
-    Raises:
-        ValueError: not an image; the message says why.
-        MissingDependency: `tifffile`, which TIFF needs, is not installed.
-    """
-    values = (
-        np.load(file or path, allow_pickle=False) if path.suffix.lower() == NUMPY_SUFFIX else _read_tiff(file or path)
-    )
-    if not isinstance(values, np.ndarray):
-        raise ValueError("it holds several arrays; one image is one array (H, W, C)")
-    return channels_last(values)
-
-
-def channels_last(values: Array) -> Array:
-    """An image as `(H, W, C)` with finite numbers in the machine's own byte order.
-
-    Raises:
-        ValueError: another shape or type, or NaN or infinity.
-    """
-    if values.ndim not in (2, 3) or values.size == 0:
-        raise ValueError(f"an array of shape {values.shape} is not an image; images are (H, W, C) or (H, W)")
-    if values.dtype.kind not in "uif":
-        raise ValueError(f"pixels are {values.dtype}, not integers or floating-point numbers")
-    if values.dtype.kind == "f" and not np.isfinite(values).all():
-        raise ValueError("pixels are NaN or infinite; fill them first, such as with the mean of their band")
-    values = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return values[:, :, None] if values.ndim == 2 else values
-
-
-def resize_and_cut(pixels: Array, size: tuple[int, int], box: tuple[int, int, int, int], interpolation: str) -> Array:
-    """Each channel resized to `size` and cut to `box`, with Pillow's filter: `(H, W, C)` to uint8, where it is uint8,
-    else float32.
-
-    Args:
-        size: width and height.
-        box: left, top, right and bottom.
-    """
-    from PIL import Image
-
-    height, width, _ = pixels.shape
-    planes = pixels.transpose(2, 0, 1).astype(np.uint8 if pixels.dtype == np.uint8 else np.float32, copy=False)
-    made = []
-    for plane in planes:
-        image = Image.fromarray(np.ascontiguousarray(plane))
-        if size != (width, height):
-            image = image.resize(size, Image.Resampling[interpolation.upper()])
-        made.append(np.asarray(image.crop(box)))
-    return np.stack(made, axis=2)
-
-
-def require_tiff() -> Any:
-    """`tifffile`.
-
-    Raises:
-        MissingDependency: it is not installed.
-    """
-    try:
-        return import_optional("tifffile", extra="tiff")
-    except MissingDependency as error:
-        raise MissingDependency(f"TIFF files of any number of channels: {error}", hint=error.hint) from error
-
-
-def _read_tiff(path: Path | BinaryIO) -> Array:
-    """The first image of the file; its channels are samples of a pixel or pages."""
-    with require_tiff().TiffFile(path) as file:
-        series = file.series[0]
-        if series.size > _MOST_PIXELS * max(1, file.pages[0].samplesperpixel):
-            raise ValueError(f"an image of shape {series.shape} is too large")
-        values, axes = series.asarray(), series.axes
-    kept = [place for place, axis in enumerate(axes) if axis in "YX" or values.shape[place] > 1]
-    values, axes = values.reshape([values.shape[place] for place in kept]), "".join(axes[place] for place in kept)
-    if values.ndim > 3 or not {"Y", "X"} <= set(axes):
-        raise ValueError(f"a TIFF of axes {axes} and shape {values.shape} is not an image")
-    order = [axes.index("Y"), axes.index("X"), *(place for place, axis in enumerate(axes) if axis not in "YX")]
-    pixels: Array = np.asarray(values).transpose(order)
-    return pixels
+def _grey_values(image: Image.Image) -> tuple[Array, int | None]:
+    """Pixels `(H, W)` of more than 8 bits, and what white is by the kind of file; None: nothing says."""
+    values = np.asarray(image)
+    if image.mode == "I":  # as Pillow reads some files of 16 bits, PGM scaled to them from its header's maximum
+        return values, 65535 if image.format in ("PNG", "PPM") else None
+    tags = getattr(image, "tag_v2", {})
+    white = (1 << tags.get(_BITS_PER_SAMPLE, (16,))[0]) - 1
+    if tags.get(_PHOTOMETRIC) == 0:  # white is zero
+        values = white - values
+    transparent = image.info.get("transparency")
+    return np.where(values == transparent, white, values) if isinstance(transparent, int) else values, white

@@ -58,10 +58,14 @@ def noise(width: int, height: int, channels: int = 3, seed: int = 0) -> Image.Im
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
+WHITE = (255,) * 3
+HALF = (227.6, 177.8, 152.9)
+"""COLOUR on white, with 127/255 of it."""
+
 JPEG = 2
 """Grey levels that JPEG's and WebP's colour transform and quantisation may change in a flat picture at quality 95."""
 
-FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int, ...], int]] = {
+FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[float, ...], int]] = {
     "RGB PNG": (lambda: flat("RGB"), "a.png", {}, COLOUR, 0),
     "RGB BMP": (lambda: flat("RGB"), "a.bmp", {}, COLOUR, 0),
     "RGB PPM": (lambda: flat("RGB"), "a.ppm", {}, COLOUR, 0),
@@ -72,12 +76,16 @@ FILES: dict[str, tuple[Callable[[], Image.Image], str, dict[str, Any], tuple[int
     "progressive JPEG": (lambda: flat("RGB"), "a.jpeg", {"quality": 95, "progressive": True}, COLOUR, JPEG),
     "L PNG": (lambda: flat("L"), "a.png", {}, (GREY,) * 3, 0),
     "L JPEG": (lambda: flat("L"), "a.jpg", {"quality": 95}, (GREY,) * 3, JPEG),
-    "LA PNG, all transparent": (lambda: with_alpha("L", 0), "a.png", {}, (GREY,) * 3, 0),
-    "RGBA PNG, half transparent": (lambda: with_alpha("RGB", 127), "a.png", {}, COLOUR, 0),
+    "LA PNG, all transparent": (lambda: with_alpha("L", 0), "a.png", {}, WHITE, 0),
+    "LA PNG, opaque": (lambda: with_alpha("L", 255), "a.png", {}, (GREY,) * 3, 0),
+    "L PNG, a transparent grey level": (lambda: flat("L"), "a.png", {"transparency": GREY}, WHITE, 0),
+    "RGB PNG, a transparent colour": (lambda: flat("RGB"), "a.png", {"transparency": COLOUR}, WHITE, 0),
+    "RGBA PNG, black and all transparent": (lambda: Image.new("RGBA", SIZE), "a.png", {}, WHITE, 0),
+    "RGBA PNG, half transparent": (lambda: with_alpha("RGB", 127), "a.png", {}, HALF, 1),
     "RGBA WebP": (lambda: with_alpha("RGB", 255), "a.webp", {"lossless": True}, COLOUR, 0),
     "P PNG": (palette, "a.png", {}, COLOUR, 0),
-    "P PNG, a transparent index": (lambda: palette(transparency=1), "a.png", {}, COLOUR, 0),
-    "P PNG, transparency in bytes": (lambda: palette(transparency=b"\x00\x7f"), "a.png", {}, COLOUR, 0),
+    "P PNG, a transparent index": (lambda: palette(transparency=1), "a.png", {}, WHITE, 0),
+    "P PNG, transparency in bytes": (lambda: palette(transparency=b"\x00\x7f"), "a.png", {}, HALF, 1),
     "GIF": (palette, "a.gif", {}, COLOUR, 0),
     "GIF with transparency": (lambda: palette(transparency=0), "a.gif", {}, COLOUR, 0),
     "1-bit PNG, white": (lambda: Image.new("1", SIZE, 1), "a.png", {}, (255,) * 3, 0),
@@ -106,7 +114,7 @@ def test_every_kind_of_file(
     make: Callable[[], Image.Image],
     name: str,
     options: dict[str, Any],
-    colour: tuple[int, ...],
+    colour: tuple[float, ...],
     tolerance: int,
 ) -> None:
     make().save(tmp_path / name, **options)
@@ -119,14 +127,25 @@ def test_every_kind_of_file(
 
 
 @pytest.mark.parametrize(
-    ("channels", "mode", "pixel"), [(1, "L", (GREY,)), (3, "RGB", COLOUR), (4, "RGBA", (*COLOUR, 127))]
+    ("channels", "mode", "pixel"), [(1, "L", (190,)), (3, "RGB", (228, 178, 153)), (4, "RGBA", (*COLOUR, 127))]
 )
 def test_channels(tmp_path: Path, channels: int, mode: str, pixel: tuple[int, ...]) -> None:
     with_alpha("RGB", 127).save(tmp_path / "a.png")
     image = read_image(tmp_path / "a.png", channels)
     assert is_image(image)
     assert image.mode == mode
-    assert tuple(np.asarray(image).reshape(*SIZE[::-1], channels)[2, 3]) == pixel
+    found = np.asarray(image).reshape(*SIZE[::-1], channels)[2, 3]
+    np.testing.assert_allclose(found.astype(int), pixel, rtol=0, atol=1)  # roundings of a share of 255
+
+
+def test_black_on_transparent_does_not_vanish(tmp_path: Path) -> None:
+    drawing = Image.new("RGBA", SIZE)
+    drawing.putpixel((3, 2), (0, 0, 0, 255))
+    drawing.save(tmp_path / "a.png")
+    for channels, pixel_max in ((1, None), (3, None), (3, 255.0), (1, 255.0)):
+        pixels = np.asarray(read_image(tmp_path / "a.png", channels, pixel_max)).reshape(*SIZE[::-1], channels)
+        assert (pixels[2, 3] == 0).all()
+        assert pixels.sum() == 255 * channels * (SIZE[0] * SIZE[1] - 1)
 
 
 def test_transparency_of_a_palette_is_kept_where_there_is_a_channel_for_it(tmp_path: Path) -> None:
@@ -391,9 +410,8 @@ def test_settings_that_do_not_go_together() -> None:
 
 def test_a_palette_image_of_the_callers_is_converted_without_a_warning() -> None:
     image = palette(transparency=b"\x00\x7f")
-    np.testing.assert_array_equal(
-        Preprocess(image_size=(7, 13), crop_pct=1.0).crop(image), np.broadcast_to(COLOUR, (7, 13, 3))
-    )
+    found = Preprocess(image_size=(7, 13), crop_pct=1.0).crop(image)
+    np.testing.assert_allclose(found, np.broadcast_to(HALF, (7, 13, 3)), rtol=0, atol=1)
 
 
 # --- finding files ---------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from mae_deploy.config import fixed_settings
 from mae_deploy.data.decode import decode
 from mae_deploy.data.sources.base import UNLABELLED, ImageSource
 from mae_deploy.data.sources.open import beside_splits, labelled_images, split_names, unlabelled_images
+from mae_deploy.data.sources.pixels import check_pixels
 from mae_deploy.data.sources.shards import CLASSES, FORMAT, INDEX
 from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed, ConfigError
@@ -33,7 +34,8 @@ from mae_deploy.files import (
     write_json,
     write_text,
 )
-from mae_deploy.images.read import Array, UnreadableImage, is_image, resize_and_cut
+from mae_deploy.images.arrays import resize_and_cut
+from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
 
@@ -63,6 +65,8 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
     """
     refuse_within(config.out, Path(config.source), option="OUT")
     splits = _splits(config)
+    for source in splits.values():
+        check_pixels(source, config.in_chans, config.pixel_max)
     job = {
         "settings": fixed_settings(config),
         "source": {name: source.fingerprint() for name, source in splits.items()},

@@ -19,6 +19,7 @@ from mae_deploy.data.config import Columns
 from mae_deploy.data.decode import decode
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import unlabelled_images
+from mae_deploy.data.sources.pixels import check_pixels
 from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.read import Array, UnreadableImage
@@ -52,6 +53,7 @@ def run_stats(config: StatsConfig) -> Result:
     """
     source = unlabelled_images(config.data, Columns(image=config.image_column))
     announce(config.data, {"": source})
+    check_pixels(source, config.in_chans, config.pixel_max)
     indices: Sequence[int] = range(len(source))
     if config.sample is not None and config.sample < len(source):
         drawn = np.random.default_rng(derive_seed(config.seed, "sample")).choice(

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mae_deploy.data.sources.base import UNLABELLED
+from mae_deploy.images.arrays import NUMPY_SUFFIX
 from mae_deploy.images.find import is_image_name
-from mae_deploy.images.read import NUMPY_SUFFIX
 
 _LABEL_SUFFIX = ".cls"
 

@@ -1,0 +1,197 @@
+"""Pixels as files hold them: any number of channels, any type of number, all bits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mae_deploy.errors import MissingDependency, import_optional
+
+if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
+    from PIL import ImageFile
+
+Array = npt.NDArray[Any]
+
+NUMPY_SUFFIX = ".npy"
+
+TIFF_SUFFIXES = (".tif", ".tiff")
+
+_MOST_PIXELS = 2 * 89_478_485
+"""At which Pillow takes a file for a bomb as well."""
+
+_ORIENTATION = 274
+"""The tag of EXIF and TIFF; 1 is upright."""
+
+_MIN_IS_WHITE, _PALETTE = 0, 3
+"""TIFF's photometric interpretations in which a larger number is no brighter pixel."""
+
+_DEEP_COLOURS = ("RGB;16B", "RGBA;16B", "LA;16B")
+"""What Pillow calls colours, or grey and alpha, of 16 bits in a PNG."""
+
+_DECODERS = {"PNG": "png_decode", "JPEG2000": "jpeg2k_decode", "AVIF": "avif_decode"}
+"""Of imagecodecs, for formats whose colours may have more than the 8 bits that Pillow gives."""
+
+
+def read_array(path: Path, file: BinaryIO | None = None) -> Array:
+    """A `.npy` or TIFF file as `(H, W, C)`, in its own type of number; a TIFF upright, with white as its largest
+    number.
+
+    Args:
+        file: the content, where `path` is but its name.
+
+    Raises:
+        ValueError: not an image; the message says why.
+        MissingDependency: `tifffile`, which TIFF needs, is not installed.
+    """
+    values = (
+        np.load(file or path, allow_pickle=False) if path.suffix.lower() == NUMPY_SUFFIX else _read_tiff(file or path)
+    )
+    if not isinstance(values, np.ndarray):
+        raise ValueError("it holds several arrays; one image is one array (H, W, C)")
+    return channels_last(values)
+
+
+def read_deep(image: ImageFile.ImageFile, channels: int) -> Array | None:
+    """The pixels `(H, W, C)` of a file that Pillow has opened and not loaded, as the file holds them, upright; None
+    where Pillow gives all bits.
+
+    Args:
+        channels: how many are wanted: an alpha channel beyond them lies on white.
+
+    Raises:
+        ValueError: a file that cannot be read in full.
+        MissingDependency: `imagecodecs` is not installed.
+    """
+    file: Any = image.fp
+    decoder, _, offset, args = image.tile[0] if image.tile else ("", None, 0, "")
+    maximum = _pnm_maximum(image)
+    if maximum > 255:
+        if decoder != "ppm_plain":
+            file.seek(offset)
+            values = np.frombuffer(file.read(), ">u2", image.height * image.width * len(image.getbands()))
+            return channels_last(values.reshape(image.height, image.width, -1))
+        if image.mode != "I":
+            raise ValueError("a plain PPM of more than 8 bits; save it as binary PPM, PNG or TIFF")
+        # Pillow has scaled it to 65535, which loses nothing.
+        return channels_last(np.rint(np.asarray(image) * (maximum / 65535)).astype(np.uint16))
+    if image.format not in _DECODERS or (image.format == "PNG" and args not in _DEEP_COLOURS):
+        return None
+    file.seek(0)
+    codecs = import_optional("imagecodecs", extra="tiff")
+    pixels = channels_last(getattr(codecs, _DECODERS[image.format])(file.read()))
+    if image.format == "PNG" and pixels.shape[2] == channels + 1:
+        pixels = _on_white(pixels, 65535)
+    return upright(pixels, image.getexif().get(_ORIENTATION, 1))
+
+
+def may_be_deep(image: ImageFile.ImageFile) -> bool:
+    """Whether a file that Pillow has opened may hold more than 8 bits of a pixel, by its header."""
+    args = image.tile[0][3] if image.tile else ""
+    return (
+        image.mode[0] in "IF"
+        or _pnm_maximum(image) > 255
+        or "16" in str(args)
+        or image.format in (*_DECODERS.keys() - {"PNG"}, "TIFF")
+    )
+
+
+def upright(pixels: Array, orientation: int) -> Array:
+    """An array `(H, W, C)` turned as this orientation of EXIF and TIFF says it is to be shown."""
+    if orientation in (5, 6, 7, 8):
+        pixels = pixels.swapaxes(0, 1)
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    return np.ascontiguousarray(pixels)
+
+
+def channels_last(values: Array) -> Array:
+    """An image as `(H, W, C)` with finite numbers in the machine's own byte order.
+
+    Raises:
+        ValueError: another shape or type, or NaN or infinity.
+    """
+    if values.ndim not in (2, 3) or values.size == 0:
+        raise ValueError(f"an array of shape {values.shape} is not an image; images are (H, W, C) or (H, W)")
+    if values.dtype.kind not in "uif":
+        raise ValueError(f"pixels are {values.dtype}, not integers or floating-point numbers")
+    if values.dtype.kind == "f" and not np.isfinite(values).all():
+        raise ValueError("pixels are NaN or infinite; fill them first, such as with the mean of their band")
+    values = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return values[:, :, None] if values.ndim == 2 else values
+
+
+def resize_and_cut(pixels: Array, size: tuple[int, int], box: tuple[int, int, int, int], interpolation: str) -> Array:
+    """Each channel resized to `size` and cut to `box`, with Pillow's filter: `(H, W, C)` to uint8, where it is uint8,
+    else float32.
+
+    Args:
+        size: width and height.
+        box: left, top, right and bottom.
+    """
+    from PIL import Image
+
+    height, width, _ = pixels.shape
+    planes = pixels.transpose(2, 0, 1).astype(np.uint8 if pixels.dtype == np.uint8 else np.float32, copy=False)
+    made = []
+    for plane in planes:
+        image = Image.fromarray(np.ascontiguousarray(plane))
+        if size != (width, height):
+            image = image.resize(size, Image.Resampling[interpolation.upper()])
+        made.append(np.asarray(image.crop(box)))
+    return np.stack(made, axis=2)
+
+
+def require_tiff() -> Any:
+    """`tifffile`.
+
+    Raises:
+        MissingDependency: it is not installed.
+    """
+    try:
+        return import_optional("tifffile", extra="tiff")
+    except MissingDependency as error:
+        raise MissingDependency(f"TIFF files of any number of channels: {error}", hint=error.hint) from error
+
+
+def _pnm_maximum(image: ImageFile.ImageFile) -> int:
+    """White of an opened PGM or PPM file by its header; 0: another kind of file."""
+    if image.format != "PPM" or image.mode not in ("L", "I", "RGB"):
+        return 0
+    _, _, _, args = image.tile[0]
+    if isinstance(args, tuple):
+        return int(args[1])
+    return 65535 if args == "I;16B" else 255
+
+
+def _on_white(pixels: Array, white: int) -> Array:
+    """`(H, W, C + 1)` with alpha as the last channel: `(H, W, C)`."""
+    colours, alpha = pixels[..., :-1].astype(np.float64), pixels[..., -1:].astype(np.float64) / white
+    blended: Array = np.rint(colours * alpha + white * (1 - alpha)).astype(pixels.dtype)
+    return blended
+
+
+def _read_tiff(path: Path | BinaryIO) -> Array:
+    """The first image of the file; its channels are samples of a pixel or pages."""
+    with require_tiff().TiffFile(path) as file:
+        series = file.series[0]
+        page = series.keyframe
+        if series.size > _MOST_PIXELS * max(1, page.samplesperpixel):
+            raise ValueError(f"an image of shape {series.shape} is too large")
+        values, axes = series.asarray(), series.axes
+        orientation = page.tags.valueof(_ORIENTATION, 1)
+        if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":
+            values = (1 << page.bitspersample) - 1 - values
+        if page.photometric == _PALETTE:
+            colours = (page.colormap >> 8).astype(np.uint8)  # of 16 bits each, as TIFF has it
+            values, axes = np.moveaxis(colours[:, values], 0, -1), f"{axes}S"
+    kept = [place for place, axis in enumerate(axes) if axis in "YX" or values.shape[place] > 1]
+    values, axes = values.reshape([values.shape[place] for place in kept]), "".join(axes[place] for place in kept)
+    if values.ndim > 3 or not {"Y", "X"} <= set(axes):
+        raise ValueError(f"a TIFF of axes {axes} and shape {values.shape} is not an image")
+    order = [axes.index("Y"), axes.index("X"), *(place for place, axis in enumerate(axes) if axis not in "YX")]
+    return upright(np.asarray(values).transpose(order), orientation)
