@@ -272,6 +272,7 @@ def _metadata(
     return Metadata(
         encoder=to_dict(student.config),
         preprocess=to_dict(spec),
+        positions=init.metadata.positions if init is not None else "bicubic",
         licence=inherited_licence(teacher.licence, init.metadata.licence if init is not None else OWN_LICENCE),
         provenance={
             "stage": "distill",

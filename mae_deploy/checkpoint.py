@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
+from mae_deploy.file_kinds import look_at
 from mae_deploy.files import atomic_path, follow_link, read_json, sha256, write_json
 from mae_deploy.progress import notice
 
@@ -23,6 +24,8 @@ WEIGHTS = "model.safetensors"
 METADATA = "metadata.json"
 
 CheckpointKind = Literal["mae", "encoder", "classifier"]
+
+Positions = Literal["bicubic", "timm", "timm-flexivit", "torchvision"]
 
 OWN_LICENCE = "own"
 """Trained from nothing on the user's own images: the user decides."""
@@ -41,6 +44,9 @@ class Metadata:
     """The encoder's config."""
     preprocess: dict[str, Any]
     """Resize, crop and normalisation of its inputs."""
+    positions: Positions = "bicubic"
+    """How position embeddings are taken to another image size: bicubic, as the original and transformers do, or as
+    timm, its FlexiViT or torchvision."""
     decoder: dict[str, Any] | None = None
     """The decoder's config (mae)."""
     norm_pix_loss: bool = True
@@ -77,12 +83,7 @@ class Checkpoint:
         Raises:
             CheckFailed: the weights are damaged.
         """
-        safetensors = import_optional("safetensors.torch", extra="train")
-        file = self.path / WEIGHTS
-        try:
-            return safetensors.load_file(file)  # type: ignore[no-any-return]
-        except Exception as error:  # safetensors raises its own error type for damaged files
-            raise CheckFailed(f"cannot read {file}: {error}") from error
+        return read_safetensors(self.path / WEIGHTS)[0]
 
     def record(self) -> dict[str, Any]:
         """What a derived checkpoint or bundle keeps of this one: its provenance, metrics and hash."""
@@ -118,6 +119,23 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadat
         metadata=header,
     )
     write_json(folder / METADATA, {"schema_version": SCHEMA_VERSION, **to_dict(metadata)})
+
+
+def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors of a file, on the CPU, and the words of its header.
+
+    Raises:
+        CheckFailed: there is no such file, or it is damaged or something else.
+    """
+    safetensors = import_optional("safetensors", extra="train")
+    try:
+        with safetensors.safe_open(file, framework="pt") as content:
+            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        kind = look_at(file) if file.is_file() else None
+        if kind is None or kind.weights == "safetensors":
+            raise CheckFailed(f"cannot read {file}: {error}") from error
+        raise CheckFailed(f"{file} is {kind.words}", hint=kind.hint) from error
 
 
 def find_checkpoint(path: Path) -> Path | None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import look_at
 from mae_deploy.text import decode_text
 
 _ASIDE = ".partial-"
@@ -63,7 +64,12 @@ def read_json(path: Path) -> Any:
     """
     try:
         return json.loads(decode_text(path.read_bytes()))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except ValueError as error:
+        kind = look_at(path)
+        if kind.stands_in:
+            raise ConfigError(f"cannot read {path}: it is {kind.words}", hint=kind.hint) from error
         raise ConfigError(f"cannot read {path}: {error}") from error
 
 

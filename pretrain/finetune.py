@@ -71,6 +71,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             num_classes=model.head.out_features,
             class_names=train.class_names,
             preprocess=to_dict(spec),
+            positions=pretrained.metadata.positions if pretrained is not None else "bicubic",
             licence=pretrained.metadata.licence if pretrained is not None else OWN_LICENCE,
             provenance={
                 "stage": "finetune",

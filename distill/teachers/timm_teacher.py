@@ -22,8 +22,14 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import BLOCK_KINDS, Tap, deepest
 from mae_deploy.models.vit import gather_tokens
-from mae_deploy.weights.read.files import find_weights, read_source
-from mae_deploy.weights.timm_network import build_timm, count_classes, load_timm, timm_licence, timm_preprocess
+from mae_deploy.weights.timm_network import (
+    build_timm,
+    count_classes,
+    load_timm,
+    read_timm,
+    timm_licence,
+    timm_preprocess,
+)
 
 _HINTS = {
     "logits": "the weights file has no head: give one of a fine-tuned model",
@@ -43,7 +49,7 @@ class TimmTeacher(TorchTeacher):
 
     def __init__(self, architecture: str, path: Path, settings: TeacherConfig) -> None:
         super().__init__(settings)
-        source = read_source(find_weights(path), average=True)
+        source = read_timm(path, architecture)
         self.model = model = build_timm(architecture, num_classes=count_classes(source, architecture))
         load_timm(model, source, architecture)
         model.eval().requires_grad_(False)

@@ -10,12 +10,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.checkpoint import Metadata, save_checkpoint
+from mae_deploy.checkpoint import Metadata, read_safetensors, save_checkpoint
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.splits import labelled_splits
@@ -79,6 +79,7 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
         num_classes=len(train.class_names),
         class_names=train.class_names,
         preprocess=to_dict(spec),
+        positions=loaded.metadata.positions,
         licence=loaded.metadata.licence,
         provenance={"stage": "linprobe", "config": to_dict(config), "data": data, "parent": loaded.record},
     )
@@ -258,7 +259,7 @@ def _cached(
     about = path.with_suffix(".json")
     if about.is_file():
         facts = read_json(about)
-        tensors = load_file(path)
+        tensors, _ = read_safetensors(path)
         return FeatureSet(
             tensors["features"], tensors["labels"], tuple(facts["unreadable"]), facts["images_per_second"]
         )

@@ -12,8 +12,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.evaluation.features import ModuleFeatures
 from mae_deploy.training.config import Device
-from mae_deploy.weights.read.files import find_weights, read_source
-from mae_deploy.weights.timm_network import build_timm, load_timm, timm_licence, timm_preprocess
+from mae_deploy.weights.timm_network import build_timm, load_timm, read_timm, timm_licence, timm_preprocess
 
 
 class TimmFeatures(ModuleFeatures):
@@ -26,7 +25,7 @@ class TimmFeatures(ModuleFeatures):
 
     def __init__(self, path: Path, architecture: str, config: FeaturesConfig, device: Device) -> None:
         model = build_timm(architecture, image_size=config.image_size)
-        load_timm(model, read_source(find_weights(path), average=True), architecture)
+        load_timm(model, read_timm(path, architecture), architecture)
         spec, licence = timm_preprocess(model), timm_licence(model, architecture)
         pool, pooled = _pooling(model, config.pool)
         description = f"timm {architecture} at {spec.image_size[0]}x{spec.image_size[1]}, {pool}"

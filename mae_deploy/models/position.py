@@ -5,6 +5,8 @@ He et al., Masked Autoencoders Are Scalable Vision Learners, appendix A: https:/
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -29,15 +31,28 @@ def sincos_group_embedding(embed_dim: int, num_groups: int) -> Tensor:
     return torch.from_numpy(_sincos(embed_dim, np.arange(num_groups, dtype=np.float64))).float()[None]
 
 
-def interpolate_position_embedding(pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int]) -> Tensor:
-    """Bicubic interpolation of the patch part from grid `source` to grid `target`:
-    `(1, 1 + N, D) -> (1, 1 + N', D)`.
+_RULES: dict[str, dict[str, Any]] = {
+    "bicubic": {"mode": "bicubic", "align_corners": False},
+    "timm": {"mode": "bicubic", "antialias": True},
+    "timm-flexivit": {"mode": "bilinear", "antialias": False},
+    "torchvision": {"mode": "bicubic", "align_corners": True},
+}
+"""Whose interpolation it is, and PyTorch's settings for it; bicubic is the original's and transformers'."""
+
+
+def interpolate_position_embedding(
+    pos_embed: Tensor, source: tuple[int, int], target: tuple[int, int], rule: str = "bicubic"
+) -> Tensor:
+    """The patch part from grid `source` to grid `target`: `(1, 1 + N, D) -> (1, 1 + N', D)`.
+
+    Args:
+        rule: a checkpoint's `Positions`.
     """
     if source == target:
         return pos_embed
     _, _, D = pos_embed.shape
     patches = pos_embed[:, 1:].reshape(1, *source, D).permute(0, 3, 1, 2)
-    patches = F.interpolate(patches, size=target, mode="bicubic", align_corners=False)
+    patches = F.interpolate(patches, size=target, **_RULES[rule])
     return torch.cat([pos_embed[:, :1], patches.permute(0, 2, 3, 1).reshape(1, -1, D)], dim=1)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.file_kinds import look_at
 from mae_deploy.files import read_json, sha256
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
@@ -55,6 +56,11 @@ class Bundle:
         """
         folder = Path(path)
         if not (folder / MANIFEST_FILE).is_file():
+            if folder.is_file():
+                raise ConfigError(
+                    f"{folder} is {look_at(folder).words}, not the folder of a bundle",
+                    hint="'mae-deploy export' makes a bundle of weights",
+                )
             raise ConfigError(
                 f"no bundle at {folder}: there is no {MANIFEST_FILE}",
                 hint="a bundle is the folder that 'mae-deploy export' writes",
@@ -278,6 +284,8 @@ class Bundle:
         except OSError as error:
             raise CheckFailed(f"cannot read {path}: {error.strerror}") from error
         if found != entry["sha256"]:
+            if (kind := look_at(path)).stands_in:
+                raise CheckFailed(f"{path} is {kind.words}", hint=kind.hint)
             raise CheckFailed(
                 f"{path} is not the file that was exported: expected SHA-256 {entry['sha256']} ({entry['size']} bytes),"
                 f" found {found} ({path.stat().st_size} bytes)",

@@ -16,6 +16,7 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConf
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.progress import notice
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 E = TypeVar("E", bound=Encoder)
@@ -37,6 +38,11 @@ class LoadedWeights:
         """The encoder's shape."""
         return from_dict(EncoderConfig, self.metadata.encoder)
 
+    def positions_at(self, name: str, grid_size: tuple[int, int]) -> Tensor:
+        """A table of position embeddings for another grid, as its family interpolates: `(1, 1 + N', D)`."""
+        table, source = self.tensors[name].float(), self.encoder_config.grid_size
+        return interpolate_position_embedding(table, source, grid_size, self.metadata.positions)
+
 
 def read_weights(path: Path) -> LoadedWeights:
     """Read a run folder, a checkpoint folder, or a weights file of ours, of the original implementation, timm or
@@ -50,6 +56,8 @@ def read_weights(path: Path) -> LoadedWeights:
         checkpoint = open_checkpoint(path)
         return LoadedWeights(checkpoint.metadata, checkpoint.tensors(), checkpoint.record())
     imported = import_weights(path, ImportOptions())
+    for note in imported.report["notes"]:
+        notice("weights:", f"{path}: {note}")
     return LoadedWeights(imported.metadata, imported.tensors, {"path": str(path), **imported.metadata.provenance})
 
 
@@ -112,7 +120,7 @@ def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> 
     tensors = dict(loaded.tensors)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors:
-            tensors[name] = interpolate_position_embedding(tensors[name].float(), source.grid_size, target.grid_size)
+            tensors[name] = loaded.positions_at(name, target.grid_size)
     preprocess = {**loaded.metadata.preprocess, "image_size": list(image_size)}
     return LoadedWeights(
         replace(loaded.metadata, encoder=to_dict(target), preprocess=preprocess), tensors, loaded.record
@@ -133,7 +141,7 @@ def encoder_tensors(loaded: LoadedWeights, target: EncoderConfig) -> dict[str, T
                 f" {getattr(target, name)}"
             )
     tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
-    tensors["pos_embed"] = interpolate_position_embedding(tensors["pos_embed"], source.grid_size, target.grid_size)
+    tensors["pos_embed"] = loaded.positions_at("pos_embed", target.grid_size)
     return tensors
 
 

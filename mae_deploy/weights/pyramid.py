@@ -21,13 +21,6 @@ _NAME = re.compile(r"((?:.*\.)?)(simfp_\d+\..+)")
 """Where the pyramid stands in a detector, such as `backbone.`, and the name of a tensor in it."""
 
 
-_CONVERT_PICKLE = (
-    'where you trust the file: python -c "import pickle, safetensors.numpy as s;'
-    " s.save_file(pickle.load(open('model.pkl', 'rb'))['model'], 'model.safetensors')\""
-)
-"""Detectron2's model zoo pickles NumPy arrays."""
-
-
 @dataclass(frozen=True, slots=True)
 class Pyramid:
     """A pyramid in evaluation mode, with what goes into the record of whatever is derived from it."""
@@ -61,8 +54,11 @@ def load_pyramid(path: Path, width: int) -> Pyramid:
         raise ConfigError(
             f"no pyramid weights at {path}", hint="give a .safetensors or .pth file, or 'random' for untrained weights"
         )
-    if path.suffix == ".pkl":
-        raise CheckFailed(f"refused to unpickle {path}: a .pkl can run code", hint=_CONVERT_PICKLE)
+    if path.suffix == ".pkl":  # Detectron2's model zoo pickles NumPy arrays
+        raise CheckFailed(
+            f"refused to unpickle {path}: a .pkl can run code",
+            hint="give a .pth as Detectron2's DetectionCheckpointer saves it, or a .safetensors file",
+        )
     source = read_source(path)
     tensors = _pyramid_tensors(source.tensors, path)
     last = tensors.get("simfp_4.0.weight")

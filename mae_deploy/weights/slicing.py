@@ -53,7 +53,7 @@ def slice_encoder(larger: LoadedWeights, target: EncoderConfig, blocks: SliceBlo
     channels = evenly(target.width, source.width)
     sliced = {
         "cls_token": _take(tensors["cls_token"], None, None, channels),
-        "pos_embed": _positions(tensors["pos_embed"], source, target),
+        "pos_embed": _positions(larger, target),
         "patch_embed.proj.weight": resample_patch_embed(
             _take(tensors["patch_embed.proj.weight"], channels), [target.patch, target.patch]
         ),
@@ -104,12 +104,16 @@ def _block_axes(source: EncoderConfig, target: EncoderConfig) -> dict[str, tuple
     return axes
 
 
-def _positions(larger: Tensor, source: EncoderConfig, target: EncoderConfig) -> Tensor:
+def _positions(larger: LoadedWeights, target: EncoderConfig) -> Tensor:
     """The target's own sin-cos table, plus what the larger one has learned on top of its:
     `(1, 1 + N, D) -> (1, 1 + N', D')`.
     """
+    source = larger.encoder_config
     learned = interpolate_position_embedding(
-        larger - sincos_position_embedding(source.width, source.grid_size), source.grid_size, target.grid_size
+        larger.tensors["pos_embed"] - sincos_position_embedding(source.width, source.grid_size),
+        source.grid_size,
+        target.grid_size,
+        larger.metadata.positions,
     )
     return sincos_position_embedding(target.width, target.grid_size) + _take(
         learned, None, None, evenly(target.width, source.width)

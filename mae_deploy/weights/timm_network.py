@@ -8,16 +8,19 @@ import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from timm.data import resolve_data_config
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
+from mae_deploy.progress import notice
 from mae_deploy.weights.read.check_names import check_names
-from mae_deploy.weights.read.files import Source
+from mae_deploy.weights.read.files import Source, find_weights, read_source
 from mae_deploy.weights.read.timm_vit import SPDX
 
 _SPARE = ("mask_token",)
@@ -41,6 +44,25 @@ def build_timm(architecture: str, *, image_size: tuple[int, int] | None = None, 
         raise ConfigError(
             f"timm {timm.__version__} cannot build {architecture}: {' '.join(str(error).split())}"
         ) from error
+
+
+def read_timm(path: Path, architecture: str) -> Source:
+    """The weights of a model of timm's, the running average where there is one, without the prefix of a wrapper.
+
+    Raises:
+        ConfigError: no such file, or timm has no such model.
+        CheckFailed: the file is damaged, or holds something else.
+    """
+    source = read_source(find_weights(path), average=True)
+    with torch.device("meta"):
+        first = next(iter(build_timm(architecture).state_dict()))
+    prefixes = {name.removesuffix(first) for name in source.tensors if name.endswith(f".{first}")}
+    if len(prefixes) == 1 and all(name.startswith(tuple(prefixes)) for name in source.tensors):
+        source.tensors = {name.removeprefix(*prefixes): tensor for name, tensor in source.tensors.items()}
+        source.notes.append(f"the prefix '{prefixes.pop()}' was taken off all names")
+    for note in source.notes:
+        notice("weights:", f"{path}: {note}")
+    return source
 
 
 def load_timm(model: Any, source: Source, architecture: str) -> None:

@@ -5,9 +5,6 @@ with a reason.
 from __future__ import annotations
 
 import pickle
-import shlex
-import subprocess
-import sys
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -15,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -265,15 +262,9 @@ def test_refuses_a_missing_file(tmp_path: Path) -> None:
         load_pyramid(tmp_path / "model.pth", WIDTH)
 
 
-def test_a_pickle_of_the_model_zoo_is_refused_and_its_hint_converts_it(tmp_path: Path) -> None:
-    tensors = tiny_pyramid().state_dict()
-    arrays = {f"backbone.{name}": tensor.numpy() for name, tensor in tensors.items()}
+def test_a_pickle_of_the_model_zoo_is_refused(tmp_path: Path) -> None:
+    arrays = {f"backbone.{name}": tensor.numpy() for name, tensor in tiny_pyramid().state_dict().items()}
     (tmp_path / "model.pkl").write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2"}))
     with pytest.raises(CheckFailed, match=r"refused to unpickle .*: a \.pkl can run code") as caught:
         load_pyramid(tmp_path / "model.pkl", WIDTH)
-    python, *arguments = shlex.split(str(caught.value.hint).partition(": ")[2])
-    assert python == "python"
-    subprocess.run([sys.executable, *arguments], cwd=tmp_path, check=True)
-    assert sorted(load_file(tmp_path / "model.safetensors")) == sorted(arrays)
-    found = load_pyramid(tmp_path / "model.safetensors", WIDTH).module.state_dict()
-    assert all(torch.equal(found[name], tensors[name]) for name in NAMES)
+    assert "DetectionCheckpointer" in (caught.value.hint or "")

@@ -7,18 +7,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+import timm
 import torch
 
 from mae_deploy.checkpoint import save_checkpoint
+from mae_deploy.cli import main
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.files import write_json
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.weights.load import (
     LoadedWeights,
+    at_image_size,
     build_model,
     encoder_of,
     load_model,
@@ -189,3 +194,21 @@ def test_mean_pooling_starts_from_mean_pooling() -> None:
     source = tiny_classifier("avg")
     started = start_from(fill(Classifier(ENCODER, num_classes=3), seed=1), loaded_from(source))
     assert torch.equal(started.cls_token, source.cls_token)
+
+
+@pytest.mark.parametrize("size", [(48, 48), (24, 56), (32, 32)])
+def test_a_timm_models_positions_are_interpolated_as_timm_does(tmp_path: Path, size: tuple[int, int]) -> None:
+    torch.manual_seed(3)
+    model: Any = timm.create_model("vit_tiny_patch16_224", img_size=32, patch_size=8, depth=1, num_classes=7).eval()
+    torch.nn.init.normal_(model.pos_embed, std=0.5)
+    torch.nn.init.normal_(model.head.weight, std=0.5)
+    torch.save(model.state_dict(), tmp_path / "tiny.pth")
+    timm_model = {"architecture": "vit_tiny_patch16_224", "model_args": {"img_size": 32, "patch_size": 8, "depth": 1}}
+    write_json(tmp_path / "config.json", {**timm_model, "pretrained_cfg": {}})
+    assert main(["import", str(tmp_path / "tiny.pth"), "--out", str(tmp_path / "checkpoint")]) == 0
+    loaded = at_image_size(read_weights(tmp_path / "checkpoint"), size)
+    model.set_input_size(size)
+    images = torch.randn(2, 3, *size)
+    with torch.no_grad():
+        # Sums in another order: float32 rounding of logits around 5. Without timm's antialiasing: 0.3.
+        torch.testing.assert_close(model_of(loaded)(images), model(images), rtol=1e-5, atol=1e-5)

@@ -15,13 +15,19 @@ class ImportConfig(Settings, resume="never"):
     """Settings of `mae-deploy import`."""
 
     source: Path = setting(argument=True, flag="SRC")
-    """Weights of the original implementation, timm, Hugging Face, mmpretrain or MAE-Lite (.pth, .pth.tar, .bin,
-    .safetensors, or a model folder)."""
+    """Weights of the original implementation, timm, Hugging Face, torchvision, mmpretrain or MAE-Lite (.pth, .pt,
+    .ckpt, .bin, .safetensors, or a model folder)."""
     out: Path
     """Checkpoint folder to write."""
     model: str | None = setting(None, metavar="NAME")
     """timm's name of the model that the file is of, such as vit_base_patch16_224.augreg_in21k; default: what
     config.json or the tensors say."""
+    key: str | None = setting(None, metavar="NAME")
+    """Under which of its keys the file has the weights, such as teacher or callbacks.ema; default: the usual ones, and
+    what else is there is said."""
+    prefix: str | None = setting(None, metavar="NAME")
+    """How the names of the model's tensors begin in the file, such as backbone, and the rest is left out; default: the
+    one prefix that all names have."""
     image_size: tuple[int, int] | None = None
     """Height and width, H[,W]; needed where the patches form no square; for another grid the position embeddings are
     interpolated."""

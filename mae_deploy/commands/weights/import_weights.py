@@ -23,6 +23,8 @@ def run_import(config: ImportConfig) -> Result:
     refuse_to_overwrite(config.out)
     options = ImportOptions(
         model=config.model,
+        key=config.key,
+        prefix=config.prefix,
         image_size=config.image_size,
         num_heads=config.num_heads,
         decoder_num_heads=config.decoder_num_heads,

@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import WEIGHTS
+from mae_deploy.checkpoint import WEIGHTS, read_safetensors
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
 
@@ -95,7 +95,7 @@ def split_weights(tensors: dict[str, Tensor], prefix: str) -> tuple[dict[str, Te
 
 def read_weights(checkpoint: Path, prefix: str) -> tuple[dict[str, Tensor], dict[str, Tensor] | None]:
     """The whole model's tensors as trained, and their moving average where the run keeps one."""
-    shown = {prefix + name: tensor for name, tensor in load_file(checkpoint / WEIGHTS).items()} | _read(
+    shown = {prefix + name: tensor for name, tensor in read_safetensors(checkpoint / WEIGHTS)[0].items()} | _read(
         checkpoint / STATE / REST
     )
     trained = _read(checkpoint / STATE / TRAINED)
@@ -110,7 +110,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _read(path: Path) -> dict[str, Tensor]:
-    return load_file(path) if path.is_file() else {}
+    return read_safetensors(path)[0] if path.is_file() else {}
 
 
 # --- optimiser -------------------------------------------------------------------------------------------------------

@@ -1,5 +1,5 @@
 """Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`,
-mmpretrain, MAE-Lite.
+torchvision, mmpretrain, MAE-Lite.
 
 Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
 """
@@ -20,7 +20,7 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
-from mae_deploy.models.position import sincos_position_embedding
+from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
 from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
@@ -29,13 +29,15 @@ from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
 from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
 from mae_deploy.weights.read.shapes import expected_shapes
+from mae_deploy.weights.read.state_dict import strip_prefix
 from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
+from mae_deploy.weights.read.torchvision_vit import from_torchvision, is_torchvision
 
 OWN_RECORD = "mae_deploy"
 """Under this key, files that we export hold the metadata of their checkpoint."""
 
 _FOREIGN = [
-    (r"^encoder\.(mask_token|layers|blocks)", "the parts of SimMIM (encoder, decoder)"),
+    (r"^decoder\.0\.(weight|bias)$", "the parts of SimMIM (encoder, decoder)"),
     (
         r"relative_position_(bias_table|index)|rel_pos_bias|\.rpe",
         "relative positions in its attention, as BEiT, SimMIM, Swin and MAE-Lite's RPE have",
@@ -43,7 +45,7 @@ _FOREIGN = [
     (r"\.attn\.[qv]_bias$", "an attention without a bias of the keys, as BEiT has"),
     (r"^lm_head\.", "a head over visual words, as BEiT has"),
     (r"^(dist_token|dist_norm\.|head_dist\.)", "a distillation token and its head"),
-    (r"^layers\.\d+\.blocks\.|^stages\.", "stages of different resolution (Swin, Hiera)"),
+    (r"(^|\.)(layers\.\d+\.blocks\.|stages\.\d+\.)", "stages of different resolution (Swin, Hiera)"),
     (r"^(backbone\.)?pre_norm\.", "a norm before the blocks (pre_norm)"),
 ]
 """Tensors by which other families are told, and what they are."""
@@ -68,6 +70,10 @@ class ImportOptions:
     """The decoder's attention heads; default: head dim 32, as the original's 512 wide and 16 heads."""
     norm_pix_loss: bool | None = None
     """Whether the decoder was trained on normalised pixels; default: what the file says, else yes."""
+    key: str | None = None
+    """Under which of the file's keys the weights are; default: the usual ones."""
+    prefix: str | None = None
+    """How the names of the ViT's tensors begin in the file; default: the only prefix there is."""
     licence: str | None = None
     """The licence of the weights; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
 
@@ -88,7 +94,8 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         ConfigError: no such file, a needed option is missing, or the model computes something that ours does not.
         CheckFailed: the file is damaged, carries code, or its tensors are not exactly those of a ViT that we know.
     """
-    source = _convert(read_source(find_weights(path), average=options.model is not None), options)
+    file = find_weights(path)
+    source = _convert(read_source(file, average=options.model is not None, key=options.key), options)
     _fold_linear_probe(source)
     kind = _kind(source.tensors)
     made_for = _made_for(source, options.image_size)
@@ -115,6 +122,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         num_classes=num_classes,
         class_names=_class_names(source, num_classes),
         preprocess=to_dict(preprocess),
+        positions=source.positions,
         licence=options.licence or licence_of(source, kind),
         provenance={
             **provenance,
@@ -136,17 +144,25 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
 def _convert(source: Source, options: ImportOptions) -> Source:
     """The weights under the original's names, by whichever layout they have."""
     source.own_licence, source.parent = _stated(source, "licence"), _stated_provenance(source)
+    if options.model is None and options.prefix is None and is_mae_lite(source):
+        source = from_mae_lite(source)
+        _refuse_other_families(source)
+        return source
+    if not options.model and not options.prefix:
+        _refuse_other_families(source)  # with names that a prefix may be taken off
+    stripped = strip_prefix(source.tensors, source.file, options.prefix)
+    source.tensors = stripped.tensors
+    source.dropped += stripped.dropped
+    source.notes += stripped.notes
     if options.model is not None or has_timm_config(source):
         return from_timm(source, options.model)
     if is_hugging_face(source):
         return from_hugging_face(source)
+    if is_torchvision(source):
+        return from_torchvision(source)
     _refuse_other_families(source)
     if is_openmmlab(source):
         return from_openmmlab(source)
-    if is_mae_lite(source):
-        source = from_mae_lite(source, options.num_heads)
-        _refuse_other_families(source)
-        return source
     return _from_original(source)
 
 
@@ -314,6 +330,8 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
             f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out"
         )
     heads = num_heads or source.num_heads or _HEADS.get(D) or max(1, D // 64)
+    if not num_heads and not source.num_heads:
+        source.notes.append(f"the heads are not in the file: {heads}, as is usual for a width of {D} (--num-heads)")
     shape = Preset(P, D, depth, heads)
     name = next((name for name, preset in PRESETS.items() if preset == shape), f"vit_{D}x{depth}_patch{P}")
     ratio = hidden / D
@@ -351,7 +369,7 @@ def _fit_positions(
             source.tensors[name] = sincos_position_embedding(width, new)
             done.append(f"{name}: absent, rebuilt as the fixed sine-cosine table")
         elif (table := tensor_of(source, name, 3)).shape[1] == 1 + old[0] * old[1] and old != new:
-            source.tensors[name] = source.resample(table.float(), old, new)
+            source.tensors[name] = interpolate_position_embedding(table.float(), old, new, source.positions)
             done.append(f"{name}: interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
     return done
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import hashlib
 import re
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from mae_deploy.checkpoint import Positions, read_safetensors
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.file_kinds import look_at
 from mae_deploy.files import read_json, sha256
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.models.position import interpolate_position_embedding
+from mae_deploy.weights.read.state_dict import choose_state_dict
 from mae_deploy.weights.read.unpickle import read_pickle
 
 MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -23,11 +25,22 @@ MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_mod
 them."""
 
 _INDEX = ".index.json"
-_WRAPPERS = ("model", "state_dict", "model_state")
-_AVERAGES = ("state_dict_ema", "model_ema")
-"""Where training scripts put the running average of the weights."""
-_HEAVY = ("optimizer", "ema_state_dict", *_AVERAGES)
-"""What stands beside the weights, is as large, and says nothing about them."""
+_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
+"""What weights files end with."""
+_GIVE = "give a .pth, .pt, .bin or .safetensors file, or a model folder of timm or Hugging Face"
+_OTHER_FOLDERS = (
+    ("manifest.json", "a bundle: give the checkpoint that it was exported from"),
+    ("config.yaml", "a run without a checkpoint yet"),
+    ("*.distcp", "a checkpoint of torch.distributed in parts: save it whole where it was trained"),
+    ("zero_to_fp32.py", "a checkpoint of DeepSpeed in parts: save it whole where it was trained"),
+    ("adapter_model.*", "an adapter (LoRA) without its model: merge both where it was trained"),
+    ("tf_model.h5", "a model folder with TensorFlow's weights only"),
+    ("flax_model.msgpack", "a model folder with Flax's weights only"),
+    ("saved_model.pb", "a TensorFlow SavedModel"),
+    ("*.index", "a TensorFlow checkpoint"),
+    ("*.onnx", "a folder with an ONNX graph: give the checkpoint that it was exported from"),
+)
+"""Folders that are known by a file in them."""
 
 
 @dataclass(slots=True)
@@ -62,8 +75,8 @@ class Source:
     """What a file of ours says: it may bear any name."""
     parent: dict[str, Any] = field(default_factory=dict)
     """The provenance that a file of ours records."""
-    resample: Callable[[Tensor, tuple[int, int], tuple[int, int]], Tensor] = interpolate_position_embedding
-    """Takes position embeddings `(1, 1 + N, D)` from one grid to another."""
+    positions: Positions = "bicubic"
+    """How its position embeddings are taken from one grid to another."""
     renamed: int = 0
     names: dict[str, str] = field(default_factory=dict)
     """The file's own names of tensors that were renamed one by one."""
@@ -83,41 +96,30 @@ def find_weights(path: Path) -> Path:
     """
     found = next((path / name for name in MODEL_FILES if (path / name).is_file()), path)
     if not found.is_file():
-        raise ConfigError(
-            f"no weights at {path}",
-            hint="give a .pth, .pt, .bin or .safetensors file, or a model folder of timm or Hugging Face",
-        )
+        raise ConfigError(f"no weights at {path}{_instead(path)}", hint=_how_to_get(path))
     return found
 
 
-def read_source(file: Path, *, average: bool = False) -> Source:
+def read_source(file: Path, *, average: bool = False, key: str | None = None) -> Source:
     """Read a weights file, its shards if it is an index, and config.json beside it.
 
     Args:
         average: take the running average of the weights where the file has one, as timm does.
+        key: under which of its keys the file has the weights; None: the usual ones.
 
     Raises:
-        ConfigError: config.json is not JSON.
+        ConfigError: config.json is not JSON, or nothing is under the key.
         CheckFailed: the weights are damaged, carry code, or are not a state dict.
     """
     settings = read_settings(file.with_name("config.json"))
     if file.name.endswith(_INDEX):
         content, fingerprint = _read_shards(_shards(file))
     else:
-        content, fingerprint = _read(file), sha256(file)
+        content, fingerprint = read_content(file), sha256(file)
     if isinstance(content, dict) and isinstance(content.get("args"), argparse.Namespace):
         settings = {**vars(content["args"]), **settings}
-    beside: dict[str, Any] = {}
-    for key in (*(_AVERAGES if average else ()), *_WRAPPERS):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            beside |= {name: value for name, value in content.items() if name not in (key, *_HEAVY)}
-            content = content[key]
-    if not isinstance(content, dict) or not content or not all(isinstance(value, Tensor) for value in content.values()):
-        raise CheckFailed(f"{file} holds no state dict of tensors")
-    tensors = {re.sub(r"^(module\.|_orig_mod\.)+", "", str(name)): tensor for name, tensor in content.items()}
-    if len(tensors) < len(content):
-        raise CheckFailed(f"{file} holds the same tensors twice: with and without the prefix of a wrapper")
-    return Source(file, fingerprint, tensors, settings, beside)
+    chosen = choose_state_dict(content, file, average=average, key=key)
+    return Source(file, fingerprint, chosen.tensors, settings, chosen.beside, notes=chosen.notes)
 
 
 def read_settings(path: Path) -> dict[str, Any]:
@@ -166,25 +168,51 @@ def _read_shards(shards: list[Path]) -> tuple[Any, str]:
     """All shards as one state dict, and the hash of what `sha256sum` prints for them."""
     tensors: dict[str, Any] = {}
     for shard in shards:
-        part = _read(shard)
-        if not isinstance(part, dict):
-            raise CheckFailed(f"{shard} holds no state dict of tensors")
-        tensors |= part["model"] if shard.suffix == ".safetensors" else part
+        tensors |= choose_state_dict(read_content(shard), shard, average=False).tensors
     sums = "".join(f"{sha256(shard)}  {shard.name}\n" for shard in shards)
     return tensors, hashlib.sha256(sums.encode()).hexdigest()
 
 
-def _read(file: Path) -> Any:
-    return _read_safetensors(file) if file.suffix == ".safetensors" else read_pickle(file)
+def read_content(file: Path) -> Any:
+    """What a weights file holds, whatever its name: of a safetensors file, the tensors under `model` and beside them
+    the words of the header.
 
-
-def _read_safetensors(file: Path) -> dict[str, Any]:
-    """The tensors, under `model`, and beside them the words of the header."""
-    from safetensors import SafetensorError, safe_open
-
+    Raises:
+        CheckFailed: it is something else, damaged, or wants to run something.
+    """
     try:
-        with safe_open(file, framework="pt") as content:
-            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118  (no mapping)
-            return {**(content.metadata() or {}), "model": tensors}
-    except (SafetensorError, OSError) as error:
-        raise CheckFailed(f"cannot read {file}: {error}") from error
+        kind = look_at(file)
+    except OSError as error:
+        raise CheckFailed(f"cannot read {file}: {error.strerror}") from error
+    if kind.weights is None:
+        raise CheckFailed(f"{file} is {kind.words}", hint=kind.hint)
+    if kind.weights == "pickle":
+        return read_pickle(file)
+    tensors, words = read_safetensors(file)
+    return {**words, "model": tensors}
+
+
+# --- where there is no weights file ----------------------------------------------------------------------------------
+
+
+def _instead(path: Path) -> str:
+    """What is there in its place."""
+    if not path.is_dir():
+        return ", which is no file or folder" if path.exists() else ": there is no such file or folder"
+    names = sorted(entry.name for entry in path.iterdir())
+    found = next((words for name, words in _OTHER_FOLDERS if fnmatch.filter(names, name)), None)
+    return f", which is {found}" if found else f", a folder with {', '.join(names[:4]) or 'nothing in it'}"
+
+
+def _how_to_get(path: Path) -> str:
+    """How to give what was meant."""
+    if path.is_dir():
+        inside = sorted(entry.name for entry in path.iterdir() if entry.suffix in _SUFFIXES)
+        return f"give the file itself: {path / inside[0]}" if inside else _GIVE
+    text = path.as_posix()
+    if re.match(r"https?:/", text):
+        return "nothing is downloaded: fetch it first, for example with curl -LO, and give the file"
+    name = re.sub(r"^(hf-hub:|hf:/*|timm/)", lambda match: "timm/" if match[1] == "timm/" else "", text)
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and path.suffix not in _SUFFIXES:
+        return f"nothing is downloaded: hf download {name} --local-dir FOLDER fetches a model of Hugging Face's hub"
+    return _GIVE

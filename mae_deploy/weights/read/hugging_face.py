@@ -71,7 +71,7 @@ def from_hugging_face(source: Source) -> Source:
         names=names,
         layout="Hugging Face",
         renamed=len(source.tensors) - len(dropped),
-        dropped=dropped,
+        dropped=source.dropped + dropped,
     )
     source.num_heads, source.decoder_num_heads = (
         config.get("num_attention_heads"),

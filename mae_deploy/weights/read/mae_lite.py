@@ -7,12 +7,15 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 
-from mae_deploy.errors import ConfigError
 from mae_deploy.weights.read.files import Source, count_blocks, tensor_of
 
 _MODEL = "model."
-_TRAINING = re.compile(r"^(ema_model|tch_model|attn_adapter|hidden_adapter)\.")
-"""The running average, and the teacher and adapters of distillation."""
+_DISTILLING = re.compile(r"^(tch_model|attn_adapter|hidden_adapter)\.")
+"""The teacher and adapters of distillation."""
+_TRAINING = re.compile(rf"^ema_model\.|{_DISTILLING.pattern}")
+"""And the running average."""
+_RECORDS = {"start_epoch", "best_top1"}
+"""What stands beside its weights."""
 
 _HEADS = 12
 """Its ViT-T and ViT-S, 192 and 384 wide, have 12 heads; those of DeiT and timm have 3 and 6."""
@@ -23,19 +26,17 @@ NAMES = re.compile(r"mae_(tiny|small)_(distill_)?(d2_)?\d+e.*\.pth(\.tar)?$")
 
 
 def is_mae_lite(source: Source) -> bool:
-    """Whether the tensors stand under `model.`, as in MAE-Lite's training, and not as the original's."""
-    return f"{_MODEL}patch_embed.proj.weight" in source.tensors
-
-
-def from_mae_lite(source: Source, num_heads: int | None) -> Source:
-    """The same weights under the original's names.
-
-    Args:
-        num_heads: what the user says.
-
-    Raises:
-        ConfigError: the file does not tell MAE-Lite's heads from another's.
+    """Whether the tensors stand under `model.`, among the parts of MAE-Lite's training or with its records or name:
+    other wrappers say `model.` too.
     """
+    if f"{_MODEL}patch_embed.proj.weight" not in source.tensors:
+        return False
+    parts = any(_DISTILLING.match(name) for name in source.tensors)
+    return parts or _RECORDS <= set(source.beside) or bool(NAMES.search(source.file.name))
+
+
+def from_mae_lite(source: Source) -> Source:
+    """The same weights under the original's names."""
     left = [name for name in source.tensors if _TRAINING.match(name)]
     names = {name.removeprefix(_MODEL): name for name in source.tensors if name not in left}
     tensors = {name: source.tensors[own] for name, own in names.items()}
@@ -48,21 +49,10 @@ def from_mae_lite(source: Source, num_heads: int | None) -> Source:
         renamed=len(tensors),
         dropped=[f"{part}.*" for part in parts],
     )
-    width = tensor_of(source, "patch_embed.proj.weight", 4).shape[0]
-    if width in _WIDTHS:
-        if num_heads is None and not _is_theirs(source):
-            raise ConfigError(
-                f"{source.file} has names of MAE-Lite, whose encoders {width} wide have {_HEADS} heads, but not its"
-                f" records: others' have {width // 64}",
-                hint=f"say which: --num-heads {_HEADS} or --num-heads {width // 64}",
-            )
+    if tensor_of(source, "patch_embed.proj.weight", 4).shape[0] in _WIDTHS:
         source.num_heads = _HEADS
     _drop_last_half_block(source)
     return source
-
-
-def _is_theirs(source: Source) -> bool:
-    return {"start_epoch", "best_top1"} <= set(source.beside) or bool(NAMES.search(source.file.name))
 
 
 def _drop_last_half_block(source: Source) -> None:

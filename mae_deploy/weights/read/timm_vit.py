@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from functools import partial
 from typing import Any
 
 import timm
 import torch
 from timm import models
 from timm.data import resolve_data_config
-from timm.layers import DropPath, LayerScale, PatchEmbed, resample_abs_pos_embed
+from timm.layers import DropPath, LayerScale, PatchEmbed
 from timm.layers import LayerNorm as TimmLayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -88,7 +87,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     source.architecture = architecture
     source.image_size, source.num_heads = tuple(model.patch_embed.img_size), model.blocks[0].attn.num_heads
     source.pool = "avg" if model.global_pool == "avg" else "cls"
-    source.resample = _resample_bilinear if "flexi" in architecture else _resample
+    source.positions = "timm-flexivit" if "flexi" in architecture else "timm"
     _take_preprocessing(source, model.pretrained_cfg)
     if isinstance(names := source.settings.get("label_names"), list):
         source.class_names = tuple(map(str, names))
@@ -108,7 +107,7 @@ def _renamed(source: Source) -> dict[str, Tensor]:
         for name, tensor in source.tensors.items()
     }
     source.renamed = len(set(renamed) - set(source.tensors))
-    source.dropped = [name for name in ("mask_token",) if renamed.pop(name, None) is not None]
+    source.dropped += [name for name in ("mask_token",) if renamed.pop(name, None) is not None]
     return {name: tensor.float() for name, tensor in renamed.items()}
 
 
@@ -277,16 +276,6 @@ def _fold_layer_scale(tensors: dict[str, Tensor], depth: int) -> int:
                 tensors |= {weight: gamma[:, None] * tensors[weight], bias: gamma * tensors[bias]}
                 scaled += 1
     return scaled
-
-
-def _resample(positions: Tensor, source: tuple[int, int], target: tuple[int, int], **settings: Any) -> Tensor:
-    """As timm does when it loads weights for another image size."""
-    resampled: Tensor = resample_abs_pos_embed(positions, list(target), list(source), **settings)
-    return resampled
-
-
-_resample_bilinear = partial(_resample, interpolation="bilinear", antialias=False)
-"""What timm does for FlexiViT."""
 
 
 def _take_preprocessing(source: Source, pretrained_cfg: dict[str, Any]) -> None:

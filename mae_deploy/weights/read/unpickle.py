@@ -7,17 +7,18 @@ from __future__ import annotations
 import argparse
 import pickle
 import re
-import zipfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from mae_deploy.errors import CheckFailed
+from mae_deploy.file_kinds import AGAIN
 
 _HINT = (
-    "where you trust whoever made it, convert it on a machine that holds nothing of value: torch.load(FILE,"
-    " weights_only=False), then safetensors.torch.save_file of its tensors"
+    "only tensors and plain values are read: ask whoever made it for a .safetensors file, or for torch.save of"
+    " model.state_dict() alone"
 )
 
 
@@ -57,10 +58,14 @@ def read_pickle(file: Path) -> Any:
     Raises:
         CheckFailed: the file wants to run something, is of a form that only running it reads, or is damaged.
     """
-    _refuse_programs(file)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *((Hollow, name) for name in _HOLLOW)]):
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with (
+            file.open("rb") as opened,  # by its name, torch takes a file called .safetensors for one
+            warnings.catch_warnings(),
+            torch.serialization.safe_globals([argparse.Namespace, *((Hollow, name) for name in _HOLLOW)]),
+        ):
+            warnings.simplefilter("ignore")  # about the protocol of bare pickles
+            return torch.load(opened, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"(?:GLOBAL|global) ([\w.]+)", str(error))
         reason = (
@@ -71,25 +76,8 @@ def read_pickle(file: Path) -> Any:
         raise CheckFailed(f"refused to unpickle {file}: {reason}", hint=_HINT) from error
     # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
     except Exception as error:
-        raise CheckFailed(f"cannot read {file}: {' '.join(str(error).split())}") from error
-
-
-def _refuse_programs(file: Path) -> None:
-    """The two forms of torch.save and torch.jit.save that nothing but running them reads; torch would advise just
-    that.
-    """
-    try:
-        with zipfile.ZipFile(file) as archive:
-            is_script = any(name.endswith("/constants.pkl") for name in archive.namelist())
-    except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
-        is_script = False  # no zip archive, or a damaged one: torch says how
-    if is_script:
-        hint = _HINT.replace("torch.load(FILE, weights_only=False)", "torch.jit.load(FILE)")
-        raise CheckFailed(f"refused to read {file}: it is a TorchScript program", hint=hint)
-    with file.open("rb") as content:
-        is_tar = content.read(262)[257:] == b"ustar"
-    if is_tar:
+        words = " ".join(str(error).split()) or type(error).__name__
+        cut = isinstance(error, EOFError) or "unexpected EOF" in words
         raise CheckFailed(
-            f"refused to unpickle {file}: it has the tar form of early PyTorch, which torch reads only by running it",
-            hint=_HINT,
-        )
+            f"{file} is cut off, or damaged" if cut else f"cannot read {file}: {words}", hint=AGAIN
+        ) from error
