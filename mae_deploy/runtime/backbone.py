@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.images.preprocess import Preprocess
@@ -36,11 +36,16 @@ class Features(dict[str, Array]):
 
 
 class Backbone:
-    """A bundle on an engine; a context manager that closes the engine."""
+    """A bundle on an engine; a context manager that closes the engine.
+
+    A process that is forked from the one that loaded it must load it again; pickled, it is loaded again where it is
+    unpickled, from the same folder.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
         self.bundle = bundle
         self.engine = engine
+        self._folder = bundle.path.absolute()
 
     @classmethod
     def load(
@@ -139,6 +144,10 @@ class Backbone:
         """Free the engine; closing twice does nothing."""
         self.engine.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        engine = self.engine
+        return _load_again, (type(self), self._folder, engine.name, engine.options, engine.taps)
+
     def __enter__(self) -> Self:
         return self
 
@@ -153,6 +162,13 @@ class Backbone:
         names = check_outputs(outputs, self.output_names)
         inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
         return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))
+
+
+def _load_again(
+    kind: type[Backbone], path: Path, engine: str, options: EngineOptions, taps: tuple[str, ...]
+) -> Backbone:
+    bundle = Bundle.load(path)
+    return kind(bundle, load_engine(bundle, engine, options, taps=taps))
 
 
 def _with_engine_built(bundle: Bundle, engine: str, device: str) -> str:

@@ -4,19 +4,26 @@ left out.
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from PIL import Image
 
 from mae_deploy import cli
 from mae_deploy.cli import main
+from mae_deploy.runtime import Backbone
 from tests.data.image_folders import write_noise
 from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
 
@@ -65,7 +72,7 @@ def identity(value: object) -> str:
 
 
 def test_something_was_found() -> None:
-    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md", "jetson.md"}
+    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md", "jetson.md", "workers.md"}
     assert {line[0] for _, line in COMMANDS} >= {
         "pretrain",
         "finetune",
@@ -112,6 +119,30 @@ def test_what_the_classifiers_program_prints(capsys: pytest.CaptureFixture[str])
     program = blocks(ROOT / "docs" / "bundles.md", "python")[0]
     exec(compile(program, "bundles.md", "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
     assert re.fullmatch(rf"\[\d+\] {re.escape(str(CLASS_NAMES))}\n", capsys.readouterr().out)
+
+
+@pytest.mark.usefixtures("bundles")
+def test_what_the_programs_with_workers_answer() -> None:
+    server, pool, data_set = blocks(ROOT / "docs" / "workers.md", "python")
+    photos = sorted(Path("photos").iterdir())
+    with Backbone.load("bundles/classifier") as backbone:
+        expected = [backbone(Image.open(photo)) for photo in photos]
+    classes = [int(features.logits.argmax()) for features in expected]
+    Path("pool.py").write_text(pool.replace("*.jpg", "*"))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "pool.py"], capture_output=True, text=True, env=environment)
+    assert done.stdout.splitlines() == [f"{photo} {answer}" for photo, answer in zip(photos, classes, strict=True)], (
+        done.stderr
+    )
+    names: dict[str, Any] = {}
+    exec(compile(server, "app.py", "exec"), names)
+    for photo, answer in zip(photos, classes, strict=True):
+        request = {"wsgi.input": io.BytesIO(photo.read_bytes())}
+        assert names["app"](request, lambda status, _: None) == [str(answer).encode()]
+    exec(compile(data_set, "data.py", "exec"), names)
+    loaded = torch.utils.data.DataLoader(names["Embedded"]("bundles/classifier", photos), num_workers=1)
+    for row, features in zip(loaded, expected, strict=True):
+        np.testing.assert_allclose(row, features.pooled, atol=1e-5)
 
 
 # --- command lines ---------------------------------------------------------------------------------------------------

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.machine import default_threads
 from mae_deploy.runtime.engines.affinity import bound_to
@@ -56,7 +60,11 @@ class EngineOptions:
 
 
 class Engine(ABC):
-    """A loaded graph; a context manager that closes it, safe to call from several threads."""
+    """A loaded graph; a context manager that closes it, safe to call from several threads.
+
+    It belongs to the process that loaded it: one that is forked from that can neither run nor close it. Pickled, it is
+    loaded again where it is unpickled.
+    """
 
     name: str
     """As `load_engine` and the command line know it."""
@@ -95,7 +103,13 @@ class Engine(ABC):
             MaeDeployError: the engine refuses the graph, or a tap is not a tensor of it.
         """
         self._affinity, self.precision, self.profiles = options.affinity, precision, profiles
-        self._load(graph, options, precision, tuple(taps))
+        self.options, self.taps = options, tuple(taps)
+        self._again: Callable[..., Engine] = partial(
+            type(self), graph.absolute(), options, precision=precision, taps=taps, profiles=profiles
+        )
+        self._process = os.getpid()
+        self._load(graph, options, precision, self.taps)
+        _loaded.add(self)
 
     def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """Run the graph once on `inputs`, each `(B, ...)` under its name, and return the named outputs, or all.
@@ -109,7 +123,12 @@ class Engine(ABC):
             return self._run(inputs, names)
 
     def _check(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None) -> tuple[str, ...]:
-        """The names of the outputs of a run on inputs that the graph has."""
+        """The names of the outputs of a run on inputs that the graph has, in the process that loaded it."""
+        if os.getpid() != self._process:
+            raise MaeDeployError(
+                "this engine was loaded in another process: load after the fork",
+                hint="Backbone.load in each worker, or start workers by spawn: docs/workers.md",
+            )
         if set(inputs) != set(self.input_names):
             raise ConfigError(
                 f"the graph takes the inputs {', '.join(self.input_names)}, not {', '.join(inputs) or 'none'}"
@@ -125,9 +144,21 @@ class Engine(ABC):
     @abstractmethod
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]: ...
 
-    @abstractmethod
     def close(self) -> None:
-        """Free what the engine holds; closing twice does nothing."""
+        """Free what the engine holds; closing twice does nothing, nor does closing in a forked process."""
+        if os.getpid() == self._process:
+            self._close()
+
+    @abstractmethod
+    def _close(self) -> None:
+        """Free what the engine holds, once or again."""
+
+    def _abandon(self) -> None:
+        """In a forked process: keep this engine from ever being freed, at the end of the process too."""
+        leak(self)
+
+    def __reduce__(self) -> tuple[Callable[..., Engine], tuple[()]]:
+        return self._again, ()
 
     def __enter__(self) -> Self:
         return self
@@ -136,6 +167,29 @@ class Engine(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+_loaded: weakref.WeakSet[Engine] = weakref.WeakSet()
+"""The engines of this process."""
+
+
+def leak(thing: object) -> None:
+    """Keep an object for as long as the process lives.
+
+    An engine's threads are not there in a forked process, and what frees it waits for them, or dies: ONNX Runtime by
+    SIGSEGV, OpenVINO for ever.
+    """
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _abandon_all() -> None:
+    for engine in list(_loaded):
+        engine._abandon()
+    _loaded.clear()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
+    os.register_at_fork(after_in_child=_abandon_all)
 
 
 def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:

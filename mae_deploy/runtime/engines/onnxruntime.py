@@ -50,8 +50,7 @@ class OnnxRuntimeEngine(Engine):
             raise MaeDeployError(f"ONNX Runtime failed: {_one_line(error)}") from error
         return dict(zip(outputs, arrays, strict=True))
 
-    def close(self) -> None:
-        """Free the session; closing twice does nothing."""
+    def _close(self) -> None:
         self._session = None
 
 

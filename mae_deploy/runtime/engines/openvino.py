@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from mae_deploy.errors import ConfigError, MaeDeployError, import_optional
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import external_data
 from mae_deploy.runtime.engines.affinity import bound_to
-from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, leak
 from mae_deploy.runtime.engines.saturation import may_saturate, openvino_saturates, say_exact
 
 DEVICES = ("auto", "cpu")
@@ -91,8 +92,7 @@ class OpenVinoEngine(Engine):
             except Exception as error:  # RuntimeError, ValueError or TypeError, by what is wrong with an array
                 raise MaeDeployError(f"OpenVINO failed: {_one_line(error)}") from error
 
-    def close(self) -> None:
-        """Free the compiled graph; closing twice does nothing."""
+    def _close(self) -> None:
         with self._turn:
             self._request = self._model = None
             self._requests = {}
@@ -121,6 +121,17 @@ def openvino_core() -> Any:
     signal handler of Python's there, for Ctrl-C or a child that ends, ends the process (OpenVINO 2026.4).
     """
     return import_openvino().Core()
+
+
+def _forget_core() -> None:
+    """In a forked process: the core's threads are not there, the next engine makes a core of its own."""
+    if openvino_core.cache_info().currsize:
+        leak(openvino_core())
+        openvino_core.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_core)
 
 
 def import_openvino() -> ModuleType:

@@ -6,6 +6,7 @@ import re
 import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,7 @@ class TensorRtEngine(Engine):
         self._host_code = host_code
         self._weights = weights
         super().__init__(graph, options, precision=precision, taps=taps, profiles=profiles)
+        self._again = partial(self._again, host_code=host_code, weights=weights and weights.absolute())
 
     def run(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, Array]:
         """As that of every engine, and for inputs on the GPU as well."""
@@ -92,9 +94,13 @@ class TensorRtEngine(Engine):
         self._check(inputs, None)
         return self._runner.timer(inputs, replays=replays, use_graphs=self.use_graphs)
 
-    def close(self) -> None:
-        """Wait for the runs in flight, and free all that is on the GPU; closing twice does nothing."""
+    def _close(self) -> None:
+        """Wait for the runs in flight, and free all that is on the GPU."""
         self._closer()
+
+    def _abandon(self) -> None:
+        super()._abandon()
+        self._closer.detach()  # it would run at the end of the process
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         index = gpu_index(options.device)

@@ -329,7 +329,7 @@ class Recorder(Engine):
         self.batches.append(inputs["x"][:, 0].tolist())
         return {"x": inputs["x"] * 10}
 
-    def close(self) -> None:
+    def _close(self) -> None:
         pass
 
 

@@ -490,6 +490,28 @@ def test_an_engine_that_is_forgotten_is_closed(load: Load, stub_driver: ctypes.C
     assert stub_driver.stub_live() == before
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="nothing forks there")
+def test_a_forked_process_leaves_the_gpu_alone(load: Load, stub_driver: ctypes.CDLL) -> None:
+    """Its end included, where what is left open is closed."""
+    engine = load()
+    calls(stub_driver)
+    child = os.fork()
+    if child == 0:
+        status = 1
+        try:
+            engine.close()
+            with pytest.raises(MaeDeployError, match="loaded in another process: load after the fork"):
+                engine.run(inputs())
+            assert not engine._closer.alive
+            assert calls(stub_driver) == []
+            status = 0
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    check(engine.run(inputs()), inputs())
+    engine.close()
+
+
 def test_a_plan_that_tensorrt_refuses(load: Load, stub_driver: ctypes.CDLL) -> None:
     before = stub_driver.stub_live()
     with pytest.raises(

@@ -59,7 +59,7 @@ class Opened(Engine):
         self.batches.append(len(inputs["images"]))
         return self.session.run(inputs, outputs)
 
-    def close(self) -> None:
+    def _close(self) -> None:
         self.session.close()
 
 
