@@ -6,6 +6,7 @@ import ctypes
 import glob
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import sys
@@ -97,6 +98,16 @@ def follow_link(link: Path) -> Path:
         if name and Path(name).name == name:
             return link.with_name(name)
     return link
+
+
+def mapped(path: Path) -> mmap.mmap | bytes:
+    """A file's bytes for whatever takes a buffer: they are read as they are needed, and fill no memory of the process.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if path.stat().st_size else b""
 
 
 def sha256(path: Path) -> str:

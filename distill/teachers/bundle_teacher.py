@@ -242,7 +242,6 @@ def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> E
 
     manifest = bundle.manifest
     profile = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
-    built = build_plan(graph, precision=bundle.precision, typing=manifest["typing"], profiles=[profile])
     plan = graph.with_suffix(".plan")
-    plan.write_bytes(built.content)
+    build_plan(graph, plan, precision=bundle.precision, typing=manifest["typing"], profiles=[profile])
     return TensorRtEngine(plan, options, precision=bundle.precision, profiles=[profile])

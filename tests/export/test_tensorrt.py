@@ -378,7 +378,7 @@ class StandIn(OnnxRuntimeEngine):
 
 
 @pytest.fixture
-def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     """What `build_engine` was asked for, in order; INT8 takes 0.9 of FP16's latency."""
     asked: list[dict[str, Any]] = []
 
@@ -394,9 +394,11 @@ def built(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
             raise CheckFailed(
                 "INT8 is rejected: it is not faster; it takes 0.90 of FP16's latency, 0.900 against 1.000 ms"
             )
+        plan = tmp_path / "built.plan"
+        plan.write_bytes(b"plan")
         entry = add_plan(
             bundle,
-            BuiltPlan(content=b"plan", layers=None, record={"options": asdict(options["options"])}),
+            BuiltPlan(file=plan, layers=None, record={"options": asdict(options["options"])}),
             version="10.3.0",
             gpu=GPU,
             precision=bundle.manifest["precision"],

@@ -55,23 +55,23 @@ def weight() -> Any:
 
 
 def build(graph: Path, options: BuildOptions = QUICK, **given: Any) -> BuiltPlan:
-    return build_plan(graph, **{"precision": "fp32", "typing": "weak", "profiles": [], "options": options, **given})
+    settings = {"precision": "fp32", "typing": "weak", "profiles": [], "options": options, **given}
+    return build_plan(graph, graph.with_suffix(".plan"), **settings)
 
 
-def run(plan: BuiltPlan, folder: Path, **given: Any) -> dict[str, Any]:
-    (folder / "built.plan").write_bytes(plan.content)
+def run(plan: BuiltPlan, **given: Any) -> dict[str, Any]:
     x = np.random.default_rng(1).standard_normal((SIZE, SIZE), np.float32)
-    with TensorRtEngine(folder / "built.plan", EngineOptions(), **given) as engine:
+    with TensorRtEngine(plan.file, EngineOptions(), **given) as engine:
         return {"x": x, **engine.run({"x": x})}
 
 
 # --- plans -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_graph_is_built_and_computes_what_numpy_computes(api: Api, products: Path, tmp_path: Path) -> None:
+def test_a_graph_is_built_and_computes_what_numpy_computes(api: Api, products: Path) -> None:
     seen: list[tuple[str, float]] = []
     plan = build(products, on_progress=lambda phase, share: seen.append((phase, share)))
-    found = run(plan, tmp_path)
+    found = run(plan)
     np.testing.assert_allclose(
         found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=1e-5
     )  # without TF32, which has 1e-3
@@ -83,19 +83,19 @@ def test_a_graph_is_built_and_computes_what_numpy_computes(api: Api, products: P
     assert bool(seen) == (api.major >= 10), "TensorRT 8 has no progress monitor"
 
 
-def test_inner_tensors_become_outputs(api: Api, products: Path, tmp_path: Path) -> None:
-    found = run(build(products, outputs_marked=["y0"]), tmp_path, taps=["y0"])
+def test_inner_tensors_become_outputs(api: Api, products: Path) -> None:
+    found = run(build(products, outputs_marked=["y0"]), taps=["y0"])
     np.testing.assert_allclose(found["y0"], found["x"] @ weight(), atol=1e-5)
     with pytest.raises(ConfigError, match="has no tensor 'nothing'"):
         build(products, outputs_marked=["nothing"])
 
 
-def test_half_precision(api: Api, products: Path, tmp_path: Path) -> None:
+def test_half_precision(api: Api, products: Path) -> None:
     if api.major >= 11:
         with pytest.raises(ConfigError, match="computes a weakly typed graph in FP32"):
             build(products, precision="fp16")
         return
-    found = run(build(products, precision="fp16"), tmp_path)
+    found = run(build(products, precision="fp16"))
     np.testing.assert_allclose(found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=0.05)
 
 
@@ -122,28 +122,28 @@ def test_an_interruption_ends_the_build(api: Api, products: Path) -> None:
         build(products, on_progress=interrupt)
 
 
-def test_a_stripped_plan_takes_its_weights_from_the_graph(api: Api, products: Path, tmp_path: Path) -> None:
+def test_a_stripped_plan_takes_its_weights_from_the_graph(api: Api, products: Path) -> None:
     options = BuildOptions(optimization_level=1, timing_cache="off", strip=True)
     if api.major < 10:
         with pytest.raises(ConfigError, match=r"--strip: TensorRT .* has no STRIP_PLAN"):
             build(products, options)
         return
-    found = run(build(products, options), tmp_path, weights=products)
+    found = run(build(products, options), weights=products)
     np.testing.assert_allclose(found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=1e-5)
 
 
 @pytest.mark.parametrize("options", [{"refit": True}, {"version_compatible": True}, {"hardware_compatible": "ampere"}])
-def test_other_kinds_of_plans(api: Api, products: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_other_kinds_of_plans(api: Api, products: Path, options: dict[str, Any]) -> None:
     if "hardware_compatible" in options and api.gpu.compute_capability < (8, 0):
         pytest.skip("this GPU is older than Ampere")
     plan = build(products, BuildOptions(optimization_level=1, timing_cache="off", **options))
-    found = run(plan, tmp_path, host_code="version_compatible" in options)
+    found = run(plan, host_code="version_compatible" in options)
     np.testing.assert_allclose(found[f"y{LENGTH - 1}"], found["x"] @ weight() @ weight() @ weight(), atol=1e-5)
 
 
 @pytest.mark.parametrize("damage", ["empty", "truncated", "foreign"])
 def test_damaged_content_is_an_error_and_no_crash(api: Api, products: Path, damage: str) -> None:
-    content = build(products).content
+    content = build(products).file.read_bytes()
     with pytest.raises(MaeDeployError, match=rf"TensorRT {re.escape(api.version)} cannot load this engine: "):
         api.deserialize({"empty": b"", "truncated": content[: len(content) // 2], "foreign": b"text" * 100}[damage])
 
@@ -151,16 +151,20 @@ def test_damaged_content_is_an_error_and_no_crash(api: Api, products: Path, dama
 def test_builds_at_the_same_time_share_a_timing_cache(api: Api, products: Path, tmp_path: Path) -> None:
     program = (
         "import sys\nfrom pathlib import Path\nfrom mae_deploy.runtime.tensorrt.build import build_plan\nfrom"
-        " mae_deploy.runtime.tensorrt.options import BuildOptions\nbuild_plan(Path(sys.argv[1]), precision='fp32',"
-        " typing='weak', profiles=[], options=BuildOptions(timing_cache=sys.argv[2]))\n"
+        " mae_deploy.runtime.tensorrt.options import BuildOptions\ngraph, cache, plan = sys.argv[1:]\n"
+        "options = BuildOptions(timing_cache=cache)\n"
+        "build_plan(Path(graph), Path(plan), precision='fp32', typing='weak', profiles=[], options=options)\n"
     )
     command = [sys.executable, "-c", program, str(products), str(tmp_path / "cache")]
-    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    processes = [
+        subprocess.Popen([*command, str(tmp_path / f"{index}.plan")], stderr=subprocess.PIPE, text=True)
+        for index in range(2)
+    ]
     assert [(process.communicate()[1][-500:], process.returncode)[1] for process in processes] == [0, 0]
     (timings,) = (path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock")
     assert timings.stat().st_size > 0
     first = timings.read_bytes()
-    assert build(products, BuildOptions(timing_cache=str(tmp_path / "cache"))).content
+    assert build(products, BuildOptions(timing_cache=str(tmp_path / "cache"))).file.stat().st_size
     assert len(timings.read_bytes()) >= len(first)
 
 

@@ -98,16 +98,27 @@ def build_engine(
     precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED else [wanted]
     sources = {name: graph_for(bundle, name) for name in precisions}
     expected = expected_outputs(bundle, complete)
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mae-deploy-")))
-        reports = [
-            None if on_progress is None else _part_of(on_progress, name, index, len(precisions))
+    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder, ExitStack() as stack:
+        # All are built before one is opened: on a Jetson, an engine on the GPU takes from what a build can have.
+        plans = [
+            build_plan(
+                bundle.graph(sources[name]),
+                Path(folder) / f"{name}.plan",
+                precision=name,
+                typing=bundle.manifest["typing"],
+                profiles=complete,
+                options=options,
+                on_progress=_part_of(
+                    on_progress, name, _BUILDING * index / len(precisions), _BUILDING / len(precisions)
+                ),
+            )
             for index, name in enumerate(precisions)
         ]
-        found = [
-            _try(stack, bundle, folder, name, sources[name], complete, options, expected, report)
-            for name, report in zip(precisions, reports, strict=True)
-        ]
+        found: list[_Candidate] = []
+        for index, (name, plan) in enumerate(zip(precisions, plans, strict=True)):
+            if on_progress is not None:
+                on_progress(f"{name}: parity", _BUILDING + (1 - _BUILDING) * index / len(precisions))
+            found.append(_try(stack, bundle, name, sources[name], plan, complete, options, expected))
         first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
         if last.failures:
             raise CheckFailed(
@@ -125,18 +136,18 @@ def build_engine(
         )
         if rejected is not None and prefer != "fp16":
             raise CheckFailed(rejected, hint="--prefer fp16 keeps FP16 in its place")
-    kept = first if rejected is None else last
-    entry = add_plan(
-        bundle,
-        kept.plan,
-        version=api.version,
-        gpu=api.gpu,
-        precision=kept.precision,
-        profiles=complete,
-        build={**kept.plan.record, **_origin(bundle, kept.source), "against_fp16": speed, "rejected": rejected},
-        parity=parity_record(kept.checks),
-        latency_ms=1000 * timings[kept.precision][0].median,
-    )
+        kept = first if rejected is None else last
+        entry = add_plan(
+            bundle,
+            kept.plan,
+            version=api.version,
+            gpu=api.gpu,
+            precision=kept.precision,
+            profiles=complete,
+            build={**kept.plan.record, **_origin(bundle, kept.source), "against_fp16": speed, "rejected": rejected},
+            parity=parity_record(kept.checks),
+            latency_ms=1000 * timings[kept.precision][0].median,
+        )
     return Built(entry=entry, checks=kept.checks, baseline=speed, rejected=rejected)
 
 
@@ -229,36 +240,21 @@ def reason_against_quantized(
 def _try(
     stack: ExitStack,
     bundle: Bundle,
-    folder: Path,
     precision: Precision,
     source: str,
+    plan: BuiltPlan,
     profiles: Sequence[Profile],
     options: BuildOptions,
     expected: Mapping[int | None, Arrays],
-    report: Report | None,
 ) -> _Candidate:
-    """Build, load and check one engine, launch by launch and as CUDA graphs; the latter stays open for the timing."""
-    graph = bundle.graph(source)
-    building = None if report is None else lambda phase, share: report(phase, _BUILDING * share)
-    plan = build_plan(
-        graph,
-        precision=precision,
-        typing=bundle.manifest["typing"],
-        profiles=profiles,
-        options=options,
-        on_progress=building,
-    )
-    if report is not None:
-        report("parity", _BUILDING)
-    path = folder / f"{precision}.plan"
-    path.write_bytes(plan.content)
+    """Load and check an engine, launch by launch and as CUDA graphs; the latter stays open for the timing."""
     load = partial(
         TensorRtEngine,
-        path,
+        plan.file,
         precision=precision,
         profiles=profiles,
         host_code=options.version_compatible,
-        weights=graph if options.strip else None,
+        weights=bundle.graph(source) if options.strip else None,
     )
     with load(EngineOptions(cuda_graphs=False)) as plain:
         checks = check_plan(bundle, plain, profiles, expected)
@@ -285,10 +281,12 @@ def _origin(bundle: Bundle, source: str) -> dict[str, str]:
     return {"graph": source, "graph_sha256": bundle.manifest["files"][source]["sha256"]}
 
 
-def _part_of(report: Report, name: str, index: int, count: int) -> Report:
-    """Reports of one build as a part of several."""
+def _part_of(report: Report | None, name: str, begin: float, share_of_all: float) -> Report | None:
+    """Reports of one build as a part of the whole."""
+    if report is None:
+        return None
 
     def part(phase: str, share: float) -> None:
-        report(f"{name}: {phase}", (index + share) / count)
+        report(f"{name}: {phase}", begin + share_of_all * share)
 
     return part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime, timezone
@@ -62,14 +63,16 @@ def add_plan(
         "latency_ms": latency_ms,
         "layers": None if plan.layers is None else report,
     }
-    files = {name: plan.content, **({report: plan.layers.encode()} if plan.layers is not None else {})}
     with _changed(bundle) as manifest:
         _remove(manifest, name, report)
         write_json(bundle.path / MANIFEST_FILE, manifest)
-        for file, content in files.items():
-            with atomic_path(bundle.path / file) as aside:
-                aside.write_bytes(content)
-            manifest["files"][file] = file_entry(bundle.path / file)
+        with atomic_path(bundle.path / name) as aside:
+            shutil.copyfile(plan.file, aside)
+        manifest["files"][name] = file_entry(bundle.path / name)
+        if plan.layers is not None:
+            with atomic_path(bundle.path / report) as aside:
+                aside.write_text(plan.layers, encoding="utf-8")
+            manifest["files"][report] = file_entry(bundle.path / report)
         manifest["engines"].append(entry)
     return entry
 

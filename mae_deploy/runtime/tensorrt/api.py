@@ -8,6 +8,7 @@ version without a GPU.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -312,7 +313,7 @@ class Api:
         """The error for a call that gave None or False, which is how TensorRT fails."""
         return MaeDeployError(f"TensorRT {self.version} cannot {what}: {self.messages()}", hint=hint)
 
-    def deserialize(self, plan: bytes, *, host_code: bool = False, weights: Path | None = None) -> Any:
+    def deserialize(self, plan: mmap.mmap | bytes, *, host_code: bool = False, weights: Path | None = None) -> Any:
         """An `ICudaEngine` from a plan. A plan is code: its hash must have been checked before.
 
         Args:

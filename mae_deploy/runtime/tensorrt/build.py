@@ -12,6 +12,7 @@ from types import FrameType
 from typing import Any
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.files import mapped
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.manifest import TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs, read_opset
@@ -33,7 +34,7 @@ _MIB = 1 << 20
 class BuiltPlan:
     """A built engine."""
 
-    content: bytes
+    file: Path
     layers: str | None
     """The inspector's report on every layer, as JSON; None where TensorRT gave none."""
     record: dict[str, Any]
@@ -42,6 +43,7 @@ class BuiltPlan:
 
 def build_plan(
     graph: Path,
+    file: Path,
     *,
     precision: str,
     typing: str,
@@ -53,6 +55,7 @@ def build_plan(
     """Build a plan of a graph whose dynamic sizes are called B and K.
 
     Args:
+        file: where the plan is written. It is nowhere else: on a Jetson, the GPU's memory is the host's.
         precision: what a weakly typed graph is computed in; a strongly typed one has it in its types.
         profiles: the sizes that it is built for; of no effect where the graph leaves none open.
         outputs_marked: names of inner tensors that become further outputs, in FP32.
@@ -68,7 +71,7 @@ def build_plan(
     with open_memory(index=api.gpu.index) as memory:
         try:
             with memory.active():
-                return _plan(api, graph, precision, typing, profiles, options, outputs_marked, on_progress)
+                return _plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
         except BaseException as error:
             _release_objects_of(error)
             raise
@@ -77,6 +80,7 @@ def build_plan(
 def _plan(
     api: Api,
     graph: Path,
+    file: Path,
     precision: str,
     typing: str,
     profiles: Sequence[Profile],
@@ -87,29 +91,46 @@ def _plan(
     """Build with the GPU's context current; what TensorRT makes on the way is gone when this returns."""
     start = time.monotonic()
     with api.explained(f"build an engine of {graph}"):
-        builder = api.module.Builder(api.logger)
-        network, parser = _parsed(api, builder, graph, strong=typing == "strong")
-        _mark_outputs(api, network, outputs_marked)
-        config, sources_off = _config(api, builder, precision, typing, options)
-        _add_profiles(api, builder, config, read_inputs(graph), profiles)
-        content = _build(
-            api, builder, network, config, cache_file(options, api.version, api.gpu, precision), on_progress
-        )
-        del parser  # not before: the network's weights are its
+        sources_off = _write_plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
         seconds, warnings = time.monotonic() - start, api.warnings
-        layers = _inspect(api, content, options)
+        layers = _inspect(api, file, options)
     record = {
         "precision": precision,
         "typing": typing,
         "options": {name: value for name, value in asdict(options).items() if name != "timing_cache"},
         "seconds": round(seconds, 1),
-        "size": len(content),
+        "size": file.stat().st_size,
         "driver": api.gpu.driver,
         "kernel_sources_off": sources_off,
         "kernels": summarise(layers or ""),
         "warnings": warnings,
     }
-    return BuiltPlan(content=content, layers=layers, record=record)
+    return BuiltPlan(file=file, layers=layers, record=record)
+
+
+def _write_plan(
+    api: Api,
+    graph: Path,
+    file: Path,
+    precision: str,
+    typing: str,
+    profiles: Sequence[Profile],
+    options: BuildOptions,
+    outputs_marked: Sequence[str],
+    on_progress: Report | None,
+) -> list[str]:
+    """Build and write a plan, and return the sources of kernels that are switched off. Builder, network and the plan in
+    memory are gone when it is done: the engine that is inspected next needs as much again.
+    """
+    builder = api.module.Builder(api.logger)
+    network, parser = _parsed(api, builder, graph, strong=typing == "strong")
+    _mark_outputs(api, network, outputs_marked)
+    config, sources_off = _config(api, builder, precision, typing, options)
+    _add_profiles(api, builder, config, read_inputs(graph), profiles)
+    timings = cache_file(options, api.version, api.gpu, precision)
+    file.write_bytes(_build(api, builder, network, config, timings, on_progress))
+    del parser  # not before: the network's weights are its
+    return sources_off
 
 
 def _release_objects_of(error: BaseException | None) -> None:
@@ -232,9 +253,8 @@ def shape_at(entry: TensorEntry, sizes: dict[str, int]) -> tuple[int, ...]:
     return tuple(sizes[size] if isinstance(size, str) else size for size in entry["shape"])
 
 
-def _build(
-    api: Api, builder: Any, network: Any, config: Any, timings: Path | None, on_progress: Report | None
-) -> bytes:
+def _build(api: Api, builder: Any, network: Any, config: Any, timings: Path | None, on_progress: Report | None) -> Any:
+    """The plan in TensorRT's own memory, a buffer."""
     progress = None if on_progress is None else BuildProgress(on_progress)
     if progress is not None:
         monitor = tensorrt_api.create_progress_monitor(api.module, progress.start, progress.step, progress.finish)
@@ -251,10 +271,10 @@ def _build(
         )
     if timings is not None:
         keep(config, timings)
-    return bytes(plan)
+    return plan
 
 
-def _inspect(api: Api, plan: bytes, options: BuildOptions) -> str | None:
-    engine = api.deserialize(plan, host_code=options.version_compatible)
+def _inspect(api: Api, file: Path, options: BuildOptions) -> str | None:
+    engine = api.deserialize(mapped(file), host_code=options.version_compatible)
     report = engine.create_engine_inspector().get_engine_information(api.module.LayerInformationFormat.JSON)
     return report if isinstance(report, str) and report else None

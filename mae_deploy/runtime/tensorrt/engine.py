@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.files import mapped
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.arrays import DeviceArray
 from mae_deploy.runtime.cuda.open_memory import open_memory
@@ -110,7 +111,7 @@ class TensorRtEngine(Engine):
         memory = open_memory(options.cuda_memory, index)
         try:
             with memory.active():
-                plan = graph.read_bytes()
+                plan = mapped(graph)
                 self._runner = PlanRunner(
                     api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index
                 )

@@ -30,15 +30,14 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
     precision = entry["precision"]
     graph = bundle.graph(graph_for(bundle, precision))
     level = entry["build"].get("options", {}).get("optimization_level")
-    plan = build_plan(
-        graph,
-        precision=precision,
-        typing=bundle.manifest["typing"],
-        profiles=profiles,
-        options=BuildOptions(optimization_level=level),
-        outputs_marked=taps,
-    )
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        path = Path(folder) / "tapped.plan"
-        path.write_bytes(plan.content)
-        return TensorRtEngine(path, options, precision=precision, taps=taps, profiles=profiles)
+        plan = build_plan(
+            graph,
+            Path(folder) / "tapped.plan",
+            precision=precision,
+            typing=bundle.manifest["typing"],
+            profiles=profiles,
+            options=BuildOptions(optimization_level=level),
+            outputs_marked=taps,
+        )
+        return TensorRtEngine(plan.file, options, precision=precision, taps=taps, profiles=profiles)

@@ -64,10 +64,10 @@ def make_tensorrt(driver: ctypes.CDLL, *, version: str = "10.3.0", shared_profil
             self.logger = logger
             self.engine_host_code_allowed = False
 
-        def deserialize_cuda_engine(self, content: bytes) -> Any:
+        def deserialize_cuda_engine(self, content: Any) -> Any:
             assert driver.stub_depth() == 1, "no context is current"
             try:
-                return _Engine(trt, graphs, json.loads(content), shared_profiles=shared_profiles)
+                return _Engine(trt, graphs, json.loads(bytes(memoryview(content))), shared_profiles=shared_profiles)
             except ValueError:
                 self.logger.log(Severity.ERROR, "the plan is not one of ours")
                 return None

@@ -70,21 +70,22 @@ ORIN, H200, T4 = gpu(), gpu("NVIDIA H200", (9, 0)), gpu("Tesla T4", (7, 5))
 PROFILES = [{"B": (1, 8, 32), "K": (1, 4, 21)}]
 
 
-def built_plan(content: bytes = b"plan", layers: str | None = '{"Layers": []}', **options: Any) -> BuiltPlan:
-    settings = {"hardware_compatible": "none", "version_compatible": False, "strip": False, **options}
-    return BuiltPlan(content=content, layers=layers, record={"options": settings, "seconds": 3.0})
-
-
 def add(
     bundle: Bundle,
-    built: BuiltPlan | None = None,
+    content: bytes = b"plan",
     *,
+    layers: str | None = '{"Layers": []}',
     precision: Precision = "fp16",
     version: str = "10.3.0",
     on: Gpu = ORIN,
     profiles: Any = PROFILES,
+    **options: Any,
 ) -> EngineEntry:
-    built = built or built_plan()
+    """Add a plan of this content, built with these options."""
+    file = bundle.path.with_name(f"{version}-{precision}.plan")
+    file.write_bytes(content)
+    settings = {"hardware_compatible": "none", "version_compatible": False, "strip": False, **options}
+    built = BuiltPlan(file=file, layers=layers, record={"options": settings, "seconds": 3.0})
     return add_plan(
         bundle,
         built,

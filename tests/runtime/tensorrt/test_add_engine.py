@@ -198,6 +198,9 @@ def test_engines_are_timed_by_the_gpus_clock_without_their_copies(
     assert found["int8"][0].median == pytest.approx(0.001)
 
 
+open_engines: list[OnnxRuntimeEngine] = []
+
+
 class OnGraph(OnnxRuntimeEngine):
     """ONNX Runtime in the place of TensorRT: it runs the graph whose path the plan holds."""
 
@@ -206,6 +209,12 @@ class OnGraph(OnnxRuntimeEngine):
     ) -> None:
         super().__init__(Path(path.read_text()), options, precision=precision, profiles=profiles)
         self.name, self.use_graphs = "tensorrt", options.cuda_graphs
+        open_engines.append(self)
+
+    def close(self) -> None:
+        super().close()
+        if self in open_engines:
+            open_engines.remove(self)
 
 
 @pytest.fixture
@@ -214,12 +223,12 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
     gpu = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
     found = {"int8": timings(1.0), "fp16": timings(2.0), "fp32": timings(4.0)}
 
-    def plan_of(graph: Path, **given: Any) -> BuiltPlan:
+    def plan_of(graph: Path, file: Path, **given: Any) -> BuiltPlan:
+        assert not open_engines, "an engine on the GPU takes from what a build can have"
         given["on_progress"]("tactics", 1.0)
         options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
-        return BuiltPlan(
-            content=str(graph).encode(), layers=None, record={"precision": given["precision"], "options": options}
-        )
+        file.write_text(str(graph))
+        return BuiltPlan(file=file, layers=None, record={"precision": given["precision"], "options": options})
 
     monkeypatch.setattr(engine_build, "load_tensorrt", lambda: type("Api", (), {"version": "10.3.0", "gpu": gpu}))
     monkeypatch.setattr(engine_build, "build_plan", plan_of)
@@ -257,7 +266,9 @@ def test_int8_that_is_faster(tmp_path: Path, without_a_gpu: Any) -> None:
     built, seen = build(quantized(tmp_path / "b"))
     assert (built.entry["precision"], built.rejected) == ("int8", None)
     assert built.baseline == {"latency_ratio": 0.5, "profile": 0, "latency_ms": {"int8": [1.0], "fp16": [2.0]}}
-    assert [share for _, share in seen] == [0.4, 0.4, 0.9, 0.9]
+    assert [phase for phase, _ in seen] == ["int8: tactics", "fp16: tactics", "int8: parity", "fp16: parity"]
+    assert [share for _, share in seen] == pytest.approx([0.4, 0.8, 0.8, 0.9])
+    assert open_engines == []
 
 
 def test_int8_that_is_slower_is_refused_or_fp16_is_kept(tmp_path: Path, without_a_gpu: dict[str, list[Timing]]) -> None:

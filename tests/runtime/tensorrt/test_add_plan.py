@@ -13,7 +13,7 @@ from mae_deploy.errors import MaeDeployError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt import add_plan
 from mae_deploy.runtime.tensorrt.add_plan import plan_name
-from tests.runtime.tensorrt.planned_bundle import ORIN, add, built_plan
+from tests.runtime.tensorrt.planned_bundle import ORIN, add
 
 
 @pytest.fixture
@@ -22,7 +22,7 @@ def bundle(visible_bundle: Path) -> Bundle:
 
 
 def test_what_was_added_is_there_with_its_hash(bundle: Bundle) -> None:
-    entry = add(bundle, built_plan(b"a plan"))
+    entry = add(bundle, b"a plan")
     name = "engines/10.3.0-orin-fp16.plan"
     assert entry["file"] == plan_name("10.3.0", ORIN, "fp16") == name
     fresh = Bundle.load(bundle.path)
@@ -40,9 +40,9 @@ def test_what_was_added_is_there_with_its_hash(bundle: Bundle) -> None:
 
 
 def test_an_engine_replaces_that_of_its_name_and_no_other(bundle: Bundle) -> None:
-    add(bundle, built_plan(b"first"))
-    add(bundle, built_plan(b"other"), precision="int8")
-    add(bundle, built_plan(b"second", layers=None))
+    add(bundle, b"first")
+    add(bundle, b"other", precision="int8")
+    add(bundle, b"second", layers=None)
     assert [(entry["precision"], entry["layers"]) for entry in bundle.manifest["engines"]] == [
         ("int8", "engines/10.3.0-orin-int8.layers.json"),
         ("fp16", None),
@@ -69,14 +69,14 @@ def test_builds_at_the_same_time_lose_nothing(bundle: Bundle) -> None:
 
 
 def test_cut_off_while_an_engine_is_replaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    add(bundle, built_plan(b"first"))
+    add(bundle, b"first")
 
     def stop(*_: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(add_plan, "file_entry", stop)
     with pytest.raises(KeyboardInterrupt):
-        add(bundle, built_plan(b"second"))
+        add(bundle, b"second")
     fresh = Bundle.load(bundle.path)
     assert fresh.manifest["engines"] == [], "no engine is listed with another's hash"
     fresh.check_files()

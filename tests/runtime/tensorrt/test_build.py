@@ -61,6 +61,20 @@ class Network:
         self.marked.append(tensor)
 
 
+class Handle:
+    """A network as the caller has it; what was done with it is known longer."""
+
+    def __init__(self, network: Network) -> None:
+        self._network = network
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._network, name)
+
+
+class HostMemory(bytearray):
+    """A plan in TensorRT's own memory."""
+
+
 class Shapes(dict[str, tuple[Any, ...]]):
     """An optimisation profile."""
 
@@ -111,6 +125,8 @@ class Fake:
         self.graphs: list[str] = []
         self.host_code: list[bool] = []
         self.alive: list[weakref.ref[Any]] = []
+        self.in_memory: list[str] = []
+        """What was alive when the engine was loaded."""
         fake = self
 
         class Logger:
@@ -120,11 +136,11 @@ class Fake:
         class Builder:
             def __init__(self, logger: Any) -> None:
                 self.logger = logger
-                fake.alive.append(weakref.ref(self))
+                fake.lent(self)
 
-            def create_network(self, flags: int) -> Network:
+            def create_network(self, flags: int) -> Any:
                 fake.networks.append(Network(flags))
-                return fake.networks[-1]
+                return fake.lent(Handle(fake.networks[-1]))
 
             def create_builder_config(self) -> Config:
                 fake.configs.append(Config())
@@ -133,14 +149,17 @@ class Fake:
             def create_optimization_profile(self) -> Shapes:
                 return Shapes()
 
-            def build_serialized_network(self, network: Network, config: Config) -> bytes | None:
+            def build_serialized_network(self, network: Network, config: Config) -> Any:
                 if fake.plan is None:
                     self.logger.log(SimpleNamespace(name="ERROR"), "no kernel for ForeignNode")
                 self.logger.log(SimpleNamespace(name="WARNING"), "slow tactic")
                 if config.progress_monitor is not None:
                     config.progress_monitor.phase_start("build", None, 1)
-                    return fake.plan if config.progress_monitor.step_complete("build", 0) else None
-                return fake.plan
+                    if not config.progress_monitor.step_complete("build", 0):
+                        return None
+                if fake.plan is None:
+                    return None
+                return fake.lent(HostMemory(fake.plan))
 
         class OnnxParser:
             num_errors = property(lambda _: len(fake.errors))
@@ -159,7 +178,9 @@ class Fake:
             def __init__(self, logger: Any) -> None:
                 self.engine_host_code_allowed = False
 
-            def deserialize_cuda_engine(self, plan: bytes) -> Any:
+            def deserialize_cuda_engine(self, plan: Any) -> Any:
+                assert bytes(memoryview(plan)) == b"plan"
+                fake.in_memory = [type(found).__name__ for made in fake.alive if (found := made()) is not None]
                 fake.host_code.append(self.engine_host_code_allowed)
                 inspector = SimpleNamespace(get_engine_information=lambda _: '{"Layers": ["_gemm_mha_v2"]}')
                 return SimpleNamespace(create_engine_inspector=lambda: inspector)
@@ -186,6 +207,11 @@ class Fake:
         self.float32 = "float32"
         if major > 8:
             self.IProgressMonitor = type("IProgressMonitor", (), {"__init__": lambda self: None})
+
+    def lent(self, made: Any) -> Any:
+        """What the caller gets, remembered as long as somebody has it."""
+        self.alive.append(weakref.ref(made))
+        return made
 
 
 @pytest.fixture
@@ -217,6 +243,7 @@ def use(monkeypatch: pytest.MonkeyPatch, version: str) -> Fake:
 def build(graph: Path, **given: Any) -> BuiltPlan:
     return build_plan(
         graph,
+        graph.with_suffix(".plan"),
         **{
             "precision": "fp32",
             "typing": "weak",
@@ -231,7 +258,7 @@ def test_an_fp32_build_on_8_6(graph: Path, monkeypatch: pytest.MonkeyPatch) -> N
     fake = use(monkeypatch, "8.6.0")
     plan = build(graph)
     (config,), (network,) = fake.configs, fake.networks
-    assert (plan.content, fake.graphs, network.flags) == (b"plan", [str(graph)], 1 << 3)
+    assert (plan.file.read_bytes(), fake.graphs, network.flags) == (b"plan", [str(graph)], 1 << 3)
     assert (config.flags, config.off) == (set(), {"TF32"})
     assert config.limits == {"workspace": 3 << 30}, "no more than the GPU has"
     assert config.features == {"sharing": True, "external": True}
@@ -304,6 +331,16 @@ def test_inner_tensors_as_outputs(graph: Path, monkeypatch: pytest.MonkeyPatch) 
         build(graph, outputs_marked=["block_9"])
 
 
+def test_the_engine_is_inspected_when_nothing_of_its_build_is_left(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a Jetson, the GPU's memory is the host's."""
+    fake = use(monkeypatch, "10.3.0")
+    build(graph)
+    assert len(fake.alive) == 3, "a builder, a network and a plan"
+    assert fake.in_memory == []
+
+
 def test_fixed_sizes_need_no_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = use(monkeypatch, "10.3.0")
     build(write_bundle(tmp_path / "b", batch=2, keep=4) / "encoder.onnx")
@@ -359,7 +396,7 @@ def test_an_opset_that_8_6_does_not_read(tmp_path: Path, monkeypatch: pytest.Mon
         build(tmp_path / "a.onnx")
     assert caught.value.hint == "export with --typing weak"
     use(monkeypatch, "10.3.0")
-    assert build(tmp_path / "a.onnx").content == b"plan"
+    assert build(tmp_path / "a.onnx").file.read_bytes() == b"plan"
 
 
 def test_a_size_that_no_profile_gives() -> None:

@@ -11,7 +11,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.manifest import Precision
 from mae_deploy.runtime.tensorrt.plans import find_plan, reason_against_plan, reason_against_plans
-from tests.runtime.tensorrt.planned_bundle import H200, ORIN, PLAN_FILE, T4, add, built_plan, gpu, planned
+from tests.runtime.tensorrt.planned_bundle import H200, ORIN, PLAN_FILE, T4, add, gpu, planned
 from tests.runtime.tiny_bundle import write_bundle
 
 
@@ -58,7 +58,7 @@ def test_the_sizes_that_a_profile_holds(bundle: Bundle) -> None:
     [("10.3.0", True), ("10.3.1", True), ("10.16.1.11", True), ("10.2.9", False), ("11.4.0", False), ("8.6.0", False)],
 )
 def test_later_versions_of_the_same_major(bundle: Bundle, version: str, fits: bool) -> None:
-    entry = add(bundle, built_plan(version_compatible=True))
+    entry = add(bundle, version_compatible=True)
     assert (reason_against_plan(entry, version, ORIN) is None) == fits
 
 
@@ -67,14 +67,14 @@ def test_later_versions_of_the_same_major(bundle: Bundle, version: str, fits: bo
     [("none", ["Orin"]), ("same", ["Orin", "Orin NX"]), ("ampere", ["Orin", "Orin NX", "NVIDIA H200"])],
 )
 def test_other_gpus(bundle: Bundle, level: str, fitting: list[str]) -> None:
-    entry = add(bundle, built_plan(hardware_compatible=level))
+    entry = add(bundle, hardware_compatible=level)
     assert [
         on.name for on in (ORIN, gpu("Orin NX"), H200, T4) if reason_against_plan(entry, "10.3.0", on) is None
     ] == fitting
 
 
 def test_the_version_at_hand_goes_before_a_compatible_one(bundle: Bundle) -> None:
-    add(bundle, built_plan(version_compatible=True), version="10.3.0")
+    add(bundle, version_compatible=True, version="10.3.0")
     add(bundle, version="10.7.0")
     entry = find_plan(bundle, "10.7.0", ORIN)
     assert entry is not None

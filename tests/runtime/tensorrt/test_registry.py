@@ -233,9 +233,10 @@ def test_layers_are_those_of_an_engine_that_is_built_for_them(
 ) -> None:
     asked: dict[str, Any] = {}
 
-    def build_plan(graph: Path, **given: Any) -> BuiltPlan:
+    def build_plan(graph: Path, file: Path, **given: Any) -> BuiltPlan:
         asked.update(given, graph=graph)
-        return BuiltPlan(content=b"tapped", layers=None, record={})
+        file.write_bytes(b"tapped")
+        return BuiltPlan(file=file, layers=None, record={})
 
     monkeypatch.setattr(open_tapped, "build_plan", build_plan)
     bundle.manifest["engines"][0]["build"] = {"options": {"optimization_level": 2}}
