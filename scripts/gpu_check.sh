@@ -1,34 +1,82 @@
 #!/usr/bin/env bash
 # What only an NVIDIA GPU can show, in one go: the GPU tests, then engines of a checkpoint, checked and timed.
 #
-#   scripts/gpu_check.sh CKPT PHOTOS OUT       PHOTOS: at least 128, for parity and for calibrating INT8
+#   scripts/gpu_check.sh CKPT PHOTOS OUT [options]   PHOTOS: at least 128, for parity and for calibrating INT8
 #
-# TOKENS="full visible:49" and PRECISIONS="fp16 int8" are the bundles of OUT/bundles; one that is there already is not
-# exported again, so those of another machine (export --no-build) need no PyTorch here. OUT/benchmark.json holds what
-# `mae-deploy benchmark` times, OUT/calls.json our calls beside TensorRT's bare one and PyTorch's.
-set -euo pipefail
-[ $# -eq 3 ] || { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
+#   --budget SECONDS          for all of it; a step gets what is left at most, and what gets nothing is named [3600]
+#   --tokens "MODE..."        bundles of OUT/bundles, for each of the precisions ["full visible:49"]
+#   --precisions "P..."       ["fp16 int8"]
+#   --profiles SIZES          one for each batch that is timed: kernels are chosen for it ["B:1,1,1; B:8,8,8; B:32,32,32"]
+#   --optimization-level N    of TensorRT's builder: 0 builds fastest [its own default]
+#   --typing auto|weak|strong of the graphs: weak for TensorRT 8.6, where another machine exports [auto]
+#
+# Each step's whole output is OUT/logs/STEP.log, its time and exit status a line here. A step that was done is not done
+# again, so a call that was cut goes on; a bundle that is there (export --no-build, on another machine) is not exported,
+# and needs no PyTorch here. OUT/benchmark.json holds what `mae-deploy benchmark` times, OUT/calls.json our calls beside
+# TensorRT's bare ones and PyTorch's. PYTHON: the interpreter. Exit status: 1 where a
+# step failed, ran out of time or had none, 3 without a GPU or TensorRT.
+set -uo pipefail
+usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
+budget=3600 tokens="full visible:49" precisions="fp16 int8" profiles="B:1,1,1; B:8,8,8; B:32,32,32" level=() typing=()
+[ $# -ge 3 ] || usage
 checkpoint=$(realpath "$1") photos=$(realpath "$2") out=$(realpath -m "$3")
-cd "$(dirname "$0")/.."
-python=${PYTHON:-.venv/bin/python}
-mae_deploy="$python -m mae_deploy"
-sizes='B:1,1,1; B:8,8,8; B:32,32,32'   # kernels are chosen for the usual size: a profile for each batch that is timed
-mkdir -p "$out/bundles"
+shift 3
+while [ $# -ge 2 ]; do
+  case $1 in
+    --budget) budget=$2 ;;
+    --tokens) tokens=$2 ;;
+    --precisions) precisions=$2 ;;
+    --profiles) profiles=$2 ;;
+    --optimization-level) level=(--optimization-level "$2") ;;
+    --typing) typing=(--typing "$2") ;;
+    *) usage ;;
+  esac
+  shift 2
+done
+[ $# -eq 0 ] || usage
+cd "$(dirname "$0")/.." || exit
+python=${PYTHON:-.venv/bin/python} failed=0 build_limit=$((600 + 300 * $(tr -cd ';' <<<"$profiles" | wc -c)))
+export PYTHONUNBUFFERED=1
+mkdir -p "$out/bundles" "$out/logs"
 
-$python -m pytest -q -m gpu --confcutdir tests/gpu tests/gpu
-for tokens in ${TOKENS:-full visible:49}; do
-  for precision in ${PRECISIONS:-fp16 int8}; do
-    bundle=$out/bundles/${tokens/:/-}-$precision
+step() { # NAME LIMIT COMMAND...: 0 where it is done, now or before; its output on stdout is also OUT/logs/NAME.out
+  local name=$1 limit=$2 log=$out/logs/$1.log left=$((budget - SECONDS)) start=$SECONDS status=0
+  shift 2
+  [ ! -e "$out/logs/$name.done" ] || { echo "$name: done before"; return 0; }
+  [ "$left" -gt 5 ] || { echo "$name: left out, the budget of $budget s is spent"; failed=1; return 1; }
+  [ "$limit" -le "$left" ] || limit=$left
+  echo "+ $*" >"$log"
+  timeout --signal TERM --kill-after 10 "$limit" "$@" 2>>"$log" >"$out/logs/$name.out" || status=$?
+  cat "$out/logs/$name.out" >>"$log"
+  case $status in
+    0) touch "$out/logs/$name.done"; echo "$name: $((SECONDS - start)) s" ;;
+    124 | 137) failed=1; echo "$name: stopped after $limit s: $log" ;;
+    *) failed=1; echo "$name: exit status $status after $((SECONDS - start)) s: $log"; tail -n 5 "$log" | sed 's/^/    /' ;;
+  esac
+  return $status
+}
+
+step gpu 60 "$python" -c 'from mae_deploy.runtime.tensorrt.api import load_tensorrt; api = load_tensorrt(); print(api.version, api.gpu)' || exit 3
+step tests 900 "$python" -m pytest -q -rfE -p no:cacheprovider -m gpu --confcutdir tests/gpu tests/gpu
+for mode in $tokens; do
+  for precision in $precisions; do
+    name=${mode/:/-}-$precision bundle=$out/bundles/${mode/:/-}-$precision
     calibration=()
     [ "$precision" != int8 ] && [ "$precision" != fp8 ] || calibration=(--calib-data "$photos" --calib-images 128)
-    [ -d "$bundle" ] || $mae_deploy export "$checkpoint" --out "$bundle" --engine trt --no-build --tokens "$tokens" \
-      --precision "$precision" --profile B:1,8,32 --samples "$photos" "${calibration[@]}" --device cuda
+    [ -d "$bundle" ] || step "export-$name" 900 "$python" -m mae_deploy export "$checkpoint" --out "$bundle" --engine trt \
+      --no-build --tokens "$mode" --precision "$precision" "${typing[@]}" --profile B:1,8,32 --samples "$photos" \
+      "${calibration[@]}" --device auto || continue
     # INT8 that is not faster than FP16 is an answer, not a failure: FP16 is kept in its place.
-    $mae_deploy build-engine "$bundle" --profile "$sizes" --prefer fp16
-    $mae_deploy verify "$bundle" --engine trt
+    step "build-$name" $build_limit "$python" -m mae_deploy build-engine "$bundle" --profile "$profiles" "${level[@]}" \
+      --prefer fp16 && step "verify-$name" 300 "$python" -m mae_deploy verify "$bundle" --engine trt
   done
 done
-$mae_deploy benchmark "$out"/bundles/* --engine trt --batch-size 1,8,32 --repeats 100 --json > "$out/benchmark.json"
-torch=()
-! $python -c 'import torch' 2> /dev/null || torch=(--checkpoint "$checkpoint" --compile)
-$python -m scripts.measure_gpu "$out"/bundles/*-fp16 "${torch[@]}" > "$out/calls.json"
+shopt -s nullglob
+bundles=("$out"/bundles/*) halves=("$out"/bundles/*-fp16) torch=()
+! "$python" -c 'import torch' 2>/dev/null || torch=(--checkpoint "$checkpoint" --compile)
+if [ ${#bundles[@]} -gt 0 ] && step benchmark 600 "$python" -m mae_deploy benchmark "${bundles[@]}" --engine trt \
+  --batch-size 1,8,32 --repeats 100 --json; then cp "$out/logs/benchmark.out" "$out/benchmark.json"; fi
+if [ ${#halves[@]} -gt 0 ] && step calls 600 "$python" -m scripts.measure_gpu "${halves[@]}" "${torch[@]}"; then
+  cp "$out/logs/calls.out" "$out/calls.json"
+fi
+exit $failed

@@ -160,7 +160,8 @@ def test_builds_at_the_same_time_share_a_timing_cache(api: Api, products: Path, 
         subprocess.Popen([*command, str(tmp_path / f"{index}.plan")], stderr=subprocess.PIPE, text=True)
         for index in range(2)
     ]
-    assert [(process.communicate()[1][-500:], process.returncode)[1] for process in processes] == [0, 0]
+    said = [process.communicate()[1][-500:] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
     (timings,) = (path for path in (tmp_path / "cache").iterdir() if path.suffix != ".lock")
     assert timings.stat().st_size > 0
     first = timings.read_bytes()

@@ -1,5 +1,5 @@
-"""The engine on a GPU: what it computes, from several threads and from arrays on the GPU, what it costs, and that
-nothing is left behind.
+"""The engine on a GPU: what it computes, from several threads and from arrays on the GPU, and that nothing is left
+behind. What it costs: scripts/measure_gpu.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ ATOL = 1e-5
 """FP32 without TF32, sums of at most 35 numbers near 1."""
 
 WIDE = ({"B": (1, 8, 32), "K": (2, 49, 196)}, {"B": (1, 1, 1), "K": (49, 49, 49)})
-LARGE = {"B": (64, 64, 64), "K": (1024, 1024, 1024)}
 ROOT = Path(__file__).parents[2]
 
 
@@ -45,7 +44,6 @@ def plans(api: Api, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]
         "dynamic": build(api),
         "fixed": build(api, {"B": (2, 2, 2), "K": (3, 3, 3)}),
         "wide": build(api, *WIDE),
-        "large": build(api, LARGE, depth=64),
     }
     for name, content in contents.items():
         (folder / name).write_bytes(content)
@@ -239,76 +237,7 @@ def test_torch_gives_and_takes(plans: dict[str, Path]) -> None:
     )
 
 
-# --- what it costs ---------------------------------------------------------------------------------------------------
-
-
-def microseconds(work: Callable[[], object], repeats: int = 500) -> float:
-    """The median of a call."""
-    for _ in range(50):
-        work()
-    found = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        work()
-        found.append(time.perf_counter() - start)
-    return float(np.median(found) * 1e6)
-
-
-@pytest.mark.parametrize("graphs", [True, False])
-def test_a_run_costs_little_more_than_the_bare_enqueue(
-    plans: dict[str, Path], options: EngineOptions, graphs: bool, record_property: Any
-) -> None:
-    given = inputs(2, 3)
-    with TensorRtEngine(plans["fixed"], replace(options, cuda_graphs=graphs)) as engine:
-        for _ in range(3):
-            engine.run(given)
-        runner = engine._runner
-        slot, memory = runner._slots[-1], runner._memory
-        (prepared,) = slot.prepared.values()
-
-        def bare() -> None:
-            for name in engine.input_names:
-                memory.copy_in(slot.pointers[name], prepared.host[name], slot.stream)
-            if prepared.graph is None:
-                prepared.context.execute_async_v3(slot.stream.handle)
-            else:
-                prepared.graph.launch(slot.stream.handle)
-            for name in engine.output_names:
-                memory.copy_out(prepared.host[name], slot.pointers[name], slot.stream)
-            slot.stream.synchronize()
-
-        assert (prepared.graph is not None) == graphs
-        rounds = []
-        for _ in range(3):
-            with memory.active():
-                least = microseconds(bare)
-            rounds.append((microseconds(lambda: engine.run(given)) - least, least))
-        overhead, least = min(rounds)
-        record_property("overhead_us", overhead)
-        print(f"\n{options.cuda_memory}, graphs {graphs}: bare {least:.1f} us, overhead {overhead:.1f} us")
-        assert overhead < 50
-
-
-def test_two_in_flight_are_no_slower_than_one_after_the_other(plans: dict[str, Path], options: EngineOptions) -> None:
-    given = inputs(64, 1024)
-    with TensorRtEngine(plans["large"], options) as engine:
-
-        def in_turns() -> None:
-            for _ in range(8):
-                engine.run(given)
-
-        def overlapped() -> None:
-            before = engine.submit(given)
-            for _ in range(7):
-                after = engine.submit(given)
-                before.result()
-                before = after
-            before.result()
-
-        overlapped()
-        ratios = [microseconds(overlapped, 5) / microseconds(in_turns, 5) for _ in range(3)]
-        print(f"\n{options.cuda_memory}: two in flight take {min(ratios):.2f} of the time of one after the other")
-        assert min(ratios) < 1.02
+# --- what it leaves behind -------------------------------------------------------------------------------------------
 
 
 def free_bytes(memory: Memory) -> int:

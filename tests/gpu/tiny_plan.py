@@ -45,12 +45,8 @@ def reference(images: Array, ids_keep: Array) -> dict[str, Array]:
     }
 
 
-def build(api: Api, *profiles: Sizes, depth: int = 0) -> bytes:
-    """A plan of the network for these ranges of B and K; where each is one size, of fixed shapes.
-
-    Args:
-        depth: further products of `tokens` with a matrix that changes nothing, for a longer run.
-    """
+def build(api: Api, *profiles: Sizes) -> bytes:
+    """A plan of the network for these ranges of B and K; where each is one size, of fixed shapes."""
     trt = api.module
     ranges = profiles or DYNAMIC
     fixed = len(ranges) == 1 and all(len(set(sizes)) == 1 for sizes in ranges[0].values())
@@ -58,7 +54,7 @@ def build(api: Api, *profiles: Sizes, depth: int = 0) -> bytes:
     with open_memory() as memory, memory.active():
         builder = trt.Builder(api.logger)
         network = builder.create_network(network_flags(trt, strong=False))
-        kept = _add_layers(trt, network, B, K, depth)
+        kept = _add_layers(trt, network, B, K)
         config = builder.create_builder_config()
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, 256 << 20)
         config.clear_flag(trt.BuilderFlag.TF32)
@@ -75,7 +71,7 @@ def build(api: Api, *profiles: Sizes, depth: int = 0) -> bytes:
         return bytes(plan)
 
 
-def _add_layers(trt: Any, network: Any, B: int, K: int, depth: int) -> list[Array]:
+def _add_layers(trt: Any, network: Any, B: int, K: int) -> list[Array]:
     """Add the network, and return what must live until the plan is built."""
     kept: list[Array] = []
 
@@ -98,8 +94,6 @@ def _add_layers(trt: Any, network: Any, B: int, K: int, depth: int) -> list[Arra
     column, row = network.add_shuffle(scaled), network.add_shuffle(pooled)
     column.reshape_dims, row.reshape_dims = (0, 0, 1), (0, 1, -1)
     tokens = product(column.get_output(0), row.get_output(0))
-    for _ in range(depth):
-        tokens = product(tokens, constant(np.eye(D, dtype=np.float32)[None]))
     softmax = network.add_softmax(tokens)
     softmax.axes = 1 << 2
     for name, tensor in (("pooled", pooled), ("tokens", softmax.get_output(0))):
