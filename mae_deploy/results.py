@@ -5,8 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Items:
+    """A list that is made item by item as it is printed: one of as many items as there are images is never held."""
+
+    make: Callable[[], Iterator[Any]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,7 +21,9 @@ class Result:
     """What a command found: data for `--json`, something rich can print for people."""
 
     data: Any
+    """Plain values; those of a dictionary may be `Items`."""
     view: Any = None
+    """Something rich can print, or `Items` that are lines."""
     failed: bool = False
     """It says why there is no result: people read it on stderr, above the error."""
     as_json: bool = False
@@ -25,7 +34,11 @@ def show(result: Any, *, as_json: bool) -> None:
     """Print a command's result on stdout; everything else that a command says goes to stderr."""
     result = result if isinstance(result, Result) else Result(result)
     if as_json or result.as_json:
-        sys.stdout.write(json.dumps(result.data, indent=2, default=str) + "\n")
+        sys.stdout.writelines(_json(result.data))
+        sys.stdout.write("\n")
+        return
+    if isinstance(result.view, Items):
+        sys.stdout.writelines(f"{line}\n" for line in result.view.make())
         return
     from rich.console import Console
     from rich.markup import escape
@@ -40,6 +53,28 @@ def show(result: Any, *, as_json: bool) -> None:
             if value is not None
         )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
+
+
+def _json(data: Any) -> Iterator[str]:
+    """JSON in pieces."""
+    if not isinstance(data, dict) or not any(isinstance(value, Items) for value in data.values()):
+        yield json.dumps(data, indent=2, default=str)
+        return
+    for place, (key, value) in enumerate(data.items()):
+        yield f"{',' if place else '{'}\n  {json.dumps(key)}: "
+        if not isinstance(value, Items):
+            yield _indented(value, 2)
+            continue
+        opened = "["
+        for item in value.make():
+            yield f"{opened}\n    {_indented(item, 4)}"
+            opened = ","
+        yield "[]" if opened == "[" else "\n  ]"
+    yield "\n}"
+
+
+def _indented(value: Any, spaces: int) -> str:
+    return json.dumps(value, indent=2, default=str).replace("\n", "\n" + " " * spaces)
 
 
 def as_text(value: Any, comma: str = ", ") -> str:

@@ -17,7 +17,7 @@ import torch
 
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Encoder
-from mae_deploy.reporting.tables import Table
+from mae_deploy.reporting.tables import Column, Table
 
 MODELS = ("vit_tiny_patch16", "vit_small_patch16", "vit_base_patch16", "vit_large_patch16", "vit_huge_patch14")
 SIDE = 8192
@@ -116,16 +116,21 @@ def bound(encoder: Encoder, row: dict[str, Any], flops: float, bandwidth: float)
 def page(rows: Sequence[dict[str, Any]]) -> str:
     """The table of the results' page: a line for each model and batch, a column for each number of patches."""
     keeps = sorted({row["keep"] for row in rows})
-    lines = []
+    lines: list[dict[str, Any]] = []
     for model, batch in dict.fromkeys((row["model"], row["batch"]) for row in rows):
         found = {row["keep"]: row for row in rows if (row["model"], row["batch"]) == (model, batch)}
-        most = found[keeps[-1]]["replay_ms"]
-        cells = [
-            f"{found[keep]['replay_ms']:.2f} {found[keep]['bound']} ({most / found[keep]['replay_ms']:.2f}x)"
-            for keep in keeps
-        ]
-        lines.append([model, str(batch), *cells])
-    return "\n".join(table(["model", "batch", *(f"{keep} patches" for keep in keeps)], lines))
+        most = found[max(found)]["replay_ms"]
+        cells = {
+            str(keep): f"{row['replay_ms']:.2f} {row['bound']} ({most / row['replay_ms']:.2f}x)"
+            for keep, row in found.items()
+        }
+        lines.append({"model": model, "batch": batch, **cells})
+    columns = [
+        Column("model", "model"),
+        Column("batch", "batch"),
+        *(Column(f"{keep} patches", str(keep)) for keep in keeps),
+    ]
+    return Table("", columns, lines).to_markdown()
 
 
 if __name__ == "__main__":

@@ -1,26 +1,19 @@
-"""Features and classes for image files: unreadable ones are reported, and what comes out is written whole or not at
-all.
-"""
+"""Features and classes for image files, batch by batch; those that cannot be read are reported."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.files import atomic_path
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.read import Array, readable
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.inputs import Keep
 from mae_deploy.seeding import random_patches
-
-PATHS = "paths"
-"""The column of file names beside the outputs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +37,7 @@ class Predictions:
         num_keep: int | None = None,
         seed: int = 0,
         outputs: Sequence[str] | None = None,
+        start: int = 0,
     ) -> None:
         """Read and run `paths` in batches of `batch_size`: by default the graph's fixed batch, or 8.
 
@@ -52,6 +46,7 @@ class Predictions:
             num_keep: instead of `keep`, this many patches of each image at random. The choice depends on `seed` and the
                 file's place in `paths` alone: neither the batch size nor an unreadable file changes it.
             outputs: names of the outputs to compute; None for all.
+            start: go on with the path of this number, where an earlier call has come to.
 
         Raises:
             ConfigError: no paths, a batch size below 1, or both `keep` and `num_keep`, or one that the bundle cannot
@@ -65,6 +60,9 @@ class Predictions:
         self.unreadable: list[Unreadable] = []
         self._backbone, self._paths, self._batch_size = backbone, [Path(path) for path in paths], batch_size
         self._keep, self._num_keep, self._seed, self._outputs = keep, num_keep, seed, outputs
+        self._start = start
+        self.done = start
+        """How many of `paths` are behind us, those that could not be read too."""
 
     def __iter__(self) -> Iterator[tuple[list[Path], Features]]:
         """Yield the paths that could be read and their features.
@@ -74,15 +72,19 @@ class Predictions:
             ConfigError: `keep` or `outputs` do not fit the bundle.
         """
         self.unreadable.clear()
+        self.done = self._start
         preprocess = self._backbone.preprocess
         batch: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
+        places = range(self._start, len(self._paths))
         for index, pixels in readable(
-            range(len(self._paths)), lambda index: preprocess.crop(preprocess.read(self._paths[index])), self._leave_out
+            places, lambda index: preprocess.crop(preprocess.read(self._paths[index])), self._leave_out
         ):
             batch.append((index, pixels))
             if len(batch) == self._batch_size:
+                self.done = index + 1
                 yield self._run(batch)
                 batch = []
+        self.done = len(self._paths)
         if batch:
             yield self._run(batch)
         if len(self.unreadable) == len(self._paths):
@@ -115,60 +117,40 @@ def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[
         ConfigError: `k` below 1, or another number of names than classes.
         CheckFailed: logits that are not finite.
     """
-    num_classes = logits.shape[-1]
+    names, (classes, shares) = class_labels(class_names, logits.shape[-1]), rank(logits, k)
+    return [
+        [(names[index], share) for index, share in zip(row, of_row, strict=True)]
+        for row, of_row in zip(classes.tolist(), shares.tolist(), strict=True)
+    ]
+
+
+def rank(logits: Array, k: int) -> tuple[Array, Array]:
+    """The `k` most likely classes of each row of `logits (B, classes)` and their softmax probabilities, best first: two
+    arrays `(B, k)`.
+
+    Raises:
+        ConfigError: `k` below 1.
+        CheckFailed: logits that are not finite.
+    """
     if k < 1:
         raise ConfigError(f"top-k needs k of at least 1, not {k}")
-    if class_names is not None and len(class_names) != num_classes:
-        raise ConfigError(f"{len(class_names)} class names for {num_classes} logits")
     if not np.isfinite(logits).all():
         raise CheckFailed("the logits have NaN or infinite values", hint="run 'mae-deploy verify' on the bundle")
     exponents = np.exp(logits.astype(np.float64) - logits.max(axis=1, keepdims=True))
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
-    names = class_names if class_names is not None else [str(index) for index in range(num_classes)]
-    return [
-        [(names[int(index)], float(row[index])) for index in order]
-        for row, order in zip(probabilities, best, strict=True)
-    ]
+    return best, np.take_along_axis(probabilities, best, axis=1)
 
 
-def write_features(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
-    """Write one row for each file name: `paths` and every array `(B, ...)`, as .npz or .parquet.
-
-    In Parquet an axis beyond the first is a fixed-size list.
+def class_labels(class_names: Sequence[str] | None, num_classes: int) -> Sequence[str]:
+    """The names of the classes; without, their numbers.
 
     Raises:
-        ConfigError: another suffix, an array of another length, or one called `paths`.
-        MissingDependency: Parquet without pyarrow.
+        ConfigError: another number of names than classes.
     """
-    writers = {".npz": _write_npz, ".parquet": _write_parquet}
-    if path.suffix not in writers:
-        raise ConfigError(f"cannot write features to {path}", hint=f"known suffixes: {', '.join(writers)}")
-    for name, array in arrays.items():
-        if name == PATHS or array.shape[:1] != (len(names),):
-            raise ConfigError(f"cannot write the output '{name}' of shape {array.shape} beside {len(names)} {PATHS}")
-    writers[path.suffix](path, names, arrays)
-
-
-def _write_npz(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
-    with atomic_path(path) as aside, aside.open("wb") as file:
-        columns: dict[str, Any] = {PATHS: np.asarray(names, dtype=np.str_), **arrays}
-        np.savez(file, **columns)
-
-
-def _write_parquet(path: Path, names: Sequence[str], arrays: Mapping[str, Array]) -> None:
-    arrow, parquet = import_optional("pyarrow", extra="parquet"), import_optional("pyarrow.parquet", extra="parquet")
-    # Parquet's text is UTF-8: a file name in another encoding is shown with replacement characters.
-    columns = {
-        PATHS: arrow.array([os.fsencode(name).decode("utf-8", "replace") for name in names], type=arrow.string())
-    }
-    for name, array in arrays.items():
-        column = arrow.array(array.reshape(-1))
-        for size in reversed(array.shape[1:]):
-            column = arrow.FixedSizeListArray.from_arrays(column, size)
-        columns[name] = column
-    with atomic_path(path) as aside:
-        parquet.write_table(arrow.table(columns), aside)
+    if class_names is not None and len(class_names) != num_classes:
+        raise ConfigError(f"{len(class_names)} class names for {num_classes} logits")
+    return class_names if class_names is not None else [str(index) for index in range(num_classes)]
 
 
 def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> None:

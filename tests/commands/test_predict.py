@@ -7,6 +7,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -152,7 +154,7 @@ def test_large_outputs_are_neither_fetched_nor_kept_where_nothing_is_written(
 
 def test_npz(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "features.npz"
-    found = predict(capsys, exported / "encoder", photos, "--out", out)
+    found = predict(capsys, exported / "encoder", photos, "--out", out, "--outputs", "cls,tokens,pooled")
     assert (found["out"], found["outputs"]) == (str(out), {"cls": [5, 20], "tokens": [5, 15, 20], "pooled": [5, 20]})
     stored = arrays_of(out)
     assert stored["paths"].tolist() == [str(path) for path in find_images(photos)]
@@ -162,6 +164,85 @@ def test_npz(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.Captur
         # The same session on a batch of the same size.
         np.testing.assert_allclose(stored[name], array, rtol=0, atol=1e-6)
     assert [path.name for path in out.parent.iterdir()] == ["features.npz"]
+
+
+def test_vectors_are_written_and_the_size_is_said(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["predict", str(exported / "encoder"), str(photos), "--out", str(tmp_path / "f.npz")]) == 0
+    assert set(arrays_of(tmp_path / "f.npz")) == {"paths", "cls", "pooled"}
+    said = "writing: cls, pooled of 5 images, 800 B; not tokens (6 kB) without --outputs\n"
+    assert said in capsys.readouterr().err
+
+
+def test_without_vectors_all_is_written(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = write_bundle(tmp_path / "bundle", outputs=("feature_map", "tokens"))
+    predict(capsys, bundle, photos, "--num-keep", "4", "--out", tmp_path / "f.npz")
+    assert set(arrays_of(tmp_path / "f.npz")) == {"paths", "feature_map", "tokens"}
+
+
+def test_a_disk_without_room_is_noticed_before_computing(
+    exported: Path, photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10_000, 8_401, 1_599))
+    out = tmp_path / "new" / "f.npz"
+    assert main(["predict", str(exported / "encoder"), str(photos), "--out", str(out)]) == 2
+    said = f"error: --out {out} takes 1.6 kB while it is written, and {tmp_path} has 1.6 kB left\n"
+    assert said in capsys.readouterr().err
+    assert not out.parent.exists()
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_killed_run_goes_on(
+    exported: Path,
+    photos: Path,
+    tmp_path: Path,
+    broken: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if broken:
+        (photos / "01.png").write_bytes(b"")
+    call = (exported / "classifier", photos, "--batch-size", "2", "--out")
+    whole = predict(capsys, *call, tmp_path / "whole.npz")
+    run, calls = Backbone.run_cropped, 0
+
+    def killed(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Features:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return run(backbone, pixels, keep, outputs=outputs)
+
+    out = tmp_path / "f.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr(Backbone, "run_cropped", killed)
+        assert main(["predict", *map(str, call), str(out)]) not in (0, 2)
+    assert not out.exists()
+    done = 3 if broken else 2
+    kept = f"{done} of 5 images"
+    assert f"kept: {kept} in {out}.partial; the same call goes on there\n" in capsys.readouterr().err
+    assert main(["predict", *map(str, call), str(out), "--outputs", "pooled"]) == 2
+    assert f"{out}.partial has rows of a call with other outputs\n" in capsys.readouterr().err
+    assert main(["predict", *map(str, call), str(out), "--json"]) == 0
+    captured = capsys.readouterr()
+    assert f"going on: {kept} are in {out}.partial\n" in captured.err
+    assert json.loads(captured.out) == {**whole, "out": str(out)}
+    first, second = arrays_of(tmp_path / "whole.npz"), arrays_of(out)
+    assert first.keys() == second.keys()
+    for name, array in first.items():
+        np.testing.assert_array_equal(second[name], array)
+    assert not Path(f"{out}.partial").exists()
+
+
+def test_many_images_are_printed_line_by_line(
+    exported: Path, photos: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mae_deploy.commands.predict._TABLE", 4)
+    assert main(["predict", str(exported / "classifier"), str(photos), "--top-k", "1"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("  ")[0] for line in lines] == [str(path) for path in find_images(photos)]
+    assert all(re.fullmatch(r".*  \S+ \d+\.\d%", line) for line in lines)
 
 
 def test_a_classifier_writes_features_and_prints_classes(
@@ -191,7 +272,9 @@ def test_chosen_outputs(
 
 
 def test_given_patches(exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    found = predict(capsys, exported / "encoder", photos, "--out", tmp_path / "f.npz", "--keep", "7,0,11")
+    found = predict(
+        capsys, exported / "encoder", photos, "--out", tmp_path / "f.npz", "--keep", "7,0,11", "--outputs", "tokens"
+    )
     assert found["outputs"]["tokens"] == [5, 3, 20]
     expected = Backbone.load(exported / "encoder")([read_image(path) for path in find_images(photos)], keep=[7, 0, 11])
     np.testing.assert_allclose(arrays_of(tmp_path / "f.npz")["tokens"], expected.tokens, rtol=0, atol=1e-6)  # as above
@@ -201,9 +284,8 @@ def test_random_patches_follow_the_seed(
     exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for name, seed in (("a", "0"), ("b", "0"), ("c", "1")):
-        predict(
-            capsys, exported / "encoder", photos, "--out", tmp_path / f"{name}.npz", "--num-keep", "4", "--seed", seed
-        )
+        out, more = tmp_path / f"{name}.npz", ("--num-keep", "4", "--seed", seed, "--outputs", "tokens")
+        predict(capsys, exported / "encoder", photos, "--out", out, *more)
     a, b, c = (arrays_of(tmp_path / f"{name}.npz")["tokens"] for name in "abc")
     assert a.shape == (5, 4, 20)
     np.testing.assert_array_equal(a, b)

@@ -1,10 +1,7 @@
-"""Image files to features: unreadable ones are left out and named, and features are written whole."""
+"""Image files to features: unreadable ones are left out and named."""
 
 from __future__ import annotations
 
-import os
-import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Backbone
-from mae_deploy.runtime.predict import Predictions, top_k, write_features
+from mae_deploy.runtime.predict import Predictions, top_k
 from tests.runtime.tiny_bundle import C, D, K, N, P, write_bundle
 
 
@@ -65,6 +62,18 @@ def test_a_second_pass_starts_again(full_bundle: Path, photos: list[Path]) -> No
     predictions = Predictions(Backbone.load(full_bundle), photos)
     assert collect(predictions)[0] == collect(predictions)[0]
     assert len(predictions.unreadable) == 2
+
+
+def test_going_on_where_an_earlier_call_has_come_to(visible_bundle: Path, photos: list[Path]) -> None:
+    backbone = Backbone.load(visible_bundle)
+    whole = Predictions(backbone, photos, num_keep=K, batch_size=2)
+    batches = [(paths, features.tokens, whole.done) for paths, features in whole]
+    assert [done for _, _, done in batches] == [2, 5, 7]  # the third cannot be read, nor can the last
+    rest = Predictions(backbone, photos, num_keep=K, batch_size=2, start=2)
+    for (paths, tokens, done), (again, features) in zip(batches[1:], rest, strict=True):
+        assert (again, rest.done) == (paths, done)
+        np.testing.assert_allclose(features.tokens, tokens, atol=1e-6)  # the same session on a batch of the same size
+    assert [bad.path for bad in rest.unreadable] == [photos[2], photos[6]]
 
 
 def test_a_floating_point_image_is_reported_not_fatal(full_bundle: Path, photos: list[Path]) -> None:
@@ -222,74 +231,3 @@ def test_top_k_errors() -> None:
     logits[1, 1] = np.nan
     with pytest.raises(CheckFailed, match="NaN"):
         top_k(logits, None, 1)
-
-
-# --- files -----------------------------------------------------------------------------------------------------------
-
-NAMES = ["a/ä.png", "b.png", "c.png"]
-
-
-def arrays() -> dict[str, Array]:
-    rng = np.random.default_rng(0)
-    return {
-        "score": rng.normal(size=3),
-        "cls": rng.normal(size=(3, 5)).astype(np.float32),
-        "tokens": rng.normal(size=(3, 2, 7)).astype(np.float32),
-    }
-
-
-def test_npz(tmp_path: Path) -> None:
-    write_features(tmp_path / "new" / "features.npz", NAMES, arrays())
-    with np.load(tmp_path / "new" / "features.npz", allow_pickle=False) as archive:
-        assert archive["paths"].tolist() == NAMES
-        assert set(archive.files) == {"paths", "score", "cls", "tokens"}
-        for name, array in arrays().items():
-            np.testing.assert_array_equal(archive[name], array, strict=True)
-    assert os.listdir(tmp_path / "new") == ["features.npz"]
-
-
-def test_parquet(tmp_path: Path) -> None:
-    parquet = pytest.importorskip("pyarrow.parquet")
-    write_features(tmp_path / "features.parquet", [*NAMES[:2], os.fsdecode(b"\xff.png")], arrays())
-    table = parquet.read_table(tmp_path / "features.parquet")
-    assert table.column_names == ["paths", "score", "cls", "tokens"]
-    assert table["paths"].to_pylist() == [*NAMES[:2], "\ufffd.png"]
-    assert re.fullmatch(r"fixed_size_list<.*float.*>\[5\]", str(table.schema.field("cls").type))
-    for name, array in arrays().items():
-        np.testing.assert_array_equal(np.array(table[name].to_pylist(), dtype=array.dtype), array)
-
-
-def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(MissingDependency, match="pyarrow") as caught:
-        write_features(tmp_path / "features.parquet", NAMES, arrays())
-    assert "mae-deploy[parquet]" in (caught.value.hint or "")
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("name", ["features.csv", "features", "features.NPY"])
-def test_other_suffixes(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=name) as caught:
-        write_features(tmp_path / name, NAMES, arrays())
-    assert caught.value.hint == "known suffixes: .npz, .parquet"
-
-
-@pytest.mark.parametrize(("name", "rows"), [("cls", 2), ("paths", 3)])
-def test_arrays_that_do_not_fit(tmp_path: Path, name: str, rows: int) -> None:
-    with pytest.raises(ConfigError, match=f"'{name}' of shape"):
-        write_features(tmp_path / "features.npz", NAMES, {name: np.zeros((rows, 4))})
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_features(tmp_path / "features.npz", NAMES, arrays())
-    before = (tmp_path / "features.npz").read_bytes()
-
-    def break_off(file: object, **_: object) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(np, "savez", break_off)
-    with pytest.raises(OSError, match="disk full"):
-        write_features(tmp_path / "features.npz", NAMES[:1], {"cls": np.zeros((1, 2))})
-    assert (tmp_path / "features.npz").read_bytes() == before
-    assert os.listdir(tmp_path) == ["features.npz"]
