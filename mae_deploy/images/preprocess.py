@@ -11,9 +11,6 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.arrays import TIFF_SUFFIXES, require_tiff, resize_and_cut
-
-if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
-    from PIL import Image
 from mae_deploy.images.read import (
     Array,
     as_array,
@@ -24,6 +21,10 @@ from mae_deploy.images.read import (
     takes_arrays,
     to_mode,
 )
+from mae_deploy.images.statistics import check_statistics
+
+if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
+    from PIL import Image
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -68,6 +69,7 @@ class Preprocess:
                 f"pixel_max {self.pixel_max:g} must be above 0",
                 hint="65535 for 16-bit images, 10000 for Sentinel-2's reflectance",
             )
+        check_statistics(self.mean, self.std, self.pixel_max)
 
     @property
     def takes_arrays(self) -> bool:

@@ -82,7 +82,7 @@ class TrainingRunner:
         self.readback: Readback[_Launched] = Readback(accelerator.device)
         process = accelerator.process_index if accelerator.num_processes > 1 else None
         self.guard = Guard(
-            state, loop, folder.path, process=process, late=self.readback.late, total_steps=plan.total_steps
+            state, loop, folder.path, job.spec, process=process, late=self.readback.late, total_steps=plan.total_steps
         )
         self.signals = StopSignals(launched=accelerator.num_processes > 1)
         self.batches: list[Batch] = []

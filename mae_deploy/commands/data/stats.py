@@ -40,8 +40,8 @@ class _Found(NamedTuple):
     format: str = ""
     size: tuple[int, int] = (0, 0)
     """Width and height."""
-    mean: Array | None = None
-    square: Array | None = None
+    numbers: Array | None = None
+    """Mean, variance, smallest and largest number of each channel, `(4, C)`."""
     pixels: str = ""
 
 
@@ -60,7 +60,7 @@ def run_stats(config: StatsConfig) -> Result:
             len(source), config.sample, replace=False
         )
         indices = sorted(map(int, drawn))
-    total = _Sums(config.in_chans)
+    total = _Sums()
     with (
         surveying(partial(_look, source, config), config.num_workers) as survey,
         progress("stats", len(indices)) as bar,
@@ -68,7 +68,7 @@ def run_stats(config: StatsConfig) -> Result:
         for found in survey(indices):
             total.add(found)
             bar.advance()
-    if total.images == 0:
+    if not total.numbers:
         raise CheckFailed(f"none of the {len(indices)} images of {config.data} can be read", hint=total.unreadable[0])
     data = {
         "data": config.data,
@@ -84,9 +84,8 @@ def run_stats(config: StatsConfig) -> Result:
 class _Sums:
     """What is known so far; every image counts the same, whatever its size."""
 
-    def __init__(self, channels: int) -> None:
-        self.images = 0
-        self.mean, self.square = np.zeros(channels), np.zeros(channels)
+    def __init__(self) -> None:
+        self.numbers: list[Array] = []
         self.formats: Counter[str] = Counter()
         self.sizes: list[tuple[int, int]] = []
         self.unreadable: list[str] = []
@@ -95,12 +94,10 @@ class _Sums:
 
     def add(self, found: _Found) -> None:
         """Count one image."""
-        if found.mean is None or found.square is None:
+        if found.numbers is None:
             self.unreadable.append(str(found.error))
             return
-        self.images += 1
-        self.mean += found.mean
-        self.square += found.square
+        self.numbers.append(found.numbers)
         self.formats[found.format] += 1
         self.sizes.append(found.size)
         if (first := self.seen.add(found.key, found.pixels, 0)) is not None:
@@ -108,14 +105,17 @@ class _Sums:
 
     def report(self) -> dict[str, Any]:
         """As JSON."""
-        mean = self.mean / self.images
-        std = np.sqrt(np.maximum(self.square / self.images - mean**2, 0))
+        means, variances, lowest, highest = np.array(self.numbers).transpose(1, 0, 2)
+        mean, std = means.mean(axis=0), np.sqrt(variances.mean(axis=0) + means.var(axis=0))
+        (constant,) = np.nonzero(lowest.min(axis=0) == highest.max(axis=0))
+        std[constant] = 0
         sizes = np.array(self.sizes)
         short = np.sort(sizes.min(axis=1))
         return {
-            "mean": [round(float(value), 4) for value in mean],
-            "std": [round(float(value), 4) for value in std],
-            "flags": f"--mean {_flag(mean)} --std {_flag(std)}",
+            "mean": [float(f"{value:.6g}") for value in mean],
+            "std": [float(f"{value:.6g}") for value in std],
+            "constant": constant.tolist(),
+            "flags": f"--mean {_flag(mean)} --std {_flag(np.where(std > 0, std, 1))}",
             "formats": dict(self.formats.most_common()),
             "width": _spread(sizes[:, 0]),
             "height": _spread(sizes[:, 1]),
@@ -135,9 +135,11 @@ def _look(source: ImageSource, config: StatsConfig, index: int) -> _Found:
     except UnreadableImage as error:
         return _Found(key, str(error))
     pixels = np.asarray(image)
-    values = pixels.reshape(-1, config.in_chans).astype(np.float32) / np.float32(config.pixel_max or 255)
-    mean, square = values.mean(axis=0, dtype=np.float64), np.square(values).mean(axis=0, dtype=np.float64)
-    return _Found(key, None, _format(key, content), (pixels.shape[1], pixels.shape[0]), mean, square, pixel_hash(image))
+    pixels = pixels.reshape(*pixels.shape[:2], config.in_chans)
+    planes = (pixels[..., channel].astype(np.float64) / (config.pixel_max or 255) for channel in range(config.in_chans))
+    numbers = [(plane.mean(), plane.var(), plane.min(), plane.max()) for plane in planes]
+    height, width, _ = pixels.shape
+    return _Found(key, None, _format(key, content), (width, height), np.array(numbers).T, pixel_hash(image))
 
 
 def _format(key: str, content: bytes) -> str:
@@ -156,7 +158,7 @@ def _spread(values: Array) -> list[int]:
 
 
 def _flag(values: Array) -> str:
-    return ",".join(f"{value:.4f}" for value in values)
+    return ",".join(f"{value:.4g}" for value in values)
 
 
 def _shown(data: dict[str, Any]) -> dict[str, object]:
@@ -171,4 +173,13 @@ def _shown(data: dict[str, Any]) -> dict[str, object]:
         "duplicates": "\n".join([str(data["duplicates"]), *data["duplicates_listed"]]),
         "unreadable": "\n".join([str(data["unreadable"]), *data["unreadable_listed"]]),
         "mean, std": data["flags"],
+        **(
+            {
+                "constant": "\n".join(
+                    f"channel {channel} (counted from 0) is constant: leave it out" for channel in data["constant"]
+                )
+            }
+            if data["constant"]
+            else {}
+        ),
     }

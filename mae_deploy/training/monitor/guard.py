@@ -7,6 +7,7 @@ processes need not talk about it and a resumed run decides the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from mae_deploy.data.dataset import Batch
 from mae_deploy.errors import CheckFailed
 from mae_deploy.files import atomic_path, write_json
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice
 from mae_deploy.training.config import LoopConfig
 from mae_deploy.training.state.progress import Progress
@@ -26,6 +28,10 @@ LR_FACTOR = 0.5
 _MOST_SAVED = 20
 """Steps whose batches are saved in one run; more would fill the disk of a run that skips one step an epoch for
 months."""
+
+
+_LARGEST_INPUT = 1000
+"""Deviations from the mean beyond which the input is to blame: 255 where all of 8 bits is one deviation."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +64,18 @@ class Guard:
     """Counts skipped steps, saves their batches, and says when to go back."""
 
     def __init__(
-        self, state: Progress, loop: LoopConfig, run: Path, *, process: int | None, late: int, total_steps: int
+        self,
+        state: Progress,
+        loop: LoopConfig,
+        run: Path,
+        spec: Preprocess,
+        *,
+        process: int | None,
+        late: int,
+        total_steps: int,
     ) -> None:
         self.state = state
+        self.spec = spec
         self.loop = loop
         self.folder = run / "nonfinite"
         self.process = process
@@ -93,10 +108,9 @@ class Guard:
             f"the loss or its gradient was not finite in {state.consecutive_skips} step(s) in a row, after going back"
             f" {state.rollbacks} time(s); step {outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm};"
             f" its batch: {self._saved_file(outcome.step)}",
-            hint=(
-                "look at the images of that batch; start a new run with a smaller --blr, --clip-grad 1, or --precision"
-                " fp32"
-            ),
+            hint=input_fault(outcome.batches, self.spec)
+            or "look at the images of that batch; start a new run with a smaller --blr, --clip-grad 1, or --precision"
+            " fp32",
         )
 
     def rolled_back(self, to: str) -> None:
@@ -139,9 +153,11 @@ class Guard:
             "names": [name for batch in guilty for name in batch.names],
         }
         write_json(file.with_suffix(".json"), found)
+        fault = input_fault(tuple(guilty), self.spec)
         notice(
             "skipped step",
-            f"{outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch is saved in {file}",
+            f"{outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch is saved in {file}"
+            + (f"; {fault}" if fault else ""),
         )
 
     def _file(self, step: int) -> Path:
@@ -159,3 +175,19 @@ class Guard:
             self.folder.glob("*.safetensors"), key=lambda file: (f"step-{step}" in file.name, file.stat().st_mtime)
         )
         return found[-1] if found else self.folder
+
+
+def input_fault(batches: Sequence[Batch], spec: Preprocess) -> str | None:
+    """What is wrong with the images before any network has seen them, as mean and deviation leave them."""
+    mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (spec.mean, spec.std))
+    for batch in batches:
+        inputs = (batch.images.double() / spec.divisor - mean) / std
+        largest = inputs.abs().amax(dim=(0, 2, 3))  # NaN where there is one
+        channel = int(torch.where(largest.isnan(), math.inf, largest).argmax())
+        if not float(largest[channel]) <= _LARGEST_INPUT:
+            return (
+                f"the input is at fault: channel {channel} (counted from 0) reaches {float(largest[channel]):.3g}"
+                f" deviations with --mean {spec.mean[channel]:g}, --std {spec.std[channel]:g} and pixels divided by"
+                f" {spec.divisor:g}; mae-deploy data stats prints what fits"
+            )
+    return None

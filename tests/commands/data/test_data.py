@@ -56,7 +56,7 @@ def test_statistics_of_every_channel(tmp_path: Path, num_workers: int) -> None:
     spoil(tmp_path / "broken" / "00.png")
     data = run_stats(StatsConfig(data=str(tmp_path), num_workers=num_workers)).data
     assert (data["mean"], data["std"]) == ([0.5, 0.2, 0.5], [0.5, 0.0, 0.5])
-    assert data["flags"] == "--mean 0.5000,0.2000,0.5000 --std 0.5000,0.0000,0.5000"
+    assert (data["flags"], data["constant"]) == ("--mean 0.5,0.2,0.5 --std 0.5,1,0.5", [1])
     assert (data["images"], data["read"], data["formats"]) == (5, 5, {"PNG RGB": 3, "BMP RGB": 1})
     assert (data["width"], data["height"], data["short_side"]) == ([5, 8, 11], [3, 5, 7], [3, 5, 7])
     assert (data["duplicates"], data["unreadable"]) == (2, 1)
@@ -73,6 +73,20 @@ def test_statistics_of_a_sample_and_of_arrays(images: Path, tmp_path: Path) -> N
     )
     data = run_stats(StatsConfig(data=str(tmp_path / "a.npy"), in_chans=5, pixel_max=10000.0, num_workers=0)).data
     assert (data["mean"], data["formats"]) == ([0.0, 0.1, 0.5, 1.0, 0.25], {"NPY": 1})
+
+
+def test_narrow_channels_keep_their_digits_and_constant_ones_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rng = np.random.default_rng(0)
+    pixels = np.stack([np.full((40, 50), 0.7), 0.3 + 1e-6 * rng.random((40, 50)), rng.random((40, 50))], axis=2)
+    np.save(tmp_path / "a.npy", pixels)
+    data = run_stats(StatsConfig(data=str(tmp_path), pixel_max=1.0, num_workers=0)).data
+    np.testing.assert_allclose(data["std"], pixels.std(axis=(0, 1)) * (0, 1, 1), rtol=1e-5)  # six digits
+    std = [float(value) for value in data["flags"].split("--std ")[1].split(",")]
+    np.testing.assert_allclose(std, (1, *pixels.std(axis=(0, 1))[1:]), rtol=1e-3)  # four digits
+    assert main(["data", "stats", str(tmp_path), "--pixel-max", "1", "--num-workers", "0"]) == 0
+    assert "channel 0 (counted from 0) is constant: leave it out" in " ".join(capsys.readouterr().out.split())
 
 
 def test_statistics_on_the_command_line(images: Path, capsys: pytest.CaptureFixture[str]) -> None:

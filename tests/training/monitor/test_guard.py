@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,15 @@ from safetensors.torch import load_file
 
 from mae_deploy.data.dataset import Batch
 from mae_deploy.errors import CheckFailed
+from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.training.config import LoopConfig
-from mae_deploy.training.monitor.guard import Guard, StepOutcome
+from mae_deploy.training.monitor.guard import Guard, StepOutcome, input_fault
 from mae_deploy.training.state.progress import Progress, load_progress
 from mae_deploy.training.state.run_folder import read_metrics
 from tests.training.linear_runs import Planted, Trained, train
 from tests.training.tiny_runs import optim, run_processes
+
+SPEC = default_preprocess((2, 2))
 
 
 def lines_of(run: Path) -> list[dict[str, Any]]:
@@ -206,7 +210,7 @@ def test_an_overflow_of_the_loss_scale_is_counted_but_is_no_event_until_nothing_
     tmp_path: Path,
 ) -> None:
     state = Progress()
-    guard = Guard(state, LoopConfig(max_skips=2), tmp_path, process=None, late=2, total_steps=99)
+    guard = Guard(state, LoopConfig(max_skips=2), tmp_path, SPEC, process=None, late=2, total_steps=99)
     for step in range(1, 8):
         assert guard.observe(outcome(step, 1.5, math.inf, 2.0 ** (7 - step + 1))) is None
     assert (state.skipped, state.consecutive_skips, state.rollback_at) == (7, 0, None)
@@ -221,7 +225,41 @@ def test_an_overflow_of_the_loss_scale_is_counted_but_is_no_event_until_nothing_
 
 def test_a_loss_that_is_no_number_is_an_event_at_any_scale(tmp_path: Path) -> None:
     state = Progress()
-    Guard(state, LoopConfig(), tmp_path, process=None, late=2, total_steps=99).observe(
+    Guard(state, LoopConfig(), tmp_path, SPEC, process=None, late=2, total_steps=99).observe(
         outcome(1, math.nan, math.nan, 65536.0)
     )
     assert state.consecutive_skips == 1
+
+
+# --- the input -------------------------------------------------------------------------------------------------------
+
+
+def batch_of(images: torch.Tensor) -> Batch:
+    numbers = torch.zeros(len(images), dtype=torch.int64)
+    return Batch(images, numbers, (), ("a",) * len(images), numbers, numbers)
+
+
+def test_the_input_is_looked_at_first(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3, 2, 2)
+    images[1, 2, 0, 1] = 0.5
+    narrow = replace(SPEC, pixel_max=1.0, std=(0.2, 0.2, 1e-30))
+    fault = input_fault([batch_of(torch.zeros(1, 3, 2, 2)), batch_of(images)], replace(narrow, mean=(0.4, 0.4, 0.0)))
+    assert fault is not None
+    assert "channel 2 (counted from 0) reaches 5e+29 deviations with --mean 0, --std 1e-30" in fault
+    images[0, 1, 0, 0] = math.nan
+    assert "channel 1 (counted from 0) reaches nan" in str(input_fault([batch_of(images)], narrow))
+    state = Progress(rollbacks=99)
+    guard = Guard(state, LoopConfig(max_skips=1), tmp_path, narrow, process=None, late=0, total_steps=9)
+    error = guard.observe(replace(outcome(1, math.nan, math.nan, None), batches=(batch_of(images),)))
+    assert error is not None
+    assert str(error.hint).startswith("the input is at fault: channel 1")
+
+
+def test_an_ordinary_input_is_not_to_blame(tmp_path: Path) -> None:
+    images = torch.randint(0, 256, (2, 3, 2, 2), dtype=torch.uint8)
+    assert input_fault([batch_of(images)], SPEC) is None
+    assert input_fault([batch_of(images)], replace(SPEC, mean=(0.0,) * 3, std=(1 / 255,) * 3)) is None
+    guard = Guard(Progress(rollbacks=99), LoopConfig(max_skips=1), tmp_path, SPEC, process=None, late=0, total_steps=9)
+    error = guard.observe(outcome(1, math.nan, math.nan, None))
+    assert error is not None
+    assert str(error.hint).startswith("look at the images of that batch")
