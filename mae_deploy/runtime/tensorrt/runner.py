@@ -2,10 +2,11 @@
 replayed as CUDA graphs.
 
 A slot has a stream, and memory for the inputs and outputs of one run on the GPU and pinned on the host, for the largest
-shapes. Each of the first shapes of inputs that a slot meets gets an execution context of its own, since TensorRT allows
-no change to a context whose work was captured; further ones share a context and run without a graph. All contexts use
-the same memory for activations, so what computes waits for what computed before. A run allocates nothing on the GPU
-unless its shapes are new.
+shapes. Shapes of inputs get an execution context of their own, since TensorRT allows no change to a context whose work
+was captured: the first ones that a slot meets, and from then on those that come back soon, in place of what was not
+used for longest. Others share a context and run without a graph. All contexts use the same memory for activations, so
+what computes, or chooses its profile, waits for what computed before. A run allocates nothing on the GPU unless its
+shapes are new.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from mae_deploy.runtime.tensorrt.tensors import (
 
 NUM_SLOTS = 2
 MOST_CONTEXTS = 16
-"""Shapes of inputs that get a context and a graph of their own in a slot; each costs some milliseconds once, and a
-little memory."""
+"""Shapes of inputs that have a context and a graph of their own in a slot, which costs some milliseconds once, and a
+little memory; and how many others are remembered, to give one to those that come back."""
 
 _log = logging.getLogger(__name__)
 
@@ -166,14 +167,18 @@ class PlanRunner:
             else:
                 np.copyto(prepared.host[name], array, casting="unsafe")  # check_dtype has looked at it
                 memory.copy_in(slot.pointers[name], prepared.host[name], stream)
-        for other in self._slots:
-            if other is not slot:
-                stream.wait(other.computed)
+        self._wait_for_others(slot)
         self._enqueue(prepared, slot, use_graphs=use_graphs)
         slot.computed.record(stream)
         for name in copied_out:
             memory.copy_out(prepared.host[name], slot.pointers[name], stream)
         return prepared
+
+    def _wait_for_others(self, slot: Slot) -> None:
+        """Let what comes on a slot's stream wait for what the others compute, in the same memory."""
+        for other in self._slots:
+            if other is not slot:
+                slot.stream.wait(other.computed)
 
     def _as_input(self, tensor: Tensor, value: Any, stream: int) -> Array | DeviceView:
         if not is_on_device(value):
@@ -213,13 +218,14 @@ class PlanRunner:
     def _prepare(self, slot: Slot, shapes: dict[str, Shape]) -> Prepared:
         """The context for inputs of these shapes in a slot."""
         key = tuple(shapes.values())
-        prepared = slot.prepared.get(key)
+        prepared = slot.find(key)
         if prepared is not None:
             return prepared
         profile = choose_profile(self.profiles, shapes)
-        is_own = len(slot.prepared) < MOST_CONTEXTS
+        is_own = slot.has_room_for(key, most=MOST_CONTEXTS)
         context = None if is_own else slot.shared.get(profile.index)
         if context is None:
+            self._wait_for_others(slot)
             context = self._create_context(profile, slot.stream.handle)
             for name, pointer in slot.pointers.items():
                 if not context.set_tensor_address(name, pointer):
@@ -239,11 +245,9 @@ class PlanRunner:
         )
         if context is None:
             raise self._api.refuse("make an execution context")
-        if not context.set_optimization_profile_async(profile.index, stream):
-            raise self._api.refuse(
-                f"use profile {profile.index} in another context",
-                hint="build the engine again: mae-deploy build-engine BUNDLE",
-            )
+        hint = "build the engine again: mae-deploy build-engine BUNDLE"
+        with self._api.explained(f"use profile {profile.index} in another context", hint=hint):
+            context.set_optimization_profile_async(profile.index, stream)
         return context
 
     def _set_shapes(self, context: Any, shapes: Mapping[str, Shape]) -> dict[str, Shape]:
@@ -251,7 +255,9 @@ class PlanRunner:
         for name, shape in shapes.items():
             if not context.set_input_shape(name, shape):
                 raise self._api.refuse(f"take {name} of shape {shape}")
-        missing = context.infer_shapes()
+        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        with self._api.explained(f"tell the shapes of the outputs for {given}"):
+            missing = context.infer_shapes()
         outputs = {name: tuple(context.get_tensor_shape(name)) for name in self.outputs}
         check_shapes(missing, outputs)
         return outputs

@@ -96,7 +96,9 @@ class Slot:
         self.computed = memory.event()
         """When the last run's outputs were there."""
         self.prepared: dict[tuple[Shape, ...], Prepared] = {}
-        """By the shapes of the inputs."""
+        """By the shapes of the inputs; what was used last stands last."""
+        self._others: dict[tuple[Shape, ...], None] = {}
+        """Shapes that ran in a shared context, in the order in which they came."""
         self.shared: dict[int, Any] = {}
         """A context for all further shapes, by profile."""
 
@@ -157,6 +159,28 @@ class Slot:
             )
             for name in names
         }
+
+    def find(self, shapes: tuple[Shape, ...]) -> Prepared | None:
+        """What is prepared for inputs of these shapes, which are now the last used."""
+        prepared = self.prepared.pop(shapes, None)
+        if prepared is not None:
+            self.prepared[shapes] = prepared
+        return prepared
+
+    def has_room_for(self, shapes: tuple[Shape, ...], *, most: int) -> bool:
+        """Whether new shapes get a context of their own: where fewer than `most` have one, or where they are among the
+        last `most` that did not, in place of the shapes that were not used for longest. The slot must be free.
+        """
+        if len(self.prepared) < most:
+            return True
+        if shapes in self._others:
+            del self._others[shapes]
+            self.prepared.pop(next(iter(self.prepared))).close()
+            return True
+        self._others[shapes] = None
+        if len(self._others) > most:
+            del self._others[next(iter(self._others))]
+        return False
 
     def host_views(self, shapes: Mapping[str, Shape]) -> dict[str, Array]:
         """The start of each tensor's pinned memory, in its shape and type."""

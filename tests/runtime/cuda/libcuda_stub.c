@@ -101,6 +101,7 @@ int stub_depth(void) { return depth; }
 long stub_capture(void *stream) { return capturing && capturing == stream ? capture_id : 0; }
 void stub_break_capture(void) { capture_broken = 1; }
 const char *stub_calls(void) { return calls; }
+void stub_mark(const char *call) { note(call); }
 void stub_forget_calls(void) { calls[0] = 0; }
 
 /* --- devices and contexts --- */

@@ -77,7 +77,7 @@ def make_tensorrt(driver: ctypes.CDLL, *, version: str = "10.3.0", shared_profil
 
     trt.__version__, trt.ILogger, trt.Runtime = version, ILogger, Runtime
     trt.DataType, trt.TensorIOMode, trt.nptype = DataType, TensorIOMode, _nptype
-    trt.contexts = []
+    trt.contexts, trt.infer_error = [], None
     if not version.startswith("8"):
         trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user-managed")
     return trt  # type: ignore[no-any-return]
@@ -181,9 +181,11 @@ class _Context:
         if not self.engine.shared_profiles and any(
             other is not None and other is not self and other.profile == index for other in others
         ):
-            return False
+            raise RuntimeError("Error in set optimization profile async.")
+        assert stream != 0
+        self.engine.graphs.driver.stub_mark(b"profile")
         self.profile = index
-        return stream != 0
+        return True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
@@ -193,6 +195,9 @@ class _Context:
         return all(low <= side <= high for low, side, high in zip(least, shape, most, strict=True))
 
     def infer_shapes(self) -> list[str]:
+        """As the real one, it raises where it fails."""
+        if self.engine.trt.infer_error is not None:
+            raise RuntimeError(self.engine.trt.infer_error)
         return [name for name in ("images", "ids_keep") if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> list[int]:

@@ -97,7 +97,7 @@ def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(
         calls(stub_driver)
         copies, results = ["in", "in", "wait"], ["record", "out", "out", "synchronize"]
         engine.run(inputs())
-        assert calls(stub_driver) == [*copies, "synchronize", "capture", *results]
+        assert calls(stub_driver) == ["wait", "profile", *copies, "synchronize", "capture", *results]
         for _ in range(3):
             engine.run(inputs())
             assert calls(stub_driver) == [*copies, "launch", *results], "and nothing is allocated"
@@ -109,6 +109,7 @@ def test_a_graph_is_captured_after_the_first_run_and_launched_from_then_on(
 
 def test_without_graphs_every_run_is_enqueued(load: Load, stub_driver: ctypes.CDLL) -> None:
     with load(graphs=False) as engine:
+        engine.run(inputs())
         calls(stub_driver)
         for _ in range(3):
             engine.run(inputs())
@@ -123,12 +124,31 @@ def test_shapes_beyond_those_that_get_a_graph(
         for _ in range(2):
             for keep in range(1, 8):
                 check(engine.run(inputs(keep=keep)), inputs(keep=keep))
-        assert calls(stub_driver).count("capture") == 2
+        assert calls(stub_driver).count("capture") == 2, "what comes back after many others takes no one's place"
         made = stub_driver.stub_made()
-        for keep in (6, 7, 1, 2):
+        for keep in (5, 1, 4, 2):
             check(engine.run(inputs(keep=keep)), inputs(keep=keep))
         assert stub_driver.stub_made() == made
-        assert calls(stub_driver).count("launch") >= 2
+        assert calls(stub_driver).count("launch") == 2
+
+
+def test_a_shape_that_comes_back_takes_the_place_of_what_was_not_used_for_longest(
+    load: Load, stub_driver: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_runner, "MOST_CONTEXTS", 2)
+
+    def replays(engine: TensorRtEngine, keep: int) -> bool:
+        calls(stub_driver)
+        check(engine.run(inputs(keep=keep)), inputs(keep=keep))
+        return "launch" in calls(stub_driver)
+
+    with load() as engine:
+        for keep in (1, 2, 1):
+            engine.run(inputs(keep=keep))
+        live = stub_driver.stub_live()
+        assert [replays(engine, 5) for _ in range(4)] == [False, False, True, True], "shared, then captured"
+        assert stub_driver.stub_live() == live, "a graph for a graph"
+        assert (replays(engine, 1), replays(engine, 2)) == (True, False)
 
 
 def test_what_cannot_be_captured_runs_without_a_graph(
@@ -323,6 +343,27 @@ def test_a_run_that_tensorrt_refuses(load: Load) -> None:
             engine.run(inputs())
         context.fails = False
         check(engine.run(inputs()), inputs())
+
+
+def test_shapes_that_tensorrt_cannot_infer(load: Load) -> None:
+    with load() as engine:
+        engine._runner._api.module.infer_error = "infer_shapes failed"
+        with pytest.raises(MaeDeployError, match=r"cannot tell the shapes of the outputs for images \(2, 3, 2, 5\)"):
+            engine.run(inputs())
+        engine._runner._api.module.infer_error = None
+        check(engine.run(inputs()), inputs())
+
+
+def test_a_profile_is_chosen_after_the_run_in_the_other_slot(load: Load, stub_driver: ctypes.CDLL) -> None:
+    """All contexts have the same memory, into which the choice may copy."""
+    with load() as engine:
+        first = engine.submit(inputs())
+        calls(stub_driver)
+        second = engine.submit(inputs(keep=5))
+        asked = calls(stub_driver)
+        assert asked.index("wait") < asked.index("profile") < asked.index("in")
+        check(first.result(), inputs())
+        check(second.result(), inputs(keep=5))
 
 
 def test_profiles_that_contexts_cannot_share(load: Load) -> None:
