@@ -238,10 +238,11 @@ def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> E
     if engine != TENSORRT:
         return open_graph(graph, engine, options, precision=bundle.arithmetic)
     from mae_deploy.runtime.tensorrt.build import build_plan
-    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
 
     manifest = bundle.manifest
     profile = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
     plan = graph.with_suffix(".plan")
-    build_plan(graph, plan, precision=bundle.precision, typing=manifest["typing"], profiles=[profile])
+    index = gpu_index(options.device)
+    build_plan(graph, plan, precision=bundle.precision, typing=manifest["typing"], profiles=[profile], index=index)
     return TensorRtEngine(plan, options, precision=bundle.precision, profiles=[profile])

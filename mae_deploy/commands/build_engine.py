@@ -13,6 +13,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.profiles import read_profiles
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.runtime.tensorrt.engine import gpu_index
 from mae_deploy.serving.deepstream import check_bundle
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
@@ -30,13 +31,14 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     refuse_to_serve_over(bundle.path, triton=config.triton, deepstream=config.deepstream)
     if config.deepstream is not None:
         check_bundle(bundle)
-    load_tensorrt()  # what is missing is said before a bar is shown
+    load_tensorrt(gpu_index(config.device))  # what is missing is said before a bar is shown
     with percentage("build") as report:
         built = build_engine(
             bundle,
             precision=config.precision,
             profiles=read_profiles(config.profile),
             options=config.build,
+            device=config.device,
             prefer=config.prefer,
             on_progress=report,
         )

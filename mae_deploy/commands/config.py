@@ -57,8 +57,8 @@ class BuildEngineConfig(Settings, resume="never"):
     build: BuildOptions = section(BuildOptions)
     seed: int = 0
     """Not used: the golden samples are fixed."""
-    device: Device = "auto"
-    """Not used: the engine is built for the first GPU."""
+    device: str = "auto"
+    """The GPU on which and for which it is built: the first, or with cuda:1 the second, and so on."""
 
     def faults(self) -> Iterator[MaeDeployError]:
         yield from errors_of(lambda: read_profiles(self.profile))

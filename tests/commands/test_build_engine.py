@@ -25,7 +25,7 @@ def bundle(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def missing() -> None:
+    def missing(index: int) -> None:
         raise MissingDependency("there is no NVIDIA driver on this machine", hint="install it")
 
     monkeypatch.setattr(command, "load_tensorrt", missing)
@@ -48,7 +48,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, path: Path, **changes: Any) -> dict[st
         given["on_progress"]("fp16: tactics", 0.5)
         return Built(**{"entry": entry, "checks": (), "baseline": None, "rejected": None, **changes})
 
-    monkeypatch.setattr(command, "load_tensorrt", lambda: None)
+    monkeypatch.setattr(command, "load_tensorrt", lambda index: asked.update(index=index))
     monkeypatch.setattr(command, "build_engine", build)
     return asked
 
@@ -85,9 +85,12 @@ def test_what_is_asked_for(
         "--version-compatible",
         "--strip",
         "--refit",
+        "--device",
+        "cuda:1",
     ]
     assert main(["build-engine", str(bundle), *arguments, "--json"]) == 0
     assert (asked["bundle"], asked["precision"], asked["prefer"]) == (bundle, "int8", "fp16")
+    assert (asked["index"], asked["device"]) == (1, "cuda:1")
     assert asked["profiles"] == [{"B": (1, 1, 1), "K": (4, 4, 4)}, {"B": (8, 8, 8)}]
     options = asked["options"]
     assert (options.workspace, options.optimization_level, options.timing_cache, options.hardware_compatible) == (
@@ -104,6 +107,11 @@ def test_what_is_asked_for(
         0.5,
         None,
     )
+
+
+def test_a_device_that_is_none(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build-engine", str(bundle), "--device", "gpu1"]) == 2
+    assert capsys.readouterr().err.startswith("error: unknown device 'gpu1'\nhint: cuda is the first GPU, cuda:1")
 
 
 def test_for_people(

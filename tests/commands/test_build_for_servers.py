@@ -37,7 +37,7 @@ def test_what_is_there_is_not_overwritten(
 def test_the_engine_is_written_for_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = planned(tmp_path / "full", token_mode="full", preprocess={"std": [0.3] * 3})
     built = SimpleNamespace(entry=plan_of(bundle), rejected=None, baseline=None)
-    monkeypatch.setattr(build_engine, "load_tensorrt", lambda: None)
+    monkeypatch.setattr(build_engine, "load_tensorrt", lambda index: None)
     monkeypatch.setattr(
         build_engine, "build_engine", lambda *_, **__: built
     )  # what it does needs a GPU, and is tested on one

@@ -70,6 +70,7 @@ def build_engine(
     precision: Precision | None = None,
     profiles: Sequence[Profile] = (),
     options: BuildOptions = BuildOptions(),
+    device: str = "auto",
     prefer: Literal["fp16"] | None = None,
     max_latency: float = 1.0,
     on_progress: Report | None = None,
@@ -82,6 +83,7 @@ def build_engine(
     Args:
         precision: None: the bundle's.
         profiles: sizes to build for; without any, those that the bundle was exported for.
+        device: the GPU on which and for which it is built, see `EngineOptions`.
         prefer: fp16 keeps FP16 where INT8 or FP8 is not worth it, instead of an error.
         max_latency: the share of FP16's latency below which INT8 or FP8 must stay.
         on_progress: is told what is being done and the share of it all, from 0 to 1.
@@ -92,7 +94,7 @@ def build_engine(
         CheckFailed: the engine's outputs are not PyTorch's, or INT8 is not faster; both figures are in the message.
         MaeDeployError: TensorRT cannot build it, or the bundle cannot be written.
     """
-    api = load_tensorrt()
+    api = load_tensorrt(gpu_index(device))
     wanted = precision or bundle.manifest["precision"]
     complete = resolve_profiles(bundle, profiles)
     precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED else [wanted]
@@ -108,6 +110,7 @@ def build_engine(
                 typing=bundle.manifest["typing"],
                 profiles=complete,
                 options=options,
+                index=api.gpu.index,
                 on_progress=_part_of(
                     on_progress, name, _BUILDING * index / len(precisions), _BUILDING / len(precisions)
                 ),
@@ -118,7 +121,7 @@ def build_engine(
         for index, (name, plan) in enumerate(zip(precisions, plans, strict=True)):
             if on_progress is not None:
                 on_progress(f"{name}: parity", _BUILDING + (1 - _BUILDING) * index / len(precisions))
-            found.append(_try(stack, bundle, name, sources[name], plan, complete, options, expected))
+            found.append(_try(stack, bundle, name, sources[name], plan, complete, options, expected, device))
         first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
         if last.failures:
             raise CheckFailed(
@@ -162,7 +165,7 @@ def build_missing_engine(bundle: Bundle, device: str) -> None:
     """
     api = load_tensorrt(gpu_index(device))
     if find_plan(bundle, api.version, api.gpu) is None:
-        build_engine(bundle)
+        build_engine(bundle, device=device)
 
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
@@ -246,6 +249,7 @@ def _try(
     profiles: Sequence[Profile],
     options: BuildOptions,
     expected: Mapping[int | None, Arrays],
+    device: str,
 ) -> _Candidate:
     """Load and check an engine, launch by launch and as CUDA graphs; the latter stays open for the timing."""
     load = partial(
@@ -256,9 +260,9 @@ def _try(
         host_code=options.version_compatible,
         weights=bundle.graph(source) if options.strip else None,
     )
-    with load(EngineOptions(cuda_graphs=False)) as plain:
+    with load(EngineOptions(device=device, cuda_graphs=False)) as plain:
         checks = check_plan(bundle, plain, profiles, expected)
-    engine = stack.enter_context(load(EngineOptions()))
+    engine = stack.enter_context(load(EngineOptions(device=device)))
     checks += check_plan(bundle, engine, profiles, expected)
     return _Candidate(precision=precision, source=source, plan=plan, engine=engine, checks=tuple(checks))
 

@@ -1,8 +1,9 @@
-"""From an ONNX file to a TensorRT plan, on this machine's GPU."""
+"""From an ONNX file to a TensorRT plan, on a GPU of this machine."""
 
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -29,6 +30,14 @@ Report = Callable[[str, float], None]
 
 _MIB = 1 << 20
 
+_OF_MEMORY = re.compile(
+    r"workspace|out ?of ?memory|memory[^;]*(insufficient|not be allocated)|insufficient[^;]*memory", re.IGNORECASE
+)
+"""What TensorRT says where a build was short of memory: "Some tactics do not have sufficient workspace memory to run",
+"Requested amount of GPU memory (1073741824 bytes) could not be allocated"."""
+
+_OF_MEMORY_HINT = "more --workspace where the GPU has it, or a smaller --profile"
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BuiltPlan:
@@ -49,6 +58,7 @@ def build_plan(
     typing: str,
     profiles: Sequence[Profile],
     options: BuildOptions = BuildOptions(),
+    index: int = 0,
     outputs_marked: Sequence[str] = (),
     on_progress: Report | None = None,
 ) -> BuiltPlan:
@@ -58,6 +68,7 @@ def build_plan(
         file: where the plan is written. It is nowhere else: on a Jetson, the GPU's memory is the host's.
         precision: what a weakly typed graph is computed in; a strongly typed one has it in its types.
         profiles: the sizes that it is built for; of no effect where the graph leaves none open.
+        index: of the GPU that it is built on and for.
         outputs_marked: names of inner tensors that become further outputs, in FP32.
         on_progress: is told how far the build is, by TensorRT 10 and later.
 
@@ -66,9 +77,9 @@ def build_plan(
         MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings.
         MaeDeployError: TensorRT refuses the graph or finds no kernels; its own messages say why.
     """
-    api = load_tensorrt()
+    api = load_tensorrt(index)
     _check(api, graph, precision, typing)
-    with open_memory(index=api.gpu.index) as memory:
+    with open_memory(index=index) as memory:
         try:
             with memory.active():
                 return _plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
@@ -266,9 +277,8 @@ def _build(api: Api, builder: Any, network: Any, config: Any, timings: Path | No
     if progress is not None and progress.error is not None:
         raise progress.error
     if plan is None:
-        raise api.refuse(
-            "build this engine", hint="more --workspace, or a smaller --profile, where it is short of memory"
-        )
+        short = any(_OF_MEMORY.search(said) for said in (*api.said.errors, *api.said.warnings))
+        raise api.refuse("build this engine", hint=_OF_MEMORY_HINT if short else None)
     if timings is not None:
         keep(config, timings)
     return plan

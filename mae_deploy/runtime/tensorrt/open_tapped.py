@@ -11,7 +11,7 @@ from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import EngineEntry
 from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.build import build_plan
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import graph_for
 
@@ -38,6 +38,7 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
             typing=bundle.manifest["typing"],
             profiles=profiles,
             options=BuildOptions(optimization_level=level),
+            index=gpu_index(options.device),
             outputs_marked=taps,
         )
         return TensorRtEngine(plan.file, options, precision=precision, taps=taps, profiles=profiles)

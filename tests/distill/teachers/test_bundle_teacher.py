@@ -198,6 +198,7 @@ def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypa
     teacher = ready(open_teacher(visible, TeacherConfig(teacher_engine="trt")), {Tap("tokens", 2)})
     assert isinstance(teacher, BundleTeacher)
     (settings,) = asked
+    assert settings["index"] == 0
     sizes = {name: tuple(numbers) for name, numbers in teacher.bundle.manifest["profile"].items()}
     assert (settings["precision"], settings["typing"], settings["profiles"]) == ("fp32", "weak", [sizes])
     assert teacher.engine.profiles == [sizes]

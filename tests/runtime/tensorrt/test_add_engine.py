@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,6 +28,7 @@ from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt.add_engine import (
     Built,
     build_engine,
+    build_missing_engine,
     compare_speed,
     reason_against_quantized,
     resolve_profiles,
@@ -199,6 +201,8 @@ def test_engines_are_timed_by_the_gpus_clock_without_their_copies(
 
 
 open_engines: list[OnnxRuntimeEngine] = []
+built_on: list[int] = []
+opened_on: list[str] = []
 
 
 class OnGraph(OnnxRuntimeEngine):
@@ -207,9 +211,11 @@ class OnGraph(OnnxRuntimeEngine):
     def __init__(
         self, path: Path, options: Any, *, precision: str, profiles: Any, host_code: bool, weights: Any
     ) -> None:
-        super().__init__(Path(path.read_text()), options, precision=precision, profiles=profiles)
+        here = EngineOptions(threads=1)
+        super().__init__(Path(path.read_text()), here, precision=precision, profiles=profiles)
         self.name, self.use_graphs = "tensorrt", options.cuda_graphs
         open_engines.append(self)
+        opened_on.append(options.device)
 
     def close(self) -> None:
         super().close()
@@ -225,12 +231,18 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
 
     def plan_of(graph: Path, file: Path, **given: Any) -> BuiltPlan:
         assert not open_engines, "an engine on the GPU takes from what a build can have"
-        given["on_progress"]("tactics", 1.0)
+        built_on.append(given["index"])
+        if given["on_progress"] is not None:
+            given["on_progress"]("tactics", 1.0)
         options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
         file.write_text(str(graph))
         return BuiltPlan(file=file, layers=None, record={"precision": given["precision"], "options": options})
 
-    monkeypatch.setattr(engine_build, "load_tensorrt", lambda: type("Api", (), {"version": "10.3.0", "gpu": gpu}))
+    monkeypatch.setattr(
+        engine_build,
+        "load_tensorrt",
+        lambda index=0: type("Api", (), {"version": "10.3.0", "gpu": replace(gpu, index=index)}),
+    )
     monkeypatch.setattr(engine_build, "build_plan", plan_of)
     monkeypatch.setattr(engine_build, "TensorRtEngine", OnGraph)
     monkeypatch.setattr(engine_build, "_time", lambda *_: found)
@@ -260,6 +272,16 @@ def test_an_engine_that_passes_is_in_the_bundle(visible_bundle: Path, without_a_
     )
     assert entry["parity"]["passed"] is True
     assert seen == [("fp32: tactics", 0.8), ("fp32: parity", 0.8)]
+
+
+@pytest.mark.parametrize(("device", "index"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_gpu_that_it_is_built_on(visible_bundle: Path, without_a_gpu: Any, device: str, index: int) -> None:
+    built_on.clear()
+    opened_on.clear()
+    build_missing_engine(Bundle.load(visible_bundle), device)
+    assert (built_on, opened_on) == ([index], [device, device])
+    build_missing_engine(Bundle.load(visible_bundle), device)
+    assert len(built_on) == 1, "there is one"
 
 
 def test_int8_that_is_faster(tmp_path: Path, without_a_gpu: Any) -> None:

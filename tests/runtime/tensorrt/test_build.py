@@ -121,9 +121,11 @@ class Fake:
         self.networks: list[Network] = []
         self.configs: list[Config] = []
         self.plan: bytes | None = b"plan"
+        self.says = "no kernel for ForeignNode"
         self.errors: list[str] = []
         self.graphs: list[str] = []
         self.host_code: list[bool] = []
+        self.gpus: list[int] = []
         self.alive: list[weakref.ref[Any]] = []
         self.in_memory: list[str] = []
         """What was alive when the engine was loaded."""
@@ -151,7 +153,7 @@ class Fake:
 
             def build_serialized_network(self, network: Network, config: Config) -> Any:
                 if fake.plan is None:
-                    self.logger.log(SimpleNamespace(name="ERROR"), "no kernel for ForeignNode")
+                    self.logger.log(SimpleNamespace(name="ERROR"), fake.says)
                 self.logger.log(SimpleNamespace(name="WARNING"), "slow tactic")
                 if config.progress_monitor is not None:
                     config.progress_monitor.phase_start("build", None, 1)
@@ -234,8 +236,12 @@ def use(monkeypatch: pytest.MonkeyPatch, version: str) -> Fake:
         def __exit__(self, *_: Any) -> None:
             assert all(made() is None for made in fake.alive), "TensorRT's objects outlive the GPU's context"
 
-    monkeypatch.setattr(tensorrt_build, "load_tensorrt", lambda: api)
-    monkeypatch.setattr(tensorrt_build, "open_memory", lambda index: Memory())
+    def open_memory(index: int) -> Memory:
+        fake.gpus.append(index)
+        return Memory()
+
+    monkeypatch.setattr(tensorrt_build, "load_tensorrt", lambda index: api)
+    monkeypatch.setattr(tensorrt_build, "open_memory", open_memory)
     monkeypatch.setattr(tensorrt_api, "loads_library", lambda name: name == "libcudnn.so.8")
     return fake
 
@@ -317,6 +323,13 @@ def test_options(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (config.profiling_verbosity, config.features, fake.host_code) == ("detailed", {}, [True])
 
 
+def test_the_gpu_that_it_is_built_on(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = use(monkeypatch, "10.3.0")
+    build(graph)
+    build(graph, index=1)
+    assert fake.gpus == [0, 1]
+
+
 def test_inner_tensors_as_outputs(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fake = use(monkeypatch, "10.3.0")
     build(graph, outputs_marked=[INNER, "cls"])
@@ -365,7 +378,25 @@ def test_a_build_that_gives_nothing(graph: Path, monkeypatch: pytest.MonkeyPatch
         MaeDeployError, match=r"TensorRT 10\.3\.0 cannot build this engine: no kernel for ForeignNode"
     ) as caught:
         build(graph)
-    assert "--workspace" in (caught.value.hint or "")
+    assert caught.value.hint is None, "no kernel is no question of memory"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Some tactics do not have sufficient workspace memory to run.",
+        "Tactic Device request: 2048MB Available: 1024MB. Device memory is insufficient to use tactic.",
+        "Error Code 2: OutOfMemory (no further information)",
+        "[virtualMemoryBuffer.cpp::resizePhysical::140] Error Code 2: Internal Error (out of memory)",
+        "Requested amount of GPU memory (1073741824 bytes) could not be allocated.",
+    ],
+)
+def test_what_is_short_of_memory(graph: Path, monkeypatch: pytest.MonkeyPatch, said: str) -> None:
+    fake = use(monkeypatch, "10.3.0")
+    fake.plan, fake.says = None, said
+    with pytest.raises(MaeDeployError, match="cannot build this engine") as caught:
+        build(graph)
+    assert caught.value.hint == "more --workspace where the GPU has it, or a smaller --profile"
 
 
 def test_a_report_that_is_interrupted_ends_the_build(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,7 +174,7 @@ def test_one_is_built_on_request(
     bare = write_bundle(tmp_path / "bare")
     built: list[Path] = []
 
-    def build(without: Bundle) -> Any:
+    def build(without: Bundle, *, device: str) -> Any:
         built.append(without.path)
         without.manifest = bundle.manifest
         (without.path / "engines").mkdir()
@@ -193,7 +193,7 @@ def test_one_is_built_on_request(
 def test_a_build_that_fails_leaves_onnx_runtime(
     full_bundle: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def build(_: Bundle) -> Any:
+    def build(_: Bundle, *, device: str) -> Any:
         raise MaeDeployError("TensorRT 10.3.0 cannot build an engine: no memory")
 
     monkeypatch.setattr(add_engine, "build_engine", build)
@@ -250,4 +250,5 @@ def test_layers_are_those_of_an_engine_that_is_built_for_them(
         tuple(BLOCK_TENSORS),
     )
     assert (asked["profiles"], asked["options"].optimization_level) == ([{"B": (2, 3, 4), "K": (4, 4, 4)}], 2)
+    assert asked["index"] == 0
     assert [entry["file"] for entry in bundle.manifest["engines"]] == [PLAN_FILE], "it is not kept"
