@@ -77,20 +77,25 @@ class Checkpoint:
     path: Path
     metadata: Metadata
 
+    @property
+    def weights(self) -> Path:
+        """The file that holds them."""
+        return self.path / WEIGHTS
+
     def tensors(self) -> dict[str, Tensor]:
         """The state dict, on the CPU.
 
         Raises:
             CheckFailed: the weights are damaged.
         """
-        return read_safetensors(self.path / WEIGHTS)[0]
+        return read_safetensors(self.weights)[0]
 
     def record(self) -> dict[str, Any]:
         """What a derived checkpoint or bundle keeps of this one: its provenance, metrics and hash."""
         data = self.metadata
         return {
             "path": str(self.path),
-            "sha256": sha256(self.path / WEIGHTS),
+            "sha256": sha256(self.weights),
             "kind": data.kind,
             "metrics": data.metrics,
             **data.provenance,

@@ -17,6 +17,7 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.progress import notice
+from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 E = TypeVar("E", bound=Encoder)
@@ -50,11 +51,13 @@ def read_weights(path: Path) -> LoadedWeights:
 
     Raises:
         ConfigError: nothing is there.
-        CheckFailed: damaged, unsafe or not a MAE encoder.
+        CheckFailed: damaged, unsafe, not a MAE encoder, or not finite.
     """
     if find_checkpoint(path) is not None:
         checkpoint = open_checkpoint(path)
-        return LoadedWeights(checkpoint.metadata, checkpoint.tensors(), checkpoint.record())
+        tensors = checkpoint.tensors()
+        check_numbers(tensors, checkpoint.weights)
+        return LoadedWeights(checkpoint.metadata, tensors, checkpoint.record())
     imported = import_weights(path, ImportOptions())
     for note in imported.report["notes"]:
         notice("weights:", f"{path}: {note}")

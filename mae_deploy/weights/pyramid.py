@@ -15,6 +15,7 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.pyramid import OUT_CHANNELS, SimpleFeaturePyramid
 from mae_deploy.seeding import derive_seed
 from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import read_source
 
 _NAME = re.compile(r"((?:.*\.)?)(simfp_\d+\..+)")
@@ -71,6 +72,7 @@ def load_pyramid(path: Path, width: int) -> Pyramid:
         path,
         hint=f"it must be Detectron2's SimpleFeaturePyramid with norm='LN' on an encoder {width} wide",
     )
+    check_numbers(tensors, path)
     module.load_state_dict(tensors, assign=True)
     return Pyramid(module.eval(), {"source": path.name, "source_sha256": source.sha256}, UNKNOWN_LICENCE)
 

@@ -20,6 +20,7 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.progress import notice
 from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, find_weights, read_source
 from mae_deploy.weights.read.timm_vit import SPDX
 
@@ -87,6 +88,7 @@ def load_timm(model: Any, source: Source, architecture: str) -> None:
         name: tensor.float() for name, tensor in tensors.items() if name in expected or not name.startswith(spare)
     }
     check_names(tensors, expected, source.file, model=architecture)
+    check_numbers(tensors, source.file)
     model.load_state_dict(tensors)
 
 

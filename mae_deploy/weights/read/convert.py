@@ -17,11 +17,12 @@ from torch import Tensor
 
 from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, CheckpointKind, Metadata
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.weights.read.check_names import check_names
+from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
 from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
@@ -133,7 +134,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     hint = "if it is a timm model, say which: --model NAME" if source.layout == "original or timm" else None
     expected = expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes)
     check_names(source.tensors, expected, source.file, hint=hint, names=source.names)
-    _refuse_numbers(source)
+    check_numbers(source.tensors, source.file, source.names)
     return Imported(
         metadata,
         {name: tensor.float() for name, tensor in source.tensors.items()},
@@ -226,15 +227,6 @@ def _fold_linear_probe(source: Source) -> None:
     if "head.0.running_mean" in source.tensors:
         fold_batch_norm(source.tensors, "head.0", "head.1" if "head.1.weight" in source.tensors else "head")
         source.folded.append("the BatchNorm of a linear probe: into the head")
-
-
-def _refuse_numbers(source: Source) -> None:
-    """Weights that are whole numbers, complex or quantised are those of another computation."""
-    for name, tensor in source.tensors.items():
-        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta:
-            raise CheckFailed(
-                f"{source.file} holds {name} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers"
-            )
 
 
 def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped: list[str]) -> dict[str, Any]:
