@@ -6,13 +6,15 @@ Reading the metadata needs no torch.
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.file_kinds import look_at
+from mae_deploy.file_kinds import HEADER_WORDS, look_at, safetensors_header
 from mae_deploy.files import atomic_path, follow_link, read_json, sha256, write_json
 from mae_deploy.progress import notice
 
@@ -22,6 +24,10 @@ if TYPE_CHECKING:
 SCHEMA_VERSION = 1
 WEIGHTS = "model.safetensors"
 METADATA = "metadata.json"
+OWN_RECORD = "mae_deploy"
+"""Under this word, weights files that we write hold the metadata of their checkpoint."""
+_OURS = "cls_token"
+"""A tensor of every state dict under our names."""
 
 CheckpointKind = Literal["mae", "encoder", "classifier"]
 
@@ -72,15 +78,16 @@ class Metadata:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A checkpoint folder that was found and whose metadata was read."""
+    """A checkpoint that was found and whose metadata was read."""
 
     path: Path
+    """Its folder, or its weights file where that was copied without the folder."""
     metadata: Metadata
 
     @property
     def weights(self) -> Path:
         """The file that holds them."""
-        return self.path / WEIGHTS
+        return self.path if self.path.is_file() else self.path / WEIGHTS
 
     def tensors(self) -> dict[str, Tensor]:
         """The state dict, on the CPU.
@@ -114,16 +121,35 @@ def save_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadata
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], metadata: Metadata) -> None:
     """Write into a folder that the caller renames when everything is in it."""
-    safetensors = import_optional("safetensors.torch", extra="train")
     folder.mkdir(parents=True, exist_ok=True)
-    # The licence also stands in the file itself, which may be copied without its folder.
-    header = {"format": "pt", "licence": metadata.licence}
-    safetensors.save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        folder / WEIGHTS,
-        metadata=header,
-    )
-    write_json(folder / METADATA, {"schema_version": SCHEMA_VERSION, **to_dict(metadata)})
+    write_safetensors(folder / WEIGHTS, tensors, record_words(metadata))
+    write_json(folder / METADATA, _record(metadata))
+
+
+def record_words(metadata: Metadata) -> dict[str, str]:
+    """The words of a weights file's header, which may be copied without its folder: our whole record, and the licence
+    for other readers.
+    """
+    record = json.dumps(_record(metadata), default=str)
+    return {"format": "pt", "licence": metadata.licence, OWN_RECORD: record}
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+    """Write tensors from any device and the words of the header, to the same bytes each time."""
+    safetensors = import_optional("safetensors.torch", extra="train")
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    safetensors.save_file(plain, file, metadata=dict(words))
+    # safetensors writes the words in another order each time, of the same length in any order
+    header = {**safetensors_header(file), HEADER_WORDS: dict(words)}
+    content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    with file.open("r+b") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        assert len(content) <= length, "safetensors' JSON is not as compact as Python's"
+        opened.write(content.ljust(length))
+
+
+def _record(metadata: Metadata) -> dict[str, Any]:
+    return {"schema_version": SCHEMA_VERSION, **to_dict(metadata)}
 
 
 def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -140,18 +166,21 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         kind = look_at(file) if file.is_file() else None
         if kind is None or kind.weights == "safetensors":
             raise CheckFailed(f"cannot read {file}: {error}") from error
-        raise CheckFailed(f"{file} is {kind.words}", hint=kind.hint) from error
+        raise CheckFailed(f"cannot read {file}: it is {kind.words}", hint=kind.hint) from error
 
 
 def find_checkpoint(path: Path) -> Path | None:
     """The checkpoint folder that `path` means: itself, the best or last of a run folder, or the folder of a weights
-    file. Where a run was copied without its links, the newest, and a line says so.
+    file; without its folder, a weights file itself where it holds our record. Where a run was copied without its links,
+    the newest, and a line says so.
     """
     checkpoints = path / "checkpoints"
     candidates = [path, follow_link(checkpoints / "best"), follow_link(checkpoints / "last")]
     if path.name == WEIGHTS:
         candidates.append(path.parent)
     found = next((folder for folder in candidates if (folder / METADATA).is_file()), None)
+    if found is None and path.is_file():
+        return path if _has_record(path) else None
     if found is None and (complete := [step for step in steps_in(checkpoints) if (step / METADATA).is_file()]):
         found = complete[-1]
         notice("checkpoint:", f"{checkpoints} has neither best nor last, which are links: taking {found.name}")
@@ -173,14 +202,57 @@ def open_checkpoint(path: Path) -> Checkpoint:
     folder = find_checkpoint(path)
     if folder is None:
         raise ConfigError(f"no checkpoint at {path}", hint="give a run folder, a checkpoint folder or a weights file")
-    data = read_json(folder / METADATA)
+    if folder.is_file():
+        return Checkpoint(folder, read_record(json.loads(_words(folder)[OWN_RECORD]), folder))
+    metadata = read_record(read_json(folder / METADATA), folder / METADATA)
+    _check_beside(metadata, folder)
+    return Checkpoint(folder, metadata)
+
+
+def read_record(data: Any, file: Path) -> Metadata:
+    """Metadata as they were written.
+
+    Raises:
+        ConfigError: it has unknown values, or was written by a newer version.
+    """
     version = data.pop("schema_version", None) if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise ConfigError(
-            f"{folder / METADATA} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}",
+            f"{file} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}",
             hint="upgrade mae-deploy",
         )
-    return Checkpoint(folder, from_dict(Metadata, data, where="metadata."))
+    return from_dict(Metadata, data, where="metadata.")
+
+
+def _words(file: Path) -> dict[str, str]:
+    """The words of a safetensors header."""
+    try:
+        words = safetensors_header(file).get(HEADER_WORDS)
+    except OSError:
+        return {}  # whoever reads the weights says why
+    return words if isinstance(words, dict) else {}
+
+
+def _has_record(file: Path) -> bool:
+    """Whether a weights file tells all of itself: ours, under our names, and in no model folder of another library."""
+    return (
+        OWN_RECORD in _words(file) and _OURS in safetensors_header(file) and not file.with_name("config.json").is_file()
+    )
+
+
+def _check_beside(metadata: Metadata, folder: Path) -> None:
+    """A weights file may have been copied over another; older ones have no record that would tell."""
+    words = _words(folder / WEIGHTS)
+    if OWN_RECORD not in words:
+        return
+    inside, beside = json.loads(words[OWN_RECORD]), to_dict(metadata)
+    for name in ("kind", "encoder", "decoder", "objective", "pool", "num_classes"):
+        if inside.get(name) != beside[name]:
+            raise CheckFailed(
+                f"{folder / WEIGHTS} is not the file that the {METADATA} beside it describes: {name} {inside.get(name)}"
+                f" and {beside[name]}",
+                hint="put the weights file into a folder of its own: it tells what it is",
+            )
 
 
 def inherited_licence(*licences: str) -> str:

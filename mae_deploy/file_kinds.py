@@ -10,7 +10,7 @@ import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +66,8 @@ _MAGIC = (
 
 _HEAD = 4096
 """Bytes that are looked at; archives and safetensors also at their table of contents."""
+HEADER_WORDS = "__metadata__"
+"""Where a safetensors file has words of its writer."""
 _LARGEST_HEADER = 100_000_000
 """Of a safetensors file, as its library limits it."""
 _FIELDS = 64
@@ -144,20 +146,35 @@ def _tar(path: Path) -> FileKind:
     return FileKind(f"a tar archive of {_listed(names)}", _UNPACK)
 
 
+def safetensors_header(path: Path) -> dict[str, Any]:
+    """Of each tensor in a safetensors file, dtype, shape and place; under `__metadata__`, words by name. Nothing where
+    it is no such file.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        beginning = file.read(1)
+        if beginning != b"{" or length > _LARGEST_HEADER:
+            return {}
+        words = beginning + file.read(length - 1)
+    try:
+        header = json.loads(words)
+    except ValueError:
+        return {}
+    return header if isinstance(header, dict) else {}
+
+
 def _safetensors(path: Path, size: int) -> FileKind:
     """The header says where the last tensor ends."""
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        words = file.read(length)
+        start = 8 + int.from_bytes(file.read(8), "little")
     try:
-        header = json.loads(words)
-        end = (
-            8
-            + length
-            + max((entry["data_offsets"][1] for name, entry in header.items() if name[:2] != "__"), default=0)
-        )
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError):
-        end = 8 + length if 8 + length > size else 0
+        tensors = [entry for name, entry in safetensors_header(path).items() if name != HEADER_WORDS]
+        end = start + max((entry["data_offsets"][1] for entry in tensors), default=0)
+    except (TypeError, KeyError, IndexError):
+        end = 0
     if end > size:
         return FileKind(f"cut off: its header tells of {end} bytes, and it has {size}", AGAIN)
     return FileKind("a safetensors file", weights="safetensors")

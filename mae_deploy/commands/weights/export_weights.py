@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
+from mae_deploy.checkpoint import WEIGHTS, write_safetensors
 from mae_deploy.commands.weights.config import ExportWeightsConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite, write_json, write_text
@@ -56,7 +56,7 @@ def _write(path: Path, model: ForeignModel, library: Library, seed: int) -> dict
         torch.save(original_content(model), path)
         return check_round_trip(path, model, library, seed)
     path.mkdir()
-    save_file(plain_tensors(model), path / "model.safetensors", metadata=header(model))
+    write_safetensors(path / WEIGHTS, plain_tensors(model), header(model))
     for name, content in model.configs.items():
         write_json(path / name, content)
     proof = check_round_trip(path, model, library, seed)

@@ -6,7 +6,6 @@ Target names are the original's. The tensors must be exactly those of the model:
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from dataclasses import dataclass, replace
@@ -15,27 +14,25 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_deploy.checkpoint import METADATA, SCHEMA_VERSION, WEIGHTS, CheckpointKind, Metadata
-from mae_deploy.config import from_dict, to_dict
+from mae_deploy.checkpoint import CheckpointKind, Metadata
+from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import Preprocess, default_preprocess
-from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, ObjectiveConfig, Preset
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Preset
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.check_numbers import check_numbers
-from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_settings, read_source, tensor_of
+from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_source, tensor_of
 from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
+from mae_deploy.weights.read.own import own_record, refuse_without_record, take_record, take_words
 from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
 from mae_deploy.weights.read.shapes import expected_shapes
 from mae_deploy.weights.read.state_dict import strip_prefix
 from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
 from mae_deploy.weights.read.torchvision_vit import from_torchvision, is_torchvision
-
-OWN_RECORD = "mae_deploy"
-"""Under this key, files that we export hold the metadata of their checkpoint."""
 
 _FOREIGN = [
     (r"^decoder\.0\.(weight|bias)$", "the parts of SimMIM (encoder, decoder)"),
@@ -144,7 +141,8 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
 
 def _convert(source: Source, options: ImportOptions) -> Source:
     """The weights under the original's names, by whichever layout they have."""
-    source.own_licence, source.parent = _stated(source, "licence"), _stated_provenance(source)
+    take_words(source)
+    refuse_without_record(source, known=options.num_heads is not None or options.model is not None)
     if options.model is None and options.prefix is None and is_mae_lite(source):
         source = from_mae_lite(source)
         _refuse_other_families(source)
@@ -158,9 +156,13 @@ def _convert(source: Source, options: ImportOptions) -> Source:
     if options.model is not None or has_timm_config(source):
         return from_timm(source, options.model)
     if is_hugging_face(source):
-        return from_hugging_face(source)
+        record = None if source.settings else own_record(source)
+        source = from_hugging_face(source)
+        return source if record is None else take_record(source, record)
     if is_torchvision(source):
         return from_torchvision(source)
+    if (record := own_record(source)) is not None:
+        return take_record(source, record)
     _refuse_other_families(source)
     if is_openmmlab(source):
         return from_openmmlab(source)
@@ -168,48 +170,10 @@ def _convert(source: Source, options: ImportOptions) -> Source:
 
 
 def _from_original(source: Source) -> Source:
-    """The original's names already; what our own files say of themselves is taken."""
-    if (record := _own_record(source)) is not None:
-        metadata = from_dict(Metadata, record, where=f"{OWN_RECORD}.")
-        encoder, decoder = from_dict(EncoderConfig, metadata.encoder), from_dict(DecoderConfig, metadata.decoder or {})
-        if encoder.band_groups is not None or not is_plain(metadata):
-            raise ConfigError(
-                f"{source.file} is ours already, and no plain autoencoder or encoder",
-                hint="every command takes its checkpoint folder as it is",
-            )
-        source.image_size, source.num_heads, source.decoder_num_heads = (
-            encoder.image_size,
-            encoder.num_heads,
-            decoder.decoder_num_heads,
-        )
-        source.norm_pix_loss, source.class_names, source.own_licence = (
-            metadata.norm_pix_loss,
-            metadata.class_names,
-            metadata.licence,
-        )
-        source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
-        return source
+    """The original's names already."""
     stated = source.settings.get("image_size") or source.settings.get("input_size")
     source.image_size = (stated, stated) if isinstance(stated, int) else None
     return source
-
-
-def is_plain(metadata: Metadata) -> bool:
-    """Whether a decoder, if there is one, predicts pixels from an encoder that has not seen them, as in the paper."""
-    objective = from_dict(ObjectiveConfig, metadata.objective or {})
-    return metadata.kind != "mae" or (objective.target == "pixels" and not objective.encoder_mask_tokens)
-
-
-def _own_record(source: Source) -> dict[str, Any] | None:
-    """The metadata in a `.pth` that we exported, or beside the weights of a checkpoint of ours."""
-    if isinstance(record := source.beside.get(OWN_RECORD), dict):
-        return record
-    record = read_settings(source.file.with_name(METADATA)) if source.file.name == WEIGHTS else {}
-    return (
-        {name: value for name, value in record.items() if name != "schema_version"}
-        if record.get("schema_version") == SCHEMA_VERSION
-        else None
-    )
 
 
 def _refuse_other_families(source: Source) -> None:
@@ -251,21 +215,6 @@ def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped
 
 
 # --- what the file says ----------------------------------------------------------------------------------------------
-
-
-def _stated(source: Source, word: str) -> str | None:
-    """What the header of a .safetensors file says."""
-    value = source.beside.get(word)
-    return value if isinstance(value, str) and value else None
-
-
-def _stated_provenance(source: Source) -> dict[str, Any]:
-    """Where the weights of a file that we exported come from."""
-    try:
-        provenance = json.loads(_stated(source, "provenance") or "{}")
-    except ValueError:
-        return {}
-    return provenance if isinstance(provenance, dict) else {}
 
 
 def _norm_pix_loss(source: Source, asked: bool | None) -> bool:

@@ -12,13 +12,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mae_deploy.checkpoint import NON_COMMERCIAL, Metadata
+from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_RECORD, Metadata, record_words
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.weights.load import LoadedWeights, encoder_of
-from mae_deploy.weights.read.convert import OWN_RECORD, is_plain
+from mae_deploy.weights.read.own import is_plain
 
 Library = Literal["original", "timm", "huggingface"]
 
@@ -291,9 +291,9 @@ def _processor(preprocess: Preprocess) -> dict[str, Any] | None:
 
 
 def header(model: ForeignModel) -> dict[str, str]:
-    """The words of a .safetensors header: PyTorch's format mark, licence and provenance."""
+    """The words of a .safetensors header: PyTorch's format mark, licence and provenance, and our record."""
     metadata = model.loaded.metadata
-    return {"format": "pt", "licence": metadata.licence, "provenance": json.dumps(metadata.provenance, default=str)}
+    return {**record_words(metadata), "provenance": json.dumps(metadata.provenance, default=str)}
 
 
 def plain_tensors(model: ForeignModel) -> dict[str, Tensor]:
