@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import to_dict
+from mae_deploy.data.class_order import check_order
 from mae_deploy.data.dataset import ImageDataset
 from mae_deploy.data.sources.base import ImageSource, Joined
 from mae_deploy.data.sources.open import unlabelled_images
@@ -176,6 +177,8 @@ def _labelled(config: DistillConfig, teacher: Teacher) -> _Data:
         raise ConfigError(
             f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}"
         )
+    if names is None and teacher.num_classes:
+        check_order(train, "the teacher")
     extra = unlabelled_images(config.logits.unlabelled) if config.logits.unlabelled is not None else None
     if extra is not None:
         announce(extra.name, {"unlabelled": extra})

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mae_deploy.data.class_order import check_order
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.data.sources.pixels import check_pixels
@@ -105,6 +106,8 @@ def _images(data: Path, val_split: str | None, classifier: Classifier) -> ImageS
             f"{images.name} has {found} classes, the classifier {classifier.num_classes}, whose names it does not know",
             hint="without names, there must be a folder for each class, in the order of the logits",
         )
+    if classifier.class_names is None:
+        check_order(images, "the classifier")
     return images
 
 

@@ -16,9 +16,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
-def test_both_steps_agree(
-    gpu: Gpu, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_both_steps_agree(gpu: Gpu, precision: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if precision == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
         pytest.skip(f"{gpu.name} has no BF16")
     out = tmp_path / "report"

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from mae_deploy import __version__
-from mae_deploy.checkpoint import WEIGHTS, Checkpoint, open_checkpoint
+from mae_deploy.checkpoint import Checkpoint, open_checkpoint
 from mae_deploy.commands.report.config import ReportConfig
 from mae_deploy.config import fixed_settings
+from mae_deploy.data.class_order import check_order
 from mae_deploy.data.sources.files import ImageList
 from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.errors import CheckFailed, ConfigError
@@ -72,11 +73,13 @@ class Student:
         self.tokens = "full" if self.shares == (1.0,) else "visible"
         self._learned = trained.get("edge", {}).get("quantize", "none")
         images = labelled_val(config.data, metadata.class_names)
+        if metadata.class_names is None:
+            check_order(images, "the student")
         self._samples = images.root if isinstance(images, ImageList) else None
         self._exports = {part: self._export_config(part, int8) for part, int8 in _quantizations(config).items()}
         self._key = {
             "mae_deploy": __version__,
-            "weights": sha256(self.checkpoint.path / WEIGHTS),
+            "weights": sha256(self.checkpoint.weights),
             "data": images.fingerprint(),
             "engine": config.engine,
             "shares": list(self.shares),

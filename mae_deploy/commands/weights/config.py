@@ -39,6 +39,9 @@ class ImportConfig(Settings, resume="never"):
     """Whether the decoder predicts normalised pixels; default: what the file says, else yes."""
     license: str | None = None
     """What the weights may be used for; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
+    class_names: Path | None = setting(None, metavar="FILE")
+    """Names of the classes in the order of the logits, one a line or as JSON (a list, id2label or class_to_idx);
+    default: those that the file or its folder has."""
     seed: int = 0
     """Not used: nothing here is random."""
     device: Device = "cpu"

@@ -6,6 +6,7 @@ from typing import Any
 
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.commands.weights.config import ImportConfig
+from mae_deploy.data.class_order import check_distinct, read_class_names
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
@@ -30,8 +31,10 @@ def run_import(config: ImportConfig) -> Result:
         decoder_num_heads=config.decoder_num_heads,
         norm_pix_loss=config.norm_pix_loss,
         licence=config.license,
+        class_names=None if config.class_names is None else read_class_names(config.class_names),
     )
     imported = import_weights(config.source, options)
+    check_distinct(imported.metadata.class_names or (), config.source, hint="give other names: --class-names FILE")
     model_of(LoadedWeights(imported.metadata, imported.tensors, {}))  # strict: every tensor has its place
     save_checkpoint(config.out, imported.tensors, imported.metadata)
     report: dict[str, Any] = {"out": str(config.out), **imported.report}

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mae_deploy.checkpoint import CheckpointKind, Metadata
 from mae_deploy.config import to_dict
+from mae_deploy.data.class_order import natural_order, numbered, orders_differ
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Preset
@@ -68,6 +69,8 @@ class ImportOptions:
     """The decoder's attention heads; default: head dim 32, as the original's 512 wide and 16 heads."""
     norm_pix_loss: bool | None = None
     """Whether the decoder was trained on normalised pixels; default: what the file says, else yes."""
+    class_names: tuple[str, ...] | None = None
+    """Names of the classes in the order of the logits; default: those that the file has."""
     key: str | None = None
     """Under which of the file's keys the weights are; default: the usual ones."""
     prefix: str | None = None
@@ -102,6 +105,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     reshaped = _fit_positions(source, made_for, encoder, decoder)
     pool = _pool(source) if kind == "classifier" else None
     num_classes = tensor_of(source, "head.weight", 2).shape[0] if kind == "classifier" else None
+    class_names = _class_names(source, num_classes, options.class_names)
     preprocess = replace(
         source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size
     )
@@ -118,7 +122,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         norm_pix_loss=_norm_pix_loss(source, options.norm_pix_loss),
         pool=pool,
         num_classes=num_classes,
-        class_names=_class_names(source, num_classes),
+        class_names=class_names,
         preprocess=to_dict(preprocess),
         positions=source.positions,
         licence=options.licence or licence_of(source, kind),
@@ -315,9 +319,26 @@ def _fit_positions(
     return done
 
 
-def _class_names(source: Source, num_classes: int | None) -> tuple[str, ...] | None:
+def _class_names(source: Source, num_classes: int | None, asked: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    """The classes in the order of the logits, where they are known; the report's notes say what is assumed."""
+    if asked is not None and len(asked) != num_classes:
+        have = f"has {num_classes}" if num_classes is not None else "has no head"
+        raise ConfigError(f"--class-names has {len(asked)} names, and the model in {source.file} {have}")
     labels = source.settings.get("id2label")
-    names = source.class_names
+    names = asked or source.class_names
     if names is None and isinstance(labels, dict):
         names = tuple(str(labels[key]) for key in sorted(labels, key=int))
-    return names if names is not None and len(names) == num_classes else None
+    if names is not None and len(names) != num_classes:
+        if num_classes is not None:
+            source.notes.append(f"{len(names)} class names for {num_classes} classes are left aside (--class-names)")
+        names = None
+    if names is not None and orders_differ(names):
+        orders = {natural_order(names): "natural, as timm's", tuple(sorted(names)): "alphabetical, as torchvision's"}
+        order = orders.get(names, "neither natural nor alphabetical")
+        source.notes.append(f"the order of the classes is {order}: {numbered(names)}")
+    if names is None and num_classes is not None:
+        source.notes.append(
+            "the file has no class names (--class-names FILE): eval takes folders in alphabetical order, where timm's"
+            " natural order (2 before 10) is the same"
+        )
+    return names

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,13 @@ import torch
 
 from mae_deploy.checkpoint import open_checkpoint, save_checkpoint
 from mae_deploy.cli import main
+from mae_deploy.config import from_dict
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
 from mae_deploy.weights.load import load_model
+from tests.data.image_folders import write_noise
 from tests.models.tiny_models import (
     CLASSES,
     DECODER,
@@ -241,3 +246,98 @@ def test_an_existing_folder_is_not_overwritten(tmp_path: Path, capsys: pytest.Ca
     assert main(["import", str(source), "--out", str(tmp_path / "out"), *HEADS]) == 2
     assert capsys.readouterr().err.startswith(f"error: --out {tmp_path / 'out'} already exists\n")
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["mine"]
+
+
+# --- class names -----------------------------------------------------------------------------------------------------
+
+NUMBERS = [str(number) for number in range(CLASSES)]
+
+
+@pytest.fixture
+def classifier(tmp_path: Path) -> Path:
+    torch.save(tiny_classifier("cls", SQUARE).state_dict(), tmp_path / "vit.pth")
+    return tmp_path / "vit.pth"
+
+
+def import_it(classifier: Path, *arguments: str) -> int:
+    return main(["import", str(classifier), "--out", str(classifier.with_name("checkpoint")), *HEADS, *arguments])
+
+
+def test_eval_counts_by_the_names_that_were_given(
+    tmp_path: Path, classifier: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(NUMBERS):
+        write_noise(tmp_path / "data" / "val" / name, 3, first=3 * number, low=20 * number)
+    evaluate = ["eval", str(tmp_path / "checkpoint"), str(tmp_path / "data"), "--num-workers", "0", "--json"]
+    assert import_it(classifier) == 0
+    capsys.readouterr()
+    assert main(evaluate) == 2
+    assert "numbered otherwise in alphabetical order" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "checkpoint")
+    order = NUMBERS[::-1]
+    (tmp_path / "names.txt").write_text("\n".join(order))
+    assert import_it(classifier, "--class-names", str(tmp_path / "names.txt")) == 0
+    capsys.readouterr()
+    assert main(evaluate) == 0
+    model, loaded = load_model(tmp_path / "checkpoint")
+    preprocess = from_dict(Preprocess, loaded.metadata.preprocess)
+    right = 0
+    for path in (tmp_path / "data").rglob("*.png"):
+        image = torch.from_numpy(preprocess([preprocess.read(path)]))
+        with torch.no_grad():
+            right += order[int(model(image).argmax())] == path.parent.name
+    assert json.loads(capsys.readouterr().out)["top1"] == pytest.approx(100 * right / (3 * CLASSES))
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (NUMBERS, "the order of the classes is natural, as timm's: 0 0, 1 1, 2 2, …"),
+        (sorted(NUMBERS), "the order of the classes is alphabetical, as torchvision's: 0 0, 1 1, 2 10, …"),
+        (NUMBERS[::-1], "the order of the classes is neither natural nor alphabetical: 0 10, 1 9, 2 8, …"),
+        (None, "the file has no class names (--class-names FILE)"),
+    ],
+)
+def test_the_order_that_is_assumed_is_said(
+    classifier: Path, names: list[str] | None, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = []
+    if names is not None:
+        classifier.with_name("names.json").write_text(json.dumps(names))
+        arguments = ["--class-names", str(classifier.with_name("names.json"))]
+    assert import_it(classifier, *arguments, "--json") == 0
+    assert any(note.startswith(said) for note in json.loads(capsys.readouterr().out)["notes"])
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (NUMBERS[:-1], "--class-names has 10 names, and the model in .* has 11"),
+        ([*NUMBERS[:-1], "3"], "calls the classes 3 and 10 '3'"),
+    ],
+)
+def test_names_that_do_not_fit(
+    classifier: Path, names: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classifier.with_name("names.txt").write_text("\n".join(names))
+    assert import_it(classifier, "--class-names", str(classifier.with_name("names.txt"))) == 2
+    assert re.search(said, capsys.readouterr().err.replace("\n", " "))
+    assert not classifier.with_name("checkpoint").exists()
+
+
+def test_a_name_that_two_classes_of_a_model_have(classifier: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = {str(number): "crane" if number in (2, 7) else f"bird {number}" for number in range(CLASSES)}
+    classifier.with_name("config.json").write_text(json.dumps({"id2label": names}))
+    assert import_it(classifier) == 2
+    error = capsys.readouterr().err
+    assert "calls the classes 2 and 7 'crane'" in error
+    assert "--class-names FILE" in error
+    classifier.with_name("names.txt").write_text("\n".join(NUMBERS))
+    assert import_it(classifier, "--class-names", str(classifier.with_name("names.txt"))) == 0
+
+
+def test_names_for_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tiny_encoder(SQUARE).state_dict(), tmp_path / "vit.pth")
+    (tmp_path / "names.txt").write_text("ant\nbee")
+    assert import_it(tmp_path / "vit.pth", "--class-names", str(tmp_path / "names.txt")) == 2
+    assert "has no head" in capsys.readouterr().err
