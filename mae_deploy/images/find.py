@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import warnings
@@ -17,6 +18,8 @@ from mae_deploy.images.read import formats
 from mae_deploy.progress import notice
 
 ARCHIVE_SUFFIX = ".tar"
+
+_ALLOW = "allow it, or move it out of the data"
 
 TABLE_SUFFIXES = (".parquet", ".arrow")
 
@@ -112,6 +115,23 @@ def survey(root: Path) -> Found:
         else:
             found.left_out.add(reason_by_suffix(path.name), str(path.relative_to(root)))
     return found
+
+
+@contextlib.contextmanager
+def permissions_said() -> Iterator[None]:
+    """What may not be read is an error that names the folder, not one that finds nothing in it; a decorator, too.
+
+    Raises:
+        ConfigError: in the place of PermissionError.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        path = Path(error.filename)
+        folder = next(place for place in (path, *path.parents) if os.path.isdir(place))
+        raise ConfigError(
+            f"cannot read the folder {folder}: {error.strerror}", hint="allow it, or move it out of the data"
+        ) from error
 
 
 def output_of_ours(names: set[str]) -> str | None:

@@ -14,7 +14,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -128,12 +128,23 @@ def stored_pixels(path: Path, channels: int, content: bytes | None = None) -> Ar
         return channels_last(_stored(path, file, channels))
 
 
-def may_hold_more_bits(path: Path, content: bytes) -> bool:
-    """Whether a file may hold more than 8 bits of a pixel, by its header; true of what has no such header."""
+class Header(NamedTuple):
+    """What can be said of a file without its pixels."""
+
+    may_be_deep: bool = True
+    """Whether it may hold more than 8 bits of a pixel; true of what Pillow does not know."""
+    pictures: int = 1
+    """Pages or frames, of which the first is read."""
+
+
+def read_header(path: Path, content: bytes) -> Header:
+    """The header of an image file, where there is one."""
     if path.suffix.lower() != NUMPY_SUFFIX:
         with contextlib.suppress(Exception), _open_image(io.BytesIO(content)) as image:
-            return may_be_deep(image)
-    return True
+            deep = may_be_deep(image)
+            # Of a phone's photo in MPO the others are a depth map or a preview.
+            return Header(deep, 1 if image.format == "MPO" else getattr(image, "n_frames", 1))
+    return Header()
 
 
 @contextlib.contextmanager

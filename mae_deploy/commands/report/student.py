@@ -14,6 +14,7 @@ from mae_deploy.config import fixed_settings
 from mae_deploy.data.class_order import check_order
 from mae_deploy.data.sources.files import ImageList
 from mae_deploy.data.sources.open import labelled_val
+from mae_deploy.data.sources.splits import announce
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation import evaluate
 from mae_deploy.evaluation.config import EvalConfig
@@ -73,6 +74,7 @@ class Student:
         self.tokens = "full" if self.shares == (1.0,) else "visible"
         self._learned = trained.get("edge", {}).get("quantize", "none")
         images = labelled_val(config.data, metadata.class_names)
+        announce(config.data, {"": images})
         if metadata.class_names is None:
             check_order(images, "the student")
         self._samples = images.root if isinstance(images, ImageList) else None

@@ -85,8 +85,9 @@ def image_files(root: Path, found: Found | None = None) -> ImageList:
     """
     if root.is_file():
         if not is_image_name(root.name):
-            hint = "unpack it, and give the folder" if root.suffix.lower() in _PACKED else "give the folder of images"
-            raise ConfigError(f"{root} is no image, no tar file and no table: {reason_by_suffix(root.name)}", hint=hint)
+            raise ConfigError(
+                f"{root} is no image, no tar file and no table: {reason_by_suffix(root.name)}", hint=folder_hint(root)
+            )
         return ImageList(root.parent, (root,), (UNLABELLED,))
     only = images_only(found or survey(root), root)
     return ImageList(root, tuple(only.images), (UNLABELLED,) * len(only.images), left_out=only.left_out)
@@ -100,9 +101,15 @@ def labelled_files(folder: Path, class_names: tuple[str, ...] | None = None) -> 
         ConfigError: no classes, or one that is not among `class_names`.
     """
     left_out, classes = LeftOut(), dict[str, list[Path]]()
-    for loose in sorted(path.name for path in folder.iterdir() if path.is_file() and is_image_name(path.name)):
-        left_out.add("images in no class folder", loose)
+    for loose in sorted(path.name for path in folder.iterdir() if path.is_file() and not path.name.startswith(".")):
+        left_out.add("images in no class folder" if is_image_name(loose) else reason_by_suffix(loose), loose)
+    first: dict[Path, Path] = {}
     for path in class_folders(folder):
+        if folder.resolve().is_relative_to(path.resolve()):
+            left_out.add("links to folders above", path.name)
+            continue
+        if (other := first.setdefault(path.resolve(), path)) is not path:
+            raise ConfigError(f"{other} and {path} are the same folder, but two classes", hint="remove the link")
         found = survey(path)
         classes[path.name] = found.images or found.arrays
         left_out.merge(found.left_out)
@@ -123,14 +130,12 @@ def labelled_files(folder: Path, class_names: tuple[str, ...] | None = None) -> 
     return ImageList(folder, tuple(paths), tuple(labels), names, left_out)
 
 
-def class_folders(folder: Path) -> list[Path]:
-    """The folders in a folder in alphabetical order, without hidden ones and those that this program wrote.
+def folder_hint(file: Path) -> str:
+    """What to do with a file that was given in place of a folder."""
+    return "unpack it, and give the folder" if file.suffix.lower() in _PACKED else "give the folder of images"
 
-    Raises:
-        ConfigError: the folder cannot be read.
-    """
-    try:
-        found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        return [path for path in found if output_of_ours({entry.name for entry in path.iterdir()}) is None]
-    except OSError as error:
-        raise ConfigError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+def class_folders(folder: Path) -> list[Path]:
+    """The folders in a folder in alphabetical order, without hidden ones and those that this program wrote."""
+    found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in found if output_of_ours({entry.name for entry in path.iterdir()}) is None]

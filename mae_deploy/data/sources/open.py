@@ -12,19 +12,20 @@ from pathlib import Path
 
 from mae_deploy.data.config import Columns
 from mae_deploy.data.sources.base import ImageSource
-from mae_deploy.data.sources.files import class_folders, image_files, labelled_files
+from mae_deploy.data.sources.files import class_folders, folder_hint, image_files, labelled_files
 from mae_deploy.data.sources.patterns import is_shards, is_streamed, shards_in
 from mae_deploy.data.sources.shards import ShardSource, shard_images
 from mae_deploy.data.sources.tables import TableSource, find_tables, name_files
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.find import Found, survey
+from mae_deploy.images.find import Found, permissions_said, survey
 
 _USUAL = Columns()
 
-_SPLITS = {"val": ("val", "validation", "valid")}
-"""Other names for a split."""
+_SPLITS = {"train": ("train", "training"), "val": ("val", "validation", "valid"), "test": ("test", "testing")}
+"""Names of a split, the usual one first."""
 
 
+@permissions_said()
 def unlabelled_images(data: Path | str, columns: Columns = _USUAL) -> ImageSource:
     """Every image of a folder, of local shards (a folder of them, or a pattern), or of a Hugging Face data set on disk.
 
@@ -60,6 +61,7 @@ def unlabelled_images(data: Path | str, columns: Columns = _USUAL) -> ImageSourc
     return source
 
 
+@permissions_said()
 def labelled_images(
     root: Path | str,
     split: str,
@@ -80,6 +82,11 @@ def labelled_images(
         ConfigError: no such split or two of them, no labels, or a class that is not among `class_names`.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise ConfigError(
+            f"{root} is {'a file' if root.exists() else 'not there'}; labelled data is a folder with train and val",
+            hint=folder_hint(root) if root.exists() else None,
+        )
     places = _places(root, (split,) if exact else _names(split), class_names, columns)
     if not places:
         there = ", ".join(_entries(root)) or "nothing"
@@ -92,37 +99,46 @@ def labelled_images(
     return places[0].open()
 
 
+@permissions_said()
 def labelled_val(data: Path, class_names: tuple[str, ...] | None, split: str | None = None) -> ImageSource:
-    """The images of the split of that name, by default of DATA/val if there is a val, else of DATA itself; labels in
-    the order of the names, where there are any.
+    """The images of the split of that name, by default of DATA/val if there is a val, else of DATA itself, which may be
+    a single table or tar file, too; labels in the order of the names, where there are any.
     """
     if split is not None:
         return labelled_images(data, split, class_names, exact=True)
+    if tables := find_tables(data) if data.is_file() else []:
+        return TableSource(str(data), tables, _USUAL, labelled=True, class_names=class_names)
+    if data.is_file() and is_shards(str(data)):
+        return shard_images(str(data), labelled=True, class_names=class_names)
     data = data if data.name else data.resolve()
-    if data.name not in _SPLITS["val"] and (has_split(data, "val") or has_split(data, "train")):
+    if not data.is_dir() or (data.name not in _SPLITS["val"] and (has_split(data, "val") or has_split(data, "train"))):
         return labelled_images(data, "val", class_names)
     return labelled_images(data.parent, data.name, class_names, exact=True)
 
 
+@permissions_said()
 def split_names(root: Path | str) -> list[str]:
     """The splits of a labelled data set: those of train, val and test that are there; none where it has no train."""
     names = [name for name in ("train", "val", "test") if has_split(root, name)]
     return names if "train" in names else []
 
 
+@permissions_said()
 def has_split(root: Path | str, split: str) -> bool:
     """Whether there is anything by a split's name."""
     root = Path(root)
     return any((root / name).is_dir() or _files(root, name) for name in _names(split))
 
 
+@permissions_said()
 def beside_splits(root: Path | str, splits: Iterable[str]) -> list[str]:
     """Folders, shards and tables in the folder of a labelled data set that are of none of these splits."""
     root = Path(root)
     used = {path for split in splits for name in _names(split) for path in (root / name, *_files(root, name))}
     used |= {path.parent for path in used} - {root.parent}
-    beside = [*class_folders(root), *shards_in(root), *root.glob("*.parquet")] if root.is_dir() else []
-    return sorted(path.name for path in beside if path not in used)
+    tables = [*root.glob("*.parquet"), *root.glob("data/*.parquet")]
+    beside = [*class_folders(root), *shards_in(root), *tables] if root.is_dir() else []
+    return sorted(str(path.relative_to(root)) for path in beside if path not in used)
 
 
 # --- kinds -----------------------------------------------------------------------------------------------------------
@@ -184,15 +200,16 @@ def _images_in(folders: list[Path]) -> int:
 
 
 def _files(root: Path, name: str, *suffixes: str) -> list[Path]:
-    """Shards and tables of a split that lie beside one another, `train-0.tar`, or as on the Hugging Face hub,
-    `data/train-00000-of-00001.parquet`.
+    """Shards and tables of a split that lie beside one another, `train.tar`, `train-0.tar`, or as on the Hugging Face
+    hub, `data/train-00000-of-00001.parquet`.
     """
     found = {".tar": ("",), ".parquet": ("", "data/")}
     return sorted(
         path
         for suffix in suffixes or tuple(found)
         for folder in found[suffix]
-        for path in root.glob(f"{folder}{glob.escape(name)}-*{suffix}")
+        for pattern in (f"{glob.escape(name)}{suffix}", f"{glob.escape(name)}-*{suffix}")
+        for path in root.glob(folder + pattern)
         if path.is_file()
     )
 
@@ -202,14 +219,17 @@ def _names(split: str) -> tuple[str, ...]:
 
 
 def _entries(root: Path) -> list[str]:
-    found = sorted(root.iterdir(), key=lambda path: (not path.is_dir(), path.name)) if root.is_dir() else []
+    tables = sorted(root.glob("data/*.parquet"))
+    found = sorted(root.iterdir(), key=lambda path: (not path.is_dir(), path.name))
+    found = [path for path in found if path.name != "data" or not tables]
     shown = [f"{path.name}/" if path.is_dir() else path.name for path in found if not path.name.startswith(".")]
+    shown[:0] = [f"data/{path.name}" for path in tables]
     return [*shown[:12], *(["…"] if len(shown) > 12 else [])]
 
 
 def _hint(root: Path, split: str) -> str:
-    if not root.is_dir():
-        return "DATA is the folder that holds train/ and val/"
+    if below := [folder for folder in class_folders(root) if has_split(folder, split)]:
+        return f"there is a {split} in {below[0]}: give that folder"
     if split == "train":
         return "labelled data is DATA/train/<class>/… and DATA/val/<class>/…; for DATA/<class>/…, give --val-share 0.1"
     return "name it with --val-split, or hold out images of train with --val-share 0.1"

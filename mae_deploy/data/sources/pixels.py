@@ -12,7 +12,7 @@ import numpy as np
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.errors import ConfigError, MissingDependency
-from mae_deploy.images.read import UnreadableImage, may_hold_more_bits, read_image, stored_pixels
+from mae_deploy.images.read import MODES, UnreadableImage, read_header, read_image, stored_pixels
 from mae_deploy.progress import notice
 
 LOOKED_AT = 8
@@ -45,6 +45,12 @@ def check_images(name: str, images: Iterable[tuple[str, bytes]], channels: int, 
             f"--pixel-max {pixel_max:g}: the pixels of {name} have 8 bits, such as {looks[0].key}",
             hint="leave --pixel-max out",
         )
+    several = [look for look in looks if look.pictures > 1]
+    if several and channels in MODES:  # pages may be channels
+        _say(
+            f"{name}: of {len(looks)} images looked at, {len(several)} hold several pictures, such as {several[0].key}"
+            f" with {several[0].pictures}; the first is read"
+        )
     if largest < 1:
         return
     seen = f"{name}: of {len(looks)} images looked at, {len(deep)} have more than 8 bits"
@@ -70,6 +76,7 @@ class _Look:
     key: str
     deep: bool
     """More than 8 bits."""
+    pictures: int
     integers: bool = True
     channels: int = 0
     largest: float = 0
@@ -88,16 +95,18 @@ def _contents(source: ImageSource, places: Iterable[int]) -> Iterator[tuple[str,
 def _look(key: str, content: bytes, channels: int, pixel_max: float | None) -> _Look | None:
     """None where it cannot be read: whoever reads it says so."""
     path = Path(key)
+    header = read_header(path, content)
     try:
-        if not may_hold_more_bits(path, content):
-            return _Look(key, deep=False)
+        if not header.may_be_deep:
+            return _Look(key, False, header.pictures)
         pixels = stored_pixels(path, channels, content)
         if pixels.dtype.itemsize == 1:
-            return _Look(key, deep=False)
+            return _Look(key, False, header.pictures)
         levels = 0 if pixel_max is not None else int(np.asarray(read_image(path, channels, content=content)).max()) + 1
     except (UnreadableImage, MissingDependency):
-        return None
-    return _Look(key, True, pixels.dtype.kind in "ui", pixels.shape[2], float(pixels.max()), levels)
+        several = pixel_max is None and header.pictures > 1
+        return _Look(key, False, header.pictures) if several else None
+    return _Look(key, True, header.pictures, pixels.dtype.kind in "ui", pixels.shape[2], float(pixels.max()), levels)
 
 
 @functools.cache

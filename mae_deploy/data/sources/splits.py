@@ -13,7 +13,7 @@ from mae_deploy.data.sources.base import ImageSource, hold_out
 from mae_deploy.data.sources.files import labelled_files
 from mae_deploy.data.sources.open import beside_splits, has_split, labelled_images
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.find import survey
+from mae_deploy.images.find import permissions_said, survey
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed
@@ -22,6 +22,7 @@ _LISTED = 8
 """Classes that are listed each with its count, at most."""
 
 
+@permissions_said()
 def labelled_splits(
     data: Path | str,
     validation: ValidationConfig,
@@ -82,8 +83,9 @@ def _describe(source: ImageSource) -> str:
         return images
     counts = Counter(source.labels)
     of_class = {source.class_names[label]: count for label, count in sorted(counts.items())}
-    missing = len(source.class_names) - len(of_class)
-    of = f"{images} of {len(of_class)}{f' of {len(source.class_names)}' if missing else ''} classes"
+    num_classes = len(source.class_names)
+    missing = num_classes - len(of_class)
+    of = f"{images} of {f'{len(of_class)} of ' if missing else ''}{num_classes} class{'es' * (num_classes != 1)}"
     if len(of_class) <= _LISTED:
         return f"{of} ({', '.join(f'{name}: {count}' for name, count in of_class.items())})"
     fewest, most = min(of_class, key=of_class.__getitem__), max(of_class, key=of_class.__getitem__)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from mae_deploy.cli import main
+from mae_deploy.data.config import ValidationConfig
 from mae_deploy.data.sources.open import beside_splits, labelled_images, labelled_val, split_names, unlabelled_images
+from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.errors import ConfigError
 from tests.data.image_folders import write_classes, write_noise
 from tests.data.sources.test_tables import pa, pq, table_of
-from tests.data.sources.tiny_shards import shards_of
+from tests.data.sources.tiny_shards import shards_of, write_shard
 
 # --- two kinds -------------------------------------------------------------------------------------------------------
 
@@ -149,7 +154,11 @@ def test_the_layout_of_the_hugging_face_hub(images: Path, tmp_path: Path) -> Non
         path.read_bytes() for path in images.rglob("*.png")
     )
     assert found.left_out.counts == {".md": 1}
-    assert beside_splits(root, ["train", "val"]) == []
+    assert beside_splits(root, ["train", "val"]) == ["data/test-00000-of-00001.parquet"]
+    with pytest.raises(ConfigError, match=r"no val in .*: data/test-00000-of-00001.parquet, data/train-.*, README.md"):
+        labelled_images(root, "val")
+    assert len(labelled_images(root, "train")) == 8
+    assert len(labelled_val(root, None, "test")) == 3
 
 
 def test_shards_below_shards_are_said(images: Path, tmp_path: Path) -> None:
@@ -157,3 +166,98 @@ def test_shards_below_shards_are_said(images: Path, tmp_path: Path) -> None:
     shards_of(images, shards / "more")
     found = unlabelled_images(shards)
     assert (len(found), found.left_out.counts) == (11, {".tar below": 3})
+
+
+def test_a_split_may_be_one_file(images: Path, tmp_path: Path) -> None:
+    for split, count in (("train", 7), ("val", 4)):
+        pq.write_table(table_of(images).slice(0, count), tmp_path / f"{split}.parquet")
+        assert len(labelled_images(tmp_path, split)) == count
+    assert len(labelled_val(tmp_path / "val.parquet", None)) == len(labelled_val(tmp_path, None)) == 4
+    tars, files = tmp_path / "tars", sorted(images.rglob("*.png"))
+    for split in ("train", "val"):
+        members = [(f"{number % 2}/{file.name}", file.read_bytes()) for number, file in enumerate(files)]
+        write_shard(tars / f"{split}.tar", members)
+    assert labelled_images(tars, "train").class_names == labelled_val(tars / "val.tar", None).class_names == ("0", "1")
+
+
+@pytest.mark.parametrize("names", [("training", "validation"), ("training", "valid")])
+def test_other_names_of_splits(tmp_path: Path, names: tuple[str, str]) -> None:
+    for split, name in zip(("train", "val"), names, strict=True):
+        write_noise(tmp_path / name / "a", 2)
+        write_noise(tmp_path / name / "b", 2)
+        assert len(labelled_images(tmp_path, split)) == 4
+    write_noise(tmp_path / "testing" / "a", 2)
+    assert split_names(tmp_path) == ["train", "val", "test"]
+
+
+def test_splits_one_folder_deeper_are_pointed_at(tmp_path: Path) -> None:
+    write_classes(tmp_path / "dataset")
+    with pytest.raises(ConfigError, match="no train in") as caught:
+        labelled_images(tmp_path, "train")
+    assert caught.value.hint == f"there is a train in {tmp_path / 'dataset'}: give that folder"
+
+
+@pytest.mark.parametrize(("name", "hint"), [("a.zip", "unpack it"), ("list.txt", "give the folder of images")])
+def test_labelled_data_is_no_file(tmp_path: Path, name: str, hint: str) -> None:
+    (tmp_path / name).touch()
+    calls: list[Callable[[], object]] = [
+        lambda: labelled_images(tmp_path / name, "train"),
+        lambda: labelled_val(tmp_path / name, None),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=rf"{name} is a file; labelled data is a folder") as caught:
+            call()
+        assert hint in str(caught.value.hint)
+    with pytest.raises(ConfigError, match="nowhere is not there"):
+        labelled_images(tmp_path / "nowhere", "train")
+
+
+def test_links_among_class_folders(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    (tmp_path / "train" / "up").symlink_to(tmp_path)
+    (tmp_path / "train" / "here").symlink_to(tmp_path / "train")
+    found = labelled_images(tmp_path, "train")
+    assert (found.class_names, len(found)) == (("dark", "light"), 12)
+    assert found.left_out.counts == {"links to folders above": 2}
+    (tmp_path / "train" / "night").symlink_to(tmp_path / "train" / "dark")
+    with pytest.raises(ConfigError, match=r"dark and .*night are the same folder, but two classes"):
+        labelled_images(tmp_path, "train")
+
+
+def test_files_beside_class_folders_are_counted(tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    write_noise(tmp_path / "train", 2)
+    (tmp_path / "train" / "labels.csv").touch()
+    assert labelled_images(tmp_path, "train").left_out.counts == {"images in no class folder": 2, ".csv": 1}
+
+
+@pytest.mark.parametrize("locked", [".", "train", "train/dark"])
+def test_a_folder_that_may_not_be_read_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, locked: str
+) -> None:
+    write_classes(tmp_path)
+    stat, scandir, listdir = os.stat, os.scandir, os.listdir
+    folder = tmp_path / locked
+
+    def refusing(call: Callable[..., Any], *, itself: bool) -> Callable[..., Any]:
+        """As for any user but root: a locked folder can be seen, and nothing in it."""
+
+        def checked(path: Any = ".", *arguments: Any, **options: Any) -> Any:
+            if isinstance(path, (str, Path)) and (folder in Path(path).parents or (itself and Path(path) == folder)):
+                raise PermissionError(13, "Permission denied", str(path))
+            return call(path, *arguments, **options)
+
+        return checked
+
+    monkeypatch.setattr(os, "stat", refusing(stat, itself=False))
+    monkeypatch.setattr(os, "scandir", refusing(scandir, itself=True))
+    monkeypatch.setattr(os, "listdir", refusing(listdir, itself=True))
+    calls: list[Callable[[], object]] = [
+        lambda: unlabelled_images(tmp_path),
+        lambda: labelled_images(tmp_path, "train"),
+        lambda: labelled_val(tmp_path / "train", None),
+        lambda: labelled_splits(tmp_path, ValidationConfig(), seed=0),
+    ]
+    for call in calls:
+        with pytest.raises(ConfigError, match=rf"^cannot read the folder {folder}: Permission denied"):
+            call()

@@ -78,3 +78,13 @@ def test_what_cannot_be_read_is_left_to_whoever_reads_it(tmp_path: Path, capsys:
     Image.new("F", (5, 7)).save(tmp_path / "c.tif")
     assert said(tmp_path, 1, None, capsys) == ""
     assert said(tmp_path, 1, 65535, capsys) == ""
+
+
+def test_pictures_beyond_the_first_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pages = [Image.new("RGB", (5, 7), (grey,) * 3) for grey in (0, 99, 200)]
+    for name in ("a.gif", "b.tif"):
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+    pages[0].save(tmp_path / "c.png")
+    line = said(tmp_path, 3, None, capsys)
+    assert line.endswith(f"2 hold several pictures, such as {tmp_path}/a.gif with 3; the first is read")
+    assert said(tmp_path, 5, None, capsys) == ""  # pages may be channels
