@@ -14,7 +14,7 @@ from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.config import DecoderConfig, SliceBlocks
 from mae_deploy.models.mask_config import check_keep_ratio
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, RunSettings, TrainingPrecision
 
 Blocks = tuple[str, ...]
 """Pairs of blocks as they are written, STUDENT:TEACHER, counted from 1, or "last"."""
@@ -263,7 +263,7 @@ class ShapeConfig(Settings, resume="fixed"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class DistillConfig(Settings):
+class DistillConfig(RunSettings):
     """Settings of `mae-deploy distill`."""
 
     data: Path = setting(argument=True, resume="free")
@@ -293,7 +293,8 @@ class DistillConfig(Settings):
     teacher sees the whole image; with features, it takes the place of --mask-ratio. Default: all patches with logits,
     --mask-ratio with features."""
     resume: bool = setting(False, resume="free", basic=True)
-    """Go on with the run in --out, or start it if it is not there."""
+    """Go on with the run in --out, or start it if it is not there. Settings that are left out are the run's: distill
+    --resume RUN is enough."""
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of weights, data order, augmentation and masks."""
     device: Device = setting("auto", resume="free", basic=True)

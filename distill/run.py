@@ -94,9 +94,6 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         fixed_views=config.caching.fixed_views,
     )
     answers = _answers(config, teacher, dataset, masks, accelerator, whole=whole) if model.teacher_taps else None
-    folder = RunFolder.open(
-        config.out, config, data.fingerprint, resume=config.resume, write=accelerator.is_main_process
-    )
     job = TrainingJob(
         title=f"distil {kind}",
         model=model,
@@ -111,8 +108,10 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         paper_warmup=_WARMUP,
         evaluate=None if data.val is None else _evaluation(config, data.val, spec, masks),
     )
+    main = accelerator.is_main_process
     try:
-        return fit(job, folder, accelerator, config)
+        with RunFolder.open(config.out, config, data.fingerprint, resume=config.resume, write=main) as folder:
+            return fit(job, folder, accelerator, config)
     finally:
         if isinstance(answers, CachedTeacher):
             answers.close()

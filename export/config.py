@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from mae_deploy.config import Settings, changed_options, section, setting
+from mae_deploy.config import Settings, option_name, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
@@ -333,12 +334,12 @@ class ExportConfig(Settings, resume="never"):
                 f"--precision fp8 with --engine {self.engine}: only TensorRT computes in FP8", hint="pass --engine trt"
             )
         prefer = [] if self.int8.prefer is None else [f"--prefer {self.int8.prefer}"]
-        for given in [*(["--no-build"] if not self.build else []), *prefer, *changed_options(self.tensorrt)]:
+        for given in [*(["--no-build"] if not self.build else []), *prefer, *_changed_options(self.tensorrt)]:
             yield ConfigError(f"{given} with --engine {self.engine}", hint="pass --engine trt, or leave it out")
 
     def _int8_faults(self) -> Iterator[ConfigError]:
         if not self.quantized:
-            for given in changed_options(self.int8):
+            for given in _changed_options(self.int8):
                 yield ConfigError(
                     f"{given} with --precision {self.precision}", hint="pass --precision int8, or leave it out"
                 )
@@ -380,3 +381,15 @@ def tensorrt_major() -> int | None:
         except metadata.PackageNotFoundError:
             continue
     return None
+
+
+def _changed_options(config: Any) -> list[str]:
+    """The options of a section whose values are not its class's defaults, as they are written: `--workspace 64`."""
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [
+        (option_name(field) if value else f"--no-{option_name(field)[2:]}")
+        if isinstance(value, bool)
+        else f"{option_name(field)} {value}"
+        for field, value in values
+        if value != field.default
+    ]

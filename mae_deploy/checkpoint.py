@@ -7,7 +7,8 @@ Reading the metadata needs no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -158,10 +159,26 @@ def read_safetensors(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         CheckFailed: there is no such file, or it is damaged or something else.
     """
+    with _opened(file) as content:
+        return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+
+
+def check_safetensors(file: Path) -> None:
+    """Whether a file is whole, by its header and its length.
+
+    Raises:
+        CheckFailed: as `read_safetensors`.
+    """
+    with _opened(file):
+        return
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
     safetensors = import_optional("safetensors", extra="train")
     try:
         with safetensors.safe_open(file, framework="pt") as content:
-            return {name: content.get_tensor(name) for name in content.keys()}, content.metadata() or {}  # noqa: SIM118
+            yield content
     except (safetensors.SafetensorError, OSError) as error:
         kind = look_at(file) if file.is_file() else None
         if kind is None or kind.weights == "safetensors":

@@ -51,6 +51,15 @@ class Settings:
         self.resolve()
         raise_all(list(self.faults()))
 
+    @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        """The plain values that a command was given, and for those left out what files say that they name.
+
+        Raises:
+            ConfigError: such a file is not there, or contradicts a value.
+        """
+        return values
+
     def resolve(self) -> None:
         """Put what the other settings say in the place of what was left out."""
 
@@ -169,24 +178,22 @@ def _read(
     return None
 
 
+def typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Single values of a config class, each of its type, without those that it does not know.
+
+    Raises:
+        ConfigError: a value of another type.
+    """
+    kinds = field_types(cls)
+    return {name: _coerce(kinds[name], value, name) for name, value in values.items() if name in kinds}
+
+
 def option_name(field: dataclasses.Field[Any]) -> str:
     """What the command line calls a setting: `--image-size`, `DATA`; the key of one that has no option."""
     if field.metadata.get("hidden"):
         return field.name
     plain = field.name.upper() if field.metadata.get("argument") else f"--{field.name.replace('_', '-')}"
     return field.metadata.get("flag") or plain
-
-
-def changed_options(config: Any) -> list[str]:
-    """The options of a section whose values are not its class's defaults, as they are written: `--workspace 64`."""
-    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return [
-        (option_name(field) if value else f"--no-{option_name(field)[2:]}")
-        if isinstance(value, bool)
-        else f"{option_name(field)} {value}"
-        for field, value in values
-        if value != field.default
-    ]
 
 
 _BOUNDS: dict[str, Callable[[float, float], bool]] = {

@@ -34,7 +34,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.glob(f"{_ASIDE}*-{glob.escape(path.name)}"):
-        if not _is_running(left.name.removeprefix(_ASIDE).partition("-")[0]):
+        if not is_running(left.name.removeprefix(_ASIDE).partition("-")[0]):
             remove(left)
     aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
@@ -149,7 +149,7 @@ def refuse_within(path: Path, data: Path, *, option: str = "--out") -> None:
         raise ConfigError(f"{option} {path} lies within {data}, as one of its images", hint=f"choose another {option}")
 
 
-def _is_running(process: str) -> bool:
+def is_running(process: int | str) -> bool:
     """Whether a process of this number is at work here."""
     try:
         if sys.platform == "win32":  # where os.kill would send it Ctrl-C

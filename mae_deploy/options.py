@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, cast, get_args, g
 import typer
 from typer.core import TyperCommand
 
-from mae_deploy.config import from_dict, merge, to_yaml
+from mae_deploy.config import Settings, from_dict, merge, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError, raise_all
 from mae_deploy.files import write_text
 from mae_deploy.flags import COMMON, Flag, flags_of
@@ -202,6 +202,8 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
                 names[".".join(flag.path)] = flag.name
         settings = None
         try:
+            if issubclass(config, Settings):
+                values = config.completed(values)
             settings = from_dict(config, values, flags=names)
         except ConfigError as error:
             said = {str(one).partition(" ")[0] for one in found}

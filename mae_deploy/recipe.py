@@ -13,6 +13,9 @@ from mae_deploy.text import decode_text
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship with the package; `--recipe NAME` finds them without a path."""
 
+RUN_CONFIG = "config.yaml"
+"""The settings of a run, in its folder."""
+
 EXTENDS = "extends"
 """The key of a recipe that names the recipe it builds on."""
 
@@ -39,6 +42,30 @@ def read_recipe(name: str | Path) -> dict[str, Any]:
         read.append(path)
         values = merge(_read_mapping(path), values)
     return values
+
+
+def settings_of_run(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a call; with `resume`, the run's own for those left out. Without `out`, the run is what stands in
+    the place of DATA.
+
+    Raises:
+        ConfigError: there is no run in the place of DATA.
+    """
+    if values.get("resume") is not True:
+        return values
+    alone = values.get("out") is None and values.get("data") is not None
+    if alone:
+        values = {**{name: value for name, value in values.items() if name != "data"}, "out": values["data"]}
+    if values.get("out") is None:
+        return values
+    stored = Path(values["out"]) / RUN_CONFIG
+    if not stored.is_file():
+        if alone:
+            raise ConfigError(
+                f"--resume {values['out']}: no run is there", hint="give a run folder, or DATA and --out to start a run"
+            )
+        return values
+    return merge(read_recipe(stored), values)
 
 
 def parse_assignment(text: str) -> dict[str, Any]:

@@ -5,18 +5,20 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from mae_deploy.config import Settings, section, setting
+from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
+from mae_deploy.config import Settings, from_dict, section, setting, to_dict, typed
 from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
-from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of, import_optional
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig, check_objective, encoder_of_init
 from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_keep_ratio, check_masking, mask_unit
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig
+from mae_deploy.recipe import settings_of_run
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, RunSettings
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PretrainConfig(Settings):
+class PretrainConfig(RunSettings):
     """Settings of `mae-deploy pretrain`."""
 
     data: str = setting(argument=True, resume="free")
@@ -24,8 +26,12 @@ class PretrainConfig(Settings):
     URLs, or 'pipe:COMMAND', which is run; or a Hugging Face data set on disk."""
     out: Path = setting(resume="free")
     """Run folder to write."""
+    init: Path | None = setting(None, resume="fixed", basic=True, metavar="CKPT")
+    """Weights to start from, a run folder, a checkpoint folder or a weights file: its encoder is the model, its decoder
+    too where it has one that predicts the same; default: random weights."""
     resume: bool = setting(False, resume="free", basic=True)
-    """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run."""
+    """Go on with the run in --out, or start it if it is not there; the losses are those of an unbroken run. Settings
+    that are left out are the run's: pretrain --resume RUN is enough."""
     mask_ratio: float = setting(0.75, resume="fixed", basic=True, above=0, below=1)
     """Share of the patches that the encoder does not see."""
     mask_sampling: MaskSampling = setting("random", resume="fixed")
@@ -56,6 +62,13 @@ class PretrainConfig(Settings):
     augment: CropConfig = section(CropConfig)
     images: DataConfig = section(DataConfig)
     loop: LoopConfig = section(LoopConfig)
+
+    @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        resumed, init = settings_of_run(values), values.get("init")
+        if resumed is not values or init is None or not Path(init).exists():  # the run says what is not there
+            return resumed
+        return _shaped_as(_metadata(Path(init)), values)
 
     def faults(self) -> Iterator[MaeDeployError]:
         yield from errors_of(
@@ -102,7 +115,7 @@ class MixConfig(Settings, resume="fixed"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneConfig(Settings):
+class FinetuneConfig(RunSettings):
     """Settings of `mae-deploy finetune`."""
 
     data: Path = setting(argument=True, resume="free")
@@ -125,7 +138,8 @@ class FinetuneConfig(Settings):
     band_groups: tuple[tuple[int, ...], ...] | None = setting(None, resume="fixed", metavar="GROUPS")
     """Groups of channels (see pretrain --help-all), where --init does not give them."""
     resume: bool = setting(False, resume="free", basic=True)
-    """Go on with the run in --out, or start it if it is not there."""
+    """Go on with the run in --out, or start it if it is not there. Settings that are left out are the run's: finetune
+    --resume RUN is enough."""
     pool: Literal["avg", "cls"] = setting("avg", resume="fixed")
     """What the head reads: the mean of the patch tokens through fc_norm, or the CLS token."""
     keep_ratio: tuple[float, float] | None = setting(None, resume="fixed", basic=True)
@@ -186,6 +200,31 @@ class ReconstructConfig(Settings, resume="never"):
     def faults(self) -> Iterator[MaeDeployError]:
         if self.out.suffix.lower() != ".png":
             yield ConfigError(f"--out {self.out} must end in .png")
+
+
+def _metadata(init: Path) -> Metadata:
+    """What weights are."""
+    if find_checkpoint(init) is not None:
+        return open_checkpoint(init).metadata
+    metadata: Metadata = import_optional("mae_deploy.weights.load", extra="train").read_weights(init).metadata
+    return metadata
+
+
+def _shaped_as(init: Metadata, values: dict[str, Any]) -> dict[str, Any]:
+    """The values with the encoder of --init, and with its decoder unless another one is asked for.
+
+    Raises:
+        ConfigError: another encoder is asked for.
+    """
+    model, decoder = (values.get(name) or {} for name in ("model", "decoder"))
+    if errors_of(lambda: (typed(EncoderConfig, model), typed(DecoderConfig, decoder))):
+        return values  # which is reported with all else that is wrong
+    stored = from_dict(EncoderConfig, init.encoder)
+    encoder = encoder_of_init(stored, typed(EncoderConfig, model), hint="leave --init out")
+    own = init.decoder or {}
+    if all(own.get(name) == value for name, value in typed(DecoderConfig, decoder).items()):
+        decoder = own
+    return {**values, "model": {**model, **to_dict(encoder)}, "decoder": decoder}
 
 
 def check_picture_bands(bands: tuple[int, ...] | None, channels: int) -> None:

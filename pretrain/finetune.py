@@ -15,9 +15,8 @@ from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.data.training_set import train_dataset
 from mae_deploy.data.transforms import eval_transform, train_transform
-from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.config import EncoderConfig, encoder_of_init
 from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
@@ -54,7 +53,6 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         model.channel_embed.requires_grad_(True)  # as SatMAE
     kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
-    folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
 
     job = TrainingJob(
         title="from scratch" if pretrained is None else "finetune",
@@ -90,7 +88,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             kept=kept,
         ),
     )
-    return fit(job, folder, accelerator, config)
+    main = accelerator.is_main_process
+    with RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=main) as folder:
+        return fit(job, folder, accelerator, config)
 
 
 class ClassificationLoss:
@@ -147,14 +147,8 @@ def _encoder_config(config: FinetuneConfig, loaded: LoadedWeights | None) -> Enc
         "band_groups": config.band_groups,
         "image_size": config.image_size,
     }
-    given = {name: value for name, value in asked.items() if value is not None}
     if loaded is None:
+        given = {name: value for name, value in asked.items() if value is not None}
         return from_dict(EncoderConfig, {"name": config.model, **given})
-    for name, value in {**given, "name": config.model}.items():
-        own = getattr(loaded.encoder_config, name)
-        if name != "image_size" and value is not None and value != own:
-            raise ConfigError(
-                f"--init has {name} {own}, not {value}",
-                hint="leave the option out, or leave --init out and use --from-scratch",
-            )
-    return from_dict(EncoderConfig, {**loaded.metadata.encoder, **given})
+    hint = "leave --init out and use --from-scratch"
+    return encoder_of_init(loaded.encoder_config, {**asked, "name": config.model}, hint=hint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from mae_deploy.config import from_dict
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import atomic_path, refuse_within
 from mae_deploy.images.find import find_images
 from mae_deploy.images.names import described
@@ -38,6 +39,7 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
     """Draw the grid for given images and a checkpoint.
 
     Raises:
+        CheckFailed: the weights give no numbers.
         ConfigError: the checkpoint has no decoder, no image can be read, or `out` would lie among the images.
     """
     for name in config.images:
@@ -80,6 +82,10 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         seed=config.seed,
         paste_visible=config.paste_visible,
     )
+    if not math.isfinite(loss):
+        raise CheckFailed(
+            f"{config.checkpoint} predicts no numbers, its loss is {loss}", hint="its weights are damaged"
+        )
     return {"out": str(config.out), "images": len(images), "skipped": skipped, "loss": loss}
 
 
@@ -98,7 +104,9 @@ def draw_reconstructions(
     seed: int,
     paste_visible: bool = True,
 ) -> float:
-    """Write a PNG with a row an image: original | masked | reconstructed. Returns the loss on these masks."""
+    """Write a PNG with a row an image: original | masked | reconstructed. Returns the loss on these masks; where it is
+    not finite there is nothing to draw.
+    """
     device = model.cls_token.device
     inputs = torch.from_numpy(spec(list(images))).to(device)
     noise = torch.rand(len(inputs), model.config.num_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
@@ -108,6 +116,9 @@ def draw_reconstructions(
     was_training = model.training
     output = model.eval()(inputs, masking)
     model.train(was_training)
+    loss = float(output.loss)
+    if not math.isfinite(loss):
+        return loss
     target = patchify(inputs, model.config.patch)
     predicted = model.predicted_patches(inputs, output.pixels.float())
     groups = model.config.band_groups
@@ -123,7 +134,7 @@ def draw_reconstructions(
     rows = torch.stack([unpatchify(column, model.config.patch, model.config.grid_size) for column in columns], dim=1)
     with atomic_path(out) as aside:
         _grid(_to_pixels(rows, spec, bands)).save(aside, format="PNG")
-    return float(output.loss)
+    return loss
 
 
 def _to_pixels(images: Tensor, spec: Preprocess, bands: tuple[int, ...] | None) -> Array:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import OWN_LICENCE, Metadata
+from mae_deploy.checkpoint import OWN_LICENCE, Metadata, inherited_licence
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
@@ -23,7 +23,7 @@ from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
-from mae_deploy.weights.load import LoadedWeights, read_weights
+from mae_deploy.weights.load import LoadedWeights, read_weights, start_autoencoder_from
 
 PRETRAIN_WARMUP = 40.0
 """Epochs (paper, table 8)."""
@@ -33,23 +33,20 @@ _PICTURES = 8
 
 def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     """Pretrain a masked autoencoder; returns the loop's summary."""
-    teacher = read_weights(config.teacher) if config.teacher is not None else None
+    teacher, init = (read_weights(path) if path is not None else None for path in (config.teacher, config.init))
     target: Target | None = TeacherFeatures(teacher, config.model) if teacher is not None else None
     objective = replace(config.objective, target_dim=target.dim) if target is not None else config.objective
-    spec = config.images.preprocess(config.model.image_size, config.model.in_chans, _preprocess_of(teacher))
+    spec = config.images.preprocess(config.model.image_size, config.model.in_chans, _preprocess_of(teacher or init))
     dataset = open_training(config.data, train_transform(spec, config.augment), config.images, seed=config.seed)
     fingerprint = dataset.fingerprint()
     accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
-    folder = RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=accelerator.is_main_process)
     seed_everything(derive_seed(config.seed, "weights"))
     model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss, objective=objective)
+    decoded = init is not None and start_autoencoder_from(model, init)
     if target is not None:
         target.to(accelerator.device)
         if accelerator.is_main_process:
             notice("pictures:", "none, as a teacher's features are not a picture")
-    if model.pca is not None and folder.last is None:  # a checkpoint has the components
-        batch_size, num_workers = config.optim.batch_size, config.images.num_workers
-        fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)
 
     def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         noise = batch.rand(config.model.num_tokens)
@@ -66,7 +63,7 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     def pictures(model: nn.Module, epochs: int, last: bool) -> None:
         if last or epochs % config.pictures_every == 0:
             assert isinstance(model, MaskedAutoencoder)
-            out = folder.path / f"reconstruction-{epochs:04d}.png"
+            out = config.out / f"reconstruction-{epochs:04d}.png"
             shown = dataset.first(_PICTURES)
             draw_reconstructions(
                 model,
@@ -96,18 +93,29 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
             norm_pix_loss=config.norm_pix_loss,
             objective=to_dict(objective),
             preprocess=to_dict(spec),
-            licence=target.licence if target is not None else OWN_LICENCE,
+            licence=inherited_licence(
+                target.licence if target is not None else OWN_LICENCE,
+                init.metadata.licence if init is not None else OWN_LICENCE,
+            ),
             provenance={
                 "stage": "pretrain",
                 "config": to_dict(config),
                 "data": fingerprint,
                 **({"teacher": target.record} if target is not None else {}),
+                **({"parent": init.record} if init is not None else {}),
             },
         ),
         paper_warmup=PRETRAIN_WARMUP,
         epoch_end=pictures if target is None else None,
     )
-    return fit(job, folder, accelerator, config)
+    main = accelerator.is_main_process
+    with RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=main) as folder:
+        if folder.last is None and init is not None and main:
+            notice("start:", f"{config.model.name} of {config.init}, {'with its' if decoded else 'a new'} decoder")
+        if folder.last is None and model.pca is not None and not decoded:  # a checkpoint has the components
+            batch_size, num_workers = config.optim.batch_size, config.images.num_workers
+            fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)
+        return fit(job, folder, accelerator, config)
 
 
 def _preprocess_of(loaded: LoadedWeights | None) -> Preprocess | None:

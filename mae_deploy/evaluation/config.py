@@ -11,7 +11,7 @@ from mae_deploy.config import Settings, section, setting
 from mae_deploy.data.config import CropConfig, DataConfig, ValidationConfig
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.models.mask_config import check_shares
-from mae_deploy.training.config import Device, LoopConfig, OptimConfig, TrainingPrecision
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig, RunSettings, TrainingPrecision
 
 Solver = Literal["ridge", "logistic"]
 
@@ -41,7 +41,7 @@ class FeaturesConfig(Settings):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class LinprobeConfig(Settings):
+class LinprobeConfig(RunSettings):
     """Settings of `mae-deploy linprobe`."""
 
     data: Path = setting(argument=True, resume="free")
@@ -63,7 +63,8 @@ class LinprobeConfig(Settings):
     """Share of the training images on which logistic and ridge choose their regularisation, before they fit all of
     them."""
     resume: bool = setting(False, resume="free", basic=True)
-    """Go on with the run in --out, or start it if it is not there."""
+    """Go on with the run in --out, or start it if it is not there. Settings that are left out are the run's: linprobe
+    --resume RUN is enough."""
     seed: int = setting(0, resume="fixed", basic=True)
     """Seed of the head, data order and augmentation, and of the held-out share."""
     device: Device = setting("auto", resume="free", basic=True)

@@ -70,8 +70,6 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
             f"--solver {config.solver} runs in one process, not {accelerator.num_processes}",
             hint="start it without torchrun",
         )
-    folder = RunFolder.open(config.out, config, data, resume=config.resume, write=accelerator.is_main_process)
-
     metadata = Metadata(
         kind="classifier",
         encoder=to_dict(encoder),
@@ -83,9 +81,11 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
         licence=loaded.metadata.licence,
         provenance={"stage": "linprobe", "config": to_dict(config), "data": data, "parent": loaded.record},
     )
-    if config.solver == "lars":
-        return _train(config, classifier, metadata, folder, accelerator, train, val, spec)
-    return _solve(config, classifier, metadata, folder, train, val, spec)
+    main = accelerator.is_main_process
+    with RunFolder.open(config.out, config, data, resume=config.resume, write=main) as folder:
+        if config.solver == "lars":
+            return _train(config, classifier, metadata, folder, accelerator, train, val, spec)
+        return _solve(config, classifier, metadata, folder, train, val, spec)
 
 
 class SharedBatchNorm(nn.BatchNorm1d):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mae_deploy.config import Settings, nearest, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
@@ -151,6 +151,23 @@ class EncoderConfig(Settings, resume="fixed"):
     def patch_dim(self) -> int:
         """Values of a patch, P * P * C."""
         return self.patch**2 * self.in_chans
+
+
+def encoder_of_init(stored: EncoderConfig, asked: dict[str, Any], *, hint: str) -> EncoderConfig:
+    """The encoder of --init, at the image size that is asked for.
+
+    Args:
+        asked: settings of an encoder by name; None: that of --init.
+        hint: how to have another encoder.
+
+    Raises:
+        ConfigError: another encoder is asked for.
+    """
+    given = {name: value for name, value in asked.items() if value is not None}
+    for name, value in given.items():
+        if name != "image_size" and value != (own := getattr(stored, name)):
+            raise ConfigError(f"--init has {name} {own}, not {value}", hint=f"leave the option out, or {hint}")
+    return dataclasses.replace(stored, **given)
 
 
 def quarter(dim: int) -> int:

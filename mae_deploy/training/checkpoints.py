@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mae_deploy.checkpoint import METADATA, Metadata, write_checkpoint
-from mae_deploy.files import atomic_path, point_link
+from mae_deploy.checkpoint import Metadata, write_checkpoint
+from mae_deploy.files import atomic_path, point_link, remove
 from mae_deploy.training.job import TrainingJob
 from mae_deploy.training.state.ema import WeightAverage
 from mae_deploy.training.state.progress import (
@@ -22,6 +22,7 @@ from mae_deploy.training.state.progress import (
     STATE,
     TRAINED,
     Progress,
+    damage,
     load_optimizer,
     optimizer_tensors,
     prefix_of,
@@ -82,7 +83,8 @@ class Checkpoints:
         target = self.folder.checkpoints / f"step-{state.step}"
         if main or self.network.sharded:
             contents = self._gather(keep=main)
-            if main and not (target / METADATA).is_file():
+            if main and damage(target) is not None:
+                remove(target)  # what a copy or a full disk has damaged
                 with atomic_path(target) as aside:
                     self._write(aside, contents, replace(metadata, step=state.step))
                     save_progress(aside / STATE, state)

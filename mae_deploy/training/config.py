@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from mae_deploy.config import Settings, nearest, setting
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.recipe import settings_of_run
 
 Device = Literal["auto", "cpu", "cuda"]
 TrainingPrecision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -15,6 +16,18 @@ Sharding = Literal["ddp", "fsdp2"]
 
 TRACKERS = ("wandb", "mlflow")
 """Trackers beside TensorBoard and JSONL, which are always written."""
+
+
+class RunSettings(Settings):
+    """Settings of a command that writes a run folder, and goes on with it: with `resume`, those left out are the
+    run's.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def completed(cls, values: dict[str, Any]) -> dict[str, Any]:
+        return settings_of_run(values)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -272,27 +272,36 @@ class TrainingRunner:
     def _end_epoch(self, epochs: int, last: bool) -> float | None:
         """Validate and draw with the weights that are exported; returns top-1 where the stage has it and it is its
         turn.
+
+        Raises:
+            CheckFailed: the run ends with weights that give no numbers.
         """
         evaluate = self.job.evaluate if last or epochs % self.loop.eval_every == 0 else None
-        if evaluate is None and self.job.epoch_end is None:
+        if evaluate is None and self.job.epoch_end is None and not last:
             return None
         top1 = None
         with self.checkpoints.shown(), self.network.whole() as bare:
+            found = {}
             if evaluate is not None:
                 found = evaluate(self.accelerator, bare)
                 top1 = found.get("top1")
                 if self.accelerator.is_main_process:
                     self.folder.append("eval.jsonl", {"step": self.state.step, "epoch": epochs, **found})
                     self.trackers.log({f"eval/{name}": value for name, value in found.items()}, self.state.step)
+            if last:
+                self.guard.check_end(
+                    found or {"loss": self.stepper.loss_of(bare, self.batches[-1], self.state.step - 1)}
+                )
             if self.job.epoch_end is not None and self.accelerator.is_main_process:
                 self.job.epoch_end(bare, epochs, last)
         return top1
 
     def _save(self, top1: float | None) -> None:
-        best = top1 is not None and not math.isnan(top1) and (self.state.best is None or top1 > self.state.best)
+        known = None if top1 is None or math.isnan(top1) else top1
+        best = known is not None and (self.state.best is None or known > self.state.best)
         if best:
-            self.state.best = top1
-        metadata = replace(self.job.metadata(), metrics={} if top1 is None else {"top1": top1})
+            self.state.best = known
+        metadata = replace(self.job.metadata(), metrics={} if known is None else {"top1": known})
         self.checkpoints.save(metadata, best=best, finished=self.state.step == self.plan.total_steps)
         self.save_asked = False
         self.saved = time.monotonic()
@@ -306,5 +315,5 @@ class TrainingRunner:
         raise Stopped(
             f"stopped by {signal} after step {self.state.step} of {self.plan.total_steps}; its checkpoint is in"
             f" {self.folder.path}",
-            hint="repeat the command with --resume to go on",
+            hint=f"go on with --resume {self.folder.path}",
         )

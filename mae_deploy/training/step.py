@@ -148,11 +148,22 @@ class Stepper:
             buffer.copy_(torch.where(finite, buffer, before))
         return StepNumbers(tuple(parts[0]), len(asked), torch.cat([reduced, torch.stack([norm, scale]), own]), timer)
 
-    def _accumulate(self, batch: Batch, step: int, micro: int, timer: StepTimer) -> dict[str, Tensor]:
-        """Forward and backward of one micro-batch; returns the loss's parts."""
+    def loss_of(self, model: nn.Module, batch: Batch, step: int) -> float:
+        """The loss of one micro-batch with a bare model as it is now, the mean over processes; nothing is trained, but
+        the forward pass is that of training, gradients and all, which parts of a loss rely on.
+        """
+        model.train()
+        given = self._given(batch, step, 0, StepTimer(self.accelerator.device))
+        with self.accelerator.autocast():
+            loss = self.loss(model, given)["loss"]
+        mean: Any = self.accelerator.reduce(loss.detach().float(), "mean")
+        return float(mean)
+
+    def _given(self, batch: Batch, step: int, micro: int, timer: StepTimer) -> StepBatch:
+        """What the loss is given."""
         plan, accelerator, device = self.plan, self.accelerator, self.accelerator.device
         shared = accelerator.num_processes * plan.batch_size
-        given = StepBatch(
+        return StepBatch(
             self.normalise(batch.images.to(device, non_blocking=True)),
             batch.labels.to(device, non_blocking=True),
             seed=self.seed,
@@ -164,11 +175,16 @@ class Stepper:
             view=batch.views,
             timer=timer,
         )
+
+    def _accumulate(self, batch: Batch, step: int, micro: int, timer: StepTimer) -> dict[str, Tensor]:
+        """Forward and backward of one micro-batch; returns the loss's parts."""
+        accelerator, accum_iter = self.accelerator, self.plan.accum_iter
+        given = self._given(batch, step, micro, timer)
         seed_everything(derive_seed(self.seed, "step", step, micro, accelerator.process_index))
-        with self.network.accumulate(last=micro == plan.accum_iter - 1):
+        with self.network.accumulate(last=micro == accum_iter - 1):
             with accelerator.autocast():
                 parts = self.loss(self.network.trained, given)
-            accelerator.backward(parts["loss"] / plan.accum_iter)
+            accelerator.backward(parts["loss"] / accum_iter)
         return {name: value.detach().float() for name, value in parts.items()}
 
     def _update(self, loss: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -46,7 +47,7 @@ class Evaluator:
     @torch.no_grad()
     def __call__(self, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
         """Accuracies in per cent and the mean cross-entropy; `top1_of_K` with K patches, where K is the fewest of
-        several numbers.
+        several numbers. All are NaN where the logits of an image are: such a network has no accuracy.
 
         Raises:
             CheckFailed: not one validation image can be read.
@@ -57,7 +58,7 @@ class Evaluator:
         counts: tuple[int | None, ...] = (
             (None,) if self.kept is None else tuple(dict.fromkeys((self.kept.most, self.kept.least)))
         )
-        totals = torch.zeros(len(counts), 4, dtype=torch.float64, device=accelerator.device)
+        totals = torch.zeros(len(counts), 5, dtype=torch.float64, device=accelerator.device)
         loader = eval_loader(
             self.dataset,
             batch_size=self.batch_size,
@@ -78,17 +79,24 @@ class Evaluator:
                     logits = model(images, *seen).float()
                 ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices.eq(labels.unsqueeze(1))
                 loss = F.cross_entropy(logits, labels, reduction="sum")
-                row += torch.stack(
-                    [ranked[:, 0].sum(), ranked.sum(), loss, torch.tensor(len(labels), device=loss.device)]
-                ).double()
+                not_finite = (~logits.isfinite()).any(dim=1).sum()
+                row += torch.stack([ranked[:, 0].sum(), ranked.sum(), loss, not_finite, loss.new_tensor(len(labels))])
         model.train(was_training)
         summed: Any = accelerator.reduce(totals, "sum")
-        (top1, top5, loss, count), *fewer = summed.tolist()
-        if count == 0:
+        num_images = float(summed[0, -1])
+        if num_images == 0:
             raise CheckFailed(f"no readable validation image below {self.dataset.name}")
-        found = {"top1": 100 * top1 / count, "top5": 100 * top5 / count, "val_loss": loss / count}
+        not_finite = int(summed[:, 3].max())
+        if not_finite:
+            notice(
+                "validation:",
+                f"logits of {not_finite} of {num_images:g} images are NaN or infinite, so there is no top-1",
+            )
+            summed = torch.full_like(summed, math.nan)
+        (top1, top5, loss, *_), *fewer = summed.tolist()
+        found = {"top1": 100 * top1 / num_images, "top5": 100 * top5 / num_images, "val_loss": loss / num_images}
         return found | {
-            f"top1_of_{kept}": 100 * right / count for kept, (right, *_) in zip(counts[1:], fewer, strict=True)
+            f"top1_of_{kept}": 100 * right / num_images for kept, (right, *_) in zip(counts[1:], fewer, strict=True)
         }
 
     def _seen(self, count: int | None, items: Tensor) -> tuple[Tensor, ...]:

@@ -148,6 +148,34 @@ def encoder_tensors(loaded: LoadedWeights, target: EncoderConfig) -> dict[str, T
     return tensors
 
 
+def start_autoencoder_from(model: MaskedAutoencoder, loaded: LoadedWeights) -> bool:
+    """Put the encoder's weights into an autoencoder, and the decoder's where there is one of the same shape that
+    predicts the same; returns whether there was.
+    """
+    own, data = model.state_dict(), loaded.metadata
+    # A mean-pooled classifier has no norm behind its last block: the autoencoder's is a new one.
+    norm = {name: own[name] for name in ("norm.weight", "norm.bias")} if data.pool == "avg" else {}
+    start_from(model, replace(loaded, tensors={**norm, **loaded.tensors}))
+    predicts = _predicts(from_dict(ObjectiveConfig, data.objective or {}), loaded.encoder_config, data.norm_pix_loss)
+    if (
+        data.kind != "mae"
+        or from_dict(DecoderConfig, data.decoder or {}) != model.decoder_config
+        or predicts != _predicts(model.objective, model.config, model.norm_pix_loss)
+    ):
+        return False
+    tensors = at_image_size(loaded, model.config.image_size).tensors
+    model.load_state_dict(
+        {name: tensor for name, tensor in tensors.items() if name.split(".")[0] not in ENCODER}, strict=False
+    )
+    return True
+
+
+def _predicts(objective: ObjectiveConfig, encoder: EncoderConfig, norm_pix_loss: bool) -> tuple[object, ...]:
+    """What a decoder predicts, and from what."""
+    normalised = norm_pix_loss and objective.target != "features"
+    return objective.target, objective.width(encoder), objective.encoder_mask_tokens, normalised
+
+
 def start_from(model: E, loaded: LoadedWeights) -> E:
     """Put the encoder's weights into a model of the same encoder; head, `fc_norm` and decoder stay as they are.
 

@@ -62,9 +62,11 @@ def test_a_cached_run_is_the_online_run(
     # Of every epoch's images two are left out; a view's later epoch computes what was left out of the earlier.
     images, seen = (18, 15) if objective == "features" else (12, 10)
     filling, filled = (tuple(int(word) for word in line.replace(",", "").split() if word.isdigit()) for line in said)
-    assert sum(filling) == sum(filled) == 3 * seen
+    # Without a validation, the loss of the last batch is looked at once more at the end.
+    again = 5 if objective == "features" else 0
+    assert sum(filling) == sum(filled) == 3 * seen + again
     assert VIEWS * seen <= filling[1] <= VIEWS * images
-    assert filled == (3 * seen, 0)
+    assert filled == (3 * seen + again, 0)
     # Answers of 11 bits, in a loss that sums hundreds of them, for up to nine steps.
     assert losses(tmp_path / "filling") == pytest.approx(losses(tmp_path / "online"), rel=1e-3)
     assert losses_of(tmp_path / "filled", "grad_norm") == losses_of(tmp_path / "filling", "grad_norm")

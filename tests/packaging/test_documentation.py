@@ -23,6 +23,10 @@ from PIL import Image
 
 from mae_deploy import cli
 from mae_deploy.cli import main
+from mae_deploy.config import to_yaml
+from mae_deploy.files import write_text
+from mae_deploy.pretrain.config import PretrainConfig
+from mae_deploy.recipe import RUN_CONFIG
 from mae_deploy.runtime import Backbone
 from tests.data.image_folders import write_noise
 from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
@@ -184,13 +188,15 @@ def test_command_lines_are_understood(
 ) -> None:
     if line[0] == "verify" and not Path(line[1]).exists():
         write_bundle(Path(line[1]))
+    if line[1:2] == ["--resume"]:
+        write_text(Path(line[2]) / RUN_CONFIG, to_yaml(PretrainConfig(data="photos", out=Path(line[2]))))
     assert main(line) == 0, capsys.readouterr().err
     assert len(configs) == (0 if line[0] in ("verify", "schema") else 1)
     if "--dump-config" in OPTIONS[command_in(line)]:
         capsys.readouterr()
         assert main([*line, "--dump-config", "-"]) == 0
         settings = yaml.safe_load(capsys.readouterr().out)
-        assert settings["out"] == line[line.index("--out") + 1]
+        assert settings["out"] == line[line.index("--resume" if line[1:2] == ["--resume"] else "--out") + 1]
     assert len(configs) <= 1, "--dump-config runs nothing"
 
 

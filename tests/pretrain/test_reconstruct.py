@@ -13,13 +13,13 @@ from PIL import Image
 
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.masking import random_masking
 from mae_deploy.pretrain.config import ReconstructConfig
 from mae_deploy.pretrain.reconstruct import draw_reconstructions, run_reconstruct
-from tests.data.image_folders import spoil
+from tests.data.image_folders import spoil, write_noise
 from tests.models.tiny_models import metadata_of, tiny_classifier, tiny_mae
 
 # The tiny autoencoder of tests/models: images of 6x10, 3x5 patches of 2x2 pixels.
@@ -55,6 +55,18 @@ def cells(path: Path) -> Array:
     )  # enlarged by whole pixels
     assert (pixels[height : height + GAP] == 255).all()
     return small
+
+
+def test_weights_that_give_no_numbers(tmp_path: Path) -> None:
+    model = tiny_mae()
+    with torch.no_grad():
+        model.decoder_pred.bias[0] = torch.nan
+    save_checkpoint(tmp_path / "damaged", model.state_dict(), metadata_of(model))
+    write_noise(tmp_path / "images", 2)
+    config = replace(settings(tmp_path, tmp_path / "images"), checkpoint=tmp_path / "damaged")
+    with pytest.raises(CheckFailed, match="predicts no numbers, its loss is nan"):
+        run_reconstruct(config)
+    assert not config.out.exists()
 
 
 def hidden_pixels(count: int, *, ratio: float = 0.75, seed: int = 0) -> Array:

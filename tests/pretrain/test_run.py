@@ -13,6 +13,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from mae_deploy.checkpoint import OWN_LICENCE, open_checkpoint
+from mae_deploy.cli import main
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.sources.open import unlabelled_images
@@ -159,3 +160,41 @@ def test_pictures_show_the_first_readable_images(images: Path, tmp_path: Path) -
     with Image.open(tmp_path / "run" / "reconstruction-0001.png") as picture:
         # Eight rows of 150 pixels (15, enlarged ten times) and three columns of 100, 4 apart.
         assert picture.size == (3 * 100 + 2 * 4, 8 * 150 + 7 * 4)
+
+
+# --- from weights ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_goes_on_from_the_weights_of_another(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The model is that of --init without any other option; at learning rate 0 it stays as it was, decoder and all."""
+    run_pretrain(pretraining(images, tmp_path / "first"))
+    recipe = tmp_path / "still.yaml"
+    recipe.write_text("{images: {num_workers: 0}, optim: {epochs: 1, batch_size: 5, lr: 0}, device: cpu}\n")
+    out = tmp_path / "second"
+    call = ["pretrain", str(images), "--init", str(tmp_path / "first"), "--recipe", str(recipe), "--out"]
+    assert main([*call, str(out)]) == 0
+    assert f"start: tiny of {tmp_path / 'first'}, with its decoder" in capsys.readouterr().err
+    first, second = (open_checkpoint(run) for run in (tmp_path / "first", out))
+    assert (second.metadata.encoder, second.metadata.decoder) == (first.metadata.encoder, first.metadata.decoder)
+    assert second.metadata.provenance["parent"]["sha256"] == first.record()["sha256"]
+    tensors = second.tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in first.tensors().items())
+
+    assert main([*call, str(tmp_path / "third"), "--image-size", "20,10", "--decoder-depth", "2"]) == 0
+    assert f"start: tiny of {tmp_path / 'first'}, a new decoder" in capsys.readouterr().err
+    third = open_checkpoint(tmp_path / "third").metadata
+    assert (third.encoder["image_size"], third.decoder and third.decoder["decoder_depth"]) == ([20, 10], 2)
+
+    assert main([*call, str(tmp_path / "fourth"), "--model", "vit_nano_patch4"]) == 2
+    assert "error: --init has name tiny, not vit_nano_patch4" in capsys.readouterr().err
+    assert not (tmp_path / "fourth").exists()
+
+
+def test_the_licence_of_the_weights_is_inherited(images: Path, tmp_path: Path) -> None:
+    run_pretrain(pretraining(images, tmp_path / "first"))
+    metadata = next((tmp_path / "first" / "checkpoints").glob("step-*")) / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"licence": "own"', '"licence": "CC-BY-NC-4.0"'))
+    run_pretrain(pretraining(images, tmp_path / "second", init=tmp_path / "first"))
+    assert open_checkpoint(tmp_path / "second").metadata.licence == "CC-BY-NC-4.0"

@@ -138,11 +138,8 @@ def train(
     )
     settings = settings or optim()
     accelerator = make_accelerator("cpu", "fp32", out)
-    folder = RunFolder.open(out, settings, found.fingerprint(), resume=resume, write=accelerator.is_main_process)
-    summary = fit(
-        job,
-        folder,
-        accelerator,
-        Settings(settings, loop or LoopConfig(), DataConfig(num_workers=0, max_corrupt=max_corrupt)),
-    )
+    loop_settings = Settings(settings, loop or LoopConfig(), DataConfig(num_workers=0, max_corrupt=max_corrupt))
+    main = accelerator.is_main_process
+    with RunFolder.open(out, settings, found.fingerprint(), resume=resume, write=main) as folder:
+        summary = fit(job, folder, accelerator, loop_settings)
     return Trained(model, folder, summary)

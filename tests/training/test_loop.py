@@ -90,6 +90,23 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_top1(images: Path, tmp_
     assert (done.summary["top1"], done.summary["best_top1"]) == (25.0, 75.0)
 
 
+def test_an_evaluation_without_numbers_is_never_the_best(images: Path, tmp_path: Path) -> None:
+    scores = iter([math.nan, 25.0, math.nan, 12.5])
+    done = train(images, tmp_path / "run", optim(epochs=4), evaluate=lambda *_: {"top1": next(scores)})
+    assert [line["top1"] for line in read_metrics(done.folder.path, "eval.jsonl")] == [None, 25.0, None, 12.5]
+    assert done.best.resolve().name == "step-4"
+
+
+def test_a_run_whose_weights_end_without_numbers_has_failed(images: Path, tmp_path: Path) -> None:
+    """The last step's loss is that of the weights before it; what it made of them is looked at once."""
+    with pytest.raises(CheckFailed, match=r"after the last step, 2, give no numbers \(loss inf\)"):
+        train(images, tmp_path / "run", optim(epochs=1, lr=1e30))
+    assert not list((tmp_path / "run" / "checkpoints").glob("step-*"))
+    scores = iter([25.0, math.nan])
+    with pytest.raises(CheckFailed, match=r"give no numbers \(top1 nan\)"):
+        train(images, tmp_path / "evaluated", optim(epochs=2), evaluate=lambda *_: {"top1": next(scores)})
+
+
 def test_evaluation_as_often_as_asked_and_at_the_end(images: Path, tmp_path: Path) -> None:
     done = train(images, tmp_path / "run", optim(epochs=5), LoopConfig(eval_every=2), evaluate=lambda *_: {"top1": 1.0})
     assert [line["epoch"] for line in read_metrics(done.folder.path, "eval.jsonl")] == [2, 4, 5]

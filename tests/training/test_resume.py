@@ -237,3 +237,22 @@ def test_resume_refuses_other_settings_and_other_data(
     write_noise(images, 1, first=11)
     assert main(command_of(pretraining(images, tmp_path / "run"), "--resume")) == 2
     assert "with other data: {'images': 11, " in capsys.readouterr().err
+
+
+def test_resume_takes_the_settings_of_the_run(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume RUN` is enough, also where the run was moved; what is given must be as it was."""
+    config = pretraining(images, tmp_path / "run", optim=optim(epochs=3))
+    run_pretrain(pretraining(images, tmp_path / "whole", optim=optim(epochs=3)))
+    assert run_command(command_of(config), kill_at=40) == SIGKILLED
+    moved = config.out.rename(tmp_path / "moved")
+    assert main(["pretrain", "--resume", str(moved)]) == 0
+    assert main(["pretrain", "--out", str(moved), "--resume", "--num-workers", "1"]) == 0
+    assert_same_run(moved, tmp_path / "whole")
+
+    capsys.readouterr()
+    assert main(["pretrain", "--resume", str(moved), "--epochs", "5", "--mask-ratio", "0.5"]) == 2
+    said = capsys.readouterr().err
+    assert "mask_ratio: 0.75 -> 0.5; optim.epochs: 3 -> 5" in said
+    assert f"from these weights with --init {moved}" in said
+    assert main(["pretrain", "--resume", str(tmp_path / "nothing")]) == 2
+    assert f"error: --resume {tmp_path / 'nothing'}: no run is there" in capsys.readouterr().err

@@ -69,6 +69,22 @@ def test_accuracy_and_loss_by_hand(accelerator: Accelerator, images: ImageList) 
     )  # float32 beside float64
 
 
+def test_logits_that_are_no_numbers_are_no_accuracy(
+    accelerator: Accelerator, images: ImageList, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One class of one batch is enough: where the highest logit stands among NaN says nothing."""
+
+    class OneBad(ByBrightness):
+        def forward(self, images: Tensor) -> Tensor:
+            logits = super().forward(images).clone()
+            logits[0, 3] = torch.inf
+            return logits
+
+    found = evaluator(images)(accelerator, OneBad())
+    assert all(math.isnan(found[name]) for name in ("top1", "top5", "val_loss"))
+    assert "logits of 3 of 8 images are NaN or infinite" in capsys.readouterr().err  # the first of each batch
+
+
 def test_labels_beyond_the_first_five_do_not_count(accelerator: Accelerator, images: ImageList) -> None:
     moved = ImageList(images.root, images.paths, (5, 4, 0, 1, 1, 6, 4, 3), images.class_names)
     # Ranks: dark 5, dark 4, light 2, dark 1, dark 1, dark 6, light 6, light 5.

@@ -17,7 +17,7 @@ from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import write_json
-from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
 from mae_deploy.models.vit import Classifier, Encoder
@@ -30,6 +30,7 @@ from mae_deploy.weights.load import (
     load_strict,
     model_of,
     read_weights,
+    start_autoencoder_from,
     start_from,
 )
 from tests.models.tiny_models import (
@@ -55,6 +56,36 @@ MODELS: dict[str, Callable[[], Encoder]] = {
 
 def loaded_from(model: Encoder) -> LoadedWeights:
     return LoadedWeights(metadata_of(model), model.state_dict(), {})
+
+
+@pytest.mark.parametrize(
+    ("change", "decoded"),
+    [
+        ({}, True),
+        ({"norm_pix_loss": False}, False),
+        ({"decoder": replace(DECODER, decoder_depth=2)}, False),
+        ({"objective": ObjectiveConfig(target="pca", target_dim=7)}, False),
+        ({"objective": ObjectiveConfig(encoder_mask_tokens=True)}, False),
+        ({"objective": ObjectiveConfig(loss="l1", loss_on="all")}, True),  # another loss of the same prediction
+    ],
+)
+def test_an_autoencoder_starts_with_the_decoder_that_predicts_the_same(change: dict[str, Any], decoded: bool) -> None:
+    source = tiny_mae()
+    model = MaskedAutoencoder(ENCODER, **{"decoder": DECODER, "norm_pix_loss": True, **change})
+    assert start_autoencoder_from(model, loaded_from(source)) is decoded
+    own, given = model.state_dict(), source.state_dict()
+    assert all(torch.equal(own[name], given[name]) for name in tiny_encoder().state_dict())
+    same = torch.equal(own["decoder_blocks.0.attn.qkv.weight"], given["decoder_blocks.0.attn.qkv.weight"])
+    assert same is decoded
+
+
+def test_an_autoencoder_starts_from_classifiers_and_other_image_sizes() -> None:
+    for pool in ("avg", "cls"):  # mean-pooled, it has no norm behind its last block
+        model = MaskedAutoencoder(ENCODER, DECODER)
+        assert not start_autoencoder_from(model, loaded_from(tiny_classifier(pool)))
+    larger = MaskedAutoencoder(replace(ENCODER, image_size=(8, 12)), DECODER)
+    assert start_autoencoder_from(larger, loaded_from(tiny_mae()))
+    assert larger.decoder_pos_embed.shape == (1, 1 + 4 * 6, 12)
 
 
 @pytest.mark.parametrize("name", MODELS)

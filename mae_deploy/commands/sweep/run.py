@@ -27,14 +27,13 @@ from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
 from mae_deploy.progress import heading
-from mae_deploy.recipe import parse_assignment, read_recipe
+from mae_deploy.recipe import RUN_CONFIG, parse_assignment, read_recipe
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.markdown import Page, Picture, write_report
 from mae_deploy.reporting.plots import Curve, draw_curves
 from mae_deploy.reporting.tables import Column, Row, Table, mean_of
 from mae_deploy.results import Result
 from mae_deploy.training.device import resolve_device
-from mae_deploy.training.state.run_folder import CONFIG as RUN_CONFIG
 from mae_deploy.weights.load import read_weights
 
 C = TypeVar("C")

@@ -7,7 +7,7 @@ processes need not talk about it and a resumed run decides the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,6 +112,21 @@ class Guard:
             or "look at the images of that batch; start a new run with a smaller --blr, --clip-grad 1, or --precision"
             " fp32",
         )
+
+    def check_end(self, numbers: Mapping[str, float]) -> None:
+        """Whether the weights that the run ends with give numbers, by what was computed with them.
+
+        Raises:
+            CheckFailed: one is NaN or infinite.
+        """
+        wrong = [f"{name} {value}" for name, value in numbers.items() if not math.isfinite(value)]
+        if wrong:
+            good = "none is kept" if self.state.good is None else f"step-{self.state.good}"
+            raise CheckFailed(
+                f"the weights after the last step, {self.state.step}, give no numbers ({', '.join(wrong)}), so they are"
+                f" not kept; the last checkpoint that gave some: {good}",
+                hint="start a new run with a smaller --lr or --blr, --clip-grad 1, or --precision fp32",
+            )
 
     def rolled_back(self, to: str) -> None:
         """The run has gone back."""

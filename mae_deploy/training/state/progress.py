@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import WEIGHTS, read_safetensors
+from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors
+from mae_deploy.errors import MaeDeployError
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
 
@@ -76,6 +77,17 @@ def load_progress(folder: Path) -> Progress:
     found = read_json(folder / PROGRESS)
     found.pop("kernels", None)  # which CPU kernels earlier versions chose for the run; it goes on with PyTorch's own
     return Progress(**found)
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be resumed from: the file, and what is wrong with it; None: nothing is."""
+    try:
+        load_progress(checkpoint / STATE)
+        for file in sorted({checkpoint / WEIGHTS, *(checkpoint / STATE).glob("*.safetensors")}):
+            check_safetensors(file)
+    except MaeDeployError as error:
+        return str(error)
+    return None
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import subprocess
 import sys
@@ -16,24 +17,40 @@ import torch
 from mae_deploy import __version__
 from mae_deploy.checkpoint import steps_in
 from mae_deploy.config import differences, from_dict, to_yaml
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
-from mae_deploy.recipe import read_recipe
-from mae_deploy.training.state.progress import PROGRESS, STATE
-
-CONFIG = "config.yaml"
+from mae_deploy.progress import notice
+from mae_deploy.recipe import RUN_CONFIG, read_recipe
+from mae_deploy.training.state.lock import LOCK, RunLock
+from mae_deploy.training.state.progress import PROGRESS, STATE, damage
 
 C = TypeVar("C")
 
 
+_AT_START = {RUN_CONFIG, "data.json", "environment.json", LOCK, "checkpoints", "tensorboard", "profile"}
+"""What is in the folder of a run that has not come as far as its first step."""
+
+
 class RunFolder:
     """A folder with `config.yaml`, `environment.json`, `metrics.jsonl`, `eval.jsonl`, `unreadable.txt`, `checkpoints/`,
-    `tensorboard/`.
+    `tensorboard/`; as a context, this process's alone until the block ends.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
+        self._lock: RunLock | None = None
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Let go of the folder; of a start that failed before the first step, nothing is left."""
+        if self._lock is None:
+            return
+        self._lock.release()
+        if error is not None and not any(self.checkpoints.iterdir()) and {*os.listdir(self.path)} <= _AT_START:
+            remove(self.path)
 
     @classmethod
     def open(cls, path: Path, config: Any, data: dict[str, Any], *, resume: bool, write: bool = True) -> RunFolder:
@@ -45,22 +62,29 @@ class RunFolder:
             write: only the main process writes.
 
         Raises:
-            ConfigError: the folder holds something and `resume` was not asked for, or what is resumed differs.
+            ConfigError: the folder holds something and `resume` was not asked for, what is resumed differs, or another
+                process is at work in it.
+            CheckFailed: what is resumed has damaged checkpoints only.
         """
         folder = cls(path)
         if write and not resume:  # the other processes may come here when the main one has begun to write
             refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out")
-        if resume and (path / CONFIG).is_file():
+        if resume and (path / RUN_CONFIG).is_file():
             _check_same_run(path, config, data)
             folder._check_not_lost(config)
+            if write:
+                folder._report_damage()
         if write:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
+            lock = RunLock(path)
+            lock.acquire()
+            folder._lock = lock
             for place in (path, folder.checkpoints):
                 remove_partial(place)
             # The config is written last: where it is, everything that a resumption reads is there too.
             write_json(path / "data.json", data)
             write_json(path / "environment.json", environment())
-            write_text(path / CONFIG, to_yaml(config))
+            write_text(path / RUN_CONFIG, to_yaml(config))
         return folder
 
     def _check_not_lost(self, config: Any) -> None:
@@ -71,6 +95,11 @@ class RunFolder:
         """
         if self.last is not None:
             return
+        if damaged := self._damaged():
+            raise CheckFailed(
+                f"--resume of {self.path}: {damaged[0]}, and there is no checkpoint before it",
+                hint="copy the run again, or start a new one with another --out",
+            )
         epoch = max((line.get("epoch", 0) for line in _lines(self.path / "metrics.jsonl")), default=0)
         # step-0 is a probe's that is fitted without steps, and has no state.
         unfinished = [folder.name for folder in steps_in(self.checkpoints) if folder.name != "step-0"]
@@ -82,10 +111,20 @@ class RunFolder:
                 hint="copy the run again with checkpoints/step-*, or start a new one with another --out",
             )
 
+    def _damaged(self) -> list[str]:
+        """What is wrong with each checkpoint that has a state and cannot be resumed from, the newest first."""
+        steps = [step for step in steps_in(self.checkpoints) if (step / STATE / PROGRESS).is_file()]
+        return [found for step in reversed(steps) if (found := damage(step)) is not None]
+
+    def _report_damage(self) -> None:
+        for found in self._damaged():
+            assert self.last is not None
+            notice("damaged:", f"{found}; going on from {self.last.resolve().name}")
+
     @property
     def last(self) -> Path | None:
-        """The checkpoint to resume from: what `last` points to; where the run was copied without its links, or with
-        folders in their place, the newest complete one.
+        """The checkpoint to resume from: what `last` points to; where that is damaged, or the run was copied without
+        its links, or with folders in their place, the newest whole one.
         """
         folder = follow_link(self.checkpoints / "last")
         if _resumable(folder) and (folder.is_symlink() or folder.name != "last"):
@@ -131,7 +170,7 @@ class RunFolder:
 
 
 def _resumable(checkpoint: Path) -> bool:
-    return (checkpoint / STATE / PROGRESS).is_file()
+    return (checkpoint / STATE / PROGRESS).is_file() and damage(checkpoint) is None
 
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
@@ -162,16 +201,26 @@ def environment() -> dict[str, Any]:
 
 
 def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
-    stored = from_dict(type(config), read_recipe(path / CONFIG))
+    stored = from_dict(type(config), read_recipe(path / RUN_CONFIG))
     changed = differences(stored, config)
     if changed:
         raise ConfigError(
             f"--resume with other settings than {path} was started with: {'; '.join(changed)}",
-            hint="repeat the same options, or start a new run with --out",
+            hint=_other_epochs(path, stored, config) or "leave them out, or start a new run with another --out",
         )
     before = read_json(path / "data.json")
     if before != data:
         raise ConfigError(f"--resume of {path} with other data: {before} then, {data} now")
+
+
+def _other_epochs(path: Path, stored: Any, config: Any) -> str | None:
+    """What to do instead of resuming with more epochs or fewer."""
+    if stored.optim.epochs == config.optim.epochs:
+        return None
+    return (
+        f"the learning rate's schedule is one of {stored.optim.epochs} epochs from the first step on; start a new run"
+        f" with another --out: pretrain, finetune and distill go on from these weights with --init {path}"
+    )
 
 
 def _git_revision() -> str | None:

@@ -41,7 +41,7 @@ def test_a_signal_ends_the_run_after_the_step_with_a_checkpoint(images: Path, tm
 
     with pytest.raises(Stopped, match=f"stopped by {name} after step 3 of 8; its checkpoint is in ") as caught:
         train(images, tmp_path / "run", optim(epochs=4), loss=loss)
-    assert (caught.value.exit_code, caught.value.hint) == (143, "repeat the command with --resume to go on")
+    assert (caught.value.exit_code, caught.value.hint) == (143, f"go on with --resume {tmp_path / 'run'}")
     assert [line["step"] for line in read_metrics(tmp_path / "run")] == [1, 2, 3]
     assert {each: signal.getsignal(getattr(signal, each)) for each in STOPPING} == before
 
@@ -72,7 +72,7 @@ def test_what_is_said(
     assert main(command_of(config)) == EXIT_STOPPED
     assert capsys.readouterr().err.splitlines()[-2:] == [
         f"error: stopped by SIGTERM after step 1 of 4; its checkpoint is in {config.out}",
-        "hint: repeat the command with --resume to go on",
+        f"hint: go on with --resume {config.out}",
     ]
 
 

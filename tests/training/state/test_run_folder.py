@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from mae_deploy.config import from_dict
 from mae_deploy.data.config import DataConfig
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import point_link
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.recipe import read_recipe
 from mae_deploy.training.config import LoopConfig
+from mae_deploy.training.state.lock import LOCK
 from mae_deploy.training.state.run_folder import RunFolder, read_metrics
 from tests.training.tiny_runs import optim, pretraining
 
@@ -35,6 +40,8 @@ def write_checkpoint_folder(folder: RunFolder, step: int) -> None:
     state = folder.checkpoints / f"step-{step}" / "state"
     state.mkdir(parents=True)
     (state / "progress.json").write_text(json.dumps({"step": step}), encoding="utf-8")
+    for file in (state.parent / "model.safetensors", state / "optimizer.safetensors"):
+        save_file({"weight": torch.ones(7)}, file)
 
 
 def opened_with(run: Path, step: int) -> Path:
@@ -272,3 +279,58 @@ def test_last_is_kept_where_it_is_not_the_newest(tmp_path: Path) -> None:
     folder.prune(1)
     assert steps_in(folder) == {"step-6", "step-8"}
     assert folder.last is not None
+
+
+# --- damage, failed starts, two processes ----------------------------------------------------------------------------
+
+
+def cut(file: Path) -> None:
+    """Lose the end of a file, as a full disk does."""
+    os.truncate(file, file.stat().st_size - 5)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "state/optimizer.safetensors", "state/progress.json"])
+def test_a_damaged_checkpoint_steps_back_to_the_one_before(
+    tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = opened(tmp_path)
+    for step in (4, 10):
+        write_checkpoint_folder(folder, step)
+    point_link(folder.checkpoints / "last", "step-10")
+    damaged = folder.checkpoints / "step-10" / name
+    cut(damaged)
+    capsys.readouterr()
+    again = RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True)
+    assert again.last == folder.checkpoints / "step-4"
+    said = capsys.readouterr().err
+    assert said.startswith("damaged: ")
+    assert str(damaged) in said
+    assert said.endswith("going on from step-4\n")
+
+    cut(folder.checkpoints / "step-4" / name)
+    with pytest.raises(CheckFailed, match=f"{damaged}.*there is no checkpoint before it"):
+        RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True)
+
+
+def test_of_a_start_that_fails_before_the_first_step_nothing_is_left(tmp_path: Path) -> None:
+    def fail(after: str | None) -> None:
+        with RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=False) as folder:
+            if after is not None:
+                (folder.path / after).write_text("{}\n", encoding="utf-8")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fail(None)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match="full"):
+        fail("metrics.jsonl")
+    assert (tmp_path / "run" / "metrics.jsonl").is_file()
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_a_run_is_one_process_alone(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    (folder.path / LOCK).write_text(json.dumps({"host": platform.node(), "process": os.getppid()}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=f"being written by process {os.getppid()} on "):
+        RunFolder.open(tmp_path / "run", config_of(tmp_path), DATA, resume=True)
+    assert (folder.path / LOCK).is_file(), "what is refused leaves the other's lock alone"
