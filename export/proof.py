@@ -20,8 +20,9 @@ from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
-from mae_deploy.runtime.registry import load_engine, open_graph
+from mae_deploy.runtime.registry import OPENVINO, load_engine, open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
+from mae_deploy.runtime.verify import verify_alone
 
 GOLDEN = 8
 """Samples that go into the bundle; also how many are run at a time."""
@@ -77,20 +78,21 @@ def tolerance_of(job: ExportJob) -> Tolerance:
 
 def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance) -> ParityRecord:
     """Run everything on the engine that graphs of this bundle are checked on."""
-    with _judging(job, bundle) as engine:
+    name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
+    alone = verify_alone(bundle, name, options) if name == OPENVINO else None
+    with _judging(job, bundle, name, options) as engine:
         comparisons, failures, accuracy = compare_samples(job, engine, tolerance)
-        verification = verify_engine(bundle, engine)
+        verification = verify_engine(bundle, engine) if alone is None else alone
     return ParityRecord(
         comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures))
     )
 
 
 @contextmanager
-def _judging(job: ExportJob, bundle: Bundle) -> Iterator[Engine]:
+def _judging(job: ExportJob, bundle: Bundle, name: str, options: EngineOptions) -> Iterator[Engine]:
     """The bundle's graph; where its products are BF16, which ONNX Runtime's CPU has not got, one that computes the same
     of rounded numbers.
     """
-    name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
     if not job.config.emulates_bf16:
         with load_engine(bundle, name, options) as engine:
             yield engine

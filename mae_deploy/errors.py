@@ -6,6 +6,8 @@ import importlib
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
+from mae_deploy.packages import is_hollow, remedy
+
 
 class MaeDeployError(Exception):
     """The work failed. The command line prints the message and the hint, never a traceback."""
@@ -60,15 +62,36 @@ def import_optional(module: str, *, extra: str) -> ModuleType:
         MissingDependency: a package is not installed, or cannot be loaded.
     """
     try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        name = (error.name or module).partition(".")[0]
-        if name == "mae_deploy":
+        return import_whole(module)
+    except Exception as error:
+        top = module.partition(".")[0]
+        name = (getattr(error, "name", None) or top).partition(".")[0] if isinstance(error, ImportError) else top
+        if name == "mae_deploy" or (top == "mae_deploy" and not isinstance(error, ImportError)):
             raise
         raise MissingDependency(
-            f"this needs the package '{name}', which cannot be imported ({' '.join(str(error).split())})",
-            hint=f"pip install 'mae-deploy[{extra}]'",
+            f"this needs the package '{name}', which cannot be imported ({reason(error)})",
+            hint=remedy(name, f"pip install 'mae-deploy[{extra}]'", absent=isinstance(error, ModuleNotFoundError)),
         ) from error
+
+
+def import_whole(module: str) -> ModuleType:
+    """Import a module that somebody has installed.
+
+    Raises:
+        Exception: whatever it raises; ImportError where an uninstalled package has left its folder behind.
+    """
+    found = importlib.import_module(module)
+    if is_hollow(found):
+        top = module.partition(".")[0]
+        raise ImportError(f"of {top} only a folder is left, {next(iter(found.__path__))}", name=top)
+    return found
+
+
+def reason(error: Exception) -> str:
+    """What an exception says in one line; of one that says nothing, its cause's or its type."""
+    text = " ".join(str(error).split())
+    cause = error.__cause__ or error.__context__
+    return text or (reason(cause) if isinstance(cause, Exception) else type(error).__name__)
 
 
 def errors_of(check: Callable[[], object]) -> tuple[MaeDeployError, ...]:

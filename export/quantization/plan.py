@@ -33,8 +33,9 @@ from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import int8_arithmetic
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.parity.compare import Comparison
-from mae_deploy.runtime.registry import open_graph
+from mae_deploy.runtime.registry import OPENVINO, open_graph
 from mae_deploy.runtime.timing import Timing, measure
+from mae_deploy.runtime.verify import try_alone
 from mae_deploy.weights.load import LoadedWeights
 
 _MARGIN_DB = 0.3
@@ -286,9 +287,11 @@ class _Attempt:
         options = EngineOptions(threads=self.config.threads)
         if precision == "int8":
             precision = int8_arithmetic({"weight_bits": self.weight_bits, "rest": self.rest})
-        engine = stack.enter_context(
-            open_graph(files[0], judging_engine(self.config.engine), options, precision=precision)
-        )
+        name = judging_engine(self.config.engine)
+        if name == OPENVINO and not self._figures:  # the first graph; what it dies of lies in the shapes
+            inputs = {key: array[: self.config.fixed_batch or 1] for key, array in self.job.trials[0][0].items()}
+            try_alone(files[0], name, options, precision, self.job.as_graph_takes(inputs))
+        engine = stack.enter_context(open_graph(files[0], name, options, precision=precision))
         for file in files:  # the engine has read them
             remove(file)
         return engine

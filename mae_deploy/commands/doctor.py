@@ -4,19 +4,31 @@ from __future__ import annotations
 
 import os
 import platform
-import re
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib import metadata, util
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Group
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
-from mae_deploy.errors import MissingDependency
+from mae_deploy.errors import MaeDeployError, MissingDependency, import_optional
 from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
+from mae_deploy.packages import PACKAGE, distributions, is_hollow_spec, remedy
+from mae_deploy.packages import requirements as package_requirements
 from mae_deploy.reporting.tables import Column, Table, facts_table, stacked
 from mae_deploy.results import Result, as_text
+from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.onnx_file import write_products
+from mae_deploy.runtime.registry import open_graph
+from mae_deploy.runtime.tensorrt.api import load_tensorrt
 
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
@@ -52,6 +64,21 @@ NEEDS: dict[str, tuple[str, ...]] = {
 }
 """The commands that the package itself and its extras are for."""
 
+_USERS: dict[str, Callable[[str, str], bool]] = {
+    "onnxruntime": lambda name, extras: (
+        name == "eval BUNDLE"
+        or (
+            name.split()[0] in ("verify", "predict", "benchmark", "export", "report", "quickstart")
+            and "openvino" not in extras
+            and extras != "trt"
+        )
+    ),
+    "openvino": lambda name, extras: "openvino" in extras,
+    "torch": lambda name, extras: "train" in extras,
+    "tensorrt": lambda name, extras: "trt" in extras,
+}
+"""Whether a command, by its name and extras, is lost where a library is there and does not work."""
+
 _MODULES = {
     "pyyaml": "yaml",
     "scikit-learn": "sklearn",
@@ -63,12 +90,15 @@ _MODULES = {
 
 _DISTRIBUTIONS = {module: name for name, module in _MODULES.items()}
 
-_REQUIREMENT = re.compile(r"([\w.-]+)[^;]*(?:;.*extra == [\"'](\w+)[\"'])?")
-"""A name and the extra that asks for it, in the words of a package's metadata: `torch>=2.11; extra == "train"`."""
+_SIDE = 64
+"""Of the matrices that each library multiplies."""
+
+_LIMIT = 60.0
+"""Seconds that a library has to load and to compute one product."""
 
 
 def run_doctor(_: DoctorConfig) -> Result:
-    """Look at packages, engines and devices; nothing that is missing makes it fail.
+    """Look at packages, and at each engine in a process of its own; nothing that is missing makes it fail.
 
     Raises:
         MissingDependency: the package runs from its sources and is not installed.
@@ -81,11 +111,16 @@ def run_doctor(_: DoctorConfig) -> Result:
         for module, version in packages.items()
         if version is None and not (module == _PYCUDA and packages[_CUDA_BINDINGS])
     }
+    engines, broken = _engines(packages)
     commands: dict[str, dict[str, Any] | None] = {}
     for extras, names in NEEDS.items():
         missing = sorted(needed[extras] & absent)
         install = f"pip install 'mae-deploy[{extras}]'" if extras else "pip install --force-reinstall mae-deploy"
-        commands |= dict.fromkeys(names, {"missing": missing, "install": install} if missing else None)
+        gone = {module: remedy(module, install, absent=True) for module in missing}
+        for name in names:
+            lost = gone | {module: hint for module, hint in broken.items() if _USERS[module](name, extras)}
+            hints = list(dict.fromkeys(lost.values()))
+            commands[name] = {"missing": sorted(lost), "install": "; ".join(hints)} if lost else None
     machine = {
         "mae_deploy": __version__,
         "python": platform.python_version(),
@@ -101,7 +136,7 @@ def run_doctor(_: DoctorConfig) -> Result:
             for gpu in gpus()
         ],
     }
-    data = {"machine": machine, "packages": packages, "engines": _engines(packages), "commands": commands}
+    data = {"machine": machine, "packages": packages, "engines": engines, "commands": commands}
     return Result(data, _view(data))
 
 
@@ -111,52 +146,75 @@ def requirements() -> dict[str, list[str]]:
     Raises:
         MissingDependency: the package runs from its sources and is not installed.
     """
+    found: dict[str, list[str]] = {}
     try:
-        lines = metadata.requires("mae-deploy") or []
+        for name, _, extra in package_requirements():
+            found.setdefault(extra, []).append(_MODULES.get(name.lower(), name.replace("-", "_")))
     except metadata.PackageNotFoundError as error:
         raise MissingDependency(
-            "mae-deploy is not installed, and only what is installed says what it needs", hint="pip install -e ."
+            f"{PACKAGE} is not installed, and only what is installed says what it needs", hint="pip install -e ."
         ) from error
-    found: dict[str, list[str]] = {}
-    for line in lines:
-        match = _REQUIREMENT.match(line)
-        assert match is not None
-        name, extra = match.groups(default="")
-        found.setdefault(extra, []).append(_MODULES.get(name.lower(), name.replace("-", "_")))
     return found
 
 
 def _version(module: str) -> str | None:
+    """Of what gives the module; None where nothing does, or only its folder is left."""
     try:
-        if util.find_spec(module) is None:
-            return None
+        spec = util.find_spec(module)
     except ModuleNotFoundError:  # the package around it
         return None
+    if spec is None or is_hollow_spec(spec):
+        return None
+    name = _DISTRIBUTIONS.get(module, module)
+    found = distributions(module)
+    if {other.lower().replace("-", "_") for other in found} - {name.lower().replace("-", "_")}:
+        return ", ".join(f"{version} ({other})" for other, version in found.items())
     try:
-        return metadata.version(_DISTRIBUTIONS.get(module, module))
+        return metadata.version(name)
     except metadata.PackageNotFoundError:
         return "installed"
 
 
-def _engines(packages: dict[str, str | None]) -> dict[str, str]:
-    engines = {
-        "onnxruntime": "not installed: pip install onnxruntime",
-        "openvino": "not installed: pip install 'mae-deploy[openvino]'",
-        "tensorrt": "not installed: pip install 'mae-deploy[trt]'",
+def _engines(packages: dict[str, str | None]) -> tuple[dict[str, str], dict[str, str]]:
+    """What each library that computes says of itself, and of those that are there and do not work the remedy."""
+    installs = {
+        "onnxruntime": "pip install onnxruntime",
+        "openvino": "pip install 'mae-deploy[openvino]'",
+        "tensorrt": "pip install 'mae-deploy[trt]'",
+        "torch": "pip install 'mae-deploy[train]'",
     }
-    for name, describe in (("onnxruntime", _onnxruntime), ("openvino", _openvino)):
-        if packages[name] is not None:
-            try:
-                engines[name] = describe()
-            except (ImportError, RuntimeError, MissingDependency) as error:
-                engines[name] = f"cannot be loaded: {' '.join(str(error).split())}"
-    if packages["tensorrt"] is not None:
-        engines["tensorrt"] = _tensorrt(packages)
-    return engines
+    trials: dict[str, Callable[[], str]] = {
+        "onnxruntime": partial(run_alone, _onnxruntime, timeout=_LIMIT),
+        "openvino": partial(run_alone, _openvino, timeout=_LIMIT),
+        "tensorrt": partial(_tensorrt, packages),
+        "torch": partial(run_alone, _torch, timeout=_LIMIT),
+    }
+    there = [name for name in trials if packages[name] is not None]
+    with ThreadPoolExecutor() as pool:
+        tried = dict(zip(there, pool.map(partial(_try, trials), there), strict=True))
+    engines, broken = {}, {}
+    for name, install in installs.items():
+        if name not in tried:
+            engines[name] = f"not installed: {remedy(name, install, absent=True)}"
+            continue
+        engines[name], error = tried[name]
+        if error is not None:
+            broken[name] = error.hint or remedy(name, install)
+            engines[name] = f"{'' if isinstance(error, Died) else 'does not work: '}{error}; {broken[name]}"
+        elif len(distributions(name)) > 1:
+            engines[name] += f"; of several distributions: {remedy(name, install)}"
+    return engines, broken
+
+
+def _try(trials: dict[str, Callable[[], str]], name: str) -> tuple[str, MaeDeployError | None]:
+    try:
+        return trials[name](), None
+    except MaeDeployError as error:
+        return "", error
 
 
 def _tensorrt(packages: dict[str, str | None]) -> str:
-    """Where it computes, or what it lacks; the package itself is not imported."""
+    """Where it computes, or what it lacks, in which case the package itself is not imported."""
     backend = next((name for name in (_PYCUDA, _CUDA_BINDINGS) if packages[name] is not None), None)
     if backend is None:
         return (
@@ -166,6 +224,8 @@ def _tensorrt(packages: dict[str, str | None]) -> str:
         gpu = require_gpu()
     except MissingDependency as error:
         return f"{packages['tensorrt']} with {backend}, but {error}"
+    if util.find_spec("tensorrt") is not None:
+        run_alone(load_tensorrt, timeout=_LIMIT)
     return f"{packages['tensorrt']} with {backend} on {gpu.name}"
 
 
@@ -173,6 +233,7 @@ def _onnxruntime() -> str:
     from mae_deploy.runtime.engines.onnxruntime import import_onnxruntime
 
     providers = import_onnxruntime().get_available_providers()
+    _multiply("onnxruntime")
     return ", ".join(name.removesuffix("ExecutionProvider") for name in providers)
 
 
@@ -182,10 +243,27 @@ def _openvino() -> str:
 
     core = openvino_core()
     capabilities = core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    _multiply("openvino")
     return (
         f"{core.get_property('CPU', 'FULL_DEVICE_NAME')}:"
         f" {', '.join(name for name in ('FP32', 'FP16', 'BF16', 'INT8') if name in capabilities)}"
     )
+
+
+def _torch() -> str:
+    torch = import_optional("torch", extra="train")
+    x = torch.ones(_SIDE, _SIDE)
+    (x @ x).sum().item()
+    return f"CPU{', CUDA' if torch.cuda.is_available() else ''}"
+
+
+def _multiply(engine: str) -> None:
+    """A product on the engine: a library for another CPU may load, and die of its first instruction."""
+    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+        graph = Path(folder) / "product.onnx"
+        write_products(graph, _SIDE, 1)
+        with open_graph(graph, engine, EngineOptions(threads=1)) as loaded:
+            loaded.run({"x": np.ones((_SIDE, _SIDE), np.float32)})
 
 
 def _view(data: dict[str, Any]) -> Group:

@@ -17,7 +17,10 @@ DEFAULT = "onnxruntime"
 TENSORRT = "tensorrt"
 """The engine that does not read the graph, but plans that were built from it."""
 
-_NAMES = {TENSORRT: "TensorRT", "openvino": "OpenVINO"}
+OPENVINO = "openvino"
+"""The engine that may die of a graph."""
+
+_NAMES = {TENSORRT: "TensorRT", OPENVINO: "OpenVINO"}
 
 _log = logging.getLogger(__name__)
 
@@ -104,19 +107,25 @@ def _on_graph(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[
     return _class_of(name)(bundle.graph(), options, precision=bundle.arithmetic, taps=taps)
 
 
-def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
-    checked_on = bundle.manifest["engine"]
+def engine_for(bundle: Bundle, engine: str, options: EngineOptions) -> str:
+    """The engine that `load_engine` tries first, by its name."""
+    if engine != "auto":
+        return ALIASES.get(engine, engine)
+    checked_on: str = bundle.manifest["engine"]
     if bundle.manifest["engines"] or checked_on == TENSORRT:
-        try:
-            return _tensorrt(bundle, options, taps)
-        except MaeDeployError as error:
-            return _on_graph(bundle, fall_back(bundle, error), options, taps)
-    if checked_on == DEFAULT or options.device == "cuda" or util.find_spec(checked_on) is None:
-        return _on_graph(bundle, DEFAULT, options, taps)
+        return TENSORRT
+    return DEFAULT if options.device == "cuda" or util.find_spec(checked_on) is None else checked_on
+
+
+def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
+    name = engine_for(bundle, "auto", options)
     try:
-        return _on_graph(bundle, checked_on, options, taps)
-    except MissingDependency as error:  # it is there, and does not load
-        return _on_graph(bundle, fall_back(bundle, error, checked_on), options, taps)
+        return _tensorrt(bundle, options, taps) if name == TENSORRT else _on_graph(bundle, name, options, taps)
+    except MaeDeployError as error:
+        # Another engine than TensorRT only where it is installed and does not load.
+        if name == DEFAULT or (name != TENSORRT and not isinstance(error, MissingDependency)):
+            raise
+        return _on_graph(bundle, fall_back(bundle, error, name), options, taps)
 
 
 def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
@@ -152,8 +161,8 @@ def _openvino() -> type[Engine]:
     return OpenVinoEngine
 
 
-ENGINES: dict[str, Callable[[], type[Engine]]] = {"onnxruntime": _onnxruntime, "openvino": _openvino}
+ENGINES: dict[str, Callable[[], type[Engine]]] = {"onnxruntime": _onnxruntime, OPENVINO: _openvino}
 """The name of each engine that reads the graph, which is that of its package, and what gives its class; the package is
 imported when an engine loads."""
 
-ALIASES = {"onnx": "onnxruntime", "ov": "openvino", "trt": "tensorrt"}
+ALIASES = {"onnx": "onnxruntime", "ov": OPENVINO, "trt": TENSORRT}

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mae_deploy.errors import MaeDeployError
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
-from mae_deploy.runtime.registry import load_engine
+from mae_deploy.runtime.registry import OPENVINO, engine_for, load_engine, open_graph
+
+T = TypeVar("T")
 
 
 def verify_bundle(bundle: Bundle, engine: str = "auto", options: EngineOptions = EngineOptions()) -> Verification:
@@ -16,8 +25,48 @@ def verify_bundle(bundle: Bundle, engine: str = "auto", options: EngineOptions =
         CheckFailed: a file is not what was exported. A missed tolerance is not an exception: see `Verification.passed`.
         ConfigError: an unknown engine or device.
         MissingDependency: the engine's package or its device is absent.
-        MaeDeployError: the engine refuses the graph or the samples.
+        MaeDeployError: the engine refuses the graph or the samples, or dies of them.
     """
     bundle.check_files()
+    if engine_for(bundle, engine, options) == OPENVINO:
+        return verify_alone(bundle, OPENVINO, options)
+    return _verify(bundle, engine, options)
+
+
+def verify_alone(bundle: Bundle, engine: str, options: EngineOptions) -> Verification:
+    """`verify_bundle` in a process of its own, for an engine that may die of a graph: OpenVINO 2026.4 does, of some
+    with few tokens and a fixed batch, and nothing would be said.
+
+    Raises:
+        MaeDeployError: as `verify_bundle`, and where the process dies.
+    """
+    return _alone(engine, _verify, bundle, engine, options)
+
+
+def try_alone(graph: Path, engine: str, options: EngineOptions, precision: str, inputs: Mapping[str, Array]) -> None:
+    """Load an ONNX file and run it once, in a process of its own.
+
+    Raises:
+        MaeDeployError: the engine refuses the graph or the inputs, or dies of them.
+    """
+    _alone(engine, _run_once, graph, engine, options, precision, dict(inputs))
+
+
+def _alone(engine: str, function: Callable[..., T], *arguments: Any) -> T:
+    try:
+        return run_alone(function, *arguments)
+    except Died as error:
+        raise MaeDeployError(
+            f"{engine} cannot run this graph: its process {error}",
+            hint="use another engine, such as onnxruntime, or another version of this one",
+        ) from error
+
+
+def _run_once(graph: Path, engine: str, options: EngineOptions, precision: str, inputs: dict[str, Array]) -> None:
+    with open_graph(graph, engine, options, precision=precision) as loaded:
+        loaded.run(inputs)
+
+
+def _verify(bundle: Bundle, engine: str, options: EngineOptions) -> Verification:
     with load_engine(bundle, engine, options) as loaded:
         return verify_engine(bundle, loaded)

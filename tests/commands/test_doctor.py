@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import metadata
+import subprocess
+import sys
+from importlib import metadata, util
+from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
 
 import pytest
 import typer
 
-from mae_deploy import __version__, machine
+from mae_deploy import __version__, machine, packages
 from mae_deploy.cli import app, main
 from mae_deploy.commands import doctor
 from mae_deploy.commands.config import DoctorConfig
@@ -27,6 +30,7 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     found = json.loads(captured.out)
     assert captured.err == ""
     assert found["machine"]["mae_deploy"] == __version__
+    assert found["engines"]["torch"].startswith("CPU")
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["sklearn"] == metadata.version("scikit-learn"), "under the name of its distribution"
     assert "CPU" in found["engines"]["onnxruntime"]
@@ -38,13 +42,7 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["machine"]["granted_cores"] == machine.granted_cores()
     assert found["machine"]["cpu_features"] == machine.cpu_features()
     assert Path(found["machine"]["cache"]) / "kernels" == machine.cache_folder("kernels")
-
-
-def test_openvino_says_in_which_precisions_it_computes(capsys: pytest.CaptureFixture[str]) -> None:
     openvino = pytest.importorskip("openvino")
-    assert main(["doctor", "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
-    assert found["packages"]["openvino"] == metadata.version("openvino")
     core = openvino.Core()
     name, _, precisions = found["engines"]["openvino"].rpartition(": ")
     assert name == core.get_property("CPU", "FULL_DEVICE_NAME")
@@ -54,22 +52,106 @@ def test_openvino_says_in_which_precisions_it_computes(capsys: pytest.CaptureFix
     )
 
 
-def test_an_engine_that_is_installed_and_does_not_load(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def write_module(site: Path, module: str, content: str | None, **versions: str) -> None:
+    """A package as pip leaves it in a folder for packages, given by these distributions; None: its folder alone."""
+    (site / module / "left").mkdir(parents=True)
+    if content is not None:
+        (site / module / "__init__.py").write_text(content)
+    for name, version in versions.items():
+        info = site / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name.replace('_', '-')}\nVersion: {version}\n")
+        (info / "RECORD").write_text(f"{module}/__init__.py,,\n")
+
+
+def run_with(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The command line with packages that come before those that are installed."""
+    path = os.pathsep.join([str(site), str(Path(machine.__file__).parents[1])])
+    return subprocess.run(
+        [sys.executable, "-m", "mae_deploy", *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+ONNXRUNTIME = {
+    *("verify", "predict", "eval BUNDLE", "benchmark", "export", "report", "quickstart", "export --engine trt"),
+    *("predict --out FILE.parquet", "predict on TIFF"),
+}
+OPENVINO = {"export --engine openvino", "report --engine openvino", "predict --engine openvino"}
+
+
+@pytest.mark.parametrize(
+    ("onnxruntime", "openvino", "says"),
+    [
+        (
+            "import os, signal; os.kill(os.getpid(), signal.SIGILL)",
+            "raise ImportError('libopenvino.so:\\n no such file')",
+            ("dies of SIGILL", "libopenvino.so: no such file"),
+        ),
+        (
+            "def get_available_providers(): return []",
+            "import ctypes; ctypes.string_at(0)",
+            ("has no attribute", "dies of SIGSEGV"),
+        ),
+    ],
+)
+def test_engines_that_are_installed_and_do_not_work(
+    tmp_path: Path, onnxruntime: str, openvino: str, says: tuple[str, str]
 ) -> None:
-    pytest.importorskip("openvino")
+    """They cannot take doctor along, and the commands that run on them are not ready; the others are."""
+    write_module(tmp_path, "onnxruntime", onnxruntime)
+    write_module(tmp_path, "openvino", openvino)
+    done = run_with(tmp_path, "doctor", "--json")
+    assert (done.returncode, done.stderr) == (0, "")
+    data = json.loads(done.stdout)
+    for module, said, concerned in zip(("onnxruntime", "openvino"), says, (ONNXRUNTIME, OPENVINO), strict=True):
+        assert said in data["engines"][module]
+        assert "pip install" in data["engines"][module]
+        assert {name for name, lost in data["commands"].items() if lost and module in lost["missing"]} == concerned
 
-    def fail() -> str:
-        raise RuntimeError("no plugin\nfor the CPU")
 
-    monkeypatch.setattr(doctor, "_openvino", fail)
+def test_a_module_of_two_distributions(tmp_path: Path) -> None:
+    """The later one has overwritten files of the earlier one, which works or does not."""
+    write_module(tmp_path, "onnxruntime", "import os; os.abort()", onnxruntime_gpu="1.22.0")
+    data = json.loads(run_with(tmp_path, "doctor", "--json").stdout)
+    ours = metadata.version("onnxruntime")
+    assert data["packages"]["onnxruntime"] == f"{ours} (onnxruntime), 1.22.0 (onnxruntime-gpu)"
+    remedy = "pip uninstall -y onnxruntime-gpu onnxruntime, then install one of them: pip install --force-reinstall"
+    assert remedy in data["engines"]["onnxruntime"]
+    assert remedy in data["commands"]["predict"]["install"]
+
+
+@pytest.mark.usefixtures("no_trials")
+def test_a_folder_that_an_uninstalled_package_left_behind_is_no_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What `pip uninstall onnxruntime` leaves where onnxruntime-gpu is installed."""
+    write_module(tmp_path, "onnxruntime", None, onnxruntime_gpu="1.22.0")
+    hollow = PathFinder.find_spec("onnxruntime", [str(tmp_path)])
+    find_spec = util.find_spec
+    monkeypatch.setattr(util, "find_spec", lambda name: hollow if name == "onnxruntime" else find_spec(name))
+    monkeypatch.setattr(packages, "distributions", lambda module: {"onnxruntime-gpu": "1.22.0"})
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
     assert main(["doctor", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["engines"]["openvino"] == "cannot be loaded: no plugin for the CPU"
+    found = json.loads(capsys.readouterr().out)
+    assert found["packages"]["onnxruntime"] is None
+    remedy = "pip install --force-reinstall --no-deps 'onnxruntime-gpu>=1.19'"
+    assert found["engines"]["onnxruntime"] == f"not installed: {remedy}"
+    assert found["commands"]["predict"] == {"missing": ["onnxruntime"], "install": remedy}
+
+
+@pytest.fixture
+def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Libraries are not tried, which takes seconds."""
+    monkeypatch.setattr(doctor, "run_alone", lambda *_, **__: "CPU")
 
 
 H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
 
 
+@pytest.mark.usefixtures("no_trials")
 @pytest.mark.parametrize(
     ("there", "gpus", "state", "missing"),
     [

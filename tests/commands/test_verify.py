@@ -17,8 +17,12 @@ from onnx import numpy_helper
 
 from mae_deploy.cli import main
 from mae_deploy.errors import MissingDependency
+from mae_deploy.runtime import verify
+from mae_deploy.runtime.alone import Died
 from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
+from tests.commands.test_doctor import run_with, write_module
+from tests.data.image_folders import write_noise
 from tests.reporting.printed import cells
 from tests.runtime.tiny_bundle import rehash, write_bundle
 from tests.test_cli import TRAINING, run_without
@@ -278,3 +282,44 @@ def test_what_cannot_be_done_here(
 def test_no_bundle_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(tmp_path / "a[/x]")]) == 2
     assert capsys.readouterr().err.startswith(f"error: no bundle at {tmp_path / 'a[/x]'}: there is no manifest.json\n")
+
+
+# --- an engine that dies ---------------------------------------------------------------------------------------------
+
+CRASH = "import ctypes; ctypes.string_at(0)"
+
+
+@pytest.mark.parametrize("engine", ["ov", "auto"])
+def test_an_engine_that_dies_is_a_line_and_an_exit_code(bundle: Path, tmp_path: Path, engine: str) -> None:
+    """OpenVINO 2026.4 dies of SIGSEGV where it compiles some small graphs."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "engine": "openvino"}))
+    write_module(tmp_path / "site", "openvino", CRASH)
+    done = run_with(tmp_path / "site", "verify", str(bundle), "--engine", engine, "--json")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr == (
+        "error: openvino cannot run this graph: its process dies of SIGSEGV\n"
+        "hint: use another engine, such as onnxruntime, or another version of this one\n"
+    )
+
+
+@pytest.mark.parametrize("precision", ["fp32", "int8"])
+def test_an_export_whose_engine_dies_leaves_nothing(
+    exported: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    precision: str,
+) -> None:
+    def die(*_: object) -> None:
+        raise Died("dies of SIGSEGV")
+
+    monkeypatch.setattr(verify, "run_alone", die)
+    write_noise(tmp_path / "photos", 128 if precision == "int8" else 1)
+    (tmp_path / "out").mkdir()
+    line = ["export", str(exported / "checkpoints" / "encoder"), "--out", str(tmp_path / "out" / "b")]
+    int8 = ["--precision", precision, "--calib-data", str(tmp_path / "photos")] if precision == "int8" else []
+    assert main([*line, "--engine", "openvino", *int8, "--num-samples", "2"]) == 1
+    assert "error: openvino cannot run this graph: its process dies of SIGSEGV\n" in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []

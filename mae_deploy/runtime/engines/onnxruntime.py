@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import functools
-import importlib
+import io
 import logging
 import os
+import sys
 from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
+from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_whole, reason
 from mae_deploy.images.read import Array
+from mae_deploy.packages import distributions, install_one, remedy
 from mae_deploy.runtime.cuda.driver import require_gpu
 from mae_deploy.runtime.engines.affinity import bound_to
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
@@ -62,12 +65,22 @@ def import_onnxruntime() -> ModuleType:
         MissingDependency: it is not installed, or cannot be loaded.
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
+    said = io.StringIO()
     try:
-        return importlib.import_module("onnxruntime")
-    except ImportError as error:
-        raise MissingDependency(
-            f"ONNX Runtime cannot be imported ({_one_line(error)})", hint="pip install onnxruntime"
-        ) from error
+        with redirect_stderr(said):  # where NumPy writes a page about what was built for another version of it
+            runtime = import_whole("onnxruntime")
+    except Exception as error:
+        missing = error.name if isinstance(error, ModuleNotFoundError) else None
+        lines = [line for line in said.getvalue().splitlines() if line.strip()]
+        why = lines[-1] if lines and not str(error) else reason(error)
+        hint = remedy("onnxruntime", "pip install onnxruntime", absent=missing is not None)
+        if missing not in (None, "onnxruntime"):
+            hint = f"pip install {missing}"
+        if any("NumPy" in line for line in lines):
+            hint += ", or pip install 'numpy<2'"
+        raise MissingDependency(f"ONNX Runtime cannot be imported ({why})", hint=hint) from error
+    sys.stderr.write(said.getvalue())
+    return runtime
 
 
 def _start(
@@ -85,9 +98,10 @@ def _start(
 
     installed = _CUDA in runtime.get_available_providers()
     if options.device == "cuda" and not installed:
+        others = " ".join(distributions("onnxruntime")) or "onnxruntime"
         raise MissingDependency(
             "this ONNX Runtime cannot use CUDA",
-            hint="pip uninstall onnxruntime && pip install onnxruntime-gpu, or use device cpu",
+            hint=f"pip uninstall -y {others} && {install_one('onnxruntime', 'onnxruntime-gpu')}, or use device cpu",
         )
     if options.device == "cpu" or not installed:
         return on("cpu")
