@@ -17,6 +17,7 @@ from mae_deploy.data.sources.pixels import check_pixels
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import worker_options
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.preprocess import require_readers
 from mae_deploy.images.read import Array, readable
 from mae_deploy.seeding import derive_seed, seed_everything
@@ -53,6 +54,8 @@ class Batch(NamedTuple):
     """int64 `(B,)`: number of each image in its data set; -1 where a stream has none."""
     views: Tensor
     """int64 `(B,)`: number of each among the image's fixed views; 0 where every epoch has views of its own."""
+    left_out: LeftOut | None = None
+    """What a stream has left out since the batch before; sets that are known beforehand say it at the start."""
 
 
 class TrainImages(Protocol):

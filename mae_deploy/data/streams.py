@@ -4,12 +4,13 @@ WebDataset library.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
 import json
 import random
+import tarfile
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
@@ -23,16 +24,28 @@ from mae_deploy.data.dataset import Batch, Sample, collate
 from mae_deploy.data.decode import decode
 from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
-from mae_deploy.data.sources.members import arrays_beside, clean_name, group_key, kind_of, label_of, label_stem
+from mae_deploy.data.sources.members import (
+    BESIDE,
+    TWICE,
+    arrays_beside,
+    group_key,
+    kind_of,
+    kind_of_member,
+    label_of,
+    label_stem,
+)
 from mae_deploy.data.sources.patterns import expand
 from mae_deploy.data.sources.pixels import LOOKED_AT, check_images
 from mae_deploy.data.sources.shards import INDEX, read_label
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
 from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
+
+_TWICE_USED = "that came before under the same name, in a stream both used"
 
 _LARGEST_SAMPLE = 64
 """Members that are held at a time to find labels among them: `scan.2023.000.jpg`, `scan.2023.001.jpg`, … are one sample
@@ -117,7 +130,7 @@ class ShardStream:
         check_images(self.name, ((raw.name, raw.content) for raw in raws), spec.channels, spec.pixel_max)
 
     def _first_shard(self) -> Iterator[_Raw]:
-        return _read_shards(iter(self.urls[:1]), _Errors())
+        return _read_shards(iter(self.urls[:1]), _Said())
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,20 +143,17 @@ class _Raw:
 
 
 @dataclass(slots=True)
-class _Errors:
-    """What went wrong since the last batch; to WebDataset, a handler that goes on."""
+class _Said:
+    """What there is to say since the last batch."""
 
-    lines: list[str] = field(default_factory=list)
-    url: str = ""
+    errors: list[str] = field(default_factory=list)
+    left_out: LeftOut = field(default_factory=LeftOut)
 
-    def __call__(self, error: Exception) -> bool:
-        self.lines.append(f"{self.url}: {' '.join(str(error.args[0] if error.args else error).split())}")
-        return True
-
-    def take(self) -> tuple[str, ...]:
-        """The lines, which are then forgotten."""
-        lines, self.lines = tuple(self.lines), []
-        return lines
+    def add_to(self, batch: Batch) -> Batch:
+        """The batch with it, which is then forgotten here."""
+        told = batch._replace(unreadable=(*self.errors, *batch.unreadable), left_out=self.left_out)
+        self.errors, self.left_out = [], LeftOut()
+        return told
 
 
 class _Part(IterableDataset[Batch]):
@@ -165,8 +175,8 @@ class _Part(IterableDataset[Batch]):
         where, info = self.where, get_worker_info()
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
         lane = (where.start + worker) % workers
-        errors = _Errors()
-        shuffled = self._shuffled(lane, workers, errors)
+        said = _Said()
+        shuffled = self._shuffled(lane, workers, said)
         images = where.batch_size // self.config.repeated_aug
         seen = len(range(lane, where.start, workers))
         for _ in itertools.islice(shuffled, seen * images):
@@ -174,21 +184,21 @@ class _Part(IterableDataset[Batch]):
         for number, _ in enumerate(range(where.start + worker, where.stop, workers), seen):
             raws = list(itertools.islice(shuffled, images))
             batch = collate(self._samples(raws, (where.rank, lane, number)) if raws else [])
-            yield batch._replace(unreadable=(*errors.take(), *batch.unreadable))
+            yield said.add_to(batch)
             if not raws:  # nothing could be read at all: the loop says so, with these lines
                 return
 
-    def _shuffled(self, lane: int, lanes: int, errors: _Errors) -> Iterator[_Raw]:
+    def _shuffled(self, lane: int, lanes: int, said: _Said) -> Iterator[_Raw]:
         from webdataset.filters import shuffle
 
         where = self.where
-        raws = self._endless(where.rank + where.world_size * lane, where.world_size * lanes, errors)
+        raws = self._endless(where.rank + where.world_size * lane, where.world_size * lanes, said)
         generator = random.Random(derive_seed(self.seed, "buffer", where.rank, lane))
         buffer = self.config.shuffle_buffer
         mixed: Iterator[_Raw] = shuffle(buffer, initial=buffer, rng=generator)(raws)
         return mixed
 
-    def _endless(self, part: int, parts: int, errors: _Errors) -> Iterator[_Raw]:
+    def _endless(self, part: int, parts: int, said: _Said) -> Iterator[_Raw]:
         """This part's images, pass after pass over all shards in a fresh order; ends after a pass in which none could
         be read.
         """
@@ -196,7 +206,7 @@ class _Part(IterableDataset[Batch]):
             order = np.random.default_rng(derive_seed(self.seed, "shards", passes)).permutation(len(self.urls))
             mine = [self.urls[index] for index in order[part::parts]]
             empty = True
-            for raw in _read_shards(iter(mine), errors):
+            for raw in _read_shards(iter(mine), said):
                 empty = False
                 yield raw
             if empty:
@@ -241,50 +251,61 @@ def _counted(urls: tuple[str, ...]) -> int | None:
     return sum(counts[url] for url in urls) if counts.keys() >= set(urls) else None
 
 
-def _read_shards(urls: Iterator[str], errors: _Errors) -> Iterator[_Raw]:
+def _read_shards(urls: Iterator[str], said: _Said) -> Iterator[_Raw]:
     """The images of some shards, one shard after the other; a broken shard is named, and left where it breaks."""
-    from webdataset.tariterators import tar_file_expander, url_opener
+    from webdataset.gopen import gopen
 
-    def named() -> Iterator[dict[str, Any]]:
-        for url in urls:
-            errors.url = url
-            shard: dict[str, Any] = {"url": url}
-            try:
-                yield shard
-            finally:
-                if "stream" in shard:
-                    with suppress(Exception):  # a command that was stopped before its end
-                        shard["stream"].close()
-
-    def wanted(name: str) -> bool:
-        return kind_of(clean_name(name)) in ("image", "label")
-
-    members = tar_file_expander(url_opener(named(), handler=errors), handler=errors, select_files=wanted)
-    place: tuple[str, str] | None = None
-    sample: dict[str, bytes] = {}
-    for member in members:
-        name = clean_name(member["fname"]) if member else ""  # empty at a shard's end
-        here = (member["__url__"], group_key(name)) if member else None
-        if place is not None and (here != place or len(sample) == _LARGEST_SAMPLE):
-            yield from _images_of(place[0], sample, errors)
-            sample = {}
-        place = here
-        if member:
-            sample[name] = member["data"]
-    if place is not None:
-        yield from _images_of(place[0], sample, errors)
+    for url in urls:
+        names, place, sample = set[str](), "", dict[str, bytes]()
+        try:
+            with _closing(gopen(url)) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
+                    if member.isdir():
+                        continue
+                    name, kind = kind_of_member(member, said.left_out)
+                    if kind not in ("image", "label"):
+                        continue
+                    if sample and (group_key(name) != place or len(sample) == _LARGEST_SAMPLE):
+                        yield from _images_of(url, sample, said)
+                        sample = {}
+                    if name in names:
+                        said.left_out.add(TWICE if name in sample else _TWICE_USED, name)
+                    names.add(name)
+                    place, sample[name] = group_key(name), _content(tar, member)
+        except Exception as error:  # of any kind, from the network or a command
+            said.errors.append(f"{url}: {' '.join(str(error).split())}")
+        yield from _images_of(url, sample, said)
 
 
-def _images_of(url: str, sample: dict[str, bytes], errors: _Errors) -> Iterator[_Raw]:
+@contextlib.contextmanager
+def _closing(stream: Any) -> Iterator[Any]:
+    """webdataset raises where a command is stopped before its end, as one that is not read further is."""
+    try:
+        yield stream
+    finally:
+        with contextlib.suppress(Exception):
+            stream.close()
+
+
+def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
+    file = tar.extractfile(member)
+    assert file is not None  # a regular file
+    return file.read()
+
+
+def _images_of(url: str, sample: dict[str, bytes], said: _Said) -> Iterator[_Raw]:
     """The images among members that follow one another and are called the same up to the first dot."""
     labels: dict[str, int] = {}
     for name in (name for name in sample if kind_of(name) == "label"):
         try:
             labels[label_stem(name)] = read_label(sample[name], f"{url}/{name}")
         except ConfigError as error:
-            errors(error)
+            said.errors.append(str(error))
     images = [name for name in sample if kind_of(name) == "image"]
     beside = arrays_beside(images)
     for name in images:
-        if name not in beside:
+        if name in beside:
+            said.left_out.add(BESIDE, name)
+        else:
             yield _Raw(f"{url}/{name}", sample[name], label_of(name, labels))

@@ -20,6 +20,14 @@ class LeftOut:
         for reason, count in other.counts.items():
             self.add(reason, other._first[reason], count)
 
+    def without(self, other: LeftOut) -> LeftOut:
+        """What is counted here for reasons that another one does not know."""
+        rest = LeftOut()
+        for reason, count in self.counts.items():
+            if reason not in other.counts:
+                rest.add(reason, self._first[reason], count)
+        return rest
+
     def __bool__(self) -> bool:
         return bool(self.counts)
 

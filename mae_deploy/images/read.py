@@ -177,9 +177,21 @@ def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
 
 def name_of_bytes(content: bytes) -> Path:
     """A name for an image that is no file, with the suffix by which NumPy and TIFF files are known."""
+    return Path(f"{len(content):,} bytes{suffix_of(content)}")
+
+
+def suffix_of(content: bytes) -> str:
+    """The suffix of files of this content; empty where it is no image that is known."""
     signatures = {b"\x93NUMPY": NUMPY_SUFFIX, **dict.fromkeys(_TIFF_SIGNATURES, TIFF_SUFFIXES[0])}
-    suffix = next((suffix for start, suffix in signatures.items() if content.startswith(start)), "")
-    return Path(f"{len(content):,} bytes{suffix}")
+    for start, suffix in signatures.items():
+        if content.startswith(start):
+            return suffix
+    from PIL import Image
+
+    with contextlib.suppress(Exception), _open_image(io.BytesIO(content)) as image:
+        plain, known = f".{image.format}".lower(), Image.EXTENSION
+        return plain if plain in known else next(suffix for suffix, name in known.items() if name == image.format)
+    return ""
 
 
 def _stored(path: Path, file: BinaryIO | None, channels: int) -> Array:

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from mae_deploy.data.dataset import Batch
 from mae_deploy.data.order import RunSlice
 from mae_deploy.data.transforms import NormaliseImages
-from mae_deploy.progress import Bar, progress
+from mae_deploy.images.left_out import LeftOut
+from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.training.checkpoints import Checkpoints
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.cpu import keep_freed_memory
@@ -88,6 +89,7 @@ class TrainingRunner:
         self.batches: list[Batch] = []
         self.waited = 0.0
         self.new_unreadable = 0
+        self.left_out = LeftOut()
         self.save_asked = self.stop_asked = False
         self.since = self.saved = time.monotonic()
 
@@ -122,6 +124,8 @@ class TrainingRunner:
             "steps": state.step,
             "unreadable": len(self.unreadable.seen),
         }
+        if self.left_out:
+            summary["left_out"] = self.left_out.counts
         if state.skipped:
             summary |= {"skipped": state.skipped, "rollbacks": state.rollbacks}
         if finite := [line for line in metrics if line["loss"] is not None]:
@@ -179,10 +183,18 @@ class TrainingRunner:
             batch = next(stream)
             self.waited += time.monotonic() - before
             self.new_unreadable += self.unreadable.add(batch.unreadable)
+            if batch.left_out and self.accelerator.is_main_process:
+                self._say_left_out(batch.left_out)
             if len(batch.images) == 0:
                 raise self.unreadable.nothing_left(self.job.dataset.name)
             self.batches.append(batch)
             yield batch
+
+    def _say_left_out(self, found: LeftOut) -> None:
+        """Of a stream, each reason when it is first met; how often stands in the summary."""
+        if new := found.without(self.left_out):
+            notice("left out", f"of {self.job.dataset.name}: {new}")
+        self.left_out.merge(found)
 
     def _flags(self) -> tuple[float, float, float]:
         """What this process has to say to all: files that it cannot read, a signal, and the main process's clock."""

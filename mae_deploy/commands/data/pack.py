@@ -35,7 +35,8 @@ from mae_deploy.files import (
     write_text,
 )
 from mae_deploy.images.arrays import resize_and_cut
-from mae_deploy.images.read import Array, UnreadableImage, is_image
+from mae_deploy.images.find import is_image_name
+from mae_deploy.images.read import Array, UnreadableImage, is_image, suffix_of
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
 
@@ -252,7 +253,7 @@ def _convert(source: ImageSource, config: PackConfig, index: int) -> _Packed:
         else ("", 0)
     )
     small = _resized(image, config.short_side)
-    suffix = Path(key).suffix.lower()
+    suffix = Path(key).suffix.lower() if is_image_name(key) else suffix_of(content)
     if config.encoding != "keep" or small is not image:
         content, suffix = _encoded(small, config, suffix)
     return _Packed(content, suffix, pixels, perceptual_hash)

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 from PIL import Image
 
-from mae_deploy.data.decode import Shrink
+from mae_deploy.data.decode import Shrink, decode
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
@@ -85,6 +85,43 @@ class ImageSource(Protocol):
         them.
         """
         ...
+
+
+class Encoded:
+    """Encoded images whose labels are held in memory: members of shards, rows of tables."""
+
+    name: str
+    left_out: LeftOut
+    class_names: tuple[str, ...] | None
+    _labels: Array
+    _digest: str
+
+    @property
+    def labels(self) -> Sequence[int]:
+        """The label of each image, or `UNLABELLED`."""
+        return Numbers(self._labels)
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self._labels)
+
+    def key(self, index: int) -> str:
+        """See `ImageSource`."""
+        raise NotImplementedError
+
+    def raw(self, index: int) -> bytes:
+        """See `ImageSource`."""
+        raise NotImplementedError
+
+    def read(
+        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
+    ) -> Image.Image | Array:
+        """Decode one image."""
+        return decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
+
+    def fingerprint(self) -> dict[str, int | str]:
+        """Number of images, and a hash of the names and sizes of the files and what is in them, and of the labels."""
+        return {"images": len(self), "sha256": self._digest}
 
 
 class Joined:
@@ -203,6 +240,14 @@ def distinct_classes(names: Iterable[str]) -> tuple[str, ...]:
 def class_positions(names: Sequence[str]) -> dict[str, int]:
     """The label of each class by its `class_key`."""
     return {class_key(name): number for number, name in reversed(list(enumerate(names)))}
+
+
+def numbers_of(names: Sequence[str | None], own: tuple[str, ...] | None) -> tuple[Array, tuple[str, ...]]:
+    """The number of each image's class or `UNLABELLED`, and the classes: `own`, or those that are there."""
+    own = own or distinct_classes(name for name in names if name is not None)
+    place = class_positions(own)
+    numbers = [UNLABELLED if name is None else place.get(class_key(name), UNLABELLED) for name in names]
+    return np.array(numbers, np.int64), own
 
 
 def check_classes(found: Iterable[str], wanted: tuple[str, ...], describe: Callable[[str], str]) -> None:

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import posixpath
+import tarfile
 from collections.abc import Iterable, Mapping
 from typing import Literal
 
 from mae_deploy.data.sources.base import UNLABELLED
 from mae_deploy.images.arrays import NUMPY_SUFFIX
-from mae_deploy.images.find import is_image_name
+from mae_deploy.images.find import is_image_name, reason_by_suffix
+from mae_deploy.images.left_out import LeftOut
 
 _LABEL_SUFFIX = ".cls"
+
+TWICE = "that came before under the same name"
+BESIDE = "arrays beside images"
+"""Why an image may be left out."""
 
 
 def clean_name(member: str) -> str:
@@ -18,7 +24,21 @@ def clean_name(member: str) -> str:
     return posixpath.normpath(member)
 
 
-def kind_of(name: str) -> Literal["image", "label", "hidden", "other"]:
+_REASONS = {"hidden": "hidden", "link": "links or sparse files"}
+
+Kind = Literal["image", "label", "hidden", "link", "other"]
+
+
+def kind_of_member(member: tarfile.TarInfo, left_out: LeftOut) -> tuple[str, Kind]:
+    """The clean name of a member that is no folder, and what it is; what is neither image nor label is counted."""
+    name = clean_name(member.name)
+    kind = kind_of(name) if member.isreg() and not member.issparse() else "link"
+    if kind not in ("image", "label"):
+        left_out.add(_REASONS.get(kind) or reason_by_suffix(name), name)
+    return name, kind
+
+
+def kind_of(name: str) -> Kind:
     """What a member of this clean name is. Hidden are names with a dot in front, such as the `._0.jpg` that macOS adds,
     and what lies in such folders.
     """

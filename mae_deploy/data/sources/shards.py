@@ -13,22 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
-from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.base import (
-    UNLABELLED,
-    Numbers,
-    class_key,
-    class_positions,
-    distinct_classes,
-    match_classes,
+from mae_deploy.data.sources.base import UNLABELLED, Encoded, match_classes, numbers_of
+from mae_deploy.data.sources.members import (
+    BESIDE,
+    TWICE,
+    arrays_beside,
+    clean_name,
+    kind_of_member,
+    label_of,
+    label_stem,
 )
-from mae_deploy.data.sources.members import arrays_beside, clean_name, kind_of, label_of, label_stem
 from mae_deploy.data.sources.patterns import local_shards
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
-from mae_deploy.images.find import reason_by_suffix
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.text import decode_text
@@ -40,8 +38,6 @@ CLASSES = "classes.json"
 """Names of the classes in the order of their numbers, beside the shards or above them."""
 
 FORMAT = 1
-
-_REASONS = {"hidden": "hidden", "link": "links or sparse files"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +67,7 @@ class Shard:
         }
 
 
-class ShardSource:
+class ShardSource(Encoded):
     """The images of some shards, in order.
 
     Args:
@@ -114,15 +110,6 @@ class ShardSource:
         self._labels = numbers
         self._digest = _digest(shards, numbers)
 
-    @property
-    def labels(self) -> Sequence[int]:
-        """The label of each image, or `UNLABELLED`."""
-        return Numbers(self._labels)
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self._names)
-
     def key(self, index: int) -> str:
         """The shard's file and the member's name."""
         return f"{self._paths[self._shard[index]]}/{self._names[index].decode('utf-8', 'surrogateescape')}"
@@ -139,16 +126,6 @@ class ShardSource:
         if len(content) < size:
             raise UnreadableImage(f"{self.key(index)}: the shard is cut short")
         return bytes(content)
-
-    def read(
-        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
-    ) -> Image.Image | Array:
-        """Decode one member."""
-        return decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
-
-    def fingerprint(self) -> dict[str, int | str]:
-        """Number of images, and a hash of the shards' and members' names and sizes and of the labels."""
-        return {"images": len(self), "sha256": self._digest}
 
 
 def shard_images(data: str, *, labelled: bool = False, class_names: tuple[str, ...] | None = None) -> ShardSource:
@@ -171,17 +148,14 @@ def scan(path: Path) -> Shard:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 if member.isdir():
                     continue
-                name = clean_name(member.name)
-                kind = kind_of(name) if member.isreg() and not member.issparse() else "link"
+                name, kind = kind_of_member(member, left_out)
                 if kind == "label":
                     file.seek(member.offset_data)
                     labels[label_stem(name)] = read_label(file.read(member.size), f"{path}/{member.name}")
                 elif kind == "image":
                     if name in images:
-                        left_out.add("that came before under the same name", name)
+                        left_out.add(TWICE, name)
                     images[name] = (member.name, member.offset_data, member.size)
-                else:
-                    left_out.add(_REASONS.get(kind) or reason_by_suffix(name), name)
     except (tarfile.TarError, EOFError) as error:
         found = f"after {len(images)} images " if images else ""
         raise ConfigError(
@@ -191,7 +165,7 @@ def scan(path: Path) -> Shard:
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
     for name in sorted(arrays_beside(images)):
-        left_out.add("arrays beside images", name)
+        left_out.add(BESIDE, name)
         del images[name]
     return Shard(
         path,
@@ -257,9 +231,7 @@ def _classes(
                 f"the images of {name} have no labels",
                 hint="give each a .cls member with its number, or put it below the name of its class",
             )
-        own = own or distinct_classes(folders)
-        place = class_positions(own)
-        numbers = np.array([place.get(class_key(found), UNLABELLED) for found in folders], np.int64)
+        numbers, own = numbers_of(folders, own)
     return match_classes(numbers, own, wanted, name)
 
 

@@ -11,19 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from mae_deploy.data.config import Columns
-from mae_deploy.data.decode import Shrink, decode
-from mae_deploy.data.sources.base import (
-    UNLABELLED,
-    Numbers,
-    class_key,
-    class_positions,
-    distinct_classes,
-    match_classes,
-    read_file,
-)
+from mae_deploy.data.sources.base import UNLABELLED, Encoded, match_classes, numbers_of, read_file
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
 from mae_deploy.images.left_out import LeftOut
@@ -70,7 +60,7 @@ def name_files(paths: Sequence[Path], columns: Columns) -> bool:
         return False
 
 
-class TableSource:
+class TableSource(Encoded):
     """The images of some Arrow or Parquet files, row by row.
 
     Arrow files are mapped into memory and cost none; Parquet, which cannot be read at random, is held in memory as it
@@ -98,7 +88,7 @@ class TableSource:
         self._chunks = [chunk for table in tables for chunk in table.column(self._image).chunks]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         self.class_names: tuple[str, ...] | None = None
-        self._labels = np.full(len(self), UNLABELLED, np.int64)
+        self._labels = np.full(self._starts[-1], UNLABELLED, np.int64)
         if labelled:
             column = _column(tables[0].schema, columns.label, _LABELS, "--label-column", name)
             values = [value for table in tables for value in table.column(column).to_pylist()]
@@ -115,15 +105,6 @@ class TableSource:
         row = self._row(0)
         return row.get("bytes") is None and bool(row.get("path"))
 
-    @property
-    def labels(self) -> Sequence[int]:
-        """The label of each image, or `UNLABELLED`."""
-        return Numbers(self._labels)
-
-    def __len__(self) -> int:
-        """Number of rows."""
-        return int(self._starts[-1])
-
     def key(self, index: int) -> str:
         """The data set, the row, and the file's name where the table has it."""
         path = self._row(index).get("path")
@@ -137,16 +118,6 @@ class TableSource:
         if not row.get("path"):
             raise UnreadableImage(f"{self.key(index)}: the row is empty")
         return read_file(self._folder / row["path"])
-
-    def read(
-        self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None
-    ) -> Image.Image | Array:
-        """Decode one row."""
-        return decode(self.key(index), self.raw(index), channels, pixel_max, shrink)
-
-    def fingerprint(self) -> dict[str, int | str]:
-        """Number of rows, and a hash of the files' names and sizes and of the labels."""
-        return {"images": len(self), "sha256": self._digest}
 
     def _row(self, index: int) -> dict[str, Any]:
         chunk = int(np.searchsorted(self._starts, index, side="right")) - 1
@@ -201,10 +172,10 @@ def _labels(
     values: list[Any], own: tuple[str, ...] | None, wanted: tuple[str, ...] | None, name: str
 ) -> tuple[Array, tuple[str, ...]]:
     if any(isinstance(value, str) for value in values):
-        own = own or distinct_classes(str(value) for value in values if value is not None)
-        place = class_positions(own)
-        values = [UNLABELLED if value is None else place.get(class_key(str(value)), UNLABELLED) for value in values]
-    elif not all(isinstance(value, int) for value in values if value is not None):
+        return match_classes(
+            *numbers_of([None if value is None else str(value) for value in values], own), wanted, name
+        )
+    if not all(isinstance(value, int) for value in values if value is not None):
         raise ConfigError(
             f"the labels of {name} are neither numbers nor names",
             hint="say with --label-column which column holds them",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from mae_deploy.data.sources.shards import scan
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256, write_json
 from tests.data.image_folders import SIZE, spoil, write_classes, write_noise
+from tests.data.sources.test_tables import pa, pq
 
 
 @pytest.fixture
@@ -118,6 +120,17 @@ def test_packed_files_are_the_files(images: Path, tmp_path: Path, num_workers: i
     assert not (tmp_path / "out" / ".pack").exists()
     with pytest.raises(ConfigError, match="already exists"):
         pack(images, tmp_path / "out")
+
+
+def test_rows_without_a_name_are_packed_as_what_they_are(images: Path, tmp_path: Path) -> None:
+    contents = [path.read_bytes() for path in sorted(images.rglob("*.png"))]
+    buffer = io.BytesIO()
+    texture(0).save(buffer, "JPEG")
+    rows = [*contents, buffer.getvalue()]
+    pq.write_table(pa.table({"image": pa.array(rows, pa.binary())}), tmp_path / "a.parquet")
+    pack(tmp_path / "a.parquet", tmp_path / "out")
+    found = [name for path in sorted((tmp_path / "out").glob("*.tar")) for name in scan(path).names]
+    assert sorted(found) == [*(f"{number:08d}.png" for number in range(11)), "00000011.jpeg"]
 
 
 def test_labelled_trees_keep_their_classes(tmp_path: Path) -> None:

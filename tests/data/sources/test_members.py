@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
 import pytest
 
+from mae_deploy.cli import main
 from mae_deploy.commands.data.config import PackConfig
 from mae_deploy.commands.data.pack import run_pack
 from mae_deploy.data.config import CropConfig, DataConfig
 from mae_deploy.data.order import RunSlice
-from mae_deploy.data.sources.members import arrays_beside, clean_name, kind_of, label_of
+from mae_deploy.data.sources.members import TWICE, arrays_beside, clean_name, kind_of, label_of
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.sources.shards import scan
+from mae_deploy.data.streams import _TWICE_USED
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
+from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.preprocess import default_preprocess
 from tests.data.sources.tiny_shards import Member, write_shard
 
@@ -130,6 +134,37 @@ def test_what_is_no_image_is_counted(images: Path, tmp_path: Path) -> None:
         "links or sparse files": 1,
         "arrays beside images": 1,
     }
+
+
+def test_a_stream_counts_what_it_leaves_out(images: Path, tmp_path: Path) -> None:
+    content = pngs(images)[0]
+    members = [("0.png", content), ("0.npy", b""), ("0.json", b"{}"), ("0.png", content), ("._0.png", b"")]
+    path = write_shard(tmp_path / "a.tar", [*members, ("1.png", content), ("0.png", content), ("1.json", b"{}")])
+    config = DataConfig(epoch_images=3, shuffle_buffer=1, num_workers=0)
+    transform = train_transform(default_preprocess((10, 15)), CropConfig())
+    stream = open_training(f"pipe:cat {path}", transform, config, seed=3)
+    found = LeftOut()
+    for batch in stream.stream(RunSlice(3, 1, 0, 2), seed=5, num_workers=0, pin_memory=False):
+        assert batch.left_out is not None
+        found.merge(batch.left_out)
+    assert found.counts.keys() == {".json", "hidden", "arrays beside images", TWICE, _TWICE_USED}
+    assert all(count >= 1 for count in found.counts.values())
+    assert "such as 0.json" in str(found)
+
+
+def test_what_a_stream_leaves_out_is_said_by_training(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    members = [(f"{number}.png", content) for number, content in enumerate(pngs(images))]
+    path = write_shard(tmp_path / "a.tar", [*members, ("x.json", b"{}"), ("y.json", b"{}")])
+    settings = ["--model", "vit_nano_patch4", "--image-size", "32", "--decoder-depth", "1", "--decoder-embed-dim", "32"]
+    run = ["--epochs", "2", "--batch-size", "5", "--num-workers", "0", "--device", "cpu", "--epoch-images", "10"]
+    command = ["pretrain", f"pipe:cat {path}", "--out", str(tmp_path / "run"), *settings, *run, "--shuffle-buffer", "1"]
+    assert main([*command, "--json"]) == 0
+    said = capsys.readouterr()
+    assert said.err.count("left out") == 1
+    assert ".json such as x.json" in said.err
+    assert json.loads(said.out)["left_out"][".json"] >= 2
 
 
 def test_the_fingerprint_of_ordinary_shards_is_that_of_the_first_version(images: Path, tmp_path: Path) -> None:
