@@ -85,7 +85,8 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
     if model.teacher_taps:
         teacher.watch(model.teacher_taps, student=encoder, spec=spec)
         check_view(teacher, masked=masks.ever, whole=whole)
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
+    loop = config.loop
+    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
     dataset = train_dataset(
         data.train,
         train_transform(spec, config.augment),

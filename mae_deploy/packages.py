@@ -13,7 +13,7 @@ from types import ModuleType
 
 PACKAGE = "mae-deploy"
 
-_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?P<versions>[^;]*?)\s*(?:;.*extra == [\"'](?P<extra>\w+)[\"'].*)?")
+_REQUIREMENT = re.compile(r"(?P<name>[\w.-]+)\s*(?P<versions>[^;]*?)\s*(?:;.*extra == [\"'](?P<extra>[\w-]+)[\"'].*)?")
 """A line of a package's metadata: `torch>=2.11; extra == "train"`."""
 
 

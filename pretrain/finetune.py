@@ -52,7 +52,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     if encoder.band_groups is not None:
         model.channel_embed.requires_grad_(True)  # as SatMAE
     kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
+    loop = config.loop
+    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
 
     job = TrainingJob(
         title="from scratch" if pretrained is None else "finetune",

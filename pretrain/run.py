@@ -39,7 +39,8 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     spec = config.images.preprocess(config.model.image_size, config.model.in_chans, _preprocess_of(teacher or init))
     dataset = open_training(config.data, train_transform(spec, config.augment), config.images, seed=config.seed)
     fingerprint = dataset.fingerprint()
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
+    loop = config.loop
+    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
     seed_everything(derive_seed(config.seed, "weights"))
     model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss, objective=objective)
     decoded = init is not None and start_autoencoder_from(model, init)

@@ -25,6 +25,7 @@ from mae_deploy.reporting.tables import Column, Table, facts_table, stacked
 from mae_deploy.results import Result, as_text
 from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.cuda.driver import gpus, require_gpu
+from mae_deploy.runtime.cuda.open_memory import INSTALL
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.registry import open_graph
@@ -180,7 +181,7 @@ def _engines(packages: dict[str, str | None]) -> tuple[dict[str, str], dict[str,
     installs = {
         "onnxruntime": "pip install onnxruntime",
         "openvino": "pip install 'mae-deploy[openvino]'",
-        "tensorrt": "pip install 'mae-deploy[trt]'",
+        "tensorrt": INSTALL,
         "torch": "pip install 'mae-deploy[train]'",
     }
     trials: dict[str, Callable[[], str]] = {
@@ -217,9 +218,7 @@ def _tensorrt(packages: dict[str, str | None]) -> str:
     """Where it computes, or what it lacks, in which case the package itself is not imported."""
     backend = next((name for name in (_PYCUDA, _CUDA_BINDINGS) if packages[name] is not None), None)
     if backend is None:
-        return (
-            f"{packages['tensorrt']}, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'"
-        )
+        return f"{packages['tensorrt']}, but neither pycuda nor cuda-bindings is installed: {INSTALL}"
     try:
         gpu = require_gpu()
     except MissingDependency as error:

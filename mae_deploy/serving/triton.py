@@ -18,6 +18,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.images.read import Array
+from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, EngineEntry, TensorEntry
 
@@ -63,6 +64,13 @@ def write_triton(bundle: Bundle, repository: Path, engine: EngineEntry | None = 
         for name, values in served.warmup_files().items():
             (aside / "warmup").mkdir(exist_ok=True)
             (aside / "warmup" / name).write_bytes(values.tobytes())
+    most = max(profile["B"][2] for profile in served.profiles)
+    if engine is not None and bundle.fixed_batch is None and served.max_batch_size < most:
+        notice(
+            "Triton:",
+            f"max_batch_size is {served.max_batch_size}, for no profile takes a batch of {served.max_batch_size + 1} at"
+            f" every number of patches; one from 1 to {most} would let it put {most} requests together",
+        )
     return model
 
 

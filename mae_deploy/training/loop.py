@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
-from mae_deploy.errors import import_optional
-from mae_deploy.training.config import Device, OptimConfig, TrainingPrecision
+from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.training.config import Device, OptimConfig, Sharding, TrainingPrecision
 from mae_deploy.training.cpu import advise_bf16
 from mae_deploy.training.device import resolve_device, resolve_precision
 from mae_deploy.training.job import Evaluation, TrainConfig, TrainingJob
@@ -24,13 +25,24 @@ __all__ = ["Evaluation", "TrainingJob", "fit", "make_accelerator"]
 
 
 def make_accelerator(
-    device: Device, precision: TrainingPrecision, out: Path, trackers: tuple[str, ...] = ()
+    device: Device,
+    precision: TrainingPrecision,
+    out: Path,
+    trackers: tuple[str, ...] = (),
+    *,
+    sharding: Sharding = "ddp",
 ) -> Accelerator:
     """The distributed engine for this machine.
 
     Raises:
         MissingDependency: the device, or the package of a tracker, is not there.
+        ConfigError: shares of a model, and no other process to share it with.
     """
+    if sharding == "fsdp2" and "RANK" not in os.environ:
+        raise ConfigError(
+            f"--sharding {sharding} shares the model among several processes, and this one was started alone",
+            hint="start it with torchrun --nproc-per-node N -m mae_deploy …, or leave --sharding out",
+        )
     for name in trackers:  # before there is a run folder
         import_optional(name, extra=name)
     place = resolve_device(device)

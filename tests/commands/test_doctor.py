@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import typer
+from setuptools.config.pyprojecttoml import load_file
 
 from mae_deploy import __version__, machine, packages
 from mae_deploy.cli import app, main
@@ -21,7 +22,10 @@ from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.doctor import NEEDS, requirements
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.cuda.open_memory import INSTALL
 from tests.test_cli import TRAINING, run_without
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,11 +164,11 @@ H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=
         (
             {"tensorrt"},
             [H200],
-            "10.3.0, but neither pycuda nor cuda-bindings is installed: pip install 'mae-deploy[trt]'",
+            f"10.3.0, but neither pycuda nor cuda-bindings is installed: {INSTALL}",
             ["pycuda"],
         ),
         ({"tensorrt", "pycuda"}, [], "10.3.0 with pycuda, but there is no driver", None),
-        ({"pycuda"}, [H200], "not installed: pip install 'mae-deploy[trt]'", ["tensorrt"]),
+        ({"pycuda"}, [H200], f"not installed: {INSTALL}", ["tensorrt"]),
     ],
 )
 def test_what_tensorrt_lacks(
@@ -207,6 +211,17 @@ def test_what_is_needed_is_what_the_package_asks_for() -> None:
     assert {"tensorrt", "pycuda"} <= set(required["trt"])
     assert required["mlflow"] == ["mlflow"]
     assert {extra for extras in NEEDS for extra in extras.split(",")} <= set(required)
+
+
+def test_the_two_packages_for_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the metadata of this source says it, whatever is installed; a name of an extra may have a hyphen."""
+    extras = load_file(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    lines = [f'{line}; extra == "{extra}"' for extra, wanted in extras.items() for line in wanted]
+    monkeypatch.setattr(metadata, "requires", lambda _: lines)
+    assert requirements()["trt"] == ["tensorrt", "pycuda"]
+    assert requirements()["trt-bindings"] == ["tensorrt", "cuda.bindings"]
+    assert "trt]" in INSTALL
+    assert "trt-bindings]" in INSTALL
 
 
 def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -209,6 +209,30 @@ def test_a_plan_that_takes_no_single_image_gets_whole_batches(tmp_path: Path) ->
     assert by_key(config["optimization"][0]["cuda"][0]["graph_spec"][0]["input"])["ids_keep"] == {"dim": [4, 4]}
 
 
+@pytest.mark.parametrize(
+    ("profiles", "said"),
+    [
+        (
+            [{"B": [1, 1, 1], "K": [4, 4, 4]}, {"B": [8, 32, 64], "K": [1, 4, 21]}],
+            "max_batch_size is 0, for no profile takes a batch of 1 at every number of patches; one from 1 to 64 would",
+        ),
+        (
+            [{"B": [1, 1, 1], "K": [1, 4, 21]}, {"B": [8, 32, 64], "K": [1, 4, 21]}],
+            "max_batch_size is 1, for no profile takes a batch of 2 at every number of patches; one from 1 to 64 would",
+        ),
+        ([{"B": [1, 32, 64], "K": [1, 4, 21]}], None),
+        ([{"B": [1, 1, 1], "K": [1, 4, 21]}], None),
+    ],
+)
+def test_profiles_that_keep_requests_apart_are_named(
+    tmp_path: Path, profiles: Any, said: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = planned(tmp_path / "tiny", token_mode="visible", entry={"profiles": profiles})
+    write_triton(bundle, tmp_path / "models", plan_of(bundle))
+    shown = capsys.readouterr().err
+    assert said in " ".join(shown.split()) if said is not None else shown == ""
+
+
 def test_a_graph_of_any_batch_is_batched_whatever_its_profile(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "tiny", change=lambda manifest: manifest["profile"].update(B=[2, 4, 8]))
     assert config_of(write_triton(Bundle.load(path), tmp_path / "models"))["max_batch_size"] == [8]

@@ -225,6 +225,13 @@ def test_a_device_that_is_not_there(tmp_path: Path) -> None:
     assert caught.value.exit_code == 3
 
 
+def test_shares_of_a_model_need_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(ConfigError, match="--sharding fsdp2 shares the model among several processes") as caught:
+        make_accelerator("cpu", "fp32", tmp_path, sharding="fsdp2")
+    assert "torchrun --nproc-per-node" in (caught.value.hint or "")
+
+
 @pytest.mark.parametrize(
     ("values", "message"),
     [

@@ -22,7 +22,7 @@ class _Driver:
     """
 
     def __init__(self) -> None:
-        self.module = import_optional("cuda.bindings.driver", extra="trt")
+        self.module = import_optional("cuda.bindings.driver", extra="trt-bindings")
 
     def call(self, name: str, *arguments: Any) -> Any:
         status, *values = getattr(self.module, name)(*arguments)

@@ -14,6 +14,12 @@ BACKENDS: dict[str, Callable[[int], Memory]] = {"pycuda": PycudaMemory, "cuda-bi
 """What opens the memory of a GPU, by the name of the package; the first that can be imported is taken."""
 
 
+INSTALL = (
+    "pip install 'mae-deploy[trt]', which compiles pycuda, or 'mae-deploy[trt-bindings]' with cuda-bindings, ready made"
+)
+"""What installs TensorRT and one of them."""
+
+
 def open_memory(backend: str = "auto", index: int = 0) -> Memory:
     """The memory of a GPU.
 
@@ -33,4 +39,4 @@ def open_memory(backend: str = "auto", index: int = 0) -> Memory:
             return BACKENDS[name](index)
         except MissingDependency as error:
             absent.append(str(error))
-    raise MissingDependency("; ".join(absent), hint="pip install 'mae-deploy[trt]'")
+    raise MissingDependency("; ".join(absent), hint=INSTALL)

@@ -14,7 +14,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.runtime.cuda import driver as cuda
-from mae_deploy.runtime.cuda.open_memory import open_memory
+from mae_deploy.runtime.cuda.open_memory import INSTALL, open_memory
 from tests.runtime.cuda.stub_driver import NAME, compile_stub
 
 
@@ -42,7 +42,7 @@ def test_without_the_packages(backend: str, said: list[str], monkeypatch: pytest
     with pytest.raises(MissingDependency) as caught:
         open_memory(backend)
     assert all(f"the package '{name}'" in str(caught.value) for name in said)
-    assert caught.value.hint == "pip install 'mae-deploy[trt]'"
+    assert caught.value.hint == INSTALL
 
 
 SCRIPT = """
