@@ -31,7 +31,11 @@ class Profiler:
             activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
             plan = schedule(wait=_BEFORE, warmup=_WARM_UP, active=_STEPS, repeat=1)
             self._profile = profile(
-                activities=activities, schedule=plan, on_trace_ready=self._write, record_shapes=True
+                activities=activities,
+                schedule=plan,
+                on_trace_ready=self._write,
+                record_shapes=True,
+                acc_events=True,  # of the one cycle that there is: torch 2.11 warns where it is left out
             )
 
     def step(self) -> None:
