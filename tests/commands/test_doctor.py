@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import typer
-from setuptools.config.pyprojecttoml import load_file
 
 from mae_deploy import __version__, machine, packages
 from mae_deploy.cli import app, main
@@ -215,7 +214,8 @@ def test_what_is_needed_is_what_the_package_asks_for() -> None:
 
 def test_the_two_packages_for_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
     """As the metadata of this source says it, whatever is installed; a name of an extra may have a hyphen."""
-    extras = load_file(ROOT / "pyproject.toml")["project"]["optional-dependencies"]
+    tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     lines = [f'{line}; extra == "{extra}"' for extra, wanted in extras.items() for line in wanted]
     monkeypatch.setattr(metadata, "requires", lambda _: lines)
     assert requirements()["trt"] == ["tensorrt", "pycuda"]
