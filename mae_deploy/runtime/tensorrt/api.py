@@ -79,11 +79,13 @@ def create_logger(trt: Any, messages: Messages) -> Any:
 
 
 def major_version(trt: Any) -> int:
-    """8, 10 or 11.
+    """8, 10 or 11; 11 also of TensorRT for RTX, which has its API.
 
     Raises:
         MissingDependency: another one.
     """
+    if is_rtx(trt):
+        return 11
     version = str(trt.__version__)
     major, minor = (int(part) for part in version.split(".")[:2])
     if major not in (8, 10, 11) or (major, minor) < (8, 6):
@@ -91,6 +93,11 @@ def major_version(trt: Any) -> int:
             f"TensorRT {version} is installed; this works with {SUPPORTED}", hint="install another: docs/tensorrt.md"
         )
     return major
+
+
+def is_rtx(trt: Any) -> bool:
+    """Whether the module is TensorRT for RTX, whose versions are numbers of their own."""
+    return str(trt.__name__).startswith("tensorrt_rtx")
 
 
 def network_flags(trt: Any, *, strong: bool) -> int:
