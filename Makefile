@@ -7,7 +7,7 @@ PIP_INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test format lint types contracts check wheel clean
+.PHONY: help quickstart install test tensorrt format lint types contracts check wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -19,6 +19,9 @@ install: .venv/.installed ## make .venv with everything that development needs
 
 test: .venv/.installed ## run all tests
 	@$(PYTEST)
+
+tensorrt: .venv/.installed ## read and build every kind of graph with NVIDIA's builder, without a GPU
+	@scripts/check_tensorrt_builder.sh
 
 format: .venv/.installed ## rewrite the sources in the house's format
 	@$(BIN)/ruff check --quiet --fix-only .

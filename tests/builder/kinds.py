@@ -17,9 +17,9 @@ from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.weights.pyramid import random_pyramid
 from mae_deploy.models.quantization.rounding import eligible_linears
 from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.weights.pyramid import random_pyramid
 
 SIZE = (64, 96)
 N = 24

@@ -97,7 +97,7 @@ def major_version(trt: Any) -> int:
 
 def is_rtx(trt: Any) -> bool:
     """Whether the module is TensorRT for RTX, whose versions are numbers of their own."""
-    return str(trt.__name__).startswith("tensorrt_rtx")
+    return str(trt.__version__).startswith("1.")
 
 
 def network_flags(trt: Any, *, strong: bool) -> int:

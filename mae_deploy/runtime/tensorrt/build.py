@@ -138,7 +138,8 @@ def _write_plan(
     _mark_outputs(api, network, outputs_marked)
     config, sources_off = _config(api, builder, precision, typing, options)
     _add_profiles(api, builder, config, read_inputs(graph), profiles)
-    timings = cache_file(options, api.version, api.gpu, precision)
+    # TensorRT for RTX times nothing when it builds: its kernels are made on the device.
+    timings = None if tensorrt_api.is_rtx(api.module) else cache_file(options, api.version, api.gpu, precision)
     file.write_bytes(_build(api, builder, network, config, timings, on_progress))
     del parser  # not before: the network's weights are its
     return sources_off
