@@ -121,8 +121,9 @@ def test_options(api: Api, graphs: dict[str, Path], tmp_path: Path, options: dic
 def test_options_that_need_a_gpu_or_another_library(
     api: Api, graphs: dict[str, Path], tmp_path: Path, option: str
 ) -> None:
+    given: dict[str, Any] = {option: True}
     try:
-        plan, said = built(api, graphs["strong-fp16-visible-K6-B2"], tmp_path, **{option: True}), ""
+        plan, said = built(api, graphs["strong-fp16-visible-K6-B2"], tmp_path, **given), ""
     except MaeDeployError as error:  # without them
         plan, said = b"", str(error)
     assert len(plan) > 1000 or "\n" not in said
