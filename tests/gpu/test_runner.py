@@ -229,6 +229,10 @@ def test_torch_gives_and_takes(plans: dict[str, Path]) -> None:
             found = engine.run_on_device({**tensors, "images": tensors["images"] * 2 / 2})
             check({name: torch.from_dlpack(array).cpu().numpy() for name, array in found.items()}, given)
             check({name: torch.as_tensor(array, device="cuda").cpu().numpy() for name, array in found.items()}, given)
+            images = tensors["images"] * 1
+            found = engine.run_on_device({**tensors, "images": images}, stream=torch.cuda.current_stream().cuda_stream)
+            images.zero_()  # after the run has read them
+            check({name: torch.from_dlpack(array).cpu().numpy() for name, array in found.items()}, given)
         with pytest.raises(ConfigError, match="strides"):
             engine.run({**tensors, "images": tensors["images"].transpose(2, 3)})
     assert float((tensors["images"] * 1).sum()) == pytest.approx(float(given["images"].sum()), rel=1e-3), (

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.runtime.cuda.driver import wait_for_stream
 
 CUDA = 2
 """DLPack's number for memory of a GPU."""
@@ -20,7 +21,11 @@ CUDA = 2
 _KINDS = {0: "i", 1: "u", 2: "f", 6: "b"}
 """DLPack's type codes as NumPy's kinds."""
 
-_LEGACY_DEFAULT_STREAM = 0
+_LEGACY_DEFAULT_STREAM, _LEGACY_HANDLE = 0, 1
+"""The driver knows it by both; the CUDA array interface and DLPack by the second."""
+
+_NO_STREAM = -1
+"""DLPack: the caller waits by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,18 +50,28 @@ class Lease:
 class DeviceArray:
     """An output on the GPU, contiguous, that torch, CuPy, JAX or Numba can read in place.
 
-    It is the engine's memory, which a later run uses again: at the earliest the second one after this. Copy what is
-    needed longer.
+    It is complete, or where it has a stream, for what is on that from then on. It is the engine's memory, which a later
+    run uses again: at the earliest the second one after this. Copy what is needed longer.
     """
 
     def __init__(
-        self, pointer: int, shape: tuple[int, ...], dtype: np.dtype[Any], *, index: int, lease: Lease, owner: object
+        self,
+        pointer: int,
+        shape: tuple[int, ...],
+        dtype: np.dtype[Any],
+        *,
+        index: int,
+        lease: Lease,
+        owner: object,
+        stream: int | None = None,
     ) -> None:
         self.shape = shape
         self.dtype = dtype
         self.nbytes = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
         self.index = index
         """Of the GPU."""
+        self.stream = stream
+        """The driver's handle of the stream on which it is complete; None: everywhere."""
         self._pointer = pointer
         self._lease = lease
         self._owner = owner
@@ -83,7 +98,7 @@ class DeviceArray:
             "typestr": self.dtype.str,
             "data": (self.pointer, False),
             "strides": None,
-            "stream": None,
+            "stream": _LEGACY_HANDLE if self.stream == _LEGACY_DEFAULT_STREAM else self.stream,
             "version": 3,
         }
 
@@ -98,13 +113,16 @@ class DeviceArray:
         dl_device: tuple[int, int] | None = None,
         copy: bool | None = None,
     ) -> Any:
-        """A DLPack capsule of this memory; the array is complete, so no stream has to wait.
+        """A DLPack capsule of this memory; a stream other than that on which it is complete waits for that.
 
         Raises:
+            CudaError: the caller's stream cannot wait.
             BufferError: it is wanted elsewhere, or as a copy.
         """
         if copy or dl_device not in (None, self.__dlpack_device__()):
             raise BufferError("a DeviceArray is given in place, on its own GPU")
+        if self.stream is not None and stream not in (_NO_STREAM, self.stream):
+            wait_for_stream(_LEGACY_DEFAULT_STREAM if stream is None else stream, self.stream)
         return _export(self.pointer, self.shape, self.dtype, self.__dlpack_device__(), self._owner)
 
     def __repr__(self) -> str:

@@ -74,14 +74,25 @@ class TensorRtEngine(Engine):
         """
         return self._start(inputs, self._check(inputs, outputs), on_device=False)
 
-    def run_on_device(self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None) -> dict[str, DeviceArray]:
+    def run_on_device(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str] | None = None, *, stream: int | None = None
+    ) -> dict[str, DeviceArray]:
         """As `run`, but the outputs stay on the GPU, complete; the second run after this one may use their memory
         again.
+
+        Args:
+            stream: a CUDA stream of the caller's, by its handle, that waits in the caller's place: this returns at
+                once. The inputs are read after what is on it now, and what comes on it next finds the outputs complete,
+                may write to the inputs, and is done before the memory of outputs is used again by a run with it.
 
         Raises:
             ConfigError: as `submit`, or an output in BF16.
             MaeDeployError: as `submit`.
         """
+        if stream is not None:
+            return self._runner.start_beside(
+                inputs, self._check(inputs, outputs), holder=self, stream=stream, use_graphs=self.use_graphs
+            )
         return self._start(inputs, self._check(inputs, outputs), on_device=True).result()
 
     def timer(self, inputs: Mapping[str, Any], *, replays: int) -> Callable[[], float]:

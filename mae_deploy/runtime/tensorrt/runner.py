@@ -20,7 +20,7 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.cuda.arrays import DeviceView, is_on_device, view_of
+from mae_deploy.runtime.cuda.arrays import DeviceArray, DeviceView, is_on_device, view_of
 from mae_deploy.runtime.cuda.driver import CudaGraph, seconds_on, wait_for_stream
 from mae_deploy.runtime.cuda.memory import Memory
 from mae_deploy.runtime.tensorrt.api import Api
@@ -81,14 +81,33 @@ class PlanRunner:
             ConfigError: inputs that no profile covers or of another type, or BF16 outputs that shall stay on the GPU.
             MaeDeployError: the engine is closed, or TensorRT or CUDA refuses the run.
         """
-        if on_device and any(self.outputs[name].bfloat16 for name in outputs):
-            raise ConfigError("outputs in BF16 cannot stay on the GPU", hint="take them as NumPy arrays")
+        if on_device:
+            self._check_stays(outputs)
         with self._turn:
             slot = self._free_slot()
             prepared = self._begin(slot, inputs, () if on_device else outputs, use_graphs=use_graphs)
             ticket = Ticket(slot, prepared, inputs, outputs, holder, on_device=on_device)
             slot.hold(ticket)
             return ticket
+
+    def start_beside(
+        self, inputs: Mapping[str, Any], outputs: Sequence[str], *, holder: object, stream: int, use_graphs: bool
+    ) -> dict[str, DeviceArray]:
+        """Put a run on the GPU between what is on a stream of the caller's now and what comes there next, and return
+        its outputs, which are complete for that stream.
+
+        Raises:
+            ConfigError, MaeDeployError: as `start`.
+        """
+        self._check_stays(outputs)
+        with self._turn:
+            slot = self._free_slot()
+            with self._memory.active():
+                wait_for_stream(slot.stream.handle, stream)
+                prepared = self._begin(slot, inputs, (), use_graphs=use_graphs)
+                wait_for_stream(stream, slot.stream.handle)
+            slot.hold(Ticket(slot, prepared, inputs, outputs, holder, on_device=True), inputs)
+            return slot.on_device(outputs, prepared, holder, stream)
 
     def timer(self, inputs: Mapping[str, Any], *, replays: int, use_graphs: bool) -> Callable[[], float]:
         """Run these inputs, and return what runs them again: the GPU's seconds for one of `replays` runs in a row,
@@ -126,6 +145,10 @@ class PlanRunner:
                     slot.close()
                 self._config = self._engine = None
             self._memory.close()
+
+    def _check_stays(self, outputs: Sequence[str]) -> None:
+        if any(self.outputs[name].bfloat16 for name in outputs):
+            raise ConfigError("outputs in BF16 cannot stay on the GPU", hint="take them as NumPy arrays")
 
     def _check_open(self) -> None:
         if self._engine is None:

@@ -89,6 +89,7 @@ class Slot:
         self._index = index
         self._lock = threading.Lock()
         self._ticket: weakref.ref[Ticket] | None = None
+        self._inputs: Mapping[str, Any] | None = None
         self._lease: weakref.ref[Lease] | None = None
         self._pinned = {name: memory.pinned(size) for name, size in nbytes.items()}
         self.pointers = {name: memory.allocate(size) for name, size in nbytes.items()}
@@ -107,9 +108,11 @@ class Slot:
         """Whether no run is in it, or its outputs were taken."""
         return self._ticket is None
 
-    def hold(self, ticket: Ticket) -> None:
-        """Remember the run that was started, not to keep it: nobody waits for one that was dropped."""
-        self._ticket = weakref.ref(ticket)
+    def hold(self, ticket: Ticket, inputs: Mapping[str, Any] | None = None) -> None:
+        """Remember the run that was started, not to keep it: nobody waits for one that was dropped. Its inputs are kept
+        where they are given: nobody else does until it is done.
+        """
+        self._ticket, self._inputs = weakref.ref(ticket), inputs
 
     def finish(self, ticket: Ticket | None = None) -> None:
         """Wait for a run, or for whichever is in the slot, and leave the slot free."""
@@ -121,6 +124,7 @@ class Slot:
                 self.wait()
             else:
                 held.collect()
+            self._inputs = None
             self._ticket = None  # not before: another thread would wait here while the other slot is free
 
     def wait(self) -> None:
@@ -144,8 +148,10 @@ class Slot:
         """Outputs of the run in the slot, in memory of their own."""
         return {name: to_numpy(self._tensors[name], prepared.host[name]) for name in names}
 
-    def on_device(self, names: Sequence[str], prepared: Prepared, holder: object) -> dict[str, DeviceArray]:
-        """Outputs of the run in the slot, where they lie."""
+    def on_device(
+        self, names: Sequence[str], prepared: Prepared, holder: object, stream: int | None = None
+    ) -> dict[str, DeviceArray]:
+        """Outputs of the run in the slot, where they lie; complete, or for what is on a stream from now on."""
         lease = Lease()
         self._lease = weakref.ref(lease)
         return {
@@ -156,6 +162,7 @@ class Slot:
                 index=self._index,
                 lease=lease,
                 owner=holder,
+                stream=stream,
             )
             for name in names
         }

@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -452,6 +453,49 @@ def test_what_fills_an_input_is_waited_for(
         calls(stub_driver)
         engine.run({**inputs(), "images": OnDevice(inputs()["images"], **stream)})
         assert calls(stub_driver).count("wait") == 1 + waits
+
+
+def test_a_stream_waits_for_a_run_in_the_callers_place(load: Load, stub_driver: ctypes.CDLL) -> None:
+    with StubMemory(stub_driver) as mine, load() as engine, mine.active():
+        stream, other = mine.stream().handle, mine.stream().handle
+        for _ in range(2):
+            engine.run_on_device(inputs(), stream=stream)
+        found = []
+        for seed in range(2):
+            calls(stub_driver)
+            found.append(engine.run_on_device(inputs(seed=seed), ["cls"], stream=stream)["cls"])
+            after, between, before = ["record", "wait"], ["in", "in", "wait", "launch", "record"], ["record", "wait"]
+            assert calls(stub_driver) == ["synchronize", *after, *between, *before], "only for the run before the last"
+        for seed, array in enumerate(found):
+            assert array.__cuda_array_interface__["stream"] == stream
+            np.testing.assert_array_equal(read(array), reference(**inputs(seed=seed))["cls"])
+        calls(stub_driver)
+        found[1].__dlpack__(stream=stream)
+        found[1].__dlpack__(stream=-1)
+        assert calls(stub_driver) == []
+        for waiting in (other, None):
+            found[1].__dlpack__(stream=waiting)
+            assert calls(stub_driver) == ["record", "wait"]
+        engine.run_on_device(inputs(), stream=stream)
+        with pytest.raises(MaeDeployError, match="this output is gone"):
+            _ = found[0].pointer
+        check(engine.run(inputs(seed=3)), inputs(seed=3))
+
+
+def test_inputs_of_a_run_that_a_stream_waits_for_are_kept_until_it_is_done(
+    load: Load, stub_driver: ctypes.CDLL
+) -> None:
+    with StubMemory(stub_driver) as mine, load() as engine, mine.active():
+        given = {name: OnDevice(array) for name, array in inputs().items()}
+        alive = weakref.ref(given["images"])
+        output = engine.run_on_device(given, stream=mine.stream().handle)["cls"]
+        del given
+        assert alive() is not None
+        for _ in range(2):
+            engine.run_on_device(inputs(), stream=mine.stream().handle)
+        assert alive() is None
+        with pytest.raises(MaeDeployError, match="this output is gone"):
+            _ = output.pointer
 
 
 def test_an_output_on_the_gpu_outlives_the_next_run(load: Load) -> None:
