@@ -17,8 +17,8 @@ class Region(Selection):
     """The patches that a part of the frame touches; none where the model sees nothing of it."""
 
     where: Any
-    """A box `(left, top, right, bottom)`, a list of boxes, or a polygon `((x, y), …)` of three points or more, in pixels
-    of the frame, or in shares of it where no number is above 1; or a bool mask `(H, W)` of the frame's size."""
+    """A box `(left, top, right, bottom)`, a list of boxes, or a polygon `((x, y), …)` of three points or more, in
+    pixels of the frame, or in shares of it where no number is above 1; or a bool mask `(H, W)` of the frame's size."""
 
     def start(self) -> Selector:
         """Found once for each size of frame."""
