@@ -94,6 +94,7 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
             norm_pix_loss=config.norm_pix_loss,
             objective=to_dict(objective),
             preprocess=to_dict(spec),
+            positions=init.metadata.positions if init is not None else "bicubic",
             licence=inherited_licence(
                 target.licence if target is not None else OWN_LICENCE,
                 init.metadata.licence if init is not None else OWN_LICENCE,

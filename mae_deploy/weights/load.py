@@ -120,6 +120,8 @@ def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> 
     if image_size is None or image_size == source.image_size:
         return loaded
     target = replace(source, image_size=image_size)
+    grids = " to ".join(f"{rows}x{columns}" for rows, columns in (source.grid_size, target.grid_size))
+    notice("positions:", f"interpolated from {grids} patches ({loaded.metadata.positions})")
     tensors = dict(loaded.tensors)
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors:

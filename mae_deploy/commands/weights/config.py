@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mae_deploy.checkpoint import Positions
 from mae_deploy.config import Settings, setting
 from mae_deploy.training.config import Device
 
@@ -39,6 +40,10 @@ class ImportConfig(Settings, resume="never"):
     """Whether the decoder predicts normalised pixels; default: what the file says, else yes."""
     license: str | None = None
     """What the weights may be used for; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
+    positions: Positions | None = None
+    """How position embeddings are taken to another image size, here and at export: bicubic as the original and
+    transformers do, or as timm, its FlexiViT or torchvision; default: as --model, config.json or the names of the
+    tensors tell, else bicubic."""
     class_names: Path | None = setting(None, metavar="FILE")
     """Names of the classes in the order of the logits, one a line or as JSON (a list, id2label or class_to_idx);
     default: those that the file or its folder has."""

@@ -31,6 +31,7 @@ def run_import(config: ImportConfig) -> Result:
         decoder_num_heads=config.decoder_num_heads,
         norm_pix_loss=config.norm_pix_loss,
         licence=config.license,
+        positions=config.positions,
         class_names=None if config.class_names is None else read_class_names(config.class_names),
     )
     imported = import_weights(config.source, options)

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mae_deploy.checkpoint import CheckpointKind, Metadata
+from mae_deploy.checkpoint import CheckpointKind, Metadata, Positions
 from mae_deploy.config import to_dict
 from mae_deploy.data.class_order import natural_order, numbered, orders_differ
 from mae_deploy.errors import ConfigError
@@ -24,7 +24,7 @@ from mae_deploy.models.position import interpolate_position_embedding, sincos_po
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_source, tensor_of
-from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face
+from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face, refuse_other_types
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
@@ -43,13 +43,21 @@ _FOREIGN = [
     ),
     (r"\.attn\.[qv]_bias$", "an attention without a bias of the keys, as BEiT has"),
     (r"^lm_head\.", "a head over visual words, as BEiT has"),
-    (r"^(dist_token|dist_norm\.|head_dist\.)", "a distillation token and its head"),
+    (r"^(dist_token|dist_norm\.|head_dist\.)|embeddings\.distillation_token$", "a distillation token and its head"),
+    (r"(^|\.)(reg_token|register_tokens|storage_tokens)$", "register tokens"),
+    (r"(^|\.)transformer\.resblocks\.", "the blocks of CLIP's ViT: a norm before them, QuickGELU"),
+    (r"\.layer_scale1\.lambda1$", "LayerScale under transformers' names (Dinov2; timm's files of it are read)"),
+    (r"\.lora_(A|B|embedding_A)\.", "adapters that were not merged into the weights (LoRA)"),
     (r"(^|\.)(layers\.\d+\.blocks\.|stages\.\d+\.)", "stages of different resolution (Swin, Hiera)"),
     (r"^(backbone\.)?pre_norm\.", "a norm before the blocks (pre_norm)"),
 ]
 """Tensors by which other families are told, and what they are."""
 
 _GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
+
+_NO_ENTRY = (
+    "or, if each patch has an entry and the class token none, as in timm's DeiT-III, say which model: --model NAME"
+)
 
 _HEADS = {preset.embed_dim: preset.num_heads for preset in PRESETS.values()}
 
@@ -69,6 +77,8 @@ class ImportOptions:
     """The decoder's attention heads; default: head dim 32, as the original's 512 wide and 16 heads."""
     norm_pix_loss: bool | None = None
     """Whether the decoder was trained on normalised pixels; default: what the file says, else yes."""
+    positions: Positions | None = None
+    """How position embeddings are taken to another image size; default: as the layout's library does."""
     class_names: tuple[str, ...] | None = None
     """Names of the classes in the order of the logits; default: those that the file has."""
     key: str | None = None
@@ -98,6 +108,8 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     file = find_weights(path)
     source = _convert(read_source(file, average=options.model is not None, key=options.key), options)
     _fold_linear_probe(source)
+    _check_class_token(source)
+    source.positions = options.positions or source.positions
     kind = _kind(source.tensors)
     made_for = _made_for(source, options.image_size)
     encoder = _encoder_config(source, options.image_size or made_for, options.num_heads)
@@ -151,10 +163,14 @@ def _convert(source: Source, options: ImportOptions) -> Source:
         source = from_mae_lite(source)
         _refuse_other_families(source)
         return source
-    if not options.model and not options.prefix:
-        _refuse_other_families(source)  # with names that a prefix may be taken off
+    if not options.model:
+        if is_hugging_face(source):
+            refuse_other_types(source.settings)
+        _refuse_other_families(source)
     stripped = strip_prefix(source.tensors, source.file, options.prefix)
     source.tensors = stripped.tensors
+    if not options.model:
+        _refuse_other_families(source)  # that begin with the prefix
     source.dropped += stripped.dropped
     source.notes += stripped.notes
     if options.model is not None or has_timm_config(source):
@@ -167,7 +183,6 @@ def _convert(source: Source, options: ImportOptions) -> Source:
         return from_torchvision(source)
     if (record := own_record(source)) is not None:
         return take_record(source, record)
-    _refuse_other_families(source)
     if is_openmmlab(source):
         return from_openmmlab(source)
     return _from_original(source)
@@ -262,8 +277,18 @@ def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
             return size
     raise ConfigError(
         f"{table} holds {N} patches, which form no square{f' and not {asked[0]}x{asked[1]} pixels' if asked else ''}",
-        hint=_GIVE_SIZE,
+        hint=_GIVE_SIZE if math.isqrt(N + 1) ** 2 != N + 1 else f"{_GIVE_SIZE}, {_NO_ENTRY}",
     )
+
+
+def _check_class_token(source: Source) -> None:
+    """Our encoder has one, with an entry in the table of positions."""
+    tensor_of(source, "patch_embed.proj.weight", 4)
+    if "cls_token" not in source.tensors:
+        raise ConfigError(
+            f"{source.file} has no class token, which our encoder has (as SigLIP's, I-JEPA's and timm's 'gap' models)",
+            hint="docs/import.md lists what is read and what is refused",
+        )
 
 
 def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int | None) -> EncoderConfig:
@@ -315,7 +340,9 @@ def _fit_positions(
             done.append(f"{name}: absent, rebuilt as the fixed sine-cosine table")
         elif (table := tensor_of(source, name, 3)).shape[1] == 1 + old[0] * old[1] and old != new:
             source.tensors[name] = interpolate_position_embedding(table.float(), old, new, source.positions)
-            done.append(f"{name}: interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches")
+            done.append(
+                f"{name}: interpolated from {old[0]}x{old[1]} to {new[0]}x{new[1]} patches ({source.positions})"
+            )
     return done
 
 

@@ -148,7 +148,7 @@ def tensor_of(source: Source, name: str, dims: int) -> Tensor:
     tensor = source.tensors.get(name)
     if tensor is None or tensor.ndim != dims:
         found = ", ".join(list(source.tensors)[:4])
-        raise CheckFailed(f"not a ViT: no tensor '{name}' with {dims} dimensions (found {found} …)")
+        raise CheckFailed(f"{source.file} is not a ViT: no tensor '{name}' with {dims} dimensions (found {found} …)")
     return tensor
 
 

@@ -61,6 +61,7 @@ def from_hugging_face(source: Source) -> Source:
         CheckFailed: a query without its key or value.
     """
     config = source.settings
+    refuse_other_types(config)
     _refuse_other_models(config, decoder=any(name.startswith("decoder.") for name in source.tensors))
     dropped = [name for name in source.tensors if _POOLER.match(name)]
     tensors = _joined({_renamed(name): tensor for name, tensor in source.tensors.items() if name not in dropped})
@@ -87,12 +88,24 @@ def from_hugging_face(source: Source) -> Source:
     return source
 
 
+def refuse_other_types(config: dict[str, Any]) -> None:
+    """Other models have tensors of the same names.
+
+    Raises:
+        ConfigError: config.json names a model_type that is not read.
+    """
+    if (kind := config.get("model_type", "vit")) not in _MODEL_TYPES:
+        raise ConfigError(
+            f"config.json has model_type {kind}, which our encoder and decoder do not have",
+            hint=f"models of type {' and '.join(_MODEL_TYPES)} are read; of others, timm's files by --model NAME",
+        )
+
+
 def _refuse_other_models(config: dict[str, Any], *, decoder: bool) -> None:
     """Nothing in the tensors would show these, and every output would be wrong."""
     width, hidden = config.get("decoder_hidden_size", 512), config.get("decoder_intermediate_size", 2048)
     eps = config.get("layer_norm_eps", 1e-12)
     problems = {
-        f"model_type {config.get('model_type')}": config.get("model_type", "vit") not in _MODEL_TYPES,
         f"hidden_act {config.get('hidden_act')}": config.get("hidden_act", "gelu") != "gelu",
         # A smaller one, such as transformers' default, changes nothing that shows: the released weights were trained
         # with 1e-6.

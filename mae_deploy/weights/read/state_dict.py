@@ -30,8 +30,11 @@ _PATCHES = re.compile(
 )
 """The patch embedding as each layout that is read calls it, behind a wrapper's prefix."""
 
-_BESIDE = re.compile(r"^(?:head\.(?:mlp|last_layer)\.|(?:dino|ibot)_head\.|n_averaged$)")
-"""Beside the encoder: DINO's projection heads, and the counter of a moving average."""
+_BESIDE = re.compile(
+    r"(?:^|\.)(?:head\.(?:mlp|last_layer)|dino_head|ibot_head)\.|(?:^|\.)n_averaged$"
+    r"|^(?:criterion|loss\w*|\w*metrics?|(?:train|val|valid|test)_\w+)\."
+)
+"""Beside the encoder: DINO's projection heads, the counter of a moving average, losses and metrics of Lightning."""
 
 _Path = tuple[str, ...]
 """The keys that lead to a state dict."""
@@ -103,7 +106,7 @@ def strip_prefix(tensors: dict[str, Tensor], file: Path, prefix: str | None = No
         chosen = prefix
     else:
         chosen = "" if not prefixes or "" in prefixes else _only(prefixes, file, notes)
-    beside = [name for name in tensors if _BESIDE.match(name)] if prefixes and prefix is None else []
+    beside = [name for name in tensors if _BESIDE.search(name)] if prefixes and prefix is None else []
     outside = [name for name in tensors if not name.startswith(chosen) or name in beside]
     model = {name.removeprefix(chosen): tensor for name, tensor in tensors.items() if name not in outside}
     others = tuple(other for other in prefixes if other != chosen)

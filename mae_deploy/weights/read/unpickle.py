@@ -35,6 +35,14 @@ class Hollow:
         """Drop the state."""
 
 
+class Plain:
+    """Stands for a dictionary of another type, and gives a plain one that the file's entries go into."""
+
+    def __new__(cls, *_: object, **__: object) -> dict[Any, Any]:  # type: ignore[misc]
+        """An empty one."""
+        return {}
+
+
 _HOLLOW = [
     # Accuracies and losses, as NumPy scalars and arrays: timm, mmpretrain and training scripts leave them beside the
     # weights.
@@ -48,8 +56,35 @@ _HOLLOW = [
     "mmengine.logging.history_buffer.HistoryBuffer",
     "builtins.getattr",
     *(f"pathlib.{name}" for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+    # Settings that Hydra and Lightning keep.
+    *(f"omegaconf.{name}" for name in ("dictconfig.DictConfig", "listconfig.ListConfig")),
+    *(f"omegaconf.base.{name}" for name in ("ContainerMetadata", "Metadata")),
+    *(
+        f"omegaconf.nodes.{kind}Node"
+        for kind in ("Any", "Boolean", "Bytes", "Enum", "Float", "Integer", "Path", "String")
+    ),
+    "typing.Any",
+    *(f"builtins.{name}" for name in ("bool", "dict", "float", "int", "list", "str", "tuple")),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
 ]
 """Their names are read, and a hollow object is put in their place: none of them is called."""
+
+_PLAIN = [
+    "collections.defaultdict",
+    "pytorch_lightning.utilities.parsing.AttributeDict",
+    "lightning_fabric.utilities.data.AttributeDict",
+    "lightning.fabric.utilities.data.AttributeDict",
+    "yacs.config.CfgNode",
+    "easydict.EasyDict",
+    "addict.addict.Dict",
+    "mmengine.config.config.ConfigDict",
+    "mmcv.utils.config.ConfigDict",
+]
+"""A plain dictionary is put in their place."""
+
+
+def _stand_ins() -> list[tuple[type, str]]:
+    return [*((Hollow, name) for name in _HOLLOW), *((Plain, name) for name in _PLAIN)]
 
 
 def read_pickle(file: Path) -> Any:
@@ -62,7 +97,7 @@ def read_pickle(file: Path) -> Any:
         with (
             file.open("rb") as opened,  # by its name, torch takes a file called .safetensors for one
             warnings.catch_warnings(),
-            torch.serialization.safe_globals([argparse.Namespace, *((Hollow, name) for name in _HOLLOW)]),
+            torch.serialization.safe_globals([argparse.Namespace, *_stand_ins()]),
         ):
             warnings.simplefilter("ignore")  # about the protocol of bare pickles
             return torch.load(opened, map_location="cpu", weights_only=True)

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE
+from mae_deploy.checkpoint import NON_COMMERCIAL, UNKNOWN_LICENCE, Positions
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig
@@ -257,7 +257,7 @@ def test_another_image_size_interpolates_both_tables(tmp_path: Path) -> None:
         for name in ("pos_embed", "decoder_pos_embed")
     }
     assert_same(imported.tensors, {**tensors, **tables})
-    assert imported.report["reshaped"] == [f"{name}: interpolated from 5x5 to 3x7 patches" for name in tables]
+    assert imported.report["reshaped"] == [f"{name}: interpolated from 5x5 to 3x7 patches (bicubic)" for name in tables]
     assert imported.metadata.preprocess["image_size"] == [6, 14]
 
 
@@ -357,6 +357,12 @@ def test_every_tensor_that_does_not_fit_is_in_the_result(tmp_path: Path) -> None
         ("layers.0.blocks.1.norm1.weight", "stages of different resolution"),
         ("encoder.layers.0.blocks.1.norm1.weight", "stages of different resolution"),
         ("backbone.pre_norm.weight", "a norm before the blocks"),
+        ("reg_token", "register tokens"),
+        ("register_tokens", "register tokens"),
+        ("visual.transformer.resblocks.0.ln_1.weight", "the blocks of CLIP's ViT"),
+        ("deit.embeddings.distillation_token", "a distillation token"),
+        ("encoder.layer.0.layer_scale1.lambda1", "LayerScale under transformers' names"),
+        ("blocks.0.attn.qkv.lora_A.weight", "adapters that were not merged"),
     ],
 )
 def test_other_families_are_refused_by_what_they_have(tmp_path: Path, name: str, said: str) -> None:
@@ -364,6 +370,33 @@ def test_other_families_are_refused_by_what_they_have(tmp_path: Path, name: str,
     with pytest.raises(ConfigError, match=rf"checkpoint\.pth has {said}") as caught:
         import_weights(file, OPTIONS)
     assert "docs/import.md" in (caught.value.hint or "")
+
+
+def test_a_model_without_a_class_token(tmp_path: Path) -> None:
+    tensors = tiny_encoder(SQUARE).state_dict()
+    without = {name: tensor for name, tensor in tensors.items() if name != "cls_token"}
+    without["pos_embed"] = tensors["pos_embed"][:, 1:]
+    torch.save(without, tmp_path / "vit.pth")
+    with pytest.raises(ConfigError, match=r"vit\.pth has no class token"):
+        import_weights(tmp_path / "vit.pth", OPTIONS)
+
+
+def test_positions_without_an_entry_for_the_class_token(tmp_path: Path) -> None:
+    tensors = tiny_encoder(SQUARE).state_dict()
+    torch.save({**tensors, "pos_embed": tensors["pos_embed"][:, 1:]}, tmp_path / "deit3.pth")
+    with pytest.raises(ConfigError, match="24 patches, which form no square") as caught:
+        import_weights(tmp_path / "deit3.pth", OPTIONS)
+    assert "each patch has an entry and the class token none" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("positions", ["timm", "torchvision", None])
+def test_whose_interpolation_can_be_said(tmp_path: Path, positions: Positions | None) -> None:
+    tensors = tiny_encoder(SQUARE).state_dict()
+    torch.save(tensors, tmp_path / "vit.pth")
+    imported = import_weights(tmp_path / "vit.pth", replace(OPTIONS, positions=positions, image_size=(14, 14)))
+    expected = interpolate_position_embedding(tensors["pos_embed"], (5, 5), (7, 7), positions or "bicubic")
+    assert torch.equal(imported.tensors["pos_embed"], expected)
+    assert imported.metadata.positions == (positions or "bicubic")
 
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.int8, torch.complex64, torch.bool])
