@@ -196,8 +196,8 @@ def find_checkpoint(path: Path) -> Path | None:
     if path.name == WEIGHTS:
         candidates.append(path.parent)
     found = next((folder for folder in candidates if (folder / METADATA).is_file()), None)
-    if found is None and path.is_file():
-        return path if _has_record(path) else None
+    if found is None:
+        found = next((file for file in (path, path / WEIGHTS) if file.is_file() and _has_record(file)), None)
     if found is None and (complete := [step for step in steps_in(checkpoints) if (step / METADATA).is_file()]):
         found = complete[-1]
         notice("checkpoint:", f"{checkpoints} has neither best nor last, which are links: taking {found.name}")

@@ -146,6 +146,15 @@ def test_damaged_weights(tmp_path: Path, size: int | None) -> None:
         open_checkpoint(tmp_path / "checkpoint").tensors()
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "metadata.json"])
+def test_a_pointer_in_the_place_of_a_file_is_said(tmp_path: Path, name: str) -> None:
+    folder = saved(tmp_path / "checkpoint")
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 343279349\n")
+    with pytest.raises((CheckFailed, ConfigError), match=rf"cannot read .*{name}: it is a Git LFS pointer") as caught:
+        open_checkpoint(folder).tensors()
+    assert caught.value.hint == "git lfs pull fetches it"
+
+
 def test_record_for_what_is_derived(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(saved(tmp_path / "checkpoint"))
     assert checkpoint.record() == {

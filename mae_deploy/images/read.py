@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.file_kinds import look_at
 from mae_deploy.images.arrays import (
     NUMPY_SUFFIX,
     TIFF_SUFFIXES,
@@ -172,6 +173,8 @@ def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
         empty = content == b"" if content is not None else os.path.exists(path) and os.path.getsize(path) == 0
         # Pillow names bytes by their address, under which the same file would be reported anew each time.
         reason = "the file is empty" if empty else " ".join(str(error).replace(repr(file), "").split())
+        if not empty and content is None and path.is_file() and (kind := look_at(path)).stands_in:
+            reason = f"it is {kind.words}"
         raise UnreadableImage(f"{path}: {reason}") from error
 
 

@@ -133,6 +133,22 @@ def test_files_that_are_cut_short_are_unreadable(tmp_path: Path, suffix: str, ke
         read(path)
 
 
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\n",
+            "it is a Git LFS pointer, not the file itself",
+        ),
+        (b"<!DOCTYPE html><html>", r"it is a web page \(HTML\)"),
+    ],
+)
+def test_what_stands_in_for_an_image_is_said(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "photo.jpg").write_bytes(content)
+    with pytest.raises(UnreadableImage, match=rf"photo\.jpg: {said}$"):
+        read_image(tmp_path / "photo.jpg", 3)
+
+
 def test_a_tiff_without_its_reader_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write_tiff(tmp_path / "a.tif", bands_image(0))
     monkeypatch.setitem(sys.modules, "tifffile", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,7 @@ def test_a_failed_check_is_not_remembered_as_passed(visible_bundle: Path) -> Non
     (visible_bundle / "encoder.onnx").write_bytes(b"")
     loaded = Bundle.load(visible_bundle)
     for _ in range(2):
-        with pytest.raises(CheckFailed, match="0 bytes"):
+        with pytest.raises(CheckFailed, match=r"encoder\.onnx is an empty file"):
             loaded.file("encoder.onnx")
 
 
@@ -180,6 +181,30 @@ def test_a_folder_is_no_file(tmp_path: Path) -> None:
     )
     with pytest.raises(CheckFailed, match="is missing"):
         Bundle.load(path).file(".")
+
+
+def read_all(path: Path) -> None:
+    loaded = Bundle.load(path)
+    loaded.graph()
+    loaded.golden()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 343279349\n"
+
+
+@pytest.mark.parametrize("name", ["manifest.json", "encoder.onnx", "golden.npz"])
+def test_a_pointer_in_the_place_of_a_file_is_said(tmp_path: Path, name: str) -> None:
+    path = write_bundle(tmp_path / "b")
+    (path / name).write_bytes(POINTER)
+    with pytest.raises((CheckFailed, ConfigError), match=rf"{re.escape(name)}.* is a Git LFS pointer") as caught:
+        read_all(path)
+    assert caught.value.hint == "git lfs pull fetches it"
+
+
+def test_a_file_is_no_bundle(tmp_path: Path) -> None:
+    (tmp_path / "encoder.onnx").write_bytes(POINTER)
+    with pytest.raises(ConfigError, match=r"encoder\.onnx is a Git LFS pointer.*, not the folder of a bundle"):
+        Bundle.load(tmp_path / "encoder.onnx")
 
 
 # --- external data ---------------------------------------------------------------------------------------------------

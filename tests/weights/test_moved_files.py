@@ -77,6 +77,14 @@ def test_a_moved_file_keeps_everything(tmp_path: Path, kind: str, name: str) -> 
     assert all(torch.equal(tensor, read.state_dict()[key]) for key, tensor in model.state_dict().items())
 
 
+def test_a_folder_without_its_metadata(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "run", MODELS["groups of bands"]())
+    before = read_weights(folder)
+    (folder / METADATA).unlink()
+    after = read_weights(folder)
+    assert (after.metadata, after.record["path"]) == (before.metadata, str(folder / WEIGHTS))
+
+
 def test_info_needs_no_torch_for_it(tmp_path: Path) -> None:
     file = moved(saved(tmp_path / "run", tiny_classifier("cls"), class_names=NAMES), tmp_path / "a.safetensors")
     code = (
