@@ -11,59 +11,16 @@ from typing import Any, Literal
 
 from mae_deploy.config import Settings, option_name, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
+from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.training.config import Device
 
-_MODES = ("full", "visible", "ragged", "reconstruct")
+_MODES = ("full", "visible", "ragged", "reconstruct", "cached")
 
 _QUANTIZED = ("int8", "fp8")
 
 _TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu12-bindings", "tensorrt-cu13-bindings")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Int8Config(Settings, resume="fixed"):
-    """INT8 and FP8."""
-
-    quantization: Literal["auto", "dynamic", "static"] = "auto"
-    """dynamic: activation ranges found at run time, no calibration; static: Q/DQ with calibrated ranges;
-    auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
-    calib_data: Path | None = setting(None, basic=True)
-    """Folder of at least 128 images for calibration; required for static."""
-    calib_images: int = setting(512, at_least=128)
-    """At most this many of them, spread over the folder."""
-    calib_method: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
-    """How activation ranges of INT8 are chosen; FP8 takes the largest magnitude."""
-    calib_percentile: float = setting(99.99, at_least=50, at_most=100)
-    """Share of the values within the range, for --calib-method percentile."""
-    smooth_quant: bool = True
-    """SmoothQuant: move the activations' outlier channels into the weights, folded into LayerNorm and v; without
-    --calib-data from the weights alone."""
-    smooth_alpha: float = setting(0.5, at_least=0, at_most=1)
-    """How much of them moves, from 0 to 1."""
-    bias_correction: bool = False
-    """Add the mean error of the rounded weights to the biases; needs --calib-data."""
-    weight_bits: int = setting(8, at_least=7, at_most=8)
-    """Bits of INT8's weights, 7 or 8: 7 cost 2 to 3 dB, and are faster on x86 CPUs without VNNI, whose fast products of
-    8 overflow and are not used."""
-    int8_attention: bool = False
-    """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512
-    tokens."""
-    max_drop: float | None = setting(None, basic=True, at_least=0, below=100)
-    """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of
-    agreement with FP32."""
-    min_cosine: float | None = setting(None, above=0, at_most=1)
-    """Least cosine of centred features, of the worst image; default: 0.995, for FP8 0.95."""
-    min_sqnr: float | None = setting(None, at_least=0)
-    """Least signal-to-noise ratio of an output in dB; default: 30, for FP8 18."""
-    max_latency: float = setting(1.0, resume="free", above=0)
-    """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is
-    rejected."""
-    search: bool = True
-    """Where all of it in eight bits misses the budget, find the fastest mix with higher precision that meets it."""
-    prefer: Literal["fp16"] | None = None
-    """fp16: where eight bits on TensorRT are slower than FP16 or miss the budget, keep FP16 instead of failing."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,7 +40,8 @@ class ExportConfig(Settings, resume="never"):
     tokens: str = setting("full", basic=True, metavar="MODE[:K]")
     """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K;
     ragged: each image its own number, padded (ragged:K: to K); reconstruct: encoder and decoder, all patches' pixels
-        from the visible ones (reconstruct:K)."""
+        from the visible ones (reconstruct:K); cached: for streams, the given patches are recomputed against the keys
+        and values of all (cached:K for exactly K a call)."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] = setting("fp32", basic=True)
     """Arithmetic of the graph; fp8 (E4M3) for TensorRT 10 and later."""
     typing: Literal["auto", "weak", "strong"] = "auto"
@@ -112,6 +70,9 @@ class ExportConfig(Settings, resume="never"):
     has one scale for all channels."""
     features: Literal["float32", "float16"] = "float32"
     """Type of the outputs; float16 only with --precision fp16."""
+    cache: Literal["auto", "float32", "float16"] = "auto"
+    """Type of the keys and values that --tokens cached takes and gives; auto: float16 with --precision fp16, else
+    float32."""
     fp32_ops: tuple[Literal["softmax", "gelu", "norm", "residual"], ...] | None = None
     """What stays FP32 in an FP16 or strongly typed BF16 graph besides embedding, final norm, pooling and head; default:
     softmax in FP16, all in BF16; for TensorRT, which fuses attention only without FP32 in it, nothing in FP16, all but
@@ -153,6 +114,13 @@ class ExportConfig(Settings, resume="never"):
         for flag, kind in (("--images", self.images), ("--features", self.features)):
             if kind == "float16" and self.precision != "fp16":
                 yield ConfigError(f"{flag} float16 needs --precision fp16, not {self.precision}")
+        if self.cache != "auto" and self.token_mode != "cached":
+            yield ConfigError(f"--cache {self.cache} needs --tokens cached, not {self.tokens}")
+        if self.cache == "float16" and self.precision == "fp32":
+            yield ConfigError(
+                "--cache float16 with --precision fp32: what FP16 rounds misses the tolerance of FP32",
+                hint="leave it out, or pass another --precision",
+            )
         if self.pixels != "target" and self.token_mode != "reconstruct":
             yield ConfigError(f"--pixels {self.pixels} needs --tokens reconstruct, not {self.tokens}")
         if (self.engine, self.precision, self.typing) == ("onnx", "bf16", "strong"):
@@ -166,7 +134,7 @@ class ExportConfig(Settings, resume="never"):
         yield from self._serving_faults()
 
     @property
-    def token_mode(self) -> Literal["full", "visible", "ragged", "reconstruct"]:
+    def token_mode(self) -> Literal["full", "visible", "ragged", "reconstruct", "cached"]:
         """The part of `tokens` before the colon."""
         return self.tokens.partition(":")[0]  # type: ignore[return-value]
 
@@ -174,6 +142,13 @@ class ExportConfig(Settings, resume="never"):
     def keep(self) -> int | None:
         """The fixed K of `visible:K`."""
         return int(self.tokens.partition(":")[2]) if ":" in self.tokens else None
+
+    @property
+    def cache_type(self) -> Literal["float32", "float16"]:
+        """What auto means."""
+        if self.cache != "auto":
+            return self.cache
+        return "float16" if self.precision == "fp16" else "float32"
 
     @property
     def fixed_batch(self) -> int | None:
@@ -278,8 +253,8 @@ class ExportConfig(Settings, resume="never"):
         mode, colon, keep = self.tokens.partition(":")
         if mode not in _MODES or (colon and (mode == "full" or not keep.isdecimal() or int(keep) < 1)):
             yield ConfigError(
-                f"--tokens '{self.tokens}' is not full, visible, ragged or reconstruct",
-                hint="the last three also with :K for a fixed number of patches, such as visible:49",
+                f"--tokens '{self.tokens}' is not full, visible, ragged, reconstruct or cached",
+                hint="the last four also with :K for a fixed number of patches, such as visible:49",
             )
         if self.batch not in (None, "dynamic") and not (self.batch.isdecimal() and int(self.batch) >= 1):
             yield ConfigError(f"--batch '{self.batch}' is not a whole number of at least 1, or dynamic")
@@ -310,6 +285,11 @@ class ExportConfig(Settings, resume="never"):
                 hint="leave it out",
             )
         builds = self.engine == "trt" and self.build
+        if self.triton is not None and self.token_mode == "cached":
+            yield ConfigError(
+                f"--triton {self.triton} with --tokens {self.tokens}: Triton does not keep what a stream remembers",
+                hint="export with --tokens visible; streams run in Python (docs/bundles.md)",
+            )
         if self.triton is not None and not builds and (self.precision, self.resolved_typing) == ("bf16", "strong"):
             yield ConfigError(
                 f"--triton {self.triton}: ONNX Runtime, which serves the graph, does not compute in BF16",
@@ -359,6 +339,11 @@ class ExportConfig(Settings, resume="never"):
                     f"--weight-bits 7 with {given}: it keeps products of weights on CPUs from overflowing, no others",
                     hint="leave one of the two out",
                 )
+        if self.int8.int8_attention and self.token_mode == "cached":
+            yield ConfigError(
+                f"--int8-attention with --tokens {self.tokens}: no engine fuses attention to a cache in eight bits",
+                hint="leave it out: the Linears alone are most of the arithmetic",
+            )
         if self.policy == "static" and self.int8.calib_data is None:
             yield ConfigError(
                 f"--precision {self.precision} with static ranges needs --calib-data",

@@ -17,16 +17,25 @@ from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.precision import arithmetic
-from mae_deploy.export.graph.spec import GraphSpec, available_outputs, check_decoder, default_outputs
+from mae_deploy.export.graph.spec import GraphSpec, available_outputs, check_mode, default_outputs, with_last_tokens
 from mae_deploy.export.reference import Reference
-from mae_deploy.export.samples import CalibrationImages, Samples, read_samples, token_inputs
+from mae_deploy.export.samples import (
+    CalibrationImages,
+    Samples,
+    read_samples,
+    stream_patches,
+    token_inputs,
+    update_inputs,
+)
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
+from mae_deploy.runtime.cache import CacheShape, Sequences
+from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
@@ -94,6 +103,7 @@ class ExportJob:
             outputs=self.names,
             images=config.images,
             features=config.features,
+            cache=config.cache_type,
             pixels=config.pixels,
             pyramid=self._pyramid_weights,
             precision=config.stored_precision,
@@ -107,8 +117,33 @@ class ExportJob:
         """The same job without eight bits."""
         return replace(self, config=self.config.in_precision(precision))
 
+    def runner(self, engine: Engine) -> Runner:
+        """What runs these samples on a graph of this job."""
+        if self.config.token_mode != "cached":
+            return engine
+        c = self.loaded.encoder_config
+        shape = CacheShape(
+            num_patches=c.num_patches,
+            depth=c.blocks,
+            num_heads=c.heads,
+            embed_dim=c.width,
+            dtype=self.config.cache_type,
+            fixed_keep=self.config.keep,
+        )
+        return Sequences(engine, shape)
+
     def as_graph_takes(self, inputs: Arrays) -> Arrays:
-        """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels."""
+        """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels; or of
+        streams, their patches.
+        """
+        if self.config.token_mode == "cached":
+            ids, updates = inputs[IDS_KEEP], inputs[UPDATES]
+            patches = inputs[PATCHES].astype(self.config.images, copy=False)
+            if self.config.images == "uint8":
+                patches = stream_patches(
+                    self.samples.pixels[: len(ids)], ids, updates, self.loaded.encoder_config.patch
+                )
+            return {PATCHES: patches, IDS_KEEP: ids, UPDATES: updates}
         if self.config.images == "uint8":
             return {**inputs, IMAGES: self.samples.pixels[: len(inputs[IMAGES])]}
         return {**inputs, IMAGES: inputs[IMAGES].astype(self.config.images, copy=False)}
@@ -137,7 +172,7 @@ def prepare(config: ExportConfig) -> ExportJob:
             hint="export with --images float32",
         )
     encoder = loaded.encoder_config
-    check_decoder(loaded.metadata, config.token_mode)
+    check_mode(loaded.metadata, config.token_mode)
     names = output_names(config, loaded)
     ranges = config.ranges(encoder.num_tokens)
     return ExportJob(
@@ -155,7 +190,7 @@ def prepare(config: ExportConfig) -> ExportJob:
 def compute_reference(job: ExportJob) -> None:
     """Run PyTorch on all samples, and on a few at each other K of the profiles; fills `job.trials`."""
     images = job.preprocess.normalise(job.samples.pixels)
-    for inputs in [{IMAGES: images, **_chosen(job, len(images))}, *_extremes(job, images)]:
+    for inputs in [{IMAGES: images, **_chosen(job, images)}, *_extremes(job, images)]:
         job.trials.append((inputs, job.reference.outputs(inputs, job.names)))
 
 
@@ -172,7 +207,8 @@ def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]
                 "pass --pyramid with it" if name in LEVELS and config.pyramid is None else f"it has {_summary(known)}"
             )
             raise ConfigError(f"this model has no output '{name}' with --tokens {config.tokens}", hint=hint)
-    return tuple(dict.fromkeys(names))
+    chosen = tuple(dict.fromkeys(names))
+    return with_last_tokens(chosen, metadata) if config.token_mode == "cached" else chosen
 
 
 def _summary(names: Sequence[str]) -> str:
@@ -180,9 +216,27 @@ def _summary(names: Sequence[str]) -> str:
     return ", ".join([*(name for name in names if name not in blocks), f"block_0 to {blocks[-1]}"])
 
 
-def _chosen(job: ExportJob, count: int) -> Arrays:
+def keep_of(inputs: Arrays) -> int | None:
+    """K of these inputs, of streams that of the last update; None where all patches are seen."""
+    if UPDATES in inputs:
+        return int(inputs[UPDATES][0, -1])
+    return inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+
+
+def _stream(job: ExportJob, images: Array, keep: Range) -> Arrays:
+    """A few updates of a stream for each image."""
+    encoder = job.loaded.encoder_config
+    chosen = update_inputs(encoder.num_patches, keep, len(images), job.config.seed)
+    patches = stream_patches(images.transpose(0, 2, 3, 1), chosen[IDS_KEEP], chosen[UPDATES], encoder.patch)
+    return {PATCHES: patches, **chosen}
+
+
+def _chosen(job: ExportJob, images: Array) -> Arrays:
+    count = len(images)
     if job.config.token_mode == "full":
         return {}
+    if job.config.token_mode == "cached":
+        return _stream(job, images, job.ranges["K"])
     return token_inputs(
         job.config.token_mode, job.loaded.encoder_config.num_tokens, job.ranges["K"], count, job.config.seed
     )
@@ -202,6 +256,9 @@ def _extremes(job: ExportJob, images: Array) -> list[Arrays]:
         seen = set()
     found = []
     for K in sorted({K for profile in job.profiles for K in profile["K"]} - seen):
+        if job.config.token_mode == "cached":
+            found.append({IMAGES: few, **_stream(job, few, (K, K, job.ranges["K"][2]))})
+            continue
         inputs = {IMAGES: few, **token_inputs("visible", N, (K, K, K), len(few), job.config.seed)}
         if job.config.token_mode == "ragged":
             inputs[NUM_KEEP] = np.full(len(few), K, np.int64)

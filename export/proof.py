@@ -14,10 +14,9 @@ from typing import Any, Literal
 import numpy as np
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.job import Arrays, ExportJob
+from mae_deploy.export.job import Arrays, ExportJob, keep_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
-from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.registry import OPENVINO, load_engine, open_graph
@@ -123,9 +122,9 @@ def compare_samples(
             failures.extend(where + failure for failure in comparisons[-1].failures(tolerance))
 
     for trial, (inputs, expected) in enumerate(job.trials):
-        K = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+        K = keep_of(inputs)
         for batch in [job.config.fixed_batch or GOLDEN] if batches is None else batches(K):
-            found = run_in_chunks(engine, job.as_graph_takes(inputs), batch=batch, outputs=job.names)
+            found = run_in_chunks(job.runner(engine), job.as_graph_takes(inputs), batch=batch, outputs=job.names)
             where = "" if batches is None else f"B={batch}: "
             if trial > 0:
                 judge_one(f"{where}K={K}: ", expected, found)

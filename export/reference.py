@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.bands import feature_map
+from mae_deploy.models.cached import empty_cache, update
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.pyramid import SimpleFeaturePyramid
 from mae_deploy.models.vit import Classifier, Encoder, patchify
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
 
 _BATCH = 8
 
@@ -40,12 +41,13 @@ class Reference:
         Args:
             inputs: `images`, float32 `(S, C, H, W)`, normalised; `ids_keep`, int64 `(S, K)`, unless all patches are
                 seen; `num_keep`, int64 `(S,)`, where the rows of `ids_keep` are padded: each image is then run alone
-                with its own patches, and padded rows are zero.
+                with its own patches, and padded rows are zero. Of streams, `patches (S, M, P * P * C)` and `updates`
+                beside `ids_keep (S, M)`: what the last update gives.
         """
         self._place()
         found: dict[str, list[Array]] = {name: [] for name in names}
         for images, ids in self._batches(inputs):
-            values = self._values(images, ids, names)
+            values = self._values(images, ids, names, _updates(inputs))
             for name in names:
                 found[name].append(_padded(name, values[name].float().cpu().numpy(), inputs))
         return {name: np.concatenate(values) for name, values in found.items()}
@@ -60,8 +62,7 @@ class Reference:
         least = 1 + int(few[NUM_KEEP].min()) if NUM_KEEP in few else num_tokens
         found = []
         for images, ids in self._batches(few):
-            with _tapped(self.model) as inner:
-                Encoder.forward(self.model, images, ids)
+            _, _, inner = self._encode(images, ids, _updates(few))
             found.append(torch.stack(inner, dim=1)[:, :, : min(num_tokens, least)].float().cpu().numpy())
         return np.concatenate(found)
 
@@ -72,7 +73,8 @@ class Reference:
 
     def _batches(self, inputs: dict[str, Array]) -> Iterator[tuple[Tensor, Tensor | None]]:
         images, ids_keep, num_keep = (
-            torch.from_numpy(inputs[name]) if name in inputs else None for name in (IMAGES, IDS_KEEP, NUM_KEEP)
+            torch.from_numpy(inputs[name]) if name in inputs else None
+            for name in (PATCHES if UPDATES in inputs else IMAGES, IDS_KEEP, NUM_KEEP)
         )
         assert images is not None
         step = 1 if num_keep is not None else _BATCH
@@ -82,16 +84,32 @@ class Reference:
                 ids = ids[:, : int(num_keep[first])]
             yield images[first : first + step].to(self.device), ids.to(self.device) if ids is not None else None
 
-    def _values(self, images: Tensor, ids_keep: Tensor | None, names: tuple[str, ...]) -> dict[str, Tensor]:
+    def _encode(
+        self, images: Tensor, ids_keep: Tensor | None, updates: list[int] | None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Tokens after the final norm, `(B, T, D)`, the mean of the patches', `(B, D)`, and the tokens after every
+        block; of a stream, those of the last update, and the mean over all patches that were computed.
+        """
+        if updates is not None:
+            assert ids_keep is not None
+            return _run_stream(self.model, images, ids_keep, updates)
+        with _tapped(self.model) as inner:
+            tokens = Encoder.forward(self.model, images, ids_keep)
+        return tokens, tokens[:, 1:].mean(dim=1), inner
+
+    def _values(
+        self, images: Tensor, ids_keep: Tensor | None, names: tuple[str, ...], updates: list[int] | None
+    ) -> dict[str, Tensor]:
         model = self.model
-        with _tapped(model) as inner:
-            tokens = Encoder.forward(model, images, ids_keep)
-        values = {"cls": tokens[:, 0], "tokens": tokens[:, 1:], "pooled": tokens[:, 1:].mean(dim=1)}
+        tokens, pooled, inner = self._encode(images, ids_keep, updates)
+        values = {"cls": tokens[:, 0], "tokens": tokens[:, 1:], "pooled": pooled}
         values |= {f"block_{index}": block[:, 1:] for index, block in enumerate(inner)}
         if isinstance(model, Classifier):
             if model.pool == "avg":
                 values["pooled"] = model.fc_norm(values["pooled"])
             values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
+        if updates is not None:
+            return values
         values["feature_map"] = feature_map(tokens[:, 1:], ids_keep, model.config)
         if self.pyramid is not None:
             values |= self.pyramid(feature_map(inner[-1][:, 1:], ids_keep, model.config))
@@ -130,6 +148,22 @@ def _tapped(model: Encoder) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def _updates(inputs: dict[str, Array]) -> list[int] | None:
+    return inputs[UPDATES][0].tolist() if UPDATES in inputs else None
+
+
+def _run_stream(
+    model: Encoder, patches: Tensor, ids_keep: Tensor, updates: list[int]
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Streams from their first update to the last; see `Reference._encode`."""
+    B, N, D = len(patches), model.config.num_patches, model.config.width
+    cache, frame = empty_cache(model, B), patches.new_zeros(B, N, D)
+    for part, ids in zip(patches.split(updates, dim=1), ids_keep.split(updates, dim=1), strict=True):
+        tokens, cache, inner = update(model, part, ids, cache)
+        frame = frame.scatter(1, ids[..., None].expand(-1, -1, D), tokens[:, 1:])
+    return tokens, frame.sum(dim=1) / cache.computed[:, 1:].sum(dim=1, keepdim=True), inner
 
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:

@@ -31,7 +31,6 @@ from mae_deploy.runtime.manifest import (
     BLOCKS,
     GOLDEN_FILE,
     GRAPH_FILE,
-    IMAGES,
     MANIFEST_FILE,
     SCHEMA_VERSION,
     Manifest,
@@ -187,7 +186,7 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
         "tolerance": cast(Any, tolerance_of(job).to_dict()),
         "parity": {},
         "quantization": _quantization(config, plan) if plan is not None else None,
-        "golden": {"file": GOLDEN_FILE, "source": job.samples.source, "num_samples": len(golden[IMAGES])},
+        "golden": {"file": GOLDEN_FILE, "source": job.samples.source, "num_samples": len(golden[job.names[0]])},
         "engines": [],
         "files": {path.name: file_entry(path) for path in [*files, folder / GOLDEN_FILE, *reports]},
     }

@@ -19,7 +19,8 @@ from mae_deploy.images.find import find_images
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
-from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP
+from mae_deploy.runtime.cache import take_patches
+from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, UPDATES
 from mae_deploy.runtime.profiles import Range
 
 
@@ -81,6 +82,31 @@ def token_inputs(mode: str, num_patches: int, keep: Range, count: int, seed: int
     for row, length in zip(ids, lengths, strict=True):
         row[:length] = rng.permutation(num_patches)[:length]
     return {IDS_KEEP: ids, NUM_KEEP: lengths.astype(np.int64)}
+
+
+def update_inputs(num_patches: int, keep: Range, count: int, seed: int) -> dict[str, Array]:
+    """What streams are given: `ids_keep (S, M)`, int64, of three updates, and `updates (S, 3)`, how many patches each
+    takes: as many as can be, then twice K = opt of `keep`.
+    """
+    rng = np.random.default_rng(seed)
+    _, usual, most = keep
+    lengths = (most, usual, usual)
+    rows = [np.concatenate([rng.permutation(num_patches)[:length] for length in lengths]) for _ in range(count)]
+    return {IDS_KEEP: np.stack(rows).astype(np.int64), UPDATES: np.tile(np.array(lengths, np.int64), (count, 1))}
+
+
+def stream_patches(pixels: Array, ids_keep: Array, updates: Array, patch_size: int) -> Array:
+    """The patches of these updates, `(S, M, P * P * C)`, of images `(S, H, W, C)`: the first frame of a stream is the
+    image of its neighbour, 1 for 0 and 0 for 1, what follows is its own.
+    """
+    S = len(pixels)
+    others = [index ^ 1 if index ^ 1 < S else index for index in range(S)]
+    first = updates[0, 0]
+    parts = (
+        take_patches(pixels[others], ids_keep[:, :first], patch_size),
+        take_patches(pixels, ids_keep[:, first:], patch_size),
+    )
+    return np.concatenate(parts, axis=1).reshape(*ids_keep.shape, -1)
 
 
 def _data_folders(provenance: dict[str, Any]) -> list[Path]:

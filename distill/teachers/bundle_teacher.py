@@ -64,6 +64,11 @@ class BundleTeacher:
             )
         self.bundle = bundle = Bundle.load(path)
         manifest = bundle.manifest
+        if bundle.token_mode == "cached":
+            raise ConfigError(
+                f"the graph of {path} is for streams, and teaches nothing about single images",
+                hint="export it with --tokens visible",
+            )
         shape = from_dict(
             EncoderConfig,
             {name: value for name, value in manifest["model"].items() if name in EncoderConfig.__dataclass_fields__},

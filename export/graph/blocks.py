@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_deploy.export.graph.builder import GraphBuilder
+from mae_deploy.export.graph.builder import Dim, GraphBuilder
+from mae_deploy.export.graph.cached import CacheWriter
 from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
@@ -25,6 +26,7 @@ class BlockWriter:
     Args:
         padding: added to the scores of attention, FP32 `(B, 1, 1, T)`: 0 where a token is real, very negative where it
             is padding.
+        cache: keys and values of earlier frames, which are attended to as well; its mask takes the padding's place.
         sizes: B and T, one of which may be -1 for a dynamic size. The blocks then work on rows, `(B * T, D)`, where a
             linear map is one Gemm: 3 % faster on ONNX Runtime (docs/results/cpu.md). None where both are dynamic: rows
             could not be told apart without shape arithmetic.
@@ -42,6 +44,7 @@ class BlockWriter:
         quantized: Mapping[str, float | None] | None = None,
         attention_scales: Mapping[str, tuple[float, float, float]] | None = None,
         padding: str | None = None,
+        cache: CacheWriter | None = None,
         sizes: tuple[int, int] | None = None,
         rounding: Rounding = INT8,
         stores_rounded: bool = True,
@@ -51,7 +54,8 @@ class BlockWriter:
         self.arithmetic = arithmetic
         self.quantized = quantized or {}
         self.attention_scales = attention_scales or {}
-        self.padding = padding
+        self.cache = cache
+        self.padding = padding if cache is None else cache.mask
         self.sizes = sizes
         self.rounding = rounding
         self.stores_rounded = stores_rounded
@@ -123,6 +127,10 @@ class BlockWriter:
         q, k, v = (
             b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv")
         )
+        if self.cache is not None:
+            T: Dim = self.sizes[1] if self.sizes is not None and self.sizes[1] > 0 else "T"
+            index = name.split(".")[1]
+            k, v = (self.cache.beside(part, index, new, num_heads, d, T) for part, new in (("keys", k), ("values", v)))
         k = b.node("Transpose", [k], f"{name}/k_transposed", perm=[0, 1, 3, 2])
         if (
             name in self.attention_scales

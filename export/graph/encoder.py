@@ -10,7 +10,6 @@ import re
 from functools import cached_property
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mae_deploy.checkpoint import Metadata
@@ -18,16 +17,17 @@ from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.blocks import BlockWriter
 from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, Dim, GraphBuilder
+from mae_deploy.export.graph.cached import CacheWriter
 from mae_deploy.export.graph.decoder import PixelWriter, write_decoder
+from mae_deploy.export.graph.patch_embed import PatchEmbedding
 from mae_deploy.export.graph.precision import FLOAT32, arithmetic
 from mae_deploy.export.graph.pyramid import write_pyramid
-from mae_deploy.export.graph.spec import GraphSpec, available_outputs, block_tensor, check_decoder, default_outputs
-from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.export.graph.spec import GraphSpec, available_outputs, block_tensor, check_mode, default_outputs
 from mae_deploy.images.read import Array
-from mae_deploy.models.bands import group_positions
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.pyramid import LEVELS
 from mae_deploy.models.quantization.rounding import ROUNDINGS, rounding_of
+from mae_deploy.runtime.manifest import PATCHES
 
 _MASKED = -6e4
 """Added to the scores of padded tokens; the softmax makes it exactly 0. FP16 holds it: TensorRT computes a weakly typed
@@ -45,7 +45,7 @@ def build_graph(metadata: Metadata, tensors: dict[str, Tensor], spec: GraphSpec)
             one, or that groups of bands do not have.
     """
     config = from_dict(EncoderConfig, metadata.encoder)
-    check_decoder(metadata, spec.token_mode)
+    check_mode(metadata, spec.token_mode)
     known = available_outputs(metadata, spec.token_mode, pyramid=spec.pyramid is not None)
     names = spec.outputs or default_outputs(metadata, spec.token_mode)
     for name in names:
@@ -73,6 +73,9 @@ class _Graph:
         self.keep: Dim = (spec.keep or "K") if self.visible else config.num_tokens
         self.averaged = metadata.kind == "classifier" and metadata.pool == "avg"
         self.ragged = spec.token_mode == "ragged"
+        self.cached = spec.token_mode == "cached"
+        self.cache: CacheWriter | None = None
+        self.embedding = PatchEmbedding(metadata, config, weights, uint8=spec.images == "uint8")
         self.padding: str | None = None
         """See `BlockWriter`."""
         self.places = ""
@@ -83,7 +86,8 @@ class _Graph:
         patches = self._patches()
         tokens = self.builder.cast(self._embed(patches), self.arithmetic.of("residual"))
         D = self.config.width
-        writer = self._block_writer(self.keep, self.padding)
+        self.cache = self._cache() if self.cached else None
+        writer = self._block_writer(self.keep, self.padding, self.cache)
         rows = writer.rows(tokens, D, "blocks/rows")
         inner = []
         for index in range(self.config.blocks):
@@ -101,9 +105,24 @@ class _Graph:
                 values["pixels"] = self._reconstruct(tokens, patches), sizes
         for name in names:
             self.builder.output(name, *values[name], dtype=self.spec.features)
+        if self.cache is not None:
+            self.cache.outputs()
         return self.builder
 
-    def _block_writer(self, num_patches: Dim, padding: str | None = None) -> BlockWriter:
+    def _cache(self) -> CacheWriter:
+        """Of all tokens; where K is dynamic, so is R: a frame of which every patch is recomputed needs no old rows."""
+        return CacheWriter(
+            self.builder,
+            batch=self.batch,
+            rows="R" if self.spec.keep is None else 1 + self.config.num_patches,
+            places=self.places,
+            dtype=np.dtype(self.spec.cache),
+            masked=_MASKED,
+        )
+
+    def _block_writer(
+        self, num_patches: Dim, padding: str | None = None, cache: CacheWriter | None = None
+    ) -> BlockWriter:
         """A writer of blocks on this many patches and a CLS token."""
         B, T = (size if isinstance(size, int) else -1 for size in (self.batch, num_patches))
         return BlockWriter(
@@ -113,6 +132,7 @@ class _Graph:
             quantized=self.spec.quantized,
             attention_scales=self.spec.attention_scales,
             padding=padding,
+            cache=cache,
             sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
             rounding=rounding_of(self.spec.precision, self.spec.weight_bits),
             stores_rounded=self.spec.stores_rounded,
@@ -122,8 +142,13 @@ class _Graph:
     # ------------------------------------------------------------------------------------------------
 
     def _patches(self) -> str:
-        """All patches, row by row, channels last within a patch: FP32 `(B, N, P * P * C)`."""
+        """All patches, row by row, channels last within a patch: FP32 `(B, N, P * P * C)`; of a stream, those that are
+        recomputed.
+        """
         b, c = self.builder, self.config
+        if self.cached:
+            dtype = np.uint8 if self.spec.images == "uint8" else self.spec.images
+            return b.cast(b.input(PATCHES, dtype, [self.batch, self.keep, c.patch_dim]), FLOAT32)
         P, C, (rows, columns) = c.patch, c.in_chans, c.grid_size
         H, W = c.image_size
         if self.spec.images == "uint8":
@@ -142,22 +167,18 @@ class _Graph:
         # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the
         # table makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
         groups = self.config.band_groups
-        kernels = self._patch_kernels()
-        embeds = "" if groups is None else self._embed_groups(patches, [kernel for kernel, _ in kernels])
+        kernels = [kernel for kernel, _ in self.embedding.kernels()]
+        embeds = "" if groups is None else self._embed_groups(patches, kernels)
         tokens = b.node("Pad", [embeds or patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
-        table = self._positions()
-        table[0] += self.weights["cls_token"][0, 0]
-        table[1:] += np.repeat([bias for _, bias in kernels], self.config.num_patches, axis=0)
-        positions = b.weight("position_table", table)
+        positions = b.weight("position_table", self.embedding.table())
         if self.visible:
             ids = self._token_ids()
-            index = b.node("Unsqueeze", [ids, b.integers(2)], "ids/index")
-            tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
+            if not self.cached:  # else these patches are all that there are
+                index = b.node("Unsqueeze", [ids, b.integers(2)], "ids/index")
+                tokens = b.node("GatherND", [tokens, index], "keep/patches", batch_dims=1)
             positions = b.node("Gather", [positions, ids], "keep/positions", axis=0)
         if groups is None:
-            tokens = b.node(
-                "MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0][0])], "patch_embed/MatMul"
-            )
+            tokens = b.node("MatMul", [tokens, b.weight("patch_embed.proj.weight", kernels[0])], "patch_embed/MatMul")
         return b.node("Add", [tokens, positions], "patch_embed/Add")
 
     def _embed_groups(self, patches: str, kernels: list[Array]) -> str:
@@ -169,7 +190,7 @@ class _Graph:
         for group, (bands, kernel) in enumerate(zip(c.band_groups or (), kernels, strict=True)):
             own = b.node(
                 "Gather",
-                [patches, b.weight(f"patch_embed.{group}/columns", self._columns(bands))],
+                [patches, b.weight(f"patch_embed.{group}/columns", self.embedding.columns(bands))],
                 f"patch_embed.{group}/patches",
                 axis=2,
             )
@@ -179,49 +200,6 @@ class _Graph:
                 )
             )
         return b.node("Concat", embeds, "patch_embed/groups", axis=1)
-
-    def _columns(self, bands: tuple[int, ...]) -> Array:
-        """Where in a patch the pixels of some bands are, channels last: int64 `(P * P * bands,)`."""
-        pixels = np.arange(self.config.patch**2, dtype=np.int64) * self.config.in_chans
-        return (pixels[:, None] + np.array(bands, np.int64)).ravel()
-
-    def _positions(self) -> Array:
-        """What is added to every token, CLS first, `(1 + N, D)`; a copy."""
-        c, positions = self.config, self.weights["pos_embed"]
-        if c.band_groups is None:
-            return positions[0].copy()  # type: ignore[no-any-return]
-        codes = torch.from_numpy(self.weights["channel_embed"])
-        return group_positions(torch.from_numpy(positions), codes, c.num_groups)[0].numpy()
-
-    def _patch_kernels(self) -> list[tuple[Array, Array]]:
-        """Weight `(P * P * C, D)` and bias `(D,)` of the patch embedding, or of each group's."""
-        groups = self.config.band_groups
-        if groups is None:
-            return [self._patch_kernel("patch_embed.proj", tuple(range(self.config.in_chans)))]
-        return [self._patch_kernel(f"patch_embed.{index}.proj", bands) for index, bands in enumerate(groups)]
-
-    def _patch_kernel(self, name: str, bands: tuple[int, ...]) -> tuple[Array, Array]:
-        """Weight and bias of one linear map; with uint8 images, the normalisation folded in.
-
-        `W ((x / 255 - mean) / std) + b = (W / (255 std)) x + (b - W (mean / std))`: exact but for rounding.
-        """
-        kernel = self.weights[f"{name}.weight"].transpose(2, 3, 1, 0).reshape(-1, self.config.width)
-        bias = self.weights[f"{name}.bias"]
-        if self.spec.images != "uint8":
-            return kernel, bias
-        mean, std = (values[self._columns(bands)] for values in self._statistics())
-        folded = kernel.astype(np.float64)
-        bias = bias - (mean / std) @ folded
-        return (folded / (255 * std[:, None])).astype(np.float32), bias.astype(np.float32)
-
-    def _statistics(self) -> tuple[Array, Array]:
-        """Mean and standard deviation for each value of a patch, `(P * P * C,)`, float64."""
-        preprocess = from_dict(Preprocess, self.metadata.preprocess)
-        mean, std = (
-            np.tile(np.asarray(values, np.float64), self.config.patch**2)
-            for values in (preprocess.mean, preprocess.std)
-        )
-        return mean, std
 
     def _token_ids(self) -> str:
         """The inputs that name the patches, as `places`."""
@@ -321,8 +299,10 @@ class _Graph:
         return self.builder.without_cls(tokens, f"outputs/{name}")
 
     def _mean(self, patch_tokens: str) -> str:
-        """Mean over the real patches: `(B, K, D) -> (B, D)`."""
+        """Mean over the real patches: `(B, K, D) -> (B, D)`; of a stream, over the whole frame."""
         b = self.builder
+        if self.cache is not None:
+            return self.cache.mean(patch_tokens, self.config.width)
         if not self.ragged:
             return b.mean(patch_tokens, 1, "outputs/mean")
         total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "outputs/sum", keepdims=0)
@@ -384,7 +364,7 @@ class _Graph:
         predicted = write_decoder(writer, decoder, latent, self._placed)
         pixels = PixelWriter(
             self.builder,
-            *self._statistics(),
+            *self.embedding.statistics(),
             uint8=self.spec.images == "uint8",
             norm_pix_loss=bool(self.metadata.norm_pix_loss),
         )

@@ -14,7 +14,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
 
-TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+TokenMode = Literal["full", "visible", "ragged", "reconstruct", "cached"]
 Images = Literal["float32", "float16", "uint8"]
 Pixels = Literal["target", "normalised", "image"]
 
@@ -25,7 +25,7 @@ class GraphSpec:
 
     token_mode: TokenMode
     """full: all patches; visible: those named by `ids_keep`; ragged: `num_keep` of them for each image; reconstruct:
-    encoder and decoder."""
+    encoder and decoder; cached: some patches, against the keys and values of all."""
     keep: int | None = None
     """Fixed number of kept patches (ragged: length of the rows); None leaves it dynamic."""
     batch: int | None = None
@@ -34,6 +34,8 @@ class GraphSpec:
     """Output names; None takes the model's own (see `default_outputs`)."""
     images: Images = "float32"
     """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
+    cache: Literal["float32", "float16"] = "float32"
+    """Type of the keys and values of a cached graph."""
     features: Images = "float32"
     """Type of the outputs: float32 or float16."""
     pixels: Pixels = "target"
@@ -71,11 +73,11 @@ def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyr
     head reads.
     """
     blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
-    inner = (*(LEVELS if pyramid else ()), *blocks)
+    maps = () if token_mode == "cached" else ("feature_map", *(LEVELS if pyramid else ()))
     if metadata.kind == "classifier" and metadata.pool == "avg":
-        return ("logits", "pooled", *inner)
+        return ("logits", "pooled", *maps[1:], *blocks)
     names = ("logits",) if metadata.kind == "classifier" else ()
-    names = (*names, "cls", "tokens", "pooled", "feature_map", *inner)
+    names = (*names, "cls", "tokens", "pooled", *maps, *blocks)
     return ("pixels", *names) if token_mode == "reconstruct" else names
 
 
@@ -83,16 +85,32 @@ def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple
     """What a graph gives unless other outputs are asked for."""
     if token_mode == "reconstruct":
         return ("pixels",)
-    return tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
+    names = tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
+    return with_last_tokens(names, metadata) if token_mode == "cached" else names
 
 
-def check_decoder(metadata: Metadata, token_mode: TokenMode) -> None:
+def with_last_tokens(names: tuple[str, ...], metadata: Metadata) -> tuple[str, ...]:
+    """The outputs of a cached graph: where one of them is of the whole frame's tokens, also the new ones of these, from
+    which the next frame's are summed up.
+    """
+    averaged = metadata.kind == "classifier" and metadata.pool == "avg"
+    last = f"block_{from_dict(EncoderConfig, metadata.encoder).blocks - 1}" if averaged else "tokens"
+    pooled = "pooled" in names or (averaged and "logits" in names)
+    return names if not pooled or last in names else (*names, last)
+
+
+def check_mode(metadata: Metadata, token_mode: TokenMode) -> None:
     """Whether there is a graph of this mode.
 
     Raises:
         ConfigError: a reconstruction without a decoder, of groups of bands, of anything but pixels, or by an encoder
-            with mask tokens.
+            with mask tokens; a stream of groups of bands.
     """
+    if token_mode == "cached" and metadata.encoder.get("band_groups") is not None:
+        raise ConfigError(
+            "--tokens cached: a model with --band-groups has several tokens a patch, which streams do not keep",
+            hint="use full, visible or ragged",
+        )
     if token_mode != "reconstruct":
         return
     if metadata.kind != "mae":

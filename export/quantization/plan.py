@@ -32,6 +32,7 @@ from mae_deploy.models.quantization.smoothing import bias_corrections, correct_b
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import int8_arithmetic
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.manifest import IMAGES, UPDATES
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import OPENVINO, open_graph
 from mae_deploy.runtime.timing import Timing, measure
@@ -207,6 +208,8 @@ class _Attempt:
         """The fastest mix that meets the budget, or None, and the per-layer table."""
         model, N = self.job.reference.model, self.job.loaded.encoder_config.num_tokens
         few = {name: array[:_SENSITIVITY_SAMPLES] for name, array in self.job.trials[0][0].items()}
+        if UPDATES in few:  # of streams, the frames: a patch meets the same weights in all
+            few = {IMAGES: few[IMAGES]}
         noise = sensitivities(
             model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding
         )
@@ -238,7 +241,9 @@ class _Attempt:
         with ExitStack() as stack:
             graphs = {"fp32": self.job.in_precision("fp32").graph(), "int8": self._graph(chosen)}
             engines = {name: self._engine(stack, graph, name) for name, graph in graphs.items()}
-            timings = measure({name: partial(engine.run, batch) for name, engine in engines.items()}, repeats=_ROUNDS)
+            timings = measure(
+                {name: partial(self.job.runner(engine).run, batch) for name, engine in engines.items()}, repeats=_ROUNDS
+            )
         return timings["fp32"], timings["int8"]
 
     def job_for(self, chosen: frozenset[str]) -> ExportJob:
@@ -318,7 +323,8 @@ class _Attempt:
 def _calibration(job: ExportJob, names: list[str]) -> Calibration | None:
     if job.calib_images is None:
         return None
-    sizes = sorted({job.ranges["K"][1], job.ranges["K"][2]}) if "K" in job.ranges else []
+    # Of a stream the context is that of the whole frame, so its activations are those of all patches.
+    sizes = sorted({*job.ranges["K"][1:]}) if "K" in job.ranges and job.config.token_mode != "cached" else []
     return calibrate(
         job.reference.model,
         job.calib_images,

@@ -14,6 +14,7 @@ from mae_deploy.reporting.bundles import engine_summary
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import CacheShape, TokenCache
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 
 _IMAGES = {
@@ -93,6 +94,7 @@ def _bundle(path: Path) -> Result:
         "quantization": _scalars(manifest["quantization"] or {}),
         "images": _IMAGES[bundle.image_dtype],
         "outputs": ", ".join(bundle.output_names),
+        **({"cache": _cache(bundle)} if bundle.token_mode == "cached" else {}),
         "classes": len(bundle.class_names) if bundle.class_names else "-",
         "engines": "\n".join(map(engine_summary, manifest["engines"])) or "-",
         "licence": manifest["licence"],
@@ -100,6 +102,11 @@ def _bundle(path: Path) -> Result:
         "size": f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:.1f} MB",
     }
     return Result({"type": "bundle", "path": str(path), **manifest}, facts_table(str(path), facts))
+
+
+def _cache(bundle: Bundle) -> str:
+    cache = TokenCache.empty(CacheShape.of(bundle.manifest), 1)
+    return f"keys and values in {cache.shape.dtype}, {cache.nbytes / 1e6:.1f} MB a stream with its tokens"
 
 
 def _checked(size: str, numbers: list[int]) -> str:

@@ -115,9 +115,13 @@ class Preprocess:
         """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255
         where it is given.
         """
+        return np.ascontiguousarray(self.normalise_pixels(pixels).transpose(0, 3, 1, 2))
+
+    def normalise_pixels(self, pixels: Array) -> Array:
+        """The same of pixels in any arrangement, `(..., C)`, as float32 `(..., C)`."""
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
-        scaled = (pixels.astype(np.float32) / np.float32(self.divisor) - mean) / std
-        return np.ascontiguousarray(scaled.transpose(0, 3, 1, 2))
+        scaled: Array = (pixels.astype(np.float32) / np.float32(self.divisor) - mean) / std
+        return scaled
 
     def __call__(self, images: Sequence[Image.Image | Array]) -> Array:
         """Images of any size, as Pillow images or arrays `(H, W)` or `(H, W, C)`, to float32 `(B, C, H, W)`."""

@@ -95,18 +95,22 @@ class BlockWithQKV(Block):
         )
         if inner == "only_qkv":
             return qkv
-        x = x + self.drop_path1(self.ls1(_attended(attention, qkv)))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x)))), qkv
+        return self.behind_attention(x, _attended(attention, qkv)), qkv
+
+    def behind_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """The block's input and what its heads gave, `(B, T, D)` and `(B, heads, T, D / heads)`, to its output."""
+        attention: Any = self.attn
+        x = x + self.drop_path1(self.ls1(attention.proj(mixed.transpose(1, 2).flatten(2))))
+        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
 
 
 def _attended(attention: Any, qkv: Tensor) -> Tensor:
-    """What timm's attention does behind its `qkv` layer: `(B, 3, heads, T, D / heads) -> (B, T, D)`."""
+    """What timm's attention does between its `qkv` and `proj` layers: `(B, 3, H, T, d) -> (B, H, T, d)`."""
     queries, keys, values = qkv.unbind(1)
     if attention.fused_attn:
-        mixed = F.scaled_dot_product_attention(queries, keys, values)
-    else:
-        mixed = ((queries * attention.scale) @ keys.transpose(-2, -1)).softmax(dim=-1) @ values
-    return attention.proj(mixed.transpose(1, 2).flatten(2))  # type: ignore[no-any-return]
+        return F.scaled_dot_product_attention(queries, keys, values)
+    shares: Tensor = ((queries * attention.scale) @ keys.transpose(-2, -1)).softmax(dim=-1)
+    return shares @ values
 
 
 def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
@@ -148,21 +152,30 @@ class Encoder(nn.Module):
 
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Patch embedding plus position of the kept patches, CLS in front: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
-        B, C, H, W = images.shape
+        _, C, H, W = images.shape
         if (C, H, W) != (self.config.in_chans, *self.config.image_size):
             raise ValueError(
                 f"the encoder takes {self.config.in_chans}x{self.config.image_size} images, not {(C, H, W)}"
             )
-        patches, table = patchify(images, self.config.patch), self.positions()
-        grouped = self.config.band_groups is not None
-        if grouped:  # the groups' patches differ in width: tokens can be picked once they are embedded
-            patches = self.patch_embed(patches)
-        positions = table[:, 1:]
-        if ids_keep is not None:
-            patches = gather_tokens(patches, ids_keep)
-            positions = positions[0][ids_keep]
-        cls = (self.cls_token + table[:, :1]).expand(B, -1, -1)
-        tokens = (patches if grouped else self.patch_embed(patches)) + positions
+        patches = patchify(images, self.config.patch)
+        if self.config.band_groups is None:
+            return self.embed_patches(patches if ids_keep is None else gather_tokens(patches, ids_keep), ids_keep)
+        # The groups' patches differ in width: tokens can be picked once they are embedded.
+        embeds = self.patch_embed(patches)
+        return self._placed(embeds if ids_keep is None else gather_tokens(embeds, ids_keep), ids_keep)
+
+    def embed_patches(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
+        """The same of patches that were cut out already, without groups of bands:
+        `(B, K, P * P * C), (B, K) -> (B, 1 + K, D)`.
+        """
+        return self._placed(self.patch_embed(patches), ids_keep)
+
+    def _placed(self, embeds: Tensor, ids_keep: Tensor | None) -> Tensor:
+        """Positions added, CLS in front: `(B, K, D) -> (B, 1 + K, D)`."""
+        table = self.positions()
+        positions = table[:, 1:] if ids_keep is None else table[0, 1:][ids_keep]
+        tokens = embeds + positions
+        cls = (self.cls_token + table[:, :1]).expand(len(embeds), -1, -1)
         return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
 
     def positions(self) -> Tensor:

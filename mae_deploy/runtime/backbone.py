@@ -8,13 +8,23 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from mae_deploy.errors import MaeDeployError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import CacheShape, TokenCache, runner, update_cache
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
-from mae_deploy.runtime.inputs import Images, Keep, NumKeep, image_batch, pixel_batch, token_batch
-from mae_deploy.runtime.manifest import IMAGES
+from mae_deploy.runtime.inputs import (
+    Images,
+    Keep,
+    NumKeep,
+    first_frames,
+    image_batch,
+    patch_batch,
+    pixel_batch,
+    token_batch,
+)
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
 from mae_deploy.runtime.registry import ALIASES, TENSORRT, fall_back, load_engine
 
 if TYPE_CHECKING:  # a device that is given normalised arrays needs no Pillow
@@ -140,6 +150,57 @@ class Backbone:
         """As a call, for images that `preprocess.crop` made: `(B, H, W, C)`, neither resized nor cropped again."""
         return self._run(pixel_batch(pixels, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
 
+    def new_cache(self, batch: int = 1) -> TokenCache:
+        """The memory of so many streams, of which nothing was computed yet; see `update`.
+
+        Raises:
+            ConfigError: a bundle of another token mode, or another number than its fixed batch.
+        """
+        if self.bundle.token_mode != "cached":
+            raise ConfigError(
+                f"this bundle's graph keeps nothing of earlier frames: its token mode is '{self.bundle.token_mode}'",
+                hint="export with --tokens cached",
+            )
+        if batch < 1 or self.bundle.fixed_batch not in (None, batch):
+            raise ConfigError(f"{batch} streams", hint=f"this graph takes {self.bundle.fixed_batch or 'one or more'}")
+        return TokenCache.empty(CacheShape.of(self.bundle.manifest), batch)
+
+    def update(
+        self,
+        cache: TokenCache,
+        patches: Array,
+        keep: Keep | None = None,
+        *,
+        outputs: Sequence[str] | None = None,
+    ) -> Features:
+        """Recompute some patches of each stream, in the context of what `cache` holds of the others, and write them to
+        it; for bundles exported with `--tokens cached`.
+
+        Args:
+            cache: from `new_cache`; B streams.
+            patches: the pixels of these patches, `(B, K, P, P, C)` as `preprocess.crop` gives pixels (`take_patches`
+                cuts them out of a frame), or as the graph takes them, `(B, K, P * P * C)`.
+            keep: which they are, row-major indices in any order, each once: `(K,)` for all streams or `(B, K)`. None:
+                all; then nothing is read of the cache.
+            outputs: names of the outputs to return; None for all.
+
+        Returns:
+            `cls (B, D)`, `tokens (B, K, D)` in the order of `keep`, `pooled` and `logits` of the whole frame. The whole
+            frame's tokens are `cache.tokens`.
+
+        Raises:
+            ConfigError: patches, indices or outputs that this bundle cannot take.
+            MaeDeployError: the engine fails or is closed.
+        """
+        ids_keep = token_batch(self.bundle, keep, None, len(cache))[IDS_KEEP]
+        given = patch_batch(patches, self.bundle)
+        if given.shape[:2] != ids_keep.shape:
+            raise ConfigError(
+                f"patches are {patches.shape} for {ids_keep.shape[1]} patches of each of {len(cache)} streams",
+                hint="give the pixels of the kept patches, (B, K, P, P, C)",
+            )
+        return Features(update_cache(self.engine, cache, given, ids_keep, outputs))
+
     def close(self) -> None:
         """Free the engine; closing twice does nothing."""
         self.engine.close()
@@ -160,8 +221,24 @@ class Backbone:
         self, images: Array, keep: Keep | None, num_keep: NumKeep | None, outputs: Sequence[str] | None
     ) -> Features:
         names = check_outputs(outputs, self.output_names)
+        if self.bundle.token_mode == "cached":
+            return self._whole_frames(images, keep, names)
         inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
         return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))
+
+    def _whole_frames(self, images: Array, keep: Keep | None, names: Sequence[str]) -> Features:
+        """Each image as the first frame of a stream of its own."""
+        if keep is not None or self.bundle.keep_range[1] < self.num_patches:
+            raise ConfigError(
+                "this bundle's graph recomputes patches of a stream, and without earlier frames has to be given all",
+                hint="use backbone.update with a cache, or export with --tokens visible"
+                if keep is not None
+                else "use backbone.update with a cache, or export with --tokens cached, without :K",
+            )
+        ids_keep = token_batch(self.bundle, None, None, len(images))[IDS_KEEP]
+        frames = first_frames(images, ids_keep, self.bundle)
+        streams = runner(self.engine, self.bundle.manifest)
+        return Features(run_in_chunks(streams, frames, batch=self.bundle.fixed_batch, outputs=names))
 
 
 def _load_again(

@@ -23,12 +23,17 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.manifest import (
     BLOCKS,
+    IDS_KEEP,
     IMAGES,
     MANIFEST_FILE,
+    PATCHES,
+    UPDATES,
     Manifest,
     ModelEntry,
     TensorEntry,
     TokenMode,
+    cache_names,
+    new_rows,
     read_preprocess,
 )
 from mae_deploy.runtime.tolerance import Tolerance
@@ -81,7 +86,7 @@ class Bundle:
     @property
     def token_mode(self) -> TokenMode:
         """`full` (every patch), `visible` (K patches of each image), `ragged` (of each image its own number),
-        `reconstruct` (K patches to all pixels).
+        `reconstruct` (K patches to all pixels), `cached` (K patches of a stream's next frame).
         """
         return self.manifest["token_mode"]
 
@@ -129,8 +134,10 @@ class Bundle:
 
     @property
     def image_dtype(self) -> str:
-        """float32 or float16: `(B, C, H, W)`, normalised; uint8: `(B, H, W, C)`, which the graph normalises."""
-        return next(entry["dtype"] for entry in self.inputs if entry["name"] == IMAGES)
+        """float32 or float16: `(B, C, H, W)`, normalised; uint8: `(B, H, W, C)`, which the graph normalises. Of
+        a cached graph, that of the patches.
+        """
+        return next(entry["dtype"] for entry in self.inputs if entry["name"] in (IMAGES, PATCHES))
 
     @property
     def num_patches(self) -> int:
@@ -154,8 +161,25 @@ class Bundle:
 
     @property
     def output_names(self) -> tuple[str, ...]:
-        """Names of the graph's outputs, in its order."""
+        """Names of what the graph computes of images, in its order."""
+        return tuple(name for name in self.graph_outputs if name not in self._new_rows)
+
+    @property
+    def graph_outputs(self) -> tuple[str, ...]:
+        """Names of the graph's outputs, in its order: those, and of a cached graph the new keys and values."""
         return tuple(entry["name"] for entry in self.manifest["graph"]["outputs"])
+
+    @property
+    def sample_names(self) -> tuple[str, ...]:
+        """What a golden sample has beside the outputs: the graph's inputs; of a cached graph a few updates of a
+        stream.
+        """
+        return (PATCHES, IDS_KEEP, UPDATES) if self.token_mode == "cached" else self.input_names
+
+    @property
+    def _new_rows(self) -> frozenset[str]:
+        cached = self.token_mode == "cached"
+        return frozenset(new_rows(name) for name in cache_names(self.model["depth"])) if cached else frozenset()
 
     @property
     def blocks(self) -> tuple[str, ...]:
@@ -237,19 +261,25 @@ class Bundle:
             zipfile.BadZipFile,
         ) as error:  # a bare .npy is not a context manager
             raise CheckFailed(f"{path} holds no arrays: {error}", hint="export the bundle again") from error
-        for name in (*self.input_names, *self.output_names):
+        for name in (*self.sample_names, *self.output_names):
             if name not in arrays or arrays[name].shape[:1] != (golden["num_samples"],):
                 found = f"has the shape {arrays[name].shape}" if name in arrays else "is missing"
                 raise CheckFailed(
                     f"{path}: '{name}' {found}; the manifest promises {golden['num_samples']} samples",
                     hint="export the bundle again",
                 )
-        for entry in self.inputs:
-            if arrays[entry["name"]].dtype != entry["dtype"]:
+        types = {**{entry["name"]: entry["dtype"] for entry in self.inputs}, UPDATES: "int64"}
+        for name in self.sample_names:
+            if arrays[name].dtype != types[name]:
                 raise CheckFailed(
-                    f"{path}: '{entry['name']}' is {arrays[entry['name']].dtype}, not {entry['dtype']}",
-                    hint="export the bundle again",
+                    f"{path}: '{name}' is {arrays[name].dtype}, not {types[name]}", hint="export the bundle again"
                 )
+        if UPDATES in self.sample_names and not _are_updates(arrays[UPDATES], arrays[IDS_KEEP]):
+            raise CheckFailed(
+                f"{path}: '{UPDATES}' {arrays[UPDATES][:1].tolist()} does not divide the {arrays[IDS_KEEP].shape[1]}"
+                " patches of each sample",
+                hint="export the bundle again",
+            )
         shape: tuple[int, ...] = arrays[BLOCKS].shape if BLOCKS in arrays else ()
         if self.blocks and not (
             len(shape) == 4
@@ -302,6 +332,16 @@ def int8_arithmetic(quantization: Mapping[str, Any]) -> str:
     """
     weights = "-w7" if quantization.get("weight_bits") == 7 else ""
     return f"int8{weights}{'-bf16' if quantization.get('rest') == 'bf16' else ''}"
+
+
+def _are_updates(updates: Array, ids_keep: Array) -> bool:
+    """Whether every sample has the same updates, of at least one patch each, and they take all patches."""
+    return bool(
+        updates.ndim == ids_keep.ndim == 2
+        and (updates == updates[:1]).all()
+        and (updates > 0).all()
+        and (updates.sum(axis=1) == ids_keep.shape[1]).all()
+    )
 
 
 def _is_inside(name: str, folder: Path) -> bool:

@@ -4,22 +4,29 @@ from __future__ import annotations
 
 import re
 import typing
+from collections.abc import Mapping
 from typing import Any
 
 from mae_deploy import __version__
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.json_types import check
 from mae_deploy.runtime.manifest import (
+    CACHE_MASK,
     IDS_KEEP,
     IMAGES,
     NUM_KEEP,
+    PATCHES,
     QUANTIZED,
+    REST,
     SCHEMA_VERSION,
     TOKEN_INPUTS,
     Dim,
     Manifest,
+    TensorEntry,
     ToleranceEntry,
+    cache_names,
     follows_keep,
+    new_rows,
     read_preprocess,
 )
 from mae_deploy.runtime.tolerance import Tolerance
@@ -112,16 +119,21 @@ def _reason_against_sizes(manifest: Manifest) -> str | None:
 def _reason_against_graph(manifest: Manifest) -> str | None:
     model, mode, graph = manifest["model"], manifest["token_mode"], manifest["graph"]
     inputs = {entry["name"]: entry for entry in graph["inputs"]}
-    names = (IMAGES, *TOKEN_INPUTS[mode])
+    C, (H, W), P = model["in_chans"], model["image_size"], model["patch_size"]
+    B: Dim = manifest["batch"] or "B"
+    K: Dim = manifest["keep"] or "K"
+    layouts: dict[str, list[Dim]] = {"float32": [B, C, H, W], "float16": [B, C, H, W], "uint8": [B, H, W, C]}
+    wanted: dict[str, tuple[str, list[Dim]]] = {IDS_KEEP: ("int64", [B, K]), NUM_KEEP: ("int64", [B])}
+    names: tuple[str, ...] = (IMAGES, *TOKEN_INPUTS[mode])
+    if mode == "cached":
+        layouts = {dtype: [B, K, P * P * C] for dtype in layouts}
+        wanted |= _cache_inputs(manifest, inputs)
+        names = (PATCHES, *wanted.keys() - {NUM_KEEP, REST}, *({REST} & inputs.keys()))
     if len(graph["inputs"]) != len(names) or set(inputs) != set(names):
         return (
             f"a graph of token mode '{mode}' has the inputs {', '.join(names)}, not"
             f" {', '.join(entry['name'] for entry in graph['inputs'])}"
         )
-    C, (H, W) = model["in_chans"], model["image_size"]
-    B: Dim = manifest["batch"] or "B"
-    layouts: dict[str, list[Dim]] = {"float32": [B, C, H, W], "float16": [B, C, H, W], "uint8": [B, H, W, C]}
-    wanted = {IDS_KEEP: ("int64", [B, manifest["keep"] or "K"]), NUM_KEEP: ("int64", [B])}
     for name, entry in inputs.items():
         dtype, shape = wanted.get(name) or (entry["dtype"], layouts.get(entry["dtype"], []))
         if entry["dtype"] != dtype or not _fits(entry["shape"], shape):
@@ -136,10 +148,24 @@ def _reason_against_graph(manifest: Manifest) -> str | None:
     return None
 
 
+def _cache_inputs(manifest: Manifest, inputs: Mapping[str, TensorEntry]) -> dict[str, tuple[str, list[Dim]]]:
+    """Type and shape of what a cached graph takes of the cache; keys and values have one type."""
+    model, B = manifest["model"], manifest["batch"] or "B"
+    D, H = model["embed_dim"], model["num_heads"]
+    R: Dim = "R" if manifest["keep"] is None else 1 + manifest["num_patches"]
+    names = cache_names(model["depth"])
+    half = names[0] in inputs and inputs[names[0]]["dtype"] == "float16"
+    rows: tuple[str, list[Dim]] = ("float16" if half else "float32", [B, H, R, D // H])
+    return {CACHE_MASK: ("float32", [B, R]), REST: ("float32", [B, D]), **dict.fromkeys(names, rows)}
+
+
 def _reason_against_outputs(manifest: Manifest) -> str | None:
     entries, model = manifest["graph"]["outputs"], manifest["model"]
     inputs = [entry["name"] for entry in manifest["graph"]["inputs"]]
     names = [entry["name"] for entry in entries]
+    missing = [name for name in map(new_rows, cache_names(model["depth"])) if name not in names]
+    if manifest["token_mode"] == "cached" and missing:
+        return f"a graph of token mode 'cached' has no output {missing[0]}"
     if not names or len({*names, *inputs}) != len(names) + len(inputs):
         return f"the outputs {names} must be at least one name, each once and none of an input"
     for entry in entries:
@@ -162,6 +188,9 @@ def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
     P, C, D = model["patch_size"], model["in_chans"], model["embed_dim"]
     if follows_keep(name):
         return [B, K, D]
+    if manifest["token_mode"] == "cached" and name in map(new_rows, cache_names(model["depth"])):
+        H = model["num_heads"]
+        return [B, H, "T" if manifest["keep"] is None else 1 + manifest["keep"], D // H]
     classes = manifest["class_names"]
     grid = [side // P for side in model["image_size"]]
     shapes: dict[str, list[Dim]] = {
@@ -176,13 +205,13 @@ def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
 
 
 def _fits(found: list[Dim], wanted: list[Dim]) -> bool:
-    """Whether a shape is the wanted one: a dynamic B or K has a name, every other size is a number."""
+    """Whether a shape is the wanted one: a dynamic B, K, R or T has a name, every other size is a number."""
     if len(found) != len(wanted):
         return False
     return all(
         (
             isinstance(size, str)
-            if name in ("B", "K")
+            if name in ("B", "K", "R", "T")
             else isinstance(size, int) and size >= 1 and (isinstance(name, str) or size == name)
         )
         for size, name in zip(found, wanted, strict=True)

@@ -17,7 +17,8 @@ def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
     """
     model = manifest["model"]
     outputs = {entry["name"]: entry for entry in manifest["graph"]["outputs"]}
-    operations = _encoder(model, num_keep, _depth(model, list(outputs)))
+    seen = 1 + manifest["num_patches"] if manifest["token_mode"] == "cached" else 1 + num_keep
+    operations = _encoder(model, num_keep, _depth(model, list(outputs)), seen)
     if "pixels" in outputs:
         decoder = manifest.get("decoder")
         if not isinstance(decoder, Mapping):
@@ -34,22 +35,26 @@ def autoencoder_flops(model: ModelEntry, decoder: Mapping[str, int], num_keep: i
     """Operations of a masked autoencoder's forward pass for one image: the encoder on `num_keep` patches, the decoder
     on all.
     """
-    return _encoder(model, num_keep, model["depth"]) + _decoder(model, decoder, num_keep, num_patches)
+    return _encoder(model, num_keep, model["depth"], 1 + num_keep) + _decoder(model, decoder, num_keep, num_patches)
 
 
-def _encoder(model: ModelEntry, num_keep: int, depth: int) -> int:
-    """Patch embedding and blocks; with groups of bands, every patch of every group is embedded."""
+def _encoder(model: ModelEntry, num_keep: int, depth: int, seen: int) -> int:
+    """Patch embedding and blocks, whose attention sees `seen` tokens; with groups of bands, every patch of every group
+    is embedded.
+    """
     D = model["embed_dim"]
     rows, columns = (side // model["patch_size"] for side in model["image_size"])
     embedded = num_keep if model.get("band_groups") is None else rows * columns
-    return 2 * embedded * _patch_dim(model) * D + depth * _block(1 + num_keep, D, model["mlp_ratio"])
+    return 2 * embedded * _patch_dim(model) * D + depth * _block(1 + num_keep, seen, D, model["mlp_ratio"])
 
 
-def _block(num_tokens: int, dim: int, mlp_ratio: float) -> int:
-    """qkv, q kᵀ, its product with v, proj, and the two maps of the MLP, for T tokens of width D."""
+def _block(num_tokens: int, seen: int, dim: int, mlp_ratio: float) -> int:
+    """qkv, q kᵀ, its product with v, proj, and the two maps of the MLP, for T tokens of width D that attend to
+    `seen`.
+    """
     T, D = num_tokens, dim
     linear = T * D * (3 * D + D + 2 * int(D * mlp_ratio))
-    attention = 2 * T * T * D
+    attention = 2 * T * seen * D
     return 2 * (linear + attention)
 
 
@@ -57,7 +62,7 @@ def _decoder(model: ModelEntry, decoder: Mapping[str, int], num_keep: int, num_p
     """Embedding of the visible tokens, blocks over all patches, prediction of their pixels; its MLP has ratio 4."""
     D, depth = decoder["decoder_embed_dim"], decoder["decoder_depth"]
     embed = 2 * (1 + num_keep) * model["embed_dim"] * D
-    return embed + depth * _block(1 + num_patches, D, 4) + 2 * num_patches * D * _patch_dim(model)
+    return embed + depth * _block(1 + num_patches, 1 + num_patches, D, 4) + 2 * num_patches * D * _patch_dim(model)
 
 
 def _pyramid_level(model: ModelEntry, entry: TensorEntry) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -11,7 +12,8 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, TOKEN_INPUTS
+from mae_deploy.runtime.cache import take_patches
+from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, PATCHES, TOKEN_INPUTS, UPDATES
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -66,6 +68,39 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
 def pixel_batch(pixels: Array, preprocess: Preprocess, dtype: str) -> Array:
     """Images that are cropped already, `(B, H, W, C)`, as the graph's input of this dtype."""
     return pixels if dtype == "uint8" else preprocess.normalise(pixels).astype(dtype, copy=False)
+
+
+def patch_batch(patches: Array, bundle: Bundle) -> Array:
+    """The kept patches as the graph's input: `(B, K, P * P * C)` of its dtype.
+
+    Args:
+        patches: pixels `(B, K, P, P, C)`, uint8 or of more than 8 bits as `preprocess.crop` gives them; or of the
+            graph's shape, floating-point ones normalised.
+
+    Raises:
+        ConfigError: another shape or dtype.
+    """
+    preprocess, P, dtype = bundle.preprocess, bundle.model["patch_size"], bundle.image_dtype
+    size = (P, P, preprocess.channels)
+    if patches.ndim == 5 and patches.shape[2:] == size and patches.dtype == preprocess.dtype:
+        normalised = patches if dtype == "uint8" else preprocess.normalise_pixels(patches)
+        return normalised.reshape(*patches.shape[:2], -1).astype(dtype, copy=False)
+    floats = ("float32", "float16") if dtype != "uint8" else (dtype,)
+    if patches.ndim != 3 or patches.shape[2] != math.prod(size) or patches.dtype not in floats:
+        raise ConfigError(
+            f"patches are {patches.dtype} {patches.shape}",
+            hint=f"patches are pixels, {preprocess.dtype} (B, K, {P}, {P}, {preprocess.channels}), or as the graph"
+            f" takes them, {dtype} (B, K, {math.prod(size)})",
+        )
+    return np.ascontiguousarray(patches, dtype=dtype)
+
+
+def first_frames(images: Array, ids_keep: Array, bundle: Bundle) -> dict[str, Array]:
+    """Images as `image_batch` gives them, each as the first frame of a stream of its own (see `cache.Sequences`)."""
+    pixels = images if bundle.image_dtype == "uint8" else images.transpose(0, 2, 3, 1)
+    B, K = ids_keep.shape
+    patches = take_patches(pixels, ids_keep, bundle.model["patch_size"]).reshape(B, K, -1)
+    return {PATCHES: patches, IDS_KEEP: ids_keep, UPDATES: np.full((B, 1), K, np.int64)}
 
 
 def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, batch: int) -> dict[str, Array]:

@@ -12,6 +12,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import BLOCKS, NUM_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
@@ -138,8 +139,8 @@ def trace_layers(
     expected_SLTD = golden[BLOCKS]
     S, _, T, _ = expected_SLTD.shape
     with load_engine(bundle, engine, options, taps=bundle.blocks) as loaded:
-        inputs = {name: golden[name][:S] for name in bundle.input_names}
-        found = run_in_chunks(loaded, inputs, batch=bundle.fixed_batch, outputs=bundle.blocks)
+        inputs = {name: golden[name][:S] for name in bundle.sample_names}
+        found = run_in_chunks(runner(loaded, bundle.manifest), inputs, batch=bundle.fixed_batch, outputs=bundle.blocks)
     layers: list[LayerDrift] = []
     for block, name in enumerate(bundle.blocks):
         comparison = compare(_rows(expected_SLTD[:, block]), _rows(found[name][:, :T]), name)

@@ -22,10 +22,19 @@ IMAGES = "images"
 IDS_KEEP = "ids_keep"
 NUM_KEEP = "num_keep"
 
+PATCHES = "patches"
+"""What a cached graph takes in place of `images`: the pixels of the kept patches."""
+CACHE_MASK = "cache_mask"
+"""float32 `(B, R)`: 1 where attention sees a row of the cache, 0 where it is recomputed or was never computed."""
+REST = "rest"
+"""float32 `(B, D)`: the sum of the final tokens of the patches that are not recomputed; for means over all."""
+UPDATES = "updates"
+"""Of golden samples of a cached graph: int64 `(S, U)`, how many of a sample's patches each of its updates takes."""
+
 Dim = int | str
 """A fixed size, or the name of a dynamic one."""
 
-TokenMode = Literal["full", "visible", "ragged", "reconstruct"]
+TokenMode = Literal["full", "visible", "ragged", "reconstruct", "cached"]
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 
@@ -37,8 +46,10 @@ TOKEN_INPUTS: dict[str, tuple[str, ...]] = {
     "visible": (IDS_KEEP,),
     "ragged": (IDS_KEEP, NUM_KEEP),
     "reconstruct": (IDS_KEEP,),
+    "cached": (IDS_KEEP,),
 }
-"""What a graph of each token mode takes beside the images; all int64."""
+"""What a graph of each token mode takes beside the images, or the patches in their place; all int64. A cached graph
+also takes the cache."""
 
 BLOCKS = "blocks"
 """The array of the golden file that holds PyTorch's tokens after each block."""
@@ -202,6 +213,16 @@ class Manifest(TypedDict):
 def follows_keep(name: str) -> bool:
     """Whether an output is `(B, K, D)`, a row for each patch of `ids_keep` in its order."""
     return name == "tokens" or _BLOCK_OUTPUT.fullmatch(name) is not None
+
+
+def new_rows(name: str) -> str:
+    """The output that holds the new rows of the keys or values with this name."""
+    return f"new_{name}"
+
+
+def cache_names(depth: int) -> tuple[str, ...]:
+    """The keys and values that a cached graph takes, block by block; each comes back as `new_rows` of it."""
+    return tuple(f"{part}_{index}" for index in range(depth) for part in ("keys", "values"))
 
 
 def file_entry(path: Path) -> FileEntry:

@@ -54,7 +54,7 @@ def load_engine(
         loaded = _tensorrt(bundle, options, taps)
     else:
         loaded = _on_graph(bundle, name, options, taps)
-    names = (*bundle.output_names, *taps)
+    names = (*bundle.graph_outputs, *taps)
     if set(loaded.input_names) != set(bundle.input_names) or set(loaded.output_names) != set(names):
         loaded.close()
         raise CheckFailed(

@@ -87,6 +87,8 @@ def model_folder(bundle: Path, repository: Path) -> Path:
 
 def reason_against_triton(bundle: Bundle, engine: EngineEntry | None) -> str | None:
     """Why Triton cannot run a bundle's plan or, without one, its graph; None if it can."""
+    if bundle.token_mode == "cached":
+        return "it does not keep what a stream remembers; export with --tokens visible"
     if engine is not None:
         return f"{engine['file']} was built without its weights" if engine["stripped"] else None
     if (bundle.precision, bundle.manifest["typing"]) == ("bf16", "strong"):

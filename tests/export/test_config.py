@@ -12,7 +12,8 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.export import config as config_module
-from mae_deploy.export.config import ExportConfig, Int8Config
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.runtime.profiles import Range
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 
@@ -54,13 +55,13 @@ def test_tokens(tokens: str, mode: str, keep: int | None) -> None:
 @pytest.mark.parametrize(
     "tokens",
     [
-        *("", "bogus", "Full", ":3", "pixels", "full:", "full:49", "ragged:", "reconstruct:0"),
+        *("", "bogus", "Full", ":3", "pixels", "full:", "full:49", "ragged:", "reconstruct:0", "cached:"),
         *("visible:", "visible:0", "visible:-3", "visible:3.0", "visible:x", "visible:²", "visible:4:9"),
     ],
 )
 def test_tokens_that_mean_nothing(tokens: str) -> None:
     with pytest.raises(
-        ConfigError, match=f"^--tokens '{re.escape(tokens)}' is not full, visible, ragged or reconstruct$"
+        ConfigError, match=f"^--tokens '{re.escape(tokens)}' is not full, visible, ragged, reconstruct or cached$"
     ) as caught:
         settings(tokens=tokens)
     assert "visible:49" in (caught.value.hint or "")

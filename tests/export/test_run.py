@@ -573,10 +573,10 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, photos: Path, capsys: 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--tokens", "visible:0"], "--tokens 'visible:0' is not full, visible, ragged or reconstruct"),
+        (["--tokens", "visible:0"], "--tokens 'visible:0' is not full, visible, ragged, reconstruct or cached"),
         (["--tokens", "visible:9999"], "K 9999 is more than the 15 patches of this model"),
         (["--tokens", "ragged:16"], "K 16 is more than the 15 patches of this model"),
-        (["--tokens", "bogus"], "--tokens 'bogus' is not full, visible, ragged or reconstruct"),
+        (["--tokens", "bogus"], "--tokens 'bogus' is not full, visible, ragged, reconstruct or cached"),
         (["--tokens", "reconstruct"], "--tokens reconstruct needs a decoder, and this checkpoint is of kind encoder"),
         (["--batch", "0"], "--batch '0' is not a whole number of at least 1, or dynamic"),
         (["--outputs", "bogus"], "this model has no output 'bogus' with --tokens full"),

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,10 +26,13 @@ from mae_deploy import cli
 from mae_deploy.cli import main
 from mae_deploy.config import to_yaml
 from mae_deploy.files import write_text
+from mae_deploy.models.config import EncoderConfig
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.recipe import RUN_CONFIG
 from mae_deploy.runtime import Backbone
 from tests.data.image_folders import write_noise
+from tests.export.tiny_exports import write_checkpoint
+from tests.models.tiny_models import tiny_encoder
 from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
 
 ROOT = Path(__file__).parents[2]
@@ -95,19 +99,34 @@ def test_something_was_found() -> None:
 # --- programs --------------------------------------------------------------------------------------------------------
 
 
+GIVEN = {"image": np.zeros((17, 13, 3), np.uint8), "frames": np.zeros((3, 40, 40, 3), np.uint8)}
+"""What programs of the documentation have already."""
+
+
+@pytest.fixture(scope="session")
+def streams(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of `--tokens cached`, of a network for images of 32 pixels."""
+    folder = tmp_path_factory.mktemp("streams")
+    encoder = tiny_encoder(EncoderConfig(name="vit_nano_patch4", image_size=(32, 32)))
+    checkpoint = write_checkpoint(folder / "checkpoint", encoder, licence="own")
+    assert main(["export", str(checkpoint), "--out", str(folder / "cached"), "--tokens", "cached"]) == 0
+    return folder / "cached"
+
+
 @pytest.fixture
-def bundles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def bundles(tmp_path: Path, streams: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The bundles and photos that the documentation speaks of, in the current folder."""
     monkeypatch.chdir(tmp_path)
     write_noise(Path("photos"), 2)
     write_bundle(Path("bundles/visible"))
     write_bundle(Path("bundles/classifier"), token_mode="full")
+    shutil.copytree(streams, "bundles/cached")
 
 
 @pytest.mark.usefixtures("bundles")
 @pytest.mark.parametrize(("page", "program"), PROGRAMS, ids=identity)
 def test_programs_run(page: Path, program: str) -> None:
-    exec(compile(program, str(page), "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
+    exec(compile(program, str(page), "exec"), GIVEN.copy())
 
 
 @pytest.mark.usefixtures("bundles")
@@ -121,7 +140,7 @@ def test_what_the_readmes_program_prints(capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.usefixtures("bundles")
 def test_what_the_classifiers_program_prints(capsys: pytest.CaptureFixture[str]) -> None:
     program = blocks(ROOT / "docs" / "bundles.md", "python")[0]
-    exec(compile(program, "bundles.md", "exec"), {"image": np.zeros((17, 13, 3), np.uint8)})
+    exec(compile(program, "bundles.md", "exec"), GIVEN.copy())
     assert re.fullmatch(rf"\[\d+\] {re.escape(str(CLASS_NAMES))}\n", capsys.readouterr().out)
 
 

@@ -29,7 +29,13 @@ def manifest(config: EncoderConfig = ENCODER, outputs: dict[str, list[Any]] | No
         {"name": name, "dtype": "float32", "shape": shape}
         for name, shape in (outputs or {"cls": ["B", config.width]}).items()
     ]
-    return {"model": to_dict(config), "num_patches": config.num_patches, "graph": {"outputs": entries}, **more}
+    return {
+        "model": to_dict(config),
+        "num_patches": config.num_patches,
+        "token_mode": "visible",
+        "graph": {"outputs": entries},
+        **more,
+    }
 
 
 def counted(function: Any, *inputs: Any) -> int:

@@ -17,8 +17,9 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import run_in_chunks
-from mae_deploy.runtime.inputs import pixel_batch
+from mae_deploy.runtime.inputs import first_frames, pixel_batch
 from mae_deploy.runtime.manifest import IMAGES
 from mae_deploy.seeding import random_patches
 
@@ -104,6 +105,8 @@ class AccuracyCheck:
         """Features and logits of all images, as far as the graph has them."""
         if (loaded, keep) not in self._outputs:
             names = [name for name in (*FEATURES, LOGITS) if name in bundle.output_names]
+            if bundle.token_mode == "cached" and self._photos is None:  # golden samples are streams, not images
+                names = []
             self._outputs[loaded, keep] = self._compute(loaded, keep, bundle, names) if names else {}
         return self._outputs[loaded, keep]
 
@@ -117,8 +120,13 @@ class AccuracyCheck:
             images = pixels[start : start + size]
             if self._photos is not None:
                 images = pixel_batch(images, bundle.preprocess, bundle.image_dtype)
-            inputs = subject.feed(images, None if ids_keep is None else ids_keep[start : start + len(images)])
-            parts.append(run_in_chunks(loaded.engine, inputs, batch=batch, outputs=names))
+            ids = None if ids_keep is None else ids_keep[start : start + len(images)]
+            if ids is not None and bundle.token_mode == "cached":
+                inputs = first_frames(images, ids, bundle)
+            else:
+                inputs = subject.feed(images, ids)
+            runs = runner(loaded.engine, bundle.manifest)
+            parts.append(run_in_chunks(runs, inputs, batch=batch, outputs=names))
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _pixels(self, bundle: Bundle) -> Array:

@@ -5,7 +5,7 @@ with.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,9 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.models.mask_config import keep_count
 from mae_deploy.runtime.bundle import Bundle, external_data
+from mae_deploy.runtime.cache import CacheShape, TokenCache, update_cache, update_inputs
 from mae_deploy.runtime.engines.base import Engine
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, TensorEntry
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.seeding import random_patches
@@ -36,7 +37,7 @@ class Subject:
     inputs: dict[str, str]
     """The graph's own name for each of `images`, `ids_keep` and `num_keep` that it takes."""
     image_shape: tuple[int, ...]
-    """Of one image."""
+    """Of one image; of a stream's graph, of one patch."""
     image_dtype: str
     num_patches: int
     """Patches of an image, N."""
@@ -133,14 +134,37 @@ class BenchmarkRow:
         """What tells it from the other rows."""
         return label(self.subject, self.batch, self.keep, self.loaded.engine.name)
 
+    def call(self, seed: int) -> Callable[[], object]:
+        """What is timed: the graph on its inputs; of a stream an update, with what is written into its cache."""
+        engine = self.loaded.engine
+        if self.subject.token_mode != "cached":
+            return functools.partial(engine.run, self.inputs(seed))
+        return functools.partial(update_cache, engine, *self._update(seed))
+
     def inputs(self, seed: int) -> dict[str, Array]:
-        """Random images, and for each its own random patches; the same for the same seed."""
+        """Random images, and for each its own random patches; the same for the same seed. Of a stream, random patches
+        and an arbitrary cache.
+        """
         subject = self.subject
+        if subject.token_mode == "cached":
+            return update_inputs(*self._update(seed), self.loaded.engine.input_names)
         images = _random_images((self.batch, *subject.image_shape), subject.image_dtype, seed)
         return subject.feed(
             images,
             None if self.keep is None else random_patches(subject.num_patches, self.keep, range(self.batch), seed),
         )
+
+    def _update(self, seed: int) -> tuple[TokenCache, Array, Array]:
+        """A cache of which everything was computed, patches, and which they are."""
+        subject, keep = self.subject, self.keep
+        assert subject.bundle is not None
+        assert keep is not None
+        cache = TokenCache.empty(CacheShape.of(subject.bundle.manifest), self.batch)
+        cache.computed[:] = True
+        for index, rows in enumerate(cache.rows.values()):
+            rows[:] = np.random.default_rng((seed, index)).standard_normal(rows.shape, np.float32)
+        patches = _random_images((self.batch, keep, *subject.image_shape), subject.image_dtype, seed)
+        return cache, patches, random_patches(subject.num_patches, keep, range(self.batch), seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,14 +193,16 @@ def bundle_subject(path: Path) -> Subject:
         CheckFailed: the graph is not what was exported.
     """
     bundle = Bundle.load(path)
-    images = next(entry for entry in bundle.inputs if entry["name"] == IMAGES)
+    images = next(entry for entry in bundle.inputs if entry["name"] in (IMAGES, PATCHES))
     graph = bundle.graph()
     return Subject(
         name=str(path),
         graph=graph,
         bundle=bundle,
         inputs={name: name for name in bundle.input_names},
-        image_shape=tuple(int(side) for side in images["shape"][1:]),
+        image_shape=tuple(side for side in images["shape"][1:] if isinstance(side, int))[
+            -3 if images["name"] == IMAGES else -1 :
+        ],
         image_dtype=images["dtype"],
         num_patches=bundle.num_patches,
         batch=_fixed(bundle.fixed_batch),

@@ -69,9 +69,7 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
             accuracies = accuracy_check.accuracies(rows, bar.advance)
         probes = _probe(rows, inputs, options) if config.probe else {}
         gemms = _open_gemms(rows, options, stack)
-        calls: dict[BenchmarkRow | str, Callable[[], object]] = {
-            row: partial(row.loaded.engine.run, inputs[row]) for row in rows
-        }
+        calls: dict[BenchmarkRow | str, Callable[[], object]] = {row: row.call(config.seed) for row in rows}
         with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(gemms))) as bar:
             timings = measure({**calls, **gemms}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
     rates = {engine: 2 * _GEMM_LENGTH * _GEMM_SIZE**3 / timings[engine].median / 1e9 for engine in gemms}

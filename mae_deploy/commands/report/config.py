@@ -9,7 +9,7 @@ from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
-from mae_deploy.export.config import Int8Config
+from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.models.mask_config import check_shares
 from mae_deploy.training.config import Device
 

@@ -19,7 +19,8 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation import evaluate
 from mae_deploy.evaluation.config import EvalConfig
 from mae_deploy.export import run as export
-from mae_deploy.export.config import ExportConfig, Int8Config
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.files import read_json, remove, sha256, write_json
 from mae_deploy.images.find import find_images
 from mae_deploy.runtime.bundle import Bundle

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
@@ -192,6 +192,17 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
     os.register_at_fork(after_in_child=_abandon_all)
 
 
+class Runner(Protocol):
+    """What samples are run on: an engine, or what runs one several times for each sample."""
+
+    @property
+    def profiles(self) -> Sequence[Mapping[str, Sequence[int]]]:
+        """See `Engine`."""
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """See `Engine`."""
+
+
 def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """The wanted outputs, each once; all that are known for None.
 
@@ -211,7 +222,7 @@ def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[s
 
 
 def run_in_chunks(
-    engine: Engine, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None
+    engine: Runner, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None
 ) -> dict[str, Array]:
     """Run any number of samples, each input `(B, ...)`, on a graph of the fixed `batch`; None runs all at once, or as
     many as the engine takes.

@@ -6,8 +6,9 @@ import dataclasses
 from typing import Any
 
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import Engine, run_in_chunks
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
+from mae_deploy.runtime.manifest import IDS_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.parity.invariances import (
     Arrays,
@@ -30,8 +31,8 @@ class Check:
     """One output in one check."""
 
     name: str
-    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `sample alone`, `other neighbours`
-    or `other lengths`."""
+    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `repeated update`, `sample alone`,
+    `other neighbours` or `other lengths`."""
     comparison: Comparison
     failures: tuple[str, ...]
     """What misses the tolerance; empty where all is met."""
@@ -102,13 +103,13 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
         MaeDeployError: the engine refuses the samples.
     """
     golden = bundle.golden()
-    inputs = {name: golden[name] for name in bundle.input_names}
+    inputs = {name: golden[name] for name in bundle.sample_names}
     return Verification(
         bundle=str(bundle.path),
         engine=engine.name,
         engine_version=engine.version,
         device=engine.device,
-        num_samples=len(inputs[IMAGES]),
+        num_samples=bundle.manifest["golden"]["num_samples"],
         tolerance=tolerance_for(bundle, engine),
         checks=tuple(_Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})),
     )
@@ -129,7 +130,7 @@ class _Checks:
     """Runs an engine and checks its outputs."""
 
     def __init__(self, bundle: Bundle, engine: Engine) -> None:
-        self.bundle, self.engine = bundle, engine
+        self.bundle, self.engine, self.runner = bundle, engine, runner(engine, bundle.manifest)
         self.is_fp32 = _precision(bundle, engine) == "fp32"
         self.tolerance = tolerance_for(bundle, engine)
 
@@ -157,14 +158,14 @@ class _Checks:
 
     def _takes(self, inputs: Arrays) -> bool:
         """Whether the engine was made for this K, which may be for less than the graph is."""
-        return IDS_KEEP not in inputs or batch_that_fits(self.engine.profiles, 1, inputs[IDS_KEEP].shape[1]) is not None
+        return IDS_KEEP not in inputs or batch_that_fits(self.runner.profiles, 1, inputs[IDS_KEEP].shape[1]) is not None
 
     def _vary(self, variation: Variation, base: Arrays) -> list[Check]:
         expected, found = even_rows([variation.arranged(base), joined([self._run(part) for part in variation.parts])])
         return self._judge(variation.name, expected, found)
 
     def _run(self, inputs: Arrays) -> Arrays:
-        return run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=self.bundle.output_names)
+        return run_in_chunks(self.runner, inputs, batch=self.bundle.fixed_batch, outputs=self.bundle.output_names)
 
     def _judge(self, name: str, expected: Arrays, found: Arrays, tolerance: Tolerance | None = None) -> list[Check]:
         checks = []

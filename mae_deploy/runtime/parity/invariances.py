@@ -13,7 +13,7 @@ import numpy as np
 
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, follows_keep
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES, follows_keep
 
 Arrays = dict[str, Array]
 
@@ -51,11 +51,13 @@ class Variation:
 
 def variations(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:
     """Every form that the bundle's graph can take the samples in."""
-    if IDS_KEEP in inputs:
+    if UPDATES in inputs:
+        yield from _other_updates(inputs)
+    elif IDS_KEEP in inputs:
         yield from _permuted(inputs)
     if NUM_KEEP in inputs:
         yield from _other_padding(bundle, inputs)
-    num_samples = len(inputs[IMAGES])
+    num_samples = _count(inputs)
     if bundle.fixed_batch is None and num_samples > 1:
         yield Variation(name="sample alone", parts=samples_alone(bundle, inputs))
     elif bundle.fixed_batch is not None and bundle.fixed_batch > 1:
@@ -69,7 +71,7 @@ def variations(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:
 def samples_alone(bundle: Bundle, inputs: Arrays) -> tuple[Arrays, ...]:
     """The inputs of each sample by itself; where K is dynamic, without its padding."""
     alone = []
-    for index in range(len(inputs[IMAGES])):
+    for index in range(_count(inputs)):
         sample = {name: array[index : index + 1] for name, array in inputs.items()}
         if NUM_KEEP in inputs and bundle.fixed_keep is None:
             sample[IDS_KEEP] = np.ascontiguousarray(sample[IDS_KEEP][:, : int(sample[NUM_KEEP][0])])
@@ -118,6 +120,29 @@ def _permuted(inputs: Arrays) -> Iterator[Variation]:
             parts=({**inputs, IDS_KEEP: np.take_along_axis(ids, tokens, axis=1)},),
             tokens=tokens,
         )
+
+
+def _other_updates(inputs: Arrays) -> Iterator[Variation]:
+    """A stream's last update with its patches in another order, and once more: nothing changes, so nothing may."""
+    ids, patches, updates = inputs[IDS_KEEP], inputs[PATCHES], inputs[UPDATES]
+    (S, M), K = ids.shape, int(updates[0, -1])
+    if K > 1:
+        rng = np.random.default_rng(0)
+        tokens = np.stack([_shuffled(K, rng) for _ in range(S)])
+        order = np.concatenate([np.broadcast_to(np.arange(M - K), (S, M - K)), M - K + tokens], axis=1)
+        shuffled = {
+            IDS_KEEP: np.take_along_axis(ids, order, axis=1),
+            PATCHES: np.take_along_axis(patches, order[..., None], axis=1),
+        }
+        yield Variation(name="permuted ids_keep", parts=({**inputs, **shuffled},), tokens=tokens)
+    names = (IDS_KEEP, PATCHES)
+    again = {name: np.concatenate([inputs[name], inputs[name][:, M - K :]], axis=1) for name in names}
+    again[UPDATES] = np.concatenate([updates, updates[:, -1:]], axis=1)
+    yield Variation(name="repeated update", parts=({**inputs, **again},))
+
+
+def _count(inputs: Arrays) -> int:
+    return len(next(iter(inputs.values())))
 
 
 def _other_padding(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:

@@ -20,7 +20,7 @@ from mae_deploy.commands.report.student import CALIBRATION_IMAGES, Student, drop
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation import evaluate
 from mae_deploy.export import run as export
-from mae_deploy.export.config import Int8Config
+from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.timing import Timing

@@ -1,0 +1,66 @@
+"""Keys and values that a stream keeps, as inputs and outputs of a graph.
+
+The new rows are put behind the old ones, and attention is told by a mask which of the old ones count: those that are
+recomputed do not. So a graph never writes to a cache; whoever runs it puts the new rows in their places
+(docs/results/streams.md has what was measured against scattering inside the graph).
+Shapes: B streams, R rows of the cache, T = 1 + K tokens, H heads, d = D / H.
+"""
+
+from __future__ import annotations
+
+from mae_deploy.export.graph.builder import Dim, GraphBuilder
+from mae_deploy.export.graph.precision import FLOAT32, DType
+from mae_deploy.runtime.manifest import CACHE_MASK, REST, new_rows
+
+
+class CacheWriter:
+    """Declares what a graph takes of the cache and gives back.
+
+    Args:
+        batch, rows: B and R.
+        places: int64 `(B, T)`, whose values do not matter: what says how many new rows there are.
+        dtype: of the cache, FP32 or FP16.
+        masked: what is added to the scores of rows that do not count.
+    """
+
+    def __init__(
+        self, builder: GraphBuilder, *, batch: Dim, rows: Dim, places: str, dtype: DType, masked: float
+    ) -> None:
+        b = self.builder = builder
+        self.batch, self.rows, self.dtype = batch, rows, dtype
+        self._new: list[tuple[str, str, list[Dim]]] = []
+        mask = b.input(CACHE_MASK, FLOAT32, [batch, rows])
+        none = b.node("Mul", [b.cast(places, FLOAT32), b.scalar(0.0)], "cache/none")
+        ones = b.node("Add", [none, b.scalar(1.0)], "cache/new")
+        self._seen = b.node("Concat", [mask, ones], "cache/seen", axis=1)
+        unseen = b.node("Sub", [b.scalar(1.0), self._seen], "cache/unseen")
+        bias = b.node("Mul", [unseen, b.scalar(masked)], "cache/bias")
+        self.mask = b.node("Unsqueeze", [bias, b.integers(1, 2)], "cache/scores")
+        """What is added to the scores of attention: FP32 `(B, 1, 1, R + T)`."""
+
+    def beside(self, part: str, index: str, new: str, heads: int, head_dim: int, num_tokens: Dim) -> str:
+        """The old rows of a block and the new ones behind them: `(B, H, T, d) -> (B, H, R + T, d)`.
+
+        Args:
+            part: keys or values.
+            index: of the block.
+            new: in the type in which attention computes.
+        """
+        b, name = self.builder, f"{part}_{index}"
+        old = b.input(name, self.dtype, [self.batch, heads, self.rows, head_dim])
+        self._new.append((new_rows(name), new, [self.batch, heads, num_tokens, head_dim]))
+        return b.node("Concat", [b.cast(old, b.types[new]), new], f"cache/{name}", axis=2)
+
+    def mean(self, patch_tokens: str, width: int) -> str:
+        """Mean over the patches that are recomputed and those that the cache has: `(B, K, D) -> (B, D)`."""
+        b = self.builder
+        rest = b.input(REST, FLOAT32, [self.batch, width])
+        total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "cache/sum", keepdims=0)
+        total = b.node("Add", [rest, total], "cache/total")
+        tokens = b.node("ReduceSum", [self._seen, b.integers(1)], "cache/tokens", keepdims=1)
+        return b.node("Div", [total, b.node("Sub", [tokens, b.scalar(1.0)], "cache/patches")], "outputs/mean")
+
+    def outputs(self) -> None:
+        """Declare the new rows of all blocks as outputs, in the cache's type."""
+        for name, value, shape in self._new:
+            self.builder.output(name, value, shape, dtype=self.dtype)

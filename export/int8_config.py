@@ -1,0 +1,53 @@
+"""Settings of INT8 and FP8. No torch here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mae_deploy.config import Settings, setting
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Int8Config(Settings, resume="fixed"):
+    """INT8 and FP8."""
+
+    quantization: Literal["auto", "dynamic", "static"] = "auto"
+    """dynamic: activation ranges found at run time, no calibration; static: Q/DQ with calibrated ranges;
+    auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
+    calib_data: Path | None = setting(None, basic=True)
+    """Folder of at least 128 images for calibration; required for static."""
+    calib_images: int = setting(512, at_least=128)
+    """At most this many of them, spread over the folder."""
+    calib_method: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
+    """How activation ranges of INT8 are chosen; FP8 takes the largest magnitude."""
+    calib_percentile: float = setting(99.99, at_least=50, at_most=100)
+    """Share of the values within the range, for --calib-method percentile."""
+    smooth_quant: bool = True
+    """SmoothQuant: move the activations' outlier channels into the weights, folded into LayerNorm and v; without
+    --calib-data from the weights alone."""
+    smooth_alpha: float = setting(0.5, at_least=0, at_most=1)
+    """How much of them moves, from 0 to 1."""
+    bias_correction: bool = False
+    """Add the mean error of the rounded weights to the biases; needs --calib-data."""
+    weight_bits: int = setting(8, at_least=7, at_most=8)
+    """Bits of INT8's weights, 7 or 8: 7 cost 2 to 3 dB, and are faster on x86 CPUs without VNNI, whose fast products of
+    8 overflow and are not used."""
+    int8_attention: bool = False
+    """Attention products in eight bits too (static), for engines that fuse them: head dim 16, 32 or 64 and at most 512
+    tokens."""
+    max_drop: float | None = setting(None, basic=True, at_least=0, below=100)
+    """Largest loss of top-1 in points: of accuracy where the images of --samples lie in folders named by class, else of
+    agreement with FP32."""
+    min_cosine: float | None = setting(None, above=0, at_most=1)
+    """Least cosine of centred features, of the worst image; default: 0.995, for FP8 0.95."""
+    min_sqnr: float | None = setting(None, at_least=0)
+    """Least signal-to-noise ratio of an output in dB; default: 30, for FP8 18."""
+    max_latency: float = setting(1.0, resume="free", above=0)
+    """Largest share of the latency in FP32, on TensorRT in FP16, on the same engine; at or above it the graph is
+    rejected."""
+    search: bool = True
+    """Where all of it in eight bits misses the budget, find the fastest mix with higher precision that meets it."""
+    prefer: Literal["fp16"] | None = None
+    """fp16: where eight bits on TensorRT are slower than FP16 or miss the budget, keep FP16 instead of failing."""

@@ -1,0 +1,198 @@
+"""Streams on a cached graph: what a camera's earlier frames left behind, and how a frame updates it.
+
+A graph of `--tokens cached` recomputes K patches and CLS. They attend to the keys and values of all patches, which a
+`TokenCache` holds; the new ones are written to it in place, so nothing is copied but them.
+Shapes: B streams, N patches, K recomputed ones, S = 1 + N rows (CLS first), L blocks, H heads, d = D / H, P patch side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.engines.base import Engine, Runner, check_outputs
+from mae_deploy.runtime.manifest import (
+    CACHE_MASK,
+    IDS_KEEP,
+    PATCHES,
+    REST,
+    UPDATES,
+    Manifest,
+    cache_names,
+    new_rows,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CacheShape:
+    """What a graph keeps of a stream."""
+
+    num_patches: int
+    """N."""
+    depth: int
+    """L."""
+    num_heads: int
+    """H."""
+    embed_dim: int
+    """D."""
+    dtype: str
+    """float32 or float16, of keys and values."""
+    fixed_keep: int | None = None
+    """The K that the graph is fixed to; then R, the rows that it takes, is fixed to S."""
+
+    @classmethod
+    def of(cls, manifest: Manifest) -> CacheShape:
+        """That of a bundle of token mode `cached`."""
+        model = manifest["model"]
+        keys = next(entry for entry in manifest["graph"]["inputs"] if entry["name"] == cache_names(1)[0])
+        return cls(
+            num_patches=manifest["num_patches"],
+            depth=model["depth"],
+            num_heads=model["num_heads"],
+            embed_dim=model["embed_dim"],
+            dtype=keys["dtype"],
+            fixed_keep=manifest["keep"],
+        )
+
+
+class TokenCache:
+    """What B streams remember: keys and values of every block, and the final tokens of the whole frame.
+
+    The arrays are the caller's to read, and to write to between updates. One cache belongs to one thread at a time.
+    """
+
+    def __init__(self, shape: CacheShape, rows: Mapping[str, Array], tokens: Array, computed: Array) -> None:
+        self.shape = shape
+        self.rows = rows
+        """Keys and values under the graph's names, `keys_0` to `values_{L-1}`, each `(B, H, S, d)`."""
+        self.tokens = tokens
+        """float32 `(B, N, D)`: each patch's token when it was last recomputed, 0 where it never was. The `pooled` (and
+        `logits` of the mean) of later updates are computed from it. All 0 where the graph gives no tokens."""
+        self.computed = computed
+        """bool `(B, N)`: which patches were ever computed; attention sees no others."""
+
+    @classmethod
+    def empty(cls, shape: CacheShape, batch: int) -> TokenCache:
+        """Of streams of which nothing was computed yet."""
+        N, H = shape.num_patches, shape.num_heads
+        size = (batch, H, 1 + N, shape.embed_dim // H)
+        return cls(
+            shape,
+            {name: np.zeros(size, shape.dtype) for name in cache_names(shape.depth)},
+            np.zeros((batch, N, shape.embed_dim), np.float32),
+            np.zeros((batch, N), bool),
+        )
+
+    def __len__(self) -> int:
+        """Number of streams, B."""
+        return len(self.tokens)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the arrays."""
+        return sum(array.nbytes for array in (*self.rows.values(), self.tokens, self.computed))
+
+    def streams(self, first: int, last: int) -> TokenCache:
+        """The streams from `first` up to, and without, `last`: the same memory, so an update of it is one of this."""
+        rows = {name: array[first:last] for name, array in self.rows.items()}
+        return TokenCache(self.shape, rows, self.tokens[first:last], self.computed[first:last])
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self.computed[:] = False
+        self.tokens[:] = 0
+
+
+def take_patches(pixels: Array, ids_keep: Array, patch_size: int) -> Array:
+    """The kept patches of images `(B, H, W, C)`, by `ids_keep (B, K)`: `(B, K, P, P, C)`; no other pixel is touched."""
+    B, H, W, C = pixels.shape
+    P = patch_size
+    grid = pixels.reshape(B, H // P, P, W // P, P, C)
+    row, column = np.divmod(ids_keep, W // P)
+    return grid[np.arange(B)[:, None], row, :, column]
+
+
+def update_cache(
+    engine: Engine,
+    cache: TokenCache,
+    patches: Array,
+    ids_keep: Array,
+    outputs: Sequence[str] | None = None,
+) -> dict[str, Array]:
+    """Run one update, and write what it gives into the cache.
+
+    Args:
+        engine: of a cached graph of these sizes.
+        patches: as the graph takes them, `(B, K, P * P * C)`.
+        ids_keep: which they are, int64 `(B, K)`, each once.
+        outputs: what to return; default: all but the new rows.
+
+    Returns:
+        The graph's outputs: `cls (B, D)`, `tokens (B, K, D)` of the recomputed patches in their order, `pooled` and
+        `logits` of the whole frame.
+    """
+    states = {name: new_rows(name) for name in cache.rows}
+    own = [name for name in engine.output_names if name not in states.values()]
+    wanted = check_outputs(outputs, own)
+    last = [name for name in ("tokens", f"block_{cache.shape.depth - 1}") if name in own][:1]
+    inputs = update_inputs(cache, patches, ids_keep, engine.input_names)
+    found = engine.run(inputs, tuple(dict.fromkeys([*wanted, *last, *states.values()])))
+    for stream, ids in enumerate(ids_keep):
+        rows = np.concatenate([[0], 1 + ids])
+        for name, new in states.items():
+            cache.rows[name][stream][:, rows] = found[new][stream]
+        for name in last:
+            cache.tokens[stream, ids] = found[name][stream]
+        cache.computed[stream, ids] = True
+    return {name: found[name] for name in wanted}
+
+
+def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Sequence[str]) -> dict[str, Array]:
+    """What the graph takes for an update, by its names; keys and values are the cache's own memory."""
+    shape, B = cache.shape, len(ids_keep)
+    others = cache.computed.copy()
+    others[np.arange(B)[:, None], ids_keep] = False
+    # Where no old row counts, one that is masked stands for all: a whole frame costs what it costs without a cache.
+    alone = shape.fixed_keep is None and not others.any()
+    inputs = {PATCHES: patches, IDS_KEEP: ids_keep}
+    if alone:
+        size = (B, shape.num_heads, 1, shape.embed_dim // shape.num_heads)
+        inputs |= {CACHE_MASK: np.zeros((B, 1), np.float32)}
+        inputs |= dict.fromkeys(cache.rows, np.zeros(size, shape.dtype))
+    else:
+        inputs |= {CACHE_MASK: np.pad(others.astype(np.float32), ((0, 0), (1, 0))), **cache.rows}
+    if REST in names:
+        inputs[REST] = np.matmul(others[:, None].astype(np.float32), cache.tokens)[:, 0]
+    return inputs
+
+
+class Sequences:
+    """A cached graph as a function: each sample is a stream that begins with nothing, is updated a few times, and gives
+    what the last update gave.
+
+    Its inputs are `patches (S, M, P * P * C)`, `ids_keep (S, M)` and `updates (S, U)`: how many of the M patches each
+    update takes, the same of every sample.
+    """
+
+    def __init__(self, engine: Engine, shape: CacheShape) -> None:
+        self.engine, self.shape = engine, shape
+        self.profiles: Sequence[Mapping[str, Sequence[int]]] = ()
+
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run all updates of these samples, side by side."""
+        patches, ids_keep, updates = inputs[PATCHES], inputs[IDS_KEEP], inputs[UPDATES]
+        cache = TokenCache.empty(self.shape, len(ids_keep))
+        ends = np.cumsum(updates[0])
+        found: dict[str, Array] = {}
+        for first, last in zip([0, *ends[:-1]], ends, strict=True):
+            part, ids = (np.ascontiguousarray(array[:, first:last]) for array in (patches, ids_keep))
+            found = update_cache(self.engine, cache, part, ids, outputs)
+        return found
+
+
+def runner(engine: Engine, manifest: Manifest) -> Runner:
+    """What runs golden samples: the engine, or for a cached graph sequences of its updates."""
+    return Sequences(engine, CacheShape.of(manifest)) if manifest["token_mode"] == "cached" else engine
