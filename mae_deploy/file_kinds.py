@@ -89,11 +89,8 @@ def look_at(path: Path) -> FileKind:
         tail = file.read()
     if not size:
         return FileKind("an empty file", AGAIN, stands_in=True)
-    if not any(head):
-        return FileKind("full of zeros, as an unfinished download leaves it", AGAIN, stands_in=True)
-    for beginning, words, hint in _POINTERS:
-        if head.startswith(beginning):
-            return FileKind(words, hint, stands_in=True)
+    if (instead := stand_in(head)) is not None:
+        return instead
     for offset, beginning, words, remedy in _MAGIC:
         if head[offset:].startswith(beginning):
             return FileKind(words, remedy)
@@ -108,6 +105,17 @@ def look_at(path: Path) -> FileKind:
     if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):
         return FileKind("a pickle", weights="pickle")
     return _protobuf(path, head) or _flax(head) or _text(head) or _unknown(head)
+
+
+def stand_in(head: bytes) -> FileKind | None:
+    """What took the place of the file that was meant, by its first bytes: a pointer, a web page, zeros."""
+    if head and not any(head):
+        return FileKind("full of zeros, as an unfinished download leaves it", AGAIN, stands_in=True)
+    for beginning, words, hint in _POINTERS:
+        if head.startswith(beginning):
+            return FileKind(words, hint, stands_in=True)
+    text = _text(head)
+    return text if text is not None and text.stands_in else None
 
 
 def _zip(path: Path, size: int) -> FileKind:

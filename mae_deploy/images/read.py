@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib.util
 import io
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.file_kinds import look_at
+from mae_deploy.file_kinds import stand_in
 from mae_deploy.images.arrays import (
     NUMPY_SUFFIX,
     TIFF_SUFFIXES,
@@ -38,6 +37,9 @@ Item = TypeVar("Item")
 Value = TypeVar("Value")
 
 _TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+
+_HEAD = 4096
+"""Bytes of a file that is no image by which it may be known."""
 
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """TIFF's tags."""
@@ -169,13 +171,23 @@ def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
     except MaeDeployError:
         raise
     except Exception as error:
-        # Not a list of types: on damaged files, Pillow's plug-ins raise nearly all that Python has.
-        empty = content == b"" if content is not None else os.path.exists(path) and os.path.getsize(path) == 0
-        # Pillow names bytes by their address, under which the same file would be reported anew each time.
-        reason = "the file is empty" if empty else " ".join(str(error).replace(repr(file), "").split())
-        if not empty and content is None and path.is_file() and (kind := look_at(path)).stands_in:
-            reason = f"it is {kind.words}"
+        # Not a list of types: on damaged files, Pillow's plug-ins raise nearly all that Python has. It names bytes by
+        # their address, under which the same file would be reported anew each time.
+        reason = _what_is_there(path, content) or " ".join(str(error).replace(repr(file), "").split())
         raise UnreadableImage(f"{path}: {reason}") from error
+
+
+def _what_is_there(path: Path, content: bytes | None) -> str | None:
+    """What took the image's place: nothing, a pointer, a web page."""
+    try:
+        with io.BytesIO(content) if content is not None else path.open("rb") as file:
+            head = file.read(_HEAD)
+    except OSError:
+        return None
+    instead = stand_in(head)
+    return (
+        "the file is empty" if not head else f"it is {instead.words}; {instead.hint}" if instead is not None else None
+    )
 
 
 def name_of_bytes(content: bytes) -> Path:

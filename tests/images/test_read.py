@@ -123,6 +123,27 @@ def test_more_than_eight_bits_need_pixel_max(tmp_path: Path) -> None:
         read(write_npy(tmp_path / "a.npy", bands_image(0)), pixel_max=None)
 
 
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n",
+            "it is a Git LFS pointer, .*git lfs pull",
+        ),
+        (b"<!DOCTYPE html><html></html>", "it is a web page"),
+        (bytes(5000), "it is full of zeros"),
+        (b"", "the file is empty"),
+        (b"hello", "cannot identify image file"),
+    ],
+    ids=["pointer", "page", "zeros", "empty", "text"],
+)
+def test_what_took_an_images_place_is_named(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "a.jpg").write_bytes(content)
+    for given in (None, content):
+        with pytest.raises(UnreadableImage, match=rf"a\.jpg: {reason}"):
+            read_image(tmp_path / "a.jpg", content=given)
+
+
 @pytest.mark.parametrize("suffix", [".npy", ".tif"])
 @pytest.mark.parametrize("kept", [0, 3, 60, 500])
 def test_files_that_are_cut_short_are_unreadable(tmp_path: Path, suffix: str, kept: int) -> None:

@@ -112,6 +112,8 @@ def labelled_files(folder: Path, class_names: tuple[str, ...] | None = None) -> 
             raise ConfigError(f"{other} and {path} are the same folder, but two classes", hint="remove the link")
         found = survey(path)
         classes[path.name] = found.images or found.arrays
+        for rest in (*found.archives, *found.tables, *(found.arrays if found.images else ())):
+            found.left_out.add(rest.suffix.lower(), str(rest.relative_to(folder)))
         left_out.merge(found.left_out)
         if not classes[path.name]:
             left_out.add("class folders without images", path.name)

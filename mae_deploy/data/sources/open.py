@@ -4,7 +4,6 @@ of them, nothing is guessed.
 
 from __future__ import annotations
 
-import glob
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -13,7 +12,7 @@ from pathlib import Path
 from mae_deploy.data.config import Columns
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.files import class_folders, folder_hint, image_files, labelled_files
-from mae_deploy.data.sources.patterns import is_shards, is_streamed, shards_in
+from mae_deploy.data.sources.patterns import files_of, is_shards, is_streamed, shards_in
 from mae_deploy.data.sources.shards import ShardSource, shard_images
 from mae_deploy.data.sources.tables import TableSource, find_tables, name_files
 from mae_deploy.errors import ConfigError
@@ -106,14 +105,23 @@ def labelled_val(data: Path, class_names: tuple[str, ...] | None, split: str | N
     """
     if split is not None:
         return labelled_images(data, split, class_names, exact=True)
+    data = data if data.name else data.resolve()
+    if data.is_dir() and data.name not in _SPLITS["val"] and (has_split(data, "val") or has_split(data, "train")):
+        return labelled_images(data, "val", class_names)
+    return labelled_whole(data, class_names)
+
+
+@permissions_said()
+def labelled_whole(data: Path, class_names: tuple[str, ...] | None = None, columns: Columns = _USUAL) -> ImageSource:
+    """All images of a folder of classes, shards or tables, or of a single table or tar file."""
     if tables := find_tables(data) if data.is_file() else []:
-        return TableSource(str(data), tables, _USUAL, labelled=True, class_names=class_names)
+        return TableSource(str(data), tables, columns, labelled=True, class_names=class_names)
     if data.is_file() and is_shards(str(data)):
         return shard_images(str(data), labelled=True, class_names=class_names)
+    if not data.is_dir():
+        return labelled_images(data, "val", class_names)  # which says what is wrong
     data = data if data.name else data.resolve()
-    if not data.is_dir() or (data.name not in _SPLITS["val"] and (has_split(data, "val") or has_split(data, "train"))):
-        return labelled_images(data, "val", class_names)
-    return labelled_images(data.parent, data.name, class_names, exact=True)
+    return labelled_images(data.parent, data.name, class_names, columns, exact=True)
 
 
 @permissions_said()
@@ -136,7 +144,7 @@ def beside_splits(root: Path | str, splits: Iterable[str]) -> list[str]:
     root = Path(root)
     used = {path for split in splits for name in _names(split) for path in (root / name, *_files(root, name))}
     used |= {path.parent for path in used} - {root.parent}
-    tables = [*root.glob("*.parquet"), *root.glob("data/*.parquet")]
+    tables = [table for folder in (root, root / "data") for table in files_of(folder, ".parquet")]
     beside = [*class_folders(root), *shards_in(root), *tables] if root.is_dir() else []
     return sorted(str(path.relative_to(root)) for path in beside if path not in used)
 
@@ -208,9 +216,8 @@ def _files(root: Path, name: str, *suffixes: str) -> list[Path]:
         path
         for suffix in suffixes or tuple(found)
         for folder in found[suffix]
-        for pattern in (f"{glob.escape(name)}{suffix}", f"{glob.escape(name)}-*{suffix}")
-        for path in root.glob(folder + pattern)
-        if path.is_file()
+        for path in files_of(root / folder, suffix)
+        if path.stem == name or path.stem.startswith(f"{name}-")
     )
 
 
@@ -219,7 +226,7 @@ def _names(split: str) -> tuple[str, ...]:
 
 
 def _entries(root: Path) -> list[str]:
-    tables = sorted(root.glob("data/*.parquet"))
+    tables = files_of(root / "data", ".parquet")
     found = sorted(root.iterdir(), key=lambda path: (not path.is_dir(), path.name))
     found = [path for path in found if path.name != "data" or not tables]
     shown = [f"{path.name}/" if path.is_dir() else path.name for path in found if not path.name.startswith(".")]

@@ -24,7 +24,7 @@ from mae_deploy.data.sources.members import (
     label_of,
     label_stem,
 )
-from mae_deploy.data.sources.patterns import local_shards
+from mae_deploy.data.sources.patterns import local_shards, missing_parts
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
 from mae_deploy.images.left_out import LeftOut
@@ -91,8 +91,11 @@ class ShardSource(Encoded):
             )
         self.name = name
         self.left_out = LeftOut()
+        missing_parts(paths, self.left_out)
         for shard in shards:
             self.left_out.merge(shard.left_out)
+            if not shard.names:
+                self.left_out.add("shards without images", shard.path.name)
         self._paths = [shard.path for shard in shards]
         counts = [len(shard.names) for shard in shards]
         # Arrays, not lists: worker processes share their memory for as long as nobody counts references to a million

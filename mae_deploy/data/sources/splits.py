@@ -10,8 +10,7 @@ import numpy as np
 
 from mae_deploy.data.config import Columns, ValidationConfig
 from mae_deploy.data.sources.base import ImageSource, hold_out
-from mae_deploy.data.sources.files import labelled_files
-from mae_deploy.data.sources.open import beside_splits, has_split, labelled_images
+from mae_deploy.data.sources.open import beside_splits, has_split, labelled_images, labelled_whole
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.find import permissions_said, survey
 from mae_deploy.images.left_out import LeftOut
@@ -38,10 +37,11 @@ def labelled_splits(
     """
     columns = columns or Columns()
     if validation.val_share is not None and not has_split(data, "train"):
-        train: ImageSource = labelled_files(Path(data), class_names)
-        splits = [path.name for path in Path(data).iterdir()]
+        train = labelled_whole(Path(data), class_names, columns)
+        unused = []
     else:
-        train, splits = labelled_images(data, "train", class_names, columns), ["train"]
+        train = labelled_images(data, "train", class_names, columns)
+        unused = beside_splits(data, ["train"])
     if class_names is None and len({*train.labels}) < 2:  # a teacher's logits tell more than one class
         raise ConfigError(
             f"all {len(train)} images of {train.name} are of one class, {_only_class(train)}", hint=_below(train)
@@ -51,8 +51,8 @@ def labelled_splits(
     else:
         name = validation.val_split
         val = labelled_images(data, name or "val", train.class_names, columns, exact=name is not None)
-        splits.append(name or "val")
-    announce(data, {"train": train, "val": val}, beside_splits(data, splits))
+        unused = beside_splits(data, ["train", name or "val"])
+    announce(data, {"train": train, "val": val}, unused)
     return train, val
 
 

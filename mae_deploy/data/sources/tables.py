@@ -14,6 +14,7 @@ import numpy as np
 
 from mae_deploy.data.config import Columns
 from mae_deploy.data.sources.base import UNLABELLED, Encoded, match_classes, numbers_of, read_file
+from mae_deploy.data.sources.patterns import files_of, missing_parts
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
 from mae_deploy.images.left_out import LeftOut
@@ -49,7 +50,7 @@ def find_tables(data: Path) -> list[Path]:
                 hint="save it again with flatten_indices().save_to_disk(…)",
             )
         return [data / entry["filename"] for entry in state["_data_files"]]
-    return sorted(data.glob("[!.]*.parquet")) if data.is_dir() else []
+    return files_of(data, ".parquet") if data.is_dir() else []
 
 
 def name_files(paths: Sequence[Path], columns: Columns) -> bool:
@@ -83,14 +84,17 @@ class TableSource(Encoded):
         self.name = name
         self.left_out = LeftOut()
         self._folder = paths[0].parent
+        missing_parts(paths, self.left_out)
         tables = [_open(path) for path in paths]
         self._image = _column(tables[0].schema, columns.image, _IMAGES, "--image-column", name)
+        _check_columns(paths, tables, self._image)
         self._chunks = [chunk for table in tables for chunk in table.column(self._image).chunks]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         self.class_names: tuple[str, ...] | None = None
         self._labels = np.full(self._starts[-1], UNLABELLED, np.int64)
         if labelled:
             column = _column(tables[0].schema, columns.label, _LABELS, "--label-column", name)
+            _check_columns(paths, tables, column)
             values = [value for table in tables for value in table.column(column).to_pylist()]
             self._labels, self.class_names = _labels(
                 values, _class_names(tables[0].schema, column, self._folder), class_names, name
@@ -153,6 +157,13 @@ def _column(schema: Any, wanted: str | None, usual: Sequence[str], option: str, 
         if known in schema.names:
             return known
     raise ConfigError(f"{name} has the columns {', '.join(schema.names)}", hint=f"say with {option} which one it is")
+
+
+def _check_columns(paths: Sequence[Path], tables: Sequence[Any], column: str) -> None:
+    for path, table in zip(paths, tables, strict=True):
+        if column not in table.schema.names:
+            there = ", ".join(table.schema.names)
+            raise ConfigError(f"{path} has the columns {there}, and not {column}, as {paths[0].name} has")
 
 
 def _class_names(schema: Any, column: str, folder: Path) -> tuple[str, ...] | None:

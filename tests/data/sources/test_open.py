@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mae_deploy.cli import main
@@ -261,3 +262,70 @@ def test_a_folder_that_may_not_be_read_is_an_error(
     for call in calls:
         with pytest.raises(ConfigError, match=rf"^cannot read the folder {folder}: Permission denied"):
             call()
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def test_parts_that_are_missing_are_said(images: Path, tmp_path: Path) -> None:
+    for part in (0, 3):
+        pq.write_table(table_of(images).slice(part, 2), tmp_path / f"train-0000{part}-of-00004.parquet")
+    found = labelled_images(tmp_path, "train")
+    assert (len(found), found.left_out.counts) == (4, {"missing parts": 2})
+    assert "such as train-00001-of-00004.parquet" in str(found.left_out)
+    members = [("0.png", next(images.rglob("*.png")).read_bytes())]
+    write_shard(tmp_path / "tars" / "a-000-of-002.tar", members)
+    assert unlabelled_images(tmp_path / "tars").left_out.counts == {"missing parts": 1}
+    write_shard(tmp_path / "tars" / "a-001-of-002.tar", members)
+    assert not unlabelled_images(tmp_path / "tars").left_out
+    assert not unlabelled_images(tmp_path / "tars" / "a-000-of-002.tar").left_out  # chosen, and the other is there
+
+
+def test_every_table_has_the_columns(images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tables"
+    folder.mkdir()
+    pq.write_table(table_of(images), folder / "a.parquet")
+    pq.write_table(table_of(images).rename_columns(["photo", "label"]), folder / "b.parquet")
+    with pytest.raises(ConfigError, match=r"b.parquet has the columns photo, label, and not image, as a.parquet has"):
+        unlabelled_images(folder)
+
+
+def test_suffixes_in_capitals(images: Path, tmp_path: Path) -> None:
+    members = [(f"{number % 2}/{number}.PNG", file.read_bytes()) for number, file in enumerate(images.rglob("*.png"))]
+    write_shard(tmp_path / "tars" / "TRAIN.TAR", members)
+    assert len(unlabelled_images(tmp_path / "tars" / "TRAIN.TAR")) == len(unlabelled_images(tmp_path / "tars")) == 11
+    write_shard(tmp_path / "set" / "train" / "A.TAR", members)
+    pq.write_table(table_of(images), tmp_path / "A.PARQUET")
+    assert len(labelled_images(tmp_path / "set", "train")) == len(unlabelled_images(tmp_path / "A.PARQUET")) == 11
+
+
+def test_what_lies_in_class_folders_beside_images_is_counted(images: Path, tmp_path: Path) -> None:
+    write_classes(tmp_path)
+    write_shard(tmp_path / "train" / "dark" / "more.tar", [("0.png", next(images.rglob("*.png")).read_bytes())])
+    np.save(tmp_path / "train" / "light" / "mask.npy", np.zeros((2, 2), np.uint8))
+    assert labelled_images(tmp_path, "train").left_out.counts == {".tar": 1, ".npy": 1}
+
+
+def test_shards_without_images_are_said(images: Path, tmp_path: Path) -> None:
+    write_shard(tmp_path / "tars" / "a.tar", [])
+    write_shard(tmp_path / "tars" / "b.tar", [("0.png", next(images.rglob("*.png")).read_bytes())])
+    assert unlabelled_images(tmp_path / "tars").left_out.counts == {"shards without images": 1}
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "tables", "tar", "table"])
+def test_a_share_of_data_without_splits(images: Path, tmp_path: Path, kind: str) -> None:
+    data = tmp_path / "set"
+    data.mkdir()
+    files = sorted(images.rglob("*.png"))
+    for number, file in enumerate(files):
+        if kind == "folder":
+            (data / str(number % 2)).mkdir(exist_ok=True)
+            (data / str(number % 2) / file.name).write_bytes(file.read_bytes())
+    if kind in ("shards", "tar"):
+        members = [(f"{number % 2}/{file.name}", file.read_bytes()) for number, file in enumerate(files)]
+        write_shard(data / "a.tar", members)
+    if kind in ("tables", "table"):
+        pq.write_table(table_of(images), data / "a.parquet")
+    given = {"tar": data / "a.tar", "table": data / "a.parquet"}.get(kind, data)
+    train, val = labelled_splits(given, ValidationConfig(val_share=0.4), seed=0)
+    assert (len(train), len(val), train.class_names) == (7, 4, ("0", "1"))
