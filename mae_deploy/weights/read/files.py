@@ -198,7 +198,7 @@ def read_content(file: Path) -> Any:
 def _instead(path: Path) -> str:
     """What is there in its place."""
     if not path.is_dir():
-        return ", which is no file or folder" if path.exists() else ": there is no such file or folder"
+        return ", which is no file or folder" if path.exists() else ""
     names = sorted(entry.name for entry in path.iterdir())
     found = next((words for name, words in _OTHER_FOLDERS if fnmatch.filter(names, name)), None)
     return f", which is {found}" if found else f", a folder with {', '.join(names[:4]) or 'nothing in it'}"
