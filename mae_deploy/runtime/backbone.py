@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.preprocess import Preprocess
@@ -20,6 +22,7 @@ from mae_deploy.runtime.inputs import (
     NumKeep,
     first_frames,
     image_batch,
+    is_batch,
     patch_batch,
     pixel_batch,
     token_batch,
@@ -118,7 +121,8 @@ class Backbone:
         num_keep: NumKeep | None = None,
         outputs: Sequence[str] | None = None,
     ) -> Features:
-        """Features of one image or of many, always with the batch as the first axis, in the graph's own type.
+        """Features of one image or of many, always with the batch as the first axis, in the graph's own type. Many are
+        prepared and run in parts of the largest batch that was checked.
 
         Args:
             images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images
@@ -137,7 +141,16 @@ class Backbone:
             ConfigError: images, indices or outputs that this bundle cannot take.
             MaeDeployError: the engine fails or is closed.
         """
-        return self._run(image_batch(images, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
+        spec, dtype = self.preprocess, self.bundle.image_dtype
+        if not is_batch(images) or not len(images):
+            return self._run(1, lambda _: image_batch(images, spec, dtype), keep, num_keep, outputs)
+        return self._run(
+            len(images),
+            lambda part: image_batch(images[part], spec, dtype, first=part.start),
+            keep,
+            num_keep,
+            outputs,
+        )
 
     def run_cropped(
         self,
@@ -148,7 +161,8 @@ class Backbone:
         outputs: Sequence[str] | None = None,
     ) -> Features:
         """As a call, for images that `preprocess.crop` made: `(B, H, W, C)`, neither resized nor cropped again."""
-        return self._run(pixel_batch(pixels, self.preprocess, self.bundle.image_dtype), keep, num_keep, outputs)
+        spec, dtype = self.preprocess, self.bundle.image_dtype
+        return self._run(len(pixels), lambda part: pixel_batch(pixels[part], spec, dtype), keep, num_keep, outputs)
 
     def new_cache(self, batch: int = 1) -> TokenCache:
         """The memory of so many streams, of which nothing was computed yet; see `update`.
@@ -218,13 +232,37 @@ class Backbone:
         self.close()
 
     def _run(
-        self, images: Array, keep: Keep | None, num_keep: NumKeep | None, outputs: Sequence[str] | None
+        self,
+        count: int,
+        take: Callable[[slice], Array],
+        keep: Keep | None,
+        num_keep: NumKeep | None,
+        outputs: Sequence[str] | None,
     ) -> Features:
+        """Run `count` images in parts of the largest batch that was checked, so that memory does not follow `count`;
+        `take` gives a part as the graph takes it.
+        """
         names = check_outputs(outputs, self.output_names)
-        if self.bundle.token_mode == "cached":
-            return self._whole_frames(images, keep, names)
-        inputs = {IMAGES: images, **token_batch(self.bundle, keep, num_keep, len(images))}
-        return Features(run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names))
+        size = self.bundle.largest_batch
+        if self.engine.profiles:
+            size = max(profile["B"][2] for profile in self.engine.profiles)
+        tokens: dict[str, Array] = {}
+        found: dict[str, Array] = {}
+        for start in range(0, count, size):
+            part = slice(start, start + size)
+            images = take(part)
+            if self.bundle.token_mode == "cached":
+                outcome: dict[str, Array] = self._whole_frames(images, keep, names)
+            else:
+                tokens = tokens or token_batch(self.bundle, keep, num_keep, count)
+                inputs = {IMAGES: images, **{name: rows[part] for name, rows in tokens.items()}}
+                outcome = run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names)
+            if count <= size:
+                return Features(outcome)
+            found = found or {name: np.empty((count, *rows.shape[1:]), rows.dtype) for name, rows in outcome.items()}
+            for name, rows in outcome.items():
+                found[name][part] = rows
+        return Features(found)
 
     def _whole_frames(self, images: Array, keep: Keep | None, names: Sequence[str]) -> Features:
         """Each image as the first frame of a stream of its own."""

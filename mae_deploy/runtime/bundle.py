@@ -116,6 +116,11 @@ class Bundle:
         return self.manifest["batch"]
 
     @property
+    def largest_batch(self) -> int:
+        """The largest batch for which the graph was checked."""
+        return self.fixed_batch or self.manifest["profile"]["B"][2]
+
+    @property
     def fixed_keep(self) -> int | None:
         """The K of `ids_keep (B, K)` that the graph is fixed to; None: any, or a full graph."""
         return self.manifest["keep"]

@@ -17,6 +17,7 @@ from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, PATCHES, TOKEN_INPUT
 
 if TYPE_CHECKING:
     from PIL import Image
+    from typing_extensions import TypeIs
 
 Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
 Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
@@ -33,7 +34,12 @@ _ACCEPTED = (
 )
 
 
-def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") -> Array:
+def is_batch(images: Images) -> TypeIs[Array | Sequence[Array | Image.Image]]:
+    """Whether it is several images, which can be counted and sliced: a list, or an array of four axes."""
+    return isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
+
+
+def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32", *, first: int = 0) -> Array:
     """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8
     `(B, H, W, C)`.
 
@@ -43,6 +49,7 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
 
     Args:
         dtype: what the graph takes. With uint8 the graph normalises, and no floating-point work is done here.
+        first: number of the first image, by which an error names them.
 
     Raises:
         ConfigError: no images, another type, dtype or shape, or a Pillow image that cannot be decoded.
@@ -61,7 +68,7 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32") 
     if not images:
         raise ConfigError("there are no images", hint="give at least one")
     return pixel_batch(
-        np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images)]), preprocess, dtype
+        np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images, first)]), preprocess, dtype
     )
 
 

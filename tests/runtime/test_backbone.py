@@ -41,6 +41,52 @@ def visible(visible_bundle: Path) -> Backbone:
     return Backbone.load(visible_bundle, threads=1)
 
 
+# --- many images at once ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["list", "uint8", "float32"])
+def test_any_number_of_images_is_run_in_parts_that_were_checked(
+    full_bundle: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone = Backbone.load(full_bundle)
+    images: Any = [photo(H, W, seed=index) for index in range(70)]
+    single = [backbone(image) for image in images]
+    if kind != "list":
+        images = np.stack(images)
+    if kind == "float32":
+        images = backbone.preprocess.normalise(images)
+    sizes: list[int] = []
+    run = backbone.engine.run
+
+    def spy(inputs: dict[str, Array], outputs: Any = None) -> dict[str, Array]:
+        sizes.append(len(inputs["images"]))
+        return run(inputs, outputs)
+
+    monkeypatch.setattr(backbone.engine, "run", spy)
+    found = backbone(images)
+    assert sizes == [32, 32, 6]  # the tiny bundle was checked for batches of 1 to 32
+    assert_same(found, {name: np.concatenate([one[name] for one in single]) for name in OUTPUTS})
+
+
+def test_each_part_gets_its_own_patches(visible: Backbone, ragged: Backbone) -> None:
+    images = [photo(seed=index) for index in range(37)]
+    rng = np.random.default_rng(0)
+    keep = np.stack([rng.permutation(N)[:K] for _ in images])
+    expected = np.concatenate([visible(image, row).tokens for image, row in zip(images, keep, strict=True)])
+    np.testing.assert_allclose(visible(images, keep).tokens, expected, atol=ATOL)
+    lengths = rng.integers(1, K, len(images))
+    rows = [row[:length] for row, length in zip(keep, lengths, strict=True)]
+    tokens = ragged(images, rows).tokens
+    for found, image, row in zip(tokens, images, rows, strict=True):
+        np.testing.assert_allclose(found[: len(row)], ragged(image, row).tokens[0], atol=ATOL)
+        assert not found[len(row) :].any()
+
+
+def test_an_image_that_cannot_be_taken_has_its_own_number(full: Backbone) -> None:
+    with pytest.raises(ConfigError, match="image 40: "):
+        full([*[photo()] * 40, np.zeros((3, 3), np.int64)])
+
+
 # --- images ----------------------------------------------------------------------------------------------------------
 
 
