@@ -530,3 +530,12 @@ def test_no_default_is_infinite_or_nan() -> None:
 
     for config, required in COMMANDS:
         assert all(math.isfinite(number) for number in numbers(to_dict(from_dict(config, required)))), config
+
+
+def test_ranges_of_whole_numbers() -> None:
+    for value in ("0-3,7", ["0-3", 7], "0-3, 7"):
+        assert from_dict(PredictConfig, {"bundle": "b", "images": ["i"], "keep": value}).keep == (0, 1, 2, 3, 7)
+    assert from_dict(PredictConfig, {"bundle": "b", "images": ["i"], "affinity": "2-3"}).affinity == (2, 3)
+    for value in ("3-0", "0-9999999", "0-", "1-2-3"):
+        with pytest.raises(ConfigError, match=rf"^keep '{value}' is not "):
+            from_dict(PredictConfig, {"bundle": "b", "images": ["i"], "keep": value})

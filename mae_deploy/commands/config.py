@@ -84,8 +84,10 @@ class PredictConfig(Settings, resume="never"):
     outputs: tuple[str, ...] | None = setting(None, metavar="NAME,…")
     """Outputs to compute, by name; default: all."""
     keep: tuple[int, ...] | None = None
-    """Patches that the encoder sees, row-major indices separated by commas (visible, ragged and reconstruct bundles);
-    default: all."""
+    """Patches that the encoder sees, row-major indices and ranges such as 0-48,60 (visible, ragged and reconstruct
+    bundles); default: all."""
+    keep_mask: Path | None = None
+    """These patches as a mask instead: a .npy file that is true where a patch is seen, (N,) or (rows, columns)."""
     num_keep: int | None = None
     """See this many patches of each image instead, drawn at random."""
     batch_size: int | None = setting(None, at_least=1)
@@ -101,6 +103,11 @@ class PredictConfig(Settings, resume="never"):
     """Seed of --num-keep."""
     device: Device = "cpu"
     """Where to compute; auto takes the GPU where there is one."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        given = {"--keep": self.keep, "--keep-mask": self.keep_mask, "--num-keep": self.num_keep}
+        if len(names := [name for name, value in given.items() if value is not None]) > 1:
+            yield ConfigError(f"{' and '.join(names)} exclude one another")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

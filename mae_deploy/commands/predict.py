@@ -25,6 +25,7 @@ from mae_deploy.results import Items, Result
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
+from mae_deploy.runtime.inputs import patch_indices
 from mae_deploy.runtime.predict import Predictions, class_labels, rank
 
 _TABLE = 100
@@ -49,21 +50,22 @@ def run_predict(config: PredictConfig) -> Result:
             )
         )
         bundle = backbone.bundle
+        keep = config.keep if config.keep_mask is None else _read_mask(config.keep_mask, bundle)
         names = config.outputs or _usual_outputs(bundle, writing=config.out is not None)
-        written = None if config.out is None else stack.enter_context(_open(config.out, config, backbone, paths, names))
+        written = None if config.out is None else stack.enter_context(_open(config, keep, backbone, paths, names))
         predictions = Predictions(
             backbone,
             paths,
             batch_size=config.batch_size,
-            keep=config.keep,
+            keep=keep,
             num_keep=config.num_keep,
             seed=config.seed,
             outputs=names,
             start=0 if written is None else written.done,
         )
         found = _Found(bundle, config.top_k, written, paths)
-        if written is not None:
-            _say_size(config, bundle, len(paths), names)
+        if config.out is not None:
+            _say_size(config.out, bundle, len(paths), names, config.num_keep or (keep and len(keep)))
         try:
             with progress("predict", len(paths), done=predictions.done) as bar:
                 for batch, features in predictions:
@@ -163,10 +165,33 @@ def _check_out(path: Path) -> None:
         import_optional("pyarrow", extra="parquet")
 
 
+def _read_mask(path: Path, bundle: Bundle) -> tuple[int, ...]:
+    """The patches that a mask keeps.
+
+    Raises:
+        ConfigError: no NumPy file, or a mask of another shape.
+    """
+    try:
+        mask = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise ConfigError(f"--keep-mask {path} is not a .npy file: {' '.join(str(error).split())}") from error
+    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biu":
+        raise ConfigError(f"--keep-mask {path} is no array of booleans")
+    indices = patch_indices(mask.astype(bool), bundle)
+    if isinstance(indices, list):
+        raise ConfigError(f"--keep-mask {path} has a mask for each of {len(indices)} images", hint="give one for all")
+    return tuple(np.asarray(indices).tolist())
+
+
 def _open(
-    out: Path, config: PredictConfig, backbone: Backbone, paths: Sequence[Path], names: Sequence[str]
+    config: PredictConfig,
+    keep: tuple[int, ...] | None,
+    backbone: Backbone,
+    paths: Sequence[Path],
+    names: Sequence[str],
 ) -> FeatureFile:
     """The file, where rows of the same call are taken over."""
+    assert config.out is not None
     hashes = {
         name: entry["sha256"]
         for name, entry in backbone.bundle.manifest["files"].items()
@@ -177,11 +202,11 @@ def _open(
         "bundle": _digest([json.dumps(hashes, sort_keys=True).encode()]),
         "engine": backbone.engine.name,
         "outputs": list(names),
-        "keep": config.keep,
+        "keep": keep,
         "num_keep": config.num_keep,
         "seed": config.seed,
     }
-    return FeatureFile(out, identity)
+    return FeatureFile(config.out, identity)
 
 
 def _digest(parts: Any) -> str:
@@ -201,15 +226,13 @@ def _usual_outputs(bundle: Bundle, *, writing: bool) -> tuple[str, ...]:
     return ("logits",) if "logits" in vectors else vectors or bundle.output_names[:1]
 
 
-def _say_size(config: PredictConfig, bundle: Bundle, count: int, names: Sequence[str]) -> None:
+def _say_size(out: Path, bundle: Bundle, count: int, names: Sequence[str], num_keep: int | None) -> None:
     """What will be written and how large it gets, and what not.
 
     Raises:
         ConfigError: the disk has no room for it.
     """
-    assert config.out is not None
-    keep = config.num_keep or (len(config.keep) if config.keep is not None else None)
-    keep = bundle.fixed_keep or keep or bundle.num_patches
+    keep = bundle.fixed_keep or num_keep or bundle.num_patches
     sizes = {
         entry["name"]: count
         * np.dtype(entry["dtype"]).itemsize
@@ -220,11 +243,11 @@ def _say_size(config: PredictConfig, bundle: Bundle, count: int, names: Sequence
     others = [f"{name} ({_bytes(sizes[name])})" for name in bundle.output_names if name not in names]
     rest = f"; not {', '.join(others)} without --outputs" if others else ""
     notice("writing:", f"{', '.join(names)} of {count} images, {_bytes(total)}{rest}")
-    folder = next(parent for parent in config.out.absolute().parents if parent.is_dir())
+    folder = next(parent for parent in out.absolute().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if 2 * total > free:
         raise ConfigError(
-            f"--out {config.out} takes {_bytes(2 * total)} while it is written, and {folder} has {_bytes(free)} left",
+            f"--out {out} takes {_bytes(2 * total)} while it is written, and {folder} has {_bytes(free)} left",
             hint="ask for fewer --outputs, or write to another disk",
         )
 

@@ -132,7 +132,8 @@ class Backbone:
             keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles
                 exported with `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of
                 unequal length, and give back `tokens` of the longest, zero where a row has ended. None keeps all.
-                `tokens` come back in the order of `keep`.
+                `tokens` come back in the order of `keep`. Also ranges as text, `"0-48,60"`, or boolean masks: `(N,)`
+                or `(rows, columns)` of the grid for every image, or one for each.
             num_keep: `(B,)`: only so many indices of each row of `keep (B, K)` are real, the others may be anything;
                 for ragged bundles.
             outputs: names of the outputs to compute; None for all.

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
+from mae_deploy.config import expand_range
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, UnreadableImage, is_image
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import TypeIs
 
 Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
-Keep: TypeAlias = "Array | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
+Keep: TypeAlias = "Array | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
 NumKeep: TypeAlias = "Array | Sequence[int]"
 
 _ACCEPTED_ARRAYS = (
@@ -140,6 +141,7 @@ def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, bat
                 hint=f"pass keep, the indices of {number} patches",
             )
         keep = np.arange(bundle.num_patches)
+    keep = patch_indices(keep, bundle, num_keep)
     if num_keep is not None:
         ids, lengths = _given_rows(keep, num_keep, batch)
     else:
@@ -148,6 +150,43 @@ def token_batch(bundle: Bundle, keep: Keep | None, num_keep: NumKeep | None, bat
     _check_patches(ids, lengths, bundle.num_patches)
     inputs = {IDS_KEEP: np.ascontiguousarray(ids, dtype=np.int64), NUM_KEEP: lengths}
     return {name: inputs[name] for name in TOKEN_INPUTS[mode]}
+
+
+def patch_indices(keep: Keep, bundle: Bundle, num_keep: NumKeep | None = None) -> Keep:
+    """Ranges such as `0-48,60`, and boolean masks, as the indices that they stand for; indices as they are.
+
+    Args:
+        keep: a mask is `(N,)`, or `(rows, columns)` of the grid, for every image, or such a one for each.
+
+    Raises:
+        ConfigError: no such range, a mask of another shape, one that keeps nothing, or `num_keep` beside a mask.
+    """
+    if isinstance(keep, str):
+        items = [item for part in keep.replace(" ", "").split(",") if part for item in expand_range(part, "keep")]
+        try:
+            return [int(item) for item in items]
+        except ValueError as error:
+            raise ConfigError(f"keep '{keep}' is not a list of patches", hint="such as '0-48,60'") from error
+    try:
+        masks = np.asarray(keep)
+    except ValueError:  # rows of unequal length: masks all have N values
+        return keep
+    if masks.dtype != np.bool_ or not masks.size:
+        return keep
+    if num_keep is not None:
+        raise ConfigError("num_keep does not go with a mask, which says itself how many", hint="leave num_keep out")
+    N, P = bundle.num_patches, bundle.model["patch_size"]
+    grid = tuple(side // P for side in bundle.model["image_size"])
+    flat = masks.reshape(*masks.shape[:-2], -1) if masks.shape[-2:] == grid else masks
+    if flat.ndim > 2 or flat.shape[-1] != N:
+        raise ConfigError(
+            f"the mask has the shape {masks.shape}",
+            hint=f"a mask is ({N},) or {grid} for every image, or such a one for each",
+        )
+    rows = [np.flatnonzero(row) for row in np.atleast_2d(flat)]
+    if empty := [number for number, row in enumerate(rows) if not row.size]:
+        raise ConfigError(f"mask {empty[0]} keeps no patch", hint="each image needs at least one")
+    return rows[0] if flat.ndim == 1 else rows
 
 
 def _given_rows(keep: Keep, num_keep: NumKeep, batch: int) -> tuple[Array, Array]:

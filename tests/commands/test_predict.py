@@ -280,6 +280,43 @@ def test_given_patches(exported: Path, photos: Path, tmp_path: Path, capsys: pyt
     np.testing.assert_allclose(arrays_of(tmp_path / "f.npz")["tokens"], expected.tokens, rtol=0, atol=1e-6)  # as above
 
 
+def test_patches_as_a_range_or_a_mask(
+    exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask = np.zeros((3, 5), bool)
+    mask[0, 1:4] = True
+    np.save(tmp_path / "mask.npy", mask)
+    whole = predict(capsys, exported / "encoder", photos, "--out", tmp_path / "a.npz", "--keep", "1,2,3")
+    for name, given in (("b", ("--keep", "1-3")), ("c", ("--keep-mask", tmp_path / "mask.npy"))):
+        predict(capsys, exported / "encoder", photos, "--out", tmp_path / f"{name}.npz", *given)
+        for output in whole["outputs"]:
+            np.testing.assert_array_equal(
+                arrays_of(tmp_path / f"{name}.npz")[output], arrays_of(tmp_path / "a.npz")[output]
+            )
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (np.ones((5, 3), bool), "the mask has the shape (5, 3)"),
+        (np.ones((2, 15), bool), "has a mask for each of 2 images"),
+        (np.ones(15, np.float32), "is no array of booleans"),
+        (None, "is not a .npy file"),
+    ],
+)
+def test_masks_that_cannot_be_taken(
+    exported: Path,
+    photos: Path,
+    tmp_path: Path,
+    content: Array | None,
+    said: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "mask.npy").write_text("no mask") if content is None else np.save(tmp_path / "mask.npy", content)
+    assert main(["predict", str(exported / "encoder"), str(photos), "--keep-mask", str(tmp_path / "mask.npy")]) == 2
+    assert said in capsys.readouterr().err
+
+
 def test_random_patches_follow_the_seed(
     exported: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -378,7 +415,7 @@ def test_a_suffix_that_is_not_written(
         ("classifier", ["--outputs", "tokens"], "no output 'tokens'"),
         ("encoder", ["--keep", "0,15"], "keep has the patch 15"),
         ("encoder", ["--keep", "4,4"], "keep has the patch 4 twice for one image"),
-        ("encoder", ["--keep", "0", "--num-keep", "3"], "keep and num_keep exclude one another"),
+        ("encoder", ["--keep", "0", "--num-keep", "3"], "--keep and --num-keep exclude one another"),
         ("encoder", ["--num-keep", "16"], "num_keep 16 cannot be used"),
         ("encoder", ["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         ("encoder", ["--engine", "abacus"], "unknown engine 'abacus'"),

@@ -238,7 +238,7 @@ def test_the_same_patches_for_every_image(visible: Backbone) -> None:
         ([[0, 1], [2, 2]], "the patch 2 twice"),
         ([[0, 1], [2]], "rows of unequal length"),
         ([0.0, 1.0], "whole numbers, not float64"),
-        ([True, False], "whole numbers, not bool"),
+        ([True, False], r"the mask has the shape \(2,\)"),
         (["a"], "whole numbers, not <U1"),
         ([None], "whole numbers, not object"),
         ([], r"shape \(0,\) for 2 images"),
@@ -252,6 +252,72 @@ def test_the_same_patches_for_every_image(visible: Backbone) -> None:
 def test_patches_that_cannot_be_taken(visible: Backbone, keep: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         visible(np.zeros((2, C, H, W), np.float32), keep)
+
+
+def mask_of(*patches: int) -> Array:
+    mask = np.zeros(N, bool)
+    mask[list(patches)] = True
+    return mask
+
+
+GRID = (H // P, W // P)
+
+
+@pytest.mark.parametrize(
+    "keep",
+    [
+        mask_of(2, 5, 11),
+        mask_of(2, 5, 11).tolist(),
+        mask_of(2, 5, 11).reshape(GRID),
+        np.stack([mask_of(2, 5, 11)] * 2),
+        np.stack([mask_of(2, 5, 11).reshape(GRID)] * 2),
+        [mask_of(2, 5, 11)] * 2,
+        "2,5, 11",
+    ],
+    ids=["mask", "list", "grid", "masks", "grids", "list of masks", "text"],
+)
+def test_masks_and_text_are_the_patches_that_they_stand_for(visible: Backbone, keep: Any) -> None:
+    images = [photo(), photo(seed=1)]
+    assert_same(visible(images, keep), dict(visible(images, [2, 5, 11])))
+
+
+def test_a_range_is_its_numbers(visible: Backbone) -> None:
+    expected = dict(visible(photo(), [0, 1, 2, 3, 9]))
+    for keep in ("0-3,9", [*range(4), 9]):
+        assert_same(visible(photo(), keep), expected)
+    assert_same(visible(photo(), range(4)), dict(visible(photo(), "0-3")))
+
+
+def test_a_mask_for_each_image(visible: Backbone, ragged: Backbone) -> None:
+    images = [photo(), photo(seed=1)]
+    uneven = [mask_of(2, 5, 11), mask_of(0, 4)]
+    assert_same(ragged(images, np.stack(uneven)), dict(ragged(images, [[2, 5, 11], [0, 4]])))
+    even = np.stack([mask_of(2, 5), mask_of(0, 4)])
+    assert_same(visible(images, even), dict(visible(images, [[2, 5], [0, 4]])))
+    with pytest.raises(ConfigError, match="keep has rows of unequal length"):
+        visible(images, np.stack(uneven))
+
+
+@pytest.mark.parametrize(
+    ("keep", "num_keep", "message"),
+    [
+        (np.ones(N + 1, bool), None, rf"the mask has the shape \({N + 1},\)"),
+        (np.ones(GRID[::-1], bool), None, "the mask has the shape"),
+        (np.zeros(N, bool), None, "mask 0 keeps no patch"),
+        (np.ones((2, N), bool), None, r"keep has the shape \(2, 21\) for 1 images"),
+        ("3-1", None, "keep '3-1' is not a range"),
+        ("1-x", None, "keep '1-x' is not a list of patches"),
+        ("", None, "keep has "),
+    ],
+)
+def test_masks_and_ranges_that_cannot_be_taken(visible: Backbone, keep: Any, num_keep: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        visible(photo(), keep, num_keep=num_keep)
+
+
+def test_a_mask_says_itself_how_many(ragged: Backbone) -> None:
+    with pytest.raises(ConfigError, match="num_keep does not go with a mask"):
+        ragged(photo(), mask_of(1, 2), num_keep=[1])
 
 
 def test_the_same_patch_in_two_images_is_no_double(visible: Backbone) -> None:
