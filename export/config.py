@@ -55,8 +55,8 @@ class ExportConfig(Settings, resume="never"):
     to all patches, usually a quarter. For TensorRT several, separated by ';', each with kernels of its own: 'B:1,1,1
     K:49,49,49; B:8,32,64 K:20,49,196'."""
     outputs: tuple[str, ...] | None = setting(None, basic=True, metavar="NAME,…")
-    """Outputs by name: cls, tokens, pooled, logits, feature_map, block_I, p2 to p5, pixels; default: all of the first
-    four that the model has."""
+    """Outputs by name: cls, tokens, pooled, logits, probs (their softmax, which servers such as nvinfer want),
+    feature_map, block_I, p2 to p5, pixels; default: all of the first four that the model has."""
     layers: tuple[int, ...] | None = setting(None, at_least=0)
     """Also the patch tokens after these blocks, counted from 0, as outputs block_I."""
     pyramid: str | None = setting(None, metavar="PATH|random")

@@ -35,7 +35,7 @@ from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
@@ -272,9 +272,9 @@ def _calib_images(
 ) -> CalibrationImages | None:
     """The images of --calib-data, once it is clear that INT8 can be had as asked for."""
     int8 = config.int8
-    if int8.max_drop is not None and "logits" not in names:
+    if int8.max_drop is not None and not {*CLASS_OUTPUTS} & {*names}:
         raise ConfigError(
-            "--max-drop is about logits, which this graph does not give",
+            "--max-drop is about logits or probs, which this graph does not give",
             hint="--min-sqnr and --min-cosine limit the loss of features",
         )
     if int8.int8_attention:

@@ -17,6 +17,7 @@ from mae_deploy.errors import CheckFailed
 from mae_deploy.export.job import Arrays, ExportJob, keep_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.registry import OPENVINO, load_engine, open_graph
@@ -159,7 +160,7 @@ def refuse(job: ExportJob, failures: list[str]) -> CheckFailed:
 def labels(job: ExportJob) -> np.ndarray[Any, np.dtype[np.int64]] | None:
     """The class of every sample, where all lie in folders named by class."""
     names = job.loaded.metadata.class_names
-    if names is None or not job.samples.paths or "logits" not in job.names:
+    if names is None or not job.samples.paths or not {*CLASS_OUTPUTS} & {*job.names}:
         return None
     folders = [path.parent.name for path in job.samples.paths]
     return np.array([names.index(folder) for folder in folders]) if set(folders) <= set(names) else None
@@ -169,5 +170,6 @@ def _accuracy(job: ExportJob, expected: Arrays, found: Arrays) -> tuple[float, f
     classes = labels(job)
     if classes is None:
         return None
-    reference, graph = (float(100 * (outputs["logits"].argmax(1) == classes).mean()) for outputs in (expected, found))
+    output = next(name for name in CLASS_OUTPUTS if name in job.names)
+    reference, graph = (float(100 * (outputs[output].argmax(1) == classes).mean()) for outputs in (expected, found))
     return reference, graph

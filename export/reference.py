@@ -108,6 +108,7 @@ class Reference:
             if model.pool == "avg":
                 values["pooled"] = model.fc_norm(values["pooled"])
             values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
+            values["probs"] = values["logits"].float().softmax(dim=-1)
         if updates is not None:
             return values
         values["feature_map"] = feature_map(tokens[:, 1:], ids_keep, model.config)

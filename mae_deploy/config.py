@@ -14,15 +14,15 @@ import inspect
 import itertools
 import math
 import operator
-import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mae_deploy.errors import ConfigError, MaeDeployError, import_optional, raise_all
+from mae_deploy.text import expand_range
 
 C = TypeVar("C")
 
@@ -369,7 +369,7 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     elif not isinstance(value, list | tuple):
         value = [value]
     if kinds == (int, Ellipsis):
-        value = [number for item in value for number in expand_range(item, where)]
+        value = [number for item in value for number in expand_range(item)]
     if kinds[-1] is Ellipsis:
         return tuple(_coerce(kinds[0], item, where) for item in value)
     if len(value) == 1:  # --image-size 224 is 224,224
@@ -378,21 +378,6 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
         given = ",".join(map(str, value))
         raise ConfigError(f"{where} '{given}' is not one value or {len(kinds)} separated by commas")
     return tuple(_coerce(kind, item, where) for kind, item in zip(kinds, value, strict=True))
-
-
-def expand_range(item: Any, where: str) -> Iterable[Any]:
-    """The whole numbers that `4-7` stands for; anything else is itself.
-
-    Raises:
-        ConfigError: the larger number is first, or there are more than a million.
-    """
-    match = re.fullmatch(r"(\d+)-(\d+)", item) if isinstance(item, str) else None
-    if match is None:
-        return (item,)
-    first, last = int(match[1]), int(match[2])
-    if not first <= last < first + 1_000_000:
-        raise ConfigError(f"{where} '{item}' is not a range", hint="write the smaller number first, such as 0-48")
-    return range(first, last + 1)
 
 
 def to_plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.files import read_json
-from mae_deploy.text import decode_text
+from mae_deploy.text import decode_text, expand_range
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -21,3 +21,10 @@ def test_no_text() -> None:
     with pytest.raises(UnicodeDecodeError):
         decode_text(b"caf\xe9")
     assert decode_text(b"caf\xe9", errors="surrogateescape") == "caf\udce9"
+
+
+def test_ranges() -> None:
+    assert list(expand_range("4-7")) == [4, 5, 6, 7]
+    assert list(expand_range("3-3")) == [3]
+    for item in ("7-4", "0-1000000", "4", "-4", "4-", "1-2-3", "a-b", 4, "9" * 30 + "-" + "9" * 31):
+        assert list(expand_range(item)) == [item]

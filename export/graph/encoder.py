@@ -274,7 +274,7 @@ class _Graph:
         """Only what was asked for, and what that needs."""
         b, B, D = self.builder, self.batch, self.config.width
         values: dict[str, tuple[str, list[Dim]]] = {}
-        wanted = {*names, *({"pooled" if self.averaged else "cls"} if "logits" in names else ())}
+        wanted = {*names, *({"pooled" if self.averaged else "cls"} if {"logits", "probs"} & {*names} else ())}
         if "cls" in wanted:
             values["cls"] = b.node("Gather", [tokens, b.scalar(0, np.int64)], "outputs/cls", axis=1), [B, D]
         if wanted & {"tokens", "pooled"}:
@@ -282,11 +282,11 @@ class _Graph:
         if "pooled" in wanted:
             pooled = self._mean(values["tokens"][0])
             values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
-        if "logits" in names:
-            values["logits"] = (
-                writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head"),
-                [B, self.metadata.num_classes or 0],
-            )
+        if {"logits", "probs"} & wanted:
+            logits = writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head")
+            values["logits"] = logits, [B, self.metadata.num_classes or 0]
+            if "probs" in names:
+                values["probs"] = b.node("Softmax", [logits], "outputs/probs", axis=-1), values["logits"][1]
         if "feature_map" in names:
             values["feature_map"] = self._feature_map(tokens, "tokens"), [B, D, *self.config.grid_size]
         return values

@@ -13,6 +13,7 @@ from mae_deploy.export.graph.precision import Island, Precision, Typing
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig, ObjectiveConfig
 from mae_deploy.models.pyramid import LEVELS
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS
 
 TokenMode = Literal["full", "visible", "ragged", "reconstruct", "cached"]
 Images = Literal["float32", "float16", "uint8"]
@@ -75,8 +76,8 @@ def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyr
     blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
     maps = () if token_mode == "cached" else ("feature_map", *(LEVELS if pyramid else ()))
     if metadata.kind == "classifier" and metadata.pool == "avg":
-        return ("logits", "pooled", *maps[1:], *blocks)
-    names = ("logits",) if metadata.kind == "classifier" else ()
+        return (*CLASS_OUTPUTS, "pooled", *maps[1:], *blocks)
+    names = CLASS_OUTPUTS if metadata.kind == "classifier" else ()
     names = (*names, "cls", "tokens", "pooled", *maps, *blocks)
     return ("pixels", *names) if token_mode == "reconstruct" else names
 

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,8 @@ from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
 from mae_deploy.runtime.inputs import patch_indices
-from mae_deploy.runtime.predict import Predictions, class_labels, rank
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS
+from mae_deploy.runtime.predict import Predictions, class_labels, class_scores, rank
 
 _TABLE = 100
 """More images than these are printed line by line: a table would first hold and measure them all."""
@@ -65,7 +66,7 @@ def run_predict(config: PredictConfig) -> Result:
         )
         found = _Found(bundle, config.top_k, written, paths)
         if config.out is not None:
-            _say_size(config.out, bundle, len(paths), names, config.num_keep or (keep and len(keep)))
+            _say_size(config.out, bundle, len(paths), names, config.num_keep or len(keep or ()) or None)
         try:
             with progress("predict", len(paths), done=predictions.done) as bar:
                 for batch, features in predictions:
@@ -108,15 +109,15 @@ class _Found:
             notice("going on:", f"{written.done} of {len(paths)} images are in {written.folder}")
             bad = {path for path, _ in written.left_out}
             self.paths = [path for path in paths[: written.done] if str(path) not in bad]
-            for logits in written.chunks("logits") if "logits" in written.columns else ():
-                self._rank(logits)
+            for name in CLASS_OUTPUTS:
+                for rows in written.chunks(name) if name in written.columns and not self.ranks else ():
+                    self._rank({name: rows})
 
     def add(self, paths: list[Path], features: Features, predictions: Predictions) -> None:
         """Take a batch."""
         self.paths += paths
         self.shapes = {name: [len(self.paths), *array.shape[1:]] for name, array in features.items()}
-        if "logits" in features:
-            self._rank(features["logits"])
+        self._rank(features)
         if self._written is not None:
             new = [(str(bad.path), bad.reason) for bad in predictions.unreadable[self._reported :]]
             self._reported = len(predictions.unreadable)
@@ -144,9 +145,10 @@ class _Found:
         for path, classes in self._best():
             yield {"image": path, "classes": "  ".join(f"{name} {share:.1%}" for name, share in classes)}
 
-    def _rank(self, logits: Array) -> None:
-        self._labels = class_labels(self._class_names, logits.shape[1])
-        self.ranks.append(rank(logits, self._top_k))
+    def _rank(self, features: Mapping[str, Array]) -> None:
+        if (logits := class_scores(features)) is not None:
+            self._labels = class_labels(self._class_names, logits.shape[1])
+            self.ranks.append(rank(logits, self._top_k))
 
     def _best(self) -> Iterator[tuple[Path, list[tuple[str, float]]]]:
         rows = (
@@ -223,7 +225,7 @@ def _usual_outputs(bundle: Bundle, *, writing: bool) -> tuple[str, ...]:
     vectors = tuple(entry["name"] for entry in bundle.manifest["graph"]["outputs"] if len(entry["shape"]) == 2)
     if writing:
         return vectors or bundle.output_names
-    return ("logits",) if "logits" in vectors else vectors or bundle.output_names[:1]
+    return (bundle.class_output,) if bundle.class_output is not None else vectors or bundle.output_names[:1]
 
 
 def _say_size(out: Path, bundle: Bundle, count: int, names: Sequence[str], num_keep: int | None) -> None:

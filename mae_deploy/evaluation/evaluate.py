@@ -32,7 +32,6 @@ from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.manifest import MANIFEST_FILE
 from mae_deploy.seeding import random_patches
 
-_LOGITS = "logits"
 _BATCH = 64
 
 
@@ -119,12 +118,14 @@ class _Bundle:
             config.model, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
         )
         bundle = self._backbone.bundle
-        entry = next((entry for entry in bundle.manifest["graph"]["outputs"] if entry["name"] == _LOGITS), None)
+        outputs = {entry["name"]: entry for entry in bundle.manifest["graph"]["outputs"]}
+        entry = outputs.get(bundle.class_output or "")
         if entry is None:
             raise ConfigError(
-                f"{config.model} has no logits, only {', '.join(bundle.output_names)}",
+                f"{config.model} has no logits and no probs, only {', '.join(bundle.output_names)}",
                 hint="export a fine-tuned checkpoint",
             )
+        self._output = entry["name"]
         self.description = f"{bundle.precision} on {self._backbone.engine.name}"
         self.num_classes, self.num_patches = int(entry["shape"][-1]), bundle.num_patches
         self.class_names = tuple(bundle.class_names) if bundle.class_names is not None else None
@@ -157,7 +158,7 @@ class _Bundle:
                         for keep in keeps
                     ]
                     found = [
-                        backbone.run_cropped(pixels, ids_keep, outputs=[_LOGITS])[_LOGITS].astype(np.float32)
+                        backbone.run_cropped(pixels, ids_keep, outputs=[self._output])[self._output].astype(np.float32)
                         for ids_keep in ids
                     ]
                     yield found, labels[[index for index, _ in kept]]

@@ -23,6 +23,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.manifest import (
     BLOCKS,
+    CLASS_OUTPUTS,
     IDS_KEEP,
     IMAGES,
     MANIFEST_FILE,
@@ -190,6 +191,11 @@ class Bundle:
     def blocks(self) -> tuple[str, ...]:
         """The graph's tensors after each encoder block; empty where the golden samples do not cover them."""
         return tuple(self.manifest["graph"]["blocks"])
+
+    @property
+    def class_output(self) -> str | None:
+        """The output that tells classes: logits, else probs; None without either."""
+        return next((name for name in CLASS_OUTPUTS if name in self.output_names), None)
 
     @property
     def class_names(self) -> list[str] | None:

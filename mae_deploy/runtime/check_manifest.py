@@ -12,6 +12,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.json_types import check
 from mae_deploy.runtime.manifest import (
     CACHE_MASK,
+    CLASS_OUTPUTS,
     IDS_KEEP,
     IMAGES,
     NUM_KEEP,
@@ -196,7 +197,7 @@ def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
     shapes: dict[str, list[Dim]] = {
         "cls": [B, D],
         "pooled": [B, D],
-        "logits": [B, "classes" if classes is None else len(classes)],
+        **{output: [B, "classes" if classes is None else len(classes)] for output in CLASS_OUTPUTS},
         "feature_map": [B, D, *grid],
         "pixels": [B, manifest["num_patches"], P * P * C],
         **{level: [B, "channels", "height", "width"] for level in ("p2", "p3", "p4", "p5")},

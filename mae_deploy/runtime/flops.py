@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mae_deploy.runtime.manifest import Manifest, ModelEntry, TensorEntry
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, Manifest, ModelEntry, TensorEntry
 
 
 def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
@@ -24,8 +24,8 @@ def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
         if not isinstance(decoder, Mapping):
             return None
         operations += _decoder(model, decoder, num_keep, manifest["num_patches"])
-    if "logits" in outputs:
-        operations += 2 * model["embed_dim"] * int(outputs["logits"]["shape"][-1])
+    if classes := next((outputs[name]["shape"][-1] for name in CLASS_OUTPUTS if name in outputs), None):
+        operations += 2 * model["embed_dim"] * int(classes)
     return operations + sum(
         _pyramid_level(model, entry) for name, entry in outputs.items() if name in ("p2", "p3", "p4", "p5")
     )

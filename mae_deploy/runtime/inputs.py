@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from mae_deploy.config import expand_range
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import take_patches
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, PATCHES, TOKEN_INPUTS, UPDATES
+from mae_deploy.text import expand_range
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -162,7 +162,7 @@ def patch_indices(keep: Keep, bundle: Bundle, num_keep: NumKeep | None = None) -
         ConfigError: no such range, a mask of another shape, one that keeps nothing, or `num_keep` beside a mask.
     """
     if isinstance(keep, str):
-        items = [item for part in keep.replace(" ", "").split(",") if part for item in expand_range(part, "keep")]
+        items = [item for part in keep.replace(" ", "").split(",") if part for item in expand_range(part)]
         try:
             return [int(item) for item in items]
         except ValueError as error:

@@ -51,6 +51,9 @@ TOKEN_INPUTS: dict[str, tuple[str, ...]] = {
 """What a graph of each token mode takes beside the images, or the patches in their place; all int64. A cached graph
 also takes the cache."""
 
+CLASS_OUTPUTS = ("logits", "probs")
+"""The outputs of a classifier's head, one value a class: as they are, and their softmax."""
+
 BLOCKS = "blocks"
 """The array of the golden file that holds PyTorch's tokens after each block."""
 
@@ -176,7 +179,7 @@ class Manifest(TypedDict):
     decoder: dict[str, Any] | None
     """Depth, width and heads of the decoder of a `reconstruct` graph."""
     class_names: list[str] | None
-    """In the order of the logits."""
+    """In the order of the logits and probabilities."""
     token_mode: TokenMode
     num_patches: int
     """Patches that `ids_keep` counts: those of the grid, of each group of bands."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +140,14 @@ def rank(logits: Array, k: int) -> tuple[Array, Array]:
     probabilities = exponents / exponents.sum(axis=1, keepdims=True)
     best = np.argsort(-probabilities, axis=1, kind="stable")[:, :k]
     return best, np.take_along_axis(probabilities, best, axis=1)
+
+
+def class_scores(features: Mapping[str, Array]) -> Array | None:
+    """Logits `(B, classes)`, or what stands for them where there are probabilities only; None without either."""
+    if "logits" in features or "probs" not in features:
+        return features.get("logits")
+    scores: Array = np.log(np.maximum(features["probs"].astype(np.float64), np.finfo(np.float64).tiny))
+    return scores
 
 
 def class_labels(class_names: Sequence[str] | None, num_classes: int) -> Sequence[str]:

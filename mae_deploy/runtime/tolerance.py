@@ -28,8 +28,8 @@ class Tolerance:
     sqnr_db: float | None = None
     """The least signal-to-noise ratio in dB."""
     top1_agreement: float | None = None
-    """The least share of samples with the same most likely class (logits only). Unless it is 1, one sample may always
-    differ: one of eight does not refute 99 %."""
+    """The least share of samples with the same most likely class (logits and probs only). Unless it is 1, one sample
+    may always differ: one of eight does not refute 99 %."""
 
     def __post_init__(self) -> None:
         limits = self.to_dict()

@@ -14,8 +14,9 @@ from pathlib import Path
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.manifest import IMAGES, EngineEntry
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IMAGES, EngineEntry
 
 INFER_FILE = "config_infer.txt"
 PREPROCESS_FILE = "config_preprocess.txt"
@@ -35,6 +36,11 @@ _CUSTOM_LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/gst-plugins/libcustom2d
 _GEOMETRY = """\
 # nvinfer alone squeezes the whole frame into the input. The model was trained on the centre of the image: for what it
 # saw, put nvdspreprocess with {preprocess} in front, and set input-tensor-meta=1 on nvinfer.
+"""
+
+_UNSURE = """\
+# nvinfer takes the output for probabilities: where all logits are below 0, it names no class. Export with
+# --outputs probs.
 """
 
 _FRAME_NOTE = """\
@@ -70,7 +76,7 @@ def write_deepstream(bundle: Bundle, folder: Path, engine: EngineEntry) -> Path:
         shutil.copyfile(bundle.file(engine["file"]), aside / PLAN_FILE)
         (aside / INFER_FILE).write_text(_infer(bundle, engine), encoding="utf-8")
         (aside / PREPROCESS_FILE).write_text(_preprocess(bundle, engine), encoding="utf-8")
-        if bundle.class_names and "logits" in bundle.output_names:
+        if bundle.class_names and bundle.class_output is not None:
             (aside / LABELS).write_text(";".join(bundle.class_names) + "\n", encoding="utf-8")
     return folder
 
@@ -145,14 +151,20 @@ def _refusal(why: str, *, hint: str) -> ConfigError:
 
 
 def _infer(bundle: Bundle, engine: EngineEntry) -> str:
-    """nvinfer reads classes from FP32 logits where they are the only output; anything else is left to the application,
-    as tensors.
+    """nvinfer reads classes from FP32 probabilities or logits where they are the only output; anything else is left to
+    the application, as tensors. Of logits it takes the largest only if that is above 0.
     """
     spec = bundle.preprocess
     outputs = bundle.manifest["graph"]["outputs"]
-    classifier = bundle.class_names is not None and [(entry["name"], entry["dtype"]) for entry in outputs] == [
-        ("logits", "float32")
-    ]
+    classifier = (
+        bundle.class_names is not None
+        and len(outputs) == 1
+        and outputs[0]["name"] in CLASS_OUTPUTS
+        and outputs[0]["dtype"] == "float32"
+    )
+    unsure = _UNSURE if classifier and outputs[0]["name"] == "logits" else ""
+    if unsure:
+        notice("labels:", "nvinfer names no class where all logits are below 0; export with --outputs probs")
     height, width = spec.image_size
     values: dict[str, object] = {
         "gie-unique-id": 1,
@@ -173,7 +185,7 @@ def _infer(bundle: Bundle, engine: EngineEntry) -> str:
         ),
         "output-tensor-meta": 1,
     }
-    return _GEOMETRY.format(preprocess=PREPROCESS_FILE) + _group("property", values)
+    return _GEOMETRY.format(preprocess=PREPROCESS_FILE) + unsure + _group("property", values)
 
 
 def _preprocess(bundle: Bundle, engine: EngineEntry) -> str:

@@ -20,7 +20,7 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import Bundle, external_data
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, EngineEntry, TensorEntry
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, NUM_KEEP, EngineEntry, TensorEntry
 
 QUEUE_DELAY = 100
 """Microseconds for which a request waits for others to be batched with."""
@@ -117,13 +117,15 @@ class _Served:
 
     @property
     def labels(self) -> list[str] | None:
-        return self.bundle.class_names if "logits" in self.bundle.output_names else None
+        return self.bundle.class_names if self.bundle.class_output is not None else None
 
     def config(self, name: str) -> dict[str, Any]:
         """`config.pbtxt` as a mapping."""
         outputs = [self._tensor(entry) for entry in self.bundle.manifest["graph"]["outputs"]]
         if self.labels:
-            next(output for output in outputs if output["name"] == "logits")["label_filename"] = LABELS
+            for output in outputs:
+                if output["name"] in CLASS_OUTPUTS:
+                    output["label_filename"] = LABELS
         return {
             "name": name,
             "backend": "onnxruntime" if self.engine is None else "tensorrt",

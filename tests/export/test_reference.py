@@ -77,11 +77,13 @@ def test_the_models_own_forward_pass() -> None:
 @pytest.mark.parametrize("pool", ["avg", "cls"])
 def test_the_classifiers_own_forward_pass(pool: Pool) -> None:
     model = tiny_classifier(pool)
-    found = reference_of(model).outputs({"images": IMAGES}, ("pooled", "logits"))
+    found = reference_of(model).outputs({"images": IMAGES}, ("pooled", "logits", "probs"))
     images = torch.from_numpy(IMAGES)
     with torch.no_grad():
         pooled = model.forward_pooled(images) if pool == "avg" else Encoder.forward(model, images)[:, 1:].mean(dim=1)
-        assert_the_same(found, {"pooled": pooled.numpy(), "logits": model(images).numpy()})
+        logits = model(images)
+        expected = {"pooled": pooled, "logits": logits, "probs": logits.softmax(dim=1)}
+        assert_the_same(found, {name: tensor.numpy() for name, tensor in expected.items()})
     assert found["logits"].shape == (SAMPLES, CLASSES)
 
 

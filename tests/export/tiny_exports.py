@@ -174,8 +174,9 @@ def pytorch_outputs(
     }
     if isinstance(model, Classifier):
         found["logits"] = model(torch.from_numpy(images), ids)
+        found["probs"] = found["logits"].softmax(dim=1)
         if model.pool == "avg":
-            found = {"logits": found["logits"], "pooled": model.fc_norm(pooled), **inner}
+            found = {"logits": found["logits"], "probs": found["probs"], "pooled": model.fc_norm(pooled), **inner}
     if isinstance(model, MaskedAutoencoder) and ids is not None:
         found["pixels"] = model.forward_decoder(last, _ids_restore(ids, model.config.num_patches))
     return {name: tensor.numpy() for name, tensor in found.items()}

@@ -305,7 +305,7 @@ def test_a_mask_for_each_image(visible: Backbone, ragged: Backbone) -> None:
         (np.ones(GRID[::-1], bool), None, "the mask has the shape"),
         (np.zeros(N, bool), None, "mask 0 keeps no patch"),
         (np.ones((2, N), bool), None, r"keep has the shape \(2, 21\) for 1 images"),
-        ("3-1", None, "keep '3-1' is not a range"),
+        ("3-1", None, "keep '3-1' is not a list of patches"),
         ("1-x", None, "keep '1-x' is not a list of patches"),
         ("", None, "keep has "),
     ],

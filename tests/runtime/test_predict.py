@@ -12,7 +12,7 @@ from PIL import Image
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Backbone
-from mae_deploy.runtime.predict import Predictions, top_k
+from mae_deploy.runtime.predict import Predictions, class_scores, top_k
 from tests.runtime.tiny_bundle import C, D, K, N, P, write_bundle
 
 
@@ -220,6 +220,16 @@ def test_top_k_sums_to_one() -> None:
     assert sum(
         share for _, share in top_k(np.random.default_rng(0).normal(size=(1, 11)), None, 11)[0]
     ) == pytest.approx(1)
+
+
+def test_scores_of_probabilities_give_them_back() -> None:
+    probs = np.array([[0.1, 0.7, 0.2], [0.0, 0.4, 0.6]], np.float32)
+    scores = class_scores({"probs": probs, "cls": probs})
+    assert scores is not None
+    for row, classes in zip(probs, top_k(scores, None, 3), strict=True):
+        assert [share for _, share in classes] == pytest.approx(sorted(row, reverse=True))
+    assert class_scores({"logits": probs, "probs": 1 - probs}) is probs
+    assert class_scores({"cls": probs}) is None
 
 
 def test_top_k_errors() -> None:

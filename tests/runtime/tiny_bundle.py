@@ -27,7 +27,12 @@ SAMPLES, K = 5, 4
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
 CLASS_NAMES = [f"class-{index}" for index in range(CLASSES)]
 OUTPUTS = {"cls": ["B", D], "tokens": ["B", "K", D], "pooled": ["B", D], "logits": ["B", CLASSES]}
-MORE_OUTPUTS = {"block_0": ["B", "K", D], "feature_map": ["B", D, *GRID], "pixels": ["B", N, P * P * C]}
+MORE_OUTPUTS = {
+    "probs": ["B", CLASSES],
+    "block_0": ["B", "K", D],
+    "feature_map": ["B", D, *GRID],
+    "pixels": ["B", N, P * P * C],
+}
 """What a graph gives where it is asked for."""
 
 BLOCK_TENSORS = ["block_0_tokens", "block_1_tokens"]
@@ -105,11 +110,18 @@ def reference(
         "tokens": tokens,
         "pooled": pooled,
         "logits": pooled @ w["head_weight"],
+        "probs": _softmax(pooled @ w["head_weight"]),
         "block_0": blocks[:, 0, 1:],
         "feature_map": placed.transpose(0, 2, 1).reshape(-1, D, *GRID),
         "pixels": (placed + w["pos_embed"]) @ w["pixel_weight"],
     }
     return {name: found[name].astype(np.float32) for name in outputs}
+
+
+def _softmax(logits: Array) -> Array:
+    exponents = np.exp(logits - logits.max(axis=1, keepdims=True))
+    shares: Array = exponents / exponents.sum(axis=1, keepdims=True)
+    return shares
 
 
 def golden_inputs(*, visible: bool, keep: int = K, ragged: bool = False, images: str = "float32") -> dict[str, Any]:
@@ -171,6 +183,7 @@ def graph(
         helper.make_node("MatMul", ["pooled32", "cls_weight"], ["cls_linear"]),
         helper.make_node("Tanh", ["cls_linear"], ["cls32"]),
         helper.make_node("MatMul", ["pooled32", "head_weight"], ["logits32"]),
+        helper.make_node("Softmax", ["logits32"], ["probs32"], axis=-1),
         *(_patch_tokens(BLOCK_TENSORS[0], "block_032", token_mode) if "block_0" in outputs else ()),
         *(_placed(chosen) if {"feature_map", "pixels"} & set(outputs) else ()),
         *(helper.make_node("Cast", [f"{name}32"], [name], to=_TYPES[features]) for name in outputs),

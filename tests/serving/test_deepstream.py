@@ -82,9 +82,16 @@ def test_what_nvinfer_is_told(tmp_path: Path) -> None:
     assert "onnx-file" not in infer, "nvinfer would build an engine that nobody has proven"
 
 
-def test_a_classifier_alone_is_read_by_nvinfer(tmp_path: Path) -> None:
-    infer = read(written(tmp_path, outputs=("logits",)) / INFER_FILE)["property"]
+@pytest.mark.parametrize("output", ["probs", "logits"])
+def test_a_classifier_alone_is_read_by_nvinfer(tmp_path: Path, output: str, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = written(tmp_path, outputs=(output,))
+    infer = read(folder / INFER_FILE)["property"]
     assert (infer["network-type"], infer["labelfile-path"], infer["classifier-threshold"]) == ("1", LABELS, "0")
+    # Its parser begins with a confidence of 0: of logits that are all below, it takes none.
+    said = "labels: nvinfer names no class where all logits are below 0; export with --outputs probs\n"
+    assert capsys.readouterr().err == (said if output == "logits" else "")
+    assert ("--outputs probs" in (folder / INFER_FILE).read_text()) == (output == "logits")
+    assert (folder / LABELS).is_file()
 
 
 def test_fp16_logits_are_not_read_by_nvinfer(tmp_path: Path) -> None:

@@ -126,6 +126,9 @@ def test_labels(tmp_path: Path) -> None:
         LABELS
     ]
     assert (model / LABELS).read_text().splitlines() == CLASS_NAMES
+    probs = write_triton(Bundle.load(write_bundle(tmp_path / "probs", outputs=("probs",))), tmp_path / "models")
+    assert config_of(probs)["output"][0]["label_filename"] == [LABELS]
+    assert (probs / LABELS).read_text().splitlines() == CLASS_NAMES
     headless = write_triton(Bundle.load(write_bundle(tmp_path / "features", outputs=("cls",))), tmp_path / "models")
     assert not (headless / LABELS).exists()
     assert "label" not in (headless / "config.pbtxt").read_text()

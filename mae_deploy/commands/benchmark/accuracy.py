@@ -26,7 +26,6 @@ from mae_deploy.seeding import random_patches
 FEATURES = ("pooled", "cls")
 """The outputs that are compared; the first that a graph has."""
 
-LOGITS = "logits"
 
 _CHUNK = 8
 """Images a call."""
@@ -86,7 +85,7 @@ class AccuracyCheck:
             cosine=(
                 _mean_cosine(outputs[features], reference) if features is not None and reference is not None else None
             ),
-            top1=float((outputs[LOGITS].argmax(1) == labels).mean()) if labels is not None else None,
+            top1=float((outputs[bundle.class_output or ""].argmax(1) == labels).mean()) if labels is not None else None,
         )
 
     def _reference(self, loaded: LoadedGraph, bundle: Bundle, features: str) -> Array | None:
@@ -104,7 +103,7 @@ class AccuracyCheck:
     def _run(self, loaded: LoadedGraph, keep: int | None, bundle: Bundle) -> dict[str, Array]:
         """Features and logits of all images, as far as the graph has them."""
         if (loaded, keep) not in self._outputs:
-            names = [name for name in (*FEATURES, LOGITS) if name in bundle.output_names]
+            names = [name for name in (*FEATURES, bundle.class_output) if name in bundle.output_names]
             if bundle.token_mode == "cached" and self._photos is None:  # golden samples are streams, not images
                 names = []
             self._outputs[loaded, keep] = self._compute(loaded, keep, bundle, names) if names else {}
@@ -176,7 +175,7 @@ class _Photos:
         of the bundle.
         """
         classes = bundle.class_names
-        if classes is None or LOGITS not in bundle.output_names:
+        if classes is None or bundle.class_output is None:
             return None
         paths = self.read(bundle.preprocess)[1]
         below = self._folder.is_dir()

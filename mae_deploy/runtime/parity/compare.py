@@ -9,10 +9,14 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.images.read import Array
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS
 from mae_deploy.runtime.tolerance import Tolerance
 
 _LARGEST = 1e150
 """Beyond it squares overflow float64; no output of an encoder comes near, so it counts as infinite."""
+
+_LEAST_PROBABILITY = 1e-6
+"""Below it, FP16 has no digits left."""
 
 _FLAT = 1e-6
 """Samples that differ from their mean by less than this share of their norm do so by float32's rounding only."""
@@ -47,7 +51,7 @@ class Comparison:
     sqnr_db: float = math.nan
     """10 log10(sum of reference² / sum of error²) over all samples; infinite where nothing differs."""
     top1_agreement: float | None = None
-    """Share of samples with the same largest value; logits only."""
+    """Share of samples with the same largest value; logits and probs only."""
 
     def failures(self, tolerance: Tolerance) -> list[str]:
         """What misses the tolerance, a line each; empty where all is met."""
@@ -90,7 +94,8 @@ class Comparison:
 def compare(reference: Array, candidate: Array, name: str) -> Comparison:
     """Compare two arrays `(B, ...)` of one shape, sample by sample; the candidate's dtype does not matter.
 
-    NaN, infinity, another shape or no samples at all give a comparison that fails, with the reason.
+    NaN, infinity, another shape or no samples at all give a comparison that fails, with the reason. Probabilities are
+    compared as the logits that they stand for.
     """
     reason = _reason(reference, candidate)
     if reason is not None:
@@ -98,6 +103,8 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
     B = len(reference)
     expected = reference.astype(np.float64).reshape(B, -1)
     found = candidate.astype(np.float64).reshape(B, -1)
+    if name == "probs":
+        expected, found = _centred_logits(expected), _centred_logits(found)
     cosines = _cosines(*_sums(expected, found))
     error = found - expected
     max_abs = float(np.abs(error).max())
@@ -109,8 +116,17 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
         max_abs=max_abs,
         max_relative=_ratio(max_abs, float(np.abs(expected).max())),
         sqnr_db=_decibels(float(np.square(expected).sum()), float(np.square(error).sum())),
-        top1_agreement=float((expected.argmax(1) == found.argmax(1)).mean()) if name == "logits" else None,
+        top1_agreement=float((expected.argmax(1) == found.argmax(1)).mean()) if name in CLASS_OUTPUTS else None,
     )
+
+
+def _centred_logits(probs_BC: Array) -> Array:
+    """The logits of probabilities, less their mean: a softmax keeps them up to a constant for each sample. As
+    probabilities, the same error of the logits would be many dB more or less, by how sure the classifier is.
+    """
+    logits = np.log(np.maximum(probs_BC, _LEAST_PROBABILITY))
+    centred: Array = logits - logits.mean(axis=1, keepdims=True)
+    return centred
 
 
 def _reason(reference: Array, candidate: Array) -> str | None:

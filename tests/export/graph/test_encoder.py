@@ -331,8 +331,8 @@ BLOCKS = ("block_0", "block_1")
     [
         ("encoder", ("cls", "tokens", "pooled"), ("feature_map", *BLOCKS)),
         ("mae", ("cls", "tokens", "pooled"), ("feature_map", *BLOCKS)),
-        ("avg", ("logits", "pooled"), BLOCKS),
-        ("cls", ("logits", "cls", "tokens", "pooled"), ("feature_map", *BLOCKS)),
+        ("avg", ("logits", "pooled"), ("probs", *BLOCKS)),
+        ("cls", ("logits", "cls", "tokens", "pooled"), ("probs", "feature_map", *BLOCKS)),
     ],
 )
 def test_what_is_given_by_default_and_what_more_there_is(
@@ -529,7 +529,7 @@ def test_what_is_in_the_graph(written: Written) -> None:
     decoder = 1 if written.mode == "reconstruct" else 0
     in_maps = sum(node.op_type == "LayerNormalization" and node.name.startswith("simfp") for node in model.graph.node)
     assert operators["LayerNormalization"] - in_maps == 2 * DEPTH + 1 + 3 * decoder, "two a block, and the final norms"
-    assert operators["Softmax"] == DEPTH + decoder
+    assert operators["Softmax"] == DEPTH + (decoder or 1), "one a block, and that of the classes"
     assert operators["Shape"] == (written.mode == "ragged" and written.keep is None)
     # The patch embedding; q k, weights times v, qkv, proj, fc1 and fc2 a block; the head, or the decoder's first and
     # last; where patches are chosen, the feature map's places before and after the norm, and those of the decoder.
@@ -556,7 +556,8 @@ def test_declared_shapes_are_those_of_the_arrays(written: Written) -> None:
         "p4": [B, 7, 3, 5],
         "p5": [B, 7, 1, 2],
     }
-    own = {"pixels": [B, 15, 12]} if written.mode == "reconstruct" else {"logits": [B, CLASSES]}
+    classes = {"logits": [B, CLASSES], "probs": [B, CLASSES]}
+    own = {"pixels": [B, 15, 12]} if written.mode == "reconstruct" else classes
     declared = {entry.name: entry.shape for entry in graph.get_outputs()}
     assert declared == {
         "cls": [B, 20],

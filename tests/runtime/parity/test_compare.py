@@ -33,6 +33,12 @@ def test_identical_arrays_pass_and_are_plain_json() -> None:
     assert record["reason"] is None
 
 
+def softmax(logits: Array) -> Array:
+    exponents = np.exp(logits)
+    shares: Array = exponents / exponents.sum(axis=1, keepdims=True)
+    return shares
+
+
 def test_hand_computed() -> None:
     expected = np.array([[3.0, 4.0], [5.0, 0.0]])
     found = np.array([[4.0, 3.0], [5.0, 0.0]])
@@ -55,6 +61,27 @@ def test_top1_is_for_logits_only() -> None:
     assert shifted.failures(Tolerance(cosine=1e-9, top1_agreement=0.99))[1:] == [
         "logits: top1_agreement 0 is below 0.8"
     ]
+
+
+def test_probabilities_are_compared_as_their_logits() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (B, D))
+    found = logits + rng.normal(0, 0.05, (B, D))
+    centred = [values - values.mean(axis=1, keepdims=True) for values in (logits, found)]
+    as_logits = compare(centred[0], centred[1], "logits")
+    as_probs = compare(softmax(logits), softmax(found).astype(np.float32), "probs")
+    assert as_probs.sqnr_db == pytest.approx(as_logits.sqnr_db, abs=0.01)
+    assert as_probs.max_abs == pytest.approx(as_logits.max_abs, rel=1e-3)
+    assert as_probs.top1_agreement == as_logits.top1_agreement
+    # A sure classifier that is no more sure is found, though 0.99 and 0.5 are near as logarithms.
+    sure, unsure = np.full((B, 1000), 1e-9), np.full((B, 1000), 1e-9)
+    sure[:, 3], unsure[:, 3], unsure[:, 4] = 1, 0.51, 0.49
+    assert compare(sure, unsure, "probs").sqnr_db < 10
+    # What FP16 cannot hold makes no difference.
+    small = np.full((B, 1000), 1e-7)
+    small[:, 3] = 1
+    assert compare(sure, small, "probs").sqnr_db > 100
+    assert not compare(softmax(logits), logits, "probs").passes(Tolerance(cosine=0.99))
 
 
 @pytest.mark.parametrize(
