@@ -184,10 +184,10 @@ def _what_is_there(path: Path, content: bytes | None) -> str | None:
             head = file.read(_HEAD)
     except OSError:
         return None
+    if not head:
+        return "the file is empty"
     instead = stand_in(head)
-    return (
-        "the file is empty" if not head else f"it is {instead.words}; {instead.hint}" if instead is not None else None
-    )
+    return f"it is {instead.words}" if instead is not None else None
 
 
 def name_of_bytes(content: bytes) -> Path:
