@@ -12,6 +12,7 @@ from typing import Any, Literal
 from mae_deploy.config import Settings, option_name, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.export.int8_config import Int8Config
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.training.config import Device
@@ -83,6 +84,9 @@ class ExportConfig(Settings, resume="never"):
     image_size: tuple[int, int] | None = setting(None, basic=True, at_least=1)
     """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are
     interpolated."""
+    crop_mode: CropMode | None = setting(None, basic=True)
+    """How the bundle fits images of another form: center cuts out the middle, squash changes the aspect ratio, border
+    pads with the mean, letterbox with black; default: as the checkpoint was made."""
     int8: Int8Config = section(Int8Config)
     tensorrt: BuildOptions = section(BuildOptions)
     triton: Path | None = None

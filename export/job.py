@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from mae_deploy.config import from_dict
+from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
@@ -27,11 +27,14 @@ from mae_deploy.export.samples import (
     token_inputs,
     update_inputs,
 )
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
+from mae_deploy.progress import notice
+from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
@@ -41,6 +44,7 @@ from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
+from mae_deploy.weights.read.preprocessing import say_if_guessed
 
 _EXTREME = 2
 """Samples that are also run with every other K that a profile names, where K is dynamic."""
@@ -56,6 +60,8 @@ class ExportJob:
     loaded: LoadedWeights
     """The weights, at the size asked for."""
     preprocess: Preprocess
+    preprocess_from: str | None
+    """What tells it, where a training of ours did not."""
     samples: Samples
     ranges: dict[str, Range]
     names: tuple[str, ...]
@@ -163,6 +169,7 @@ def prepare(config: ExportConfig) -> ExportJob:
     loaded = at_image_size(read_weights(config.checkpoint), config.image_size)
     if config.one_std:
         loaded = _with_one_std(loaded)
+    loaded, preprocess_from = _with_crop_mode(loaded, config.crop_mode)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
     if config.deepstream is not None:
         check_feeding(config.token_mode, config.images, spec, loaded.metadata.class_names)
@@ -179,6 +186,7 @@ def prepare(config: ExportConfig) -> ExportJob:
         config=config,
         loaded=loaded,
         preprocess=spec,
+        preprocess_from=preprocess_from,
         ranges=ranges,
         names=names,
         pyramid=_pyramid(config, encoder),
@@ -295,6 +303,22 @@ def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
         if config.pyramid == "random"
         else load_pyramid(Path(config.pyramid), encoder.width)
     )
+
+
+def _with_crop_mode(loaded: LoadedWeights, crop_mode: CropMode | None) -> tuple[LoadedWeights, str | None]:
+    """Another fit of images than the checkpoint's, where it is asked for, and what tells the preprocessing; says what
+    was changed, and where the checkpoint's is a guess.
+    """
+    spec = from_dict(Preprocess, loaded.metadata.preprocess)
+    told: str | None = loaded.record.get(PREPROCESS_FROM)
+    if crop_mode in (None, spec.crop_mode):
+        if told is not None and "sha256" in loaded.record:  # of a file that was imported just now it has been said
+            say_if_guessed(told)
+        return loaded, told
+    changed = f"crop mode {crop_mode} by export, {spec.crop_mode} in the checkpoint"
+    notice("preprocessing:", f"{changed}; 'mae-deploy eval' compares the accuracy of both")
+    metadata = replace(loaded.metadata, preprocess=to_dict(spec.altered(crop_mode=crop_mode)))
+    return LoadedWeights(metadata, loaded.tensors, loaded.record), "; ".join(filter(None, (told, changed)))
 
 
 def _with_one_std(loaded: LoadedWeights) -> LoadedWeights:

@@ -21,9 +21,11 @@ from mae_deploy.export.proof import GOLDEN, ParityRecord, check_parity, engine_n
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.bundles import PARITY
 from mae_deploy.reporting.licence import say_licence
+from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -154,6 +156,7 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
         np.savez_compressed(file, **golden)
     encoder, metadata = loaded.encoder_config, loaded.metadata
     reports = plan.write_table(folder) if plan is not None else []
+    told = {PREPROCESS_FROM: job.preprocess_from} if job.preprocess_from is not None else {}
     pyramid = {"pyramid": job.pyramid.record} if job.pyramid is not None else {}
     manifest: Manifest = {
         "schema_version": SCHEMA_VERSION,
@@ -178,8 +181,8 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
             "outputs": graph.outputs(),
             "blocks": [block_tensor(index) for index in range(encoder.blocks)],
         },
-        "preprocess": _given(metadata.preprocess),
-        "provenance": {"export": to_dict(config), "checkpoint": loaded.record, **pyramid},
+        "preprocess": _preprocess(job.preprocess),
+        "provenance": {"export": to_dict(config), "checkpoint": loaded.record, **told, **pyramid},
         "licence": (
             metadata.licence if job.pyramid is None else inherited_licence(metadata.licence, job.pyramid.licence)
         ),
@@ -197,6 +200,11 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
 def _given(record: dict[str, Any]) -> dict[str, Any]:
     """Without what is not set: an older version reads the manifest of a model that has nothing of it."""
     return {name: value for name, value in record.items() if value is not None}
+
+
+def _preprocess(spec: Preprocess) -> dict[str, Any]:
+    """Without a crop mode where it is center, as older versions know no other."""
+    return {name: value for name, value in _given(to_dict(spec)).items() if (name, value) != ("crop_mode", "center")}
 
 
 def _golden(job: ExportJob) -> dict[str, Any]:

@@ -7,10 +7,12 @@ from typing import Any
 
 from mae_deploy.checkpoint import find_checkpoint, open_checkpoint
 from mae_deploy.commands.config import InfoConfig
-from mae_deploy.config import to_dict
+from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import read_json
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.reporting.bundles import engine_summary
+from mae_deploy.reporting.preprocess import preprocess_facts, report_facts
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -39,7 +41,7 @@ def run_info(config: InfoConfig) -> Result:
         convert = import_optional("mae_deploy.weights.read.convert", extra="train")
         imported = convert.import_weights(path, convert.ImportOptions())
         report = {"type": "weights", **imported.report}
-        return Result(report, facts_table(str(path), report))
+        return Result(report, facts_table(str(path), report_facts(report)))
     if (path / "config.yaml").is_file():
         raise ConfigError(
             f"{path} is a run without a checkpoint yet", hint="resume it with the same command and --resume"
@@ -62,6 +64,7 @@ def _checkpoint(path: Path) -> Result:
         "model": _model(metadata.encoder),
         "decoder": metadata.decoder or "-",
         "classes": metadata.num_classes or "-",
+        **preprocess_facts(from_dict(Preprocess, metadata.preprocess), metadata.provenance),
         "steps": metadata.step,
         "metrics": metadata.metrics or "-",
         "licence": metadata.licence,
@@ -93,6 +96,7 @@ def _bundle(path: Path) -> Result:
         ),
         "quantization": _scalars(manifest["quantization"] or {}),
         "images": _IMAGES[bundle.image_dtype],
+        **preprocess_facts(bundle.preprocess, manifest["provenance"]),
         "outputs": ", ".join(bundle.output_names),
         **({"cache": _cache(bundle)} if bundle.token_mode == "cached" else {}),
         "classes": len(bundle.class_names) if bundle.class_names else "-",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.images.geometry import CropMode, Interpolation
 
 if TYPE_CHECKING:
     from mae_deploy.images.preprocess import Preprocess
@@ -55,6 +56,12 @@ class DataConfig(Settings):
     default: 8-bit pixels, 255."""
     crop_pct: float | None = setting(None, resume="fixed", above=0, at_most=1)
     """Evaluation crop as a share of the resized image; default: 0.875 up to 224 px, 1.0 above."""
+    crop_mode: CropMode | None = setting(None, resume="fixed")
+    """How evaluation fits images of another form: center cuts out the middle, squash changes the aspect ratio, border
+    pads with --mean, letterbox with black; the latter three show the whole image unless --crop-pct is given; default:
+    the checkpoint's, else center."""
+    interpolation: Interpolation | None = setting(None, resume="fixed")
+    """Filter with which evaluation resizes; default: the checkpoint's, else bicubic."""
     cache: bool = setting(False, resume="free")
     """Keep decoded images in memory, for small sets of small images."""
     repeated_aug: int = setting(1, resume="fixed", at_least=1)
@@ -83,12 +90,14 @@ class DataConfig(Settings):
             if base is not None and base.channels == channels
             else default_preprocess(image_size, channels)
         )
-        given = {
-            name: value
-            for name in ("mean", "std", "crop_pct", "pixel_max")
-            if (value := getattr(self, name)) is not None
-        }
-        return replace(spec, **given)
+        return spec.altered(
+            mean=self.mean,
+            std=self.std,
+            crop_pct=self.crop_pct,
+            crop_mode=self.crop_mode,
+            interpolation=self.interpolation,
+            pixel_max=self.pixel_max,
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

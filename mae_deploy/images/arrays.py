@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
@@ -9,9 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from mae_deploy.errors import MissingDependency, import_optional
+from mae_deploy.images.geometry import Box, Placement
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
-    from PIL import ImageFile
+    from PIL import Image, ImageFile
 
 Array = npt.NDArray[Any]
 
@@ -125,25 +127,37 @@ def channels_last(values: Array) -> Array:
     return values[:, :, None] if values.ndim == 2 else values
 
 
-def resize_and_cut(pixels: Array, size: tuple[int, int], box: tuple[int, int, int, int], interpolation: str) -> Array:
-    """Each channel resized to `size` and cut to `box`, with Pillow's filter: `(H, W, C)` to uint8, where it is uint8,
-    else float32.
+def resize_and_cut(pixels: Array, placed: Placement, interpolation: str, fill: Sequence[float]) -> Array:
+    """Each channel of the part that is placed resized and cut, with Pillow's filter: `(H, W, C)` to uint8, where it is
+    uint8, else float32.
 
     Args:
-        size: width and height.
-        box: left, top, right and bottom.
+        fill: of each channel, what lies outside of the image.
     """
     from PIL import Image
 
     height, width, _ = pixels.shape
     planes = pixels.transpose(2, 0, 1).astype(np.uint8 if pixels.dtype == np.uint8 else np.float32, copy=False)
     made = []
-    for plane in planes:
+    for plane, value in zip(planes, fill, strict=True):
         image = Image.fromarray(np.ascontiguousarray(plane))
-        if size != (width, height):
-            image = image.resize(size, Image.Resampling[interpolation.upper()])
-        made.append(np.asarray(image.crop(box)))
+        if placed.size != (width, height):
+            image = image.resize(placed.size, Image.Resampling[interpolation.upper()])
+        made.append(np.asarray(cut(image, placed.box, [value if image.mode == "F" else min(round(value), 255)])))
     return np.stack(made, axis=2)
+
+
+def cut(image: Image.Image, box: Box, fill: Sequence[float]) -> Image.Image:
+    """A box of an image; what lies outside of the image has the colour `fill`, a number for each channel."""
+    from PIL import Image
+
+    left, top, right, bottom = box
+    if left >= 0 and top >= 0 and right <= image.width and bottom <= image.height:
+        return image.crop(box)
+    colour: Any = fill[0] if len(fill) == 1 else tuple(fill)
+    filled = Image.new(image.mode, (right - left, bottom - top), colour)
+    filled.paste(image, (-left, -top))
+    return filled
 
 
 def require_tiff() -> Any:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.arrays import TIFF_SUFFIXES, require_tiff, resize_and_cut
+from mae_deploy.images.arrays import TIFF_SUFFIXES, cut, require_tiff, resize_and_cut
+from mae_deploy.images.geometry import CropMode, Interpolation, Placement, place
 from mae_deploy.images.read import (
     Array,
     as_array,
@@ -30,31 +31,29 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
-_LONGEST = 100
-"""Longer strips (sides as 1 to 100) are cut to their middle before they are resized: whole, one of 1 × 65,000 pixels
-would take gigabytes."""
-
-_INTERPOLATIONS = ("bicubic", "bilinear", "nearest")
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
-    """Resize, centre crop and normalisation, as written in checkpoints and bundles."""
+    """Resize, crop and normalisation, as written in checkpoints and bundles."""
 
     image_size: tuple[int, int]
     """Height and width in pixels."""
     channels: int = 3
     """Channels of the input: 1 grey, 3 RGB, 4 RGBA, any other number from TIFF and NumPy files."""
     crop_pct: float = 0.875
-    """The crop's side as a share of the resized image's (the original uses 224/256; 1.0 above 224 px)."""
-    interpolation: str = "bicubic"
-    """bicubic, bilinear or nearest."""
+    """The crop's side as a share of the resized image's (the original uses 224/256; 1.0 above 224 px); a letterbox has
+    none."""
+    interpolation: Interpolation = "bicubic"
+    """Pillow's filter of the resize."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     """Per-channel mean of pixels in [0, 1], or of pixels divided by `pixel_max`."""
     std: tuple[float, ...] = IMAGENET_STD
     """Per-channel standard deviation of pixels in [0, 1], or of pixels divided by `pixel_max`."""
     pixel_max: float | None = None
     """Pixels of any type of number, and what they are divided by; None: 8-bit pixels, divided by 255."""
+    crop_mode: CropMode = "center"
+    """center: the aspect ratio is kept, the middle cut out; squash: the sides are resized to the input's, whatever the
+    aspect ratio; border: the aspect ratio is kept, what is missing at the sides filled with `mean` (all three as timm
+    does); letterbox: the same with black, and always the whole image (as DeepStream does)."""
 
     def __post_init__(self) -> None:
         if len(self.mean) != self.channels or len(self.std) != self.channels:
@@ -62,8 +61,11 @@ class Preprocess:
                 f"mean and std need one value for each of {self.channels} channels, not {len(self.mean)} and"
                 f" {len(self.std)}"
             )
-        if self.interpolation not in _INTERPOLATIONS:
-            raise ConfigError(f"interpolation {self.interpolation!r} is not one of {', '.join(_INTERPOLATIONS)}")
+        for name, kind in (("interpolation", Interpolation), ("crop_mode", CropMode)):
+            if (value := getattr(self, name)) not in get_args(kind):
+                raise ConfigError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
+        if not self.crop_pct > 0:
+            raise ConfigError(f"crop_pct {self.crop_pct:g} must be above 0")
         if self.pixel_max is not None and not self.pixel_max > 0:
             raise ConfigError(
                 f"pixel_max {self.pixel_max:g} must be above 0",
@@ -92,11 +94,43 @@ class Preprocess:
             return read_image(name_of_bytes(image), self.channels, self.pixel_max, content=image)
         return read_image(image, self.channels, self.pixel_max)
 
-    def crop(self, image: Image.Image | Array) -> Array:
-        """Resize so that the crop covers `image_size`, and cut out the centre: `(H, W, C)`, uint8 or, where `pixel_max`
-        is given, float32.
+    def altered(
+        self,
+        *,
+        crop_mode: CropMode | None = None,
+        crop_pct: float | None = None,
+        interpolation: Interpolation | None = None,
+        mean: tuple[float, ...] | None = None,
+        std: tuple[float, ...] | None = None,
+        pixel_max: float | None = None,
+    ) -> Preprocess:
+        """With what is given. Another `crop_mode` than center shows the whole image unless `crop_pct` is given too.
 
-        For a square, to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates with.
+        Raises:
+            ConfigError: values that do not fit.
+        """
+        if crop_mode not in (None, "center", self.crop_mode) and crop_pct is None:
+            crop_pct = 1.0
+        given: dict[str, Any] = {
+            "crop_mode": crop_mode,
+            "crop_pct": crop_pct,
+            "interpolation": interpolation,
+            "mean": mean,
+            "std": std,
+            "pixel_max": pixel_max,
+        }
+        return dataclasses.replace(self, **{name: value for name, value in given.items() if value is not None})
+
+    def place(self, found: tuple[int, int]) -> Placement:
+        """To what size an image of this width and height is resized, and which box of it is the input."""
+        return place(self.crop_mode, self.image_size, self.crop_pct, found)
+
+    def crop(self, image: Image.Image | Array) -> Array:
+        """Resize and crop, or fill, to `image_size` as `crop_mode` says: `(H, W, C)`, uint8 or, where `pixel_max` is
+        given, float32.
+
+        For a square, center is to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates
+        with.
 
         Raises:
             UnreadableImage: an array that is not such an image.
@@ -105,11 +139,13 @@ class Preprocess:
 
         if self.takes_arrays:
             return self._crop_array(image)
-        image = _without_far_ends(to_mode(image if is_image(image) else from_array(image), self.channels))
-        size, box = self._place(image.size)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling[self.interpolation.upper()])
-        return np.asarray(image.crop(box)).reshape(*self.image_size, self.channels)
+        image = to_mode(image if is_image(image) else from_array(image), self.channels)
+        placed = self.place(image.size)
+        if placed.part != (0, 0, *image.size):
+            image = image.crop(placed.part)
+        if placed.size != image.size:
+            image = image.resize(placed.size, Image.Resampling[self.interpolation.upper()])
+        return np.asarray(cut(image, placed.box, self._fill)).reshape(*self.image_size, self.channels)
 
     def normalise(self, pixels: Array) -> Array:
         """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255
@@ -127,25 +163,20 @@ class Preprocess:
         """Images of any size, as Pillow images or arrays `(H, W)` or `(H, W, C)`, to float32 `(B, C, H, W)`."""
         return self.normalise(np.stack([self.crop(image) for image in images]))
 
-    def _place(self, found: tuple[int, int]) -> tuple[tuple[int, int], tuple[int, int, int, int]]:
-        """To what width and height an image of this width and height is resized, and the box that is cut out of it."""
-        height, width = self.image_size
-        covered = int(height / self.crop_pct), int(width / self.crop_pct)
-        if covered[0] * found[0] >= covered[1] * found[1]:
-            size = (int(covered[0] * found[0] / found[1]), covered[0])
-        else:
-            size = (covered[1], int(covered[1] * found[1] / found[0]))
-        left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
-        return size, (left, top, left + width, top + height)
+    @property
+    def _fill(self) -> tuple[float, ...]:
+        """The colour beside an image that does not cover the input; as the mean, it is 0 once normalised."""
+        if self.crop_mode != "border":
+            return (0,) * self.channels
+        return tuple(value * self.divisor if self.pixel_max else round(255 * value) for value in self.mean)
 
     def _crop_array(self, image: Image.Image | Array) -> Array:
         pixels = as_array(np.asarray(image), self.channels, self.pixel_max)
         height, width, _ = pixels.shape
-        left, top, right, bottom = _middle(width, height)
-        size, box = self._place((right - left, bottom - top))
-        return resize_and_cut(pixels[top:bottom, left:right], size, box, self.interpolation).astype(
-            self.dtype, copy=False
-        )
+        placed = self.place((width, height))
+        left, top, right, bottom = placed.part
+        made = resize_and_cut(pixels[top:bottom, left:right], placed, self.interpolation, self._fill)
+        return made.astype(self.dtype, copy=False)
 
 
 def require_readers(names: Iterable[str], spec: Preprocess) -> None:
@@ -156,18 +187,6 @@ def require_readers(names: Iterable[str], spec: Preprocess) -> None:
     """
     if spec.takes_arrays and any(name.lower().endswith(TIFF_SUFFIXES) for name in names):
         require_tiff()
-
-
-def _without_far_ends(image: Image.Image) -> Image.Image:
-    box = _middle(*image.size)
-    return image if box == (0, 0, *image.size) else image.crop(box)
-
-
-def _middle(width: int, height: int) -> tuple[int, int, int, int]:
-    """The box of an image without the far ends of a strip: left, top, right and bottom."""
-    longest = _LONGEST * min(width, height)
-    left, top = ((side - min(side, longest)) // 2 for side in (width, height))
-    return left, top, left + min(width, longest), top + min(height, longest)
 
 
 def default_preprocess(image_size: tuple[int, int], channels: int = 3) -> Preprocess:

@@ -59,6 +59,9 @@ BLOCKS = "blocks"
 
 _BLOCK_OUTPUT = re.compile(r"block_(0|[1-9]\d*)")
 
+_LATER = {"pixel_max", "crop_mode"}
+"""Fields of the preprocessing that manifests lack where they say nothing."""
+
 
 class _Bands(TypedDict, total=False):
     band_groups: list[list[int]]
@@ -248,7 +251,7 @@ def read_preprocess(values: dict[str, Any]) -> Preprocess:
             f"manifest: unknown preprocessing '{unknown[0]}'",
             hint="the bundle needs a newer mae-deploy: pip install --upgrade mae-deploy",
         )
-    check_keys(values, {name: hints[name] for name in names}, frozenset(names) - {"pixel_max"}, "preprocess.")
+    check_keys(values, {name: hints[name] for name in names}, frozenset(names) - _LATER, "preprocess.")
     fields: dict[str, Any] = {
         name: tuple(value) if isinstance(value, list) else value for name, value in values.items()
     }

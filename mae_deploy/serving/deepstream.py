@@ -29,13 +29,18 @@ FRAME = (1080, 1920)
 _COLOUR_FORMATS = {1: 2, 3: 0}
 """Number of channels: GRAY, RGB."""
 
-_FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 2}
+_FILTERS = {"nearest": 0, "bilinear": 1, "bicubic": 2, "lanczos": 4}
 
 _CUSTOM_LIBRARY = "/opt/nvidia/deepstream/deepstream/lib/gst-plugins/libcustom2d_preprocess.so"
 
-_GEOMETRY = """\
+_CENTRE_NOTE = f"""\
 # nvinfer alone squeezes the whole frame into the input. The model was trained on the centre of the image: for what it
-# saw, put nvdspreprocess with {preprocess} in front, and set input-tensor-meta=1 on nvinfer.
+# saw, put nvdspreprocess with {PREPROCESS_FILE} in front, and set input-tensor-meta=1 on nvinfer.
+"""
+
+_WHOLE_NOTE = f"""\
+# The model was trained on the whole image ({{crop_mode}}), and nvinfer alone gives it the whole frame.
+# nvdspreprocess with {PREPROCESS_FILE} does the same; it is needed for regions of a frame only.
 """
 
 _UNSURE = """\
@@ -44,7 +49,7 @@ _UNSURE = """\
 """
 
 _FRAME_NOTE = """\
-# The centre that the model was trained on, of frames of {width} x {height} pixels (those that leave nvstreammux):
+# What the model was trained to see of frames of {width} x {height} pixels (those that leave nvstreammux):
 # left;top;width;height of each source.
 """
 
@@ -113,6 +118,13 @@ def check_feeding(token_mode: str, images: str, spec: Preprocess, class_names: S
             f"its pixels have 8 bits, and the model's are divided by {spec.pixel_max:g}",
             hint="it takes models without --pixel-max",
         )
+    if spec.crop_mode == "border":
+        raise _refusal(
+            "it pads with black, and crop mode border with the mean colour",
+            hint="export with --crop-mode letterbox, and check its accuracy",
+        )
+    if spec.interpolation not in _FILTERS:
+        raise _refusal(f"it has no {spec.interpolation} filter", hint=f"its filters are {', '.join(_FILTERS)}")
     if spec.channels not in _COLOUR_FORMATS:
         raise _refusal(f"it has no format of {spec.channels} channels", hint="it takes images of 1 or 3 channels")
     if len(set(spec.std)) > 1:
@@ -138,12 +150,24 @@ def offsets(preprocess: Preprocess) -> list[float]:
     return [255 * mean for mean in preprocess.mean]
 
 
-def centre(preprocess: Preprocess, frame: tuple[int, int]) -> tuple[int, int, int, int]:
+def seen(preprocess: Preprocess, frame: tuple[int, int]) -> tuple[int, int, int, int]:
     """Left, top, width and height in a frame (height, width) of what `Preprocess.crop` keeps of it."""
-    height, width = preprocess.image_size
-    scale = max(int(side / preprocess.crop_pct) / there for side, there in zip((height, width), frame, strict=True))
-    kept = min(frame[1], round(width / scale)), min(frame[0], round(height / scale))
-    return (frame[1] - kept[0]) // 2, (frame[0] - kept[1]) // 2, *kept
+    if preprocess.crop_mode == "letterbox":
+        return 0, 0, frame[1], frame[0]
+    covered = [int(side / preprocess.crop_pct) for side in preprocess.image_size]
+    scales = [side / there for side, there in zip(covered, frame, strict=True)]
+    if preprocess.crop_mode == "center":
+        scales = [max(scales)] * 2
+    height, width = (
+        min(there, round(side / scale)) for there, side, scale in zip(frame, preprocess.image_size, scales, strict=True)
+    )
+    return (frame[1] - width) // 2, (frame[0] - height) // 2, width, height
+
+
+def _padding(preprocess: Preprocess) -> dict[str, object]:
+    """How a frame of another form than the input's is fitted."""
+    letterbox = preprocess.crop_mode == "letterbox"
+    return {"maintain-aspect-ratio": int(letterbox), **({"symmetric-padding": 1} if letterbox else {})}
 
 
 def _refusal(why: str, *, hint: str) -> ConfigError:
@@ -176,7 +200,7 @@ def _infer(bundle: Bundle, engine: EngineEntry) -> str:
         "model-color-format": _COLOUR_FORMATS[spec.channels],
         "net-scale-factor": repr(net_scale_factor(spec)),
         "offsets": _list(offsets(spec)),
-        "maintain-aspect-ratio": 0,
+        **_padding(spec),
         "scaling-filter": _FILTERS[spec.interpolation],
         **(
             {"network-type": 1, "labelfile-path": LABELS, "classifier-threshold": 0}
@@ -185,7 +209,9 @@ def _infer(bundle: Bundle, engine: EngineEntry) -> str:
         ),
         "output-tensor-meta": 1,
     }
-    return _GEOMETRY.format(preprocess=PREPROCESS_FILE) + unsure + _group("property", values)
+    whole = seen(spec, FRAME) == (0, 0, FRAME[1], FRAME[0])
+    note = _WHOLE_NOTE.format(crop_mode=spec.crop_mode) if whole else _CENTRE_NOTE
+    return note + unsure + _group("property", values)
 
 
 def _preprocess(bundle: Bundle, engine: EngineEntry) -> str:
@@ -203,7 +229,7 @@ def _preprocess(bundle: Bundle, engine: EngineEntry) -> str:
         "network-color-format": _COLOUR_FORMATS[spec.channels],
         "tensor-data-type": 0,
         "tensor-name": IMAGES,
-        "maintain-aspect-ratio": 0,
+        **_padding(spec),
         "scaling-filter": _FILTERS[spec.interpolation],
         "scaling-buf-pool-size": 6,
         "tensor-buf-pool-size": 6,
@@ -217,7 +243,7 @@ def _preprocess(bundle: Bundle, engine: EngineEntry) -> str:
         "src-ids": 0,
         "custom-input-transformation-function": "CustomAsyncTransformation",
         "process-on-roi": 1,
-        "roi-params-src-0": ";".join(map(str, centre(spec, FRAME))),
+        "roi-params-src-0": ";".join(map(str, seen(spec, FRAME))),
     }
     note = _FRAME_NOTE.format(width=FRAME[1], height=FRAME[0])
     return (

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import atomic_path, refuse_to_overwrite
 from mae_deploy.images.read import Array
@@ -137,7 +138,7 @@ class _Served:
             **self._cuda_graphs(),
             "model_warmup": [self._warmup(sizes) for sizes in self._usual_sizes()],
             "parameters": [
-                {"key": "preprocess", "value": {"string_value": json.dumps(self.bundle.manifest["preprocess"])}},
+                {"key": "preprocess", "value": {"string_value": json.dumps(to_dict(self.bundle.preprocess))}},
                 {"key": "licence", "value": {"string_value": self.bundle.licence}},
             ],
         }

@@ -4,7 +4,6 @@ not have.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import sys
 from collections.abc import Callable, Mapping
@@ -17,12 +16,12 @@ from timm.data import resolve_data_config
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.images.preprocess import Preprocess, default_preprocess
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import notice
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, find_weights, read_source
-from mae_deploy.weights.read.timm_vit import SPDX
+from mae_deploy.weights.read.timm_vit import SPDX, timm_evaluation
 
 _SPARE = ("mask_token",)
 """Tensors of a pretraining that the features do not depend on."""
@@ -123,11 +122,7 @@ def timm_preprocess(model: Any) -> Preprocess:
     _, height, width = config["input_size"]
     built: Any = getattr(getattr(model, "patch_embed", None), "img_size", None)
     size = (height, width) if built is None else (built[0], built[1])
-    channels = config["input_size"][0]
-    settings: dict[str, Any] = {"crop_pct": config["crop_pct"], "interpolation": config["interpolation"]}
-    if len(config["mean"]) == channels:
-        settings |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
-    return dataclasses.replace(default_preprocess(size, channels), **settings)
+    return timm_evaluation(model.pretrained_cfg, size, config["input_size"][0])
 
 
 def _check_known(architecture: str) -> None:

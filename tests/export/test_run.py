@@ -331,6 +331,31 @@ def test_another_image_size_interpolates_the_positions(tmp_path: Path, photos: P
     assert verify_bundle(bundle, options=EngineOptions(threads=1)).passed
 
 
+def test_a_crop_mode_goes_into_the_bundle_its_samples_and_its_record(
+    tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = {"provenance": {"stage": "import", "preprocess_from": "guessed"}}
+    checkpoint = classifier(tmp_path / "checkpoint", **told)
+    bundles = {}
+    for name, options in {"as it is": [], "squash": ["--crop-mode", "squash"]}.items():
+        arguments = ["--samples", str(photos), "--num-samples", "4", *options]
+        assert main(["export", str(checkpoint), "--out", str(tmp_path / name), *arguments]) == 0
+        bundles[name] = Bundle.load(tmp_path / name)
+    said = capsys.readouterr().err
+    assert "preprocessing: guessed. Predictions depend on it" in said
+    assert "preprocessing: crop mode squash by export, center in the checkpoint" in said
+    manifest = bundles["as it is"].manifest
+    assert "crop_mode" not in manifest["preprocess"]  # which older versions read
+    assert manifest["provenance"]["preprocess_from"] == "guessed"
+    squash = bundles["squash"]
+    assert (squash.preprocess.crop_mode, squash.preprocess.crop_pct) == ("squash", 1.0)
+    changed = "guessed; crop mode squash by export, center in the checkpoint"
+    assert squash.manifest["provenance"]["preprocess_from"] == changed
+    first = read_image(find_images(photos)[0])
+    np.testing.assert_allclose(squash.golden()["images"][:1], squash.preprocess([first]), atol=1e-6)
+    assert np.abs(squash.golden()["images"] - bundles["as it is"].golden()["images"]).max() > 0.1
+
+
 def test_the_same_image_size_changes_nothing(tmp_path: Path, photos: Path) -> None:
     checkpoint = encoder(tmp_path / "checkpoint")
     assert run(checkpoint, tmp_path / "one", "--samples", photos) == 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,6 +13,7 @@ from PIL import Image
 
 from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.images.find import find_images
+from mae_deploy.images.geometry import Interpolation
 from mae_deploy.images.preprocess import Preprocess, default_preprocess, require_readers
 from mae_deploy.images.read import Array, UnreadableImage, is_image, read_image
 from tests.data.band_files import BANDS, PIXEL_MAX, SIZE, bands_image, write_npy, write_tiff
@@ -187,9 +188,9 @@ def test_numpy_files_are_images_only_where_there_are_no_others(tmp_path: Path) -
 # --- crop and normalisation ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+@pytest.mark.parametrize("interpolation", get_args(Interpolation))
 @pytest.mark.parametrize("shape", [(17, 13), (13, 17), (7, 11), (8, 1000)], ids=str)
-def test_bands_are_cropped_as_grey_images_are(shape: tuple[int, int], interpolation: str) -> None:
+def test_bands_are_cropped_as_grey_images_are(shape: tuple[int, int], interpolation: Interpolation) -> None:
     """To the pixel for 8 bits, whose path is another; with `pixel_max`, to the rounding of 8 bits."""
     pixels = np.random.default_rng(0).integers(0, 256, (*shape, BANDS), dtype=np.uint8)
     spec = Preprocess(

@@ -4,7 +4,9 @@ what it computes here.
 
 from __future__ import annotations
 
+import json
 import socket
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from transformers import AutoImageProcessor, ViTForImageClassification, ViTMAEFo
 from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.cli import main
 from mae_deploy.config import from_dict, to_dict
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
@@ -150,23 +153,39 @@ PREPROCESS = Preprocess(
 )
 
 
-def with_preprocess(folder: Path, to: str) -> Path:
-    return exported(folder, tiny_encoder(SQUARE), to, preprocess=to_dict(PREPROCESS))
+def with_preprocess(folder: Path, to: str, spec: Preprocess) -> Path:
+    return exported(folder, tiny_encoder(SQUARE), to, preprocess=to_dict(spec))
 
 
-def test_preprocessing_in_timm(tmp_path: Path) -> None:
-    theirs: Any = timm.create_model(f"local-dir:{with_preprocess(tmp_path, 'timm')}", pretrained=True)
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_preprocessing_in_timm(tmp_path: Path, crop_mode: CropMode) -> None:
+    spec = replace(PREPROCESS, crop_mode=crop_mode)
+    folder = with_preprocess(tmp_path, "timm", spec)
+    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True)
     transform: Any = create_transform(**resolve_data_config(model=theirs))
-    np.testing.assert_allclose(transform(photo()).numpy()[None], PREPROCESS([photo()]), atol=1e-6)
+    np.testing.assert_allclose(transform(photo()).numpy()[None], spec([photo()]), atol=1e-6)
 
 
-def test_preprocessing_in_transformers(tmp_path: Path) -> None:
-    folder = with_preprocess(tmp_path, "huggingface")
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_preprocessing_in_transformers(tmp_path: Path, crop_mode: CropMode) -> None:
+    spec = replace(PREPROCESS, crop_mode=crop_mode)
+    folder = with_preprocess(tmp_path, "huggingface", spec)
     # The processor that resizes with Pillow, as we do; torchvision's rounds otherwise.
     theirs = AutoImageProcessor.from_pretrained(folder, local_files_only=True, backend="pil")
-    np.testing.assert_allclose(theirs(photo(), return_tensors="np")["pixel_values"], PREPROCESS([photo()]), atol=1e-5)
+    np.testing.assert_allclose(theirs(photo(), return_tensors="np")["pixel_values"], spec([photo()]), atol=1e-5)
     assert main(["import", str(folder), "--out", str(tmp_path / "back")]) == 0
-    assert from_dict(Preprocess, load_model(tmp_path / "back")[1].metadata.preprocess) == PREPROCESS
+    assert from_dict(Preprocess, load_model(tmp_path / "back")[1].metadata.preprocess) == spec
+
+
+def test_a_letterbox_is_left_out_where_there_is_none(tmp_path: Path) -> None:
+    spec = replace(PREPROCESS, crop_mode="letterbox")
+    timm_folder = with_preprocess(tmp_path / "a", "timm", spec)
+    stated = json.loads((timm_folder / "config.json").read_text())["pretrained_cfg"]
+    assert (stated["crop_mode"], stated["crop_pct"]) == ("border", 1.0)
+    assert "left out: preprocessing" in (timm_folder / "README.md").read_text()
+    other = with_preprocess(tmp_path / "b", "huggingface", spec)
+    assert not (other / "preprocessor_config.json").exists()
+    assert "left out: preprocessing" in (other / "README.md").read_text()
 
 
 def test_there_and_back_again(tmp_path: Path) -> None:

@@ -25,6 +25,8 @@ from mae_deploy.models.masking import Masking, random_masking
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.weights.load import LoadedWeights, load_model, model_of
 from mae_deploy.weights.read.convert import Imported, ImportOptions, import_weights
+from mae_deploy.weights.read.image_processor import read_image_processor
+from mae_deploy.weights.read.preprocessing import PreprocessOptions
 from tests.data.image_folders import write_noise
 from tests.models.tiny_models import fill, random_tensor
 
@@ -333,10 +335,23 @@ def imported_preprocess(folder: Path, **settings: Any) -> tuple[Preprocess, list
 @pytest.mark.parametrize(
     ("settings", "forms"),
     [
-        # Squeezed: the same for images of the input's form.
+        # Squashed.
         (
             {"size": {"height": 48, "width": 48}, "image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]},
-            [(61, 61), (48, 48), (17, 17)],
+            [(61, 61), (48, 48), (17, 17), (59, 118), (118, 59), (5, 300)],
+        ),
+        ({"size": {"height": 48, "width": 48}, "resample": 1}, [(61, 118)]),
+        ({"size": {"height": 48, "width": 48}, "resample": 4}, [(61, 118)]),
+        ({"size": {"height": 48, "width": 48}, "resample": 5}, [(61, 118)]),
+        # Squashed to more, and the middle of it (DeiT's).
+        (
+            {
+                "size": {"height": 56, "width": 56},
+                "do_center_crop": True,
+                "crop_size": {"height": 48, "width": 48},
+                "resample": 3,
+            },
+            [(61, 61), (59, 118), (118, 59)],
         ),
         ({"size": {"height": 48, "width": 48}, "do_normalize": False, "resample": 0}, [(61, 61)]),
         ({"size": {"height": 48, "width": 48}, "do_rescale": False, "do_normalize": False, "resample": 3}, [(61, 61)]),
@@ -368,7 +383,7 @@ def test_the_preprocessing_is_transformers(
     theirs = ViTImageProcessorPil(**settings)
     ours, notes = imported_preprocess(tmp_path / "model", **settings)
     assert ours.image_size == (48, 48)
-    assert len(notes) == ("height" in settings.get("size", {}))
+    assert notes == []
     for form in forms:
         pixels = np.random.default_rng(5).integers(0, 256, (*form, 3), dtype=np.uint8)
         expected = np.asarray(theirs(pixels, return_tensors="np")["pixel_values"][0])
@@ -379,17 +394,53 @@ def test_the_preprocessing_is_transformers(
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"resample": 1}, "Pillow's filter 1"),
-        ({"do_center_crop": True, "crop_size": 48, "size": {"shortest_edge": 40}}, "crops 48 pixels out of 40"),
+        ({"resample": 6}, "resizes with filter 6, which"),
+        ({"do_center_crop": True, "crop_size": 48, "size": {"shortest_edge": 40}}, "crops 48x48 pixels out of 40x40"),
         ({"do_center_crop": True, "do_resize": False}, "crops without resizing"),
-        ({"size": {"longest_edge": 48}}, "is not a height and width"),
+        ({"size": {"longest_edge": 48}}, "resizes to {'longest_edge': 48}"),
+        ({"size": {"shortest_edge": 48, "longest_edge": 60}}, "limits the longer side"),
+        ({"do_center_crop": True, "crop_size": [48, 40], "size": 56}, "another share of each side"),
+        ({"do_pad": True}, "has do_pad, which ours does not"),
+        ({"do_flip_channel_order": True}, "has do_flip_channel_order"),
+        ({"rescale_offset": True}, "has rescale_offset"),
+        ({"image_processor_type": "LevitImageProcessor"}, "is of a LevitImageProcessor; those of ViT, "),
     ],
 )
 def test_preprocessing_that_ours_cannot_do(tmp_path: Path, settings: dict[str, Any], said: str) -> None:
     hugging_face_mae().save_pretrained(tmp_path / "model")
     (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(settings))
-    with pytest.raises(ConfigError, match=said):
+    with pytest.raises(ConfigError, match=said) as error:
         import_weights(tmp_path / "model", ImportOptions())
+    assert error.value.hint is not None
+    assert "--crop-mode, --crop-pct, --interpolation, --mean and --std" in error.value.hint
+    whole = PreprocessOptions(crop_mode="squash", crop_pct=1.0, interpolation="box", mean=(0.5,) * 3, std=(0.25,) * 3)
+    told = import_weights(tmp_path / "model", ImportOptions(preprocess=whole))
+    assert told.metadata.preprocess["crop_mode"] == "squash"
+    assert told.report["preprocess_from"] == "the options of import"
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({"size": 224}, ("squash", 1.0, "bilinear")),
+        (
+            {"feature_extractor_type": "DeiTFeatureExtractor", "size": 256, "crop_size": 224},
+            ("squash", 0.875, "bicubic"),
+        ),
+        ({"image_processor_type": "DeiTImageProcessorFast"}, ("squash", 0.875, "bicubic")),
+        ({"image_processor_type": "BitImageProcessor", "size": 256}, ("center", 0.875, "bicubic")),
+        ({"feature_extractor_type": "CLIPFeatureExtractor", "size": 224}, ("center", 1.0, "bicubic")),
+        (
+            {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 224}},
+            ("center", 0.875, "bicubic"),
+        ),
+        ({"feature_extractor_type": "ConvNextFeatureExtractor", "size": 384}, ("squash", 1.0, "bicubic")),
+        ({"size": {"shortest_edge": 224}}, ("center", 1.0, "bilinear")),
+    ],
+)
+def test_what_the_file_leaves_to_its_processor(settings: dict[str, Any], expected: tuple[str, float, str]) -> None:
+    found = read_image_processor(settings, (224, 224), 3)
+    assert (found.crop_mode, found.crop_pct, found.interpolation) == expected
 
 
 def test_older_preprocessing_and_another_image_size(tmp_path: Path) -> None:
@@ -406,7 +457,7 @@ def test_older_preprocessing_and_another_image_size(tmp_path: Path) -> None:
         Preprocess, import_weights(tmp_path / "model", ImportOptions(image_size=(6, 10))).metadata.preprocess
     )
     assert found == Preprocess(
-        image_size=(6, 10), crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3
+        image_size=(6, 10), crop_mode="squash", crop_pct=1.0, interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3
     )
 
 
@@ -432,3 +483,5 @@ def test_an_imported_folder_is_exported(tmp_path: Path, kind: str, tokens: str) 
     manifest = json.loads((tmp_path / "bundle" / "manifest.json").read_text())
     assert manifest["provenance"]["checkpoint"]["layout"] == "Hugging Face"
     assert manifest["preprocess"]["mean"] == [0.5, 0.5, 0.5]
+    assert manifest["preprocess"]["crop_mode"] == "squash"
+    assert manifest["provenance"]["preprocess_from"] == "preprocessor_config.json"

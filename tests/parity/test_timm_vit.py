@@ -311,21 +311,18 @@ def test_the_preprocessing_is_timms(tmp_path: Path, name: str | None) -> None:
         assert np.abs(ours([pixels])[0] - transform(Image.fromarray(pixels)).numpy()).max() < 1e-5
 
 
-def test_where_the_preprocessing_differs_it_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_preprocessing_of_other_channels_is_a_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings: dict[str, Any] = {"in_chans": 1, "depth": 1}
     source = write_timm_folder(tmp_path / "model", timm_model(**settings), **settings)
     config = json.loads((source / "config.json").read_text())
     config["pretrained_cfg"]["crop_mode"] = "squash"
     (source / "config.json").write_text(json.dumps(config))
     _, metadata = import_model(source, tmp_path / "out", "--json")
-    first, second = json.loads(capsys.readouterr().out)["notes"]
-    assert "3 channels, not of 1" in first
-    assert "crop_mode squash" in second
-    assert (metadata.preprocess["mean"], metadata.preprocess["std"], metadata.preprocess["crop_pct"]) == (
-        [0.5],
-        [0.25],
-        0.8,
-    )
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["preprocess_from"] == "config.json; mean and std of 1 channels are guessed"
+    assert "preprocessing: config.json; mean and std of 1 channels are guessed. Predictions" in printed.err
+    found = from_dict(Preprocess, metadata.preprocess)
+    assert (found.mean, found.std, found.crop_pct, found.crop_mode) == ((0.5,), (0.25,), 0.8, "squash")
 
 
 @pytest.mark.parametrize(
@@ -453,7 +450,7 @@ def test_a_name_that_does_not_fit(
         ({"model_args": {"pretrained": True}}, "cannot build test_vit"),
         ({"model_args": {"checkpoint_path": "evil.pth"}}, "cannot build test_vit"),
         ({"model_args": [3]}, "config.json beside"),
-        ({"pretrained_cfg": {"interpolation": "lanczos"}}, "interpolation 'lanczos'"),
+        ({"pretrained_cfg": {"interpolation": "random"}}, "interpolation 'random'"),
     ],
 )
 def test_a_config_that_cannot_be_used(

@@ -106,7 +106,8 @@ def test_not_a_mapping(value: Any) -> None:
         ("files/encoder.onnx/size", None, r"size' must be int"),
         ("preprocess/mean", 0.5, r"'preprocess\.mean' must be"),
         ("preprocess/image_size", [6, 14, 3], r"'preprocess\.image_size' must be"),
-        ("preprocess/interpolation", "cubic", "interpolation 'cubic'"),
+        ("preprocess/interpolation", "cubic", r"'preprocess\.interpolation' must be .*'lanczos'.*, not 'cubic'"),
+        ("preprocess/crop_mode", "centre", r"'preprocess\.crop_mode' must be .*'squash'.*, not 'centre'"),
         ("preprocess/padding", 3, "unknown preprocessing 'padding'"),
         ("preprocess/pixel_max", "255", r"'preprocess\.pixel_max' must be float \| null"),
         ("preprocess/pixel_max", 0, "pixel_max 0 must be above 0"),
@@ -285,6 +286,12 @@ def test_pixels_of_more_than_eight_bits_are_said_to_be_such(valid: dict[str, Any
     """Manifests of older versions do not know of them."""
     assert read_preprocess(valid["preprocess"]).divisor == 255
     assert read_preprocess({**valid["preprocess"], "pixel_max": 10000}).divisor == 10000
+
+
+def test_a_manifest_without_a_crop_mode_means_the_centre(valid: dict[str, Any]) -> None:
+    assert "crop_mode" not in valid["preprocess"]
+    assert read_preprocess(valid["preprocess"]).crop_mode == "center"
+    assert read_preprocess({**valid["preprocess"], "crop_mode": "letterbox"}).crop_mode == "letterbox"
 
 
 def test_a_manifest_that_is_no_json(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.serving.deepstream import (
     FRAME,
@@ -21,9 +22,9 @@ from mae_deploy.serving.deepstream import (
     LABELS,
     PLAN_FILE,
     PREPROCESS_FILE,
-    centre,
     check_bundle,
     check_feeding,
+    seen,
     write_deepstream,
 )
 from tests.runtime.tensorrt.planned_bundle import PLAN, plan_of, planned
@@ -122,19 +123,39 @@ def test_what_nvdspreprocess_is_told(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("size", "crop_pct"), [((224, 224), 0.875), ((96, 160), 1.0), ((40, 24), 0.7)])
 @pytest.mark.parametrize("frame", [(180, 320), (300, 200)])
-def test_the_region_is_what_the_crop_keeps(size: tuple[int, int], crop_pct: float, frame: tuple[int, int]) -> None:
-    spec = Preprocess(image_size=size, crop_pct=crop_pct, interpolation="nearest")
+@pytest.mark.parametrize("crop_mode", ["center", "squash"])
+def test_the_region_is_what_the_crop_keeps(
+    size: tuple[int, int], crop_pct: float, frame: tuple[int, int], crop_mode: CropMode
+) -> None:
+    spec = Preprocess(image_size=size, crop_pct=crop_pct, interpolation="nearest", crop_mode=crop_mode)
     rows, columns = np.mgrid[: frame[0], : frame[1]]
     crop = (
         spec.crop(Image.fromarray(np.stack([rows // 2, columns // 2, rows * 0], axis=2).astype(np.uint8))).astype(int)
         * 2
     )
-    left, top, width, height = centre(spec, frame)
+    left, top, width, height = seen(spec, frame)
     # Two pixels: the coordinates are halved to fit 8 bits, and a pixel of the crop may cover more than one of the
     # frame.
     blur = 2 + max(frame) / min(size)
     assert crop[0, 0, :2] == pytest.approx([top, left], abs=blur)
     assert crop[-1, -1, :2] == pytest.approx([top + height - 1, left + width - 1], abs=blur)
+
+
+def test_squashed_frames_need_nothing_but_nvinfer(tmp_path: Path) -> None:
+    folder = written(tmp_path, preprocess={**ONE_STD, "crop_mode": "squash"})
+    infer, preprocess = read(folder / INFER_FILE)["property"], read(folder / PREPROCESS_FILE)
+    for settings in (infer, preprocess["property"]):
+        assert settings["maintain-aspect-ratio"] == "0"
+        assert "symmetric-padding" not in settings
+    assert numbers(preprocess["group-0"]["roi-params-src-0"]) == [0, 0, FRAME[1], FRAME[0]]
+    assert "nvinfer alone gives it the whole frame" in (folder / INFER_FILE).read_text()
+
+
+def test_a_letterbox_is_padded_at_both_sides_by_both_elements(tmp_path: Path) -> None:
+    folder = written(tmp_path, preprocess={**ONE_STD, "crop_mode": "letterbox"})
+    for settings in (read(folder / INFER_FILE)["property"], read(folder / PREPROCESS_FILE)["property"]):
+        assert (settings["maintain-aspect-ratio"], settings["symmetric-padding"]) == ("1", "1")
+    assert numbers(read(folder / PREPROCESS_FILE)["group-0"]["roi-params-src-0"]) == [0, 0, FRAME[1], FRAME[0]]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +164,8 @@ def test_the_region_is_what_the_crop_keeps(size: tuple[int, int], crop_pct: floa
         ({"token_mode": "visible"}, "--tokens visible has other inputs", "--tokens full"),
         ({"images": "uint8"}, "the images are uint8", "--images float32"),
         ({"images": "float16"}, "the images are float16", "--images float32"),
+        ({"preprocess": {**ONE_STD, "crop_mode": "border"}}, "it pads with black", "--crop-mode letterbox"),
+        ({"preprocess": {**ONE_STD, "interpolation": "box"}}, "it has no box filter", "lanczos"),
         ({"preprocess": {}}, "the standard deviations are 0.2, 0.3, 0.4", "--one-std"),
         ({"entry": {"stripped": True}}, "without its weights", "--strip"),
         ({"entry": {"version_compatible": True}}, "code for the CPU", "--version-compatible"),

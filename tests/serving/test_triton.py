@@ -12,6 +12,7 @@ import numpy as np
 import onnx
 import pytest
 
+from mae_deploy.config import to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.serving.triton import LABELS, QUEUE_DELAY, largest_batch, model_folder, write_triton
@@ -139,7 +140,7 @@ def test_text_is_escaped_and_preprocessing_is_told(tmp_path: Path) -> None:
     bundle = Bundle.load(write_bundle(tmp_path / "tiny", change=lambda manifest: manifest.update(licence=licence)))
     parameters = by_key(config_of(write_triton(bundle, tmp_path / "models"))["parameters"])
     assert parameters["licence"] == {"string_value": [licence]}
-    assert json.loads(parameters["preprocess"]["string_value"][0]) == bundle.manifest["preprocess"]
+    assert json.loads(parameters["preprocess"]["string_value"][0]) == to_dict(bundle.preprocess)
 
 
 # --- instances, batches, CUDA graphs

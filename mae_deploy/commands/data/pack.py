@@ -36,6 +36,7 @@ from mae_deploy.files import (
 )
 from mae_deploy.images.arrays import resize_and_cut
 from mae_deploy.images.find import is_image_name
+from mae_deploy.images.geometry import Placement
 from mae_deploy.images.read import Array, UnreadableImage, is_image, suffix_of
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.seeding import derive_seed
@@ -268,7 +269,8 @@ def _resized(image: Image.Image | Array, short_side: int | None) -> Image.Image 
     size = max(short_side, round(width * factor)), max(short_side, round(height * factor))
     if is_image(image):
         return image.resize(size, Image.Resampling.BICUBIC)
-    resized = resize_and_cut(image, size, (0, 0, *size), "bicubic")
+    whole = Placement(part=(0, 0, width, height), size=size, box=(0, 0, *size))
+    resized = resize_and_cut(image, whole, "bicubic", fill=(0,) * image.shape[2])
     if image.dtype.kind in "ui":
         limits = np.iinfo(image.dtype)
         resized = resized.round().clip(limits.min, limits.max) if resized.dtype != image.dtype else resized

@@ -8,6 +8,7 @@ from typing import Literal
 
 from mae_deploy.checkpoint import Positions
 from mae_deploy.config import Settings, setting
+from mae_deploy.images.geometry import CropMode, Interpolation
 from mae_deploy.training.config import Device
 
 
@@ -47,6 +48,19 @@ class ImportConfig(Settings, resume="never"):
     class_names: Path | None = setting(None, metavar="FILE")
     """Names of the classes in the order of the logits, one a line or as JSON (a list, id2label or class_to_idx);
     default: those that the file or its folder has."""
+    crop_mode: CropMode | None = None
+    """How images of another form are fitted: center cuts out the middle, squash changes the aspect ratio, border pads
+    with --mean, letterbox with black; the latter three show the whole image unless --crop-pct is given; default: what
+    config.json, preprocessor_config.json or --model says, else center."""
+    crop_pct: float | None = setting(None, above=0, at_most=1)
+    """The crop's side as a share of the resized image's; default: as of --crop-mode, else 0.875 up to 224 px, 1.0
+    above."""
+    interpolation: Interpolation | None = None
+    """Filter of the resize; default: as of --crop-mode, else bicubic."""
+    mean: tuple[float, ...] | None = None
+    """Mean of each channel for pixels in [0, 1]; default: as of --crop-mode, else ImageNet's for RGB, 0.5 otherwise."""
+    std: tuple[float, ...] | None = None
+    """Standard deviation of each channel; default: as of --crop-mode, else ImageNet's for RGB, 0.25 otherwise."""
     seed: int = 0
     """Not used: nothing here is random."""
     device: Device = "cpu"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,9 @@ from mae_deploy.checkpoint import CheckpointKind, Metadata, Positions
 from mae_deploy.config import to_dict
 from mae_deploy.data.class_order import natural_order, numbered, orders_differ
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.models.config import PRESETS, DecoderConfig, EncoderConfig, Preset
 from mae_deploy.models.position import interpolate_position_embedding, sincos_position_embedding
+from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_source, tensor_of
@@ -29,7 +29,8 @@ from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
 from mae_deploy.weights.read.own import own_record, refuse_without_record, take_record, take_words
-from mae_deploy.weights.read.releases import licence_of, trained_on_normalised_pixels
+from mae_deploy.weights.read.preprocessing import PreprocessOptions, find_preprocess, say_if_guessed
+from mae_deploy.weights.read.releases import licence_of, release_of, trained_on_normalised_pixels
 from mae_deploy.weights.read.shapes import expected_shapes
 from mae_deploy.weights.read.state_dict import strip_prefix
 from mae_deploy.weights.read.timm_vit import from_timm, has_timm_config
@@ -87,6 +88,8 @@ class ImportOptions:
     """How the names of the ViT's tensors begin in the file; default: the only prefix there is."""
     licence: str | None = None
     """The licence of the weights; default: CC-BY-NC-4.0 for the known releases, else unspecified."""
+    preprocess: PreprocessOptions = field(default_factory=PreprocessOptions)
+    """What the user says of the preprocessing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,14 +121,14 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     pool = _pool(source) if kind == "classifier" else None
     num_classes = tensor_of(source, "head.weight", 2).shape[0] if kind == "classifier" else None
     class_names = _class_names(source, num_classes, options.class_names)
-    preprocess = replace(
-        source.preprocess or default_preprocess(encoder.image_size, encoder.in_chans), image_size=encoder.image_size
-    )
+    release = release_of(source, kind)
+    preprocess, preprocess_from = find_preprocess(source, encoder, release, options.preprocess)
     provenance = {
         "stage": "import",
         "source": source.file.name,
         "source_sha256": source.sha256,
         "layout": source.layout,
+        PREPROCESS_FROM: preprocess_from,
     }
     metadata = Metadata(
         kind=kind,
@@ -137,7 +140,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
         class_names=class_names,
         preprocess=to_dict(preprocess),
         positions=source.positions,
-        licence=options.licence or licence_of(source, kind),
+        licence=options.licence or licence_of(source, release),
         provenance={
             **provenance,
             **({"architecture": source.architecture} if source.architecture else {}),
@@ -148,6 +151,7 @@ def import_weights(path: Path, options: ImportOptions) -> Imported:
     expected = expected_shapes(encoder, decoder, pool=pool, num_classes=num_classes)
     check_names(source.tensors, expected, source.file, hint=hint, names=source.names)
     check_numbers(source.tensors, source.file, source.names)
+    say_if_guessed(preprocess_from)
     return Imported(
         metadata,
         {name: tensor.float() for name, tensor in source.tensors.items()},
@@ -177,7 +181,7 @@ def _convert(source: Source, options: ImportOptions) -> Source:
         return from_timm(source, options.model)
     if is_hugging_face(source):
         record = None if source.settings else own_record(source)
-        source = from_hugging_face(source)
+        source = from_hugging_face(source, with_preprocessing=not options.preprocess.whole)
         return source if record is None else take_record(source, record)
     if is_torchvision(source):
         return from_torchvision(source)
@@ -228,6 +232,8 @@ def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped
         "reshaped": reshaped,
         "missing": [],
         "unexpected": [],
+        "preprocess": metadata.preprocess,
+        PREPROCESS_FROM: metadata.provenance[PREPROCESS_FROM],
         "notes": source.notes,
         "licence": metadata.licence,
     }

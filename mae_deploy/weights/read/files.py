@@ -43,6 +43,10 @@ _OTHER_FOLDERS = (
 """Folders that are known by a file in them."""
 
 
+GUESSED = "guessed"
+"""Word by which what nothing tells of the preprocessing is known."""
+
+
 @dataclass(slots=True)
 class Source:
     """Weights as they were found, on their way to the original's names. Where a fact of the model is None, the tensors
@@ -70,6 +74,8 @@ class Source:
     """Whether the decoder predicts normalised pixels."""
     class_names: tuple[str, ...] | None = None
     preprocess: Preprocess | None = None
+    preprocess_from: str | None = None
+    """What tells `preprocess`; None: nothing does."""
     licence: str | None = None
     own_licence: str | None = None
     """What a file of ours says: it may bear any name."""

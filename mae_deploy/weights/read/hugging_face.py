@@ -1,10 +1,9 @@
-"""Hugging Face's `vit_mae` and `vit`: tensors under the original's names, the facts of config.json, and
-preprocessor_config.json.
+"""Hugging Face's `vit_mae` and `vit`: tensors under the original's names, and the facts of config.json
+and preprocessor_config.json.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import replace
 from typing import Any
@@ -13,8 +12,8 @@ import torch
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.weights.read.files import Source, read_settings, tensor_of
+from mae_deploy.weights.read.image_processor import FILE, pair, read_image_processor
 
 _MODEL_TYPES = ("vit_mae", "vit")
 
@@ -42,22 +41,21 @@ _NAMES = [
 _POOLER = re.compile(r"^(vit\.)?pooler\.")
 """A layer on top of the CLS token that `ViTModel` has; the tokens do not depend on it."""
 
-_RESAMPLING = {0: "nearest", 2: "bilinear", 3: "bicubic"}
-"""Pillow's numbers, as preprocessor_config.json has them."""
-
-_DEFAULT_PREPROCESSING = "without preprocessor_config.json, images are prepared as the original MAE evaluates"
-
 
 def is_hugging_face(source: Source) -> bool:
     """Whether the tensors have Hugging Face's names."""
     return any("embeddings.patch_embeddings" in name for name in source.tensors)
 
 
-def from_hugging_face(source: Source) -> Source:
+def from_hugging_face(source: Source, *, with_preprocessing: bool = True) -> Source:
     """The same weights under the original's names.
 
+    Args:
+        with_preprocessing: read preprocessor_config.json, where it is there.
+
     Raises:
-        ConfigError: config.json tells of something that our encoder does not have.
+        ConfigError: config.json tells of something that our encoder does not have, preprocessor_config.json of
+            something that our preprocessing does not do.
         CheckFailed: a query without its key or value.
     """
     config = source.settings
@@ -79,12 +77,13 @@ def from_hugging_face(source: Source) -> Source:
         config.get("decoder_num_attention_heads"),
     )
     if "image_size" in config:
-        source.image_size = _pair(config["image_size"])
+        source.image_size = pair(config["image_size"])
     if config.get("qkv_bias") is False:
         source.folded.append(_add_zero_biases(tensors))
-    if settings := read_settings(source.file.with_name("preprocessor_config.json")):
+    if with_preprocessing and (settings := read_settings(source.file.with_name(FILE))):
         channels = tensor_of(source, "patch_embed.proj.weight", 4).shape[1]
-        source.preprocess = _preprocess(settings, source.image_size or (224, 224), channels, source.notes)
+        source.preprocess = read_image_processor(settings, source.image_size or (224, 224), channels)
+        source.preprocess_from = FILE
     return source
 
 
@@ -142,74 +141,3 @@ def _add_zero_biases(tensors: dict[str, Tensor]) -> str:
     for name in weights:
         tensors[name.replace(".weight", ".bias")] = torch.zeros(tensors[name].shape[0])
     return f"{len(weights)} absent biases of query, key and value: zeros"
-
-
-# --- preprocessing ---------------------------------------------------------------------------------------------------
-
-
-def _preprocess(config: dict[str, Any], image_size: tuple[int, int], channels: int, notes: list[str]) -> Preprocess:
-    """What the image processor does before the model, in our terms; `notes` says where ours differs."""
-    # (x * rescale_factor - mean) / std, where ours is (x / 255 - mean) / std.
-    scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
-    normalised = config.get("do_normalize", True)
-    mean, std = (
-        config.get(f"image_{name}", 0.5) if normalised else plain for name, plain in (("mean", 0.0), ("std", 1.0))
-    )
-    resample = config.get("resample", 2)
-    if resample not in _RESAMPLING:
-        raise ConfigError(
-            f"preprocessor_config.json resizes with Pillow's filter {resample}, not with one of"
-            f" {', '.join(_RESAMPLING.values())}",
-            hint=_DEFAULT_PREPROCESSING,
-        )
-    return Preprocess(
-        image_size=image_size,
-        channels=channels,
-        crop_pct=_crop_pct(config, notes),
-        interpolation=_RESAMPLING[resample],
-        mean=tuple(value / scale for value in _per_channel(mean, channels)),
-        std=tuple(value / scale for value in _per_channel(std, channels)),
-    )
-
-
-def _crop_pct(config: dict[str, Any], notes: list[str]) -> float:
-    """The crop's height as a share of the resized image's."""
-    size, cropped = config.get("size", 224), bool(config.get("do_center_crop"))
-    if not config.get("do_resize", True):
-        if cropped:
-            raise ConfigError(
-                "preprocessor_config.json crops without resizing, which ours does not", hint=_DEFAULT_PREPROCESSING
-            )
-        return 1.0
-    if isinstance(size, dict) and "shortest_edge" in size:
-        resized = int(size["shortest_edge"])
-    else:
-        resized, _ = _pair(size)
-        notes.append(
-            "Hugging Face's preprocessing squeezes images into the input's form, ours cuts out the middle: the same for"
-            " images of that form"
-        )
-    if not cropped:
-        return 1.0
-    crop, _ = _pair(config.get("crop_size", 224))
-    if crop > resized:
-        raise ConfigError(f"preprocessor_config.json crops {crop} pixels out of {resized}", hint=_DEFAULT_PREPROCESSING)
-    share = crop / resized
-    # Rounding must not take the resized side to one pixel less.
-    return share if int(crop / share) == resized else math.nextafter(share, 0)
-
-
-def _pair(size: Any) -> tuple[int, int]:
-    """Height and width of a number, a pair, or a `{"height": …, "width": …}`."""
-    if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, list) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise ConfigError(f"{size} is not a height and width")
-
-
-def _per_channel(value: Any, channels: int) -> list[float]:
-    values = [float(each) for each in value] if isinstance(value, list) else [float(value)]
-    return values * channels if len(values) == 1 else values

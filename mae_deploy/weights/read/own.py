@@ -11,6 +11,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.weights.read.files import Source
 
 
@@ -55,6 +56,7 @@ def take_record(source: Source, metadata: Metadata) -> Source:
         metadata.licence,
     )
     source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
+    source.preprocess_from = metadata.provenance.get(PREPROCESS_FROM, "our record")
     source.pool, source.positions = metadata.pool, metadata.positions
     return source
 

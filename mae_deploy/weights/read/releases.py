@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from typing import Literal
 
 from torch import Tensor
 
@@ -48,19 +49,27 @@ weights."""
 _PIXELS = re.compile(r"mae_(visualize)_vit_|mae_pretrain_vit_(?:base|large|huge)_(full)")
 
 
-def licence_of(source: Source, kind: str) -> str:
-    """What a file of ours says, else the licence of a known release, else what timm states, else unspecified."""
+def release_of(source: Source, kind: str) -> Literal["mae", "openmmlab"] | None:
+    """Whose release of a MAE it is: the authors', or OpenMMLab's own."""
     if source.own_licence:
-        return source.own_licence
+        return None
     names = _published_names(source)
     if (
         _MAE.search(names)
         or (source.layout == "mmpretrain" and _MAE_CONVERTED.search(names))
         or _has_released_md5(source, kind)
     ):
-        return NON_COMMERCIAL
-    if source.sha256[:8] in _OPENMMLAB_SHA256 or _OPENMMLAB.search(source.file.name):
-        return _APACHE
+        return "mae"
+    theirs = source.sha256[:8] in _OPENMMLAB_SHA256 or _OPENMMLAB.search(source.file.name)
+    return "openmmlab" if theirs else None
+
+
+def licence_of(source: Source, release: str | None) -> str:
+    """What a file of ours says, else the licence of a known release, else what timm states, else unspecified."""
+    if source.own_licence:
+        return source.own_licence
+    if release is not None:
+        return NON_COMMERCIAL if release == "mae" else _APACHE
     if source.layout == "MAE-Lite" and mae_lite.NAMES.search(source.file.name):
         # Students of a MAE-Base, of which MAE-Lite states neither origin nor licence.
         return inherited_licence(_APACHE, UNKNOWN_LICENCE) if "distill" in source.file.name else _APACHE

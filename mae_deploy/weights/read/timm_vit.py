@@ -20,10 +20,10 @@ from torch import Tensor, nn
 
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.vit import BlockWithQKV, transformer_blocks
 from mae_deploy.weights.read.check_names import check_names
-from mae_deploy.weights.read.files import Source, tensor_of
+from mae_deploy.weights.read.files import GUESSED, Source, tensor_of
 
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
 """timm's names of licences, to SPDX's; others stay as timm writes them."""
@@ -88,7 +88,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     source.image_size, source.num_heads = tuple(model.patch_embed.img_size), model.blocks[0].attn.num_heads
     source.pool = "avg" if model.global_pool == "avg" else "cls"
     source.positions = "timm-flexivit" if "flexi" in architecture else "timm"
-    _take_preprocessing(source, model.pretrained_cfg)
+    _take_preprocessing(source, model.pretrained_cfg, name)
     if isinstance(names := source.settings.get("label_names"), list):
         source.class_names = tuple(map(str, names))
     if not name or "." in name:
@@ -278,20 +278,22 @@ def _fold_layer_scale(tensors: dict[str, Tensor], depth: int) -> int:
     return scaled
 
 
-def _take_preprocessing(source: Source, pretrained_cfg: dict[str, Any]) -> None:
-    """timm's evaluation transform in our terms."""
+def timm_evaluation(pretrained_cfg: dict[str, Any], image_size: tuple[int, int], channels: int) -> Preprocess:
+    """timm's evaluation transform in our terms; mean and deviation of RGB are not those of other channels."""
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    statistics: dict[str, Any] = {
+        name: tuple(config[name]) for name in ("mean", "std") if len(config["mean"]) == channels
+    }
+    plain = default_preprocess(image_size, channels)
+    settings = {name: config[name] for name in ("crop_mode", "crop_pct", "interpolation")}
+    return dataclasses.replace(plain, **settings, **statistics)
+
+
+def _take_preprocessing(source: Source, pretrained_cfg: dict[str, Any], name: str | None) -> None:
     channels = tensor_of(source, "patch_embed.proj.weight", 4).shape[1]
-    settings: dict[str, Any] = {"crop_pct": config["crop_pct"], "interpolation": config["interpolation"]}
-    if len(config["mean"]) == channels:
-        settings |= {"mean": tuple(config["mean"]), "std": tuple(config["std"])}
-    else:
-        source.notes.append(
-            f"timm knows mean and std of {len(config['mean'])} channels, not of {channels}: 0.5 and 0.25 are taken"
-        )
-    if config["crop_mode"] != "center":
-        source.notes.append(
-            f"timm's preprocessing has crop_mode {config['crop_mode']}, ours cuts out the middle: the same for square"
-            " images"
-        )
-    source.preprocess = dataclasses.replace(default_preprocess(source.image_size or (224, 224), channels), **settings)
+    source.preprocess = timm_evaluation(pretrained_cfg, source.image_size or (224, 224), channels)
+    tag = pretrained_cfg.get("tag")
+    first = f", which names no tag: that of timm's first, {tag}" if name and "." not in name and tag else ""
+    source.preprocess_from = f"timm's {name}{first}" if name else "config.json"
+    if len(source.preprocess.mean) != len(resolve_data_config(pretrained_cfg=pretrained_cfg)["mean"]):
+        source.preprocess_from += f"; mean and std of {channels} channels are {GUESSED}"

@@ -14,7 +14,7 @@ from torchvision.transforms import InterpolationMode
 from mae_deploy.checkpoint import NON_COMMERCIAL
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.weights.read.files import Source, tensor_of
+from mae_deploy.weights.read.files import GUESSED, Source, tensor_of
 
 _NAMES = [
     (r"^class_token$", "cls_token"),
@@ -71,11 +71,12 @@ def _take_release(source: Source) -> None:
             size = settings["crop_size"]
             source.class_names = tuple(release.meta["categories"])
             source.licence = NON_COMMERCIAL if "SWAG" in release.meta.get("license", "") else None
+            source.preprocess_from = f"torchvision's {release}"
             break
     else:
-        source.notes.append(
-            "preprocessing is not in the file: that of most of torchvision's ViTs is taken (256 pixels, of which 224"
-            " are cut out, bilinear)"
+        source.preprocess_from = (
+            f"{GUESSED}, that of most of torchvision's ViTs (256 pixels, of which 224 are cut out, bilinear): nothing"
+            " in the file tells it"
         )
     interpolation = settings.get("interpolation", InterpolationMode.BILINEAR).value
     share = size / settings.get("resize_size", 256)

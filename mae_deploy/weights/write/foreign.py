@@ -18,6 +18,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.weights.load import LoadedWeights, encoder_of
+from mae_deploy.weights.read.image_processor import FILTERS
 from mae_deploy.weights.read.own import is_plain
 
 Library = Literal["original", "timm", "huggingface"]
@@ -41,9 +42,6 @@ _HUGGING_FACE = [
     (r"\.mlp\.fc2\.", ".output.dense."),
 ]
 """The original's names to those that every transformers reads; query, key and value part before."""
-
-_FILTERS = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-"""Pillow's numbers."""
 
 LICENCE_IDS = {
     NON_COMMERCIAL: "cc-by-nc-4.0",
@@ -111,6 +109,8 @@ def _timm(loaded: LoadedWeights) -> ForeignModel:
     left_out = [name for name in names if name not in loaded.tensors]
     metadata, encoder = loaded.metadata, loaded.encoder_config
     preprocess = from_dict(Preprocess, metadata.preprocess)
+    # timm pads with the mean only: the picture is the same, beside it is another colour.
+    letterbox = preprocess.crop_mode == "letterbox"
     classes = metadata.num_classes or 0
     pooling = "avg" if metadata.pool == "avg" else "token"
     arguments = {
@@ -127,8 +127,8 @@ def _timm(loaded: LoadedWeights) -> ForeignModel:
         "input_size": [encoder.in_chans, *encoder.image_size],
         "fixed_input_size": True,
         "interpolation": preprocess.interpolation,
-        "crop_pct": preprocess.crop_pct,
-        "crop_mode": "center",
+        "crop_pct": 1.0 if letterbox else preprocess.crop_pct,
+        "crop_mode": "border" if letterbox else preprocess.crop_mode,
         "mean": list(preprocess.mean),
         "std": list(preprocess.std),
         "num_classes": classes,
@@ -149,7 +149,7 @@ def _timm(loaded: LoadedWeights) -> ForeignModel:
         loaded,
         dict(loaded.tensors),
         {"config.json": {**config, "model_args": arguments, "pretrained_cfg": stated}},
-        left_out,
+        [*left_out, *(["preprocessing"] if letterbox else [])],
     )
 
 
@@ -265,18 +265,20 @@ def _mask_ratio(provenance: dict[str, Any]) -> float:
 
 
 def _processor(preprocess: Preprocess) -> dict[str, Any] | None:
-    """The image processor that resizes the shorter side and cuts out the middle, as ours does; None where transformers
-    has none that does the same.
+    """The image processor that squashes, or resizes the shorter side, and cuts out the middle, as ours does; None where
+    transformers has none that does the same.
     """
     rows, columns = preprocess.image_size
-    if rows != columns or preprocess.takes_arrays:
+    squash = preprocess.crop_mode == "squash"
+    if preprocess.takes_arrays or not (squash or (preprocess.crop_mode == "center" and rows == columns)):
         return None
+    height, width = (int(side / preprocess.crop_pct) for side in (rows, columns))
     return {
-        "image_processor_type": "BitImageProcessor",
+        "image_processor_type": "DeiTImageProcessor" if squash else "BitImageProcessor",
         "do_convert_rgb": preprocess.channels == 3,
         "do_resize": True,
-        "size": {"shortest_edge": int(rows / preprocess.crop_pct)},
-        "resample": _FILTERS[preprocess.interpolation],
+        "size": {"height": height, "width": width} if squash else {"shortest_edge": height},
+        "resample": FILTERS.index(preprocess.interpolation),
         "do_center_crop": True,
         "crop_size": {"height": rows, "width": columns},
         "do_rescale": True,

@@ -341,3 +341,43 @@ def test_names_for_an_encoder(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     (tmp_path / "names.txt").write_text("ant\nbee")
     assert import_it(tmp_path / "vit.pth", "--class-names", str(tmp_path / "names.txt")) == 2
     assert "has no head" in capsys.readouterr().err
+
+
+# --- preprocessing ---------------------------------------------------------------------------------------------------
+
+
+def test_the_preprocessing_is_shown_and_can_be_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(tiny_encoder(SQUARE).state_dict(), tmp_path / "weights.pth")
+    arguments = ["import", str(tmp_path / "weights.pth"), "--num-heads", "5"]
+    assert main([*arguments, "--out", str(tmp_path / "guess")]) == 0
+    printed = capsys.readouterr()
+    assert "preprocessing: guessed, as the original MAE evaluates" in printed.err
+    assert "--mean, --std, --crop-mode, --crop-pct and --interpolation" in printed.err
+    rows = {words[0]: " ".join(words[1:]) for line in printed.out.splitlines() if (words := line.split())}
+    assert rows["crop"] == "center, 0.875 of the resized image"
+    assert rows["interpolation"] == "bicubic"
+    assert (rows["mean"], rows["std"]) == ("0.485, 0.456, 0.406", "0.229, 0.224, 0.225")
+    assert rows["preprocessing"].startswith("guessed")
+
+    said = ["--mean", "0.1,0.2,0.3", "--std", "0.4,0.5,0.6", "--interpolation", "lanczos", "--crop-mode", "squash"]
+    assert main([*arguments, "--out", str(tmp_path / "squash"), *said, "--crop-pct", "0.9"]) == 0
+    assert "guessed" not in capsys.readouterr().err
+    preprocess = from_dict(Preprocess, open_checkpoint(tmp_path / "squash").metadata.preprocess)
+    assert preprocess == Preprocess(
+        image_size=(10, 10),
+        mean=(0.1, 0.2, 0.3),
+        std=(0.4, 0.5, 0.6),
+        interpolation="lanczos",
+        crop_mode="squash",
+        crop_pct=0.9,
+    )
+    assert main(["info", str(tmp_path / "squash")]) == 0
+    shown = capsys.readouterr().out
+    assert "squash, 0.9 of the resized image" in shown
+    assert "the options of import" in shown
+
+    assert main([*arguments, "--out", str(tmp_path / "part"), "--crop-mode", "border"]) == 0
+    assert "guessed" in capsys.readouterr().err
+    metadata = open_checkpoint(tmp_path / "part").metadata
+    assert (metadata.preprocess["crop_mode"], metadata.preprocess["crop_pct"]) == ("border", 1.0)
+    assert metadata.provenance["preprocess_from"].endswith("; but --crop-mode of import")

@@ -90,6 +90,8 @@ def test_a_pretraining_checkpoint(tmp_path: Path, legacy: bool) -> None:
         "reshaped": [],
         "missing": [],
         "unexpected": [],
+        "preprocess": metadata.preprocess,
+        "preprocess_from": "guessed, as the original MAE evaluates: nothing in the file tells it",
         "notes": [],
         "licence": UNKNOWN_LICENCE,
     }

@@ -93,7 +93,7 @@ def test_other_files_get_the_usual_preprocessing_and_say_so(tmp_path: Path) -> N
         "bilinear",
         UNKNOWN_LICENCE,
     )
-    assert "that of most of torchvision's ViTs is taken" in imported.report["notes"][0]
+    assert "guessed, that of most of torchvision's ViTs" in imported.report["preprocess_from"]
 
 
 def test_a_layer_before_the_head_is_refused(tmp_path: Path) -> None:
