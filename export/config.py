@@ -82,8 +82,7 @@ class ExportConfig(Settings, resume="never"):
     """Reconstructed pixels: as the decoder predicts them, in the space of the normalised images, or of images from 0 to
     1."""
     image_size: tuple[int, int] | None = setting(None, basic=True, at_least=1)
-    """Input height and width, H[,W]; default: the checkpoint's, for another the position embeddings are
-    interpolated."""
+    """Input height and width, H[,W]; default: the checkpoint's; for another, positions are interpolated."""
     crop_mode: CropMode | None = setting(None, basic=True)
     """How the bundle fits images of another form: center cuts out the middle, squash changes the aspect ratio, border
     pads with the mean, letterbox with black; default: as the checkpoint was made."""
@@ -100,6 +99,8 @@ class ExportConfig(Settings, resume="never"):
     num_samples: int | None = setting(None, at_least=1)
     """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
     samples."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine during the checks; default: one for each granted core."""
     seed: int = setting(0, at_least=0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import inspect
@@ -20,6 +21,7 @@ from mae_deploy.errors import ConfigError, MaeDeployError, raise_all
 from mae_deploy.files import write_text
 from mae_deploy.flags import COMMON, Flag, flags_of
 from mae_deploy.help_page import Entry, page
+from mae_deploy.images.limits import pixels_at_most
 from mae_deploy.recipe import parse_assignment, read_recipe
 from mae_deploy.results import show
 
@@ -214,7 +216,8 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
             return
         try:
-            result = function(settings)
+            with pixels_at_most(_max_pixels(settings)):
+                result = function(settings)
         except MaeDeployError as error:
             if error.result is not None:
                 show(error.result, as_json=as_json)
@@ -223,6 +226,12 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             show(result, as_json=as_json)
 
     return run
+
+
+def _max_pixels(settings: Any) -> int | None:
+    """`--max-pixels` of a command that has it, in whatever section."""
+    sections = [settings, *(getattr(settings, field.name) for field in dataclasses.fields(settings))]
+    return next((value for part in sections if (value := getattr(part, "max_pixels", None)) is not None), None)
 
 
 def _from_recipes(recipe: str | None, assignments: list[str], found: list[MaeDeployError]) -> dict[str, Any]:

@@ -188,6 +188,8 @@ class ReconstructConfig(Settings, resume="never"):
     """Of --band-groups: independent or consistent (see pretrain --help-all)."""
     num_images: int = setting(8, at_least=1)
     """Images to draw at most, the first in alphabetical order."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     paste_visible: bool = True
     """Show the visible patches themselves in the reconstruction, as the paper's figures do."""
     picture_bands: tuple[int, ...] | None = None

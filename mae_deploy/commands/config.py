@@ -92,6 +92,8 @@ class PredictConfig(Settings, resume="never"):
     """See this many patches of each image instead, drawn at random."""
     batch_size: int | None = setting(None, at_least=1)
     """Images at a time; default: the graph's fixed batch, or 8."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""

@@ -47,6 +47,8 @@ class DataConfig(Settings):
     """Processes that decode images; 0 decodes in the training process, -1 starts one for each granted core but one."""
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are reported and skipped before the run gives up."""
+    max_pixels: int | None = setting(None, resume="free", at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     mean: tuple[float, ...] | None = setting(None, resume="fixed")
     """Mean of each channel for pixels in [0, 1]; default: ImageNet's for RGB, 0.5 otherwise."""
     std: tuple[float, ...] | None = setting(None, resume="fixed")

@@ -38,6 +38,8 @@ class FeaturesConfig(Settings):
     """Processes that decode images; 0 decodes in this process, -1 starts one for each granted core but one."""
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are named and left out before the command gives up."""
+    max_pixels: int | None = setting(None, resume="free", at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -175,6 +177,8 @@ class EvalConfig(Settings, resume="never"):
     num_workers: int = setting(-1, at_least=-1)
     """Processes that decode images for a checkpoint; 0 decodes in this process, -1 starts one for each granted core but
     one."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     threads: int | None = setting(None, at_least=1)
     """CPU threads of a bundle's engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None

@@ -4,25 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
-from mae_deploy.errors import MissingDependency, import_optional
+from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.images.geometry import Box, Placement
+from mae_deploy.images.limits import check_size, most_pixels
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image, ImageFile
 
 Array = npt.NDArray[Any]
 
+ChannelOrder = Literal["rgb", "bgr"]
+"""Of an array's colours; OpenCV's frames are BGR."""
+
 NUMPY_SUFFIX = ".npy"
 
 TIFF_SUFFIXES = (".tif", ".tiff")
-
-_MOST_PIXELS = 2 * 89_478_485
-"""At which Pillow takes a file for a bomb as well."""
 
 _ORIENTATION = 274
 """The tag of EXIF and TIFF; 1 is upright."""
@@ -111,6 +112,30 @@ def upright(pixels: Array, orientation: int) -> Array:
     return np.ascontiguousarray(pixels)
 
 
+def in_rgb(pixels: Array, channel_order: ChannelOrder, axis: int = -1) -> Array:
+    """An array of any order of colours as RGB, RGBA, or the one channel that it has.
+
+    Args:
+        axis: that of the channels.
+
+    Raises:
+        ConfigError: no such order, or not of this number of channels.
+    """
+    check_channel_order(channel_order)
+    found = pixels.shape[axis]
+    if channel_order == "rgb" or found == 1:
+        return pixels
+    if found not in (3, 4):
+        raise ConfigError(f"channel_order {channel_order} is for 1, 3 or 4 channels, not {found}")
+    return pixels.take([2, 1, 0, 3][:found], axis)
+
+
+def check_channel_order(channel_order: str) -> None:
+    """Raise ConfigError unless there is such an order."""
+    if channel_order not in get_args(ChannelOrder):
+        raise ConfigError(f"channel_order {channel_order!r} is not one of {', '.join(get_args(ChannelOrder))}")
+
+
 def channels_last(values: Array) -> Array:
     """An image as `(H, W, C)` with finite numbers in the machine's own byte order.
 
@@ -194,8 +219,9 @@ def _read_tiff(path: Path | BinaryIO) -> Array:
     with require_tiff().TiffFile(path) as file:
         series = file.series[0]
         page = series.keyframe
-        if series.size > _MOST_PIXELS * max(1, page.samplesperpixel):
-            raise ValueError(f"an image of shape {series.shape} is too large")
+        check_size(page.imagewidth, page.imagelength)
+        if series.size > most_pixels() * max(1, page.samplesperpixel):
+            raise ValueError(f"an image of shape {series.shape} is too large: --max-pixels allows more")
         values, axes = series.asarray(), series.axes
         orientation = page.tags.valueof(_ORIENTATION, 1)
         if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":

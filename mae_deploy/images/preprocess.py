@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, get_args
 import numpy as np
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.images.arrays import TIFF_SUFFIXES, cut, require_tiff, resize_and_cut
+from mae_deploy.images.arrays import TIFF_SUFFIXES, ChannelOrder, cut, in_rgb, require_tiff, resize_and_cut
 from mae_deploy.images.geometry import CropMode, Interpolation, Placement, place
 from mae_deploy.images.read import (
     Array,
@@ -125,12 +125,15 @@ class Preprocess:
         """To what size an image of this width and height is resized, and which box of it is the input."""
         return place(self.crop_mode, self.image_size, self.crop_pct, found)
 
-    def crop(self, image: Image.Image | Array) -> Array:
+    def crop(self, image: Image.Image | Array, channel_order: ChannelOrder = "rgb") -> Array:
         """Resize and crop, or fill, to `image_size` as `crop_mode` says: `(H, W, C)`, uint8 or, where `pixel_max` is
         given, float32.
 
         For a square, center is to the pixel what torchvision's Resize and CenterCrop do, which the original evaluates
         with.
+
+        Args:
+            channel_order: of arrays; Pillow images know their own.
 
         Raises:
             UnreadableImage: an array that is not such an image.
@@ -138,8 +141,8 @@ class Preprocess:
         from PIL import Image
 
         if self.takes_arrays:
-            return self._crop_array(image)
-        image = to_mode(image if is_image(image) else from_array(image), self.channels)
+            return self._crop_array(image, channel_order)
+        image = to_mode(image if is_image(image) else from_array(image, channel_order), self.channels)
         placed = self.place(image.size)
         if placed.part != (0, 0, *image.size):
             image = image.crop(placed.part)
@@ -170,8 +173,10 @@ class Preprocess:
             return (0,) * self.channels
         return tuple(value * self.divisor if self.pixel_max else round(255 * value) for value in self.mean)
 
-    def _crop_array(self, image: Image.Image | Array) -> Array:
+    def _crop_array(self, image: Image.Image | Array, channel_order: ChannelOrder) -> Array:
         pixels = as_array(np.asarray(image), self.channels, self.pixel_max)
+        if not is_image(image):
+            pixels = in_rgb(pixels, channel_order)
         height, width, _ = pixels.shape
         placed = self.place((width, height))
         left, top, right, bottom = placed.part

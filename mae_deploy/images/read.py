@@ -22,12 +22,14 @@ from mae_deploy.file_kinds import stand_in
 from mae_deploy.images.arrays import (
     NUMPY_SUFFIX,
     TIFF_SUFFIXES,
+    ChannelOrder,
     channels_last,
     may_be_deep,
     read_array,
     read_deep,
 )
 from mae_deploy.images.arrays import Array as Array
+from mae_deploy.images.limits import check_size, most_pixels
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image, ImageFile
@@ -158,7 +160,14 @@ def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
     with warnings.catch_warnings():
         # Pillow warns of large files and of damaged metadata that it then does without.
         warnings.simplefilter("ignore")
-        with Image.open(file, formats=formats()) as image:
+        if Image.MAX_IMAGE_PIXELS is not None and 2 * Image.MAX_IMAGE_PIXELS < most_pixels():
+            Image.MAX_IMAGE_PIXELS = -(-most_pixels() // 2)  # Pillow refuses what is twice as large
+        try:
+            opened = Image.open(file, formats=formats())
+        except Image.DecompressionBombError as error:
+            raise ValueError(f"{str(error).partition(',')[0]}: --max-pixels allows more") from error
+        with opened as image:
+            check_size(*image.size)
             yield image
 
 
@@ -280,8 +289,11 @@ def as_array(values: Array, channels: int, pixel_max: float | None) -> Array:
     return pixels
 
 
-def from_array(pixels: Array) -> Image.Image:
+def from_array(pixels: Array, channel_order: ChannelOrder = "rgb") -> Image.Image:
     """A uint8 array `(H, W)`, `(H, W, 1)`, `(H, W, 3)` or `(H, W, 4)` as a Pillow image.
+
+    Args:
+        channel_order: of the array.
 
     Raises:
         ConfigError: another dtype or shape.
@@ -293,7 +305,11 @@ def from_array(pixels: Array) -> Image.Image:
         pixels = pixels[:, :, 0]
     if pixels.dtype != np.uint8 or not (pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] in (3, 4))):
         raise ConfigError(f"an image must be uint8 (H, W), (H, W, 3) or (H, W, 4), not {pixels.dtype} {pixels.shape}")
-    return Image.fromarray(pixels)
+    if channel_order == "rgb" or pixels.ndim == 2:
+        return Image.fromarray(pixels)
+    height, width, found = pixels.shape
+    order = "BGR" if found == 3 else "BGRA"
+    return Image.frombuffer(MODES[found], (width, height), np.ascontiguousarray(pixels), "raw", order, 0, 1)
 
 
 @functools.cache

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.images.arrays import Array, ChannelOrder
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.images.read import Array
+from mae_deploy.images.regions import Region, patches_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import CacheShape, TokenCache, runner, update_cache
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
@@ -55,9 +57,11 @@ class Backbone:
     unpickled, from the same folder.
     """
 
-    def __init__(self, bundle: Bundle, engine: Engine) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, *, crop_mode: CropMode | None = None) -> None:
         self.bundle = bundle
         self.engine = engine
+        self.preprocess: Preprocess = bundle.preprocess.altered(crop_mode=crop_mode)
+        """What is done to uint8 and Pillow images."""
         self._folder = bundle.path.absolute()
 
     @classmethod
@@ -70,6 +74,7 @@ class Backbone:
         threads: int | None = None,
         affinity: Sequence[int] | None = None,
         build: bool = False,
+        crop_mode: CropMode | None = None,
     ) -> Backbone:
         """Load the bundle in a folder; see `EngineOptions` for device, threads and affinity.
 
@@ -78,6 +83,9 @@ class Backbone:
                 machine, else the one on which the bundle was checked, where it is installed, else onnxruntime.
             build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which
                 takes minutes.
+            crop_mode: how images of another form than the input's are fitted, where that is not to be as the bundle
+                has it: center cuts out the middle, squash changes the aspect ratio, border pads with the mean,
+                letterbox with black; the latter three show the whole image.
 
         Raises:
             ConfigError: no bundle, a broken or newer one, an unknown engine or device, or a core that is not there.
@@ -88,12 +96,7 @@ class Backbone:
         options = EngineOptions(device=device, threads=threads, affinity=None if affinity is None else tuple(affinity))
         if build and ALIASES.get(engine, engine) in ("auto", TENSORRT):
             engine = _with_engine_built(bundle, engine, device)
-        return cls(bundle, load_engine(bundle, engine, options))
-
-    @property
-    def preprocess(self) -> Preprocess:
-        """What is done to uint8 and Pillow images."""
-        return self.bundle.preprocess
+        return cls(bundle, load_engine(bundle, engine, options), crop_mode=crop_mode)
 
     def read(self, image: str | os.PathLike[str] | bytes) -> Image.Image | Array:
         """Read an image file, or the bytes of one, such as an upload: what a call takes, turned upright.
@@ -108,6 +111,26 @@ class Backbone:
         """Number of patches of an image, N."""
         return self.bundle.num_patches
 
+    def patches(self, image_shape: Sequence[int], region: Region) -> Array | None:
+        """The patches that see any of a region of an image, for `keep`, under this backbone's crop and resize: int64
+        `(K,)`, ascending, of every group of bands; None where none does, because the region is empty or in a part of
+        the image that the crop hides.
+
+        Args:
+            image_shape: the array's shape, `(H, W)` or `(H, W, C)`.
+            region: a box `(left, top, right, bottom)` in the image's pixels, where right and bottom are no part of it;
+                several boxes `(n, 4)`; or a mask `(H, W)`, which is not 0 in the region.
+
+        Raises:
+            ConfigError: neither a box nor a mask of this image.
+        """
+        P, (H, W) = self.bundle.model["patch_size"], self.preprocess.image_size
+        found = patches_of(self.preprocess, P, image_shape, region)
+        if found is None:
+            return None
+        grid = (H // P) * (W // P)
+        return np.concatenate([found + first for first in range(0, self.num_patches, grid)])
+
     @property
     def output_names(self) -> tuple[str, ...]:
         """What a call returns unless it names `outputs`."""
@@ -120,6 +143,7 @@ class Backbone:
         *,
         num_keep: NumKeep | None = None,
         outputs: Sequence[str] | None = None,
+        channel_order: ChannelOrder = "rgb",
     ) -> Features:
         """Features of one image or of many, always with the batch as the first axis, in the graph's own type. Many are
         prepared and run in parts of the largest batch that was checked.
@@ -128,7 +152,7 @@ class Backbone:
             images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images
                 of any sizes, or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size
                 (not where the graph normalises). Where the model takes pixels of more than 8 bits, arrays of any type
-                of number take the place of uint8.
+                of number take the place of uint8. Arrays are RGB, unless `channel_order` says otherwise.
             keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles
                 exported with `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of
                 unequal length, and give back `tokens` of the longest, zero where a row has ended. None keeps all.
@@ -137,6 +161,7 @@ class Backbone:
             num_keep: `(B,)`: only so many indices of each row of `keep (B, K)` are real, the others may be anything;
                 for ragged bundles.
             outputs: names of the outputs to compute; None for all.
+            channel_order: of arrays, rgb or bgr, as OpenCV's frames are; Pillow images know their own.
 
         Raises:
             ConfigError: images, indices or outputs that this bundle cannot take.
@@ -144,10 +169,12 @@ class Backbone:
         """
         spec, dtype = self.preprocess, self.bundle.image_dtype
         if not is_batch(images) or not len(images):
-            return self._run(1, lambda _: image_batch(images, spec, dtype), keep, num_keep, outputs)
+            return self._run(
+                1, lambda _: image_batch(images, spec, dtype, channel_order=channel_order), keep, num_keep, outputs
+            )
         return self._run(
             len(images),
-            lambda part: image_batch(images[part], spec, dtype, first=part.start),
+            lambda part: image_batch(images[part], spec, dtype, channel_order=channel_order, first=part.start),
             keep,
             num_keep,
             outputs,
@@ -222,7 +249,8 @@ class Backbone:
 
     def __reduce__(self) -> tuple[Any, ...]:
         engine = self.engine
-        return _load_again, (type(self), self._folder, engine.name, engine.options, engine.taps)
+        mode = self.preprocess.crop_mode
+        return _load_again, (type(self), self._folder, engine.name, engine.options, engine.taps, mode)
 
     def __enter__(self) -> Self:
         return self
@@ -281,10 +309,15 @@ class Backbone:
 
 
 def _load_again(
-    kind: type[Backbone], path: Path, engine: str, options: EngineOptions, taps: tuple[str, ...]
+    kind: type[Backbone],
+    path: Path,
+    engine: str,
+    options: EngineOptions,
+    taps: tuple[str, ...],
+    crop_mode: CropMode,
 ) -> Backbone:
     bundle = Bundle.load(path)
-    return kind(bundle, load_engine(bundle, engine, options, taps=taps))
+    return kind(bundle, load_engine(bundle, engine, options, taps=taps), crop_mode=crop_mode)
 
 
 def _with_engine_built(bundle: Bundle, engine: str, device: str) -> str:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.arrays import ChannelOrder, check_channel_order, in_rgb
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, UnreadableImage, is_image
 from mae_deploy.runtime.bundle import Bundle
@@ -24,14 +25,16 @@ Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
 Keep: TypeAlias = "Array | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
 NumKeep: TypeAlias = "Array | Sequence[int]"
 
+_BGR = "; colours are RGB, and OpenCV's frames are BGR: channel_order='bgr'"
+
 _ACCEPTED_ARRAYS = (
     "images are numbers as the files hold them, (H, W), (H, W, C) or (B, H, W, C), but floating-point batches as a"
-    " list; or normalised float32 (B, C, H, W)"
+    " list; or normalised float32 (B, C, H, W)" + _BGR
 )
 
 _ACCEPTED = (
     "images are uint8 (H, W), (H, W, C) or (B, H, W, C), a list of such arrays or of Pillow images, or normalised"
-    " float32 (B, C, H, W)"
+    " float32 (B, C, H, W)" + _BGR
 )
 
 
@@ -40,7 +43,14 @@ def is_batch(images: Images) -> TypeIs[Array | Sequence[Array | Image.Image]]:
     return isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
 
 
-def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32", *, first: int = 0) -> Array:
+def image_batch(
+    images: Images,
+    preprocess: Preprocess,
+    dtype: str = "float32",
+    *,
+    channel_order: ChannelOrder = "rgb",
+    first: int = 0,
+) -> Array:
     """Any accepted form of images as the graph's input: float32 or float16 `(B, C, H, W)`, normalised, or uint8
     `(B, H, W, C)`.
 
@@ -50,15 +60,17 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32", 
 
     Args:
         dtype: what the graph takes. With uint8 the graph normalises, and no floating-point work is done here.
+        channel_order: of arrays, rgb or bgr; Pillow images know their own.
         first: number of the first image, by which an error names them.
 
     Raises:
         ConfigError: no images, another type, dtype or shape, or a Pillow image that cannot be decoded.
     """
+    check_channel_order(channel_order)
     if isinstance(images, np.ndarray):
         wide = preprocess.pixel_max is not None
         if images.dtype in (np.float32, np.float16) and (images.ndim == 4 or not wide):
-            return _normalised(images, preprocess, dtype)
+            return _normalised(images, preprocess, dtype, channel_order)
         if (images.dtype != np.uint8 and not wide) or images.ndim not in (2, 3, 4):
             raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_accepted(preprocess))
         images = list(images) if images.ndim == 4 else [images]
@@ -69,7 +81,9 @@ def image_batch(images: Images, preprocess: Preprocess, dtype: str = "float32", 
     if not images:
         raise ConfigError("there are no images", hint="give at least one")
     return pixel_batch(
-        np.stack([_pixels(image, index, preprocess) for index, image in enumerate(images, first)]), preprocess, dtype
+        np.stack([_pixels(image, index, preprocess, channel_order) for index, image in enumerate(images, first)]),
+        preprocess,
+        dtype,
     )
 
 
@@ -268,7 +282,7 @@ def _check_patches(ids: Array, lengths: Array, num_patches: int) -> None:
         raise ConfigError(f"keep has the patch {twice[0]} twice for one image", hint="list each patch once")
 
 
-def _normalised(images: Array, preprocess: Preprocess, dtype: str) -> Array:
+def _normalised(images: Array, preprocess: Preprocess, dtype: str, channel_order: ChannelOrder) -> Array:
     height, width = preprocess.image_size
     if dtype == "uint8":
         raise ConfigError(
@@ -283,16 +297,16 @@ def _normalised(images: Array, preprocess: Preprocess, dtype: str) -> Array:
                 " for images of any size"
             ),
         )
-    return np.ascontiguousarray(images, dtype=dtype)
+    return np.ascontiguousarray(in_rgb(images, channel_order, axis=1), dtype=dtype)
 
 
-def _pixels(image: Any, index: int, preprocess: Preprocess) -> Array:
+def _pixels(image: Any, index: int, preprocess: Preprocess, channel_order: ChannelOrder) -> Array:
     """One image, resized and cropped: `(H, W, C)`."""
     try:
         if isinstance(image, np.ndarray):
             if image.size == 0:
                 raise ConfigError(f"no pixels in shape {image.shape}")
-            return preprocess.crop(image)
+            return preprocess.crop(image, channel_order)
         if is_image(image):
             from PIL import ImageOps
 

@@ -103,7 +103,7 @@ def test_one_image_comes_back_with_a_batch_axis(full: Backbone) -> None:
 
 def test_properties(full: Backbone, full_bundle: Path) -> None:
     assert (full.num_patches, full.output_names, full.bundle.path) == (N, tuple(OUTPUTS), full_bundle)
-    assert full.preprocess is full.bundle.preprocess
+    assert full.preprocess == full.bundle.preprocess
 
 
 def test_pixels_reach_the_graph_normalised_and_unresized_where_they_fit(full: Backbone) -> None:
@@ -120,6 +120,53 @@ def test_grey_and_rgba_arrays(full: Backbone) -> None:
     assert_same(full(grey[:, :, 0]), expected)
     assert_same(full(grey), expected)
     assert_same(full(np.concatenate([rgb, np.full_like(grey, 255)], axis=2)), expected)
+
+
+def test_frames_of_opencv(full: Backbone) -> None:
+    """Blue first; as arrays of any shape, and normalised batches."""
+    expected = full([photo(), photo(seed=1)])
+    frames = [photo()[:, :, ::-1], photo(seed=1)[:, :, ::-1]]
+    assert_same(full(frames, channel_order="bgr"), expected)
+    assert_same(full(np.stack(frames), channel_order="bgr"), expected)
+    assert_same(full(full.preprocess([photo(), photo(seed=1)])[:, ::-1], channel_order="bgr"), expected)
+    assert_same(full([Image.fromarray(photo()), frames[1]], channel_order="bgr"), expected)
+    four = photo(channels=4)
+    assert_same(full(four[:, :, [2, 1, 0, 3]], channel_order="bgr"), full(four))
+    assert_same(full(photo(channels=1), channel_order="bgr"), full(photo(channels=1)))
+    assert np.abs(full(frames).cls - expected.cls).max() > 100 * ATOL
+    with pytest.raises(ConfigError, match="channel_order 'rbg' is not one of rgb, bgr"):
+        full(photo(), channel_order="rbg")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError) as error:
+        full(photo().astype(np.int64))
+    assert "channel_order='bgr'" in (error.value.hint or "")
+
+
+def test_another_crop_mode_at_load(full_bundle: Path) -> None:
+    squash = Backbone.load(full_bundle, crop_mode="squash")
+    spec = Preprocess(
+        image_size=(H, W), mean=squash.preprocess.mean, std=squash.preprocess.std, interpolation="bilinear"
+    )
+    expected = spec.altered(crop_mode="squash")
+    assert squash.preprocess == expected
+    assert squash.bundle.preprocess.crop_mode == "center"
+    assert_same(squash(photo()), reference(expected([photo()])))
+    assert pickle.loads(pickle.dumps(squash)).preprocess == expected
+
+
+def test_the_patches_of_a_region(visible: Backbone) -> None:
+    """An image of the input's size, 3 x 7 patches of 2 pixels."""
+    shape = (H, W, 3)
+    found = visible.patches(shape, (0, 0, P + 1, P))
+    assert found is not None
+    assert found.tolist() == [0, 1]
+    assert_same(visible(photo(H, W), keep=found), reference(visible.preprocess([photo(H, W)]), np.array([[0, 1]])))
+    mask = np.zeros((H, W), bool)
+    mask[-1, -1] = True
+    last = visible.patches(shape, mask)
+    assert last is not None
+    assert last.tolist() == [N - 1]
+    assert visible.patches(shape, np.zeros((H, W), bool)) is None
+    assert visible.patches((H, 3 * W), (0, 0, W, H)) is None, "the crop hides it"
 
 
 def test_a_batch_equals_its_images(full: Backbone) -> None:

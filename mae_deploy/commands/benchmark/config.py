@@ -34,6 +34,8 @@ class BenchmarkConfig(Settings, resume="never"):
     default: the golden samples."""
     num_images: int = setting(128, at_least=1)
     """At most this many of them, spread over the folder."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     probe: bool = True
     """Measure load time and peak memory, each row in a fresh process."""
     out: Path | None = setting(None, basic=True)

@@ -29,6 +29,8 @@ class StatsConfig(Settings, resume="never"):
     """Column of the images in a Hugging Face data set; default: the one that holds images."""
     num_workers: int = setting(-1, at_least=-1)
     """Processes that decode images; 0 decodes in this one, -1 starts one for each granted core but one."""
+    max_pixels: int | None = setting(None, at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     seed: int = 0
     """Seed of --sample."""
     device: Device = "cpu"
@@ -66,6 +68,8 @@ class PackConfig(Settings):
     """Column of the labels in a Hugging Face data set; default: none, or label where there are splits."""
     max_corrupt: int = setting(100, resume="free", at_least=0)
     """Unreadable files that are reported and left out before packing gives up."""
+    max_pixels: int | None = setting(None, resume="free", at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     num_workers: int = setting(-1, resume="free", at_least=-1)
     """Processes that decode and encode images; 0 does it in this one, -1 starts one for each granted core but one."""
     seed: int = setting(0, resume="fixed")
