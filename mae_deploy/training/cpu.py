@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import platform
-from functools import cache, partial
-
-import torch
+from functools import cache
 
 from mae_deploy.progress import notice
-from mae_deploy.runtime.timing import measure
-from mae_deploy.training.device import cpu_multiplies_bf16
+from mae_deploy.training.device import CPU, bf16_gain, multiplies_bf16
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
 """mallopt's numbers, from glibc's malloc.h."""
-
-_GEMM = 768
-"""Side of the matrices that FP32 and BF16 are compared on."""
 
 
 @cache
@@ -35,16 +29,8 @@ def keep_freed_memory() -> None:
 @cache
 def advise_bf16() -> None:
     """Say once how much faster this CPU multiplies BF16, if it has instructions for it."""
-    if cpu_multiplies_bf16():
+    if multiplies_bf16(CPU):
         notice(
             "bf16:",
-            f"this CPU multiplies BF16 matrices {bf16_gain():.1f} times as fast as FP32: --precision bf16 uses that",
+            f"this CPU multiplies BF16 matrices {bf16_gain(CPU):.1f} times as fast as FP32: --precision bf16 uses that",
         )
-
-
-def bf16_gain() -> float:
-    """FP32's time over BF16's for a product of square matrices."""
-    x = torch.randn(_GEMM, _GEMM)
-    y = x.bfloat16()
-    timings = measure({z.dtype: partial(torch.nn.functional.linear, z, z) for z in (x, y)}, repeats=5, warmup=1)
-    return min(timings[x.dtype].seconds) / min(timings[y.dtype].seconds)

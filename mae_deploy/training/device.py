@@ -6,7 +6,7 @@ import os
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,15 @@ from mae_deploy.errors import MissingDependency
 from mae_deploy.machine import default_threads
 from mae_deploy.progress import notice
 from mae_deploy.runtime.cuda.driver import gpus
+from mae_deploy.runtime.timing import measure
 from mae_deploy.training.config import Device, TrainingPrecision
 
 ResolvedPrecision = Literal["fp32", "bf16", "fp16"]
+
+CPU = torch.device("cpu")
+
+_GEMM = 768
+"""Side of the matrices that FP32 and BF16 are compared on."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -50,7 +56,7 @@ def reason_against_cuda() -> str | None:
         if torch.cuda.is_available():
             return _trial()
     why = "".join(f" ({' '.join(str(warning.message).split())})" for warning in said[:1])
-    return f"torch {torch.__version__} sees no CUDA device{why}"
+    return f"torch sees no CUDA device{why}"
 
 
 @cache
@@ -73,7 +79,8 @@ def resolve_precision(
     precision: TrainingPrecision, device: torch.device, *, frozen: bool = False, option: str = "--precision"
 ) -> ResolvedPrecision:
     """The arithmetic: auto is bf16 where the device multiplies in it, else fp32; on a CPU only for a frozen network,
-    so that training on a CPU does not depend on which it is.
+    so that training on a CPU does not depend on which it is. Where bf16 is asked for and would be emulated, one line
+    says how much slower it is.
 
     Raises:
         MissingDependency: fp16 on a CPU.
@@ -81,16 +88,43 @@ def resolve_precision(
     on_cpu = device.type == "cpu"
     if precision == "fp16" and on_cpu:
         raise MissingDependency(f"{option} fp16 needs a CUDA device", hint=f"use {option} bf16 or fp32")
+    if precision == "bf16" and not multiplies_bf16(device):
+        _say_emulated(option, device.type)
     if precision != "auto":
         return precision
-    if on_cpu:
-        return "bf16" if frozen and cpu_multiplies_bf16() else "fp32"
-    return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if multiplies_bf16(device) and (frozen or not on_cpu) else "fp32"
 
 
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for products in BF16."""
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in BF16."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def bf16_gain(device: torch.device) -> float:
+    """FP32's time over BF16's for a product of square matrices."""
+    x = torch.randn(_GEMM, _GEMM, device=device)
+    y = x.bfloat16()
+
+    def product(z: torch.Tensor) -> None:
+        torch.nn.functional.linear(z, z)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+
+    timings = measure({z.dtype: partial(product, z) for z in (x, y)}, repeats=5, warmup=1)
+    return min(timings[x.dtype].seconds) / min(timings[y.dtype].seconds)
+
+
+@cache
+def _say_emulated(option: str, kind: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of several processes the first speaks
+        slower = 1 / bf16_gain(torch.device(kind))
+        notice(
+            "bf16:",
+            f"{option} bf16 is emulated: this {'CPU' if kind == 'cpu' else 'GPU'} has no products in BF16, which take"
+            f" {slower:.1f} times as long as in FP32; {option} fp32 is faster",
+        )
 
 
 def autocast(precision: TrainingPrecision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
