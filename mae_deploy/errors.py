@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
-from mae_deploy.packages import is_hollow, remedy
+from mae_deploy.packages import QUIET, is_hollow, remedy
 
 
 class MaeDeployError(Exception):
@@ -28,6 +29,19 @@ class MaeDeployError(Exception):
 
 class CheckFailed(MaeDeployError):
     """A check ran and its answer is no: parity missed, a hash differs, too many unreadable files."""
+
+    def __init__(
+        self, message: str, *, hint: str | None = None, result: object = None, details: Sequence[str] = ()
+    ) -> None:
+        """Args: details: what else the check found, a line each; the message has the first cause."""
+        super().__init__(message, hint=hint, result=result)
+        self.details = tuple(details)
+
+    @property
+    def errors(self) -> tuple[MaeDeployError, ...]:
+        """The message and each detail; the hint comes after the last."""
+        lines = (str(self), *self.details)
+        return (*map(CheckFailed, lines[:-1]), CheckFailed(lines[-1], hint=self.hint))
 
 
 class ConfigError(MaeDeployError):
@@ -75,11 +89,14 @@ def import_optional(module: str, *, extra: str) -> ModuleType:
 
 
 def import_whole(module: str) -> ModuleType:
-    """Import a module that somebody has installed.
+    """Import a module that somebody has installed, without reports to its makers unless the environment asks for them
+    (`QUIET`).
 
     Raises:
         Exception: whatever it raises; ImportError where an uninstalled package has left its folder behind.
     """
+    for name, value in QUIET.get(module.partition(".")[0], {}).items():
+        os.environ.setdefault(name, value)
     found = importlib.import_module(module)
     if is_hollow(found):
         top = module.partition(".")[0]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import sys
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
@@ -115,3 +118,32 @@ def test_a_package_that_fails_in_any_way_is_a_missing_dependency(installed: Inst
     with pytest.raises(MissingDependency, match=f"cannot be imported .*{said}") as caught:
         import_optional("failing_engine", extra="train")
     assert caught.value.hint == "pip install 'mae-deploy[train]'"
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "value"),
+    [
+        ("onnxruntime", "ORT_DISABLE_TELEMETRY", "1"),
+        ("mlflow", "MLFLOW_DISABLE_TELEMETRY", "true"),
+        ("wandb", "WANDB_ERROR_REPORTING", "false"),
+    ],
+)
+@pytest.mark.parametrize("own", [None, "mine"])
+def test_a_package_is_imported_without_its_telemetry_unless_the_user_wants_it(
+    monkeypatch: pytest.MonkeyPatch, module: str, name: str, value: str, own: str | None
+) -> None:
+    seen: list[str | None] = []
+    monkeypatch.setenv(name, "")  # so that what is set here goes with the test
+    monkeypatch.delenv(name)
+    if own is not None:
+        monkeypatch.setenv(name, own)
+
+    def import_module(_: str) -> ModuleType:
+        seen.append(os.environ.get(name))
+        return ModuleType(module)
+
+    monkeypatch.setattr(importlib, "import_module", import_module)
+    import_optional(module, extra="train")
+    assert seen == [own or value]
+    page = (Path(__file__).parents[1] / "docs" / "commands.md").read_text(encoding="utf-8")
+    assert f"`{name}={value}`" in page

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
@@ -58,13 +57,11 @@ class OnnxRuntimeEngine(Engine):
 
 
 def import_onnxruntime() -> ModuleType:
-    """ONNX Runtime, without its telemetry unless the user's environment asks for it: from 1.29 on it writes a device id
-    and an upload database below HOME, and sends from there (onnxruntime#27379).
+    """ONNX Runtime, without its telemetry unless the user's environment asks for it (onnxruntime#27379).
 
     Raises:
         MissingDependency: it is not installed, or cannot be loaded.
     """
-    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # read when the library is loaded
     said = io.StringIO()
     try:
         with redirect_stderr(said):  # where NumPy writes a page about what was built for another version of it
