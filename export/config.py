@@ -187,6 +187,11 @@ class ExportConfig(Settings, resume="never"):
         return () if self.precision == "bf16" else ("softmax",)
 
     @property
+    def keeps_ops(self) -> bool:
+        """Whether --fp32-ops has a meaning: the types in the graph say what is computed in what."""
+        return self.resolved_typing == "strong" and self.precision != "fp32"
+
+    @property
     def stored_precision(self) -> Literal["fp32", "fp16", "bf16", "int8", "fp8"]:
         """What the graph is written in: TensorRT is told what to compute a weak one in, and version 8 knows few types
         to cast weights from.

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from mae_deploy.config import from_dict, to_dict
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
@@ -199,7 +199,14 @@ def compute_reference(job: ExportJob) -> None:
     """Run PyTorch on all samples, and on a few at each other K of the profiles; fills `job.trials`."""
     images = job.preprocess.normalise(job.samples.pixels)
     for inputs in [{IMAGES: images, **_chosen(job, images)}, *_extremes(job, images)]:
-        job.trials.append((inputs, job.reference.outputs(inputs, job.names)))
+        outputs = job.reference.outputs(inputs, job.names)
+        broken = [name for name, values in outputs.items() if not np.isfinite(values).all()]
+        if broken:
+            raise CheckFailed(
+                f"PyTorch itself gives NaN or infinite values: {', '.join(broken)}",
+                hint="the checkpoint cannot be used: its weights or its image statistics are at fault, not the export",
+            )
+        job.trials.append((inputs, outputs))
 
 
 def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]:

@@ -17,8 +17,9 @@ from mae_deploy.errors import CheckFailed
 from mae_deploy.export.job import Arrays, ExportJob, keep_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.layers import first_broken_block
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS
-from mae_deploy.runtime.parity.checks import Verification, verify_engine
+from mae_deploy.runtime.parity.checks import Verification, first_causes, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.registry import OPENVINO, load_engine, open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
@@ -146,15 +147,40 @@ def compare_samples(
     return comparisons, failures, accuracy
 
 
-def refuse(job: ExportJob, failures: list[str]) -> CheckFailed:
-    """What `export` says when a graph misses its tolerance."""
-    precision = job.config.precision
+def refuse(job: ExportJob, bundle: Bundle, proof: ParityRecord, table: Path | None = None) -> CheckFailed:
+    """What `export` says when a graph misses its tolerance; of NaN and infinite values the block where they begin, and
+    one line an output: the rest follows from that.
+
+    Args:
+        table: where the layers of a search in eight bits were left.
+    """
+    config = job.config
+    failures = ["; ".join(proof.failures)]
+    overflows = any(comparison.not_finite for comparison in proof.comparisons)
+    if overflows:
+        failures = first_causes(proof.failures, job.names)
+        if not config.emulates_bf16:
+            options = EngineOptions(threads=config.threads)
+            failures = [*first_broken_block(bundle, judging_engine(config.engine), options), *failures]
     hint = "nothing was written; please report this with the checkpoint's metadata.json"
-    if precision != "fp32":
-        hint = f"nothing was written; this model does not bear {precision} within the tolerance: export fp32" + (
-            " or bf16" if precision != "bf16" else ""
+    if config.quantized:  # what the search accepted on the same checks
+        hint = "nothing was written; give the search a stricter budget (--min-sqnr), or export fp32 or bf16" + (
+            f"; the layers are in {table}" if table else ""
         )
-    return CheckFailed(f"the exported {precision} graph misses parity with PyTorch: {'; '.join(failures)}", hint=hint)
+    elif config.precision != "fp32":
+        kept, others = config.islands, "fp32" if config.precision == "bf16" else "fp32 or bf16"
+        more = [op for op in ("residual", "norm", "gelu", "softmax") if op not in kept]
+        island = f"--fp32-ops {','.join([*kept, *more])} keeps these in FP32; " if config.keeps_ops and more else ""
+        ends = "FP16 ends at 65,504; " if overflows and config.stored_precision == "fp16" else ""
+        hint = (
+            f"nothing was written; {ends}{island}this model does not bear {config.precision} within the tolerance:"
+            f" export {others}"
+        )
+    return CheckFailed(
+        f"the exported {config.precision} graph misses parity with PyTorch: {failures[0]}",
+        details=failures[1:],
+        hint=hint,
+    )
 
 
 def labels(job: ExportJob) -> np.ndarray[Any, np.dtype[np.int64]] | None:

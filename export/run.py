@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -29,6 +31,7 @@ from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import Engine
 from mae_deploy.runtime.manifest import (
     BLOCKS,
     GOLDEN_FILE,
@@ -39,6 +42,7 @@ from mae_deploy.runtime.manifest import (
     ModelEntry,
     file_entry,
 )
+from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
@@ -106,12 +110,12 @@ class _Made:
 def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
     """Write a bundle and check it; for TensorRT also build its engine, unless that is left to the device."""
     folder.mkdir()
-    plan = plan_int8(job, folder) if job.config.quantized else None
+    plan = plan_int8(job, folder, partial(_verify_plan, job)) if job.config.quantized else None
     bundle = _write_bundle(folder, job, plan)
     bar.advance(1, "bundle written")
     proof = check_parity(job, bundle, bundle.tolerance)
     if proof.failures:
-        raise refuse(job, proof.failures)
+        raise refuse(job, bundle, proof, plan.leave_table(job.config.out) if plan is not None else None)
     _record(bundle, job, proof)
     bar.advance(1, "checked")
     device = None
@@ -120,6 +124,12 @@ def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
         _record_device(bundle, device)
         bar.advance(1, "engine built")
     return _Made(job=job, bundle=bundle, plan=plan, proof=proof, device=device)
+
+
+def _verify_plan(job: ExportJob, plan: Int8Plan, engine: Engine) -> Verification:
+    """The checks of the bundle that this plan would give."""
+    with TemporaryDirectory() as folder:
+        return verify_engine(_write_bundle(Path(folder), job, plan), engine)
 
 
 def _data(made: _Made) -> dict[str, Any]:

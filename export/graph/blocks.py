@@ -13,7 +13,7 @@ import numpy as np
 
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
 from mae_deploy.export.graph.cached import CacheWriter
-from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType
+from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType, in_type
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
 
@@ -92,7 +92,7 @@ class BlockWriter:
         b, stream = self.builder, self.arithmetic.stream
         given, dtype = dtype is not None, dtype or self.arithmetic.of("norm")
         scale, bias = (
-            b.weight(f"{name}.{part}", self.weights[f"{name}.{part}"].astype(dtype)) for part in ("weight", "bias")
+            self._weight(f"{name}.{part}", self.weights[f"{name}.{part}"], dtype) for part in ("weight", "bias")
         )
         normed = b.node(
             "LayerNormalization",
@@ -170,6 +170,9 @@ class BlockWriter:
         b, dtype = self.builder, self.arithmetic.of("residual")
         return b.node("Add", [b.cast(tokens, dtype), b.cast(update, dtype)], name)
 
+    def _weight(self, name: str, values: Array, dtype: DType) -> str:
+        return self.builder.weight(name, in_type(name, values, dtype))
+
     def _linear(self, value: str, name: str, weight: Array | None = None, bias: Array | None = None) -> str:
         """`x W^T + b`, quantised where the plan says so; the result is in the stream's type."""
         b, types = self.builder, self.arithmetic
@@ -177,21 +180,23 @@ class BlockWriter:
         bias = self.weights[f"{name}.bias"] if bias is None else bias
         if name not in self.quantized:
             if self.sizes is not None and types.product == types.stream:
-                stored = b.cast(b.weight(f"{name}.weight", weight.astype(types.stored, copy=False)), types.product)
+                stored = b.cast(self._weight(f"{name}.weight", weight, types.stored), types.product)
                 return b.node(
                     "Gemm",
-                    [value, stored, b.weight(f"{name}.bias", bias.astype(types.stream))],
+                    [value, stored, self._weight(f"{name}.bias", bias, types.stream)],
                     f"{name}/Gemm",
                     transB=1,
                 )
-            stored = b.cast(b.weight(f"{name}.weight", weight.T.astype(types.stored, copy=False)), types.product)
+            stored = b.cast(self._weight(f"{name}.weight", weight.T, types.stored), types.product)
             product = b.node("MatMul", [b.cast(value, types.product), stored], f"{name}/MatMul")
         elif (scale := self.quantized[name]) is not None:
             product = self._static_product(value, scale, weight, name)
         else:
             product = self._dynamic_product(value, weight, name)
         return b.node(
-            "Add", [b.cast(product, types.stream), b.weight(f"{name}.bias", bias.astype(types.stream))], f"{name}/Add"
+            "Add",
+            [b.cast(product, types.stream), self._weight(f"{name}.bias", bias, types.stream)],
+            f"{name}/Add",
         )
 
     def _static_product(self, value: str, scale: float, weight: Array, name: str) -> str:

@@ -12,7 +12,8 @@ from typing import Any, Literal
 import ml_dtypes
 import numpy as np
 
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.images.read import Array
 
 Precision = Literal["fp32", "fp16", "bf16", "int8", "fp8"]
 Typing = Literal["weak", "strong"]
@@ -72,3 +73,17 @@ def arithmetic(precision: Precision, typing: Typing, islands: tuple[Island, ...]
             f"--fp32-ops {','.join(islands)}: with --precision {precision} --typing {typing} these are FP32 already"
         )
     return chosen
+
+
+def in_type(name: str, weight: Array, dtype: DType) -> Array:
+    """A weight in the type that the graph stores.
+
+    Raises:
+        CheckFailed: a value is beyond that type.
+    """
+    most = float(np.finfo(np.float16).max)
+    if dtype == FLOAT16 and (largest := float(np.abs(weight).max(initial=0.0))) > most:
+        raise CheckFailed(
+            f"the weight {name} reaches {largest:.4g}, and FP16 ends at {most:,.0f}", hint="export fp32 or bf16"
+        )
+    return weight.astype(dtype, copy=False)

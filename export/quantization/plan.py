@@ -7,6 +7,7 @@ Runtime here; whether its engine is faster than one in FP16 is measured once, on
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,6 +34,7 @@ from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import int8_arithmetic
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IMAGES, UPDATES
+from mae_deploy.runtime.parity.checks import RUN_AGAIN, Verification
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import OPENVINO, open_graph
 from mae_deploy.runtime.timing import Timing, measure
@@ -105,20 +107,29 @@ class Int8Plan:
         """The per-layer table beside the graph, where a search made one."""
         return write_table(folder / "sensitivity", self.rows) if self.rows else []
 
+    def leave_table(self, out: Path) -> Path | None:
+        """The table beside `out`, where the bundle itself is refused; None where no search made one."""
+        return _leave_table(out, self.rows)
 
-def plan_int8(job: ExportJob, folder: Path) -> Int8Plan:
+
+Verify = Callable[[Int8Plan, Engine], Verification]
+"""What `verify` finds of the bundle of a plan, on an engine with its graph."""
+
+
+def plan_int8(job: ExportJob, folder: Path, verify: Verify) -> Int8Plan:
     """Quantise everything; where that misses the budget, find the fastest mix that meets it; refuse what is not faster
     than FP32, if that can be known here.
 
     Args:
         folder: for graphs that are only tried; they are removed again.
+        verify: the checks of the finished bundle, which decide about a mix as well.
 
     Raises:
         CheckFailed: nothing meets the budget, or what does is not faster than FP32; the per-layer table is left beside
             `--out`.
         ConfigError: too few calibration images that can be read.
     """
-    attempt = _Attempt(job, folder)
+    attempt = _Attempt(job, folder, verify)
     everything = frozenset(attempt.names)
     rows: list[LayerRow] = []
     failures = ""
@@ -144,23 +155,15 @@ def plan_int8(job: ExportJob, folder: Path) -> Int8Plan:
     timings = attempt.time(chosen)
     if timings is not None and not timings[1].ratio(timings[0]) < job.config.int8.max_latency:
         raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", timings)
-    return Int8Plan(
-        job=attempt.job_for(chosen),
-        quantized={name: attempt.scales[name] for name in attempt.names if name in chosen},
-        attention=attempt.attention_for(chosen),
-        rows=rows,
-        latency=timings,
-        num_linears=len(everything),
-        facts={**attempt.facts, "rest": attempt.rest},
-    )
+    return attempt.plan(chosen, rows, timings)
 
 
 class _Attempt:
     """Tries sets of Linears in eight bits on the engine that runs them."""
 
-    def __init__(self, job: ExportJob, folder: Path) -> None:
+    def __init__(self, job: ExportJob, folder: Path, verify: Verify) -> None:
         int8 = job.config.int8
-        self.config, self.folder = job.config, folder
+        self.config, self.folder, self._verify = job.config, folder, verify
         self.name, self.weight_bits = job.config.precision.upper(), int8.weight_bits
         self.rounding = rounding_of(job.config.precision, self.weight_bits)
         self.tolerance = tolerance_of(job)
@@ -192,12 +195,32 @@ class _Attempt:
         self.failures: list[str] = []
         self._figures: dict[frozenset[str], list[Comparison]] = {}
 
+    def plan(
+        self, chosen: frozenset[str], rows: list[LayerRow], latency: tuple[Timing, Timing] | None = None
+    ) -> Int8Plan:
+        """With this set in eight bits."""
+        return Int8Plan(
+            job=self.job_for(chosen),
+            quantized={name: self.scales[name] for name in self.names if name in chosen},
+            attention=self.attention_for(chosen),
+            rows=rows,
+            latency=latency,
+            num_linears=len(self.names),
+            facts={**self.facts, "rest": self.rest},
+        )
+
     def check_budget(self, chosen: frozenset[str]) -> BudgetCheck:
-        """Build this set's graph and compare its outputs with PyTorch's."""
+        """Build this set's graph and compare its outputs with PyTorch's, on all samples and as `verify` will: a sample
+        alone has other dynamic ranges than among others.
+        """
         with ExitStack() as stack:
             engine = self._engine(stack, self._graph(chosen), self.config.precision)
             comparisons, failures, _ = compare_samples(self.job, engine, self.tolerance)
-        self._figures[chosen] = comparisons
+            self._figures[chosen] = list(comparisons)
+            if not failures:
+                verification = self._verify(self.plan(chosen, []), engine)
+                failures = verification.failures
+                comparisons += [check.comparison for check in verification.checks if check.name != RUN_AGAIN]
         above = -max(self._deficit(comparison) for comparison in comparisons)
         self.failures = failures or (
             [f"only {above:.2f} dB above the floor, {_MARGIN_DB} are wanted"] if above < _MARGIN_DB else []
@@ -272,13 +295,13 @@ class _Attempt:
             )
             if config.engine == "onnx" and self.weight_bits == 8 and not int8.ratio(fp32) < config.int8.max_latency:
                 faster = "; on an x86 CPU without VNNI, try --weight-bits 7"
-        table = write_table(config.out.with_name(f"{config.out.name}-sensitivity"), rows) if rows else []
+        table = _leave_table(config.out, rows)
         other = "fp16 (--prefer fp16)" if config.engine == "trt" else "fp32 or bf16"
         return CheckFailed(
             f"{self.name} is rejected: {why}",
             hint=("" if config.int8.search else "leave out --no-search, ")
             + f"export {other}, or give the budget that you can accept: --min-sqnr, --min-cosine, --max-drop,"
-            f" --max-latency{faster}" + (f"; the layers are in {table[0]}" if table else ""),
+            f" --max-latency{faster}" + (f"; the layers are in {table}" if table else ""),
         )
 
     def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
@@ -318,6 +341,10 @@ class _Attempt:
             if 1 - agreement > differing + 1e-9:  # images change class in proportion to the noise's magnitude
                 found.append(20 * math.log10((1 - agreement) / max(differing, 1e-3)))
         return max(found)
+
+
+def _leave_table(out: Path, rows: list[LayerRow]) -> Path | None:
+    return write_table(out.with_name(f"{out.name}-sensitivity"), rows)[0] if rows else None
 
 
 def _calibration(job: ExportJob, names: list[str]) -> Calibration | None:

@@ -9,8 +9,8 @@ from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.layers import LayerReport, trace_layers
-from mae_deploy.runtime.parity.checks import Verification
+from mae_deploy.runtime.layers import LayerReport, first_broken_block, trace_layers
+from mae_deploy.runtime.parity.checks import Verification, first_causes
 from mae_deploy.runtime.verify import verify_bundle
 
 
@@ -33,6 +33,10 @@ def run_verify(config: VerifyConfig) -> Result:
     failures = verification.failures
     if layers is not None and layers.broken is not None:
         failures.append(layers.conclusion)
+    if verification.not_finite:  # the rest follows from where these begin
+        begin = first_broken_block(bundle, verification.engine, options)
+        failures = [*begin, *first_causes(failures, bundle.output_names)]
+        raise CheckFailed(f"{config.bundle} misses parity: {failures[0]}", details=failures[1:], result=result)
     if failures:
         raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
     return result

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import runner
@@ -159,6 +159,21 @@ def trace_layers(
         num_samples=S,
         num_tokens=T,
     )
+
+
+def first_broken_block(bundle: Bundle, engine: str, options: EngineOptions) -> list[str]:
+    """A line that names the first block whose output is not finite; none where all are, or where that cannot be
+    told.
+    """
+    try:
+        report = trace_layers(bundle, engine, options, outputs_pass=False)
+    except MaeDeployError:  # a bundle or an engine without inner tensors
+        return []
+    broken = report.broken
+    if broken is None:
+        return []
+    before = f", after a largest value of {report.layers[broken.block - 1].peak:.3g}" if broken.block else ""
+    return [f"block {broken.block} is the first with NaN or infinite values{before}"]
 
 
 def _real(tokens: Array, inputs: Mapping[str, Array]) -> Array:

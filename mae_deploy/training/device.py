@@ -98,8 +98,8 @@ def resolve_precision(
 def multiplies_bf16(device: torch.device) -> bool:
     """Whether the device has instructions for products in BF16."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def bf16_gain(device: torch.device) -> float:

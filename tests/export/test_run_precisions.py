@@ -6,6 +6,7 @@ Through the command line, as users do.
 
 from __future__ import annotations
 
+import re
 import sys
 from dataclasses import replace
 from importlib import util
@@ -15,11 +16,13 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import save_file
 
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
+from mae_deploy.export.reference import Reference
 from mae_deploy.images.find import find_images
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.models.mae import MaskedAutoencoder
@@ -231,6 +234,60 @@ def test_what_stays_fp32_in_an_fp16_graph(exports: Exports) -> None:
         assert exports.manifest["provenance"]["export"]["fp32_ops"] == islands.split(",")
         counts.append(casts(exports))
     assert counts[0] < counts[1]
+
+
+def overflowing(exports: Exports, tmp_path: Path, largest: float) -> None:
+    """The second block adds values beyond FP16's 65,504, from weights of this size; FP32 bears them."""
+    model = robust_mae()
+    with torch.no_grad():
+        weight = model.state_dict()["blocks.1.mlp.fc2.weight"]
+        weight.mul_(largest / weight.abs().max())
+    exports.checkpoint = write_checkpoint(tmp_path / "overflowing", model, licence="own")
+
+
+def test_fp16_that_overflows_is_said_with_its_cause_first_and_a_line_an_output(
+    exports: Exports, tmp_path: Path
+) -> None:
+    overflowing(exports, tmp_path, 6e4)
+    code, said = exports("--precision", "fp16")
+    *errors, hint = said.splitlines()
+    assert code == 1
+    assert re.fullmatch(
+        r"error: the exported fp16 graph misses parity with PyTorch: block 1 is the first with NaN or infinite values,"
+        r" after a largest value of [\d.]+",
+        errors[0],
+    )
+    assert [line.split(":")[1] for line in errors[1:]] == [" cls", " tokens", " pooled"]
+    assert all(re.search(r": the output has \d+ NaN or infinite values$", line) for line in errors[1:])
+    assert hint == (
+        "hint: nothing was written; FP16 ends at 65,504; --fp32-ops softmax,residual,norm,gelu keeps these in FP32;"
+        " this model does not bear fp16 within the tolerance: export fp32 or bf16"
+    )
+    assert exports.left == set()
+
+
+def test_weights_beyond_fp16_are_named(exports: Exports, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    overflowing(exports, tmp_path, 7e4)
+    code, said = exports("--precision", "fp16")
+    assert (code, len(recwarn)) == (1, 0)
+    assert said.splitlines() == [
+        "error: the weight blocks.1.mlp.fc2.weight reaches 7e+04, and FP16 ends at 65,504",
+        "hint: export fp32 or bf16",
+    ]
+    assert exports.left == set()
+
+
+def test_pytorch_s_own_nan_is_said_before_any_graph(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(reference: Reference, *arguments: Any) -> dict[str, Array]:
+        found = outputs(reference, *arguments)
+        found["pooled"][1, 2] = np.nan
+        return found
+
+    outputs = Reference.outputs
+    monkeypatch.setattr(Reference, "outputs", broken)
+    code, said = exports()
+    assert code == 1
+    assert said.startswith("error: PyTorch itself gives NaN or infinite values: pooled\n")
 
 
 def test_blocks_as_outputs(exports: Exports) -> None:

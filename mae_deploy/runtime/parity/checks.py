@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from mae_deploy.runtime.bundle import Bundle
@@ -24,6 +25,10 @@ from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
 GOLDEN = "golden"
 """The check of the golden samples as they are; in all others they come in another form."""
+
+
+RUN_AGAIN = "run again"
+"""The check of the same samples against the engine's own first outputs."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,6 +80,11 @@ class Verification:
         return [f"{check.name}: {failure}" for check in self.checks for failure in check.failures]
 
     @property
+    def not_finite(self) -> bool:
+        """Whether an output has NaN or infinite values."""
+        return any(check.comparison.not_finite for check in self.outputs)
+
+    @property
     def passed(self) -> bool:
         """Whether every check met the tolerance."""
         return not self.failures
@@ -93,6 +103,19 @@ class Verification:
             "invariances": [check.to_dict() for check in self.invariances],
             "failures": self.failures,
         }
+
+
+def first_causes(failures: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Of each output the first miss: those of later checks follow from it. What names no output stays.
+
+    Args:
+        failures: in the order of the checks, each with the name of its output before the last colon but one.
+    """
+    found: dict[str, str] = {}
+    for failure in failures:
+        name = next((name for name in names if f": {failure}".find(f": {name}: ") >= 0), failure)
+        found.setdefault(name, failure)
+    return list(found.values())
 
 
 def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
@@ -138,7 +161,7 @@ class _Checks:
         """Every check of the golden samples."""
         found = self._run(inputs)
         checks = self._judge(GOLDEN, golden, found)
-        checks += self._judge("run again", found, self._run(inputs), None if self.is_fp32 else TOLERANCES["fp32"])
+        checks += self._judge(RUN_AGAIN, found, self._run(inputs), None if self.is_fp32 else TOLERANCES["fp32"])
         # FP32 is compared with itself, which finds what PyTorch's outputs would hide in their tolerance. Lower
         # precisions are compared with PyTorch: the range of a dynamically quantised tensor spans the batch, so a sample
         # with other neighbours is rounded otherwise, and two right answers, each off by the error that is allowed,

@@ -18,6 +18,8 @@ _LARGEST = 1e150
 _LEAST_PROBABILITY = 1e-6
 """Below it, FP16 has no digits left."""
 
+_NOT_FINITE = "NaN or infinite values"
+
 _FLAT = 1e-6
 """Samples that differ from their mean by less than this share of their norm do so by float32's rounding only."""
 
@@ -52,6 +54,11 @@ class Comparison:
     """10 log10(sum of reference² / sum of error²) over all samples; infinite where nothing differs."""
     top1_agreement: float | None = None
     """Share of samples with the same largest value; logits and probs only."""
+
+    @property
+    def not_finite(self) -> bool:
+        """Whether it cannot be compared because of NaN or infinite values."""
+        return self.reason is not None and self.reason.endswith(_NOT_FINITE)
 
     def failures(self, tolerance: Tolerance) -> list[str]:
         """What misses the tolerance, a line each; empty where all is met."""
@@ -139,7 +146,7 @@ def _reason(reference: Array, candidate: Array) -> str | None:
             return f"{label} is {array.dtype}, not numbers"
         bad = ~(np.abs(array.astype(np.float64)) <= _LARGEST)
         if bad.any():
-            return f"{label} has {int(bad.sum())} NaN or infinite values"
+            return f"{label} has {int(bad.sum())} {_NOT_FINITE}"
     return None
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +16,16 @@ import pytest
 import torch
 from onnx import numpy_helper
 
+from mae_deploy.export import proof as proof_module
+from mae_deploy.export import run as run_module
+from mae_deploy.export.proof import check_parity
 from mae_deploy.export.quantization import plan as int8
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import read_image
 from mae_deploy.models.vit import Encoder
 from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.engines.base import Engine
+from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.timing import Timing
 from tests.data.image_folders import spoil
 from tests.export.outlier_models import plant_outliers
@@ -32,6 +38,9 @@ INT8 = ("--precision", "int8", "--max-latency", 1000)
 """At any speed: graphs of this size gain nothing."""
 
 LINEARS = [f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
+
+LINEARS_ALLOWED = 4
+"""Where more are INT8, the bundle's own checks fail in one test."""
 
 LATENCY = r"it takes \d+\.\d\d of FP32's latency, \d+\.\d\d against \d+\.\d\d ms"
 
@@ -359,6 +368,64 @@ def test_the_misses_of_golden_samples_and_of_both_ends_of_k_count(exports: Expor
     assert code == 1
     for where in ("", "golden: ", "K=1: ", "K=15: "):
         assert f" {where}tokens: sqnr_db " in said
+
+
+@pytest.mark.parametrize("search", [True, False])
+def test_a_mix_is_judged_by_the_checks_of_the_finished_bundle(
+    exports: Exports, monkeypatch: pytest.MonkeyPatch, search: bool
+) -> None:
+    """A sample alone has other dynamic ranges than among others: here, noise as soon as more than half of the Linears
+    are INT8, which no comparison of all samples shows.
+    """
+    tried: list[int] = []
+
+    def verify(bundle: Bundle, engine: Engine) -> Verification:
+        tried.append(len(bundle.manifest["quantization"]["quantized"]))  # type: ignore[index]
+        found = verify_engine(bundle, engine)
+        if tried[-1] <= LINEARS_ALLOWED:
+            return found
+        checks = [
+            replace(
+                check,
+                comparison=replace(check.comparison, sqnr_db=29.67),
+                failures=(f"{check.comparison.name}: sqnr_db 29.67 is below 30",),
+            )
+            if check.name == "sample alone"
+            else check
+            for check in found.checks
+        ]
+        return replace(found, checks=tuple(checks))
+
+    for module in (run_module, proof_module):
+        monkeypatch.setattr(module, "verify_engine", verify)
+    if search:
+        exports.passed(*INT8)
+        assert 0 < len(record_of(exports)["quantized"]) <= LINEARS_ALLOWED
+        assert tried[0] == 8
+        return
+    code, said = exports(*INT8, "--no-search")
+    assert code == 1
+    assert "error: INT8 is rejected: all 8 Linears in INT8: sample alone: cls: sqnr_db 29.67 is below 30" in said
+    assert "please report" not in said
+
+
+def test_a_refused_bundle_leaves_the_table_of_its_search(
+    exports: Exports, calibrated: tuple[object, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exports.passed(*calibrated, "--no-search")
+    floor = math.ceil(min(row["sqnr_db"] for row in exports.manifest["parity"]["onnx-int8"]["outputs"])) + 2
+    exports.out = exports.out.with_name("mix")
+    monkeypatch.setattr(
+        run_module, "check_parity", lambda *given: replace(check_parity(*given), failures=["cls: another engine"])
+    )
+    code, said = exports(*calibrated, "--min-sqnr", floor)
+    assert code == 1
+    table = exports.out.with_name("mix-sensitivity.json")
+    assert said.splitlines()[-1] == (
+        "hint: nothing was written; give the search a stricter budget (--min-sqnr), or export fp32 or bf16; the layers"
+        f" are in {table}"
+    )
+    assert table.is_file()
 
 
 # --- outliers --------------------------------------------------------------------------------------------------------
