@@ -36,6 +36,8 @@ if TYPE_CHECKING:  # a device that is given normalised arrays needs no Pillow
     from PIL import Image
     from typing_extensions import Self
 
+    from mae_deploy.runtime.streams.stream import Stream, StreamPool
+
 
 class Features(dict[str, Array]):
     """The outputs by name, each `(B, ...)`; `features.cls` is `features["cls"]`."""
@@ -242,6 +244,26 @@ class Backbone:
                 hint="give the pixels of the kept patches, (B, K, P, P, C)",
             )
         return Features(update_cache(self.engine, cache, given, ids_keep, outputs))
+
+    def stream(self, **options: Any) -> Stream:
+        """Follow a camera: each call takes its next frame, computes what changed, and gives the features of the whole
+        frame; for bundles exported with `--tokens cached`.
+
+        Args:
+            options: see `StreamConfig`.
+
+        Raises:
+            ConfigError: a bundle of another token mode or of a fixed K, or options that cannot be.
+        """
+        from mae_deploy.runtime.streams.stream import Stream, StreamConfig
+
+        return Stream(self, StreamConfig(**options))
+
+    def stream_pool(self, cameras: int, **options: Any) -> StreamPool:
+        """Follow several cameras, whose frames are computed in one batch; see `stream`."""
+        from mae_deploy.runtime.streams.stream import StreamConfig, StreamPool
+
+        return StreamPool(self, cameras, StreamConfig(**options))
 
     def close(self) -> None:
         """Free the engine; closing twice does nothing."""

@@ -1,0 +1,164 @@
+"""What is remembered of one camera beside keys and values, and what is decided of its next frame.
+
+N patches of side P in rows and columns; K of them are computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.selection.base import Scene, largest
+from mae_deploy.runtime.selection.motion import block_difference, grey
+from mae_deploy.runtime.streams.config import StreamConfig
+
+FIRST, WIDE, CUT, RESIZED = "first frame", "much changed", "scene cut", "frame size changed"
+"""Why a frame was computed whole."""
+
+_TIGHTEST = 3
+"""How many times a stream doubles its refresh after audits that it failed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Choice:
+    """What is to be computed of a frame."""
+
+    pixels: Array
+    """`(H, W, C)`, as the model sees it."""
+    ids: Array
+    """`(K,)`: the patches; all N where the frame is computed whole."""
+    in_turn: Array
+    """`(R,)`: those of `ids` that nothing but their age called for."""
+    reason: str | None = None
+    """Why the frame is computed whole; None where it is not, or where a rule took all patches."""
+
+
+class Camera:
+    """One camera's pixels, ages and rules."""
+
+    def __init__(
+        self, config: StreamConfig, grid: tuple[int, int], patch_size: int, *, bypass: float, step: int
+    ) -> None:
+        """Begin a camera that has seen nothing.
+
+        Args:
+            bypass: the share of the patches above which a frame is computed whole.
+            step: K is a multiple of it, filled with the oldest patches: engines prepare for each size.
+        """
+        self._config = config
+        self._grid = grid
+        self._patch_size = patch_size
+        self._bypass = bypass
+        self._step = step
+        self.tightness = 0
+        """How often the refresh is doubled."""
+        self.begin()
+
+    @property
+    def num_patches(self) -> int:
+        """N."""
+        return self._grid[0] * self._grid[1]
+
+    def begin(self) -> None:
+        """Forget everything."""
+        self._select = self._config.select.start()
+        self.index = 0
+        self._frame_size: tuple[int, int] | None = None
+        self._computed: Array | None = None
+        self.age: Array | None = None
+
+    def choose(
+        self,
+        pixels: Array,
+        frame_size: tuple[int, int],
+        tokens: Array | None,
+        patches: Callable[[Array], Array | None] | None,
+    ) -> Choice:
+        """What to compute of a frame whose pixels `(H, W, C)` are what the model sees of it."""
+        everything = np.arange(self.num_patches)
+        resized = self._frame_size is not None and frame_size != self._frame_size
+        if resized:
+            self.begin()
+        self._frame_size = frame_size
+        scene = Scene(
+            pixels=pixels,
+            patch_size=self._patch_size,
+            index=self.index,
+            computed=self._computed,
+            age=self.age,
+            tokens=tokens,
+            frame_size=frame_size,
+            patches=patches,
+        )
+        scores = self._select(scene)
+        if self._computed is None or self.age is None:
+            return self._whole(pixels, RESIZED if resized else FIRST)
+        if self._is_cut(pixels, self._computed):
+            return self._whole(pixels, CUT)
+        wanted = np.flatnonzero(scores)
+        if len(wanted) == self.num_patches:
+            return Choice(pixels=pixels, ids=everything, in_turn=everything[:0])
+        turn = self._in_turn(scores)
+        ids = np.sort(np.concatenate([wanted, turn]))
+        if len(ids) > self._bypass * self.num_patches:
+            return self._whole(pixels, WIDE)
+        return Choice(pixels=pixels, ids=ids, in_turn=turn)
+
+    def filled(self, choice: Choice, most: int) -> Choice:
+        """The choice with so many patches, by the oldest of those that are left."""
+        missing = most - len(choice.ids)
+        if missing <= 0 or self.age is None:
+            return choice
+        others = self.age.astype(np.float64)
+        others[choice.ids] = 0
+        turn = np.flatnonzero(largest(others, missing))
+        ids = np.sort(np.concatenate([choice.ids, turn]))
+        return Choice(pixels=choice.pixels, ids=ids, in_turn=np.concatenate([choice.in_turn, turn]))
+
+    def settle(self, choice: Choice) -> None:
+        """Remember what was computed."""
+        P = self._patch_size
+        rows, columns = self._grid
+        if self._computed is None or len(choice.ids) == self.num_patches:
+            self._computed = choice.pixels.copy()
+        else:
+            shape = (rows, P, columns, P, choice.pixels.shape[2])
+            row, column = np.divmod(choice.ids, columns)
+            self._computed.reshape(shape)[row, :, column] = choice.pixels.reshape(shape)[row, :, column]
+        self.age = np.ones(self.num_patches, np.int64) if self.age is None else self.age + 1
+        self.age[choice.ids] = 1
+        self.index += 1
+
+    def settle_again(self, pixels: Array) -> None:
+        """Remember that the same frame was computed whole as well."""
+        self._computed = pixels.copy()
+        self.age = np.ones(self.num_patches, np.int64)
+
+    def tighten(self) -> None:
+        """Refresh twice as much, after an audit that failed."""
+        self.tightness = min(self.tightness + 1, _TIGHTEST)
+
+    def relax(self) -> None:
+        """Back by one such step, after an audit that passed."""
+        self.tightness = max(self.tightness - 1, 0)
+
+    def _whole(self, pixels: Array, reason: str) -> Choice:
+        everything = np.arange(self.num_patches)
+        return Choice(pixels=pixels, ids=everything, in_turn=everything[:0], reason=reason)
+
+    def _in_turn(self, scores: Array) -> Array:
+        """The oldest patches that no rule wants: the refresh, and what fills K up to a multiple of `step`."""
+        assert self.age is not None
+        refresh = min(1.0, self._config.refresh * 2**self.tightness)
+        wanted, N = int(np.count_nonzero(scores)), self.num_patches
+        total = wanted + int(np.ceil(refresh * N))
+        total = min(N, -(-total // self._step) * self._step)
+        age = np.where(scores > 0, 0, self.age).astype(np.float64)
+        return np.flatnonzero(largest(age, total - wanted)) if total > wanted else np.zeros(0, np.int64)
+
+    def _is_cut(self, pixels: Array, computed: Array) -> bool:
+        difference = block_difference(grey(pixels), grey(computed), self._patch_size)
+        return bool(np.mean(difference > self._config.cut_difference) > self._config.cut)

@@ -1,0 +1,300 @@
+"""Frames in, features of whole frames out, at the cost of what changed; and how far off that is."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.cache import TokenCache, take_patches
+from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.streams.camera import Camera, Choice
+from mae_deploy.runtime.streams.config import StreamConfig
+from mae_deploy.runtime.streams.crossover import measured_bypass
+
+if TYPE_CHECKING:
+    from mae_deploy.runtime.backbone import Backbone
+
+_SIZES = 16
+"""K is one of about so many numbers, so that engines that prepare for each size prepare few."""
+_MEMORY = 0.98
+"""Weight of the past in the mean of a camera's tokens, against which an audit's error is measured."""
+_QUIET = 0.01
+"""Where tokens hardly change in time, the signal is this share of their variance over the frame."""
+
+
+class DriftError(MaeDeployError):
+    """An audit found features that are farther off than allowed."""
+
+    exit_code = 1
+
+
+class Seen(dict[str, Array]):
+    """A frame's features by name, each `(1, …)` and of the whole frame; `seen.cls` is `seen["cls"]`."""
+
+    keep: Array
+    """`(K,)`: the patches that were computed."""
+    age: Array
+    """`(N,)`: how many frames ago each patch was computed, 0 for those of this frame."""
+    cost: float
+    """Operations as a share of those of a whole frame; above 1 where an audit was made."""
+    event: str | None
+    """Why the whole frame was computed, where it was."""
+    snr: float | None
+    """What an audit of this frame found, in dB; None where there was none."""
+
+    def __init__(
+        self,
+        features: Mapping[str, Array],
+        *,
+        keep: Array,
+        age: Array,
+        cost: float,
+        event: str | None,
+        snr: float | None = None,
+    ) -> None:
+        super().__init__(features)
+        self.keep, self.age, self.cost, self.event, self.snr = keep, age, cost, event, snr
+
+    def __getattr__(self, name: str) -> Array:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no output '{name}'; there are: {', '.join(self)}") from None
+
+
+class StreamPool:
+    """Several cameras on one backbone: what they need of a frame is computed in one batch.
+
+    Calls from several threads take turns. Memory does not grow with the number of frames.
+    """
+
+    def __init__(self, backbone: Backbone, cameras: int, config: StreamConfig) -> None:
+        """Begin cameras that have seen nothing.
+
+        Raises:
+            ConfigError: a bundle that was not exported with `--tokens cached`, or of a fixed K, or of a fixed batch
+                other than 1.
+        """
+        bundle = backbone.bundle
+        if bundle.token_mode != "cached" or bundle.fixed_keep is not None:
+            raise ConfigError(
+                f"the bundle {bundle.path} cannot follow a stream: its token mode is '{bundle.token_mode}'"
+                + (f", of {bundle.fixed_keep} patches always" if bundle.fixed_keep is not None else ""),
+                hint="export with --tokens cached",
+            )
+        if cameras < 1 or bundle.fixed_batch not in (None, 1):
+            raise ConfigError(
+                f"{cameras} cameras on a graph of batch {bundle.fixed_batch}", hint="export without a fixed batch"
+            )
+        self.config = config
+        self._backbone = backbone
+        self._batched = bundle.fixed_batch is None
+        P = bundle.manifest["model"]["patch_size"]
+        height, width = backbone.preprocess.image_size
+        self._patch_size = P
+        bypass = measured_bypass(backbone) if config.bypass is None else config.bypass
+        step = max(1, bundle.num_patches // _SIZES)
+        self._cameras = [Camera(config, (height // P, width // P), P, bypass=bypass, step=step) for _ in range(cameras)]
+        self._caches = [backbone.new_cache() for _ in range(cameras)] if not self._batched else []
+        self._cache = backbone.new_cache(cameras) if self._batched else None
+        self._means: list[Array | None] = [None] * cameras
+        self._spent = [0.0] * cameras
+        self._last: list[dict[str, Array]] = [{} for _ in range(cameras)]
+        self._turn = threading.Lock()
+        self._whole_flops = flops_per_image(bundle.manifest, bundle.num_patches) or 1
+
+    def __len__(self) -> int:
+        """Number of cameras."""
+        return len(self._cameras)
+
+    def reset(self, camera: int = 0) -> None:
+        """Forget what a camera has shown."""
+        with self._turn:
+            self._cameras[camera].begin()
+            self._cache_of(camera).clear()
+            self._means[camera], self._last[camera], self._spent[camera] = None, {}, 0.0
+
+    def cache(self, camera: int = 0) -> TokenCache:
+        """What the graph remembers of a camera; the same memory, so writing to it is felt by the next frame."""
+        return self._cache_of(camera)
+
+    def __call__(self, frames: Sequence[Any]) -> list[Seen]:
+        """The features of one frame of each camera, in the cameras' order; None for a camera without a new frame keeps
+        its last features.
+
+        Args:
+            frames: images as a call of the backbone takes one: uint8 `(H, W, C)` or a Pillow image, of any size.
+
+        Raises:
+            ConfigError: another number of frames than cameras, or None for a camera that has not begun.
+            UnreadableImage: an array that is no image.
+            DriftError: an audit failed and `on_drift` is raise; the frame's own features are those of the whole frame.
+        """
+        if len(frames) != len(self):
+            raise ConfigError(f"{len(frames)} frames for {len(self)} cameras", hint="give one, or None, for each")
+        with self._turn:
+            chosen = {index: self._choose(index, frame) for index, frame in enumerate(frames) if frame is not None}
+            missing = [index for index in range(len(self)) if index not in chosen and not self._last[index]]
+            if missing:
+                raise ConfigError(f"camera {missing[0]} has no frame yet", hint="begin with a frame of each")
+            self._compute(chosen)
+            return [self._result(index, chosen.get(index)) for index in range(len(self))]
+
+    def _choose(self, index: int, frame: Any) -> Choice:
+        backbone, cache = self._backbone, self._cache_of(index)
+        pixels = backbone.preprocess.crop(frame)
+        shape = (frame.height, frame.width) if hasattr(frame, "height") else np.shape(frame)[:2]
+        tokens = cache.tokens[0] if cache.computed.any() else None
+        return self._cameras[index].choose(pixels, (int(shape[0]), int(shape[1])), tokens, self._patches_of)
+
+    def _patches_of(self, mask: Array) -> Array | None:
+        """The patches that a part of the frame, bool `(H, W)`, is seen in."""
+        preprocess, P = self._backbone.preprocess, self._patch_size
+        image = np.repeat(mask[..., None].astype(preprocess.dtype) * preprocess.divisor, preprocess.channels, axis=2)
+        seen = preprocess.crop(image.astype(preprocess.dtype))[..., 0] > 0
+        rows, columns = (side // P for side in seen.shape)
+        ids = np.flatnonzero(seen.reshape(rows, P, columns, P).any(axis=(1, 3)))
+        return ids if len(ids) else None
+
+    def _compute(self, chosen: dict[int, Choice]) -> None:
+        """Whole frames each alone; the rest in one batch, where the graph takes one."""
+        N = self._backbone.num_patches
+        partial = [index for index, choice in chosen.items() if 0 < len(choice.ids) < N]
+        for index, choice in chosen.items():
+            if len(choice.ids) == N:
+                self._update([index], {index: choice})
+        if self._batched and len(partial) == len(self) and len(partial) > 1:
+            most = max(len(chosen[index].ids) for index in partial)
+            chosen.update({index: self._cameras[index].filled(chosen[index], most) for index in partial})
+            self._update(partial, chosen)
+        else:
+            for index in partial:
+                self._update([index], chosen)
+        for index, choice in chosen.items():
+            if not len(choice.ids):
+                self._cameras[index].settle(choice)
+
+    def _update(self, indices: Sequence[int], chosen: Mapping[int, Choice]) -> None:
+        choices = [chosen[index] for index in indices]
+        ids = np.stack([choice.ids for choice in choices])
+        patches = np.concatenate(
+            [take_patches(choice.pixels[None], choice.ids[None], self._patch_size) for choice in choices]
+        )
+        cache = self._cache if len(indices) > 1 else self._cache_of(indices[0])
+        assert cache is not None
+        before = [cache.tokens[at, choice.in_turn].copy() for at, choice in enumerate(choices)]
+        outputs = self._backbone.update(cache, patches, ids)
+        for at, index in enumerate(indices):
+            choice = choices[at]
+            if self.config.shift and len(choice.in_turn):
+                self._shift(cache, at, choice, before[at])
+            own = {name: array[at : at + 1] for name, array in outputs.items()}
+            self._last[index] = self._whole_features(own, cache.tokens[at : at + 1])
+            self._cameras[index].settle(choice)
+
+    def _shift(self, cache: TokenCache, at: int, choice: Choice, before: Array) -> None:
+        others = cache.computed[at].copy()
+        others[choice.ids] = False
+        cache.tokens[at, others] += (cache.tokens[at, choice.in_turn] - before).mean(axis=0)
+
+    def _whole_features(self, outputs: dict[str, Array], tokens: Array) -> dict[str, Array]:
+        """The outputs with all patches' tokens, and their mean where that is what `pooled` is."""
+        found = dict(outputs)
+        if "tokens" in found:
+            found["tokens"] = tokens.astype(found["tokens"].dtype)
+            if "pooled" in found:
+                found["pooled"] = tokens.mean(axis=1).astype(found["pooled"].dtype)
+        return found
+
+    def _result(self, index: int, choice: Choice | None) -> Seen:
+        camera = self._cameras[index]
+        assert camera.age is not None
+        if choice is None:
+            nothing = np.zeros(0, np.int64)
+            return Seen(self._last[index], keep=nothing, age=camera.age, cost=0.0, event=None)
+        cost = self._cost(len(choice.ids))
+        snr = self._audit(index, choice, cost)
+        features = {name: array.copy() for name, array in self._last[index].items()}
+        return Seen(
+            features,
+            keep=choice.ids,
+            age=camera.age - 1,
+            cost=cost + (snr is not None),
+            event=choice.reason,
+            snr=snr,
+        )
+
+    def _cost(self, count: int) -> float:
+        if not count:
+            return 0.0
+        return (flops_per_image(self._backbone.bundle.manifest, count) or 0) / self._whole_flops
+
+    def _audit(self, index: int, choice: Choice, cost: float) -> float | None:
+        """Compute the whole frame beside, once its share of the computation allows it, and take it over."""
+        cache, camera = self._cache_of(index), self._cameras[index]
+        tokens = cache.tokens[0]
+        mean = self._means[index]
+        self._means[index] = tokens.copy() if mean is None else _MEMORY * mean + (1 - _MEMORY) * tokens
+        self._spent[index] += self.config.audit * cost
+        N = self._backbone.num_patches
+        if self._spent[index] < 1 or mean is None or len(choice.ids) == N or not self.config.audit:
+            return None
+        self._spent[index] = 0.0
+        ours = tokens.copy()
+        whole = np.arange(N)
+        outputs = self._backbone.update(cache, take_patches(choice.pixels[None], whole[None], self._patch_size), whole)
+        snr = temporal_snr(cache.tokens[0], ours, mean)
+        self._last[index] = self._whole_features(outputs, cache.tokens)
+        camera.settle_again(choice.pixels)
+        if snr >= self.config.min_snr:
+            camera.relax()
+        elif self.config.on_drift == "raise":
+            raise DriftError(
+                f"camera {index}, frame {camera.index - 1}: the stream's tokens are {snr:.1f} dB from those of the"
+                f" whole frame, less than {self.config.min_snr:g}",
+                hint="refresh more, or select more",
+            )
+        else:
+            camera.tighten()
+        return snr
+
+    def _cache_of(self, index: int) -> TokenCache:
+        return self._caches[index] if self._cache is None else self._cache.streams(index, index + 1)
+
+
+class Stream:
+    """One camera; see `StreamPool`."""
+
+    def __init__(self, backbone: Backbone, config: StreamConfig) -> None:
+        self._pool = StreamPool(backbone, 1, config)
+        self.config = config
+
+    def __call__(self, frame: Any) -> Seen:
+        """The features of the camera's next frame."""
+        return self._pool([frame])[0]
+
+    def reset(self) -> None:
+        """Forget what the camera has shown."""
+        self._pool.reset()
+
+    @property
+    def cache(self) -> TokenCache:
+        """What the graph remembers; the same memory."""
+        return self._pool.cache()
+
+
+def temporal_snr(true: Array, found: Array, mean: Array) -> float:
+    """Energy of tokens' `(N, D)` deviation from their mean in time over that of the error, in dB.
+
+    Where the scene is at rest, and hardly anything deviates, a hundredth of their variance over the frame stands for
+    the signal. No error is 99 dB.
+    """
+    signal = float(np.square(true - mean).sum())
+    signal = max(signal, _QUIET * float(np.square(true - true.mean(axis=0)).sum()))
+    error = float(np.square(true - found).sum())
+    return 99.0 if error == 0 or signal == 0 else min(99.0, 10 * float(np.log10(signal / error)))
