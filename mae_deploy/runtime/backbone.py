@@ -255,13 +255,15 @@ class Backbone:
         Raises:
             ConfigError: a bundle of another token mode or of a fixed K, or options that cannot be.
         """
-        from mae_deploy.runtime.streams.stream import Stream, StreamConfig
+        from mae_deploy.runtime.streams.config import StreamConfig
+        from mae_deploy.runtime.streams.stream import Stream
 
         return Stream(self, StreamConfig(**options))
 
     def stream_pool(self, cameras: int, **options: Any) -> StreamPool:
         """Follow several cameras, whose frames are computed in one batch; see `stream`."""
-        from mae_deploy.runtime.streams.stream import StreamConfig, StreamPool
+        from mae_deploy.runtime.streams.config import StreamConfig
+        from mae_deploy.runtime.streams.stream import StreamPool
 
         return StreamPool(self, cameras, StreamConfig(**options))
 

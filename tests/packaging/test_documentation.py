@@ -80,7 +80,13 @@ def identity(value: object) -> str:
 
 
 def test_something_was_found() -> None:
-    assert {page.name for page, _ in PROGRAMS} == {"README.md", "bundles.md", "jetson.md", "workers.md"}
+    assert {page.name for page, _ in PROGRAMS} == {
+        "README.md",
+        "bundles.md",
+        "jetson.md",
+        "streams.md",
+        "workers.md",
+    }
     assert {line[0] for _, line in COMMANDS} >= {
         "pretrain",
         "finetune",

@@ -80,7 +80,8 @@ class _MotionOfCamera:
 
 def grey(pixels: Array) -> Array:
     """The mean of the channels, float32 `(H, W)`."""
-    return pixels.mean(axis=2, dtype=np.float32)
+    found: Array = pixels.mean(axis=2, dtype=np.float32)
+    return found
 
 
 def block_difference(first: Array, second: Array, patch_size: int) -> Array:

@@ -28,8 +28,8 @@ class StreamConfig:
     0: none."""
     min_snr: float = 6.0
     """Least signal-to-noise ratio of the tokens, in dB, that an audit lets pass."""
-    on_drift: Literal["refresh", "raise"] = "refresh"
-    """What an audit below it does: refresh more for a while, or raise `DriftError`."""
+    on_drift: Literal["refresh", "error"] = "refresh"
+    """What an audit below it does: refresh more for a while, or fail with `DriftError`."""
     cut: float = 0.7
     """Share of the patches that change by more than `cut_difference` when the scene is another one."""
     cut_difference: float = 30.0
@@ -41,5 +41,5 @@ class StreamConfig:
                 raise ConfigError(f"{name} must be from 0 to 1, not {getattr(self, name)}")
         if self.bypass is not None and not 0 <= self.bypass <= 1:
             raise ConfigError(f"bypass must be from 0 to 1, not {self.bypass}")
-        if self.on_drift not in ("refresh", "raise"):
-            raise ConfigError(f"on_drift must be refresh or raise, not '{self.on_drift}'")
+        if self.on_drift not in ("refresh", "error"):
+            raise ConfigError(f"on_drift must be refresh or error, not '{self.on_drift}'")

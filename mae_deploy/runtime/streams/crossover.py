@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from mae_deploy.runtime.cache import take_patches
+from mae_deploy.runtime.streams.model import StreamModel
 from mae_deploy.runtime.timing import measure
-
-if TYPE_CHECKING:
-    from mae_deploy.runtime.backbone import Backbone
 
 _SHARES = (0.25, 0.4, 0.55, 0.7, 0.85)
 _GAIN = 0.9
 """An update must take less than this share of a whole frame's time to be worth being inexact."""
 
-_measured: weakref.WeakKeyDictionary[Backbone, float] = weakref.WeakKeyDictionary()
+_measured: weakref.WeakKeyDictionary[StreamModel, float] = weakref.WeakKeyDictionary()
 
 
-def measured_bypass(backbone: Backbone) -> float:
+def measured_bypass(backbone: StreamModel) -> float:
     """The largest of some shares at which an update is faster than a whole frame, measured once for each backbone; 0
     where none is.
     """
@@ -29,7 +26,7 @@ def measured_bypass(backbone: Backbone) -> float:
     return _measured[backbone]
 
 
-def _measure(backbone: Backbone) -> float:
+def _measure(backbone: StreamModel) -> float:
     bundle = backbone.bundle
     N, P = bundle.num_patches, bundle.manifest["model"]["patch_size"]
     preprocess = backbone.preprocess

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -15,9 +15,7 @@ from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass
-
-if TYPE_CHECKING:
-    from mae_deploy.runtime.backbone import Backbone
+from mae_deploy.runtime.streams.model import StreamModel
 
 _SIZES = 16
 """K is one of about so many numbers, so that engines that prepare for each size prepare few."""
@@ -73,7 +71,7 @@ class StreamPool:
     Calls from several threads take turns. Memory does not grow with the number of frames.
     """
 
-    def __init__(self, backbone: Backbone, cameras: int, config: StreamConfig) -> None:
+    def __init__(self, backbone: StreamModel, cameras: int, config: StreamConfig) -> None:
         """Begin cameras that have seen nothing.
 
         Raises:
@@ -133,7 +131,7 @@ class StreamPool:
         Raises:
             ConfigError: another number of frames than cameras, or None for a camera that has not begun.
             UnreadableImage: an array that is no image.
-            DriftError: an audit failed and `on_drift` is raise; the frame's own features are those of the whole frame.
+            DriftError: an audit failed and `on_drift` is error; the frame's own features are those of the whole frame.
         """
         if len(frames) != len(self):
             raise ConfigError(f"{len(frames)} frames for {len(self)} cameras", hint="give one, or None, for each")
@@ -253,7 +251,7 @@ class StreamPool:
         camera.settle_again(choice.pixels)
         if snr >= self.config.min_snr:
             camera.relax()
-        elif self.config.on_drift == "raise":
+        elif self.config.on_drift == "error":
             raise DriftError(
                 f"camera {index}, frame {camera.index - 1}: the stream's tokens are {snr:.1f} dB from those of the"
                 f" whole frame, less than {self.config.min_snr:g}",
@@ -270,7 +268,7 @@ class StreamPool:
 class Stream:
     """One camera; see `StreamPool`."""
 
-    def __init__(self, backbone: Backbone, config: StreamConfig) -> None:
+    def __init__(self, backbone: StreamModel, config: StreamConfig) -> None:
         self._pool = StreamPool(backbone, 1, config)
         self.config = config
 

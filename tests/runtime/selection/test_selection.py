@@ -42,7 +42,8 @@ def painted(*patches: int, value: int = 200) -> Array:
 
 
 def taken(scores: Array) -> list[int]:
-    return np.flatnonzero(scores).tolist()
+    ids: list[int] = np.flatnonzero(scores).tolist()
+    return ids
 
 
 ALL = list(range(N))

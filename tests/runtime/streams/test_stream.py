@@ -37,8 +37,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backbone]:
 def background(seed: int = 0) -> Array:
     """A frame of the model's size, no crop: smooth enough to be told from noise."""
     rng = np.random.default_rng(seed)
-    coarse = rng.integers(60, 190, (SIZE[0] // P, SIZE[1] // P, 3), np.uint8)
-    return coarse.repeat(P, axis=0).repeat(P, axis=1)
+    coarse: Array = rng.integers(60, 190, (SIZE[0] // P, SIZE[1] // P, 3), np.uint8)
+    frame: Array = coarse.repeat(P, axis=0).repeat(P, axis=1)
+    return frame
 
 
 def changed(frame: Array, *patches: int, by: int = 60) -> Array:
@@ -143,8 +144,13 @@ def test_the_bypass_is_measured_once(backbone: Backbone, monkeypatch: pytest.Mon
     from mae_deploy.runtime.streams import crossover
 
     asked = []
+
+    def counted(backbone: Backbone) -> float:
+        asked.append(1)
+        return 0.5
+
     monkeypatch.setattr(crossover, "_measured", {})
-    monkeypatch.setattr(crossover, "_measure", lambda backbone: asked.append(1) or 0.5)
+    monkeypatch.setattr(crossover, "_measure", counted)
     for _ in range(2):
         backbone.stream()
     assert asked == [1]
@@ -180,7 +186,7 @@ class TestAudit:
         assert len(found[at].keep) < len(found[at + 1].keep)  # it refreshes more
 
     def test_it_raises_where_asked_to(self, backbone: Backbone) -> None:
-        stream = self.drifted(backbone, on_drift="raise")
+        stream = self.drifted(backbone, on_drift="error")
 
         def many() -> None:
             for _ in range(40):
