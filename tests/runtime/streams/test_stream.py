@@ -37,13 +37,13 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Backbone]:
 def background(seed: int = 0) -> Array:
     """A frame of the model's size, no crop: smooth enough to be told from noise."""
     rng = np.random.default_rng(seed)
-    coarse: Array = rng.integers(60, 190, (SIZE[0] // P, SIZE[1] // P, 3), np.uint8)
+    coarse = rng.integers(60, 190, (SIZE[0] // P, SIZE[1] // P, 3), np.uint8)
     frame: Array = coarse.repeat(P, axis=0).repeat(P, axis=1)
     return frame
 
 
 def changed(frame: Array, *patches: int, by: int = 60) -> Array:
-    found = frame.copy()
+    found: Array = frame.copy()
     for patch in patches:
         row, column = divmod(patch, SIZE[1] // P)
         found[row * P : (row + 1) * P, column * P : (column + 1) * P] += np.uint8(by)
