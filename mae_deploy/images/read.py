@@ -10,7 +10,9 @@ import functools
 import importlib.util
 import io
 import sys
+import threading
 import warnings
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
@@ -30,6 +32,7 @@ from mae_deploy.images.arrays import (
 )
 from mae_deploy.images.arrays import Array as Array
 from mae_deploy.images.limits import check_size, most_pixels
+from mae_deploy.machine import granted_cores
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image, ImageFile
@@ -46,6 +49,9 @@ _HEAD = 4096
 _BITS_PER_SAMPLE, _PHOTOMETRIC = 258, 262
 """TIFF's tags."""
 
+_MOST_THREADS = 4
+"""That read ahead: each holds a whole photo."""
+
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 """The Pillow mode for each number of channels that ordinary image files hold."""
 
@@ -55,20 +61,47 @@ class UnreadableImage(Exception):
 
 
 def readable(
-    items: Iterable[Item], read: Callable[[Item], Value], left_out: Callable[[Item, str], object]
+    items: Iterable[Item],
+    read: Callable[[Item], Value],
+    left_out: Callable[[Item, str], object],
+    *,
+    ahead: int = 0,
 ) -> Iterator[tuple[Item, Value]]:
     """Read images one after the other, as they are asked for: each item with what was read.
 
     Args:
         left_out: is told of each item that cannot be read, and why.
+        ahead: images that are read before they are asked for, in a few threads; 0: none, and in no thread.
     """
-    for item in items:
+
+    def attempt(item: Item) -> tuple[Item, Value | UnreadableImage]:
         try:
-            value = read(item)
+            return item, read(item)
         except UnreadableImage as error:
-            left_out(item, str(error))
+            return item, error
+
+    for item, value in _ahead(attempt, items, ahead) if ahead else map(attempt, items):
+        if isinstance(value, UnreadableImage):
+            left_out(item, str(value))
         else:
             yield item, value
+
+
+def _ahead(function: Callable[[Item], Value], items: Iterable[Item], ahead: int) -> Iterator[Value]:
+    """As `map`, with so many results ready before they are asked for."""
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    pending: deque[Future[Value]] = deque()
+    pool = ThreadPoolExecutor(min(ahead, _MOST_THREADS, granted_cores()), thread_name_prefix="images")
+    try:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def is_image(value: object) -> TypeIs[Image.Image]:
@@ -157,9 +190,8 @@ def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
     """Pillow's image of a file, of which no more than the header is read."""
     from PIL import Image
 
-    with warnings.catch_warnings():
+    with _SILENCE:
         # Pillow warns of large files and of damaged metadata that it then does without.
-        warnings.simplefilter("ignore")
         if Image.MAX_IMAGE_PIXELS is not None and 2 * Image.MAX_IMAGE_PIXELS < most_pixels():
             Image.MAX_IMAGE_PIXELS = -(-most_pixels() // 2)  # Pillow refuses what is twice as large
         try:
@@ -169,6 +201,34 @@ def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
         with opened as image:
             check_size(*image.size)
             yield image
+
+
+class _Silence:
+    """No warnings as long as any thread is inside. `warnings.catch_warnings` puts back what it found, which of two
+    threads at once leaves the filters of the first in place for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._filters = warnings.catch_warnings()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._filters = warnings.catch_warnings()
+                self._filters.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self._filters.__exit__(None, None, None)
+
+
+_SILENCE = _Silence()
 
 
 @contextlib.contextmanager

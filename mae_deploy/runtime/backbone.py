@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,13 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.regions import Region, patches_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import CacheShape, TokenCache, runner, update_cache
-from mae_deploy.runtime.engines.base import Engine, EngineOptions, check_outputs, run_in_chunks
+from mae_deploy.runtime.engines.base import (
+    Engine,
+    EngineOptions,
+    check_outputs,
+    results_in_order,
+    start_in_chunks,
+)
 from mae_deploy.runtime.inputs import (
     Images,
     Keep,
@@ -171,16 +177,16 @@ class Backbone:
         """
         spec, dtype = self.preprocess, self.bundle.image_dtype
         if not is_batch(images) or not len(images):
-            return self._run(
+            return self._start(
                 1, lambda _: image_batch(images, spec, dtype, channel_order=channel_order), keep, num_keep, outputs
-            )
-        return self._run(
+            )()
+        return self._start(
             len(images),
             lambda part: image_batch(images[part], spec, dtype, channel_order=channel_order, first=part.start),
             keep,
             num_keep,
             outputs,
-        )
+        )()
 
     def run_cropped(
         self,
@@ -191,8 +197,21 @@ class Backbone:
         outputs: Sequence[str] | None = None,
     ) -> Features:
         """As a call, for images that `preprocess.crop` made: `(B, H, W, C)`, neither resized nor cropped again."""
+        return self.start_cropped(pixels, keep, num_keep=num_keep, outputs=outputs)()
+
+    def start_cropped(
+        self,
+        pixels: Array,
+        keep: Keep | None = None,
+        *,
+        num_keep: NumKeep | None = None,
+        outputs: Sequence[str] | None = None,
+    ) -> Callable[[], Features]:
+        """Start what `run_cropped` does, and return what waits for it: where the engine computes beside the caller, the
+        next images can be prepared meanwhile.
+        """
         spec, dtype = self.preprocess, self.bundle.image_dtype
-        return self._run(len(pixels), lambda part: pixel_batch(pixels[part], spec, dtype), keep, num_keep, outputs)
+        return self._start(len(pixels), lambda part: pixel_batch(pixels[part], spec, dtype), keep, num_keep, outputs)
 
     def new_cache(self, batch: int = 1) -> TokenCache:
         """The memory of so many streams, of which nothing was computed yet; see `update`.
@@ -284,14 +303,14 @@ class Backbone:
     ) -> None:
         self.close()
 
-    def _run(
+    def _start(
         self,
         count: int,
         take: Callable[[slice], Array],
         keep: Keep | None,
         num_keep: NumKeep | None,
         outputs: Sequence[str] | None,
-    ) -> Features:
+    ) -> Callable[[], Features]:
         """Run `count` images in parts of the largest batch that was checked, so that memory does not follow `count`;
         `take` gives a part as the graph takes it.
         """
@@ -299,26 +318,32 @@ class Backbone:
         size = self.bundle.largest_batch
         if self.engine.profiles:
             size = max(profile["B"][2] for profile in self.engine.profiles)
-        tokens: dict[str, Array] = {}
-        found: dict[str, Array] = {}
-        for start in range(0, count, size):
-            part = slice(start, start + size)
-            images = take(part)
-            if self.bundle.token_mode == "cached":
-                outcome: dict[str, Array] = self._whole_frames(images, keep, names)
-            else:
+        parts = [slice(start, start + size) for start in range(0, count, size)]
+
+        def started() -> Iterator[Callable[[], dict[str, Array]]]:
+            tokens: dict[str, Array] = {}
+            for part in parts:
+                images = take(part)
+                if self.bundle.token_mode == "cached":
+                    yield self._start_frames(images, keep, names)
+                    continue
                 tokens = tokens or token_batch(self.bundle, keep, num_keep, count)
                 inputs = {IMAGES: images, **{name: rows[part] for name, rows in tokens.items()}}
-                outcome = run_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names)
-            if count <= size:
-                return Features(outcome)
-            found = found or {name: np.empty((count, *rows.shape[1:]), rows.dtype) for name, rows in outcome.items()}
-            for name, rows in outcome.items():
-                found[name][part] = rows
-        return Features(found)
+                yield start_in_chunks(self.engine, inputs, batch=self.bundle.fixed_batch, outputs=names)
 
-    def _whole_frames(self, images: Array, keep: Keep | None, names: Sequence[str]) -> Features:
-        """Each image as the first frame of a stream of its own."""
+        if len(parts) == 1:
+            (wait,) = started()
+            return lambda: Features(wait())
+        found = Features()
+        for part, outcome in zip(parts, results_in_order(started(), self.engine.in_flight), strict=True):
+            for name, rows in outcome.items():
+                if name not in found:
+                    found[name] = np.empty((count, *rows.shape[1:]), rows.dtype)
+                found[name][part] = rows
+        return lambda: found
+
+    def _start_frames(self, images: Array, keep: Keep | None, names: Sequence[str]) -> Callable[[], dict[str, Array]]:
+        """Start each image as the first frame of a stream of its own."""
         if keep is not None or self.bundle.keep_range[1] < self.num_patches:
             raise ConfigError(
                 "this bundle's graph recomputes patches of a stream, and without earlier frames has to be given all",
@@ -329,7 +354,7 @@ class Backbone:
         ids_keep = token_batch(self.bundle, None, None, len(images))[IDS_KEEP]
         frames = first_frames(images, ids_keep, self.bundle)
         streams = runner(self.engine, self.bundle.manifest)
-        return Features(run_in_chunks(streams, frames, batch=self.bundle.fixed_batch, outputs=names))
+        return start_in_chunks(streams, frames, batch=self.bundle.fixed_batch, outputs=names)
 
 
 def _load_again(

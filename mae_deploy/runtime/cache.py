@@ -169,7 +169,7 @@ def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Seq
     return inputs
 
 
-class Sequences:
+class Sequences(Runner):
     """A cached graph as a function: each sample is a stream that begins with nothing, is updated a few times, and gives
     what the last update gave.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +12,7 @@ import numpy as np
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.read import Array, readable
 from mae_deploy.runtime.backbone import Backbone, Features
+from mae_deploy.runtime.engines.base import results_in_order
 from mae_deploy.runtime.inputs import Keep
 from mae_deploy.seeding import random_patches
 
@@ -22,6 +23,16 @@ class Unreadable:
 
     path: Path
     reason: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Batch:
+    paths: list[Path]
+    """Of those that could be read."""
+    features: Features
+    left_out: list[Unreadable]
+    """Between the batch before and the end of this one."""
+    done: int
 
 
 class Predictions:
@@ -73,39 +84,51 @@ class Predictions:
         """
         self.unreadable.clear()
         self.done = self._start
-        preprocess = self._backbone.preprocess
-        batch: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
-        places = range(self._start, len(self._paths))
-        for index, pixels in readable(
-            places, lambda index: preprocess.crop(preprocess.read(self._paths[index])), self._leave_out
-        ):
-            batch.append((index, pixels))
-            if len(batch) == self._batch_size:
-                self.done = index + 1
-                yield self._run(batch)
-                batch = []
-        self.done = len(self._paths)
-        if batch:
-            yield self._run(batch)
+        for batch in results_in_order(self._started(), self._backbone.engine.in_flight):
+            self.done = batch.done
+            self.unreadable += batch.left_out
+            if batch.paths:
+                yield batch.paths, batch.features
         if len(self.unreadable) == len(self._paths):
             first = self.unreadable[0]
             raise CheckFailed(
                 f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}"
             )
 
-    def _leave_out(self, index: int, reason: str) -> None:
-        path = self._paths[index]
-        self.unreadable.append(Unreadable(path, reason.removeprefix(f"{path}: ")))
+    def _started(self) -> Iterator[Callable[[], _Batch]]:
+        """Batches that the engine computes while the images of the next one are decoded; the last may have none."""
+        preprocess = self._backbone.preprocess
+        places = range(self._start, len(self._paths))
+        images: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
+        left_out: list[Unreadable] = []
 
-    def _run(self, batch: list[tuple[int, Array]]) -> tuple[list[Path], Features]:
-        indices = [index for index, _ in batch]
-        pixels = np.stack([pixels for _, pixels in batch])
+        def leave_out(index: int, reason: str) -> None:
+            path = self._paths[index]
+            left_out.append(Unreadable(path, reason.removeprefix(f"{path}: ")))
+
+        for index, pixels in readable(
+            places,
+            lambda index: preprocess.crop(preprocess.read(self._paths[index])),
+            leave_out,
+            ahead=self._batch_size,
+        ):
+            images.append((index, pixels))
+            if len(images) == self._batch_size:
+                yield self._run(images, left_out, index + 1)
+                images, left_out = [], []
+        yield self._run(images, left_out, len(self._paths))
+
+    def _run(self, images: list[tuple[int, Array]], left_out: list[Unreadable], done: int) -> Callable[[], _Batch]:
+        indices = [index for index, _ in images]
+        paths = [self._paths[index] for index in indices]
+        if not images:
+            return lambda: _Batch(paths, Features(), left_out, done)
         keep = self._keep
         if self._num_keep is not None:
             keep = random_patches(self._backbone.num_patches, self._num_keep, indices, self._seed)
-        return [self._paths[index] for index in indices], self._backbone.run_cropped(
-            pixels, keep, outputs=self._outputs
-        )
+        pixels = np.stack([pixels for _, pixels in images])
+        wait = self._backbone.start_cropped(pixels, keep, outputs=self._outputs)
+        return lambda: _Batch(paths, wait(), left_out, done)
 
 
 def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[list[tuple[str, float]]]:

@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -141,13 +142,13 @@ def test_large_outputs_are_neither_fetched_nor_kept_where_nothing_is_written(
 ) -> None:
     bundle = write_bundle(tmp_path / "bundle", token_mode="reconstruct", outputs=outputs)
     asked: list[tuple[str, ...]] = []
-    run = Backbone.run_cropped
+    start = Backbone.start_cropped
 
-    def spy(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Features:
+    def spy(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Callable[[], Features]:
         asked.append(outputs)
-        return run(backbone, pixels, keep, outputs=outputs)
+        return start(backbone, pixels, keep, outputs=outputs)
 
-    monkeypatch.setattr(Backbone, "run_cropped", spy)
+    monkeypatch.setattr(Backbone, "start_cropped", spy)
     assert predict(capsys, bundle, photos, "--num-keep", "4")["outputs"] == fetched
     assert asked == [tuple(fetched)]
 
@@ -205,18 +206,18 @@ def test_a_killed_run_goes_on(
         (photos / "01.png").write_bytes(b"")
     call = (exported / "classifier", photos, "--batch-size", "2", "--out")
     whole = predict(capsys, *call, tmp_path / "whole.npz")
-    run, calls = Backbone.run_cropped, 0
+    start, calls = Backbone.start_cropped, 0
 
-    def killed(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Features:
+    def killed(backbone: Backbone, pixels: Array, keep: Any, *, outputs: tuple[str, ...]) -> Callable[[], Features]:
         nonlocal calls
         calls += 1
         if calls == 2:
             raise KeyboardInterrupt
-        return run(backbone, pixels, keep, outputs=outputs)
+        return start(backbone, pixels, keep, outputs=outputs)
 
     out = tmp_path / "f.npz"
     with monkeypatch.context() as patch:
-        patch.setattr(Backbone, "run_cropped", killed)
+        patch.setattr(Backbone, "start_cropped", killed)
         assert main(["predict", *map(str, call), str(out)]) not in (0, 2)
     assert not out.exists()
     done = 3 if broken else 2

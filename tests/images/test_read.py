@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import sys
+import threading
+import warnings
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,7 +18,7 @@ from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.images.find import find_images
 from mae_deploy.images.geometry import Interpolation
 from mae_deploy.images.preprocess import Preprocess, default_preprocess, require_readers
-from mae_deploy.images.read import Array, UnreadableImage, is_image, read_image
+from mae_deploy.images.read import _SILENCE, Array, UnreadableImage, is_image, read_image, readable
 from tests.data.band_files import BANDS, PIXEL_MAX, SIZE, bands_image, write_npy, write_tiff
 
 SPEC = Preprocess(
@@ -239,3 +242,69 @@ def test_pixel_max_must_be_positive() -> None:
 
 def vars_of(spec: Preprocess) -> dict[str, Any]:
     return {name: getattr(spec, name) for name in Preprocess.__dataclass_fields__}
+
+
+# --- ahead -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3, 100])
+def test_images_come_in_order_however_many_are_read_ahead(ahead: int) -> None:
+    begun: list[int] = []
+    left_out: list[tuple[int, str]] = []
+
+    def read(item: int) -> int:
+        begun.append(item)
+        if item % 4 == 3:
+            raise UnreadableImage(f"image {item}")
+        return 10 * item
+
+    found = readable(range(9), read, lambda item, reason: left_out.append((item, reason)), ahead=ahead)
+    assert next(found) == (0, 0)
+    assert len(begun) <= ahead + 1, "no more than that are held"
+    assert left_out == []
+    assert list(found) == [(item, 10 * item) for item in (1, 2, 4, 5, 6, 8)]
+    assert left_out == [(3, "image 3"), (7, "image 7")]
+    assert sorted(begun) == list(range(9))
+
+
+def test_an_image_is_read_while_the_one_before_is_used() -> None:
+    second = threading.Event()
+
+    def read(item: int) -> int:
+        if item == 1:
+            second.set()
+        return item
+
+    for _ in readable(range(2), read, lambda *_: None, ahead=1):
+        assert second.wait(30), "the second is not read before the first was taken"
+
+
+def test_other_errors_end_what_is_read_ahead() -> None:
+    def read(item: int) -> int:
+        if item == 1:
+            raise ConfigError("no such channel")
+        return item
+
+    found = readable(range(5), read, lambda *_: None, ahead=2)
+    assert next(found) == (0, 0)
+    with pytest.raises(ConfigError, match="no such channel"):
+        next(found)
+    abandoned = readable(iter(range(1000)), lambda item: item, lambda *_: None, ahead=2)
+    next(abandoned)
+    del abandoned
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("images")]
+
+
+def test_threads_that_read_at_once_leave_the_warnings_as_they_were() -> None:
+    """`warnings.catch_warnings` of two threads, entered and left in the same order, keeps the first one's filters."""
+    before = list(warnings.filters)
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(_SILENCE)
+    second.enter_context(_SILENCE)
+    warnings.warn("not shown", UserWarning, stacklevel=1)
+    first.close()
+    warnings.warn("not shown", UserWarning, stacklevel=1)
+    second.close()
+    assert list(warnings.filters) == before
+    with pytest.warns(UserWarning, match="shown"):
+        warnings.warn("shown", UserWarning, stacklevel=1)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -12,6 +13,9 @@ from PIL import Image
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.read import Array, read_image
 from mae_deploy.runtime import Backbone
+from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.predict import Predictions, class_scores, top_k
 from tests.runtime.tiny_bundle import C, D, K, N, P, write_bundle
 
@@ -51,6 +55,47 @@ def test_readable_images_come_in_batches_and_in_order(
     assert [bad.path for bad in predictions.unreadable] == [photos[2], photos[6]]
     assert predictions.unreadable[0].reason == "the file is empty"
     assert "cannot identify" in predictions.unreadable[1].reason
+
+
+class TwoInFlight(OnnxRuntimeEngine):
+    """An engine that computes beside the caller, as far as the order of things shows."""
+
+    in_flight = 2
+    events: ClassVar[list[str]] = []
+
+    def submit(self, inputs: Any, outputs: Any = None) -> Any:
+        self.events.append("start")
+        run = super().submit(inputs, outputs)
+
+        def result() -> Any:
+            self.events.append("wait")
+            return run.result()
+
+        return SimpleNamespace(result=result)
+
+
+def test_the_next_batch_is_started_before_the_one_before_is_waited_for(full_bundle: Path, photos: list[Path]) -> None:
+    bundle = Bundle.load(full_bundle)
+    plain = collect(Predictions(Backbone.load(full_bundle), photos, batch_size=2))
+    TwoInFlight.events.clear()
+    predictions = Predictions(
+        Backbone(bundle, TwoInFlight(bundle.graph(), EngineOptions(threads=1))), photos, batch_size=2
+    )
+    seen = [(len(names), predictions.done, len(predictions.unreadable)) for names, _ in predictions]
+    assert TwoInFlight.events == ["start", "start", "wait", "start", "wait", "wait"]
+    assert seen == [(2, 2, 0), (2, 5, 1), (1, 7, 2)], "what is told of is what was handed out"
+    paths, found, sizes = collect(predictions)
+    assert (paths, sizes) == (plain[0], plain[2])
+    np.testing.assert_array_equal(found, plain[1])
+
+
+def test_a_call_with_many_images_prepares_a_part_while_the_one_before_is_computed(full_bundle: Path) -> None:
+    bundle = Bundle.load(full_bundle)
+    images = np.random.default_rng(0).integers(0, 256, (2 * bundle.largest_batch + 1, 9, 7, 3), np.uint8)
+    TwoInFlight.events.clear()
+    found = Backbone(bundle, TwoInFlight(bundle.graph(), EngineOptions(threads=1)))(images).cls
+    assert TwoInFlight.events == ["start", "start", "wait", "start", "wait", "wait"]
+    np.testing.assert_allclose(found, Backbone.load(full_bundle)(images).cls, atol=1e-6)
 
 
 def test_a_fixed_batch_is_the_default_batch_size(tmp_path: Path, photos: list[Path]) -> None:

@@ -6,12 +6,13 @@ import ctypes
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from mae_deploy.runtime.profiles import batch_that_fits
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +63,47 @@ class EngineOptions:
         return default_threads() if self.threads is None else self.threads
 
 
-class Engine(ABC):
+class Run(Protocol):
+    """A run that was started."""
+
+    def result(self) -> dict[str, Any]:
+        """Wait for it, and return its outputs.
+
+        Raises:
+            MaeDeployError: it failed.
+        """
+
+
+class _Done(Run):
+    def __init__(self, outputs: dict[str, Array]) -> None:
+        self._outputs = outputs
+
+    def result(self) -> dict[str, Any]:
+        return self._outputs
+
+
+class Runner(ABC):
+    """What samples are run on: an engine, or what runs one several times for each sample."""
+
+    profiles: Sequence[Mapping[str, Sequence[int]]]
+    """The ranges of B and K that it takes, each smallest, usual and largest; empty: whatever the graph takes."""
+    in_flight = 1
+    """Runs that it computes while the caller prepares others; 1: `submit` returns when its run is done."""
+
+    @abstractmethod
+    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
+        """Run the samples in `inputs`, each `(B, ...)` under its name, and return the named outputs, or all."""
+
+    def submit(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> Run:
+        """Start a run, where the engine computes beside the caller; else run at once.
+
+        Raises:
+            ConfigError, MaeDeployError: as `run`.
+        """
+        return _Done(self.run(inputs, outputs))
+
+
+class Engine(Runner):
     """A loaded graph; a context manager that closes it, safe to call from several threads.
 
     It belongs to the process that loaded it: one that is forked from that can neither run nor close it. Pickled, it is
@@ -76,8 +120,6 @@ class Engine(ABC):
     """Those of the graph, then the taps."""
     precision: str
     """As it was loaded with."""
-    profiles: Sequence[Mapping[str, Sequence[int]]]
-    """The ranges of B and K that it takes, each smallest, usual and largest; empty: whatever the graph takes."""
 
     def __init__(
         self,
@@ -192,17 +234,6 @@ if hasattr(os, "register_at_fork"):  # not on Windows, where nothing forks
     os.register_at_fork(after_in_child=_abandon_all)
 
 
-class Runner(Protocol):
-    """What samples are run on: an engine, or what runs one several times for each sample."""
-
-    @property
-    def profiles(self) -> Sequence[Mapping[str, Sequence[int]]]:
-        """See `Engine`."""
-
-    def run(self, inputs: Mapping[str, Array], outputs: Sequence[str] | None = None) -> dict[str, Array]:
-        """See `Engine`."""
-
-
 def check_outputs(wanted: Sequence[str] | None, known: Sequence[str]) -> tuple[str, ...]:
     """The wanted outputs, each once; all that are known for None.
 
@@ -230,16 +261,40 @@ def run_in_chunks(
     The last chunk is filled up with its last sample, and the surplus is cut from the outputs. Inner tensors that hold
     the rows of all samples, `(B * T, D)`, come back as `(B, T, D)`.
     """
+    return start_in_chunks(engine, inputs, batch=batch, outputs=outputs)()
+
+
+def start_in_chunks(
+    engine: Runner, inputs: Mapping[str, Array], *, batch: int | None, outputs: Sequence[str] | None = None
+) -> Callable[[], dict[str, Array]]:
+    """Start what `run_in_chunks` does, and return what waits for it: where it is one run of an engine that computes
+    beside the caller, the next one can be prepared meanwhile.
+    """
     total = min(len(array) for array in inputs.values())
     keep = inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
     batch = batch or batch_that_fits(engine.profiles, total, keep)
     if batch is None or batch == total:  # None: the engine itself says which K it takes
-        return {name: _by_sample(values, total) for name, values in engine.run(inputs, outputs).items()}
-    chunks = [
-        engine.run({name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}, outputs)
+        run = engine.submit(inputs, outputs)
+        return lambda: {name: _by_sample(values, total) for name, values in run.result().items()}
+    parts = (
+        {name: _fill(array[start : start + batch], batch) for name, array in inputs.items()}
         for start in range(0, total, batch)
-    ]
-    return {name: np.concatenate([_by_sample(chunk[name], batch) for chunk in chunks])[:total] for name in chunks[0]}
+    )
+    started = (engine.submit(part, outputs).result for part in parts)
+    chunks = list(results_in_order(started, engine.in_flight))
+    found = {name: np.concatenate([_by_sample(chunk[name], batch) for chunk in chunks])[:total] for name in chunks[0]}
+    return lambda: found
+
+
+def results_in_order(started: Iterable[Callable[[], Result]], in_flight: int) -> Iterator[Result]:
+    """The results of what is started when it is asked for, at most `in_flight` of it at a time."""
+    pending: deque[Callable[[], Result]] = deque()
+    for wait in started:
+        pending.append(wait)
+        if len(pending) == in_flight:
+            yield pending.popleft()()
+    while pending:
+        yield pending.popleft()()
 
 
 def _by_sample(values: Array, batch: int) -> Array:

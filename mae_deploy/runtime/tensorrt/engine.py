@@ -17,7 +17,7 @@ from mae_deploy.runtime.cuda.arrays import DeviceArray
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
-from mae_deploy.runtime.tensorrt.runner import PlanRunner
+from mae_deploy.runtime.tensorrt.runner import NUM_SLOTS, PlanRunner
 from mae_deploy.runtime.tensorrt.slots import Ticket
 
 _DEVICE = re.compile(r"auto|cpu|cuda(?::(\d+))?")
@@ -32,6 +32,7 @@ class TensorRtEngine(Engine):
 
     name = "tensorrt"
     device = "cuda"
+    in_flight = NUM_SLOTS
     use_graphs: bool
     """Whether runs are replayed as CUDA graphs."""
 

@@ -20,7 +20,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.cuda.driver import CudaError, CudaGraph
-from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt import runner as tensorrt_runner
@@ -273,6 +273,17 @@ def test_two_runs_in_flight_and_a_third_that_waits_for_the_first(load: Load, stu
         for seed in (2, 0, 1, 0):
             check(tickets[seed].result(), inputs(seed=seed))
             assert tickets[seed].result() is tickets[seed].result()
+
+
+def test_of_many_images_two_parts_are_in_flight(load: Load, stub_driver: ctypes.CDLL) -> None:
+    with load(profiles=[{"B": (1, 2, 4), "K": (1, 3, 7)}]) as engine:
+        given = inputs(12)
+        for _ in range(2):  # both slots have their graph then
+            check(run_in_chunks(engine, given, batch=None), given)
+        calls(stub_driver)
+        check(run_in_chunks(engine, given, batch=None), given)
+        order = [call for call in calls(stub_driver) if call in ("launch", "synchronize")]
+        assert order == ["launch", "launch", "synchronize", "launch", "synchronize", "synchronize"]
 
 
 def test_one_caller_stays_in_one_slot(load: Load, stub_driver: ctypes.CDLL) -> None:
