@@ -45,6 +45,10 @@ _WARMUP = 15.0
 """Epochs (TinyMIM's 300-epoch recipe)."""
 
 
+_OTHER_CLASSES = (
+    "logits are of the teacher's classes; --objective features needs none, and the student is fine-tuned on yours then"
+)
+
 Answers = Teacher | CachedTeacher
 """Who is asked in a step."""
 
@@ -170,12 +174,16 @@ def _unlabelled(config: DistillConfig) -> _Data:
 
 def _labelled(config: DistillConfig, teacher: Teacher) -> _Data:
     names = tuple(teacher.class_names) if teacher.class_names is not None else None
-    train, val = labelled_splits(
-        config.data, config.validation, seed=config.seed, class_names=names, columns=config.images.columns
-    )
+    try:
+        train, val = labelled_splits(
+            config.data, config.validation, seed=config.seed, class_names=names, columns=config.images.columns
+        )
+    except ConfigError as error:
+        raise ConfigError(str(error), hint=error.hint or _OTHER_CLASSES) from error
     if train.class_names is None or len(train.class_names) != (teacher.num_classes or len(train.class_names)):
         raise ConfigError(
-            f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}"
+            f"{config.data} has {len(train.class_names or ())} classes, the teacher {teacher.num_classes}",
+            hint=_OTHER_CLASSES,
         )
     if names is None and teacher.num_classes:
         check_order(train, "the teacher")

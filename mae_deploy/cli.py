@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,7 +14,7 @@ import typer
 
 from mae_deploy import __version__
 from mae_deploy.completion import COMPLETIONS
-from mae_deploy.errors import MaeDeployError, import_optional
+from mae_deploy.errors import MaeDeployError, explained, import_optional
 from mae_deploy.help_page import Group
 from mae_deploy.options import command as register
 
@@ -40,6 +41,9 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
 
 START, TRAIN, EVALUATE, DEPLOY = "Start", "Train", "Evaluate", "Export and deploy"
 DATA, WEIGHTS, DEVELOPERS = "Data", "Weights", "Developers"
+
+_FIRST_SAYS_IT = 5.0
+"""Seconds that the other processes of a run leave it to the first one to say why they end."""
 
 command = functools.partial(register, completions=COMPLETIONS)
 
@@ -325,6 +329,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _report(error: Exception) -> int:
+    error = error if isinstance(error, MaeDeployError) else explained(error) or error
+    if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, MaeDeployError):
+        # The first process of this machine says the same: torchrun would end it before it had.
+        time.sleep(_FIRST_SAYS_IT)
+        return error.exit_code
     for one in error.errors if isinstance(error, MaeDeployError) else (error,):
         known = isinstance(one, MaeDeployError)
         message = " ".join(str(one).split())

@@ -26,6 +26,8 @@ from mae_deploy.text import expand_range
 
 C = TypeVar("C")
 
+MISSING = "missing setting"  # how it begins what is said of one that is required, where there are no options
+
 Resume = Literal["fixed", "free", "never"]
 """Whether a setting may change where a command goes on with what it began: a run with `--resume`; a sweep, a pack or a
 report that is called again. fixed: it must be what it was; free: it may change; never: the command always starts anew.
@@ -41,6 +43,7 @@ class Settings:
 
     __slots__ = ()
     _resume: ClassVar[Resume | None] = None
+    shared: ClassVar[bool] = False  # whether several processes, as torchrun starts them, share the command's work
 
     def __init_subclass__(cls, *, resume: Resume | None = None) -> None:
         if resume is not None:  # dataclass(slots=True) makes the class a second time, without keywords
@@ -118,10 +121,10 @@ def setting(
     )
 
 
-def section(cls: type[C], **defaults: Any) -> C:
-    """A nested config whose defaults differ from its class's in this place."""
+def section(cls: type[C], *without: str, **defaults: Any) -> C:
+    """A nested config whose defaults differ from its class's in this place, `without` the options of some fields."""
     factory = functools.partial(cls, **defaults)
-    return dataclasses.field(default_factory=factory, metadata={"defaults": defaults})
+    return dataclasses.field(default_factory=factory, metadata={"defaults": defaults, "without": without})
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------
@@ -152,7 +155,7 @@ def _read(
     before = len(found)
     for key, value in values.items():
         if key not in fields:
-            found.append(ConfigError(f"unknown setting '{where}{key}'", hint=nearest(key, list(kinds))))
+            found.append(ConfigError(f"unknown setting '{where}{key}'", hint=_elsewhere(cls, key, where)))
             continue
         name = (flags or {}).get(f"{where}{key}", f"{where}{key}")
         kind, _ = optional_of(kinds[key])
@@ -168,7 +171,7 @@ def _read(
             found += out_of_bounds(fields[key], arguments[key], name)
     for name, field in fields.items():
         if name not in values and is_required(field):
-            missing = f"missing setting '{where}{name}'" if flags is None else f"{option_name(field)} is missing"
+            missing = f"{MISSING} '{where}{name}'" if flags is None else f"{option_name(field)} is missing"
             hint = None if flags is None else field_docs(cls).get(name)  # type: ignore[arg-type]
             found.append(ConfigError(missing, hint=hint))
     if len(found) == before:
@@ -180,11 +183,7 @@ def _read(
 
 
 def typed(cls: type, values: dict[str, Any]) -> dict[str, Any]:
-    """Single values of a config class, each of its type, without those that it does not know.
-
-    Raises:
-        ConfigError: a value of another type.
-    """
+    """Single values of a config class, each of its type (else ConfigError), without those that it does not know."""
     kinds = field_types(cls)
     return {name: _coerce(kinds[name], value, name) for name, value in values.items() if name in kinds}
 
@@ -275,6 +274,13 @@ def nearest(word: str, known: list[str]) -> str:
     """A hint for a name that is not known: the nearest one that is, else all of them."""
     match = difflib.get_close_matches(word, known, n=1)
     return f"did you mean '{match[0]}'?" if match else f"known: {', '.join(known)}"
+
+
+def _elsewhere(cls: type, key: str, where: str) -> str:
+    """A hint for an unknown setting: one of that name in a section, else the nearest one here."""
+    known = field_types(cls)
+    inside = [n for n, kind in known.items() if dataclasses.is_dataclass(kind) and key in field_types(known[n])]
+    return f"did you mean '{where}{inside[0]}.{key}'?" if inside else nearest(key, list(known))
 
 
 # --- types and help --------------------------------------------------------------------------------------------------

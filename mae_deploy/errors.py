@@ -111,6 +111,27 @@ def reason(error: Exception) -> str:
     return text or (reason(cause) if isinstance(cause, Exception) else type(error).__name__)
 
 
+def explained(error: Exception) -> MaeDeployError | None:
+    """What an error of Python or a library says to somebody who meets it; None: nothing is known of it."""
+    text = " ".join(str(error).split())
+    if "DataLoader worker" in text:
+        return MaeDeployError(
+            f"a process that decodes images has died: out of memory? ({text})",
+            hint="fewer --num-workers (0 decodes in this process), a smaller --batch-size; in a container, more shared"
+            " memory (docker run --shm-size 8g)",
+        )
+    if isinstance(error, MemoryError) or "out of memory" in text:
+        where = "on the GPU" if "CUDA" in text else "in this machine"
+        return MaeDeployError(
+            f"there is not enough memory {where}: {text}".removesuffix(": "),
+            hint="a smaller --batch-size (with --accum-iter, the same step), or --precision bf16",
+        )
+    if isinstance(error, OSError) and error.strerror:
+        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        return MaeDeployError(": ".join([*names[:1], error.strerror]))
+    return None
+
+
 def errors_of(check: Callable[[], object]) -> tuple[MaeDeployError, ...]:
     """What a check finds wrong, instead of raising it; none where all is well."""
     try:

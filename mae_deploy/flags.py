@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -63,7 +64,12 @@ class Flag:
 
 
 def flags_of(
-    cls: type, *, path: tuple[str, ...] = (), panel: str = "Options", defaults: dict[str, Any] | None = None
+    cls: type,
+    *,
+    path: tuple[str, ...] = (),
+    panel: str = "Options",
+    defaults: dict[str, Any] | None = None,
+    without: Sequence[str] = (),
 ) -> list[Flag]:
     """Every option and argument that a config class gives a command, sections flattened."""
     found: list[Flag] = []
@@ -72,10 +78,16 @@ def flags_of(
         kind, _ = optional_of(kinds[field.name])
         if dataclasses.is_dataclass(kind):
             section = (inspect.getdoc(kind) or field.name).splitlines()[0].rstrip(".")
-            inner = field.metadata.get("defaults")
-            found += flags_of(kind, path=(*path, field.name), panel=section, defaults=inner)  # type: ignore[arg-type]
+            inner, left_out = (field.metadata.get(name) or None for name in ("defaults", "without"))
+            found += flags_of(
+                kind,  # type: ignore[arg-type]
+                path=(*path, field.name),
+                panel=section,
+                defaults=inner,
+                without=left_out or (),
+            )
             continue
-        if field.metadata.get("hidden"):
+        if field.metadata.get("hidden") or field.name in without:
             continue
         required = is_required(field)
         default = (defaults or {}).get(field.name, field.default)

@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, Optional, TypeVar, cast, get_args, g
 import typer
 from typer.core import TyperCommand
 
-from mae_deploy.config import Settings, from_dict, merge, to_yaml
-from mae_deploy.errors import ConfigError, MaeDeployError, raise_all
+from mae_deploy.config import MISSING, Settings, from_dict, merge, to_yaml
+from mae_deploy.errors import ConfigError, MaeDeployError, errors_of, raise_all
 from mae_deploy.files import write_text
 from mae_deploy.flags import COMMON, Flag, flags_of
 from mae_deploy.help_page import Entry, page
@@ -196,7 +196,10 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
         given.pop("help_all")
         dump: Path | None = given.pop("dump_config", None)
         found: list[MaeDeployError] = context.meta[_USAGE]
-        values = _from_recipes(given.pop("recipe"), given.pop("assignments") or [], found) if recipes else {}
+        values: dict[str, Any] = {}
+        if recipes:
+            command = context.info_name or ""
+            values = _from_recipes(given.pop("recipe"), given.pop("assignments") or [], found, command, config)
         names: dict[str, str] = {}
         for flag in flags:
             if (value := given[flag.variable]) is not None:
@@ -210,6 +213,7 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
         except ConfigError as error:
             said = {str(one).partition(" ")[0] for one in found}
             found += [one for one in error.errors if str(one) not in {f"{name} is missing" for name in said}]
+        found += _processes(context.info_name or "", config)
         raise_all(found)
         assert settings is not None  # what kept it from being built was raised
         if dump is not None:
@@ -234,12 +238,23 @@ def _max_pixels(settings: Any) -> int | None:
     return next((value for part in sections if (value := getattr(part, "max_pixels", None)) is not None), None)
 
 
-def _from_recipes(recipe: str | None, assignments: list[str], found: list[MaeDeployError]) -> dict[str, Any]:
+def _processes(command: str, config: type) -> list[ConfigError]:
+    """Whether a command that does its work alone was started by torchrun, which would do it several times."""
+    processes = os.environ.get("WORLD_SIZE", "1") if "LOCAL_RANK" in os.environ else "1"
+    if processes == "1" or getattr(config, "shared", True):
+        return []
+    return [ConfigError(f"{command} runs in one process, not in {processes}", hint="start it without torchrun")]
+
+
+def _from_recipes(
+    recipe: str | None, assignments: list[str], found: list[MaeDeployError], command: str, config: type
+) -> dict[str, Any]:
     """The settings of `--recipe`, and those of `--set` on top; what is wrong with these is added to `found`."""
     values: dict[str, Any] = {}
     if recipe is not None:
         try:
             values = read_recipe(recipe)
+            _check_command(recipe, values, command, config)
         except ConfigError as error:
             raise_all([*found, *error.errors])  # what it leaves out would all be reported as missing
     for assignment in assignments:
@@ -248,6 +263,20 @@ def _from_recipes(recipe: str | None, assignments: list[str], found: list[MaeDep
         except ConfigError as error:
             found += error.errors
     return values
+
+
+def _check_command(recipe: str, values: dict[str, Any], command: str, config: type) -> None:
+    """Whether a recipe is of this command.
+
+    Raises:
+        ConfigError: another command has all of its settings, and this one has not.
+    """
+
+    def fits(cls: type) -> bool:
+        return all(str(error).startswith(MISSING) for error in errors_of(lambda: from_dict(cls, values)))
+
+    if not fits(config) and (other := [name for name, cls in settings_of_commands().items() if fits(cls)]):
+        raise ConfigError(f"--recipe {recipe} is one of {other[0]}, not of {command}")
 
 
 def _parameter(flag: Flag, complete: Callable[[str], Iterable[str]] | None) -> inspect.Parameter:

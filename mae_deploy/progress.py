@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,11 +12,14 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
+    Task,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 from rich.text import Text
 
 console = Console(stderr=True)
@@ -23,15 +27,30 @@ console = Console(stderr=True)
 
 _LINE_SECONDS = 15.0
 
+_WIDE = 100
+"""Columns of a terminal from which a bar has its full length."""
 
-def notice(label: str, text: str) -> None:
-    """A line with a yellow label; the text may hold anything, such as a file name that looks like markup."""
-    console.print(Text.assemble((label, "yellow"), " ", text), soft_wrap=True)
+
+def notice(label: str, text: str, *, own: bool = False) -> None:
+    """A line with a yellow label; the text may hold anything, such as a file name that looks like markup.
+
+    Args:
+        own: it is about this process alone; of what all processes of a run say, only the first one's is shown.
+    """
+    if own or os.environ.get("RANK", "0") == "0":
+        console.print(Text.assemble((label, "yellow"), " ", text), soft_wrap=True)
 
 
 def heading(text: str) -> None:
     """A line in bold above what follows."""
     console.print(Text(text, style="bold"))
+
+
+class _Note(ProgressColumn):
+    """What stands beside the bar, on one line."""
+
+    def render(self, task: Task) -> Text:
+        return Text(task.fields["note"], no_wrap=True, overflow="ellipsis")
 
 
 class Bar:
@@ -54,6 +73,11 @@ class Bar:
                 f"{self._title}  {self._done}/{self._total}  {note}  {left:.0f} s left", highlight=False, soft_wrap=True
             )
 
+    def report(self, text: str) -> None:
+        """A line of its own in a log; on a terminal, the bar and its note have to do."""
+        if self._progress is None and self._total >= 0:
+            console.print(f"{self._title}  {text}", highlight=False, soft_wrap=True)
+
 
 @contextmanager
 def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> Iterator[Bar]:
@@ -64,13 +88,14 @@ def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> 
             bar._printed = float("inf")
         yield bar
         return
+    # All but the note keep their width: where there is not enough for all, the note is cut.
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(bar_width=24),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+        BarColumn(bar_width=24 if console.width >= _WIDE else 8, table_column=Column(no_wrap=True)),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TimeElapsedColumn(table_column=Column(no_wrap=True)),
+        TimeRemainingColumn(table_column=Column(no_wrap=True)),
+        _Note(),
     )
     with Progress(*columns, console=console) as live:
         yield Bar(title, total, done, live, live.add_task(title, total=total, completed=done, note=""))

@@ -154,12 +154,36 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
             "hint: did you mean 'epochs'?",
         ),
         (
+            ["pretrain", "images", "--out", "run", "--set", "epochs=3"],
+            "error: unknown setting 'epochs'",
+            "hint: did you mean 'optim.epochs'?",
+        ),
+        (
+            ["finetune", "images", "--out", "run", "--set", "mixup=0"],
+            "error: unknown setting 'mixup'",
+            "hint: did you mean 'mix.mixup'?",
+        ),
+        (
+            ["pretrain", "images", "--out", "run", "--recipe", "finetune-vit-base"],
+            "error: --recipe finetune-vit-base is one of finetune, not of pretrain",
+            None,
+        ),
+        (
+            ["finetune", "images", "--out", "run", "--recipe", "distill-dmae-vit-tiny"],
+            "error: --recipe distill-dmae-vit-tiny is one of distill, not of finetune",
+            None,
+        ),
+        (
             ["pretrain", "images", "--out", "run", "--image-size", "30"],
             "error: --image-size 30,30 is not a multiple of the patch size, 16",
             "hint: the nearest is 32,32",
         ),
         (["info", "nowhere"], "error: nowhere is not a run, checkpoint, weights file or bundle", None),
-        (["import", "nowhere.pth", "--out", "checkpoint"], "error: no weights at nowhere.pth", None),
+        (
+            ["import", "nowhere.pth", "--out", "checkpoint"],
+            "error: no weights at nowhere.pth",
+            None,
+        ),
     ],
 )
 def test_a_mistake_is_2_with_one_line_and_a_hint(

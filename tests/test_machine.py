@@ -82,6 +82,17 @@ def test_the_quota_of_a_container(version: int, quota: str, granted: int, name: 
     assert resolve_workers(-1) == max(1, granted - 1)
 
 
+def test_more_workers_than_could_ever_work_are_not_started(system: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    most = max(16, 8 * CORES)
+    assert resolve_workers(most) == most
+    assert capsys.readouterr().err == ""
+    assert [resolve_workers(1000), resolve_workers(1000)] == [most, most]
+    assert (
+        capsys.readouterr().err
+        == f"--num-workers: 1000 processes on {CORES} cores only wait for each other: using {most}\n"
+    )
+
+
 def test_the_least_of_nested_groups(system: Path) -> None:
     write(system / "cgroup", "0::/slice/pod/box\n")
     write(system / "groups/cpu.max", "max 100000")

@@ -32,6 +32,42 @@ def test_and_one_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert capsys.readouterr().err == "train  16/1000    984 s left\ntrain  32/1000    968 s left\n"
 
 
+def test_at_80_columns_the_bar_keeps_steps_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    for width in (80, 120):
+        written = io.StringIO()
+        terminal = Console(file=written, force_terminal=True, width=width, color_system=None)
+        monkeypatch.setattr(module, "console", terminal)
+        with progress("distil features", 160_000, done=159_999) as bar:
+            bar.advance(1, "loss 2.4842  top-1 41.67 %  1391 img/s  teacher 26% (1206 img/s)  wait 17%")
+        last = next(line for line in reversed(written.getvalue().splitlines()) if "distil" in line)
+        assert "160000/160000" in last
+        assert "0:00:00" in last  # what is left of the time
+        assert "loss 2.4842" in last
+        assert len(last) <= width + len("\x1b[2K")
+
+
+def test_a_log_gets_lines_that_a_terminal_does_without(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with progress("train", 3) as bar:
+        bar.report("epoch 1/3")
+    with progress("train", 3, enabled=False) as bar:
+        bar.report("epoch 1/3")
+    assert capsys.readouterr().err == "train  epoch 1/3\n"
+    written = io.StringIO()
+    monkeypatch.setattr(module, "console", Console(file=written, force_terminal=True, width=80))
+    with progress("train", 3) as bar:
+        bar.report("epoch 1/3")
+    assert "epoch" not in written.getvalue()
+
+
+def test_of_several_processes_one_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    notice("data:", "11 images")
+    notice("skipped step", "7", own=True)
+    assert capsys.readouterr().err == "skipped step 7\n"
+
+
 @pytest.mark.parametrize("shares", [(0.25, 0.999), (0.25, 1.0), ()])
 def test_a_percentage_is_full_at_the_end(shares: tuple[float, ...], capsys: pytest.CaptureFixture[str]) -> None:
     with percentage("build") as report:

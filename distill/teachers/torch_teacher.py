@@ -14,12 +14,13 @@ from mae_deploy.config import to_dict
 from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.arithmetic import set_precision
-from mae_deploy.distill.teachers.base import key_of, reason_against_grid
+from mae_deploy.distill.teachers.base import SPATIAL_KINDS, key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
+from mae_deploy.progress import notice
 from mae_deploy.training.device import resolve_precision
 from mae_deploy.training.step import StepBatch
 
@@ -65,6 +66,19 @@ class TorchTeacher(ABC):
         self.model = model
         self.wanted = tuple(sorted(wanted))
         self.found, self.asked = grid_size, student.grid_size
+        trained = self.preprocess.image_size
+        if image_size != trained:
+            notice(
+                "teacher:",
+                f"sees images of {image_size[0]}x{image_size[1]} as {grid_size[0]}x{grid_size[1]} patches, the grid of"
+                f" the student; it was made for {trained[0]}x{trained[1]} (--teacher-grid interpolate keeps to that)",
+            )
+        elif grid_size != self.asked and any(tap.kind in SPATIAL_KINDS for tap in wanted):
+            notice(
+                "teacher:",
+                f"has {grid_size[0]}x{grid_size[1]} patches, the student {self.asked[0]}x{self.asked[1]}: what is of"
+                " patches is interpolated",
+            )
         self.reason_against_subset = self.reason_against_subset or reason_against_grid(self.found, self.asked)
         self._images = TeacherImages(spec, self.preprocess, image_size)
         self._answers = [

@@ -81,6 +81,11 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
         licence=loaded.metadata.licence,
         provenance={"stage": "linprobe", "config": to_dict(config), "data": data, "parent": loaded.record},
     )
+    if config.solver == "lars" and min(config.optim.batch_size, len(train)) * accelerator.num_processes < 2:
+        raise ConfigError(
+            f"--batch-size {config.optim.batch_size} of {len(train)} images: BatchNorm needs two images a step",
+            hint="a larger --batch-size, or --solver ridge",
+        )
     main = accelerator.is_main_process
     with RunFolder.open(config.out, config, data, resume=config.resume, write=main) as folder:
         if config.solver == "lars":

@@ -24,6 +24,7 @@ class RunSettings(Settings):
     """
 
     __slots__ = ()
+    shared = True
 
     @classmethod
     def completed(cls, values: dict[str, Any]) -> dict[str, Any]:

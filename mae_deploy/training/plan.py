@@ -10,6 +10,9 @@ from mae_deploy.progress import notice
 from mae_deploy.training.config import OptimConfig
 from mae_deploy.training.state.progress import Progress
 
+_NOTABLE = 0.05
+"""Share of the images that an epoch leaves out, above which it is said."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunPlan:
@@ -40,7 +43,18 @@ def make_plan(
             f"{num_images} images do not fill {optim.batch_size} on {world_size} process(es): using {batch_size}",
         )
     accum = min(optim.accum_iter, num_images // (batch_size * world_size))
-    return _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
+    plan = _plan(num_images, optim, batch_size, accum, world_size, paper_warmup)
+    if not quiet:
+        if accum < optim.accum_iter:
+            notice("--accum-iter:", f"{num_images} images do not fill {optim.accum_iter} batches a step: using {accum}")
+        unused = num_images - plan.steps_per_epoch * batch_size * accum * world_size
+        if unused > _NOTABLE * num_images:
+            notice(
+                "epochs:",
+                f"each leaves out {unused} of {num_images} images, others each time: what does not fill a step of"
+                f" {batch_size * accum * world_size}",
+            )
+    return plan
 
 
 def resume_plan(

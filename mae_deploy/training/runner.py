@@ -92,6 +92,10 @@ class TrainingRunner:
         self.left_out = LeftOut()
         self.save_asked = self.stop_asked = False
         self.since = self.saved = time.monotonic()
+        self.top1: float | None = None
+        """Of the last evaluation."""
+        self.losses: list[float] = []
+        """Of this epoch's steps, as far as they were read."""
 
     def run(self, num_workers: int) -> None:
         """Steps, evaluations and checkpoints to the end of the run, or until a signal asks to stop.
@@ -261,7 +265,15 @@ class TrainingRunner:
         line |= times.metrics()
         self.folder.append("metrics.jsonl", line)
         self.trackers.log({name: value for name, value in line.items() if name != "step"}, step)
-        bar.advance(1, f"loss {parts['loss']:.4f}  {times.note()}")
+        self.losses.append(parts["loss"])
+        bar.advance(1, "  ".join([f"loss {parts['loss']:.4f}", *self._accuracy(), times.note()]))
+
+    def _accuracy(self) -> list[str]:
+        """Top-1 in words, once there is one."""
+        if self.top1 is None:
+            return []
+        best = f" (best {self.state.best:.2f})" if self.state.best not in (None, self.top1) else ""
+        return [f"top-1 {self.top1:.2f} %{best}"]
 
     # --- between steps -----------------------------------------------------------------------------------------------
 
@@ -278,8 +290,19 @@ class TrainingRunner:
         if due or top1 is not None or self.save_asked or self.stop_asked:
             self._read(bar, all_of_them=True)
             self._save(top1)
+        if within == 0:
+            self.top1 = self.top1 if top1 is None else top1
+            self._report_epoch(epochs, bar)
         if within == 0 or self.saved > self.since:
             self.since = time.monotonic()  # the next step's seconds are its own
+
+    def _report_epoch(self, epochs: int, bar: Bar) -> None:
+        """A line an epoch, for logs."""
+        if self.losses:
+            mean = sum(self.losses) / len(self.losses)
+            of = f"epoch {epochs}/{self.optim.epochs}"
+            bar.report("  ".join([of, f"mean loss {mean:.4f}", *self._accuracy()]))
+        self.losses.clear()
 
     def _end_epoch(self, epochs: int, last: bool) -> float | None:
         """Validate and draw with the weights that are exported; returns top-1 where the stage has it and it is its

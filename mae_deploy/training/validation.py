@@ -69,7 +69,7 @@ class Evaluator:
         for batch in loader:
             for line in set(batch.unreadable) - self._reported:
                 self._reported.add(line)
-                notice("left out of the validation", line)
+                notice("left out of the validation", line, own=True)
             if len(batch.images) == 0:
                 continue
             images, labels = normalise(batch.images.to(accelerator.device)), batch.labels.to(accelerator.device)

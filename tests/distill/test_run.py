@@ -358,8 +358,9 @@ def test_more_images_without_labels_belong_to_runs_on_logits(images: Path, teach
 
 def test_classes_that_the_teacher_does_not_know(classes: Path, expert: Path, tmp_path: Path) -> None:
     write_noise(classes / "train" / "grey", 2)
-    with pytest.raises(ConfigError, match="grey is not one of the 2 classes: dark, light"):
+    with pytest.raises(ConfigError, match="grey is not one of the 2 classes: dark, light") as caught:
         run_distill(distilling(classes, expert, tmp_path / "run"))
+    assert "--objective features" in str(caught.value.hint)
 
 
 def test_a_number_of_classes_that_is_not_the_teachers(classes: Path, expert: Path, tmp_path: Path) -> None:
@@ -367,8 +368,9 @@ def test_a_number_of_classes_that_is_not_the_teachers(classes: Path, expert: Pat
     checkpoint = open_checkpoint(expert)
     save_checkpoint(tmp_path / "nameless", checkpoint.tensors(), replace(checkpoint.metadata, class_names=None))
     write_noise(classes / "train" / "grey", 2)
-    with pytest.raises(ConfigError, match="has 3 classes, the teacher 2"):
+    with pytest.raises(ConfigError, match="has 3 classes, the teacher 2") as caught:
         run_distill(distilling(classes, tmp_path / "nameless", tmp_path / "run"))
+    assert "--objective features" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(

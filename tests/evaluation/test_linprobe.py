@@ -261,3 +261,11 @@ def test_the_norm_of_a_mean_pooled_classifier_is_kept(classes: Path, pretrained:
 def test_sharding_one_head_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="only a linear head"):
         probing(tmp_path, tmp_path, tmp_path / "run", loop=LoopConfig(sharding="fsdp2"))
+
+
+def test_a_step_of_one_image_is_refused_before_there_is_a_run(classes: Path, pretrained: Path, tmp_path: Path) -> None:
+    config = probing(classes, pretrained, tmp_path / "run", optim=optim(batch_size=1))
+    with pytest.raises(ConfigError, match=r"--batch-size 1 of .* images: BatchNorm needs two images a step") as caught:
+        run_linprobe(config)
+    assert "--solver ridge" in str(caught.value.hint)
+    assert not (tmp_path / "run").exists()

@@ -90,6 +90,18 @@ def test_the_best_checkpoint_is_the_first_of_the_highest_top1(images: Path, tmp_
     assert (done.summary["top1"], done.summary["best_top1"]) == (25.0, 75.0)
 
 
+def test_a_log_has_a_line_an_epoch_with_top1(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    scores = iter([50.0, 75.0, 25.0])
+    done = train(images, tmp_path / "run", optim(epochs=3), evaluate=lambda *_: {"top1": next(scores)})
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("train  epoch")]
+    means = [sum(done.losses[first : first + 2]) / 2 for first in (0, 2, 4)]
+    accuracies = ("top-1 50.00 %", "top-1 75.00 %", "top-1 25.00 % (best 75.00)")
+    assert lines == [
+        f"train  epoch {epoch}/3  mean loss {mean:.4f}  {accuracy}"
+        for epoch, mean, accuracy in zip((1, 2, 3), means, accuracies, strict=True)
+    ]
+
+
 def test_an_evaluation_without_numbers_is_never_the_best(images: Path, tmp_path: Path) -> None:
     scores = iter([math.nan, 25.0, math.nan, 12.5])
     done = train(images, tmp_path / "run", optim(epochs=4), evaluate=lambda *_: {"top1": next(scores)})

@@ -31,6 +31,17 @@ def test_a_set_smaller_than_a_batch_makes_the_batch_smaller_and_says_so(capsys: 
     assert "7 images do not fill 64 on 2 process(es): using 3" in capsys.readouterr().err
 
 
+def test_what_of_a_small_set_is_cut_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = make_plan(24, OptimConfig(epochs=3, batch_size=8, accum_iter=5), world_size=2, paper_warmup=1)
+    assert (plan.batch_size, plan.accum_iter, plan.steps_per_epoch) == (8, 1, 1)
+    said = capsys.readouterr().err
+    assert "--accum-iter: 24 images do not fill 5 batches a step: using 1\n" in said
+    assert "epochs: each leaves out 8 of 24 images, others each time: what does not fill a step of 16\n" in said
+    make_plan(101, OptimConfig(batch_size=4, accum_iter=5), world_size=1, paper_warmup=1)  # one of a hundred
+    make_plan(24, OptimConfig(batch_size=8, accum_iter=5), world_size=2, paper_warmup=1, quiet=True)
+    assert capsys.readouterr().err == ""
+
+
 def test_fewer_images_than_processes() -> None:
     with pytest.raises(ConfigError, match=r"1 image\(s\) cannot be shared among 2 processes"):
         make_plan(1, OptimConfig(), world_size=2, paper_warmup=1)

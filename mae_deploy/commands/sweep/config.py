@@ -30,6 +30,13 @@ class SweepConfig(Settings):
     norm_pix_loss=true,false."""
     labelled: Path | None = setting(None, resume="free", basic=True)
     """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
+    model: str | None = setting(None, resume="fixed", basic=True, metavar="MODEL")
+    """The encoder (see pretrain --help); default: that of --recipe or --set, else vit_base_patch16."""
+    epochs: int | None = setting(None, resume="fixed", basic=True, at_least=1)
+    """Epochs of pretraining; default: those of --recipe or --set, else 50."""
+    batch_size: int | None = setting(None, resume="fixed", basic=True, at_least=1)
+    """Images a step of pretraining and of fine-tuning, and at a time of features; default: those of the recipes or of
+    --set, else 64."""
     recipe: str | None = setting(None, resume="fixed", basic=True, metavar="RECIPE")
     """Settings of pretraining from a YAML file, or the name of a recipe that ships with mae-deploy."""
     settings: tuple[str, ...] = setting(
@@ -41,7 +48,7 @@ class SweepConfig(Settings):
     linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed", basic=True)
     """Evaluate by a linear probe on features that are computed once: logistic, ridge or none."""
     finetune: bool = setting(True, resume="fixed", basic=True)
-    """Evaluate by fine-tuning."""
+    """Evaluate by fine-tuning, for 20 epochs where --finetune-recipe and --finetune-set do not say otherwise."""
     finetune_recipe: str | None = setting(None, resume="fixed", metavar="RECIPE")
     """Settings of fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
     finetune_settings: tuple[str, ...] = setting(
@@ -63,7 +70,7 @@ class SweepConfig(Settings):
     device: Device = setting("auto", resume="free", basic=True)
     """Where to compute; auto takes the GPU where there is one."""
     validation: ValidationConfig = section(ValidationConfig)
-    features: FeaturesConfig = section(FeaturesConfig)
+    features: FeaturesConfig = section(FeaturesConfig, "batch_size")
 
     def faults(self) -> Iterator[MaeDeployError]:
         hint = "such as --mask-ratio 0.25,0.5,0.75,0.9, or --over decoder.decoder_depth=1,2,4,8"

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,7 +26,7 @@ from mae_deploy.files import read_json, write_json, write_text
 from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
-from mae_deploy.progress import heading
+from mae_deploy.progress import heading, notice
 from mae_deploy.recipe import RUN_CONFIG, parse_assignment, read_recipe
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.markdown import Page, Picture, write_report
@@ -40,6 +40,9 @@ C = TypeVar("C")
 
 CONFIG = "sweep.yaml"
 RESULT = "result.json"
+
+EPOCHS, FINETUNE_EPOCHS = 50, 20
+"""Of pretraining and fine-tuning where nobody says how many: the paper's 800 and 100 would take days for each value."""
 
 _CURVES = (
     Curve("fine-tuning", "finetune_top1"),
@@ -72,9 +75,11 @@ def run_sweep(config: SweepConfig) -> Result:
     seeds = [config.seed + seed for seed in config.seeds]
     # Every setting is checked before the first hour of training.
     cells = [[_cell(config, setting, value, seed) for seed in seeds] for value in values]
+    tuned = None
     if config.finetune or config.scratch:
-        _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
+        tuned = _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
     _open_folder(config)
+    notice("plan:", _plan(config, cells, tuned))
     rows: list[Row] = []
     report: dict[str, Any] = {}
     for value, of_value in zip(values, cells, strict=True):
@@ -82,6 +87,21 @@ def run_sweep(config: SweepConfig) -> Result:
         # After each value, so that a long sweep can be looked at while it runs.
         report = _report(config, setting, seeds, rows)
     return Result(report, Table(f"{setting}: {config.out}", _columns(setting), rows))
+
+
+def _plan(config: SweepConfig, cells: list[list[Cell]], tuned: FinetuneConfig | None) -> str:
+    """What is going to be trained, in a line, before the first hour of it."""
+    runs = [cell.pretrain for of_value in cells for cell in of_value]
+    models = ", ".join(dict.fromkeys(run.model.name for run in runs))
+    sizes = ", ".join(dict.fromkeys("x".join(map(str, run.model.image_size)) for run in runs))
+    epochs = sorted({run.optim.epochs for run in runs})
+    total = sum(run.optim.epochs for run in runs)
+    parts = [f"{models} at {sizes} pretrained {len(runs)} times for {'-'.join(map(str, epochs))} epochs"]
+    if tuned is not None:
+        times = len(runs) * config.finetune + len(config.seeds) * config.scratch
+        parts.append(f"fine-tuned {times} times for {tuned.optim.epochs}")
+        total += times * tuned.optim.epochs
+    return f"{', '.join(parts)}: {total} epochs in all; what is finished is not run again"
 
 
 def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
@@ -114,7 +134,16 @@ def _cell(config: SweepConfig, setting: str, value: Any, seed: int) -> Cell:
         "seed": seed,
         "device": config.device,
     }
-    return Cell(value, seed, folder, _build(PretrainConfig, config.recipe, config.settings, varied, given))
+    chosen = {
+        "model": {"name": config.model} if config.model is not None else {},
+        "optim": {
+            **({"epochs": config.epochs} if config.epochs is not None else {}),
+            **({"batch_size": config.batch_size} if config.batch_size is not None else {}),
+        },
+    }
+    start = {} if config.recipe else {"optim": {"epochs": EPOCHS}}
+    values = merge(_values(config.recipe, config.settings, start), chosen)
+    return Cell(value, seed, folder, _build(PretrainConfig, values, varied, given))
 
 
 def _unlabelled(data: str) -> str:
@@ -135,16 +164,23 @@ def _finetune_config(config: SweepConfig, init: Path, out: Path, seed: int, **mo
         **({"validation": to_dict(config.validation)} if config.validation != ValidationConfig() else {}),
         **more,
     }
-    return _build(FinetuneConfig, config.finetune_recipe, config.finetune_settings, {}, given)
+    start = {} if config.finetune_recipe else {"optim": {"epochs": FINETUNE_EPOCHS}}
+    values = _values(config.finetune_recipe, config.finetune_settings, start)
+    if config.batch_size is not None:
+        values = merge(values, {"optim": {"batch_size": config.batch_size}})
+    return _build(FinetuneConfig, values, {}, given)
 
 
-def _build(
-    cls: type[C], recipe: str | None, settings: tuple[str, ...], varied: dict[str, Any], given: dict[str, Any]
-) -> C:
-    """Recipe, then `--set`, then the varied setting; the sweep's own folders, seed and device win."""
-    values = read_recipe(recipe) if recipe else {}
+def _values(recipe: str | None, settings: tuple[str, ...], start: dict[str, Any]) -> dict[str, Any]:
+    """Recipe, then `--set`."""
+    values = read_recipe(recipe) if recipe else start
     for assignment in settings:
         values = merge(values, parse_assignment(assignment))
+    return values
+
+
+def _build(cls: type[C], values: dict[str, Any], varied: dict[str, Any], given: dict[str, Any]) -> C:
+    """With the varied setting; the sweep's own folders, seed and device win."""
     if taken := [key for key in given if key in varied]:
         raise ConfigError(f"{taken[0]} cannot be varied", hint="several seeds are --seeds")
     return from_dict(cls, {**merge(values, varied), **given})
@@ -194,9 +230,10 @@ def _features(config: SweepConfig, cell: Cell) -> tuple[FeatureSet, FeatureSet, 
     """Features of the labelled images, and the number of classes."""
     labelled = config.labelled or config.data
     train, val = labelled_splits(labelled, config.validation, seed=cell.seed)
-    source = EncoderFeatures(read_weights(cell.pretrain.out), config.features, config.device)
+    features = replace(config.features, batch_size=config.batch_size or config.features.batch_size)
+    source = EncoderFeatures(read_weights(cell.pretrain.out), features, config.device)
     known, asked = (
-        extract(source, images, config.features, title=title) for title, images in (("train", train), ("val", val))
+        extract(source, images, features, title=title) for title, images in (("train", train), ("val", val))
     )
     return known, asked, len(train.class_names or ())
 
@@ -307,14 +344,15 @@ def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]
 
 def _settings(config: SweepConfig) -> dict[str, str]:
     """What was asked for beside the varied setting, in a line for each stage."""
+    chosen = [("--model", config.model), ("--epochs", config.epochs), ("--batch-size", config.batch_size)]
+    options = [f"`{name} {value}`" for name, value in chosen if value is not None]
     found = {}
-    for stage, recipe, settings in (
-        ("Pretraining", config.recipe, config.settings),
-        ("Fine-tuning", config.finetune_recipe, config.finetune_settings),
+    for stage, recipe, settings, default, more in (
+        ("Pretraining", config.recipe, config.settings, EPOCHS, options),
+        ("Fine-tuning", config.finetune_recipe, config.finetune_settings, FINETUNE_EPOCHS, []),
     ):
-        found[stage] = ", ".join(
-            [f"recipe {recipe}" if recipe else "defaults", *(f"`{assignment}`" for assignment in settings)]
-        )
+        start = f"recipe {recipe}" if recipe else f"defaults, {default} epochs"
+        found[stage] = ", ".join([start, *(f"`{assignment}`" for assignment in settings), *more])
     return found
 
 

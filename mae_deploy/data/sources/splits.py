@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -72,9 +71,8 @@ def announce(data: Path | str, parts: dict[str, ImageSource], unused: list[str] 
 
 
 def announce_line(text: str) -> None:
-    """Of several processes, one speaks."""
-    if os.environ.get("RANK", "0") == "0":
-        notice("data:", text)
+    """A line about the data."""
+    notice("data:", text)
 
 
 def _describe(source: ImageSource) -> str:

@@ -173,6 +173,7 @@ class Guard:
             "skipped step",
             f"{outcome.step}: loss {outcome.loss}, gradient norm {outcome.grad_norm}; its batch is saved in {file}"
             + (f"; {fault}" if fault else ""),
+            own=True,
         )
 
     def _file(self, step: int) -> Path:

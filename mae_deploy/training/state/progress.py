@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors
-from mae_deploy.errors import MaeDeployError
+from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
 
@@ -73,10 +73,17 @@ def save_progress(folder: Path, progress: Progress) -> None:
 
 
 def load_progress(folder: Path) -> Progress:
-    """Read the progress."""
+    """Read the progress.
+
+    Raises:
+        ConfigError: the file is damaged, or another version's.
+    """
     found = read_json(folder / PROGRESS)
-    found.pop("kernels", None)  # which CPU kernels earlier versions chose for the run; it goes on with PyTorch's own
-    return Progress(**found)
+    try:
+        found.pop("kernels", None)  # which CPU kernels earlier versions chose; the run goes on with PyTorch's own
+        return Progress(**found)
+    except (AttributeError, TypeError) as error:
+        raise ConfigError(f"cannot read {folder / PROGRESS}: {error}") from error
 
 
 def damage(checkpoint: Path) -> str | None:

@@ -94,6 +94,30 @@ def test_mask_ratios(classes: Path, recipes: dict[str, str], tmp_path: Path, tra
     assert "--mask-ratio 0.5,0.75" in page
 
 
+def test_the_plan_is_said_before_and_is_no_matter_of_days(
+    classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without recipes 50 epochs and 20, not the paper's 800 and 100; --model, --epochs and --batch-size are options."""
+    seen: list[Any] = []
+
+    def stop(config: Any, setting: str, cell: Any) -> Any:
+        seen.append(cell.pretrain)
+        raise ConfigError("far enough")
+
+    monkeypatch.setattr(sweep, "_probe", stop)
+    call = ["sweep", str(classes), "--mask-ratio", "0.5,0.75", "--device", "cpu", "--out"]
+    assert main([*call, str(tmp_path / "a")]) == 2
+    said = capsys.readouterr().err
+    assert "plan: vit_base_patch16 at 224x224 pretrained 2 times for 50 epochs, fine-tuned 2 times for 20: 140" in said
+    more = ["--model=vit_nano_patch4", "--epochs=3", "--batch-size=7", "--no-finetune"]
+    assert main([*call, str(tmp_path / "b"), *more]) == 2
+    assert "plan: vit_nano_patch4 at 224x224 pretrained 2 times for 3 epochs: 6 epochs" in capsys.readouterr().err
+    assert [(run.model.name, run.optim.epochs, run.optim.batch_size) for run in seen] == [
+        ("vit_base_patch16", 50, 64),
+        ("vit_nano_patch4", 3, 7),
+    ]
+
+
 def test_after_a_kill_only_what_is_missing_is_done(
     classes: Path, recipes: dict[str, str], tmp_path: Path, trained: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

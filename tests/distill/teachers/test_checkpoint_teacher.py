@@ -141,16 +141,20 @@ def test_another_patch_size_is_met_by_resizing() -> None:
     )
 
 
-def test_another_grid_shows_the_image_at_another_size() -> None:
+def test_another_grid_shows_the_image_at_another_size(capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ready(own_teacher(tiny_encoder(DEEP)), {Tap("tokens", 3)}, student=OTHER)
+    assert capsys.readouterr().err.startswith(
+        "teacher: sees images of 8x14 as 4x7 patches, the grid of the student; it was made for 6x10 ("
+    )
     assert teacher.model.config.image_size == (8, 14)
     assert teacher(batch_of(OTHER), masking_of(OTHER), whole=False)[Tap("tokens", 3)].shape == (3, 1 + 8, 20)
 
 
-def test_or_its_maps_are_interpolated() -> None:
+def test_or_its_maps_are_interpolated(capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ready(
         own_teacher(tiny_encoder(DEEP), INTERPOLATED), {Tap("tokens", 3), Tap("latent"), Tap("qkv", 1)}, student=OTHER
     )
+    assert "teacher: has 3x5 patches, the student 4x7: what is of patches is interpolated" in capsys.readouterr().err
     assert teacher.model.config.image_size == ENCODER.image_size
     found = teacher(batch_of(OTHER), None, whole=False)
     assert {tap: tuple(value.shape) for tap, value in found.items()} == {
@@ -170,8 +174,9 @@ def test_pixels_are_not_interpolated() -> None:
         ready(own_teacher(tiny_mae(), INTERPOLATED), {Tap("pixels")}, student=OTHER)
 
 
-def test_logits_alone_are_those_of_its_own_size() -> None:
+def test_logits_alone_are_those_of_its_own_size(capsys: pytest.CaptureFixture[str]) -> None:
     teacher = ready(own_teacher(tiny_classifier("avg")), {Tap("logits"), Tap("pooled")}, student=OTHER)
+    assert capsys.readouterr().err == ""
     assert teacher.model.config.image_size == ENCODER.image_size
     assert teacher.reason_against_subset is not None
     assert teacher(batch_of(OTHER), None, whole=False)[Tap("logits")].shape == (3, 11)

@@ -1,0 +1,64 @@
+"""What a user is told of errors that Python and libraries raise."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from mae_deploy import cli
+from mae_deploy.errors import CheckFailed, MaeDeployError, explained
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "hint"),
+    [
+        (
+            RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "),
+            "a process that decodes images has died: out of memory? (DataLoader worker (pid 7) is killed by",
+            "fewer --num-workers",
+        ),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory on the GPU: CUDA", "smaller"),
+        (MemoryError(), "there is not enough memory in this machine", "smaller --batch-size"),
+        (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "/runs/a: No space left on device", None),
+    ],
+)
+def test_what_is_known_of_an_error(error: Exception, message: str, hint: str | None) -> None:
+    found = explained(error)
+    assert found is not None
+    assert message in str(found)
+    assert found.hint is None if hint is None else hint in str(found.hint)
+
+
+def test_of_others_nothing_is_known() -> None:
+    assert explained(ValueError("no")) is None
+
+
+def test_of_several_processes_the_first_one_says_it(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr("mae_deploy.cli.time.sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert cli._report(CheckFailed("the loss was not finite")) == 1
+    assert capsys.readouterr().err == ""
+    assert waited, "torchrun ends all processes as soon as one has ended"
+    assert cli._report(ValueError("only here")) == 1
+    assert "ValueError: only here" in capsys.readouterr().err
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert cli._report(MaeDeployError("both")) == 1
+    assert capsys.readouterr().err == "error: both\n"
+
+
+@pytest.mark.parametrize(("command", "code"), [("knn", 2), ("pretrain", 0)])
+def test_commands_that_share_no_work_are_not_done_twice(
+    command: str, code: int, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(cli, "_needs_torch", lambda _: type("Any", (), {"run_pretrain": staticmethod(lambda _: None)}))
+    given = ["--init", "mae"] if command == "knn" else ["--out", str(tmp_path / "run")]
+    assert cli.main([command, "data", *given]) == code
+    said = capsys.readouterr().err
+    assert ("error: knn runs in one process, not in 2\nhint: start it without torchrun" in said) is (command == "knn")
