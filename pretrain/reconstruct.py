@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.files import atomic_path, refuse_within
+from mae_deploy.files import atomic_path, refuse_to_overwrite, refuse_within
 from mae_deploy.images.find import find_images
 from mae_deploy.images.names import described
 from mae_deploy.images.preprocess import Preprocess
@@ -42,6 +42,7 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         CheckFailed: the weights give no numbers.
         ConfigError: the checkpoint has no decoder, no image can be read, or `out` would lie among the images.
     """
+    refuse_to_overwrite(config.out)
     for name in config.images:
         refuse_within(config.out, name)
     model, loaded = load_model(config.checkpoint)

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from mae_deploy.data.class_order import check_order
+from mae_deploy.data.class_order import check_distinct, check_order
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.open import labelled_val
 from mae_deploy.data.sources.pixels import check_pixels
@@ -97,6 +97,7 @@ def run_eval(config: EvalConfig) -> Result:
 
 def _images(data: Path, val_split: str | None, classifier: Classifier) -> ImageSource:
     """The labelled images, their labels in the order of the classifier's logits."""
+    check_distinct(classifier.class_names or (), "the classifier", hint="import it again with --class-names FILE")
     images = labelled_val(data, classifier.class_names, val_split)
     announce(data, {"": images})
     found = len(images.class_names or ())

@@ -7,11 +7,14 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from tempfile import mkdtemp
 from typing import Any
+from weakref import finalize
 
 import numpy as np
 
@@ -52,6 +55,7 @@ class Bundle:
         self.manifest = manifest
         self._checked: dict[str, Path] = {}
         self._golden: dict[str, Array] | None = None
+        self._beside: Path | None = None
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -233,9 +237,24 @@ class Bundle:
         """
         name = name or self.manifest["graph"]["file"]
         path = self.file(name)
-        for location in external_data(path):
-            self.file(str(PurePosixPath(name).parent / location))
-        return path
+        folder = PurePosixPath(name).parent
+        files = [path, *(self.file(str(folder / location)) for location in external_data(path))]
+        return path if len(files) == 1 or not any(map(_leads_out, files)) else self._gathered(path, files)
+
+    def _gathered(self, graph: Path, files: list[Path]) -> Path:
+        """A graph and its external data without links, which engines refuse, for as long as the bundle is there."""
+        if self._beside is None:
+            self._beside = Path(mkdtemp(prefix="mae-deploy-"))
+            finalize(self, shutil.rmtree, self._beside, ignore_errors=True)
+        for path in files:
+            copy = self._beside / path.relative_to(self.path)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.unlink(missing_ok=True)
+            try:
+                os.link(path.resolve(), copy)
+            except OSError:  # another disk, or a file system without hard links
+                shutil.copyfile(path, copy)
+        return self._beside / graph.relative_to(self.path)
 
     def check_files(self) -> None:
         """Check every file that the manifest lists.
@@ -313,12 +332,14 @@ class Bundle:
                 f"'{name}' is not among the files of the bundle {self.path}: {', '.join(self.manifest['files'])}"
             )
         path = self.path / name
-        if not _is_inside(name, self.path):
-            raise CheckFailed(
-                f"'{name}' is outside of the bundle {self.path}",
-                hint="a bundle's files are inside its folder, and links may not lead out of it",
-            )
+        if not _is_inside(name):
+            raise CheckFailed(f"'{name}' is outside of the bundle {self.path}", hint="its files are inside its folder")
         if not path.is_file():
+            if path.is_symlink():
+                raise CheckFailed(
+                    f"{path} is a link to {os.readlink(path)}, which is not there",
+                    hint="fetch it: git annex get, dvc pull, hf download",
+                )
             raise CheckFailed(f"{path} is missing", hint="copy the whole bundle folder, or export it again")
         try:
             found = sha256(path)
@@ -355,13 +376,15 @@ def _are_updates(updates: Array, ids_keep: Array) -> bool:
     )
 
 
-def _is_inside(name: str, folder: Path) -> bool:
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        return False
-    try:
-        return (folder / name).resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a null character
-        return False
+def _leads_out(path: Path) -> bool:
+    """Whether a file, or a folder that it lies in, is a link to another folder."""
+    return path.resolve().parent != path.parent.resolve()
+
+
+def _is_inside(name: str) -> bool:
+    """Whether a name is below the bundle's folder; links there may lead into a store, of which the hash decides."""
+    parts = re.split(r"[/\\]", name)
+    return ".." not in parts and "\0" not in name and not PureWindowsPath(name).anchor
 
 
 def external_data(graph: Path) -> list[str]:

@@ -190,6 +190,22 @@ def test_classes_that_are_not_the_classifiers(
     assert "zebra is not one of the 11 classes: class-a" in error
 
 
+@pytest.mark.parametrize("kind", ["bundle", "checkpoint"])
+def test_two_classes_of_one_name_are_not_counted_as_one(
+    exported: Path, labelled: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, file = {
+        "bundle": ("classifier", "manifest.json"),
+        "checkpoint": ("checkpoints/classifier", "metadata.json"),
+    }[kind]
+    shutil.copytree(exported / source, tmp_path / "twice")
+    metadata = json.loads((tmp_path / "twice" / file).read_text())
+    metadata["class_names"][4] = metadata["class_names"][1]
+    (tmp_path / "twice" / file).write_text(json.dumps(metadata))
+    assert main(["eval", str(tmp_path / "twice"), str(labelled)]) == 2
+    assert f"error: the classifier calls the classes 1 and 4 '{NAMES[1]}'" in capsys.readouterr().err
+
+
 def test_without_names_there_is_a_folder_for_each_class(
     exported: Path, labelled: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

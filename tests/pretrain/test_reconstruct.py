@@ -121,8 +121,18 @@ def test_a_perfect_decoder_gives_the_original_back(
 
 
 def test_loss_and_masks_follow_the_seed(images: Path, tmp_path: Path) -> None:
-    losses = [run_reconstruct(settings(tmp_path, images, num_images=2, seed=seed))["loss"] for seed in (0, 0, 1)]
+    losses = []
+    for seed in (0, 0, 1):
+        losses.append(run_reconstruct(settings(tmp_path, images, num_images=2, seed=seed))["loss"])
+        (tmp_path / "out.png").unlink()
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_picture_is_not_overwritten(images: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.png").write_text("kept")
+    with pytest.raises(ConfigError, match=r"--out .*out\.png already exists"):
+        run_reconstruct(settings(tmp_path, images))
+    assert (tmp_path / "out.png").read_text() == "kept"
 
 
 def test_one_image_and_another_ratio(images: Path, tmp_path: Path) -> None:

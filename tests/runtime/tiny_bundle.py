@@ -274,7 +274,8 @@ def write_bundle(
         images=images,
         features=features,
     )
-    onnx.save(model, path / GRAPH_FILE, save_as_external_data=external is not None, location=external, size_threshold=0)
+    beside = external is not None
+    onnx.save(model, path / GRAPH_FILE, save_as_external_data=beside, location=external, size_threshold=100)
     inputs = golden_inputs(visible=chosen, keep=keep or (2 * K if ragged else K), ragged=ragged, images=images)
     expected = reference(**inputs, outputs=outputs)
     if golden_of_graph:

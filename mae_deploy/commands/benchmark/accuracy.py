@@ -180,9 +180,9 @@ class _Photos:
         paths = self.read(bundle.preprocess)[1]
         below = self._folder.is_dir()
         folders = [path.relative_to(self._folder).parts[0] if below else path.parent.name for path in paths]
-        strangers = [name for name in folders if name not in classes]
-        if strangers:
-            self._say("no top-1:", f"'{strangers[0]}' of {self._folder} is not named after a class of {bundle.path}")
+        if strangers := [name for name in folders if classes.count(name) != 1]:
+            what = "the name of two classes" if strangers[0] in classes else "not named after a class"
+            self._say("no top-1:", f"'{strangers[0]}' of {self._folder} is {what} of {bundle.path}")
             return None
         return np.asarray([classes.index(name) for name in folders])
 
