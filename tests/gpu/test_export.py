@@ -166,18 +166,18 @@ def test_int8_that_is_not_faster_is_rejected_with_both_figures_or_fp16_is_kept(
 
 def test_a_wrong_engine_leaves_nothing(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every output is judged: one that is off in one number of one sample is enough."""
-    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+    from mae_deploy.runtime.tensorrt.slots import Slot
 
-    run = TensorRtEngine.run
+    on_host = Slot.on_host
 
-    def off(engine: TensorRtEngine, inputs: Any, outputs: Any = None) -> dict[str, np.ndarray]:
-        found = run(engine, inputs, outputs)
+    def off(slot: Slot, *given: Any) -> dict[str, np.ndarray]:
+        found = on_host(slot, *given)
         return {
             name: np.where(np.arange(array.size).reshape(array.shape) == 0, array + 9, array)
             for name, array in found.items()
         }
 
-    monkeypatch.setattr(TensorRtEngine, "run", off)
+    monkeypatch.setattr(Slot, "on_host", off)
     code, said = exports("--engine", "trt", "--precision", "fp16")
     assert code == 1
     assert "misses parity" in said
