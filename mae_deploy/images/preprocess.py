@@ -56,6 +56,7 @@ class Preprocess:
     does); letterbox: the same with black, and always the whole image (as DeepStream does)."""
 
     def __post_init__(self) -> None:
+        check_statistics(self.mean, self.std, self.pixel_max)
         if len(self.mean) != self.channels or len(self.std) != self.channels:
             raise ConfigError(
                 f"mean and std need one value for each of {self.channels} channels, not {len(self.mean)} and"
@@ -71,7 +72,6 @@ class Preprocess:
                 f"pixel_max {self.pixel_max:g} must be above 0",
                 hint="65535 for 16-bit images, 10000 for Sentinel-2's reflectance",
             )
-        check_statistics(self.mean, self.std, self.pixel_max)
 
     @property
     def takes_arrays(self) -> bool:

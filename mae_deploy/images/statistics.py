@@ -32,7 +32,7 @@ def check_statistics(mean: Sequence[float], std: Sequence[float], pixel_max: flo
     # Sentinel-2's reflectance goes beyond its 10000, but not beyond 16 bits.
     limit = 1.0 if pixel_max is None else max(1.0, 65535 / pixel_max)
     for name, values in (("mean", mean), ("std", std)):
-        if max(values) <= limit and (name == "std" or pixel_max is not None or min(values) >= 0):
+        if max(values, default=0) <= limit and (name == "std" or pixel_max is not None or min(values, default=0) >= 0):
             continue
         known = f"in [0, {limit:g}]" if pixel_max is None else f"at most {limit:g}"
         raise ConfigError(

@@ -60,7 +60,8 @@ def test_what_can_be_is_taken(mean: tuple[float, ...], std: tuple[float, ...], p
     check_statistics(mean, std, pixel_max)
 
 
+@pytest.mark.parametrize("channels", ["1", "3"])
 @pytest.mark.parametrize(("option", "value"), [("--std", "0"), ("--std", "-1"), ("--mean", "123.7"), ("--std", "58")])
-def test_on_the_command_line(option: str, value: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["pretrain", "nowhere", "--out", "nowhere-out", "--in-chans", "1", f"{option}={value}"]) == 2
+def test_on_the_command_line(option: str, value: str, channels: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", "nowhere", "--out", "nowhere-out", "--in-chans", channels, f"{option}={value}"]) == 2
     assert f"{option} {value}" in capsys.readouterr().err

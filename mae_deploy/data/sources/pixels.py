@@ -43,7 +43,7 @@ def check_images(name: str, images: Iterable[tuple[str, bytes]], channels: int, 
     if pixel_max is not None and pixel_max > 255 and looks and not deep:
         raise ConfigError(
             f"--pixel-max {pixel_max:g}: the pixels of {name} have 8 bits, such as {looks[0].key}",
-            hint="leave --pixel-max out",
+            hint="leave --pixel-max out; what was trained with it needs images of more bits",
         )
     several = [look for look in looks if look.pictures > 1]
     if several and channels in MODES:  # pages may be channels
