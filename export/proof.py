@@ -170,12 +170,12 @@ def refuse(job: ExportJob, bundle: Bundle, proof: ParityRecord, table: Path | No
     elif config.precision != "fp32":
         kept, others = config.islands, "fp32" if config.precision == "bf16" else "fp32 or bf16"
         more = [op for op in ("residual", "norm", "gelu", "softmax") if op not in kept]
-        island = f"--fp32-ops {','.join([*kept, *more])} keeps these in FP32; " if config.keeps_ops and more else ""
         ends = "FP16 ends at 65,504; " if overflows and config.stored_precision == "fp16" else ""
-        hint = (
-            f"nothing was written; {ends}{island}this model does not bear {config.precision} within the tolerance:"
-            f" export {others}"
-        )
+        if config.keeps_ops and more:
+            way = f"keep more in FP32, with --fp32-ops {','.join([*kept, *more])}, or export {others}"
+        else:
+            way = f"this model does not bear {config.precision} within the tolerance: export {others}"
+        hint = f"nothing was written; {ends}{way}"
     return CheckFailed(
         f"the exported {config.precision} graph misses parity with PyTorch: {failures[0]}",
         details=failures[1:],

@@ -284,6 +284,20 @@ def test_no_bundle_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().err.startswith(f"error: no bundle at {tmp_path / 'a[/x]'}: there is no manifest.json\n")
 
 
+def test_nan_is_said_with_the_block_where_it_begins_and_a_line_an_output(
+    bundle: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    perturb(bundle, by=float("nan"))
+    assert main(["verify", str(bundle), "--json"]) == 1
+    captured = capsys.readouterr()
+    first, *rest = captured.err.splitlines()
+    assert first.startswith(
+        f"error: {bundle} misses parity: block 1 is the first with NaN or infinite values, after a largest value of "
+    )
+    assert [line.split(":")[2] for line in rest] == [f" {output}" for output in OUTPUTS]
+    assert len(json.loads(captured.out)["failures"]) > len(OUTPUTS), "what follows from it is in the result"
+
+
 # --- an engine that dies ---------------------------------------------------------------------------------------------
 
 CRASH = "import ctypes; ctypes.string_at(0)"
