@@ -313,6 +313,11 @@ class ExportConfig(Settings, resume="never"):
 
     def _tensorrt_faults(self) -> Iterator[ConfigError]:
         if self.engine == "trt":
+            if self.token_mode == "cached" and self.build:
+                yield ConfigError(
+                    f"--engine trt with --tokens {self.tokens}: no engine of TensorRT can be checked on streams yet",
+                    hint="pass --no-build for the graph alone, which NVIDIA's builder takes",
+                )
             if self.int8.quantization == "dynamic":
                 yield ConfigError(
                     "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",

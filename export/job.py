@@ -110,6 +110,7 @@ class ExportJob:
             images=config.images,
             features=config.features,
             cache=config.cache_type,
+            fixed_rows=self._fixed_rows,
             pixels=config.pixels,
             pyramid=self._pyramid_weights,
             precision=config.stored_precision,
@@ -123,6 +124,11 @@ class ExportJob:
         """The same job without eight bits."""
         return replace(self, config=self.config.in_precision(precision))
 
+    @property
+    def _fixed_rows(self) -> bool:
+        """See `CacheShape`."""
+        return self.config.keep is not None or self.config.engine == "trt"
+
     def runner(self, engine: Engine) -> Runner:
         """What runs these samples on a graph of this job."""
         if self.config.token_mode != "cached":
@@ -134,7 +140,7 @@ class ExportJob:
             num_heads=c.heads,
             embed_dim=c.width,
             dtype=self.config.cache_type,
-            fixed_keep=self.config.keep,
+            fixed_rows=self._fixed_rows,
         )
         return Sequences(engine, shape)
 

@@ -102,7 +102,7 @@ def _calls(
             num_heads=config.heads,
             embed_dim=config.width,
             dtype=types.get("cache", "float32"),
-            fixed_keep=fixed,
+            fixed_rows=fixed is not None,
         )
         cache = TokenCache.empty(shape, 1)
         cache.computed[:] = True

@@ -114,7 +114,7 @@ class _Graph:
         return CacheWriter(
             self.builder,
             batch=self.batch,
-            rows="R" if self.spec.keep is None else 1 + self.config.num_patches,
+            rows="R" if self.spec.keep is None and not self.spec.fixed_rows else 1 + self.config.num_patches,
             places=self.places,
             dtype=np.dtype(self.spec.cache),
             masked=_MASKED,

@@ -37,6 +37,8 @@ class GraphSpec:
     """float32 or float16 `(B, C, H, W)`, normalised; or uint8 `(B, H, W, C)`, with the normalisation in the graph."""
     cache: Literal["float32", "float16"] = "float32"
     """Type of the keys and values of a cached graph."""
+    fixed_rows: bool = False
+    """Whether a cached graph takes all rows of the cache even where K is dynamic."""
     features: Images = "float32"
     """Type of the outputs: float32 or float16."""
     pixels: Pixels = "target"

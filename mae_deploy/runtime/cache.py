@@ -40,8 +40,8 @@ class CacheShape:
     """D."""
     dtype: str
     """float32 or float16, of keys and values."""
-    fixed_keep: int | None = None
-    """The K that the graph is fixed to; then R, the rows that it takes, is fixed to S."""
+    fixed_rows: bool = False
+    """Whether the graph takes all S rows at every call: where K is fixed, and on TensorRT."""
 
     @classmethod
     def of(cls, manifest: Manifest) -> CacheShape:
@@ -54,7 +54,7 @@ class CacheShape:
             num_heads=model["num_heads"],
             embed_dim=model["embed_dim"],
             dtype=keys["dtype"],
-            fixed_keep=manifest["keep"],
+            fixed_rows=isinstance(keys["shape"][2], int),
         )
 
 
@@ -156,14 +156,16 @@ def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Seq
     others = cache.computed.copy()
     others[np.arange(B)[:, None], ids_keep] = False
     # Where no old row counts, one that is masked stands for all: a whole frame costs what it costs without a cache.
-    alone = shape.fixed_keep is None and not others.any()
+    alone = not shape.fixed_rows and not others.any()
     inputs = {PATCHES: patches, IDS_KEEP: ids_keep}
     if alone:
         size = (B, shape.num_heads, 1, shape.embed_dim // shape.num_heads)
         inputs |= {CACHE_MASK: np.zeros((B, 1), np.float32)}
         inputs |= dict.fromkeys(cache.rows, np.zeros(size, shape.dtype))
     else:
-        inputs |= {CACHE_MASK: np.pad(others.astype(np.float32), ((0, 0), (1, 0))), **cache.rows}
+        mask = np.zeros((B, 1 + shape.num_patches), np.float32)
+        mask[:, 1:] = others
+        inputs |= {CACHE_MASK: mask, **cache.rows}
     if REST in names:
         inputs[REST] = np.matmul(others[:, None].astype(np.float32), cache.tokens)[:, 0]
     return inputs

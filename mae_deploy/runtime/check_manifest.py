@@ -153,8 +153,10 @@ def _cache_inputs(manifest: Manifest, inputs: Mapping[str, TensorEntry]) -> dict
     """Type and shape of what a cached graph takes of the cache; keys and values have one type."""
     model, B = manifest["model"], manifest["batch"] or "B"
     D, H = model["embed_dim"], model["num_heads"]
-    R: Dim = "R" if manifest["keep"] is None else 1 + manifest["num_patches"]
     names = cache_names(model["depth"])
+    # TensorRT's profiles are of B and K alone: a graph for it takes all rows, whatever K is.
+    opened = manifest["keep"] is None and manifest["engine"] != "tensorrt"
+    R: Dim = "R" if opened else 1 + manifest["num_patches"]
     half = names[0] in inputs and inputs[names[0]]["dtype"] == "float16"
     rows: tuple[str, list[Dim]] = ("float16" if half else "float32", [B, H, R, D // H])
     return {CACHE_MASK: ("float32", [B, R]), REST: ("float32", [B, D]), **dict.fromkeys(names, rows)}

@@ -127,6 +127,8 @@ def _arithmetics() -> Iterator[tuple[str, str]]:
 
 
 def _token_modes(kind: Callable[..., Kind]) -> Iterator[Kind]:
+    yield kind("cached-Kopen-Bopen", token_mode="cached", fixed_rows=True)
+    yield kind("cached-K6-B2", token_mode="cached", keep=6, batch=2, cache="float16")
     for mode in ("full", "visible", "ragged"):
         for keep in (None,) if mode == "full" else (None, 6):
             for batch in (None, 2):

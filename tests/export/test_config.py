@@ -67,6 +67,37 @@ def test_tokens_that_mean_nothing(tokens: str) -> None:
     assert "visible:49" in (caught.value.hint or "")
 
 
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ({"cache": "float16"}, "--cache float16 needs --tokens cached, not full"),
+        ({"cache": "float16", "tokens": "cached"}, "--cache float16 with --precision fp32"),
+        ({"engine": "trt", "tokens": "cached:3"}, "--engine trt with --tokens cached:3"),
+        ({"triton": Path("models"), "tokens": "cached"}, "--triton models with --tokens cached"),
+        (
+            {"tokens": "cached", **int8(calib_data=DATA, int8_attention=True, quantization="static")},
+            "--int8-attention with --tokens cached",
+        ),
+    ],
+)
+def test_what_streams_cannot_have(more: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(said)}"):
+        settings(**more)
+
+
+@pytest.mark.parametrize(
+    ("more", "dtype"),
+    [
+        ({"tokens": "cached"}, "float32"),
+        ({"tokens": "cached", "precision": "fp16"}, "float16"),
+        ({"tokens": "cached", "precision": "fp16", "cache": "float32"}, "float32"),
+        ({"tokens": "cached", "precision": "bf16", "cache": "float16"}, "float16"),
+    ],
+)
+def test_the_type_of_keys_and_values(more: dict[str, Any], dtype: str) -> None:
+    assert settings(**more).cache_type == dtype
+
+
 @pytest.mark.parametrize(("batch", "fixed"), [("dynamic", None), ("1", 1), ("17", 17)])
 def test_batch(batch: str, fixed: int | None) -> None:
     assert settings(batch=batch).fixed_batch == fixed

@@ -173,8 +173,14 @@ def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
     out is what the graph was checked for.
 
     Raises:
-        ConfigError: sizes that the graph does not have or was not checked for, or none that the golden samples have.
+        ConfigError: sizes that the graph does not have or was not checked for, none that the golden samples have, or a
+            graph of streams.
     """
+    if bundle.token_mode == "cached":
+        raise ConfigError(
+            f"the graph of {bundle.path} is for streams, and no engine of TensorRT can be checked on those yet",
+            hint="--engine onnxruntime runs it, or build the graph with a program of your own",
+        )
     checked = {name: (numbers[0], numbers[1], numbers[2]) for name, numbers in bundle.manifest["profile"].items()}
     fixed = {"B": bundle.fixed_batch, "K": bundle.fixed_keep}
     found: list[Profile] = []

@@ -132,7 +132,7 @@ def test_a_fixed_number_of_patches_begins_with_nothing(tmp_path: Any) -> None:
     """The first updates see those patches alone that were computed before them."""
     given = sequence(AVERAGED, [K] * 5)
     with opened(tmp_path, AVERAGED, keep=K, outputs=("logits", "pooled", "block_1")) as engine:
-        cache = TokenCache.empty(shape_of(fixed_keep=K), B)
+        cache = TokenCache.empty(shape_of(fixed_rows=True), B)
         for frame, (ids, expected) in enumerate(zip(given.ids, given.expected, strict=True)):
             found = update_cache(engine, cache, patches_of(frame, ids), ids)
             for name, values in found.items():
@@ -160,7 +160,7 @@ def test_a_whole_frame_is_that_of_the_full_graph_whatever_the_cache_holds(tmp_pa
 def test_nothing_changed_gives_the_cached_result_to_the_bit(spec: dict[str, Any], tmp_path: Any) -> None:
     ids = permutations(N, B, K)
     with opened(tmp_path, **spec) as engine:
-        cache = TokenCache.empty(shape_of(fixed_keep=spec.get("keep")), B)
+        cache = TokenCache.empty(shape_of(fixed_rows="keep" in spec), B)
         for seed in range(3):
             others = permutations(N, B, K, seed=3 + seed)
             update_cache(engine, cache, patches_of(0, others), others)
