@@ -150,6 +150,60 @@ class Preprocess:
             image = image.resize(placed.size, Image.Resampling[self.interpolation.upper()])
         return np.asarray(cut(image, placed.box, self._fill)).reshape(*self.image_size, self.channels)
 
+    def converted(self, image: Image.Image | Array, channel_order: ChannelOrder = "rgb") -> Image.Image | Array:
+        """An image in the form that the methods below and `crop` need not convert again.
+
+        Raises:
+            UnreadableImage: an array that is not such an image.
+        """
+        if self.takes_arrays:
+            return in_rgb(as_array(np.asarray(image), self.channels, self.pixel_max), channel_order)
+        return to_mode(image if is_image(image) else from_array(image, channel_order), self.channels)
+
+    def crop_roughly(self, image: Image.Image | Array) -> Array:
+        """As `crop`, in a third of the time and not to the pixel: enough to see what changed. What the crop hides is
+        not resized, and a large image is averaged in blocks before it is filtered.
+        """
+        source = self._source(image)
+        if source is None or not is_image(image):
+            return self.crop(image)
+        height, width = self.image_size
+        found = image.resize((width, height), _filter(self.interpolation), source, reducing_gap=1.0)
+        return np.asarray(found).reshape(height, width, self.channels)
+
+    def crop_patches(self, image: Image.Image | Array, ids: Array, patch_size: int) -> Array:
+        """Some patches of what `crop` gives, `(K, P, P, C)`, by their row-major indices: nothing else is resized. They
+        differ from those of `crop` by 1 of 255 at most.
+        """
+        P, (height, width) = patch_size, self.image_size
+        rows, columns = height // P, width // P
+        source = self._source(image)
+        if source is None or not is_image(image) or 2 * len(ids) > rows * columns:
+            grid = self.crop(image).reshape(rows, P, columns, P, self.channels)
+            row, column = np.divmod(ids, columns)
+            return grid[row, :, column]
+        resample = _filter(self.interpolation)
+        across, down = (source[2] - source[0]) / columns, (source[3] - source[1]) / rows
+        found = np.empty((len(ids), P, P, self.channels), np.uint8)
+        for number, index in enumerate(ids):
+            row, column = divmod(int(index), columns)
+            left, top = source[0] + column * across, source[1] + row * down
+            box = (left, top, min(left + across, image.width), min(top + down, image.height))
+            found[number] = np.asarray(image.resize((P, P), resample, box)).reshape(P, P, self.channels)
+        return found
+
+    def _source(self, image: Image.Image | Array) -> tuple[float, float, float, float] | None:
+        """The part of an image that is the input; None where the input is not a resized part of it."""
+        if not is_image(image):
+            return None
+        placed = self.place(image.size)
+        left, top, right, bottom = placed.box
+        if left < 0 or top < 0 or right > placed.size[0] or bottom > placed.size[1] or placed.size == image.size:
+            return None
+        across, down = ((placed.part[side + 2] - placed.part[side]) / placed.size[side] for side in (0, 1))
+        x, y = placed.part[:2]
+        return x + left * across, y + top * down, x + right * across, y + bottom * down
+
     def normalise(self, pixels: Array) -> Array:
         """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255
         where it is given.
@@ -182,6 +236,12 @@ class Preprocess:
         left, top, right, bottom = placed.part
         made = resize_and_cut(pixels[top:bottom, left:right], placed, self.interpolation, self._fill)
         return made.astype(self.dtype, copy=False)
+
+
+def _filter(interpolation: Interpolation) -> Any:
+    from PIL import Image
+
+    return Image.Resampling[interpolation.upper()]
 
 
 def require_readers(names: Iterable[str], spec: Preprocess) -> None:

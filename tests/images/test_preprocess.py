@@ -18,6 +18,7 @@ from torchvision import transforms
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.find import find_images
+from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.images.read import Array, UnreadableImage, from_array, is_image, read_image
 
@@ -487,3 +488,24 @@ def test_nothing_to_find(tmp_path: Path) -> None:
         find_images(tmp_path)
     with pytest.raises(ConfigError, match="no such file or folder"):
         find_images(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border", "letterbox"])
+@pytest.mark.parametrize("size", [(97, 61), (400, 300), (48, 32), (20, 30)])
+def test_patches_are_those_of_the_crop(crop_mode: CropMode, size: tuple[int, int]) -> None:
+    preprocess = Preprocess(image_size=(32, 48), crop_mode=crop_mode, crop_pct=0.9 if crop_mode == "center" else 1.0)
+    rng = np.random.default_rng(0)
+    frame = rng.integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = preprocess.converted(frame)
+    whole = preprocess.crop(frame)
+    grid = whole.reshape(4, 8, 6, 8, 3).transpose(0, 2, 1, 3, 4).reshape(24, 8, 8, 3)
+    for ids in (np.array([5, 0, 23, 13]), np.arange(24)):
+        found = preprocess.crop_patches(image, ids, 8)
+        assert np.abs(found.astype(int) - grid[ids]).max() <= 1
+
+
+def test_a_rough_crop_is_near() -> None:
+    preprocess = default_preprocess((32, 48))
+    smooth = np.linspace(0, 255, 200 * 300 * 3).reshape(200, 300, 3).astype(np.uint8)
+    difference = preprocess.crop_roughly(preprocess.converted(smooth)).astype(int) - preprocess.crop(smooth)
+    assert np.abs(difference).mean() < 2

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -26,8 +27,10 @@ _TIGHTEST = 3
 class Choice:
     """What is to be computed of a frame."""
 
+    frame: Any
+    """As `Preprocess.converted` gives it."""
     pixels: Array
-    """`(H, W, C)`, as the model sees it."""
+    """`(H, W, C)`, roughly as the model sees it."""
     ids: Array
     """`(K,)`: the patches; all N where the frame is computed whole."""
     in_turn: Array
@@ -72,12 +75,13 @@ class Camera:
 
     def choose(
         self,
+        frame: Any,
         pixels: Array,
         frame_size: tuple[int, int],
         tokens: Array | None,
         patches: Callable[[Array], Array | None] | None,
     ) -> Choice:
-        """What to compute of a frame whose pixels `(H, W, C)` are what the model sees of it."""
+        """What to compute of a frame whose pixels `(H, W, C)` are roughly what the model sees of it."""
         everything = np.arange(self.num_patches)
         resized = self._frame_size is not None and frame_size != self._frame_size
         if resized:
@@ -95,17 +99,17 @@ class Camera:
         )
         scores = self._select(scene)
         if self._computed is None or self.age is None:
-            return self._whole(pixels, RESIZED if resized else FIRST)
+            return self._whole(frame, pixels, RESIZED if resized else FIRST)
         if self._is_cut(pixels, self._computed):
-            return self._whole(pixels, CUT)
+            return self._whole(frame, pixels, CUT)
         wanted = np.flatnonzero(scores)
         if len(wanted) == self.num_patches:
-            return Choice(pixels=pixels, ids=everything, in_turn=everything[:0])
+            return Choice(frame=frame, pixels=pixels, ids=everything, in_turn=everything[:0])
         turn = self._in_turn(scores)
         ids = np.sort(np.concatenate([wanted, turn]))
         if len(ids) > self._bypass * self.num_patches:
-            return self._whole(pixels, WIDE)
-        return Choice(pixels=pixels, ids=ids, in_turn=turn)
+            return self._whole(frame, pixels, WIDE)
+        return Choice(frame=frame, pixels=pixels, ids=ids, in_turn=turn)
 
     def filled(self, choice: Choice, most: int) -> Choice:
         """The choice with so many patches, by the oldest of those that are left."""
@@ -116,7 +120,7 @@ class Camera:
         others[choice.ids] = 0
         turn = np.flatnonzero(largest(others, missing))
         ids = np.sort(np.concatenate([choice.ids, turn]))
-        return Choice(pixels=choice.pixels, ids=ids, in_turn=np.concatenate([choice.in_turn, turn]))
+        return Choice(frame=choice.frame, pixels=choice.pixels, ids=ids, in_turn=np.concatenate([choice.in_turn, turn]))
 
     def settle(self, choice: Choice) -> None:
         """Remember what was computed."""
@@ -145,9 +149,9 @@ class Camera:
         """Back by one such step, after an audit that passed."""
         self.tightness = max(self.tightness - 1, 0)
 
-    def _whole(self, pixels: Array, reason: str) -> Choice:
+    def _whole(self, frame: Any, pixels: Array, reason: str) -> Choice:
         everything = np.arange(self.num_patches)
-        return Choice(pixels=pixels, ids=everything, in_turn=everything[:0], reason=reason)
+        return Choice(frame=frame, pixels=pixels, ids=everything, in_turn=everything[:0], reason=reason)
 
     def _in_turn(self, scores: Array) -> Array:
         """The oldest patches that no rule wants: the refresh, and what fills K up to a multiple of `step`."""

@@ -10,7 +10,8 @@ import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.cache import TokenCache, take_patches
+from mae_deploy.images.regions import patches_of
+from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
@@ -145,19 +146,15 @@ class StreamPool:
 
     def _choose(self, index: int, frame: Any) -> Choice:
         backbone, cache = self._backbone, self._cache_of(index)
-        pixels = backbone.preprocess.crop(frame)
-        shape = (frame.height, frame.width) if hasattr(frame, "height") else np.shape(frame)[:2]
+        image = backbone.preprocess.converted(frame)
+        size = (image.height, image.width) if hasattr(image, "height") else image.shape[:2]
+        pixels = backbone.preprocess.crop_roughly(image)
         tokens = cache.tokens[0] if cache.computed.any() else None
-        return self._cameras[index].choose(pixels, (int(shape[0]), int(shape[1])), tokens, self._patches_of)
+        return self._cameras[index].choose(image, pixels, size, tokens, self._patches_of)
 
     def _patches_of(self, mask: Array) -> Array | None:
         """The patches that a part of the frame, bool `(H, W)`, is seen in."""
-        preprocess, P = self._backbone.preprocess, self._patch_size
-        image = np.repeat(mask[..., None].astype(preprocess.dtype) * preprocess.divisor, preprocess.channels, axis=2)
-        seen = preprocess.crop(image.astype(preprocess.dtype))[..., 0] > 0
-        rows, columns = (side // P for side in seen.shape)
-        ids = np.flatnonzero(seen.reshape(rows, P, columns, P).any(axis=(1, 3)))
-        return ids if len(ids) else None
+        return patches_of(self._backbone.preprocess, self._patch_size, mask.shape, mask)
 
     def _compute(self, chosen: dict[int, Choice]) -> None:
         """Whole frames each alone; the rest in one batch, where the graph takes one."""
@@ -180,9 +177,7 @@ class StreamPool:
     def _update(self, indices: Sequence[int], chosen: Mapping[int, Choice]) -> None:
         choices = [chosen[index] for index in indices]
         ids = np.stack([choice.ids for choice in choices])
-        patches = np.concatenate(
-            [take_patches(choice.pixels[None], choice.ids[None], self._patch_size) for choice in choices]
-        )
+        patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
         cache = self._cache if len(indices) > 1 else self._cache_of(indices[0])
         assert cache is not None
         before = [cache.tokens[at, choice.in_turn].copy() for at, choice in enumerate(choices)]
@@ -194,6 +189,10 @@ class StreamPool:
             own = {name: array[at : at + 1] for name, array in outputs.items()}
             self._last[index] = self._whole_features(own, cache.tokens[at : at + 1])
             self._cameras[index].settle(choice)
+
+    def _pixels_of(self, choice: Choice, ids: Array) -> Array:
+        """`(K, P, P, C)`, to the pixel what the model is to see."""
+        return self._backbone.preprocess.crop_patches(choice.frame, ids, self._patch_size)
 
     def _shift(self, cache: TokenCache, at: int, choice: Choice, before: Array) -> None:
         others = cache.computed[at].copy()
@@ -245,7 +244,7 @@ class StreamPool:
         self._spent[index] = 0.0
         ours = tokens.copy()
         whole = np.arange(N)
-        outputs = self._backbone.update(cache, take_patches(choice.pixels[None], whole[None], self._patch_size), whole)
+        outputs = self._backbone.update(cache, self._pixels_of(choice, whole)[None], whole)
         snr = temporal_snr(cache.tokens[0], ours, mean)
         self._last[index] = self._whole_features(outputs, cache.tokens)
         camera.settle_again(choice.pixels)
