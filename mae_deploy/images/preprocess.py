@@ -186,8 +186,8 @@ class Preprocess:
         across, down = (source[2] - source[0]) / columns, (source[3] - source[1]) / rows
         found = np.empty((len(ids), P, P, self.channels), np.uint8)
         for number, index in enumerate(ids):
-            row, column = divmod(int(index), columns)
-            left, top = source[0] + column * across, source[1] + row * down
+            down_by, right_by = divmod(int(index), columns)
+            left, top = source[0] + right_by * across, source[1] + down_by * down
             box = (left, top, min(left + across, image.width), min(top + down, image.height))
             found[number] = np.asarray(image.resize((P, P), resample, box)).reshape(P, P, self.channels)
         return found

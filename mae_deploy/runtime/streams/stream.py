@@ -147,7 +147,7 @@ class StreamPool:
     def _choose(self, index: int, frame: Any) -> Choice:
         backbone, cache = self._backbone, self._cache_of(index)
         image = backbone.preprocess.converted(frame)
-        size = (image.height, image.width) if hasattr(image, "height") else image.shape[:2]
+        size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         pixels = backbone.preprocess.crop_roughly(image)
         tokens = cache.tokens[0] if cache.computed.any() else None
         return self._cameras[index].choose(image, pixels, size, tokens, self._patches_of)
