@@ -238,7 +238,15 @@ def read_record(data: Any, file: Path) -> Metadata:
             f"{file} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}",
             hint="upgrade mae-deploy",
         )
+    provenance = data.get("provenance", {})
+    if "positions" not in data and provenance.get("layout") == "timm":  # written before the rule was
+        data["positions"] = timm_positions(provenance.get("architecture", ""))
     return from_dict(Metadata, data, where="metadata.")
+
+
+def timm_positions(architecture: str) -> Positions:
+    """How timm takes a model of its own to another image size."""
+    return "timm-flexivit" if "flexi" in architecture else "timm"
 
 
 def _words(file: Path) -> dict[str, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -153,6 +154,26 @@ def test_a_pointer_in_the_place_of_a_file_is_said(tmp_path: Path, name: str) -> 
     with pytest.raises((CheckFailed, ConfigError), match=rf"cannot read .*{name}: it is a Git LFS pointer") as caught:
         open_checkpoint(folder).tensors()
     assert caught.value.hint == "git lfs pull fetches it"
+
+
+@pytest.mark.parametrize(
+    ("provenance", "positions"),
+    [
+        ({"stage": "import", "layout": "timm", "architecture": "vit_tiny_patch16_224"}, "timm"),
+        ({"stage": "import", "layout": "timm", "architecture": "flexivit_small.300ep_in1k"}, "timm-flexivit"),
+        ({"stage": "import", "layout": "original or timm"}, "bicubic"),
+        ({"stage": "finetune", "parent": {"layout": "timm"}}, "bicubic"),
+    ],
+)
+def test_whose_interpolation_it_is_before_that_was_recorded(
+    tmp_path: Path, provenance: dict[str, Any], positions: str
+) -> None:
+    save_checkpoint(tmp_path / "checkpoint", TENSORS, replace(METADATA, provenance=provenance))
+    file = tmp_path / "checkpoint" / "metadata.json"
+    data = json.loads(file.read_text())
+    del data["positions"]
+    file.write_text(json.dumps(data))
+    assert open_checkpoint(tmp_path / "checkpoint").metadata.positions == positions
 
 
 def test_record_for_what_is_derived(tmp_path: Path) -> None:

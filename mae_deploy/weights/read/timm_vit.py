@@ -18,7 +18,7 @@ from timm.layers import LayerNorm as TimmLayerNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import NON_COMMERCIAL
+from mae_deploy.checkpoint import NON_COMMERCIAL, timm_positions
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.models.vit import BlockWithQKV, transformer_blocks
@@ -87,7 +87,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     source.architecture = architecture
     source.image_size, source.num_heads = tuple(model.patch_embed.img_size), model.blocks[0].attn.num_heads
     source.pool = "avg" if model.global_pool == "avg" else "cls"
-    source.positions = "timm-flexivit" if "flexi" in architecture else "timm"
+    source.positions = timm_positions(architecture)
     _take_preprocessing(source, model.pretrained_cfg, name)
     if isinstance(names := source.settings.get("label_names"), list):
         source.class_names = tuple(map(str, names))
