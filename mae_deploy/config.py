@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mae_deploy.errors import ConfigError, MaeDeployError, import_optional, raise_all
+from mae_deploy.results import as_text
 from mae_deploy.text import expand_range
 
 C = TypeVar("C")
@@ -266,7 +267,7 @@ def differences(old: Any, new: Any, *, where: str = "") -> list[str]:
         if dataclasses.is_dataclass(before) and dataclasses.is_dataclass(after):
             found += differences(before, after, where=f"{where}{field.name}.")
         else:
-            found.append(f"{where}{field.name}: {before} -> {after}")
+            found.append(f"{where}{field.name}: {as_text(before, ',')} -> {as_text(after, ',')}")
     return found
 
 
@@ -374,8 +375,7 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
         value = [part for part in value.replace(" ", "").split(separator) if part]
     elif not isinstance(value, list | tuple):
         value = [value]
-    if kinds == (int, Ellipsis):
-        value = [number for item in value for number in expand_range(item)]
+    value = [number for item in value for number in expand_range(item)] if kinds == (int, Ellipsis) else value
     if kinds[-1] is Ellipsis:
         return tuple(_coerce(kinds[0], item, where) for item in value)
     if len(value) == 1:  # --image-size 224 is 224,224
