@@ -67,8 +67,8 @@ def _within(edges: Array, span: Array) -> Array:
 
 def _under_mask(mask: Array, rows: Array, columns: Array) -> Array:
     """Which patches see a pixel of the mask: `(rows, columns)`."""
-    bands = np.stack([mask[:, begin:end].any(axis=1) for begin, end in _pixels(columns)], axis=1)
-    return np.stack([bands[begin:end].any(axis=0) for begin, end in _pixels(rows)])
+    bands = np.stack([mask[begin:end].any(axis=0) for begin, end in _pixels(rows)])
+    return np.stack([bands[:, begin:end].any(axis=1) for begin, end in _pixels(columns)], axis=1)
 
 
 def _pixels(edges: Array) -> list[tuple[int, int]]:

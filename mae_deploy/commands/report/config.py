@@ -39,6 +39,8 @@ class ReportConfig(Settings):
     affinity: tuple[int, ...] | None = setting(None, resume="free")
     """CPU cores that the engine is bound to while it is evaluated and timed, e.g. 0,1 (Linux); default: any."""
     int8: Int8Config = section(Int8Config, max_drop=0.5)
+    max_pixels: int | None = setting(None, resume="free", at_least=1)
+    """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     seed: int = setting(0, resume="fixed")
     """Seed of the patches that are seen where not all are."""
     device: Device = setting("cpu", resume="free", basic=True)
