@@ -18,6 +18,7 @@ from tests.shipped_settings import commands, fields_of
 # What runs, sweeps and packs had as lists of names, before it was said on the fields.
 OF_RUNS = {
     *("data", "out", "resume", "device", "num_workers", "max_corrupt", "cache", "teacher_cache", "checkpoint_every"),
+    "max_pixels",
     *("checkpoint_minutes", "keep_checkpoints", "eval_every", "pictures_every", "batch_size", "accum_iter"),
     *("max_skips", "max_rollbacks", "sharding", "compile", "teacher_compile", "tracker", "profile"),
     "measure_kernels",  # added since: it is not used any more
@@ -32,9 +33,10 @@ OF_SWEEPS = {
     "device",
     "num_workers",
     "max_corrupt",
+    "max_pixels",
     "threads",
 }
-OF_PACKS = {"out", "source", "num_workers", "max_corrupt", "device"}
+OF_PACKS = {"out", "source", "num_workers", "max_corrupt", "max_pixels", "device"}
 FREE: dict[type, set[str]] = {
     PretrainConfig: OF_RUNS,
     FinetuneConfig: OF_RUNS,

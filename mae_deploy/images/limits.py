@@ -14,7 +14,12 @@ _VARIABLE = "MAE_DEPLOY_MAX_PIXELS"
 
 def most_pixels() -> int:
     """Width times height of the largest image that is read."""
-    return int(os.environ.get(_VARIABLE, MOST_PIXELS))
+    return given_limit() or MOST_PIXELS
+
+
+def given_limit() -> int | None:
+    """What the user says; None: nothing."""
+    return int(os.environ[_VARIABLE]) if _VARIABLE in os.environ else None
 
 
 @contextlib.contextmanager

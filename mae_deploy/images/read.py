@@ -31,7 +31,7 @@ from mae_deploy.images.arrays import (
     read_deep,
 )
 from mae_deploy.images.arrays import Array as Array
-from mae_deploy.images.limits import check_size, most_pixels
+from mae_deploy.images.limits import check_size, given_limit
 from mae_deploy.machine import granted_cores
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
@@ -192,14 +192,16 @@ def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
 
     with _SILENCE:
         # Pillow warns of large files and of damaged metadata that it then does without.
-        if Image.MAX_IMAGE_PIXELS is not None and 2 * Image.MAX_IMAGE_PIXELS < most_pixels():
-            Image.MAX_IMAGE_PIXELS = -(-most_pixels() // 2)  # Pillow refuses what is twice as large
+        limit = given_limit()
+        if limit is not None and Image.MAX_IMAGE_PIXELS is not None and 2 * Image.MAX_IMAGE_PIXELS < limit:
+            Image.MAX_IMAGE_PIXELS = -(-limit // 2)  # Pillow refuses what is twice as large
         try:
             opened = Image.open(file, formats=formats())
         except Image.DecompressionBombError as error:
             raise ValueError(f"{str(error).partition(',')[0]}: --max-pixels allows more") from error
         with opened as image:
-            check_size(*image.size)
+            if limit is not None:
+                check_size(*image.size)
             yield image
 
 
