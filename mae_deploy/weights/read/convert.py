@@ -222,6 +222,7 @@ def _report(source: Source, metadata: Metadata, encoder: EncoderConfig, reshaped
         "layout": source.layout,
         "architecture": source.architecture,
         "kind": metadata.kind,
+        "classes": numbered(metadata.class_names) if metadata.class_names else metadata.num_classes,
         "model": encoder.name,
         "image_size": list(encoder.image_size),
         "tensors": len(source.tensors),

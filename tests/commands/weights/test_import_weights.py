@@ -306,7 +306,9 @@ def test_the_order_that_is_assumed_is_said(
         classifier.with_name("names.json").write_text(json.dumps(names))
         arguments = ["--class-names", str(classifier.with_name("names.json"))]
     assert import_it(classifier, *arguments, "--json") == 0
-    assert any(note.startswith(said) for note in json.loads(capsys.readouterr().out)["notes"])
+    report = json.loads(capsys.readouterr().out)
+    assert any(note.startswith(said) for note in report["notes"])
+    assert report["classes"] == (f"0 {names[0]}, 1 {names[1]}, 2 {names[2]}, …" if names else CLASSES)
 
 
 @pytest.mark.parametrize(

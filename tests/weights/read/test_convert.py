@@ -80,6 +80,7 @@ def test_a_pretraining_checkpoint(tmp_path: Path, legacy: bool) -> None:
         "layout": "original or timm",
         "architecture": None,
         "kind": "mae",
+        "classes": None,
         "model": "vit_20x2_patch2",
         "image_size": [10, 10],
         "tensors": len(tensors),
