@@ -1,7 +1,7 @@
 """Streams on a cached graph: what a camera's earlier frames left behind, and how a frame updates it.
 
 A graph of `--tokens cached` recomputes K patches and CLS. They attend to the keys and values of all patches, which a
-`TokenCache` holds; the new ones are written to it in place, so nothing is copied but them.
+`TokenCache` holds; the new ones are written to it in place.
 Shapes: B streams, N patches, K recomputed ones, S = 1 + N rows (CLS first), L blocks, H heads, d = D / H, P patch side.
 """
 
