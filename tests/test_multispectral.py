@@ -107,7 +107,8 @@ def test_the_chain(command: Command, capsys: pytest.CaptureFixture[str]) -> None
     for bundle in ("bundles/visible", "bundles/classifier"):
         assert command("verify", bundle)["passed"]
 
-    command("predict", "bundles/visible", "scenes", "--num-keep", 7, "--out", "features.npz")
+    outputs = ("--outputs", "cls,tokens,feature_map")
+    command("predict", "bundles/visible", "scenes", "--num-keep", 7, "--out", "features.npz", *outputs)
     with np.load("features.npz") as features:
         assert {name: features[name].shape for name in ("cls", "tokens", "feature_map")} == {
             "cls": (11, 12),

@@ -88,7 +88,7 @@ def test_the_command_line(command: str, full_bundle: Path, tmp_path: Path, capsy
         "--affinity",
     ]
     assert main([*line, "0,4000"]) == 2
-    assert capsys.readouterr().err.startswith("error: CPU cores 0,4000 cannot be used\nhint: this process may use ")
+    assert "error: CPU cores 0,4000 cannot be used\nhint: this process may use " in capsys.readouterr().err
     assert main([*line, str(min(os.sched_getaffinity(0)))]) == 0
     assert json.loads(capsys.readouterr().out)
 
