@@ -83,7 +83,7 @@ class ExportConfig(Settings, resume="never"):
     1."""
     image_size: tuple[int, int] | None = setting(None, basic=True, at_least=1)
     """Input height and width, H[,W]; default: the checkpoint's; for another, positions are interpolated."""
-    crop_mode: CropMode | None = setting(None, basic=True)
+    crop_mode: CropMode | None = setting(None)
     """How the bundle fits images of another form: center cuts out the middle, squash changes the aspect ratio, border
     pads with the mean, letterbox with black; default: as the checkpoint was made."""
     int8: Int8Config = section(Int8Config)

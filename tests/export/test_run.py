@@ -128,7 +128,8 @@ def test_the_bundle(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
         "onnxruntime",
         None,
     )
-    assert manifest["preprocess"] == given(default_preprocess((6, 10)))
+    expected = given(default_preprocess((6, 10)))
+    assert manifest["preprocess"] == {name: value for name, value in expected.items() if name != "crop_mode"}
     assert manifest["class_names"] == list(CLASS_NAMES)
     assert manifest["tolerance"] == {"cosine": 0.99999, "max_abs": 1e-4, "max_relative": 1e-5}
     graph = read_graph(out / "encoder.onnx").graph
@@ -556,7 +557,7 @@ def interrupt(*_: Any, **__: Any) -> None:
             1,
             "error: the exported graph is not valid ONNX: Bad node spec for node 3",
         ),
-        (onnx_builder, "_write_external", break_off, 1, "error: OSError: [Errno 28] No space left on device"),
+        (onnx_builder, "_write_external", break_off, 1, "error: No space left on device"),
         (export, "check_parity", interrupt, 130, ""),
         (Reference, "blocks", interrupt, 130, ""),
     ],

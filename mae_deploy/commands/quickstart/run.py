@@ -99,6 +99,7 @@ def run_quickstart(config: QuickstartConfig) -> Result:
     latency = _latency(out)
     heading("6/6 reconstruction pictures and the report")
     picture = out / "reconstruction.png"
+    picture.unlink(missing_ok=True)  # of an earlier run in this folder: the same again
     reconstruct.run_reconstruct(
         ReconstructConfig(
             images=(out / "data" / "examples",),

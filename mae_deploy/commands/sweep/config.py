@@ -45,7 +45,7 @@ class SweepConfig(Settings):
     """Any setting of pretraining as section.key=value; may be repeated."""
     knn: bool = setting(True, resume="fixed", basic=True)
     """Evaluate by k-NN."""
-    linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed", basic=True)
+    linear: Literal["logistic", "ridge", "none"] = setting("logistic", resume="fixed")
     """Evaluate by a linear probe on features that are computed once: logistic, ridge or none."""
     finetune: bool = setting(True, resume="fixed", basic=True)
     """Evaluate by fine-tuning, for 20 epochs where --finetune-recipe and --finetune-set do not say otherwise."""

@@ -237,7 +237,7 @@ def test_bias_correction_changes_nothing_but_biases(exports: Exports, calibrated
         (("--min-cosine", 0), "--min-cosine must be above 0 and at most 1, got 0.0"),
         (("--min-sqnr", -1), "--min-sqnr must be at least 0, got -1.0"),
         (("--max-drop", 100), "--max-drop must be at least 0 and below 100, got 100.0"),
-        (("--max-drop", 1), "--max-drop is about logits, which this graph does not give"),
+        (("--max-drop", 1), "--max-drop is about logits or probs, which this graph does not give"),
         (("--fp32-ops", "gelu"), "--fp32-ops gelu: with --precision int8 --typing weak these are FP32 already"),
         (("--images", "float16"), "--images float16 needs --precision fp16, not int8"),
     ],
