@@ -155,7 +155,7 @@ class _Found:
             (c, s) for classes, shares in self.ranks for c, s in zip(classes.tolist(), shares.tolist(), strict=True)
         )
         for path, (classes, shares) in zip(self.paths, rows, strict=True):
-            yield path, [(self._labels[index], share) for index, share in zip(classes, shares, strict=True)]
+            yield path, [(self._labels[int(index)], float(share)) for index, share in zip(classes, shares, strict=True)]
 
 
 def _check_out(path: Path) -> None:

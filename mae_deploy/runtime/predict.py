@@ -142,7 +142,7 @@ def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[
     """
     names, (classes, shares) = class_labels(class_names, logits.shape[-1]), rank(logits, k)
     return [
-        [(names[index], share) for index, share in zip(row, of_row, strict=True)]
+        [(names[int(index)], float(share)) for index, share in zip(row, of_row, strict=True)]
         for row, of_row in zip(classes.tolist(), shares.tolist(), strict=True)
     ]
 

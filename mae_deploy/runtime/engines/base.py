@@ -72,6 +72,7 @@ class Run(Protocol):
         Raises:
             MaeDeployError: it failed.
         """
+        ...
 
 
 class _Done(Run):

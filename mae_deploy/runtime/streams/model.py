@@ -18,13 +18,17 @@ class StreamModel(Protocol):
     @property
     def preprocess(self) -> Preprocess:
         """What is done to a frame."""
+        ...
 
     @property
     def num_patches(self) -> int:
         """N."""
+        ...
 
     def new_cache(self, batch: int = 1) -> TokenCache:
         """The memory of so many streams."""
+        ...
 
     def update(self, cache: TokenCache, patches: Array, keep: Array | None = None) -> dict[str, Array]:
         """Recompute some patches of each stream."""
+        ...

@@ -111,12 +111,13 @@ def _crop(config: dict[str, Any], known: dict[str, Any]) -> tuple[CropMode, floa
         return "center", 1.0  # images have the model's size
     if isinstance(size, int) and not config.get("default_to_square", "height" in known["size"]):
         size = {"shortest_edge": size}
-    in_proportion = isinstance(size, dict) and "shortest_edge" in size
-    if in_proportion and "longest_edge" in size:
+    edges = size if isinstance(size, dict) else {}
+    in_proportion = "shortest_edge" in edges
+    if in_proportion and "longest_edge" in edges:
         _refuse("limits the longer side")
-    if isinstance(size, dict) and not (in_proportion or {"height", "width"} <= set(size)):
+    if isinstance(size, dict) and not (in_proportion or {"height", "width"} <= set(edges)):
         _refuse(f"resizes to {size}")
-    resized = pair(size["shortest_edge"] if in_proportion else size)
+    resized = pair(edges["shortest_edge"] if in_proportion else size)
     # Without a crop, a model of one size takes images in proportion only where they have its form.
     share = _share(pair(config.get("crop_size", 224)), resized) if cropped else 1.0
     return "center" if in_proportion else "squash", share

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def test_another_image_size_is_interpolated_as_torchvision_does(tmp_path: Path, 
     model, images = torchvision_vit(), torch.randn(2, 3, 56, 56)
     torch.save({"model": model.state_dict()}, tmp_path / "vit.pth")
     larger = torchvision_vit(56)
-    larger.load_state_dict(interpolate_embeddings(56, 8, model.state_dict()))
+    larger.load_state_dict(interpolate_embeddings(56, 8, OrderedDict(model.state_dict())))
     options = ImportOptions(num_heads=3, image_size=(56, 56) if at_import else None)
     imported = import_weights(tmp_path / "vit.pth", options)
     with torch.no_grad():
