@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -87,7 +88,7 @@ class ImageSource(Protocol):
         ...
 
 
-class Encoded:
+class Encoded(ABC):
     """Encoded images whose labels are held in memory: members of shards, rows of tables."""
 
     name: str
@@ -105,13 +106,13 @@ class Encoded:
         """Number of images."""
         return len(self._labels)
 
+    @abstractmethod
     def key(self, index: int) -> str:
         """See `ImageSource`."""
-        raise NotImplementedError
 
+    @abstractmethod
     def raw(self, index: int) -> bytes:
         """See `ImageSource`."""
-        raise NotImplementedError
 
     def read(
         self, index: int, channels: int, pixel_max: float | None = None, shrink: Shrink | None = None

@@ -82,7 +82,6 @@ class Camera:
         patches: Callable[[Array], Array | None] | None,
     ) -> Choice:
         """What to compute of a frame whose pixels `(H, W, C)` are roughly what the model sees of it."""
-        everything = np.arange(self.num_patches)
         resized = self._frame_size is not None and frame_size != self._frame_size
         if resized:
             self.begin()
@@ -104,7 +103,7 @@ class Camera:
             return self._whole(frame, pixels, CUT)
         wanted = np.flatnonzero(scores)
         if len(wanted) == self.num_patches:
-            return Choice(frame=frame, pixels=pixels, ids=everything, in_turn=everything[:0])
+            return self._whole(frame, pixels, None)
         turn = self._in_turn(scores)
         ids = np.sort(np.concatenate([wanted, turn]))
         if len(ids) > self._bypass * self.num_patches:
@@ -113,12 +112,7 @@ class Camera:
 
     def filled(self, choice: Choice, most: int) -> Choice:
         """The choice with so many patches, by the oldest of those that are left."""
-        missing = most - len(choice.ids)
-        if missing <= 0 or self.age is None:
-            return choice
-        others = self.age.astype(np.float64)
-        others[choice.ids] = 0
-        turn = np.flatnonzero(largest(others, missing))
+        turn = self._oldest(choice.ids, most - len(choice.ids))
         ids = np.sort(np.concatenate([choice.ids, turn]))
         return Choice(frame=choice.frame, pixels=choice.pixels, ids=ids, in_turn=np.concatenate([choice.in_turn, turn]))
 
@@ -149,19 +143,23 @@ class Camera:
         """Back by one such step, after an audit that passed."""
         self.tightness = max(self.tightness - 1, 0)
 
-    def _whole(self, frame: Any, pixels: Array, reason: str) -> Choice:
+    def _whole(self, frame: Any, pixels: Array, reason: str | None) -> Choice:
         everything = np.arange(self.num_patches)
         return Choice(frame=frame, pixels=pixels, ids=everything, in_turn=everything[:0], reason=reason)
 
     def _in_turn(self, scores: Array) -> Array:
         """The oldest patches that no rule wants: the refresh, and what fills K up to a multiple of `step`."""
-        assert self.age is not None
         refresh = min(1.0, self._config.refresh * 2**self.tightness)
-        wanted, N = int(np.count_nonzero(scores)), self.num_patches
-        total = wanted + int(np.ceil(refresh * N))
-        total = min(N, -(-total // self._step) * self._step)
-        age = np.where(scores > 0, 0, self.age).astype(np.float64)
-        return np.flatnonzero(largest(age, total - wanted)) if total > wanted else np.zeros(0, np.int64)
+        wanted, N = np.flatnonzero(scores), self.num_patches
+        total = len(wanted) + int(np.ceil(refresh * N))
+        return self._oldest(wanted, min(N, -(-total // self._step) * self._step) - len(wanted))
+
+    def _oldest(self, but: Array, count: int) -> Array:
+        """So many of the patches that are not among `but`, ascending."""
+        assert self.age is not None
+        age = self.age.astype(np.float64)
+        age[but] = 0
+        return np.flatnonzero(largest(age, count))
 
     def _is_cut(self, pixels: Array, computed: Array) -> bool:
         difference = block_difference(grey(pixels), grey(computed), self._patch_size)

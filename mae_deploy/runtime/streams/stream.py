@@ -67,7 +67,7 @@ class Seen(dict[str, Array]):
 
 
 class StreamPool:
-    """Several cameras on one backbone: what they need of a frame is computed in one batch.
+    """Several cameras on one backbone: what they need of a frame is one batch where each of them needs a part of it.
 
     Calls from several threads take turns. Memory does not grow with the number of frames.
     """
@@ -92,15 +92,18 @@ class StreamPool:
             )
         self.config = config
         self._backbone = backbone
-        self._batched = bundle.fixed_batch is None
         P = bundle.manifest["model"]["patch_size"]
         height, width = backbone.preprocess.image_size
         self._patch_size = P
         bypass = measured_bypass(backbone) if config.bypass is None else config.bypass
         step = max(1, bundle.num_patches // _SIZES)
         self._cameras = [Camera(config, (height // P, width // P), P, bypass=bypass, step=step) for _ in range(cameras)]
-        self._caches = [backbone.new_cache() for _ in range(cameras)] if not self._batched else []
-        self._cache = backbone.new_cache(cameras) if self._batched else None
+        self._together = backbone.new_cache(cameras) if bundle.fixed_batch is None else None
+        """All cameras' cache, where the graph takes several at once; `_caches` are then parts of it."""
+        together = self._together
+        self._caches = [
+            backbone.new_cache() if together is None else together.streams(index, index + 1) for index in range(cameras)
+        ]
         self._means: list[Array | None] = [None] * cameras
         self._spent = [0.0] * cameras
         self._last: list[dict[str, Array]] = [{} for _ in range(cameras)]
@@ -115,12 +118,12 @@ class StreamPool:
         """Forget what a camera has shown."""
         with self._turn:
             self._cameras[camera].begin()
-            self._cache_of(camera).clear()
+            self._caches[camera].clear()
             self._means[camera], self._last[camera], self._spent[camera] = None, {}, 0.0
 
     def cache(self, camera: int = 0) -> TokenCache:
         """What the graph remembers of a camera; the same memory, so writing to it is felt by the next frame."""
-        return self._cache_of(camera)
+        return self._caches[camera]
 
     def __call__(self, frames: Sequence[Any]) -> list[Seen]:
         """The features of one frame of each camera, in the cameras' order; None for a camera without a new frame keeps
@@ -145,7 +148,7 @@ class StreamPool:
             return [self._result(index, chosen.get(index)) for index in range(len(self))]
 
     def _choose(self, index: int, frame: Any) -> Choice:
-        backbone, cache = self._backbone, self._cache_of(index)
+        backbone, cache = self._backbone, self._caches[index]
         image = backbone.preprocess.converted(frame)
         size = image.shape[:2] if isinstance(image, np.ndarray) else (image.height, image.width)
         pixels = backbone.preprocess.crop_roughly(image)
@@ -163,7 +166,7 @@ class StreamPool:
         for index, choice in chosen.items():
             if len(choice.ids) == N:
                 self._update([index], {index: choice})
-        if self._batched and len(partial) == len(self) and len(partial) > 1:
+        if self._together is not None and len(partial) == len(self) > 1:
             most = max(len(chosen[index].ids) for index in partial)
             chosen.update({index: self._cameras[index].filled(chosen[index], most) for index in partial})
             self._update(partial, chosen)
@@ -178,7 +181,7 @@ class StreamPool:
         choices = [chosen[index] for index in indices]
         ids = np.stack([choice.ids for choice in choices])
         patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
-        cache = self._cache if len(indices) > 1 else self._cache_of(indices[0])
+        cache = self._caches[indices[0]] if len(indices) == 1 else self._together
         assert cache is not None
         before = [cache.tokens[at, choice.in_turn].copy() for at, choice in enumerate(choices)]
         outputs = self._backbone.update(cache, patches, ids)
@@ -213,18 +216,21 @@ class StreamPool:
         assert camera.age is not None
         if choice is None:
             nothing = np.zeros(0, np.int64)
-            return Seen(self._last[index], keep=nothing, age=camera.age, cost=0.0, event=None)
+            return Seen(self._features(index), keep=nothing, age=camera.age, cost=0.0, event=None)
         cost = self._cost(len(choice.ids))
         snr = self._audit(index, choice, cost)
-        features = {name: array.copy() for name, array in self._last[index].items()}
         return Seen(
-            features,
+            self._features(index),
             keep=choice.ids,
             age=camera.age - 1,
             cost=cost + (snr is not None),
             event=choice.reason,
             snr=snr,
         )
+
+    def _features(self, index: int) -> dict[str, Array]:
+        """A camera's last ones, the caller's to change."""
+        return {name: array.copy() for name, array in self._last[index].items()}
 
     def _cost(self, count: int) -> float:
         if not count:
@@ -233,7 +239,7 @@ class StreamPool:
 
     def _audit(self, index: int, choice: Choice, cost: float) -> float | None:
         """Compute the whole frame beside, once its share of the computation allows it, and take it over."""
-        cache, camera = self._cache_of(index), self._cameras[index]
+        cache, camera = self._caches[index], self._cameras[index]
         tokens = cache.tokens[0]
         mean = self._means[index]
         self._means[index] = tokens.copy() if mean is None else _MEMORY * mean + (1 - _MEMORY) * tokens
@@ -259,9 +265,6 @@ class StreamPool:
         else:
             camera.tighten()
         return snr
-
-    def _cache_of(self, index: int) -> TokenCache:
-        return self._caches[index] if self._cache is None else self._cache.streams(index, index + 1)
 
 
 class Stream:

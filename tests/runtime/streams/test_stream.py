@@ -236,6 +236,8 @@ class TestPool:
         gone = pool([changed(background(0), 2), None])
         np.testing.assert_array_equal(gone[1]["tokens"], first[1]["tokens"])
         assert gone[1].cost == 0
+        gone[1]["tokens"][:] = 0  # the caller's
+        np.testing.assert_array_equal(pool([None, None])[1]["tokens"], first[1]["tokens"])
         back = pool([None, changed(background(1), 7)])
         assert 7 in back[1].keep
 
