@@ -229,6 +229,6 @@ def _page(config: CompareConfig, report: dict[str, Any]) -> Page:
             f" classes; top-1 in per cent; {config.linear} linear probe on standardised features; mean and range over"
             f" the seeds {seeds}. images/s is the rate of the encoder alone.",
             Table("", _columns(config), rows),
+            Picture("top-1", partial(draw_bars, rows=rows, bars=bars)),
         ],
-        picture=Picture("top-1", partial(draw_bars, rows=rows, bars=bars)),
     )

@@ -17,8 +17,11 @@ def page(draw: Callable[[Path], None] | None) -> Page:
     return Page(
         title="A title",
         command="mae-deploy compare 'a b'",
-        parts=["A sentence.", Table("A table", (Column("k", "k"),), [{"k": 5}], ["A note."])],
-        picture=None if draw is None else Picture("a picture", draw),
+        parts=[
+            "A sentence.",
+            Table("A table", (Column("k", "k"),), [{"k": 5}], ["A note."]),
+            *([] if draw is None else [Picture("a picture", draw)]),
+        ],
     )
 
 
@@ -77,3 +80,23 @@ def test_a_folder_of_its_own_is_whole_or_not_there(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="cannot draw"):
         write_report(tmp_path / "out", "compare", {}, page(fail))
     assert not list(tmp_path.iterdir())
+
+
+def test_pictures_stand_where_they_belong_and_have_names(tmp_path: Path) -> None:
+    parts: list[str | Table | Picture] = [Picture("first", draw, "a"), "Between.", Picture("second", draw, "b")]
+    write_report(tmp_path, "report", {}, Page(title="A title", command="c", parts=parts))
+    assert (
+        (tmp_path / "report.md").read_text().endswith("![first](report-a.png)\n\nBetween.\n\n![second](report-b.png)\n")
+    )
+
+
+def test_html_is_one_file_and_shows_markup_as_text(tmp_path: Path) -> None:
+    table = Table("", (Column("k <b>", "k"),), [{"k": "one\ntwo <script>"}])
+    made = Page(title="A & B", command="c", parts=["**bold** <i>", table, Picture("p", draw)])
+    write_report(tmp_path, "report", {}, made, html=True)
+    text = (tmp_path / "report.html").read_text()
+    assert "<title>A &amp; B</title>" in text
+    assert "<strong>bold</strong> &lt;i&gt;" in text
+    assert "<td>one<br>two &lt;script&gt;</td>" in text
+    assert 'src="data:image/png;base64,UE5H"' in text
+    assert "<script" not in text

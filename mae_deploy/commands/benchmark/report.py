@@ -75,8 +75,8 @@ def report_page(report: dict[str, Any]) -> Page:
             *result_tables(report),
             _NOTES.format(images=report["images"]),
             *(["## Left out", "\n".join(left_out)] if left_out else []),
+            Picture("accuracy and latency against patches", partial(_draw, rows=report["rows"])),
         ],
-        picture=Picture("accuracy and latency against patches", partial(_draw, rows=report["rows"])),
     )
 
 

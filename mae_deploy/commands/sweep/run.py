@@ -333,10 +333,11 @@ def _report(config: SweepConfig, setting: str, seeds: list[int], rows: list[Row]
             *(f"{stage}: {what}" for stage, what in _settings(config).items()),
             f"Top-1 in per cent on the validation images; mean and range over the seeds {','.join(map(str, seeds))}.",
             Table("", _columns(setting), rows),
+            Picture(
+                f"top-1 against {setting}",
+                partial(draw_curves, rows=rows, curves=_CURVES, label=setting, values=values),
+            ),
         ],
-        picture=Picture(
-            f"top-1 against {setting}", partial(draw_curves, rows=rows, curves=_CURVES, label=setting, values=values)
-        ),
     )
     write_report(config.out, "sweep", report, page)
     return report
