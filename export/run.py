@@ -21,6 +21,7 @@ from mae_deploy.export.graph.spec import block_tensor
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN, ParityRecord, check_parity, engine_name, refuse, tolerance_of
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
+from mae_deploy.export.samples import synthetic_frame
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
 from mae_deploy.images.preprocess import Preprocess
@@ -34,6 +35,8 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine
 from mae_deploy.runtime.manifest import (
     BLOCKS,
+    FRAME,
+    FRAME_IMAGE,
     GOLDEN_FILE,
     GRAPH_FILE,
     MANIFEST_FILE,
@@ -221,7 +224,14 @@ def _golden(job: ExportJob) -> dict[str, Any]:
     """The first samples as the graph takes them, PyTorch's outputs, and a part of what every block gives."""
     inputs, expected = ({name: array[:GOLDEN] for name, array in arrays.items()} for arrays in job.trials[0])
     blocks = job.reference.blocks(inputs, _BLOCK_SAMPLES, _BLOCK_TOKENS)
-    return {**job.as_graph_takes(inputs), **expected, BLOCKS: blocks}
+    frame = synthetic_frame(job.preprocess)
+    return {
+        **job.as_graph_takes(inputs),
+        **expected,
+        BLOCKS: blocks,
+        FRAME: frame,
+        FRAME_IMAGE: job.preprocess([frame])[0],
+    }
 
 
 def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:

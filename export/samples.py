@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -129,6 +129,12 @@ def _read(paths: list[Path], spec: Preprocess, count: int) -> dict[Path, Array]:
 def _cropped(paths: Iterable[Path], spec: Preprocess) -> Iterator[tuple[Path, Array]]:
     """The files that can be read, with their pixels `(H, W, C)`; the others are named."""
     return readable(paths, lambda path: spec.crop(spec.read(path)), lambda _, reason: notice("skipped", reason))
+
+
+def synthetic_frame(spec: Preprocess) -> Array:
+    """`(h, w, C)`, larger than the model's images, of another shape, and of odd sides."""
+    H, W = spec.image_size
+    return _synthetic(replace(spec, image_size=(3 * H // 2 | 1, 2 * W | 1)), 1)[0]
 
 
 def _synthetic(spec: Preprocess, count: int) -> Array:

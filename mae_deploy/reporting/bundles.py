@@ -18,6 +18,9 @@ PARITY = (
 """The figures of a `Comparison`."""
 
 
+_NO_FRAME = "preprocessing was not checked: the bundle is of an older version; export it again to have it checked"
+
+
 def verification_table(verification: Verification) -> Table:
     """A row for each output in each check."""
     engine = f"{verification.engine} {verification.engine_version} ({verification.device})"
@@ -30,6 +33,7 @@ def verification_table(verification: Verification) -> Table:
         f"{verification.bundle} on {engine}, {verification.num_samples} samples",
         (Column("check", "check"), Column("output", "name"), *PARITY, result),
         rows,
+        [] if verification.preprocessing is not None else [_NO_FRAME],
     )
 
 

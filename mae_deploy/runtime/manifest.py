@@ -57,6 +57,9 @@ CLASS_OUTPUTS = ("logits", "probs")
 BLOCKS = "blocks"
 """The array of the golden file that holds PyTorch's tokens after each block."""
 
+FRAME, FRAME_IMAGE = "frame", "frame_image"
+"""The arrays of the golden file that hold a frame and what preprocessing made of it (see `GoldenEntry`)."""
+
 _BLOCK_OUTPUT = re.compile(r"block_(0|[1-9]\d*)")
 
 _LATER = {"pixel_max", "crop_mode"}
@@ -109,7 +112,8 @@ class GoldenEntry(TypedDict):
     """Sample inputs with PyTorch's FP32 outputs, as an npz under the graph's own names for inputs and outputs.
 
     `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS first) after each of L blocks for the
-    first S' samples.
+    first S' samples. `frame` is a synthetic image `(h, w, C)` of another size and shape than the model's, `frame_image`
+    float32 `(C, H, W)` what preprocessing made of it at export; bundles of older versions lack both.
     """
 
     file: str

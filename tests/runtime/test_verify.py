@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
 import pytest
 
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
+from mae_deploy.reporting.bundles import verification_table
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.parity.checks import Verification, verify_engine
+from mae_deploy.runtime.parity.checks import PREPROCESSING, Verification, verify_engine
 from mae_deploy.runtime.parity.invariances import other_lengths, samples_alone, variations
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.verify import verify_bundle
@@ -91,6 +95,56 @@ def test_what_was_exported_passes(
     assert checks(result) == expected
     assert [check.comparison.name for check in result.outputs] == list(EVERY_OUTPUT)
     assert len(result.invariances) == len(EVERY_OUTPUT) * (len(expected) - 1)
+
+
+FRAME = np.random.default_rng(3).integers(0, 256, (23, 61, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("preprocess", [{}, {"crop_mode": "letterbox"}, {"crop_pct": 0.75}], ids=str)
+def test_a_frame_is_prepared_as_at_export(tmp_path: Path, preprocess: dict[str, Any]) -> None:
+    path = write_bundle(tmp_path / "b", frame=FRAME, preprocess=preprocess)
+    result = verify_bundle(Bundle.load(path))
+    assert result.passed
+    assert checks(result)[-1] == PREPROCESSING
+    assert result.preprocessing is not None
+    assert result.preprocessing.comparison.max_abs == 0
+    assert PREPROCESSING not in {check.name for check in result.invariances}
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"mean": [0.6, 0.5, 0.4]},
+        {"std": [0.21, 0.315, 0.42]},
+        {"interpolation": "bicubic"},
+        {"crop_pct": 0.6},
+        {"crop_mode": "squash"},
+    ],
+    ids=str,
+)
+def test_a_manifest_that_prepares_images_otherwise(tmp_path: Path, edit: dict[str, Any]) -> None:
+    path = write_bundle(tmp_path / "b", frame=FRAME, change=lambda manifest: manifest["preprocess"].update(edit))
+    assert failed(verify_bundle(Bundle.load(path))) == {PREPROCESSING}
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [lambda pixels: pixels[..., ::-1], lambda pixels: np.roll(pixels, 1, axis=1), lambda pixels: pixels[::-1]],
+    ids=["order of the channels", "one pixel off", "upside down"],
+)
+def test_a_device_that_prepares_images_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: Callable[[Array], Array]
+) -> None:
+    path = write_bundle(tmp_path / "b", frame=FRAME)
+    crop = Preprocess.crop
+    monkeypatch.setattr(Preprocess, "crop", lambda spec, image: broken(crop(spec, image)))
+    assert failed(verify_bundle(Bundle.load(path))) == {PREPROCESSING}
+
+
+def test_a_bundle_without_a_frame_says_so(tmp_path: Path) -> None:
+    result = verify_bundle(Bundle.load(write_bundle(tmp_path / "b")))
+    assert (result.preprocessing, result.to_dict()["preprocessing"]) == (None, None)
+    assert "preprocessing was not checked" in verification_table(result).notes[0]
 
 
 @pytest.mark.parametrize("images", ["uint8", "float16"])

@@ -15,7 +15,15 @@ import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.manifest import BLOCKS, GOLDEN_FILE, GRAPH_FILE, file_entry
+from mae_deploy.runtime.manifest import (
+    BLOCKS,
+    FRAME,
+    FRAME_IMAGE,
+    GOLDEN_FILE,
+    GRAPH_FILE,
+    file_entry,
+    read_preprocess,
+)
 from mae_deploy.runtime.tolerance import TOLERANCES
 
 # Unequal, so that a transposed or mixed-up axis does not fit.
@@ -25,6 +33,14 @@ D, CLASSES, DEPTH = 13, 11, 2
 SAMPLES, K = 5, 4
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.3, 0.4)
+_PREPROCESS = {
+    "image_size": [H, W],
+    "channels": C,
+    "crop_pct": 1.0,
+    "interpolation": "bilinear",
+    "mean": list(MEAN),
+    "std": list(STD),
+}
 CLASS_NAMES = [f"class-{index}" for index in range(CLASSES)]
 OUTPUTS = {"cls": ["B", D], "tokens": ["B", "K", D], "pooled": ["B", D], "logits": ["B", CLASSES]}
 MORE_OUTPUTS = {
@@ -244,6 +260,7 @@ def write_bundle(
     golden_of_graph: bool = False,
     external: str | None = None,
     preprocess: dict[str, Any] | None = None,
+    frame: Array | None = None,
     change: Callable[[dict[str, Any]], object] | None = None,
 ) -> Path:
     """Write a bundle and return its path.
@@ -259,6 +276,7 @@ def write_bundle(
         features: type of the outputs.
         golden_of_graph: the golden outputs are the graph's own, so that only invariances can fail.
         external: name of the external-data file; None keeps the weights in the graph.
+        frame: an image `(h, w, C)` beside the golden samples, with what the manifest's preprocessing makes of it.
         change: edits the manifest before it is written; the hashes stay those of the files.
     """
     ragged, chosen = token_mode == "ragged", token_mode != "full"
@@ -286,6 +304,9 @@ def write_bundle(
     if ragged:
         few["ids_keep"] = np.maximum(few["ids_keep"], 0)
     arrays: dict[str, Any] = {**inputs, **expected, BLOCKS: reference_blocks(**few)[:, :, :tokens].astype(np.float32)}
+    if frame is not None:
+        spec = read_preprocess({**_PREPROCESS, **(preprocess or {})})
+        arrays |= {FRAME: frame, FRAME_IMAGE: spec([frame])[0]}
     np.savez(path / GOLDEN_FILE, **arrays)
     manifest = _manifest(
         path,
@@ -372,15 +393,7 @@ def _manifest(
             "outputs": entries[1],
             "blocks": BLOCK_TENSORS,
         },
-        "preprocess": {
-            "image_size": [H, W],
-            "channels": C,
-            "crop_pct": 1.0,
-            "interpolation": "bilinear",
-            "mean": list(MEAN),
-            "std": list(STD),
-            **(preprocess or {}),
-        },
+        "preprocess": {**_PREPROCESS, **(preprocess or {})},
         "provenance": {"checkpoint": "none"},
         "licence": "Apache-2.0",
         "tolerance": TOLERANCES[precision].to_dict(),

@@ -9,7 +9,7 @@ from typing import Any
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import Engine, run_in_chunks
-from mae_deploy.runtime.manifest import IDS_KEEP
+from mae_deploy.runtime.manifest import FRAME, FRAME_IMAGE, IDS_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.parity.invariances import (
     Arrays,
@@ -31,13 +31,20 @@ RUN_AGAIN = "run again"
 """The check of the same samples against the engine's own first outputs."""
 
 
+PREPROCESSING = "preprocessing"
+"""The check of a frame through the device's own preprocessing against what it was at export."""
+
+_LEVELS = 1.5
+"""By how many steps of 255 a pixel may differ: libraries round a resized pixel up or down."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
     """One output in one check."""
 
     name: str
-    """`golden`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`, `repeated update`, `sample alone`,
-    `other neighbours` or `other lengths`."""
+    """`golden`, `preprocessing`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`,
+    `repeated update`, `sample alone`, `other neighbours` or `other lengths`."""
     comparison: Comparison
     failures: tuple[str, ...]
     """What misses the tolerance; empty where all is met."""
@@ -67,7 +74,14 @@ class Verification:
     @property
     def invariances(self) -> tuple[Check, ...]:
         """The checks of the golden samples in other forms."""
-        return tuple(check for check in self.checks if check.name != GOLDEN)
+        return tuple(check for check in self.checks if check.name not in (GOLDEN, PREPROCESSING))
+
+    @property
+    def preprocessing(self) -> Check | None:
+        """The check of what makes the graph's input of an image; None in bundles that were exported before there was
+        one.
+        """
+        return next((check for check in self.checks if check.name == PREPROCESSING), None)
 
     @property
     def outputs_pass(self) -> bool:
@@ -101,6 +115,7 @@ class Verification:
             "tolerance": self.tolerance.to_dict(),
             "outputs": [check.to_dict() for check in self.outputs],
             "invariances": [check.to_dict() for check in self.invariances],
+            "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
             "failures": self.failures,
         }
 
@@ -127,6 +142,7 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
     """
     golden = bundle.golden()
     inputs = {name: golden[name] for name in bundle.sample_names}
+    checks = _Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})
     return Verification(
         bundle=str(bundle.path),
         engine=engine.name,
@@ -134,8 +150,23 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
         device=engine.device,
         num_samples=bundle.manifest["golden"]["num_samples"],
         tolerance=tolerance_for(bundle, engine),
-        checks=tuple(_Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})),
+        checks=(*checks, *check_preprocessing(bundle)),
     )
+
+
+def check_preprocessing(bundle: Bundle) -> list[Check]:
+    """What this machine makes of the golden frame against what the exporting one made of it: crop, resize, order of the
+    channels, mean and deviation. Empty where the bundle has no such frame.
+
+    Raises:
+        CheckFailed: the golden samples are not what was exported.
+    """
+    golden, spec = bundle.golden(), bundle.preprocess
+    if not {FRAME, FRAME_IMAGE} <= golden.keys():
+        return []
+    comparison = compare(golden[FRAME_IMAGE][None], spec([golden[FRAME]]), FRAME)
+    tolerance = Tolerance(max_abs=_LEVELS / 255 / min(spec.std))
+    return [Check(PREPROCESSING, comparison, tuple(comparison.failures(tolerance)))]
 
 
 def tolerance_for(bundle: Bundle, engine: Engine) -> Tolerance:
