@@ -177,8 +177,11 @@ def test_golden_samples_are_the_users_images_and_pytorchs_outputs(tmp_path: Path
         "logits": ((8, CLASSES), "float32"),
         "pooled": ((8, 20), "float32"),
         "blocks": ((2, 2, 4, 20), "float32"),
+        "frame": ((9, 21, 3), "uint8"),
+        "frame_image": ((3, 6, 10), "float32"),
     }
     spec = default_preprocess((6, 10))
+    np.testing.assert_array_equal(golden["frame_image"], spec([golden["frame"]])[0])
     np.testing.assert_array_equal(golden["images"], spec([read_image(path) for path in find_images(photos)[:8]]))
     assert len({tuple(row) for row in golden["ids_keep"].tolist()}) > 1
     with torch.no_grad():
@@ -309,7 +312,7 @@ def test_chosen_outputs(tmp_path: Path, photos: Path) -> None:
     )
     bundle = Bundle.load(tmp_path / "bundle")
     assert bundle.output_names == ("pooled",)
-    assert set(bundle.golden()) == {"images", "pooled", "blocks"}
+    assert set(bundle.golden()) == {"images", "pooled", "blocks", "frame", "frame_image"}
     assert [row["name"] for row in manifest_of(tmp_path / "bundle")["parity"]["onnx-fp32"]["outputs"]] == ["pooled"]
 
 
