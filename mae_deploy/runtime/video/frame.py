@@ -1,0 +1,33 @@
+"""One frame of a source."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from mae_deploy.images.read import Array, is_image
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Frame:
+    """A frame, and what happened since the one before."""
+
+    index: int
+    """Its number in the source from 0, counting those that were left out too."""
+    time: float | None
+    """Seconds from the first frame: by the file's clock, of a live source by this machine's; None for images."""
+    image: Any
+    """What backbones and streams take: an image of any size."""
+    dropped: int = 0
+    """Frames between the one before and this one that were lost because the queue was full."""
+    events: tuple[str, ...] = ()
+    """What else happened since the one before, in words: corrupt packets, another size, a lost connection."""
+
+    def rgb(self) -> Array:
+        """uint8 `(H, W, 3)`, to look at."""
+        if is_image(self.image):
+            return np.asarray(self.image.convert("RGB"))
+        found: Array = self.image
+        return found
