@@ -55,7 +55,7 @@ class Reader:
             return int(self._stream.frames)
         if self.rate is None or self._container.duration is None:
             return None
-        return round(self._container.duration / 1e6 * self.rate)
+        return round(float(self._container.duration) / 1e6 * self.rate)
 
     def frames(self) -> Iterator[tuple[Array, float | None, tuple[str, ...]]]:
         """Each frame's pixels, time in seconds, and what happened since the one before. What cannot be decoded is
@@ -65,7 +65,8 @@ class Reader:
             av.FFmpegError: the source broke.
         """
         av = import_av()
-        corrupt, size, first = 0, None, None
+        corrupt, first = 0, None
+        size: tuple[int, int] | None = None
         for packet in self._packets():
             if packet is None:
                 corrupt += 1
@@ -81,9 +82,11 @@ class Reader:
                     self._say_corrupt("a frame is incomplete")
                     corrupt += 1
                     continue
-                events = (f"{corrupt} corrupt packet{'s' * (corrupt != 1)} skipped",) if corrupt else ()
+                events: tuple[str, ...] = ()
+                if corrupt:
+                    events = (f"{corrupt} corrupt packet{'s' * (corrupt != 1)} skipped",)
                 corrupt = 0
-                if size not in (None, (frame.width, frame.height)):
+                if size is not None and size != (frame.width, frame.height):
                     self._counts.resized += 1
                     events += (f"frames are {frame.width}x{frame.height} from here on, not {size[0]}x{size[1]}",)
                     notice("size:", f"{self.name}: {events[-1]}")
