@@ -165,7 +165,8 @@ class Video:
 
     def _connected(self) -> Iterator[Raw]:
         """A live source, opened again where it is lost."""
-        tries, events = 0, ()
+        tries = 0
+        events: tuple[str, ...] = ()
         while True:
             reason = "it ended"
             try:
