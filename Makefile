@@ -7,7 +7,7 @@ PIP_INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test tensorrt format lint types contracts check wheel clean
+.PHONY: help quickstart install test tensorrt format lint types contracts check docs wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -39,6 +39,11 @@ contracts: .venv/.installed ## check which module may import which
 	@$(BIN)/lint-imports --no-logo
 
 check: lint types contracts test ## lint, types, contracts and test: what CI runs
+
+# From a copy, so that the pages that are written from the program do not lie among those that somebody wrote.
+docs: .venv/.installed ## build the site into build/docs/html, without a network
+	@rm -rf build/docs && mkdir -p build/docs && cp -R docs build/docs/source
+	@$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -d build/docs/doctrees build/docs/source build/docs/html
 
 wheel: .venv/.installed ## build dist/*.whl from the source distribution
 	@rm -rf dist

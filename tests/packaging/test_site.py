@@ -1,0 +1,110 @@
+"""The site: every page is in its contents, every option on a page, and each page has its Markdown beside it.
+
+`make docs` builds all of it; here a small one is built.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
+
+
+@pytest.fixture(autouse=True)
+def extensions(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(DOCS / "_ext")
+
+
+def extension(name: str) -> Any:
+    return importlib.import_module(name)
+
+
+def test_the_index_lists_every_page_once() -> None:
+    listed = extension("pages").ENTRY.findall((DOCS / "index.md").read_text(encoding="utf-8"))
+    there = [path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")]
+    there = [
+        page for page in there if page != "index" and not page.startswith(("reference/commands/", "reference/set"))
+    ]
+    assert sorted(listed) == sorted(there)
+
+
+def test_a_command_has_a_page_with_every_option() -> None:
+    pages = dict(extension("generated").command_pages())
+    options = json.loads((ROOT / "tests" / "command_options.json").read_text())
+    assert sorted(pages) == sorted(options)
+    for command, forms in options.items():
+        names = {form.split("/")[0].replace("|", "\\|") for form in forms} - {"--help", "--help-all"}
+        assert {name for name in names if f"| `{name}`" not in pages[command]} == set(), command
+
+
+def test_options_are_shown_with_what_they_take_their_default_and_their_key() -> None:
+    page = dict(extension("generated").command_pages())["pretrain"]
+    assert "mae-deploy pretrain DATA --out PATH [OPTIONS]" in page
+    assert "| `--mask-ratio` | `NUMBER` | `0.75` | Share of the patches that the encoder does not see. |" in page
+    assert re.search(r"^\| `--blr` \| `NUMBER` \| `0\.00015` \| .*\(`optim\.blr`\) \|$", page, re.MULTILINE)
+    assert "`mae-deploy[train]`" in page
+
+
+def test_every_table_row_has_as_many_cells_as_its_heading() -> None:
+    generated = extension("generated")
+    for text in [*dict(generated.command_pages()).values(), generated.settings_page()]:
+        for table in re.findall(r"(?:^\|.*\n?)+", text, re.MULTILINE):
+            assert len({len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}) == 1, table
+
+
+def test_settings_are_there_with_bounds_and_choices() -> None:
+    page = extension("generated").settings_page()
+    assert re.search(r"^\| `drop_path` \| number \| .* at least 0, below 1 ", page, re.MULTILINE)
+    assert "`optim` of " in page
+    assert "``" not in page, "a value that is empty"
+
+
+@pytest.mark.parametrize(
+    ("repository", "expected"),
+    [
+        (
+            "https://e.org/r",
+            "see [the `x`](https://e.org/r/blob/main/pretrain/targets.py#L3) and [b](b.md#c), `[d](../e)`",
+        ),
+        ("", "see the `x` and [b](b.md#c), `[d](../e)`"),
+    ],
+    ids=["known", "unknown"],
+)
+def test_links_that_leave_the_folder_lead_to_the_repository(repository: str, expected: str) -> None:
+    text = "see [the `x`](../../pretrain/targets.py#L3) and [b](b.md#c), `[d](../e)`"
+    assert extension("pages").published(text, "guide/a", repository) == expected
+
+
+def test_commands_in_the_table_lead_to_their_pages() -> None:
+    row = "| `data pack SRC OUT` | as shards | base |"
+    linked = "| [`data pack SRC OUT`](reference/commands/data-pack.md) | as shards | base |"
+    assert extension("pages").published(row, "commands", "") == linked
+
+
+def test_a_site_is_built_with_markdown_beside_each_page(tmp_path: Path) -> None:
+    source, out = tmp_path / "docs", tmp_path / "html"
+    source.mkdir()
+    configuration = f'import sys\nsys.path.insert(0, {str(DOCS / "_ext")!r})\nextensions = ["myst_parser", "pages"]\n'
+    (source / "conf.py").write_text(f'{configuration}html_baseurl = "https://e.org/"\nmyst_heading_anchors = 3\n')
+    (source / "index.md").write_text("# Site\n\n> What it is.\n\n## Guide\n\n- [One](guide/one.md): the first\n")
+    (source / "guide").mkdir()
+    (source / "guide" / "one.md").write_text('# One\n\n<a id="here"></a>\nText, [here](#here), [code](../../x.py).\n')
+    done = subprocess.run(
+        [sys.executable, "-m", "sphinx", "-q", "-W", str(source), str(out)], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0, done.stderr
+    assert (out / "llms.txt").read_text().endswith("- [One](https://e.org/guide/one.md): the first\n")
+    assert (out / "guide" / "one.md").read_text().endswith("Text, [here](#here), code.\n")
+    page = (out / "guide" / "one.html").read_text()
+    assert '<link rel="alternate" type="text/markdown" href="one.md">' in page
+    assert 'href="#here"' in page
+    assert 'href="guide/one.html"' in (out / "index.html").read_text()
