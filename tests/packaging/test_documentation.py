@@ -80,12 +80,16 @@ def identity(value: object) -> str:
 
 
 def test_something_was_found() -> None:
-    assert {page.name for page, _ in PROGRAMS} == {
+    assert {page.relative_to(ROOT).as_posix() for page, _ in PROGRAMS} == {
         "README.md",
-        "bundles.md",
-        "jetson.md",
-        "streams.md",
-        "workers.md",
+        "docs/bundles.md",
+        "docs/guide/serve.md",
+        "docs/guide/streams.md",
+        "docs/guide/verify.md",
+        "docs/jetson.md",
+        "docs/start.md",
+        "docs/streams.md",
+        "docs/workers.md",
     }
     assert {line[0] for _, line in COMMANDS} >= {
         "pretrain",
