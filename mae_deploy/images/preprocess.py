@@ -23,6 +23,7 @@ from mae_deploy.images.read import (
     to_mode,
 )
 from mae_deploy.images.statistics import check_statistics
+from mae_deploy.images.video_image import VideoImage
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image
@@ -125,7 +126,7 @@ class Preprocess:
         """To what size an image of this width and height is resized, and which box of it is the input."""
         return place(self.crop_mode, self.image_size, self.crop_pct, found)
 
-    def crop(self, image: Image.Image | Array, channel_order: ChannelOrder = "rgb") -> Array:
+    def crop(self, image: Image.Image | Array | VideoImage, channel_order: ChannelOrder = "rgb") -> Array:
         """Resize and crop, or fill, to `image_size` as `crop_mode` says: `(H, W, C)`, uint8 or, where `pixel_max` is
         given, float32.
 
@@ -140,6 +141,10 @@ class Preprocess:
         """
         from PIL import Image
 
+        if isinstance(image, VideoImage):
+            if self._scales(image):
+                return self._crop_video(image)
+            image, channel_order = image.rgb(), "rgb"
         if self.takes_arrays:
             return self._crop_array(image, channel_order)
         image = to_mode(image if is_image(image) else from_array(image, channel_order), self.channels)
@@ -150,17 +155,23 @@ class Preprocess:
             image = image.resize(placed.size, Image.Resampling[self.interpolation.upper()])
         return np.asarray(cut(image, placed.box, self._fill)).reshape(*self.image_size, self.channels)
 
-    def converted(self, image: Image.Image | Array, channel_order: ChannelOrder = "rgb") -> Image.Image | Array:
+    def converted(
+        self, image: Image.Image | Array | VideoImage, channel_order: ChannelOrder = "rgb"
+    ) -> Image.Image | Array | VideoImage:
         """An image in the form that the methods below and `crop` need not convert again.
 
         Raises:
             UnreadableImage: an array that is not such an image.
         """
+        if isinstance(image, VideoImage):
+            if self._scales(image):
+                return image
+            image, channel_order = image.rgb(), "rgb"
         if self.takes_arrays:
             return in_rgb(as_array(np.asarray(image), self.channels, self.pixel_max), channel_order)
         return to_mode(image if is_image(image) else from_array(image, channel_order), self.channels)
 
-    def crop_roughly(self, image: Image.Image | Array) -> Array:
+    def crop_roughly(self, image: Image.Image | Array | VideoImage) -> Array:
         """As `crop`, in a third of the time and not to the pixel: enough to see what changed. What the crop hides is
         not resized, and a large image is averaged in blocks before it is filtered.
         """
@@ -171,7 +182,7 @@ class Preprocess:
         found = image.resize((width, height), _filter(self.interpolation), source, reducing_gap=1.0)
         return np.asarray(found).reshape(height, width, self.channels)
 
-    def crop_patches(self, image: Image.Image | Array, ids: Array, patch_size: int) -> Array:
+    def crop_patches(self, image: Image.Image | Array | VideoImage, ids: Array, patch_size: int) -> Array:
         """Some patches of what `crop` gives, `(K, P, P, C)`, by their row-major indices: nothing else is resized. They
         differ from those of `crop` by 1 of 255 at most.
         """
@@ -192,7 +203,7 @@ class Preprocess:
             found[number] = np.asarray(image.resize((P, P), resample, box)).reshape(P, P, self.channels)
         return found
 
-    def _source(self, image: Image.Image | Array) -> tuple[float, float, float, float] | None:
+    def _source(self, image: Image.Image | Array | VideoImage) -> tuple[float, float, float, float] | None:
         """The part of an image that is the input; None where the input is not a resized part of it."""
         if not is_image(image):
             return None
@@ -226,6 +237,21 @@ class Preprocess:
         if self.crop_mode != "border":
             return (0,) * self.channels
         return tuple(value * self.divisor if self.pixel_max else round(255 * value) for value in self.mean)
+
+    def _scales(self, image: VideoImage) -> bool:
+        """Whether a frame is resized and converted in one pass."""
+        whole = self.place((image.width, image.height)).part == (0, 0, image.width, image.height)
+        return self.channels == 3 and not self.takes_arrays and whole and image.has_filter(self.interpolation)
+
+    def _crop_video(self, image: VideoImage) -> Array:
+        from PIL import Image
+
+        placed = self.place((image.width, image.height))
+        left, top, right, bottom = placed.box
+        pixels = image.resized(placed.size, self.interpolation)
+        if left >= 0 and top >= 0 and right <= placed.size[0] and bottom <= placed.size[1]:
+            return pixels[top:bottom, left:right]
+        return np.asarray(cut(Image.fromarray(pixels), placed.box, self._fill))
 
     def _crop_array(self, image: Image.Image | Array, channel_order: ChannelOrder) -> Array:
         pixels = as_array(np.asarray(image), self.channels, self.pixel_max)

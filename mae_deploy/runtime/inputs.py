@@ -12,6 +12,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.arrays import ChannelOrder, check_channel_order, in_rgb
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array, UnreadableImage, is_image
+from mae_deploy.images.video_image import VideoImage
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import take_patches
 from mae_deploy.runtime.manifest import IDS_KEEP, NUM_KEEP, PATCHES, TOKEN_INPUTS, UPDATES
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from PIL import Image
     from typing_extensions import TypeIs
 
-Images: TypeAlias = "Array | Image.Image | Sequence[Array | Image.Image]"
+Images: TypeAlias = "Array | Image.Image | VideoImage | Sequence[Array | Image.Image | VideoImage]"
 Keep: TypeAlias = "Array | str | Sequence[int] | Sequence[Sequence[int]] | Sequence[Array]"
 NumKeep: TypeAlias = "Array | Sequence[int]"
 
@@ -38,7 +39,7 @@ _ACCEPTED = (
 )
 
 
-def is_batch(images: Images) -> TypeIs[Array | Sequence[Array | Image.Image]]:
+def is_batch(images: Images) -> TypeIs[Array | Sequence[Array | Image.Image | VideoImage]]:
     """Whether it is several images, which can be counted and sliced: a list, or an array of four axes."""
     return isinstance(images, list | tuple) or (isinstance(images, np.ndarray) and images.ndim == 4)
 
@@ -74,7 +75,7 @@ def image_batch(
         if (images.dtype != np.uint8 and not wide) or images.ndim not in (2, 3, 4):
             raise ConfigError(f"images are {images.dtype} {images.shape}", hint=_accepted(preprocess))
         images = list(images) if images.ndim == 4 else [images]
-    elif is_image(images):
+    elif is_image(images) or isinstance(images, VideoImage):
         images = [images]
     elif not isinstance(images, list | tuple):
         raise ConfigError(f"images are of type {type(images).__name__}", hint=_accepted(preprocess))
@@ -307,6 +308,8 @@ def _pixels(image: Any, index: int, preprocess: Preprocess, channel_order: Chann
             if image.size == 0:
                 raise ConfigError(f"no pixels in shape {image.shape}")
             return preprocess.crop(image, channel_order)
+        if isinstance(image, VideoImage):
+            return preprocess.crop(image)
         if is_image(image):
             from PIL import ImageOps
 

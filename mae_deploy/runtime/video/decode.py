@@ -8,10 +8,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_optional
-from mae_deploy.images.read import Array
+from mae_deploy.images.video_image import VideoImage
 from mae_deploy.progress import notice
 from mae_deploy.runtime.video.counts import Counts
 from mae_deploy.runtime.video.options import VideoOptions
@@ -57,8 +55,8 @@ class Reader:
             return None
         return round(float(self._container.duration) / 1e6 * self.rate)
 
-    def frames(self) -> Iterator[tuple[Array, float | None, tuple[str, ...]]]:
-        """Each frame's pixels, time in seconds, and what happened since the one before. What cannot be decoded is
+    def frames(self) -> Iterator[tuple[VideoImage, float | None, tuple[str, ...]]]:
+        """Each frame, its time in seconds, and what happened since the one before. What cannot be decoded is
         skipped, counted, and said the first time.
 
         Raises:
@@ -94,7 +92,7 @@ class Reader:
                 if first is None:
                     first = frame.time
                 time = None if frame.time is None or first is None else frame.time - first
-                yield _upright(frame), time, events
+                yield VideoImage(frame, rotation=frame.rotation), time, events
 
     def close(self) -> None:
         """Let go of the file or the device."""
@@ -158,12 +156,6 @@ def open_reader(name: str, place: str, form: str | None, options: VideoOptions, 
         container.close()
         raise ConfigError(f"{name} has no video in it")
     return Reader(name, container, counts)
-
-
-def _upright(frame: Any) -> Array:
-    """RGB `(H, W, 3)`, turned as the file says that it is to be shown."""
-    pixels: Array = frame.to_ndarray(format="rgb24")
-    return np.rot90(pixels, frame.rotation // 90) if frame.rotation else pixels
 
 
 def _cameras() -> str:

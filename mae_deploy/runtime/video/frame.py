@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.images.read import Array, is_image
+from mae_deploy.images.video_image import VideoImage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -19,7 +20,8 @@ class Frame:
     time: float | None
     """Seconds from the first frame: by the file's clock, of a live source by this machine's; None for images."""
     image: Any
-    """What backbones and streams take: an image of any size."""
+    """What backbones and streams take, an image of any size: a `VideoImage` in the decoder's own pixel format, or what
+    was read of an image file."""
     dropped: int = 0
     """Frames between the one before and this one that were lost because the queue was full."""
     events: tuple[str, ...] = ()
@@ -27,6 +29,8 @@ class Frame:
 
     def rgb(self) -> Array:
         """uint8 `(H, W, 3)`, to look at."""
+        if isinstance(self.image, VideoImage):
+            return self.image.rgb()
         if is_image(self.image):
             return np.asarray(self.image.convert("RGB"))
         found: Array = self.image

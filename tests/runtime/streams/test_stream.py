@@ -12,6 +12,7 @@ import pytest
 from mae_deploy.cli import main
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
+from mae_deploy.images.video_image import VideoImage
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.selection import Every, Motion, Region
 from mae_deploy.runtime.streams.camera import CUT, FIRST, RESIZED, WIDE
@@ -302,3 +303,13 @@ def test_memory_does_not_grow(backbone: Backbone) -> None:
 def test_options_that_cannot_be(backbone: Backbone, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         backbone.stream(**options)
+
+
+def test_a_frame_in_its_own_pixel_format_is_followed_as_its_rgb_pixels_are(backbone: Backbone) -> None:
+    ours, ordinary = backbone.stream(**STILL), backbone.stream(**STILL)
+    for frame in (background(), changed(background(), 3, 4)):
+        seen, expected = ours(VideoImage.from_array(frame, "rgb24")), ordinary(frame)
+        np.testing.assert_array_equal(seen.keep, expected.keep)
+        np.testing.assert_allclose(seen["tokens"], expected["tokens"], atol=2e-5)
+    direct = backbone(VideoImage.from_array(background(), "rgb24"))
+    np.testing.assert_allclose(direct["cls"], whole(backbone, background())["cls"], atol=2e-5)
