@@ -310,6 +310,8 @@ def test_a_frame_in_its_own_pixel_format_is_followed_as_its_rgb_pixels_are(backb
     for frame in (background(), changed(background(), 3, 4)):
         seen, expected = ours(VideoImage.from_array(frame, "rgb24")), ordinary(frame)
         np.testing.assert_array_equal(seen.keep, expected.keep)
-        np.testing.assert_allclose(seen["tokens"], expected["tokens"], atol=2e-5)
-    direct = backbone(VideoImage.from_array(background(), "rgb24"))
-    np.testing.assert_allclose(direct["cls"], whole(backbone, background())["cls"], atol=2e-5)
+        assert (
+            np.square(seen["tokens"] - expected["tokens"]).sum() < 1e-3 * np.square(expected["tokens"]).sum()
+        )  # 30 dB
+    direct, expected = backbone(VideoImage.from_array(background(), "rgb24")), whole(backbone, background())
+    assert np.square(direct["cls"] - expected["cls"]).sum() < 1e-3 * np.square(expected["cls"]).sum()
