@@ -247,6 +247,24 @@ class EdgeConfig(Settings, resume="fixed"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class StreamTrainingConfig(Settings, resume="fixed"):
+    """Streams."""
+
+    stream: tuple[float, float] | None = None
+    """Train for streams: the student sees each image through keys and values that an earlier frame left behind, with a
+    share of its patches computed, LOW,HIGH, drawn for each step; one share fixes it. Takes the place of
+    --mask-ratio."""
+    stream_frames: int = setting(0, at_least=0)
+    """The earlier frame is one of so many before the image in DATA, where the two are frames of one scene; else, and
+    with 0, it is made of the image: something moved, flicker, noise, a pixel of jitter."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_keep_ratio(self.stream, "--stream"))
+        if self.stream is None and self.stream_frames:
+            yield ConfigError(f"--stream-frames {self.stream_frames} is for --stream", hint="add --stream 0.2,0.4")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class ShapeConfig(Settings, resume="fixed"):
     """Student."""
 
@@ -308,6 +326,7 @@ class DistillConfig(RunSettings):
     teaching: TeacherConfig = section(TeacherConfig)
     caching: CacheConfig = section(CacheConfig)
     edge: EdgeConfig = section(EdgeConfig)
+    streams: StreamTrainingConfig = section(StreamTrainingConfig)
     decoder: DecoderConfig = section(DecoderConfig, decoder_depth=1, decoder_embed_dim=256, decoder_num_heads=8)
     optim: OptimConfig = section(OptimConfig, epochs=100, blr=5e-4)
     augment: CropConfig = section(CropConfig)
@@ -317,6 +336,11 @@ class DistillConfig(RunSettings):
 
     def faults(self) -> Iterator[MaeDeployError]:
         yield from errors_of(lambda: check_keep_ratio(self.keep_ratio))
+        if self.keep_ratio is not None and self.streams.stream is not None:
+            yield ConfigError(
+                f"--keep-ratio {self.keep_ratio[0]:g},{self.keep_ratio[1]:g} does not go with --stream, which says"
+                " itself how many patches are computed"
+            )
         if self.shape.init_blocks != "even" and self.init != FROM_TEACHER:
             yield ConfigError(
                 f"--init-blocks {self.shape.init_blocks} says which of the teacher's blocks to take",

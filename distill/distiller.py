@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from torch import Tensor, nn
 
 from mae_deploy.distill.objectives.base import Objective, View
+from mae_deploy.distill.streams import Update, tapped_on_stream
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.quantization.training import Quantizer
 from mae_deploy.models.taps import Tap, tapped, unreached
@@ -33,7 +34,12 @@ class Distiller(nn.Module):
             part.requires_grad_(False)
 
     def forward(
-        self, images: Tensor, labels: Tensor, masking: Masking | None, answers: tuple[Tensor, ...]
+        self,
+        images: Tensor,
+        labels: Tensor,
+        masking: Masking | None,
+        answers: tuple[Tensor, ...],
+        seen: Update | None = None,
     ) -> dict[str, Tensor]:
         """Each objective's loss, unweighted.
 
@@ -42,12 +48,15 @@ class Distiller(nn.Module):
             labels: `(B,)`, `UNLABELLED` where there is none.
             masking: the patches that the student sees; None: all.
             answers: the teacher's `teacher_taps`, in their order.
+            seen: what the student sees of whole images where they are frames of a stream.
         """
         view = View(images, labels, masking)
-        student, teacher = (
-            tapped(self.student, images, self.student_taps, masking),
-            dict(zip(self.teacher_taps, answers, strict=True)),
+        student = (
+            tapped(self.student, images, self.student_taps, masking)
+            if seen is None
+            else tapped_on_stream(self.student, images, seen, self.student_taps)
         )
+        teacher = dict(zip(self.teacher_taps, answers, strict=True))
         return {name: objective(student, teacher, view) for name, objective in self.objectives.items()}
 
 

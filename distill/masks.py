@@ -22,7 +22,8 @@ class Masks:
         self.num_patches = encoder.num_patches
         self.kept = KeptPatches(encoder.num_patches, config.keep_ratio) if config.keep_ratio is not None else None
         self.fixed_views = config.caching.fixed_views > 0
-        self.mask_ratio = config.features.mask_ratio if kind == "features" and self.kept is None else 0.0
+        by_ratio = kind == "features" and self.kept is None and config.streams.stream is None
+        self.mask_ratio = config.features.mask_ratio if by_ratio else 0.0
         if keep_count(self.num_patches, 1 - self.mask_ratio, least=0) == 0:
             raise ConfigError(f"--mask-ratio {self.mask_ratio} of {self.num_patches} patches leaves nothing to see")
 

@@ -25,6 +25,7 @@ from mae_deploy.distill.config import DistillConfig, RunKind
 from mae_deploy.distill.distiller import Distiller
 from mae_deploy.distill.masks import Masks
 from mae_deploy.distill.quantization import student_quantizer
+from mae_deploy.distill.streams import Updates, check_stream
 from mae_deploy.distill.student import read_start, start, student_encoder
 from mae_deploy.distill.teachers.base import Teacher, check_view
 from mae_deploy.distill.teachers.open import open_teacher
@@ -84,6 +85,8 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
             hint="put all images below DATA",
         )
     data = _unlabelled(config) if kind == "features" else _labelled(config, teacher)
+    if config.streams.stream is not None:
+        check_stream(weights, config.streams.stream, sharding=config.loop.sharding)
     model = _distiller(config, encoder, data, init, teacher, weights)
     whole = kind == "logits" or config.teaching.teacher_view == "whole"
     if model.teacher_taps:
@@ -97,7 +100,9 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         config.images,
         seed=config.seed,
         fixed_views=config.caching.fixed_views,
+        earlier=config.streams.stream_frames,
     )
+    updates = None if config.streams.stream is None else Updates(encoder, spec, config.streams.stream)
     answers = _answers(config, teacher, dataset, masks, accelerator, whole=whole) if model.teacher_taps else None
     job = TrainingJob(
         title=f"distil {kind}",
@@ -108,7 +113,7 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         ),
         dataset=dataset,
         spec=spec,
-        loss=_Loss(model, answers, weights, masks, whole=whole),
+        loss=_Loss(model, answers, weights, masks, updates, whole=whole),
         metadata=lambda: _metadata(config, model, data, spec, kind, teacher, init),
         paper_warmup=_WARMUP,
         evaluate=None if data.val is None else _evaluation(config, data.val, spec, masks),
@@ -126,23 +131,32 @@ class _Loss:
     """The teacher's answers, then the weighted sum of the objectives."""
 
     def __init__(
-        self, model: Distiller, teacher: Answers | None, weights: dict[str, Weight], masks: Masks, *, whole: bool
+        self,
+        model: Distiller,
+        teacher: Answers | None,
+        weights: dict[str, Weight],
+        masks: Masks,
+        updates: Updates | None,
+        *,
+        whole: bool,
     ) -> None:
         self.taps = model.teacher_taps
         self.quantizer = model.quantizer
         self.teacher = teacher
         self.weights = weights
         self.masks = masks
+        self.updates = updates
         self.whole = whole
 
     def __call__(self, model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
+        batch, seen = (batch, None) if self.updates is None else self.updates(batch)
         masking, answers = self.masks(batch), {}
         if self.teacher is not None:
             with batch.timed("teacher"):
                 answers = self.teacher(batch, masking, whole=self.whole)
         with nullcontext() if self.quantizer is None else self.quantizer.step(batch.step, batch.done):
             parts: dict[str, Tensor] = model(
-                batch.images, batch.labels, masking, tuple(answers[tap] for tap in self.taps)
+                batch.images, batch.labels, masking, tuple(answers[tap] for tap in self.taps), seen
             )
         loss = sum(weight.at(batch.done) * parts[name] for name, weight in self.weights.items())
         assert isinstance(loss, Tensor)

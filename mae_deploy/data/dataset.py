@@ -30,7 +30,7 @@ class Sample(NamedTuple):
     """An image, its label, its name, and the unreadable files that were met on the way."""
 
     image: Tensor | None
-    """uint8 `(C, H, W)`; None where it cannot be read."""
+    """uint8 `(C, H, W)`, or a pair of such; None where it cannot be read."""
     label: int
     unreadable: tuple[str, ...]
     name: str
@@ -44,7 +44,7 @@ class Batch(NamedTuple):
     """Samples stacked."""
 
     images: Tensor
-    """uint8 `(B, C, H, W)`; float32 or uint16 where the files hold that."""
+    """uint8 `(B, C, H, W)`, of pairs `(B, 2, C, H, W)`; float32 or uint16 where the files hold that."""
     labels: Tensor
     """int64 `(B,)`."""
     unreadable: tuple[str, ...]
@@ -84,6 +84,8 @@ class ImageDataset(Dataset[Sample]):
         cache: keep decoded images in memory.
         views: samples of each image that follow one another (repeated augmentation); it is decoded once for them all.
         fixed_views: augmentations of each image in all, which the epochs take in turn; 0: every epoch draws its own.
+        earlier: give pairs `(2, C, H, W)`, one of so many images before it and the image itself, cropped and flipped
+            alike; where there is none, or it cannot be read, the image twice. 0: the image alone.
 
     Raises:
         ConfigError: fewer fixed views than views in a batch, or pixels that are not of the kind that is expected.
@@ -99,6 +101,7 @@ class ImageDataset(Dataset[Sample]):
         cache: bool = False,
         views: int = 1,
         fixed_views: int = 0,
+        earlier: int = 0,
     ) -> None:
         if 0 < fixed_views < views:
             raise ConfigError(
@@ -113,6 +116,7 @@ class ImageDataset(Dataset[Sample]):
         self.replace_unreadable = replace_unreadable
         self.views = views
         self.fixed_views = fixed_views
+        self.earlier = earlier
         self._cache: dict[int, Image.Image | Array] = {}
         self._cached = len(images) if cache else 1 if views > 1 else 0
 
@@ -132,10 +136,10 @@ class ImageDataset(Dataset[Sample]):
         places = ((key.item + offset) % len(self) for offset in range(tries))
         for index, image in readable(places, self._read, lambda _, reason: unreadable.append(reason)):
             view, draw = self._draw(key, index)
-            seed_everything(derive_seed(self.seed, "augment", *draw))
-            return Sample(
-                self.transform(image), self.images.labels[index], tuple(unreadable), self.images.key(index), index, view
-            )
+            pixels = self._augmented(image, draw)
+            if self.earlier:
+                pixels = torch.stack([self._augmented(self._before(image, index, draw), draw), pixels])
+            return Sample(pixels, self.images.labels[index], tuple(unreadable), self.images.key(index), index, view)
         # Not raised: an error in a worker process arrives as a page of traceback.
         return Sample(None, self.images.labels[key.item], tuple(unreadable), self.images.key(key.item))
 
@@ -161,6 +165,16 @@ class ImageDataset(Dataset[Sample]):
             range(len(self)), lambda index: self.images.read(index, spec.channels, spec.pixel_max), lambda *_: None
         )
         return [image for _, image in islice(found, count)]
+
+    def _augmented(self, image: Image.Image | Array, draw: tuple[int, ...]) -> Tensor:
+        seed_everything(derive_seed(self.seed, "augment", *draw))
+        return self.transform(image)
+
+    def _before(self, image: Image.Image | Array, index: int, draw: tuple[int, ...]) -> Image.Image | Array:
+        """One of the few images before this one."""
+        place = index - 1 - derive_seed(self.seed, "earlier", *draw) % self.earlier
+        found = readable([place] if place >= 0 else [], self._read, lambda *_: None)
+        return next((earlier for _, earlier in found), image)
 
     def _draw(self, key: Key, index: int) -> tuple[int, tuple[int, ...]]:
         """The number of the fixed view, and what the augmentation of an image depends on."""

@@ -29,12 +29,13 @@ def open_training(data: str, transform: Transform, config: DataConfig, *, seed: 
 
 
 def train_dataset(
-    images: ImageSource, transform: Transform, config: DataConfig, *, seed: int, fixed_views: int = 0
+    images: ImageSource, transform: Transform, config: DataConfig, *, seed: int, fixed_views: int = 0, earlier: int = 0
 ) -> ImageDataset:
     """Images that can be read in any order, as a run trains on them.
 
     Args:
-        fixed_views: see `ImageDataset`.
+        fixed_views: see `ImageDataset`, as of
+        earlier:
     """
     return ImageDataset(
         images,
@@ -44,4 +45,5 @@ def train_dataset(
         cache=config.cache,
         views=config.repeated_aug,
         fixed_views=fixed_views,
+        earlier=earlier,
     )

@@ -27,11 +27,11 @@ class KeyValueCache:
     """Which rows were computed, bool `(B, S)`: attention sees no others."""
 
 
-def empty_cache(encoder: Encoder, batch: int) -> KeyValueCache:
-    """Nothing computed yet, for this many streams."""
+def empty_cache(encoder: Encoder, batch: int, depth: int | None = None) -> KeyValueCache:
+    """Nothing computed yet, for this many streams; of the first `depth` blocks, and so updates run no more of them."""
     c, like = encoder.config, encoder.pos_embed
     S = 1 + c.num_patches
-    rows = tuple(like.new_zeros(batch, c.heads, S, c.width // c.heads) for _ in range(c.blocks))
+    rows = tuple(like.new_zeros(batch, c.heads, S, c.width // c.heads) for _ in encoder.blocks[:depth])
     return KeyValueCache(rows, rows, torch.zeros(batch, S, dtype=torch.bool, device=like.device))
 
 
@@ -45,13 +45,14 @@ def update(
         ids_keep: which they are, int64 `(B, K)`, each once.
 
     Returns:
-        CLS and the recomputed tokens after the final norm, `(B, T, D)`; the new cache; the tokens after every block.
+        CLS and the recomputed tokens after the final norm, `(B, T, D)`; the new cache; the tokens after every block of
+        the cache.
     """
     tokens = encoder.embed_patches(patches, ids_keep)
     rows = F.pad(ids_keep + 1, (1, 0))
     computed = cache.computed.scatter(1, rows, True)
     keys, values, inner = [], [], []
-    for block, old_keys, old_values in zip(encoder.blocks, cache.keys, cache.values, strict=True):
+    for block, old_keys, old_values in zip(encoder.blocks[: len(cache.keys)], cache.keys, cache.values, strict=True):
         assert isinstance(block, BlockWithQKV)
         q, k, v = block(tokens, inner="only_qkv").unbind(1)
         places = rows[:, None, :, None].expand_as(k)

@@ -38,7 +38,7 @@ def keep_count(num_patches: int, keep_ratio: float, *, least: int = 1) -> int:
     return max(least, int(num_patches * keep_ratio))
 
 
-def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
+def check_keep_ratio(keep_ratio: tuple[float, float] | None, flag: str = "--keep-ratio") -> None:
     """Whether the least and the largest share of the patches are shares, in this order.
 
     Raises:
@@ -46,7 +46,7 @@ def check_keep_ratio(keep_ratio: tuple[float, float] | None) -> None:
     """
     if keep_ratio is not None and not 0 < keep_ratio[0] <= keep_ratio[1] <= 1:
         raise ConfigError(
-            f"--keep-ratio {keep_ratio[0]:g},{keep_ratio[1]:g} is not LOW,HIGH, above 0 and at most 1",
+            f"{flag} {keep_ratio[0]:g},{keep_ratio[1]:g} is not LOW,HIGH, above 0 and at most 1",
             hint="such as 0.15,1, or one share",
         )
 

@@ -57,6 +57,28 @@ def test_a_sample_depends_on_seed_epoch_and_item_alone(images: Path) -> None:
     assert not torch.equal(image_of(dataset_of(found, seed=4)[Key(2, 5)]), first)
 
 
+def test_an_image_and_one_before_it_are_augmented_alike(tmp_path: Path) -> None:
+    """Each image is of one level of grey, so that a pair tells which two they are, and the crop which part."""
+    for number in range(9):
+        ramp = np.broadcast_to(np.arange(20, dtype=np.uint8)[None, :, None], (15, 20, 3)) + 25 * number
+        Image.fromarray(ramp.astype(np.uint8)).save(tmp_path / f"{number}.png")
+    found = unlabelled_images(tmp_path)
+    transform = train_transform(default_preprocess((10, 15)), CropConfig())
+    pairs = ImageDataset(found, transform, seed=3, replace_unreadable=True, earlier=3)
+    alone = ImageDataset(found, transform, seed=3, replace_unreadable=True)
+    before = set()
+    for epoch in range(8):
+        for item in range(9):
+            pair = image_of(pairs[Key(epoch, item)])
+            assert torch.equal(pair[1], image_of(alone[Key(epoch, item)]))
+            (distance,) = set((pair[1].int() - pair[0].int()).flatten().tolist())
+            before.add((item, distance // 25))
+    assert before == {(item, back if back <= item else 0) for item in range(9) for back in (1, 2, 3)}
+    spoil(tmp_path / "4.png")
+    pair = image_of(ImageDataset(found, transform, seed=3, replace_unreadable=True, earlier=1)[Key(0, 5)])
+    assert torch.equal(pair[0], pair[1])
+
+
 def test_the_cache_keeps_what_it_decoded(images: Path) -> None:
     found = unlabelled_images(images)
     dataset = dataset_of(found, cache=True)

@@ -198,7 +198,7 @@ def input_fault(batches: Sequence[Batch], spec: Preprocess) -> str | None:
     mean, std = (torch.tensor(values, dtype=torch.float64).view(-1, 1, 1) for values in (spec.mean, spec.std))
     for batch in batches:
         inputs = (batch.images.double() / spec.divisor - mean) / std
-        largest = inputs.abs().amax(dim=(0, 2, 3))  # NaN where there is one
+        largest = inputs.abs().movedim(-3, 0).flatten(1).amax(dim=1)  # NaN where there is one
         channel = int(torch.where(largest.isnan(), math.inf, largest).argmax())
         if not float(largest[channel]) <= _LARGEST_INPUT:
             return (
