@@ -20,9 +20,16 @@ class VerifyConfig(Settings, resume="never"):
     """Settings of `mae-deploy verify`."""
 
     bundle: Path = setting(argument=True, metavar="BUNDLE")
-    """Bundle folder."""
+    """Bundle folder; with --graph a checkpoint."""
     layers: bool = False
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
+    graph: Path | None = None
+    """Somebody else's ONNX file of a checkpoint's weights: its outputs are compared with PyTorch's, which must be
+    installed."""
+    samples: Path | None = None
+    """With --graph: folder of images for the check; default: the data that the checkpoint was trained on."""
+    precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
+    """With --graph: the precision whose tolerance its outputs must meet; default: fp32."""
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
     machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""

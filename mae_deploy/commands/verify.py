@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from mae_deploy.commands.config import VerifyConfig
-from mae_deploy.errors import CheckFailed
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.reporting.bundles import blocks_table, verification_table
 from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
@@ -23,6 +25,13 @@ def run_verify(config: VerifyConfig) -> Result:
         ConfigError: no bundle, an engine that cannot do this, or `layers` of a bundle without block outputs.
         MissingDependency: the engine's package or its device is absent.
     """
+    if config.graph is not None:
+        return _other_graph(config, config.graph)
+    given = [name for name in ("samples", "precision") if getattr(config, name) is not None]
+    if given:
+        raise ConfigError(
+            f"--{given[0]} is about --graph", hint="a bundle has its own samples and tolerance; leave it out"
+        )
     bundle = Bundle.load(config.bundle)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
     verification = verify_bundle(bundle, config.engine, options)
@@ -39,6 +48,25 @@ def run_verify(config: VerifyConfig) -> Result:
         raise CheckFailed(f"{config.bundle} misses parity: {failures[0]}", details=failures[1:], result=result)
     if failures:
         raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
+    return result
+
+
+def _other_graph(config: VerifyConfig, graph: Path) -> Result:
+    if config.layers:
+        raise ConfigError("--layers needs a bundle, whose blocks are known", hint="leave out --layers, or --graph")
+    from mae_deploy.export.other_graph import verify_graph
+
+    verification = verify_graph(
+        config.bundle,
+        graph,
+        engine=config.engine,
+        options=EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity),
+        precision=config.precision or "fp32",
+        samples=config.samples,
+    )
+    result = _result(verification, None)
+    if not verification.passed:
+        raise CheckFailed(f"{graph} is not {config.bundle}: {'; '.join(verification.failures)}", result=result)
     return result
 
 

@@ -18,7 +18,7 @@ PARITY = (
 """The figures of a `Comparison`."""
 
 
-_NO_FRAME = "preprocessing was not checked: the bundle is of an older version; export it again to have it checked"
+_NO_FRAME = "preprocessing was not checked: only bundles have a frame for that, and those of older versions have none"
 
 
 def verification_table(verification: Verification) -> Table:

@@ -1,0 +1,179 @@
+"""Somebody else's ONNX file of a checkpoint's weights, put to the checks of our own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.export.config import ExportConfig
+from mae_deploy.export.graph.spec import available_outputs
+from mae_deploy.export.job import ExportJob, compute_reference, prepare
+from mae_deploy.export.proof import GOLDEN as SAMPLES
+from mae_deploy.images.read import Array
+from mae_deploy.progress import notice
+from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES
+from mae_deploy.runtime.parity.checks import GOLDEN, RUN_AGAIN, Check, Verification
+from mae_deploy.runtime.parity.compare import compare
+from mae_deploy.runtime.registry import open_graph
+from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
+
+Arrays = dict[str, Array]
+
+SEQUENCE = "cls and tokens"
+"""What others call the last hidden state: `(B, 1 + N, D)`."""
+
+
+@dataclass(frozen=True)
+class _Input:
+    name: str
+    dtype: Any
+    batch: int | None
+    """None: any."""
+    rank: int
+
+
+def verify_graph(
+    checkpoint: Path,
+    graph: Path,
+    *,
+    engine: str = "auto",
+    options: EngineOptions = EngineOptions(),
+    precision: str = "fp32",
+    samples: Path | None = None,
+) -> Verification:
+    """Run images through PyTorch and through the graph, and compare each of its outputs with what it must be.
+
+    The graph takes the images, float32 `(B, C, H, W)` normalised as the checkpoint says, or uint8 `(B, H, W, C)`, and
+    may take int64 `ids_keep (B, K)`, under whatever names. An output is known by its name, where that is ours, else by
+    its shape; which it is taken for is said.
+
+    Args:
+        precision: whose tolerance the outputs must meet.
+        samples: a folder of images; default: the data of the checkpoint.
+
+    Raises:
+        ConfigError: no such graph, or inputs or outputs that this checkpoint does not have.
+        MissingDependency: the engine's package is absent.
+        MaeDeployError: the engine refuses the graph or the images.
+    """
+    inputs = _graph_inputs(graph)
+    if len(inputs) > 2:
+        raise ConfigError(
+            f"{graph} takes {', '.join(entry.name for entry in inputs)}; a graph of images, or of images and ids_keep,"
+            " can be checked"
+        )
+    config = ExportConfig(
+        checkpoint=checkpoint,
+        out=graph,
+        tokens="full" if len(inputs) == 1 else "visible",
+        samples=samples,
+        num_samples=SAMPLES,
+    )
+    job = prepare(config)
+    known = available_outputs(job.loaded.metadata, config.token_mode)
+    job = replace(job, names=tuple(name for name in known if not name.startswith("block_")))
+    compute_reference(job)
+    with open_graph(graph, engine, options, precision=precision) as loaded:
+        return _verification(job, graph, inputs, loaded, TOLERANCES[precision])
+
+
+def _graph_inputs(graph: Path) -> list[_Input]:
+    """What the graph takes, images first.
+
+    Raises:
+        ConfigError: no such file, or none that ONNX can read.
+    """
+    if not graph.is_file():
+        raise ConfigError(f"no ONNX file at {graph}")
+    try:
+        model = onnx.load(graph, load_external_data=False)
+    except DecodeError as error:
+        raise ConfigError(f"{graph} is no ONNX file") from error
+    constants = {tensor.name for tensor in model.graph.initializer}
+    found = []
+    for entry in model.graph.input:
+        if entry.name not in constants:
+            sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in entry.type.tensor_type.shape.dim]
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
+            found.append(_Input(entry.name, dtype, sizes[0] if sizes else None, len(sizes)))
+    if not found:
+        raise ConfigError(f"{graph} takes no input")
+    return sorted(found, key=lambda entry: entry.rank != 4)
+
+
+def _verification(
+    job: ExportJob, graph: Path, inputs: Sequence[_Input], engine: Engine, tolerance: Tolerance
+) -> Verification:
+    samples, expected = job.trials[0]
+    images = job.samples.pixels if inputs[0].dtype == np.uint8 else samples[IMAGES].astype(inputs[0].dtype)
+    given = {entry.name: array for entry, array in zip(inputs, (images, samples.get(IDS_KEEP)), strict=False)}
+    batch, S = inputs[0].batch, len(images)
+
+    def run(order: Array, step: int | None = batch) -> Arrays:
+        return run_in_chunks(engine, {name: array[order] for name, array in given.items()}, batch=step)
+
+    order = np.arange(S)
+    found = run(order)
+    names = {output: _meaning(graph, output, array, expected) for output, array in found.items()}
+    for output, name in names.items():
+        if output != name:
+            notice(f"output '{output}':", f"taken for {name}, {' x '.join(map(str, found[output].shape[1:]))}")
+    right = {output: _value(name, expected) for output, name in names.items()}
+    runs = [
+        (GOLDEN, right, found, tolerance),
+        (RUN_AGAIN, found, run(order), TOLERANCES["fp32"]),
+    ]
+    if batch is None and S > 1:
+        runs.append(("sample alone", right, run(order, 1), tolerance))
+    elif S > 1 and batch != 1:
+        turned = np.roll(order, 1)
+        other = {output: array[turned] for output, array in right.items()}
+        runs.append(("other neighbours", other, run(turned), tolerance))
+    return Verification(
+        bundle=str(graph),
+        engine=engine.name,
+        engine_version=engine.version,
+        device=engine.device,
+        num_samples=S,
+        tolerance=tolerance,
+        checks=tuple(
+            _check(check, names[output], must_be[output], array, limits)
+            for check, must_be, outputs, limits in runs
+            for output, array in outputs.items()
+        ),
+    )
+
+
+def _check(check: str, name: str, expected: Array, found: Array, tolerance: Tolerance) -> Check:
+    comparison = compare(expected, found, name)
+    return Check(check, comparison, tuple(comparison.failures(tolerance)))
+
+
+def _meaning(graph: Path, output: str, found: Array, expected: Mapping[str, Array]) -> str:
+    """Which of PyTorch's outputs this is: the one of its name, else the nearest of its shape."""
+    if output in expected and expected[output].shape == found.shape:
+        return output
+    fitting = [name for name in (*expected, SEQUENCE) if _value(name, expected).shape == found.shape]
+    if not fitting:
+        known = ", ".join(f"{name} {expected[name].shape[1:]}" for name in expected)
+        raise ConfigError(
+            f"output '{output}' of {graph} has the shape {found.shape[1:]} an image; this checkpoint gives {known}"
+        )
+    if output not in CLASS_OUTPUTS and {*CLASS_OUTPUTS} <= {*fitting}:
+        sums_to_one = np.allclose(found.sum(axis=1, dtype=np.float64), 1, atol=1e-2) and found.min() >= 0
+        return "probs" if sums_to_one else "logits"
+    return min(fitting, key=lambda name: float(np.square(_value(name, expected) - np.nan_to_num(found)).sum()))
+
+
+def _value(name: str, expected: Mapping[str, Array]) -> Array:
+    if name != SEQUENCE:
+        return expected[name]
+    return np.concatenate([expected["cls"][:, None], expected["tokens"]], axis=1)

@@ -1,0 +1,137 @@
+"""Somebody else's ONNX of the same weights: torch's own exporter's is right, and whatever computes something else is a
+miss that is named.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mae_deploy.cli import main
+from mae_deploy.models.vit import Classifier, Encoder
+from tests.data.image_folders import write_noise
+from tests.export.tiny_exports import write_checkpoint
+from tests.models.tiny_models import tiny_classifier
+
+
+class Others(nn.Module):
+    """A classifier as others export it: the last hidden state, and scores."""
+
+    def __init__(self, model: Classifier, flaw: str | None) -> None:
+        super().__init__()
+        self.model, self.flaw = model, flaw
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        tokens = Encoder.forward(self.model, images.flip(1) if self.flaw == "channels" else images)
+        scores = self.model.head(tokens[:, 0])
+        if self.flaw == "tokens":
+            tokens = tokens.flip(1)
+        return tokens, scores.softmax(dim=-1) if self.flaw == "probs" else scores
+
+
+def exported(path: Path, flaw: str | None = None, batch: int = 2) -> Path:
+    model = tiny_classifier("cls").eval()
+    images = torch.zeros(batch, model.config.in_chans, *model.config.image_size)
+    names = {"input_names": ["pixel_values"], "output_names": ["last_hidden_state", "scores"]}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(Others(model, flaw), (images,), str(path), dynamo=False, **names)  # type: ignore[arg-type]
+    return path
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    write_noise(tmp_path / "photos", 4)
+    return write_checkpoint(tmp_path / "checkpoint", tiny_classifier("cls"))
+
+
+def verified(checkpoint: Path, graph: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any, str]:
+    photos = str(checkpoint.parent / "photos")
+    code = main(["verify", str(checkpoint), "--graph", str(graph), "--samples", photos, "--json", *more])
+    captured = capsys.readouterr()
+    return code, json.loads(captured.out) if captured.out else None, captured.err
+
+
+def test_torchs_own_export_is_right(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found, said = verified(checkpoint, exported(tmp_path / "other.onnx"), capsys)
+    assert (code, found["failures"]) == (0, [])
+    assert [check["name"] for check in found["outputs"]] == ["cls and tokens", "logits"]
+    assert {check["check"] for check in found["invariances"]} == {"run again", "other neighbours"}
+    assert "output 'last_hidden_state': taken for cls and tokens" in said
+
+
+def test_probabilities_are_told_from_logits(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, found, _ = verified(checkpoint, exported(tmp_path / "other.onnx", "probs"), capsys)
+    assert (code, found["outputs"][1]["name"]) == (0, "probs")
+
+
+@pytest.mark.parametrize(
+    ("flaw", "missed"), [("channels", {"cls and tokens", "logits"}), ("tokens", {"cls and tokens"})]
+)
+def test_what_computes_something_else_is_a_miss(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flaw: str, missed: set[str]
+) -> None:
+    code, found, said = verified(checkpoint, exported(tmp_path / "other.onnx", flaw), capsys)
+    assert code == 1
+    assert {check["name"] for check in found["outputs"] if not check["passed"]} == missed
+    assert "other.onnx is not" in said
+
+
+def test_a_graph_of_ours_by_names_of_ours(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photos = str(tmp_path / "photos")
+    out = tmp_path / "bundle"
+    assert main(["export", str(checkpoint), "--tokens", "visible", "--samples", photos, "--out", str(out)]) == 0
+    capsys.readouterr()
+    code, found, _ = verified(checkpoint, out / "encoder.onnx", capsys)
+    assert (code, [check["name"] for check in found["outputs"]]) == (0, ["logits", "cls", "tokens", "pooled"])
+    assert "sample alone" in {check["check"] for check in found["invariances"]}
+
+
+def test_outputs_that_the_checkpoint_has_not_got(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = onnx.load(exported(tmp_path / "other.onnx"))
+    model.graph.node.append(onnx.helper.make_node("Concat", ["scores", "scores"], ["twice"], axis=1))
+    model.graph.output.append(onnx.helper.make_tensor_value_info("twice", onnx.TensorProto.FLOAT, None))
+    onnx.save(model, tmp_path / "other.onnx")
+    code, _, said = verified(checkpoint, tmp_path / "other.onnx", capsys)
+    assert code == 2
+    assert "output 'twice'" in said
+    assert "this checkpoint gives logits" in said
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--layers",), "--layers needs a bundle"),
+        (("--graph", "absent.onnx"), "no ONNX file at absent.onnx"),
+    ],
+)
+def test_what_cannot_be_asked(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: tuple[str, ...], said: str
+) -> None:
+    (tmp_path / "text.onnx").write_text("no graph")
+    code, _, found = verified(checkpoint, tmp_path / "text.onnx", capsys, *arguments)
+    assert code == 2
+    assert said in found
+
+
+def test_a_file_that_is_no_graph(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "text.onnx").write_text("no graph")
+    code, _, said = verified(checkpoint, tmp_path / "text.onnx", capsys)
+    assert code == 2
+    assert "is no ONNX file" in said
+
+
+def test_a_bundle_has_its_own_tolerance(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", str(checkpoint), "--precision", "fp16"]) == 2
+    assert "--precision is about --graph" in capsys.readouterr().err
