@@ -60,7 +60,8 @@ def test_what_was_exported_passes(
     assert captured.err == ""
     assert captured.out.startswith(f"{bundle} on onnxruntime {onnxruntime.__version__} (cpu), 8 samples\n")
     found = cells(captured.out)
-    assert [row[:2] for row in found] == [[check, output] for check in CHECKS for output in OUTPUTS]
+    checked = [[check, output] for check in CHECKS for output in OUTPUTS]
+    assert [row[:2] for row in found] == [*checked, ["preprocessing", "frame"]]
     assert {row[-1] for row in found} == {"ok"}
 
 
@@ -197,7 +198,7 @@ def test_layers(bundle: Path, capsys: pytest.CaptureFixture[str], monkeypatch: p
     assert blocks[0][5] == "-"
     assert all(float(row[4]) > 80 and len(row) == 7 for row in blocks)
     assert printed.splitlines()[-1] == "no block is below 80 dB"
-    assert len(cells(printed.partition("after each block")[0])) == len(CHECKS) * len(OUTPUTS)
+    assert len(cells(printed.partition("after each block")[0])) == len(CHECKS) * len(OUTPUTS) + 1
 
 
 def test_the_block_that_loses_precision_is_named(
