@@ -101,5 +101,6 @@ def publish(app: Sphinx, error: Exception | None) -> None:
         twin.parent.mkdir(parents=True, exist_ok=True)
         twin.write_text(text, encoding="utf-8")
         if docname == "index":
+            text = re.sub(r"^!\[.*\n\n", "", text, flags=re.M)
             listed = re.sub(r"\]\(((?!\w+:)[^)]+)\)", rf"]({app.config.html_baseurl}\1)", text)
             (Path(app.outdir) / "llms.txt").write_text(listed, encoding="utf-8")

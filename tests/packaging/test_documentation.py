@@ -106,6 +106,18 @@ def test_something_was_found() -> None:
     assert len(RECIPES) >= 1
 
 
+def test_the_readme_is_short_and_its_badges_are_true() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 150
+    versions = re.findall(r'"Programming Language :: Python :: (3\.\d+)"', project)
+    assert f"/python-{versions[0]}_to_{versions[-1]}-" in text
+    assert 'license = "Apache-2.0"' in project
+    assert "/licence-Apache--2.0-" in text
+    assert re.search(r"^strict = true$", project.partition("[tool.mypy]")[2], re.MULTILINE)
+    assert "/types-mypy_strict-" in text
+
+
 # --- programs --------------------------------------------------------------------------------------------------------
 
 

@@ -108,3 +108,21 @@ def test_a_site_is_built_with_markdown_beside_each_page(tmp_path: Path) -> None:
     assert '<link rel="alternate" type="text/markdown" href="one.md">' in page
     assert 'href="#here"' in page
     assert 'href="guide/one.html"' in (out / "index.html").read_text()
+
+
+def test_the_pictures_of_the_concepts_are_as_they_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawing = importlib.import_module("scripts.draw_concepts")
+    monkeypatch.setattr(sys, "argv", ["draw_concepts", "--out", str(tmp_path)])
+    drawing.main()
+    drawn = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert drawn == {path.name: path.read_text() for path in (DOCS / "concepts").glob("*.svg")}
+
+
+def test_the_overview_reads_what_the_benchmark_printed() -> None:
+    page = (DOCS / "results" / "cpu.md").read_text(encoding="utf-8")
+    found = importlib.import_module("scripts.draw_overview").latencies(page)
+    assert list(found["fp32", "onnxruntime"]) == [196, 20, 49, 98, 147]
+    assert {kind: sorted(points) for kind, points in found.items() if kind[0] == "int8"} == {
+        ("int8", "onnxruntime"): [49, 196],
+        ("int8", "openvino"): [49, 196],
+    }
