@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from mae_deploy.config import Settings, option_name, section, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
 from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.images.geometry import CropMode
 from mae_deploy.runtime.profiles import Profile, Range, covering, read_profiles
-from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.options import (
+    BuildOptions,
+    changed_options,
+    check_rtx_options,
+    check_rtx_precision,
+    tensorrt_major,
+)
 from mae_deploy.training.config import Device
 
 _MODES = ("full", "visible", "ragged", "reconstruct", "cached")
 
 _QUANTIZED = ("int8", "fp8")
-
-_TENSORRT_PACKAGES = ("tensorrt", "tensorrt-cu12-bindings", "tensorrt-cu13-bindings")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -32,12 +34,13 @@ class ExportConfig(Settings, resume="never"):
     """A run folder, a checkpoint folder or a weights file."""
     out: Path
     """Bundle folder to write."""
-    engine: Literal["onnx", "openvino", "trt"] = setting("onnx", basic=True)
+    engine: Literal["onnx", "openvino", "trt", "trt-rtx"] = setting("onnx", basic=True)
     """The engine that the graph is made for and checked on: onnx (ONNX Runtime) or openvino, each of which runs the
-    other's too; trt: TensorRT, an engine is built on this machine's GPU and put into the bundle."""
+    other's too; trt: TensorRT, an engine is built on this machine's GPU and put into the bundle; trt-rtx: TensorRT for
+    RTX, an engine for all RTX GPUs is built without one."""
     build: bool = True
-    """With --engine trt; --no-build: check the graph on ONNX Runtime and leave the engine to 'mae-deploy build-engine'
-    on the device."""
+    """With --engine trt and trt-rtx; --no-build: check the graph on ONNX Runtime and leave the engine to 'mae-deploy
+    build-engine' on the device."""
     tokens: str = setting("full", basic=True, metavar="MODE[:K]")
     """full: the whole image; visible: the patches given as ids_keep, any number of them, or visible:K for exactly K;
     ragged: each image its own number, padded (ragged:K: to K); reconstruct: encoder and decoder, all patches' pixels
@@ -139,6 +142,11 @@ class ExportConfig(Settings, resume="never"):
         yield from self._serving_faults()
 
     @property
+    def is_planned(self) -> bool:
+        """Whether TensorRT, or TensorRT for RTX, builds a plan of the graph."""
+        return self.engine in ("trt", "trt-rtx")
+
+    @property
     def token_mode(self) -> Literal["full", "visible", "ragged", "reconstruct", "cached"]:
         """The part of `tokens` before the colon."""
         return self.tokens.partition(":")[0]  # type: ignore[return-value]
@@ -159,11 +167,7 @@ class ExportConfig(Settings, resume="never"):
     def fixed_batch(self) -> int | None:
         """The fixed batch; an engine of TensorRT is fastest at the one size that it is built for."""
         if self.batch is None:
-            return (
-                1
-                if self.engine == "trt" and not any("B" in profile for profile in read_profiles(self.profile))
-                else None
-            )
+            return 1 if self.is_planned and not any("B" in profile for profile in read_profiles(self.profile)) else None
         return None if self.batch == "dynamic" else int(self.batch)
 
     @property
@@ -171,8 +175,9 @@ class ExportConfig(Settings, resume="never"):
         """What auto means."""
         if self.typing != "auto":
             return self.typing
-        if self.engine == "trt":
-            return "weak" if tensorrt_major() == 8 and self.precision != "fp8" else "strong"
+        if self.is_planned:
+            old = self.engine == "trt" and tensorrt_major() == 8
+            return "weak" if old and self.precision != "fp8" else "strong"
         return "strong" if self.precision == "fp16" or (self.precision, self.engine) == ("bf16", "openvino") else "weak"
 
     @property
@@ -182,7 +187,7 @@ class ExportConfig(Settings, resume="never"):
             return self.fp32_ops
         if self.resolved_typing == "weak" or self.precision == "fp32":
             return ()
-        if self.engine == "trt":
+        if self.is_planned:
             return ("gelu", "norm", "residual") if self.precision == "bf16" else ()
         return () if self.precision == "bf16" else ("softmax",)
 
@@ -198,7 +203,7 @@ class ExportConfig(Settings, resume="never"):
         """
         return (
             "fp32"
-            if self.engine == "trt" and self.resolved_typing == "weak" and self.precision in ("fp16", "bf16")
+            if self.is_planned and self.resolved_typing == "weak" and self.precision in ("fp16", "bf16")
             else self.precision
         )
 
@@ -207,14 +212,15 @@ class ExportConfig(Settings, resume="never"):
         """Whether ONNX Runtime's CPU, which checks graphs for TensorRT, is given products in FP32 of numbers that are
         rounded to BF16.
         """
-        return self.engine == "trt" and self.stored_precision == "bf16"
+        return self.is_planned and self.stored_precision == "bf16"
 
     @property
     def policy(self) -> Literal["dynamic", "static"]:
         """The faster INT8 on the engine unless one is asked for (docs/results/cpu.md)."""
         if self.int8.quantization != "auto":
             return self.int8.quantization
-        return "static" if self.engine in ("openvino", "trt") or self.resolved_typing == "strong" else "dynamic"
+        statically = self.engine == "openvino" or self.is_planned or self.resolved_typing == "strong"
+        return "static" if statically else "dynamic"
 
     @property
     def quantized(self) -> bool:
@@ -282,7 +288,7 @@ class ExportConfig(Settings, resume="never"):
             yield ConfigError(
                 f"--profile '{self.profile}': a graph of all patches has no K", hint="use --tokens visible"
             )
-        if len(profiles) > 1 and self.engine != "trt":
+        if len(profiles) > 1 and not self.is_planned:
             yield ConfigError(
                 f"--profile '{self.profile}': only engines of TensorRT have several profiles",
                 hint="give one, or pass --engine trt",
@@ -295,6 +301,11 @@ class ExportConfig(Settings, resume="never"):
                 hint="leave it out",
             )
         builds = self.engine == "trt" and self.build
+        if self.triton is not None and self.engine == "trt-rtx":
+            yield ConfigError(
+                f"--triton {self.triton}: Triton runs engines of TensorRT, not of TensorRT for RTX",
+                hint="pass --engine trt, or --engine onnx for the graph",
+            )
         if self.triton is not None and self.token_mode == "cached":
             yield ConfigError(
                 f"--triton {self.triton} with --tokens {self.tokens}: Triton does not keep what a stream remembers",
@@ -311,11 +322,20 @@ class ExportConfig(Settings, resume="never"):
                 hint="pass --engine trt without --no-build, or --deepstream to 'mae-deploy build-engine' on the device",
             )
 
-    def _tensorrt_faults(self) -> Iterator[ConfigError]:
-        if self.engine == "trt":
+    def _tensorrt_faults(self) -> Iterator[MaeDeployError]:
+        if self.engine == "trt-rtx":
+            yield from errors_of(lambda: check_rtx_options(self.tensorrt))
+            yield from errors_of(lambda: check_rtx_precision(self.precision))
+            if self.typing == "weak":
+                yield ConfigError(
+                    "--engine trt-rtx with --typing weak: TensorRT for RTX computes in what the graph's types say",
+                    hint="leave --typing out",
+                )
+        if self.is_planned:
             if self.token_mode == "cached" and self.build:
                 yield ConfigError(
-                    f"--engine trt with --tokens {self.tokens}: no engine of TensorRT can be checked on streams yet",
+                    f"--engine {self.engine} with --tokens {self.tokens}: no engine of TensorRT can be checked on"
+                    " streams yet",
                     hint="pass --no-build for the graph alone, which NVIDIA's builder takes",
                 )
             if self.int8.quantization == "dynamic":
@@ -329,12 +349,12 @@ class ExportConfig(Settings, resume="never"):
                 f"--precision fp8 with --engine {self.engine}: only TensorRT computes in FP8", hint="pass --engine trt"
             )
         prefer = [] if self.int8.prefer is None else [f"--prefer {self.int8.prefer}"]
-        for given in [*(["--no-build"] if not self.build else []), *prefer, *_changed_options(self.tensorrt)]:
+        for given in [*(["--no-build"] if not self.build else []), *prefer, *changed_options(self.tensorrt)]:
             yield ConfigError(f"{given} with --engine {self.engine}", hint="pass --engine trt, or leave it out")
 
     def _int8_faults(self) -> Iterator[ConfigError]:
         if not self.quantized:
-            for given in _changed_options(self.int8):
+            for given in changed_options(self.int8):
                 yield ConfigError(
                     f"{given} with --precision {self.precision}", hint="pass --precision int8, or leave it out"
                 )
@@ -348,7 +368,7 @@ class ExportConfig(Settings, resume="never"):
                         hint="leave it out",
                     )
         if self.int8.weight_bits == 7:
-            trt = ["--engine trt"] if self.engine == "trt" else []
+            trt = [f"--engine {self.engine}"] if self.is_planned else []
             for given in [*trt, *(["--int8-attention"] if self.int8.int8_attention else [])]:
                 yield ConfigError(
                     f"--weight-bits 7 with {given}: it keeps products of weights on CPUs from overflowing, no others",
@@ -371,25 +391,3 @@ class ExportConfig(Settings, resume="never"):
             )
         if self.int8.calib_data is None and self.int8.bias_correction:
             yield ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")
-
-
-def tensorrt_major() -> int | None:
-    """Of the TensorRT that is installed, without importing it; None without."""
-    for package in _TENSORRT_PACKAGES:
-        try:
-            return int(metadata.version(package).partition(".")[0])
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-def _changed_options(config: Any) -> list[str]:
-    """The options of a section whose values are not its class's defaults, as they are written: `--workspace 64`."""
-    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
-    return [
-        (option_name(field) if value else f"--no-{option_name(field)[2:]}")
-        if isinstance(value, bool)
-        else f"{option_name(field)} {value}"
-        for field, value in values
-        if value != field.default
-    ]

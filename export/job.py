@@ -116,7 +116,7 @@ class ExportJob:
             precision=config.stored_precision,
             typing=config.resolved_typing,
             fp32_ops=config.islands,
-            stores_rounded=config.engine != "trt" or config.resolved_typing == "strong",
+            stores_rounded=not config.is_planned or config.resolved_typing == "strong",
         )
         return build_graph(self.loaded.metadata, self.loaded.tensors, replace(spec, **changes))
 
@@ -127,7 +127,7 @@ class ExportJob:
     @property
     def _fixed_rows(self) -> bool:
         """See `CacheShape`."""
-        return self.config.keep is not None or self.config.engine == "trt"
+        return self.config.keep is not None or self.config.is_planned
 
     def runner(self, engine: Engine) -> Runner:
         """What runs these samples on a graph of this job."""
@@ -271,9 +271,7 @@ def _extremes(job: ExportJob, images: Array) -> list[Arrays]:
         return []
     few, N = images[:_EXTREME], job.loaded.encoder_config.num_tokens
     seen = {job.ranges["K"][1]}
-    if (
-        job.config.token_mode == "ragged" and job.config.engine == "trt"
-    ):  # rows of the samples are as long as the largest K
+    if job.config.token_mode == "ragged" and job.config.is_planned:  # rows of the samples are as long as the largest K
         seen = set()
     found = []
     for K in sorted({K for profile in job.profiles for K in profile["K"]} - seen):

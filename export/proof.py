@@ -21,7 +21,7 @@ from mae_deploy.runtime.layers import first_broken_block
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS
 from mae_deploy.runtime.parity.checks import Verification, first_causes, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
-from mae_deploy.runtime.registry import OPENVINO, load_engine, open_graph
+from mae_deploy.runtime.registry import ALIASES, OPENVINO, load_engine, open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 from mae_deploy.runtime.verify import verify_alone
 
@@ -49,12 +49,12 @@ class ParityRecord:
         ]
 
 
-def engine_name(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino", "tensorrt"]:
+def engine_name(engine: str) -> Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]:
     """The runtime's name of `--engine`."""
-    return {"onnx": "onnxruntime", "openvino": "openvino", "trt": "tensorrt"}[engine]  # type: ignore[return-value]
+    return ALIASES.get(engine, engine)  # type: ignore[return-value]
 
 
-def judging_engine(engine: Literal["onnx", "openvino", "trt"]) -> Literal["onnxruntime", "openvino"]:
+def judging_engine(engine: str) -> Literal["onnxruntime", "openvino"]:
     """The engine that graphs are checked on: their own, but a graph for TensorRT, which builds for minutes, on ONNX
     Runtime.
     """

@@ -40,13 +40,14 @@ from mae_deploy.runtime.manifest import (
     GOLDEN_FILE,
     GRAPH_FILE,
     MANIFEST_FILE,
+    PLANNED,
     SCHEMA_VERSION,
     Manifest,
     ModelEntry,
     file_entry,
+    plan_engine,
 )
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
-from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
@@ -63,7 +64,7 @@ def run_export(config: ExportConfig) -> Result:
     """
     refuse_to_overwrite(config.out)
     refuse_to_serve_over(config.out, triton=config.triton, deepstream=config.deepstream)
-    if builds := config.engine == "trt" and config.build:
+    if builds := config.is_planned and config.build:
         require_tensorrt(config)
     with progress("export", 4 + builds) as bar:
         job = prepare(config)
@@ -122,7 +123,7 @@ def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
     _record(bundle, job, proof)
     bar.advance(1, "checked")
     device = None
-    if job.config.engine == "trt" and job.config.build:
+    if job.config.is_planned and job.config.build:
         device = build_and_gate(job, bundle)
         _record_device(bundle, device)
         bar.advance(1, "engine built")
@@ -138,14 +139,15 @@ def _verify_plan(job: ExportJob, plan: Int8Plan, engine: Engine) -> Verification
 def _data(made: _Made) -> dict[str, Any]:
     """What the command reports."""
     config, proof, plan, device = made.job.config, made.proof, made.plan, made.device
-    accuracy = device.accuracy if device is not None else proof.accuracy
+    measured = device if device is not None and device.comparisons else None
+    accuracy = measured.accuracy if measured is not None else proof.accuracy
     return {
         "out": str(config.out),
         "tokens": config.tokens,
         "precision": config.precision,
         "typing": config.resolved_typing,
         "engine": engine_name(config.engine),
-        "parity": device.record()["outputs"] if device is not None else proof.figures(),
+        "parity": measured.record()["outputs"] if measured is not None else proof.figures(),
         "samples": made.job.samples.source,
         **({"accuracy": {"fp32": accuracy[0], config.precision: accuracy[1]}} if accuracy is not None else {}),
         **(
@@ -162,7 +164,7 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
     config, loaded = job.config, job.loaded
     graph = plan.graph() if plan is not None else job.graph()
     files = graph.save(folder / GRAPH_FILE)
-    if config.engine == "trt" and plan is not None:
+    if config.is_planned and plan is not None:
         files += job.in_precision("fp16").graph().save(folder / BASELINE_FILE)
     golden = _golden(job)
     with (folder / GOLDEN_FILE).open("wb") as file:
@@ -236,9 +238,7 @@ def _golden(job: ExportJob) -> dict[str, Any]:
 
 def _quantization(config: ExportConfig, plan: Int8Plan) -> dict[str, Any]:
     """The manifest's record; of TensorRT, what its engine is to be compared with."""
-    return (
-        plan.record() if config.engine != "trt" else {**plan.record(), "baseline": BASELINE_FILE, "speed": SPEED_LEFT}
-    )
+    return {**plan.record(), "baseline": BASELINE_FILE, "speed": SPEED_LEFT} if config.is_planned else plan.record()
 
 
 def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
@@ -253,7 +253,9 @@ def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
 def _record_device(bundle: Bundle, device: DeviceProof) -> None:
     """Put into the manifest what was measured of the engine."""
     manifest = bundle.manifest
-    manifest["parity"][f"tensorrt-{device.built.entry['precision']}"] = device.record()
+    if device.comparisons:
+        engine = plan_engine(device.built.entry)
+        manifest["parity"][f"{engine}-{device.built.entry['precision']}"] = device.record()
     if manifest["quantization"] is not None:
         manifest["quantization"] |= device.speed()
     write_json(bundle.path / MANIFEST_FILE, manifest)
@@ -266,7 +268,7 @@ def _view(data: dict[str, Any]) -> Table:
         f" {data['samples']}"
     )
     notes = [data[part]["text"] for part in ("quantization", "built") if part in data]
-    if "built" not in data and data["engine"] == TENSORRT:
+    if "built" not in data and data["engine"] in PLANNED:
         speed = f"; {SPEED_LEFT}" if "quantization" in data else ""
         notes.append(f"no engine was built: mae-deploy build-engine {data['out']} does that on the device{speed}")
     # JSON has no infinity: of an output that is equal to the last bit, the ratio is null.

@@ -11,15 +11,18 @@ from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.job import ExportJob
 from mae_deploy.export.proof import compare_samples, tolerance_of
-from mae_deploy.progress import percentage
+from mae_deploy.progress import notice, percentage
+from mae_deploy.reporting.bundles import UNVERIFIED
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.manifest import plan_engine
 from mae_deploy.runtime.parity.compare import Comparison
-from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
 from mae_deploy.runtime.tensorrt.open_plan import open_plan
+from mae_deploy.runtime.tensorrt.plans import is_verified, title
+from mae_deploy.runtime.tensorrt.rtx import load_builder
 
 BASELINE_FILE = "baseline.onnx"
 """The FP16 graph with whose engine one in INT8 or FP8 is compared, here or on the device."""
@@ -38,7 +41,7 @@ class DeviceProof:
 
     built: Built
     comparisons: list[Comparison]
-    """Each output over all samples, run as CUDA graphs."""
+    """Each output over all samples, run as CUDA graphs; none of TensorRT for RTX where no GPU could run it."""
     accuracy: tuple[float, float] | None
     """Top-1 in percent of PyTorch and of the engine, where the samples lie in folders named by class."""
 
@@ -50,7 +53,7 @@ class DeviceProof:
         ]
         return {
             "passed": True,
-            "engine": TENSORRT,
+            "engine": plan_engine(self.built.entry),
             "file": self.built.entry["file"],
             "num_samples": self.comparisons[0].num_samples,
             "outputs": figures,
@@ -71,7 +74,8 @@ class DeviceProof:
     def summary(self) -> dict[str, Any]:
         """For the command's result."""
         entry, speed = self.built.entry, self.speed()
-        text = f"{entry['file']} for {entry['gpu']}, {entry['latency_ms']:.3f} ms"
+        text = f"{entry['file']} for {entry['gpu']}"
+        text += f", {entry['latency_ms']:.3f} ms" if self.comparisons else f", not verified: {UNVERIFIED}"
         if speed:
             text += f", {speed['latency_ratio']:.2f} of FP16's latency"
         return {
@@ -88,9 +92,13 @@ def require_tensorrt(config: ExportConfig) -> None:
     """Whatever the build would miss is said here, before anything is computed.
 
     Raises:
-        MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings.
+        MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings; with TensorRT for RTX, that
+            it is not installed.
         ConfigError: this TensorRT or this GPU cannot compute in the precision.
     """
+    if config.engine == "trt-rtx":
+        load_builder()
+        return
     try:
         api = tensorrt_api.load_tensorrt()
         with open_memory(index=api.gpu.index):
@@ -118,6 +126,7 @@ def build_and_gate(job: ExportJob, bundle: Bundle) -> DeviceProof:
             bundle,
             profiles=job.profiles,
             options=config.tensorrt,
+            rtx=config.engine == "trt-rtx",
             max_latency=config.int8.max_latency,
             on_progress=report,
         )
@@ -125,6 +134,9 @@ def build_and_gate(job: ExportJob, bundle: Bundle) -> DeviceProof:
 
 
 def _gate(job: ExportJob, bundle: Bundle, built: Built) -> DeviceProof:
+    if not is_verified(built.entry):
+        notice("not verified:", UNVERIFIED)
+        return DeviceProof(built=built, comparisons=[], accuracy=None)
     failures: list[str] = []
     for graphs in (False, True):
         with open_plan(bundle, built.entry, EngineOptions(cuda_graphs=graphs)) as engine:
@@ -135,7 +147,7 @@ def _gate(job: ExportJob, bundle: Bundle, built: Built) -> DeviceProof:
                 failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
     if failures:
         raise CheckFailed(
-            f"the TensorRT {built.entry['tensorrt']} engine misses parity with PyTorch on the samples:"
+            f"the {title(built.entry)} engine misses parity with PyTorch on the samples:"
             f" {'; '.join(dict.fromkeys(failures))}",
             hint=(
                 "nothing was written; another --precision, --optimization-level or TensorRT version may compute it"

@@ -14,6 +14,7 @@ from mae_deploy.completion import COMPLETIONS
 from mae_deploy.config import from_dict
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.recipe import RECIPES
+from mae_deploy.runtime.manifest import PLANNED
 from mae_deploy.runtime.registry import ALIASES, ENGINES
 from tests.packaging.test_imports import HEAVY
 
@@ -89,7 +90,7 @@ def test_models_are_those_that_build() -> None:
 
 def test_engines_have_all_their_names() -> None:
     names = list(COMPLETIONS["ENGINE"](""))
-    assert set(names) == {"auto", "tensorrt", *ENGINES, *ALIASES}
+    assert set(names) == {"auto", *PLANNED, *ENGINES, *ALIASES}
     assert len(set(names)) == len(names)
 
 

@@ -188,7 +188,7 @@ class _Attempt:
             self.attention = attention_scales(
                 job.reference.model, calibration.attention_absmax, divisors, self.rounding
             )
-        halves = self.config.resolved_typing == "strong" or self.config.engine == "trt"
+        halves = self.config.resolved_typing == "strong" or self.config.is_planned
         self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
         """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
         self.facts = {**_facts(job, calibration, self.scales), "weight_bits": self.weight_bits}
@@ -254,7 +254,7 @@ class _Attempt:
         """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for
         TensorRT, which the device times.
         """
-        if self.config.engine == "trt":
+        if self.config.is_planned:
             return None
         inputs, _ = self.job.trials[0]
         samples = np.arange(self.config.fixed_batch or 1) % len(
@@ -296,7 +296,7 @@ class _Attempt:
             if config.engine == "onnx" and self.weight_bits == 8 and not int8.ratio(fp32) < config.int8.max_latency:
                 faster = "; on an x86 CPU without VNNI, try --weight-bits 7"
         table = _leave_table(config.out, rows)
-        other = "fp16 (--prefer fp16)" if config.engine == "trt" else "fp32 or bf16"
+        other = "fp16 (--prefer fp16)" if config.is_planned else "fp32 or bf16"
         return CheckFailed(
             f"{self.name} is rejected: {why}",
             hint=("" if config.int8.search else "leave out --no-search, ")

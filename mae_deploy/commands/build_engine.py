@@ -1,19 +1,26 @@
-"""`mae-deploy build-engine`: a TensorRT engine for this machine, checked and put into the bundle; torch-free."""
+"""`mae-deploy build-engine`: a TensorRT engine for this machine, or with TensorRT for RTX for others, checked where
+that can be, and put into the bundle; torch-free.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
 from mae_deploy.commands.config import BuildEngineConfig
+from mae_deploy.errors import ConfigError
 from mae_deploy.progress import notice, percentage
-from mae_deploy.reporting.bundles import engine_summary
+from mae_deploy.reporting.bundles import UNVERIFIED, engine_summary
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.manifest import EngineEntry, plan_engine
 from mae_deploy.runtime.profiles import read_profiles
+from mae_deploy.runtime.registry import ALIASES, TENSORRT, TENSORRT_RTX
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.engine import gpu_index
+from mae_deploy.runtime.tensorrt.plans import is_verified
+from mae_deploy.runtime.tensorrt.rtx import load_builder
 from mae_deploy.serving.deepstream import check_bundle
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
@@ -22,7 +29,8 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     """Build an engine from a bundle's graph and add it to the bundle.
 
     Raises:
-        ConfigError: no bundle, or a precision, sizes or options that are not available.
+        ConfigError: no bundle, a precision, sizes or options that are not available, or a server that cannot run what
+            is built.
         MissingDependency: no driver, GPU, TensorRT or memory backend.
         CheckFailed: the engine misses parity, or INT8 is not faster than FP16.
         MaeDeployError: TensorRT cannot build it.
@@ -31,7 +39,15 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     refuse_to_serve_over(bundle.path, triton=config.triton, deepstream=config.deepstream)
     if config.deepstream is not None:
         check_bundle(bundle)
-    load_tensorrt(gpu_index(config.device))  # what is missing is said before a bar is shown
+    rtx = ALIASES.get(config.engine, bundle.manifest["engine"]) == TENSORRT_RTX
+    for option, server in (("--triton", config.triton), ("--deepstream", config.deepstream)):
+        if rtx and server is not None:
+            raise ConfigError(
+                f"{option} {server}: servers run engines of TensorRT, not of TensorRT for RTX",
+                hint="pass --engine trt on the server's own GPU",
+            )
+    # What is missing is said before a bar is shown.
+    _ = load_builder() if rtx else load_tensorrt(gpu_index(config.device))
     with percentage("build") as report:
         built = build_engine(
             bundle,
@@ -39,14 +55,17 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
             profiles=read_profiles(config.profile),
             options=config.build,
             device=config.device,
+            rtx=rtx,
             prefer=config.prefer,
             on_progress=report,
         )
     if built.rejected is not None:
         notice("FP16 is kept:", built.rejected)
+    if not is_verified(built.entry):
+        notice("not verified:", UNVERIFIED)
     written = write_for_servers(bundle, built.entry, triton=config.triton, deepstream=config.deepstream)
-    for server, folder in written.items():
-        notice(f"{server}:", f"written to {folder}")
+    for name, folder in written.items():
+        notice(f"{name}:", f"written to {folder}")
     return Result(
         {**_data(bundle, built), **({"served": written} if written else {})},
         facts_table(f"{bundle.path / built.entry['file']}", _facts(built)),
@@ -59,18 +78,27 @@ def _data(bundle: Bundle, built: Built) -> dict[str, Any]:
 
 def _facts(built: Built) -> dict[str, object]:
     entry, record = built.entry, built.entry["build"]
-    kernels = record["kernels"]
-    counted = ", ".join(f"{number} {name}" for name, number in kernels["precisions"].items())
     facts: dict[str, object] = {
         "engine": engine_summary(entry),
         "size": f"{record['size'] / 1e6:.1f} MB, built in {record['seconds']:.0f} s",
-        "kernels": (
-            f"{kernels['layers']} layers, {kernels['fused_attention']} of them fused attention;"
-            f" {counted or 'no precisions told'}"
-        ),
-        "parity": f"{entry['parity']['checks']} checks passed: {', '.join(entry['parity']['sizes'])}",
+        "kernels": _kernels(record["kernels"]) if plan_engine(entry) == TENSORRT else "made on each device",
+        "parity": _parity(entry),
         "warnings": len(record["warnings"]) or "-",
     }
     if built.baseline is not None:
         facts["against FP16"] = f"{built.baseline['latency_ratio']:.2f} of its latency"
     return facts
+
+
+def _kernels(kernels: dict[str, Any]) -> str:
+    counted = ", ".join(f"{number} {name}" for name, number in kernels["precisions"].items())
+    return (
+        f"{kernels['layers']} layers, {kernels['fused_attention']} of them fused attention;"
+        f" {counted or 'no precisions told'}"
+    )
+
+
+def _parity(entry: EngineEntry) -> str:
+    records = [entry["parity"]] if plan_engine(entry) == TENSORRT else entry["parity"].values()
+    passed = [f"{record['checks']} checks passed: {', '.join(record['sizes'])}" for record in records]
+    return "; ".join(passed) or UNVERIFIED

@@ -31,8 +31,9 @@ class VerifyConfig(Settings, resume="never"):
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
     """With --graph: the precision whose tolerance its outputs must meet; default: fp32."""
     engine: str = setting("auto", metavar="ENGINE")
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
-    machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: TensorRT where the bundle has
+    an engine for this machine, else the one on which the bundle was checked, where it is installed, else
+    onnxruntime."""
     threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
@@ -49,6 +50,9 @@ class BuildEngineConfig(Settings, resume="never"):
 
     bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder; the engine is added to it."""
+    engine: Literal["auto", "trt", "trt-rtx"] = "auto"
+    """trt: TensorRT, for this machine's GPU; trt-rtx: TensorRT for RTX, which needs no GPU and builds for all RTX GPUs;
+    auto: trt-rtx where the bundle was exported for it, else trt."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
     """Arithmetic of the engine; default: the bundle's. An FP32 bundle with weak typing can also be built in fp16 and
     bf16, an INT8 or FP8 bundle in fp16."""
@@ -65,7 +69,8 @@ class BuildEngineConfig(Settings, resume="never"):
     seed: int = 0
     """Not used: the golden samples are fixed."""
     device: str = "auto"
-    """The GPU on which and for which it is built: the first, or with cuda:1 the second, and so on."""
+    """The GPU on which and for which it is built: the first, or with cuda:1 the second, and so on; with trt-rtx the one
+    that checks it, where there is one."""
 
     def faults(self) -> Iterator[MaeDeployError]:
         yield from errors_of(lambda: read_profiles(self.profile))
@@ -102,8 +107,9 @@ class PredictConfig(Settings, resume="never"):
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     engine: str = setting("auto", metavar="ENGINE")
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
-    machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: TensorRT where the bundle has
+    an engine for this machine, else the one on which the bundle was checked, where it is installed, else
+    onnxruntime."""
     threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None

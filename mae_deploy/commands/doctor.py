@@ -17,7 +17,7 @@ from rich.console import Group
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
-from mae_deploy.errors import MaeDeployError, MissingDependency, import_optional
+from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_optional
 from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
 from mae_deploy.packages import PACKAGE, distributions, is_hollow_spec, remedy
 from mae_deploy.packages import requirements as package_requirements
@@ -30,9 +30,12 @@ from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.registry import open_graph
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.runtime.tensorrt.rtx import find_gpu, import_rtx
 
 _PYCUDA, _CUDA_BINDINGS = "pycuda", "cuda.bindings"
 """Either gives TensorRT its memory."""
+
+_RTX = "tensorrt_rtx_bindings"
 
 NEEDS: dict[str, tuple[str, ...]] = {
     "": ("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema"),
@@ -57,8 +60,10 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "train,mlflow": ("pretrain --tracker mlflow",),
     "train,hf": ("pretrain on Arrow and Parquet",),
     "train,trt": ("export --engine trt",),
+    "train,trt-rtx": ("export --engine trt-rtx",),
     "train,openvino": ("export --engine openvino", "report --engine openvino"),
     "trt": ("build-engine", "predict --engine trt"),
+    "trt-rtx": ("build-engine --engine trt-rtx", "predict --engine trt-rtx"),
     "openvino": ("predict --engine openvino",),
     "parquet": ("predict --out FILE.parquet",),
     "tiff": ("predict on TIFF",),
@@ -71,12 +76,13 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
         or (
             name.split()[0] in ("verify", "predict", "benchmark", "export", "report", "quickstart")
             and "openvino" not in extras
-            and extras != "trt"
+            and extras not in ("trt", "trt-rtx")
         )
     ),
     "openvino": lambda name, extras: "openvino" in extras,
     "torch": lambda name, extras: "train" in extras,
-    "tensorrt": lambda name, extras: "trt" in extras,
+    "tensorrt": lambda name, extras: "trt" in extras.split(","),
+    "tensorrt_rtx_bindings": lambda name, extras: "trt-rtx" in extras.split(","),
 }
 """Whether a command, by its name and extras, is lost where a library is there and does not work."""
 
@@ -86,6 +92,8 @@ _MODULES = {
     "pillow": "PIL",
     "mlflow-skinny": "mlflow",
     "cuda-bindings": _CUDA_BINDINGS,
+    "tensorrt-rtx-cu13-bindings": _RTX,
+    "onnxruntime-ep-nv-tensorrt-rtx-cu13": "onnxruntime_ep_nv_tensorrt_rtx",
 }
 """Of distributions that are imported under another name than they are installed."""
 
@@ -105,8 +113,10 @@ def run_doctor(_: DoctorConfig) -> Result:
         MissingDependency: the package runs from its sources and is not installed.
     """
     required = requirements()
-    needed = {extras: {module for extra in ["", *extras.split(",")] for module in required[extra]} for extras in NEEDS}
-    packages = {module: _version(module) for module in sorted({_CUDA_BINDINGS}.union(*needed.values()))}
+    needed = {
+        extras: {module for extra in ["", *extras.split(",")] for module in required.get(extra, [])} for extras in NEEDS
+    }
+    packages = {module: _version(module) for module in sorted({_CUDA_BINDINGS, _RTX}.union(*needed.values()))}
     absent = {
         module
         for module, version in packages.items()
@@ -118,6 +128,8 @@ def run_doctor(_: DoctorConfig) -> Result:
         missing = sorted(needed[extras] & absent)
         install = f"pip install 'mae-deploy[{extras}]'" if extras else "pip install --force-reinstall mae-deploy"
         gone = {module: remedy(module, install, absent=True) for module in missing}
+        if any(extra not in required for extra in filter(None, extras.split(","))):  # installed before there was one
+            gone[PACKAGE] = "pip install -e ."
         for name in names:
             lost = gone | {module: hint for module, hint in broken.items() if _USERS[module](name, extras)}
             hints = list(dict.fromkeys(lost.values()))
@@ -182,12 +194,14 @@ def _engines(packages: dict[str, str | None]) -> tuple[dict[str, str], dict[str,
         "onnxruntime": "pip install onnxruntime",
         "openvino": "pip install 'mae-deploy[openvino]'",
         "tensorrt": INSTALL,
+        _RTX: "pip install 'mae-deploy[trt-rtx]'",
         "torch": "pip install 'mae-deploy[train]'",
     }
     trials: dict[str, Callable[[], str]] = {
         "onnxruntime": partial(run_alone, _onnxruntime, timeout=_LIMIT),
         "openvino": partial(run_alone, _openvino, timeout=_LIMIT),
         "tensorrt": partial(_tensorrt, packages),
+        _RTX: partial(_tensorrt_rtx, packages),
         "torch": partial(run_alone, _torch, timeout=_LIMIT),
     }
     there = [name for name in trials if packages[name] is not None]
@@ -226,6 +240,22 @@ def _tensorrt(packages: dict[str, str | None]) -> str:
     if util.find_spec("tensorrt") is not None:
         run_alone(load_tensorrt, timeout=_LIMIT)
     return f"{packages['tensorrt']} with {backend} on {gpu.name}"
+
+
+def _tensorrt_rtx(packages: dict[str, str | None]) -> str:
+    """Where it runs what it builds; it builds without a GPU."""
+    builds = f"{run_alone(_rtx_version, timeout=_LIMIT)} builds engines"
+    try:
+        gpu = find_gpu()
+    except (MissingDependency, ConfigError) as error:
+        return f"{builds}; {error}"
+    if packages[_CUDA_BINDINGS] is None and packages[_PYCUDA] is None:
+        return f"{builds}; to run them on {gpu.name}, pip install cuda-bindings"
+    return f"{builds}, and runs them on {gpu.name}"
+
+
+def _rtx_version() -> str:
+    return str(import_rtx().__version__)
 
 
 def _onnxruntime() -> str:

@@ -31,7 +31,7 @@ class FeaturesConfig(Settings):
     precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     engine: str = setting("auto", resume="fixed", metavar="ENGINE")
-    """Engine of bundles: auto, onnxruntime (onnx), openvino (ov) or tensorrt (trt)."""
+    """Engine of bundles: auto, onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx)."""
     threads: int | None = setting(None, resume="free", at_least=1)
     """CPU threads of a bundle's engine; default: one for each granted core."""
     num_workers: int = setting(-1, resume="free", at_least=-1)
@@ -170,8 +170,9 @@ class EvalConfig(Settings, resume="never"):
     batch_size: int | None = setting(None, at_least=1)
     """Images at a time; default: a bundle's fixed batch, or 64."""
     engine: str = setting("auto", metavar="ENGINE")
-    """Of a bundle: onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine
-    for this machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
+    """Of a bundle: onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: TensorRT where
+    the bundle has an engine for this machine, else the one on which the bundle was checked, where it is installed,
+    else onnxruntime."""
     precision: TrainingPrecision = "auto"
     """Arithmetic of a checkpoint: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     num_workers: int = setting(-1, at_least=-1)

@@ -6,8 +6,11 @@ from dataclasses import asdict
 
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.runtime.layers import LayerReport
-from mae_deploy.runtime.manifest import EngineEntry
+from mae_deploy.runtime.manifest import EngineEntry, plan_engine
 from mae_deploy.runtime.parity.checks import Verification
+from mae_deploy.runtime.tensorrt.plans import TENSORRT_RTX, title
+
+UNVERIFIED = "no GPU has run it yet, the first one that loads it checks it"
 
 PARITY = (
     Column("cosine", "cosine", "{:.7f}"),
@@ -67,4 +70,9 @@ def engine_summary(entry: EngineEntry) -> str:
         for profile in entry["profiles"]
     )
     latency = "" if entry["latency_ms"] is None else f", {entry['latency_ms']:.2f} ms"
-    return f"{entry['precision']}, TensorRT {entry['tensorrt']}, {entry['gpu']}, {profiles}{latency}"
+    gpu, state = entry["gpu"], ""
+    if plan_engine(entry) == TENSORRT_RTX:
+        gpu = f"RTX GPUs from compute capability {'.'.join(map(str, entry['compute_capability']))} on"
+        on = ", ".join(entry["parity"])
+        state = f", verified on {on}" if on else f", not verified: {UNVERIFIED}"
+    return f"{entry['precision']}, {title(entry)}, {gpu}, {profiles}{latency}{state}"

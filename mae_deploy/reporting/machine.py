@@ -12,7 +12,7 @@ from mae_deploy.reporting.tables import Table, facts_table
 from mae_deploy.results import as_text
 from mae_deploy.runtime.cuda.driver import gpus
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.registry import TENSORRT
+from mae_deploy.runtime.manifest import PLANNED
 
 
 def describe_machine(
@@ -34,7 +34,9 @@ def describe_machine(
         "system": platform.platform(),
         "python": platform.python_version(),
         "numpy": np.__version__,
-        "gpu": ", ".join(f"{gpu.name}, CUDA {gpu.driver}" for gpu in gpus()[:1]) if TENSORRT in engines else None,
+        "gpu": ", ".join(f"{gpu.name}, CUDA {gpu.driver}" for gpu in gpus()[:1])
+        if set(PLANNED) & set(engines)
+        else None,
         "engines": engines,
     }
 

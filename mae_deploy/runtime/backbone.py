@@ -35,8 +35,8 @@ from mae_deploy.runtime.inputs import (
     pixel_batch,
     token_batch,
 )
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.registry import ALIASES, TENSORRT, fall_back, load_engine
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, PLANNED
+from mae_deploy.runtime.registry import ALIASES, TENSORRT_RTX, engine_for, fall_back, load_engine
 
 if TYPE_CHECKING:  # a device that is given normalised arrays needs no Pillow
     from PIL import Image
@@ -87,8 +87,9 @@ class Backbone:
         """Load the bundle in a folder; see `EngineOptions` for device, threads and affinity.
 
         Args:
-            engine: auto, onnxruntime, openvino or tensorrt; auto is TensorRT where the bundle has an engine for this
-                machine, else the one on which the bundle was checked, where it is installed, else onnxruntime.
+            engine: auto, onnxruntime, openvino, tensorrt or tensorrt-rtx; auto is TensorRT where the bundle has an
+                engine for this machine, else the one on which the bundle was checked, where it is installed, else
+                onnxruntime.
             build: where the bundle has no TensorRT engine for this machine, build one and add it to the bundle, which
                 takes minutes.
             crop_mode: how images of another form than the input's are fitted, where that is not to be as the bundle
@@ -102,7 +103,7 @@ class Backbone:
         """
         bundle = Bundle.load(path)
         options = EngineOptions(device=device, threads=threads, affinity=None if affinity is None else tuple(affinity))
-        if build and ALIASES.get(engine, engine) in ("auto", TENSORRT):
+        if build and ALIASES.get(engine, engine) in ("auto", *PLANNED):
             engine = _with_engine_built(bundle, engine, device)
         return cls(bundle, load_engine(bundle, engine, options), crop_mode=crop_mode)
 
@@ -374,7 +375,7 @@ def _with_engine_built(bundle: Bundle, engine: str, device: str) -> str:
     from mae_deploy.runtime.tensorrt.add_engine import build_missing_engine
 
     try:
-        build_missing_engine(bundle, device)
+        build_missing_engine(bundle, device, rtx=engine_for(bundle, engine, EngineOptions()) == TENSORRT_RTX)
     except MaeDeployError as error:
         if engine != "auto":
             raise

@@ -17,6 +17,7 @@ from mae_deploy.runtime.manifest import (
     IMAGES,
     NUM_KEEP,
     PATCHES,
+    PLANNED,
     QUANTIZED,
     REST,
     SCHEMA_VERSION,
@@ -155,7 +156,7 @@ def _cache_inputs(manifest: Manifest, inputs: Mapping[str, TensorEntry]) -> dict
     D, H = model["embed_dim"], model["num_heads"]
     names = cache_names(model["depth"])
     # TensorRT's profiles are of B and K alone: a graph for it takes all rows, whatever K is.
-    opened = manifest["keep"] is None and manifest["engine"] != "tensorrt"
+    opened = manifest["keep"] is None and manifest["engine"] not in PLANNED
     R: Dim = "R" if opened else 1 + manifest["num_patches"]
     half = names[0] in inputs and inputs[names[0]]["dtype"] == "float16"
     rows: tuple[str, list[Dim]] = ("float16" if half else "float32", [B, H, R, D // H])

@@ -60,6 +60,9 @@ BLOCKS = "blocks"
 FRAME, FRAME_IMAGE = "frame", "frame_image"
 """The arrays of the golden file that hold a frame and what preprocessing made of it (see `GoldenEntry`)."""
 
+PLANNED = ("tensorrt", "tensorrt-rtx")
+"""The engines that do not read the graph, but plans that were built from it."""
+
 _BLOCK_OUTPUT = re.compile(r"block_(0|[1-9]\d*)")
 
 _LATER = {"pixel_max", "crop_mode"}
@@ -123,16 +126,17 @@ class GoldenEntry(TypedDict):
 
 
 class EngineEntry(TypedDict):
-    """A TensorRT engine that was built from the graph, its plan a file of the bundle."""
+    """A TensorRT engine that was built from the graph, its plan a file of the bundle; see `plan_engine` for those of
+    TensorRT for RTX."""
 
     file: str
     """`engines/<TensorRT version>-<GPU>-<precision>.plan`."""
     tensorrt: str
     """The version that built it."""
     gpu: str
-    """The GPU's name, as its driver gives it."""
+    """The GPU's name, as its driver gives it; RTX for a plan of TensorRT for RTX, which is for many."""
     compute_capability: list[int]
-    """Major and minor."""
+    """Major and minor; of a plan of TensorRT for RTX the least that it runs on."""
     precision: Precision
     profiles: list[dict[str, list[int]]]
     """Smallest, usual and largest B and K of each optimisation profile; at least one."""
@@ -147,7 +151,8 @@ class EngineEntry(TypedDict):
     build: dict[str, Any]
     """How it was built: graph and its hash, options, seconds, kernels, warnings."""
     parity: dict[str, Any]
-    """The checks that it passed."""
+    """The checks that it passed; of a plan of TensorRT for RTX, whose kernels are made on the device, those of each
+    GPU by its name, and empty until one has checked it."""
     latency_ms: float | None
     """Median of a call at the first profile's usual size, the inputs copied to the GPU and the outputs left there."""
     layers: str | None
@@ -199,7 +204,7 @@ class Manifest(TypedDict):
     precision: Precision
     typing: Literal["weak", "strong"]
     """strong: the types in the graph say what is computed in what; weak: the engine is told the precision."""
-    engine: Literal["onnxruntime", "openvino", "tensorrt"]
+    engine: Literal["onnxruntime", "openvino", "tensorrt", "tensorrt-rtx"]
     """On which the bundle was checked."""
     quantization: dict[str, Any] | None
     """How INT8 or FP8 was chosen: policy, layers, calibration; None in other precisions.
@@ -218,6 +223,11 @@ class Manifest(TypedDict):
     """TensorRT engines built from the graph; empty without."""
     files: dict[str, FileEntry]
     """Every file but the manifest, by its POSIX path inside the bundle."""
+
+
+def plan_engine(entry: EngineEntry) -> str:
+    """Which of `PLANNED` runs a plan: TensorRT for RTX has versions of its own, which begin with 1."""
+    return PLANNED[entry["tensorrt"].startswith("1.")]
 
 
 def follows_keep(name: str) -> bool:

@@ -20,7 +20,8 @@ from mae_deploy.errors import MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.registry import TENSORRT, load_engine, open_graph
+from mae_deploy.runtime.manifest import PLANNED
+from mae_deploy.runtime.registry import TENSORRT_RTX, load_engine, open_graph
 
 _TIMEOUT = 900.0
 """Seconds after which a process is given up."""
@@ -97,7 +98,12 @@ def _measure(
 ) -> Probe:
     with np.load(folder / _INPUTS) as archive:
         arrays = {name: archive[f"arr_{index}"] for index, name in enumerate(inputs)}
-    importlib.import_module(engine)
+    if engine == TENSORRT_RTX:
+        from mae_deploy.runtime.tensorrt.rtx import import_rtx
+
+        import_rtx()
+    else:
+        importlib.import_module(engine)
     settings = EngineOptions(**options)  # type: ignore[arg-type]
     start = time.perf_counter()
     with _open(Path(graph), bundle, engine, settings, precision) as loaded:
@@ -107,8 +113,8 @@ def _measure(
 
 
 def _open(graph: Path, bundle: str | None, engine: str, options: EngineOptions, precision: str) -> Engine:
-    if bundle is not None and engine == TENSORRT:
-        return load_engine(Bundle.load(bundle), engine, options)
+    if bundle is not None and engine in PLANNED:
+        return load_engine(Bundle.load(bundle), engine, options, prove=False)
     return open_graph(graph, engine, options, precision=precision)
 
 

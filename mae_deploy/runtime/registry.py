@@ -10,17 +10,17 @@ from pathlib import Path
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.manifest import PLANNED, plan_engine
 
 DEFAULT = "onnxruntime"
 """The engine that every installation has."""
 
-TENSORRT = "tensorrt"
-"""The engine that does not read the graph, but plans that were built from it."""
+TENSORRT, TENSORRT_RTX = PLANNED
 
 OPENVINO = "openvino"
 """The engine that may die of a graph."""
 
-_NAMES = {TENSORRT: "TensorRT", OPENVINO: "OpenVINO"}
+_NAMES = {TENSORRT: "TensorRT", TENSORRT_RTX: "TensorRT for RTX", OPENVINO: "OpenVINO"}
 
 _log = logging.getLogger(__name__)
 
@@ -31,27 +31,30 @@ def load_engine(
     options: EngineOptions = EngineOptions(),
     *,
     taps: Sequence[str] = (),
+    prove: bool = True,
 ) -> Engine:
     """Load the bundle's graph, or an engine that was built from it, after its hash has been checked.
 
     Args:
-        engine: one of `ENGINES` by name or alias, or `auto`: a TensorRT engine of the bundle that fits this machine;
-            else the engine on which the bundle was checked, where it is installed and has the device; else ONNX
-            Runtime.
+        engine: one of `ENGINES` or `PLANNED` by name or alias, or `auto`: a TensorRT engine of the bundle that fits
+            this machine; else the engine on which the bundle was checked, where it is installed and has the device;
+            else ONNX Runtime.
         taps: names of inner tensors that are returned as further outputs; TensorRT builds an engine for them, which is
             not kept.
+        prove: compare an engine that this kind of GPU has not verified yet with the golden samples.
 
     Raises:
         ConfigError: an unknown engine, options that it cannot take, or no TensorRT engine that fits.
         MissingDependency: the engine's package or its device is absent.
-        CheckFailed: a file of the bundle is not what was exported, or the graph is not what the manifest describes.
+        CheckFailed: a file of the bundle is not what was exported, the graph is not what the manifest describes, or
+            the engine is not verified and misses parity.
         MaeDeployError: the engine refuses the graph.
     """
     name = ALIASES.get(engine, engine)
     if name == "auto":
         loaded = _automatic(bundle, options, taps)
-    elif name == TENSORRT:
-        loaded = _tensorrt(bundle, options, taps)
+    elif name in PLANNED:
+        loaded = _planned(bundle, name, options, taps)
     else:
         loaded = _on_graph(bundle, name, options, taps)
     names = (*bundle.graph_outputs, *taps)
@@ -62,6 +65,10 @@ def load_engine(
             f" {bundle.input_names} and {names}",
             hint="export the bundle again",
         )
+    if loaded.name == TENSORRT_RTX and prove:
+        from mae_deploy.runtime.tensorrt.first_use import check_first_use
+
+        check_first_use(bundle, loaded)
     return loaded
 
 
@@ -94,11 +101,14 @@ def open_graph(
 
 def _class_of(engine: str) -> type[Engine]:
     name = ALIASES.get(engine, engine)
-    if name == TENSORRT:
-        raise ConfigError("TensorRT runs bundles, not bare ONNX files", hint="export a bundle with --engine trt")
+    if name in PLANNED:
+        raise ConfigError(
+            f"{_NAMES[name]} runs bundles, not bare ONNX files",
+            hint=f"export a bundle with --engine {next(alias for alias in ALIASES if ALIASES[alias] == name)}",
+        )
     if name not in ENGINES:
         raise ConfigError(
-            f"unknown engine '{engine}'", hint=f"known: {', '.join(['auto', *ALIASES, *ENGINES, TENSORRT])}"
+            f"unknown engine '{engine}'", hint=f"known: {', '.join(['auto', *ALIASES, *ENGINES, *PLANNED])}"
         )
     return ENGINES[name]()
 
@@ -112,35 +122,44 @@ def engine_for(bundle: Bundle, engine: str, options: EngineOptions) -> str:
     if engine != "auto":
         return ALIASES.get(engine, engine)
     checked_on: str = bundle.manifest["engine"]
-    if bundle.manifest["engines"] or checked_on == TENSORRT:
-        return TENSORRT
+    planned = [name for name in PLANNED if name in {checked_on, *map(plan_engine, bundle.manifest["engines"])}]
+    if planned:  # both: the one that is installed
+        return next((name for name in planned if _is_installed(name)), planned[0])
     return DEFAULT if options.device == "cuda" or util.find_spec(checked_on) is None else checked_on
 
 
 def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
     name = engine_for(bundle, "auto", options)
     try:
-        return _tensorrt(bundle, options, taps) if name == TENSORRT else _on_graph(bundle, name, options, taps)
+        return (_planned if name in PLANNED else _on_graph)(bundle, name, options, taps)
     except MaeDeployError as error:
         # Another engine than TensorRT only where it is installed and does not load.
-        if name == DEFAULT or (name != TENSORRT and not isinstance(error, MissingDependency)):
+        if name == DEFAULT or (name not in PLANNED and not isinstance(error, MissingDependency)):
             raise
         return _on_graph(bundle, fall_back(bundle, error, name), options, taps)
 
 
-def _tensorrt(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> Engine:
+def _is_installed(name: str) -> bool:
+    module = name.replace("-", "_")
+    return any(util.find_spec(found) is not None for found in (module, f"{module}_bindings"))
+
+
+def _planned(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[str]) -> Engine:
     # What these import takes a while, and concerns GPUs alone.
     from mae_deploy.runtime.tensorrt.api import load_tensorrt
     from mae_deploy.runtime.tensorrt.engine import gpu_index
     from mae_deploy.runtime.tensorrt.open_plan import open_plan
     from mae_deploy.runtime.tensorrt.plans import find_plan, reason_against_plans
+    from mae_deploy.runtime.tensorrt.rtx import load_rtx
 
-    api = load_tensorrt(gpu_index(options.device))
+    index = gpu_index(options.device)
+    api = load_rtx(index) if name == TENSORRT_RTX else load_tensorrt(index)
     entry = find_plan(bundle, api.version, api.gpu)
     if entry is None:
+        build = f"mae-deploy build-engine {bundle.path}{' --engine trt-rtx' if name == TENSORRT_RTX else ''}"
         raise ConfigError(
-            reason_against_plans(bundle, api.version, api.gpu),
-            hint=f"mae-deploy build-engine {bundle.path}, or --engine {DEFAULT}, which runs every bundle",
+            reason_against_plans(bundle, api.version, api.gpu, name),
+            hint=f"{build}, or --engine {DEFAULT}, which runs every bundle",
         )
     if not taps:
         return open_plan(bundle, entry, options)
@@ -165,4 +184,4 @@ ENGINES: dict[str, Callable[[], type[Engine]]] = {"onnxruntime": _onnxruntime, O
 """The name of each engine that reads the graph, which is that of its package, and what gives its class; the package is
 imported when an engine loads."""
 
-ALIASES = {"onnx": "onnxruntime", "ov": OPENVINO, "trt": TENSORRT}
+ALIASES = {"onnx": "onnxruntime", "ov": OPENVINO, "trt": TENSORRT, "trt-rtx": TENSORRT_RTX}

@@ -12,7 +12,7 @@ from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
-from mae_deploy.runtime.registry import OPENVINO, engine_for, load_engine, open_graph
+from mae_deploy.runtime.registry import OPENVINO, TENSORRT_RTX, engine_for, load_engine, open_graph
 
 T = TypeVar("T")
 
@@ -68,5 +68,10 @@ def _run_once(graph: Path, engine: str, options: EngineOptions, precision: str, 
 
 
 def _verify(bundle: Bundle, engine: str, options: EngineOptions) -> Verification:
-    with load_engine(bundle, engine, options) as loaded:
-        return verify_engine(bundle, loaded)
+    with load_engine(bundle, engine, options, prove=False) as loaded:
+        verification = verify_engine(bundle, loaded)
+        if loaded.name == TENSORRT_RTX and verification.passed:
+            from mae_deploy.runtime.tensorrt.first_use import keep_proof
+
+            keep_proof(bundle, loaded, verification.checks)
+        return verification

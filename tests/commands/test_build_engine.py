@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from mae_deploy.commands import build_engine as command
 from mae_deploy.errors import CheckFailed, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt.add_engine import Built
-from tests.runtime.tensorrt.planned_bundle import PLAN_FILE, planned
+from tests.runtime.tensorrt.planned_bundle import PLAN_FILE, RTX, planned
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_cli import TRAINING, run_without
 
@@ -174,3 +175,62 @@ def test_without_the_training_packages(bundle: Path) -> None:
     assert done.returncode == 3, "a driver, a GPU or tensorrt is missing, but not torch"
     assert "torch" not in done.stderr
     assert len(done.stderr.splitlines()) <= 2
+
+
+def rtx(monkeypatch: pytest.MonkeyPatch, path: Path, **entry: Any) -> dict[str, Any]:
+    """Let the command find that TensorRT for RTX built an engine, with no TensorRT and no GPU."""
+    asked = fake(monkeypatch, path)
+    monkeypatch.delattr(command, "load_tensorrt")
+    monkeypatch.setattr(command, "load_builder", lambda: None)
+    build = command.build_engine
+
+    def build_engine(*given: Any, **more: Any) -> Built:
+        built = build(*given, **more)
+        return replace(built, entry={**built.entry, **RTX, **entry})  # type: ignore[typeddict-item]
+
+    monkeypatch.setattr(command, "build_engine", build_engine)
+    return asked
+
+
+@pytest.mark.parametrize("chosen", [True, False], ids=["asked for", "of the bundle"])
+def test_tensorrt_for_rtx_without_a_gpu(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], chosen: bool
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    asked = rtx(monkeypatch, tmp_path / "other")
+    if not chosen:
+        bundle = write_bundle(tmp_path / "made", change=lambda manifest: manifest.update(engine="tensorrt-rtx"))
+    assert main(["build-engine", str(bundle), *(["--engine", "trt-rtx"] if chosen else [])]) == 0
+    captured = capsys.readouterr()
+    assert asked["rtx"] is True
+    words = " ".join(captured.out.split())
+    assert (
+        "fp16, TensorRT for RTX 1.7.1.116, RTX GPUs from compute capability 8.0 on, B:1,8,32 K:1,4,21, not verified"
+        in words
+    )
+    assert "kernels made on each device" in words
+    assert "not verified: no GPU has run it yet, the first one that loads it checks it" in captured.err
+
+
+def test_tensorrt_for_rtx_that_was_checked_here(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    parity = {"NVIDIA GeForce RTX 4090": {"checks": 40, "sizes": ["profile 0 min, B=1, K=1"]}}
+    rtx(monkeypatch, tmp_path / "other", parity=parity, latency_ms=0.25)
+    assert main(["build-engine", str(bundle), "--engine", "trt-rtx"]) == 0
+    captured = capsys.readouterr()
+    words = " ".join(captured.out.split())
+    assert "0.25 ms, verified on NVIDIA GeForce RTX 4090" in words
+    assert "40 checks passed: profile 0 min, B=1, K=1" in words
+    assert "not verified" not in captured.err
+
+
+@pytest.mark.parametrize("option", ["--triton", "--deepstream"])
+def test_servers_do_not_run_tensorrt_for_rtx(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str
+) -> None:
+    monkeypatch.setattr(command, "check_bundle", lambda bundle: None)
+    path = write_bundle(tmp_path / "full", token_mode="full")
+    assert main(["build-engine", str(path), "--engine", "trt-rtx", option, str(tmp_path / "out")]) == 2
+    assert "servers run engines of TensorRT, not of TensorRT for RTX" in capsys.readouterr().err

@@ -22,6 +22,8 @@ from mae_deploy.commands.doctor import NEEDS, requirements
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.cuda.open_memory import INSTALL
+from mae_deploy.runtime.tensorrt import rtx
+from tests.runtime.tensorrt.planned_bundle import RTX4090
 from tests.test_cli import TRAINING, run_without
 
 ROOT = Path(__file__).parents[2]
@@ -80,7 +82,7 @@ def run_with(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 ONNXRUNTIME = {
     *("verify", "predict", "eval BUNDLE", "benchmark", "export", "report", "quickstart", "export --engine trt"),
-    *("predict --out FILE.parquet", "predict on TIFF"),
+    *("export --engine trt-rtx", "predict --out FILE.parquet", "predict on TIFF"),
 }
 OPENVINO = {"export --engine openvino", "report --engine openvino", "predict --engine openvino"}
 
@@ -195,6 +197,49 @@ def test_what_tensorrt_lacks(
     assert found["machine"]["gpus"] == ["NVIDIA H200, compute capability 9.0, CUDA 12.4"] * len(gpus)
 
 
+@pytest.mark.usefixtures("no_trials", "metadata_of_this_source")
+@pytest.mark.parametrize(
+    ("gpu", "backend", "state"),
+    [
+        (None, "cuda.bindings", "CPU builds engines; there is no driver"),
+        (H200, "cuda.bindings", "CPU builds engines; TensorRT for RTX does not support NVIDIA H200, which has compute"),
+        (RTX4090, "cuda.bindings", "CPU builds engines, and runs them on NVIDIA GeForce RTX 4090"),
+        (RTX4090, None, "CPU builds engines; to run them on NVIDIA GeForce RTX 4090, pip install cuda-bindings"),
+    ],
+)
+def test_tensorrt_for_rtx_builds_without_a_gpu(
+    gpu: Gpu | None, backend: str | None, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def require_gpu(index: int) -> Gpu:
+        if gpu is None:
+            raise MissingDependency("there is no driver")
+        return gpu
+
+    version = doctor._version
+    there = {"tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx", backend}
+    concerned = {*there, "cuda.bindings", "pycuda", "tensorrt"}
+    monkeypatch.setattr(rtx, "require_gpu", require_gpu)
+    monkeypatch.setattr(
+        doctor,
+        "_version",
+        lambda module: ("1.7" if module in there else None) if module in concerned else version(module),
+    )
+    found = doctor.run_doctor(DoctorConfig()).data
+    assert found["engines"]["tensorrt_rtx_bindings"].startswith(state)
+    missing = None if backend else {"missing": ["cuda.bindings"], "install": "pip install 'mae-deploy[trt-rtx]'"}
+    assert found["commands"]["build-engine --engine trt-rtx"] == missing
+
+
+@pytest.mark.usefixtures("no_trials")
+def test_an_extra_that_is_newer_than_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = [line for line in metadata.requires("mae-deploy") or [] if "trt-rtx" not in line]
+    monkeypatch.setattr(metadata, "requires", lambda _: lines)
+    found = doctor.run_doctor(DoctorConfig()).data["commands"]
+    assert found["build-engine --engine trt-rtx"]["missing"] == ["mae-deploy"]
+    assert found["build-engine --engine trt-rtx"]["install"] == "pip install -e ."
+    assert found["pretrain"] is None
+
+
 def test_every_command_is_listed() -> None:
     group: Any = typer.main.get_command(app)
     listed = [name for names in NEEDS.values() for name in names]
@@ -209,15 +254,28 @@ def test_what_is_needed_is_what_the_package_asks_for() -> None:
     assert {"torch", "yaml", "sklearn", "ml_dtypes"} <= set(required["train"])
     assert {"tensorrt", "pycuda"} <= set(required["trt"])
     assert required["mlflow"] == ["mlflow"]
-    assert {extra for extras in NEEDS for extra in extras.split(",")} <= set(required)
 
 
-def test_the_two_packages_for_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As the metadata of this source says it, whatever is installed; a name of an extra may have a hyphen."""
+@pytest.fixture
+def metadata_of_this_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is installed."""
     tomllib = pytest.importorskip("tomllib")  # from Python 3.11 on
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
     lines = [f'{line}; extra == "{extra}"' for extra, wanted in extras.items() for line in wanted]
-    monkeypatch.setattr(metadata, "requires", lambda _: lines)
+    monkeypatch.setattr(metadata, "requires", lambda _: [*project["dependencies"], *lines])
+
+
+@pytest.mark.usefixtures("metadata_of_this_source")
+def test_every_extra_of_a_command_is_one() -> None:
+    assert {extra for extras in NEEDS for extra in filter(None, extras.split(","))} <= set(requirements())
+
+
+@pytest.mark.usefixtures("metadata_of_this_source")
+def test_the_packages_for_tensorrt() -> None:
+    """A name of an extra may have a hyphen."""
+    rtx = ["tensorrt_rtx_bindings", "onnxruntime_ep_nv_tensorrt_rtx", "cuda.bindings"]
+    assert requirements()["trt-rtx"] == rtx
     assert requirements()["trt"] == ["tensorrt", "pycuda"]
     assert requirements()["trt-bindings"] == ["tensorrt", "cuda.bindings"]
     assert "trt]" in INSTALL

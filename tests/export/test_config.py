@@ -15,7 +15,7 @@ from mae_deploy.export import config as config_module
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.runtime.profiles import Range
-from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions, tensorrt_major
 
 
 def settings(**more: Any) -> ExportConfig:
@@ -261,11 +261,35 @@ def test_what_a_version_of_tensorrt_reads(
             "--calib-method entropy with --precision fp8, whose ranges are the largest magnitudes",
         ),
         ({"engine": "trt", "int8": Int8Config(prefer="fp16")}, "--prefer fp16 with --precision fp32"),
+        (
+            {"engine": "trt-rtx", "typing": "weak"},
+            "--engine trt-rtx with --typing weak: TensorRT for RTX computes in what the graph's types say",
+        ),
+        (
+            {"engine": "trt-rtx", "tensorrt": BuildOptions(strip=True)},
+            "--strip: TensorRT for RTX builds no such engines",
+        ),
+        (
+            {"engine": "trt-rtx", **int8(calib_data=DATA)},
+            "--precision int8: NVIDIA documents INT8 of TensorRT for RTX for weights alone, not for products",
+        ),
+        (
+            {"engine": "trt-rtx", "triton": Path("models")},
+            "--triton models: Triton runs engines of TensorRT, not of TensorRT for RTX",
+        ),
     ],
 )
 def test_what_tensorrt_alone_has_and_what_it_has_not(more: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(said)}$"):
         settings(**more)
+
+
+def test_tensorrt_for_rtx_is_strongly_typed_whatever_tensorrt_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(config_module, "tensorrt_major", lambda: 8)
+    for precision, islands in (("fp32", ()), ("fp16", ()), ("bf16", ("gelu", "norm", "residual"))):
+        config = settings(engine="trt-rtx", precision=precision)
+        assert (config.resolved_typing, config.islands, config.stored_precision) == ("strong", islands, precision)
+        assert (config.fixed_batch, config.is_planned) == (1, True)
 
 
 def test_the_same_export_without_eight_bits() -> None:
@@ -283,7 +307,7 @@ def test_the_installed_tensorrt_is_found_without_importing_it(monkeypatch: pytes
         return "10.3.0"
 
     monkeypatch.setattr(metadata, "version", version)
-    assert config_module.tensorrt_major() == 10
+    assert tensorrt_major() == 10
 
 
 # --- outputs and types -----------------------------------------------------------------------------------------------

@@ -21,8 +21,9 @@ class BenchmarkConfig(Settings, resume="never"):
     against: tuple[Path, ...] | None = setting(None, basic=True)
     """ONNX files of other origin, separated by commas, timed beside the bundles on the same engines."""
     engine: tuple[str, ...] = setting(("auto",), basic=True, metavar="ENGINE")
-    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), or auto: TensorRT where a bundle
-    has an engine for this machine, else the one on which it was checked, where it is installed."""
+    """Engines, separated by commas: onnxruntime (onnx), openvino (ov), tensorrt (trt), tensorrt-rtx (trt-rtx), or auto:
+    TensorRT where a bundle has an engine for this machine, else the one on which it was checked, where it is
+    installed."""
     keep: tuple[int, ...] | None = setting(None, basic=True, at_least=1)
     """Numbers of patches, separated by commas, for bundles that leave K open; default: --keep-ratio 0.25."""
     keep_ratio: tuple[float, ...] | None = setting(None, basic=True, above=0, at_most=1)

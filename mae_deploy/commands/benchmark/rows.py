@@ -17,9 +17,8 @@ from mae_deploy.models.mask_config import keep_count
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.cache import CacheShape, TokenCache, update_cache, update_inputs
 from mae_deploy.runtime.engines.base import Engine
-from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, TensorEntry
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, PLANNED, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
-from mae_deploy.runtime.registry import TENSORRT
 from mae_deploy.seeding import random_patches
 
 Limits = tuple[int, int]
@@ -96,7 +95,7 @@ class LoadedGraph:
     def precision(self) -> str | None:
         """What is computed in; None where nobody says."""
         # TensorRT may build a graph in another than its own.
-        return self.engine.precision if self.engine.name == TENSORRT else self.subject.precision
+        return self.engine.precision if self.engine.name in PLANNED else self.subject.precision
 
     @property
     def takes_all(self) -> bool:

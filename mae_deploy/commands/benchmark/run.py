@@ -37,9 +37,10 @@ from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.manifest import PLANNED
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.probe import Probe, probe_graph
-from mae_deploy.runtime.registry import DEFAULT, TENSORRT, load_engine, open_graph
+from mae_deploy.runtime.registry import DEFAULT, load_engine, open_graph
 from mae_deploy.runtime.timing import Timing, measure
 
 _GEMM_SIZE, _GEMM_LENGTH = 768, 4
@@ -123,7 +124,7 @@ class _Plan:
             ]
             if found:
                 # A file of other origin runs on the engines that the bundles run on and that read files.
-                others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT)
+                others = dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name not in PLANNED)
                 engines = self._config.engine if subject.bundle is not None else others or [DEFAULT]
                 candidates = [
                     BenchmarkRow(loaded, batch, keep)
@@ -198,7 +199,7 @@ def _open_gemms(
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
         path = Path(folder) / "products.onnx"
         write_products(path, _GEMM_SIZE, _GEMM_LENGTH)
-        for name in dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name != TENSORRT):
+        for name in dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name not in PLANNED):
             found[name] = partial(stack.enter_context(open_graph(path, name, options)).run, {"x": x})
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import Engine, run_in_chunks
-from mae_deploy.runtime.manifest import FRAME, FRAME_IMAGE, IDS_KEEP
+from mae_deploy.runtime.manifest import FRAME, FRAME_IMAGE, IDS_KEEP, PLANNED
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.parity.invariances import (
     Arrays,
@@ -177,7 +177,7 @@ def tolerance_for(bundle: Bundle, engine: Engine) -> Tolerance:
 
 
 def _precision(bundle: Bundle, engine: Engine) -> str:
-    return engine.precision if engine.name == "tensorrt" else bundle.precision
+    return engine.precision if engine.name in PLANNED else bundle.precision
 
 
 class _Checks:

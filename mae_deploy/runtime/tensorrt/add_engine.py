@@ -1,5 +1,5 @@
 """Build a TensorRT engine for a bundle on this machine, check it, time it, and keep it only if it is right, and INT8
-only if it is also faster than FP16.
+only if it is also faster than FP16. TensorRT for RTX builds without a GPU; then it is checked where it is first used.
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cuda.driver import Gpu
+from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precision
 from mae_deploy.runtime.parity.checks import Check
@@ -23,9 +25,10 @@ from mae_deploy.runtime.tensorrt.add_plan import add_plan
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.build import BuiltPlan, Report, build_plan
 from mae_deploy.runtime.tensorrt.check_plan import check_plan, expected_outputs, inputs_at, parity_record, repeated
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import find_plan, graph_for
+from mae_deploy.runtime.tensorrt.rtx import find_gpu, load_builder, load_rtx, target
 from mae_deploy.runtime.timing import Timing, take_turns
 
 _ROUNDS, _WARMUP, _REPLAYS = 20, 4, 5
@@ -43,7 +46,7 @@ class Built:
 
     entry: EngineEntry
     checks: tuple[Check, ...]
-    """Those that it passed."""
+    """Those that it passed; none where there was no GPU to check it."""
     baseline: dict[str, Any] | None
     """INT8 and FP8 only: latencies of both, and their worst ratio."""
     rejected: str | None
@@ -71,6 +74,7 @@ def build_engine(
     profiles: Sequence[Profile] = (),
     options: BuildOptions = BuildOptions(),
     device: str = "auto",
+    rtx: bool = False,
     prefer: Literal["fp16"] | None = None,
     max_latency: float = 1.0,
     on_progress: Report | None = None,
@@ -78,12 +82,15 @@ def build_engine(
     """Build an engine from the bundle's graph and add it to the bundle; nothing is added unless every check is passed.
 
     With INT8 and FP8, FP16 is built beside it from the bundle's baseline graph: only what is faster at the usual size
-    of every profile is kept.
+    of every profile is kept. TensorRT for RTX builds without a GPU as well: what it builds is then neither checked nor
+    timed, and `check_first_use` does the former where it is loaded.
 
     Args:
         precision: None: the bundle's.
         profiles: sizes to build for; without any, those that the bundle was exported for.
-        device: the GPU on which and for which it is built, see `EngineOptions`.
+        device: the GPU on which and for which it is built, see `EngineOptions`; with TensorRT for RTX the one that
+            checks it, if there is one.
+        rtx: build with TensorRT for RTX.
         prefer: fp16 keeps FP16 where INT8 or FP8 is not worth it, instead of an error.
         max_latency: the share of FP16's latency below which INT8 or FP8 must stay.
         on_progress: is told what is being done and the share of it all, from 0 to 1.
@@ -94,12 +101,13 @@ def build_engine(
         CheckFailed: the engine's outputs are not PyTorch's, or INT8 is not faster; both figures are in the message.
         MaeDeployError: TensorRT cannot build it, or the bundle cannot be written.
     """
-    api = load_tensorrt(gpu_index(device))
+    api = load_builder() if rtx else load_tensorrt(gpu_index(device))
+    gpu = _gpu_that_checks(device) if rtx else api.gpu
     wanted = precision or bundle.manifest["precision"]
     complete = resolve_profiles(bundle, profiles)
-    precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED else [wanted]
+    precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED and gpu is not None else [wanted]
     sources = {name: graph_for(bundle, name) for name in precisions}
-    expected = expected_outputs(bundle, complete)
+    expected = expected_outputs(bundle, complete) if gpu is not None else {}
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder, ExitStack() as stack:
         # All are built before one is opened: on a Jetson, an engine on the GPU takes from what a build can have.
         plans = [
@@ -111,21 +119,35 @@ def build_engine(
                 profiles=complete,
                 options=options,
                 index=api.gpu.index,
+                rtx=rtx,
                 on_progress=_part_of(
                     on_progress, name, _BUILDING * index / len(precisions), _BUILDING / len(precisions)
                 ),
             )
             for index, name in enumerate(precisions)
         ]
+        if gpu is None:
+            unverified = add_plan(
+                bundle,
+                plans[0],
+                version=api.version,
+                gpu=target(wanted),
+                precision=wanted,
+                profiles=complete,
+                build={**plans[0].record, **_origin(bundle, sources[wanted])},
+                parity={},
+                latency_ms=None,
+            )
+            return Built(entry=unverified, checks=(), baseline=None, rejected=None)
         found: list[_Candidate] = []
         for index, (name, plan) in enumerate(zip(precisions, plans, strict=True)):
             if on_progress is not None:
                 on_progress(f"{name}: parity", _BUILDING + (1 - _BUILDING) * index / len(precisions))
-            found.append(_try(stack, bundle, name, sources[name], plan, complete, options, expected, device))
+            found.append(_try(stack, bundle, name, sources[name], plan, complete, options, expected, device, rtx=rtx))
         first, last = found[0], found[-1]  # one and the same, or INT8 and FP16
         if last.failures:
             raise CheckFailed(
-                f"the TensorRT {api.version} engine in {last.precision} misses parity: {'; '.join(last.failures)}",
+                f"the {api.title} engine in {last.precision} misses parity: {'; '.join(last.failures)}",
                 hint=_HINT,
             )
         timings = _time(bundle, found, complete)
@@ -144,28 +166,40 @@ def build_engine(
             bundle,
             kept.plan,
             version=api.version,
-            gpu=api.gpu,
+            gpu=target(kept.precision) if rtx else gpu,
             precision=kept.precision,
             profiles=complete,
             build={**kept.plan.record, **_origin(bundle, kept.source), "against_fp16": speed, "rejected": rejected},
-            parity=parity_record(kept.checks),
+            parity={gpu.name: parity_record(kept.checks)} if rtx else parity_record(kept.checks),
             latency_ms=1000 * timings[kept.precision][0].median,
         )
     return Built(entry=entry, checks=kept.checks, baseline=speed, rejected=rejected)
 
 
-def build_missing_engine(bundle: Bundle, device: str) -> None:
+def _gpu_that_checks(device: str) -> Gpu | None:
+    """The GPU that runs what TensorRT for RTX has built; None without one, or without access to its memory."""
+    index = gpu_index(device)
+    try:
+        gpu = find_gpu(index)
+        with open_memory(index=index):
+            return gpu
+    except (MissingDependency, ConfigError):
+        return None
+
+
+def build_missing_engine(bundle: Bundle, device: str, *, rtx: bool = False) -> None:
     """Build an engine with the defaults of `build_engine` unless the bundle has one that fits this machine.
 
     Args:
         device: see `EngineOptions`.
+        rtx: one of TensorRT for RTX.
 
     Raises:
         ConfigError, MissingDependency, CheckFailed, MaeDeployError: as `build_engine`.
     """
-    api = load_tensorrt(gpu_index(device))
+    api = (load_rtx if rtx else load_tensorrt)(gpu_index(device))
     if find_plan(bundle, api.version, api.gpu) is None:
-        build_engine(bundle, device=device)
+        build_engine(bundle, device=device, rtx=rtx)
 
 
 def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
@@ -256,10 +290,12 @@ def _try(
     options: BuildOptions,
     expected: Mapping[int | None, Arrays],
     device: str,
+    *,
+    rtx: bool,
 ) -> _Candidate:
     """Load and check an engine, launch by launch and as CUDA graphs; the latter stays open for the timing."""
     load = partial(
-        TensorRtEngine,
+        TensorRtRtxEngine if rtx else TensorRtEngine,
         plan.file,
         precision=precision,
         profiles=profiles,

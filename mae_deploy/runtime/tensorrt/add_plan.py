@@ -77,6 +77,18 @@ def add_plan(
     return entry
 
 
+def record_parity(bundle: Bundle, file: str, gpu: Gpu, parity: Mapping[str, Any]) -> None:
+    """Put into the manifest what an engine of TensorRT for RTX passed on a GPU.
+
+    Raises:
+        MaeDeployError: the bundle cannot be written.
+    """
+    with _changed(bundle) as manifest:
+        for entry in manifest["engines"]:
+            if entry["file"] == file:
+                entry["parity"][gpu.name] = {**parity, "driver": gpu.driver}
+
+
 @contextmanager
 def _changed(bundle: Bundle) -> Iterator[Manifest]:
     """The manifest as it is on the disk now, to be changed and written back while no other process does so."""

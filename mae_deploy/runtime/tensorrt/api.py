@@ -100,6 +100,11 @@ def is_rtx(trt: Any) -> bool:
     return str(trt.__version__).startswith("1.")
 
 
+def title(trt: Any) -> str:
+    """What it is called in messages, with its version."""
+    return f"TensorRT {'for RTX ' if is_rtx(trt) else ''}{trt.__version__}"
+
+
 def network_flags(trt: Any, *, strong: bool) -> int:
     """The flags of a network with explicit batch; strong: its tensors' types say in what is computed. TensorRT 11 knows
     no other.
@@ -119,7 +124,7 @@ def builder_flags(trt: Any, names: Sequence[str], *, option: str) -> list[Any]:
     missing = [name for name in names if not hasattr(trt.BuilderFlag, name)]
     if missing:
         raise ConfigError(
-            f"{option}: TensorRT {trt.__version__} has no {missing[0]}",
+            f"{option}: {title(trt)} has no {missing[0]}",
             hint=f"leave it out, or use another version of TensorRT ({SUPPORTED})",
         )
     return [getattr(trt.BuilderFlag, name) for name in names]
@@ -142,21 +147,26 @@ def precision_flags(trt: Any, precision: str, *, strong: bool) -> list[Any]:
         )
     if strong and precision not in ("fp32", "fp16"):
         raise ConfigError(
-            f"TensorRT {trt.__version__} cannot build a strongly typed {precision} graph",
+            f"{title(trt)} cannot build a strongly typed {precision} graph",
             hint="export with --typing weak",
         )
     if not strong and major >= 11 and precision != "fp32":
         raise ConfigError(
-            f"TensorRT {trt.__version__} computes a weakly typed graph in FP32, not in {precision}",
+            f"{title(trt)} computes a weakly typed graph in FP32, not in {precision}",
             hint="export with --typing strong, or build --precision fp32",
         )
     names = {"fp32": (), "fp16": ("FP16",), "bf16": ("BF16",), "int8": ("INT8", "FP16")}[precision]
     return builder_flags(trt, names, option=f"--precision {precision}")
 
 
+def least_capability(precision: str) -> tuple[int, int]:
+    """The compute capability from which on GPUs have arithmetic of this precision."""
+    return {"bf16": (8, 0), "fp8": (8, 9)}.get(precision, (0, 0))
+
+
 def check_precision(precision: str, gpu: Gpu) -> None:
     """Raise ConfigError where the GPU has no arithmetic of this precision."""
-    needed = {"bf16": (8, 0), "fp8": (8, 9)}.get(precision, (0, 0))
+    needed = least_capability(precision)
     if gpu.compute_capability < needed:
         found, least = (".".join(map(str, numbers)) for numbers in (gpu.compute_capability, needed))
         raise ConfigError(
@@ -178,7 +188,7 @@ def hardware_level(trt: Any, wanted: str) -> Any:
     name = {"none": "NONE", "ampere": "AMPERE_PLUS", "same": "SAME_COMPUTE_CAPABILITY"}[wanted]
     if not hasattr(trt.HardwareCompatibilityLevel, name):
         raise ConfigError(
-            f"--hardware-compatible {wanted}: TensorRT {trt.__version__} has no {name}",
+            f"--hardware-compatible {wanted}: {title(trt)} has no {name}",
             hint="use ampere, or TensorRT 10.9 or later",
         )
     return getattr(trt.HardwareCompatibilityLevel, name)
@@ -285,6 +295,7 @@ class Api:
         self.module = module
         self.gpu = gpu
         self.version = str(module.__version__)
+        self.title = title(module)
         self.major = major_version(module)
         self.said = Messages()
         self.logger = create_logger(module, self.said)
@@ -314,11 +325,11 @@ class Api:
             Exception
         ) as error:  # TypeError where a factory gives null, else RuntimeError, ValueError or pybind11's own
             said = self.said.errors or [" ".join(str(error).split())]
-            raise MaeDeployError(f"TensorRT {self.version} cannot {what}: {'; '.join(said)}", hint=hint) from error
+            raise MaeDeployError(f"{self.title} cannot {what}: {'; '.join(said)}", hint=hint) from error
 
     def refuse(self, what: str, *, hint: str | None = None) -> MaeDeployError:
         """The error for a call that gave None or False, which is how TensorRT fails."""
-        return MaeDeployError(f"TensorRT {self.version} cannot {what}: {self.messages()}", hint=hint)
+        return MaeDeployError(f"{self.title} cannot {what}: {self.messages()}", hint=hint)
 
     def deserialize(self, plan: mmap.mmap | bytes, *, host_code: bool = False, weights: Path | None = None) -> Any:
         """An `ICudaEngine` from a plan. A plan is code: its hash must have been checked before.
@@ -344,7 +355,7 @@ class Api:
     def _refit(self, engine: Any, weights: Path) -> None:
         if not hasattr(self.module, "OnnxParserRefitter"):
             raise MaeDeployError(
-                f"TensorRT {self.version} cannot put weights into a plan that was built without",
+                f"{self.title} cannot put weights into a plan that was built without",
                 hint="build it again without --strip",
             )
         refitter = self.module.Refitter(engine, self.logger)

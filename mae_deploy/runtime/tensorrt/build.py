@@ -1,4 +1,4 @@
-"""From an ONNX file to a TensorRT plan, on a GPU of this machine."""
+"""From an ONNX file to a TensorRT plan, on a GPU of this machine; with TensorRT for RTX on any machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
 from mae_deploy.runtime.tensorrt.build_progress import BuildProgress
 from mae_deploy.runtime.tensorrt.layer_report import summarise
-from mae_deploy.runtime.tensorrt.options import BuildOptions
+from mae_deploy.runtime.tensorrt.options import BuildOptions, check_rtx_options, check_rtx_precision
+from mae_deploy.runtime.tensorrt.rtx import load_builder
 from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep
 
 Report = Callable[[str, float], None]
@@ -59,6 +60,7 @@ def build_plan(
     profiles: Sequence[Profile],
     options: BuildOptions = BuildOptions(),
     index: int = 0,
+    rtx: bool = False,
     outputs_marked: Sequence[str] = (),
     on_progress: Report | None = None,
 ) -> BuiltPlan:
@@ -69,6 +71,7 @@ def build_plan(
         precision: what a weakly typed graph is computed in; a strongly typed one has it in its types.
         profiles: the sizes that it is built for; of no effect where the graph leaves none open.
         index: of the GPU that it is built on and for.
+        rtx: build with TensorRT for RTX instead, which needs no GPU and builds for many.
         outputs_marked: names of inner tensors that become further outputs, in FP32.
         on_progress: is told how far the build is, by TensorRT 10 and later.
 
@@ -77,8 +80,12 @@ def build_plan(
         MissingDependency: no driver, GPU, `tensorrt`, or neither pycuda nor cuda-bindings.
         MaeDeployError: TensorRT refuses the graph or finds no kernels; its own messages say why.
     """
-    api = load_tensorrt(index)
+    api = load_builder() if rtx else load_tensorrt(index)
     _check(api, graph, precision, typing)
+    if rtx:
+        check_rtx_options(options)
+        check_rtx_precision(precision)
+        return _plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
     with open_memory(index=index) as memory:
         try:
             with memory.active():
@@ -99,12 +106,15 @@ def _plan(
     outputs_marked: Sequence[str],
     on_progress: Report | None,
 ) -> BuiltPlan:
-    """Build with the GPU's context current; what TensorRT makes on the way is gone when this returns."""
+    """Build, with the GPU's context current where one is needed; what TensorRT makes on the way is gone when this
+    returns.
+    """
     start = time.monotonic()
     with api.explained(f"build an engine of {graph}"):
         sources_off = _write_plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
         seconds, warnings = time.monotonic() - start, api.warnings
-        layers = _inspect(api, file, options)
+        # TensorRT for RTX makes its kernels on the device: here are none to look at.
+        layers = None if tensorrt_api.is_rtx(api.module) else _inspect(api, file, options)
     record = {
         "precision": precision,
         "typing": typing,
@@ -166,11 +176,12 @@ def _check(api: Api, graph: Path, precision: str, typing: str) -> None:
     """Whatever can be known to fail before the build begins."""
     trt = api.module
     tensorrt_api.precision_flags(trt, precision, strong=typing == "strong")
-    tensorrt_api.check_precision(precision, api.gpu)
+    if not tensorrt_api.is_rtx(trt):
+        tensorrt_api.check_precision(precision, api.gpu)
     highest, opset = tensorrt_api.highest_opset(trt), read_opset(graph)
     if highest is not None and opset > highest:
         raise ConfigError(
-            f"{graph} has opset {opset}, and TensorRT {api.version} reads up to {highest}",
+            f"{graph} has opset {opset}, and {api.title} reads up to {highest}",
             hint="export with --typing weak",
         )
 

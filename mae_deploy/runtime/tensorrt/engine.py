@@ -14,9 +14,12 @@ from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import mapped
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cuda.arrays import DeviceArray
+from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.tensorrt.api import load_tensorrt
+from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
+from mae_deploy.runtime.tensorrt.kernel_cache import kernel_file
+from mae_deploy.runtime.tensorrt.rtx import load_rtx
 from mae_deploy.runtime.tensorrt.runner import NUM_SLOTS, PlanRunner
 from mae_deploy.runtime.tensorrt.slots import Ticket
 
@@ -33,8 +36,12 @@ class TensorRtEngine(Engine):
     name = "tensorrt"
     device = "cuda"
     in_flight = NUM_SLOTS
+    gpu: Gpu
+    plan: Path
+    """The file that was loaded."""
     use_graphs: bool
     """Whether runs are replayed as CUDA graphs."""
+    _load_library = staticmethod(load_tensorrt)
 
     def __init__(
         self,
@@ -117,16 +124,14 @@ class TensorRtEngine(Engine):
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         index = gpu_index(options.device)
-        api = load_tensorrt(index)
-        self.version = api.version
+        api = self._load_library(index)
+        self.version, self.gpu, self.plan = api.version, api.gpu, graph
         self.use_graphs = options.cuda_graphs
         memory = open_memory(options.cuda_memory, index)
         try:
             with memory.active():
-                plan = mapped(graph)
-                self._runner = PlanRunner(
-                    api, memory, api.deserialize(plan, host_code=self._host_code, weights=self._weights), index
-                )
+                plan = api.deserialize(mapped(graph), host_code=self._host_code, weights=self._weights)
+                self._runner = PlanRunner(api, memory, plan, index, kernels=self._kernel_file(api))
         except BaseException as error:
             traceback.clear_frames(error.__traceback__)  # what TensorRT has made must go before the memory
             memory.close()
@@ -143,11 +148,24 @@ class TensorRtEngine(Engine):
                 hint="an inner tensor must be marked as an output when the engine is built",
             )
 
+    def _kernel_file(self, api: Api) -> Path | None:
+        return None
+
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
         return self._start(inputs, outputs, on_device=False).result()
 
     def _start(self, inputs: Mapping[str, Any], outputs: Sequence[str], *, on_device: bool) -> Ticket:
         return self._runner.start(inputs, outputs, holder=self, on_device=on_device, use_graphs=self.use_graphs)
+
+
+class TensorRtRtxEngine(TensorRtEngine):
+    """A plan of TensorRT for RTX, which makes its kernels on this GPU and keeps them in the folder of caches."""
+
+    name = "tensorrt-rtx"
+    _load_library = staticmethod(load_rtx)
+
+    def _kernel_file(self, api: Api) -> Path:
+        return kernel_file(api, self.plan)
 
 
 def gpu_index(device: str) -> int:

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.manifest import EngineEntry
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.tensorrt.plans import graph_for
+from mae_deploy.runtime.manifest import EngineEntry, plan_engine
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine
+from mae_deploy.runtime.tensorrt.plans import TENSORRT_RTX, graph_for
 
 
 def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> TensorRtEngine:
@@ -21,7 +21,8 @@ def open_plan(bundle: Bundle, entry: EngineEntry, options: EngineOptions) -> Ten
     """
     plan = bundle.file(entry["file"])
     weights = bundle.graph(graph_for(bundle, entry["precision"])) if entry["stripped"] else None
-    return TensorRtEngine(
+    kind = TensorRtRtxEngine if plan_engine(entry) == TENSORRT_RTX else TensorRtEngine
+    return kind(
         plan,
         options,
         precision=entry["precision"],

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.manifest import EngineEntry
+from mae_deploy.runtime.manifest import EngineEntry, plan_engine
 from mae_deploy.runtime.profiles import Profile
 from mae_deploy.runtime.tensorrt.build import build_plan
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
-from mae_deploy.runtime.tensorrt.plans import graph_for
+from mae_deploy.runtime.tensorrt.plans import TENSORRT_RTX, graph_for
 
 
 def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps: Sequence[str]) -> TensorRtEngine:
@@ -27,7 +27,7 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
     profiles: list[Profile] = [
         {name: (sizes[0], sizes[1], sizes[2]) for name, sizes in profile.items()} for profile in entry["profiles"]
     ]
-    precision = entry["precision"]
+    precision, rtx = entry["precision"], plan_engine(entry) == TENSORRT_RTX
     graph = bundle.graph(graph_for(bundle, precision))
     level = entry["build"].get("options", {}).get("optimization_level")
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
@@ -39,6 +39,9 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
             profiles=profiles,
             options=BuildOptions(optimization_level=level),
             index=gpu_index(options.device),
+            rtx=rtx,
             outputs_marked=taps,
         )
-        return TensorRtEngine(plan.file, options, precision=precision, taps=taps, profiles=profiles)
+        return (TensorRtRtxEngine if rtx else TensorRtEngine)(
+            plan.file, options, precision=precision, taps=taps, profiles=profiles
+        )

@@ -1,11 +1,20 @@
-"""How a TensorRT engine is built."""
+"""How a TensorRT engine is built, and which TensorRT would build it."""
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from importlib import metadata
+from typing import Any, Literal
 
-from mae_deploy.config import Settings, setting
+from mae_deploy.config import Settings, option_name, setting
+from mae_deploy.errors import ConfigError
+
+_PACKAGES = ("tensorrt", "tensorrt-cu12-bindings", "tensorrt-cu13-bindings")
+
+_NOT_TAKEN = ("--hardware-compatible", "--version-compatible", "--strip", "--refit")
+"""Options of builds that are TensorRT's alone: plans are for many GPUs anyway, and the others need a GPU or a library
+that the wheels have not."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,3 +38,46 @@ class BuildOptions(Settings, resume="never"):
     later)."""
     refit: bool = False
     """Let other weights be put into the engine later."""
+
+
+def changed_options(config: Any) -> list[str]:
+    """The options of a section whose values are not its class's defaults, as they are written: `--workspace 64`."""
+    values = ((field, getattr(config, field.name)) for field in dataclasses.fields(config))
+    return [
+        (option_name(field) if value else f"--no-{option_name(field)[2:]}")
+        if isinstance(value, bool)
+        else f"{option_name(field)} {value}"
+        for field, value in values
+        if value != field.default
+    ]
+
+
+def check_rtx_options(options: BuildOptions) -> None:
+    """Raise ConfigError for options of a build that TensorRT for RTX has not."""
+    for given in changed_options(options):
+        if given.split()[0] in _NOT_TAKEN:
+            raise ConfigError(
+                f"{given}: TensorRT for RTX builds no such engines",
+                hint="leave it out: its engines run on every RTX GPU as they are",
+            )
+
+
+def check_rtx_precision(precision: str) -> None:
+    """Raise ConfigError for a precision that the support matrix of TensorRT for RTX has not: of INT8 it lists products
+    with weights in INT8 alone, not those that an export quantises.
+    """
+    if precision == "int8":
+        raise ConfigError(
+            "--precision int8: NVIDIA documents INT8 of TensorRT for RTX for weights alone, not for products",
+            hint="use fp16, or fp8 for GPUs from compute capability 8.9 on",
+        )
+
+
+def tensorrt_major() -> int | None:
+    """Of the TensorRT that is installed, without importing it; None without."""
+    for package in _PACKAGES:
+        try:
+            return int(metadata.version(package).partition(".")[0])
+        except metadata.PackageNotFoundError:
+            continue
+    return None

@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,8 +51,12 @@ _log = logging.getLogger(__name__)
 class PlanRunner:
     """A deserialised engine with its memory; calls from several threads take turns to start a run."""
 
-    def __init__(self, api: Api, memory: Memory, engine: Any, index: int) -> None:
-        """Take over `memory`, whose context is current, and `engine`: `close` frees both."""
+    def __init__(self, api: Api, memory: Memory, engine: Any, index: int, *, kernels: Path | None = None) -> None:
+        """Take over `memory`, whose context is current, and `engine`: `close` frees both.
+
+        Args:
+            kernels: TensorRT for RTX only, the file in which kernels are kept that were compiled here.
+        """
         self._api = api
         self._memory = memory
         self._engine = engine
@@ -59,7 +64,7 @@ class PlanRunner:
         self._turn = threading.Lock()
         self.inputs, self.outputs = read_tensors(api.module, engine)
         self.profiles: list[ProfileRange] = read_profiles(engine, self.inputs)
-        self._config = runtime_config(api.module, engine)
+        self._config, self._kernels = runtime_config(api.module, engine, kernels)
         self._activation_bytes = activation_bytes(engine)
         self._activations = memory.allocate(self._activation_bytes)
         tensors = {**self.inputs, **self.outputs}
@@ -143,7 +148,8 @@ class PlanRunner:
             with self._memory.active():
                 for slot in self._slots:
                     slot.close()
-                self._config = self._engine = None
+                self._keep_kernels()
+                self._kernels = self._config = self._engine = None
             self._memory.close()
 
     def _check_stays(self, outputs: Sequence[str]) -> None:
@@ -234,6 +240,11 @@ class PlanRunner:
             except MaeDeployError as error:
                 prepared.can_be_captured = False
                 _log.warning("TensorRT runs without a CUDA graph: %s", error)
+            self._keep_kernels()  # now: a service is rather killed than closed
+
+    def _keep_kernels(self) -> None:
+        if self._kernels is not None:
+            self._kernels.keep()
 
     # --- contexts
     # ------------------------------------------------------------------------------------------------------

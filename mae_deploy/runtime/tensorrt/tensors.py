@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.tensorrt.api import numpy_dtype
+from mae_deploy.runtime.tensorrt.kernel_cache import KernelCache
 
 Shape = tuple[int, ...]
 
@@ -133,19 +135,24 @@ def to_numpy(tensor: Tensor, pinned: Array) -> Array:
     return found
 
 
-def runtime_config(trt: Any, engine: Any) -> Any:
-    """What all contexts of an engine of TensorRT for RTX share; None for TensorRT itself.
+def runtime_config(trt: Any, engine: Any, kernels: Path | None) -> tuple[Any, KernelCache | None]:
+    """What all contexts of an engine of TensorRT for RTX share, and the kernels that are kept in a file; nothing for
+    TensorRT itself.
 
     Its kernels are compiled on the device: kept in one cache, so that a second context compiles nothing again, and
     for a context's own shapes before its first run, so that a CUDA graph holds the fast ones.
     """
+    if kernels is None:
+        return None, None
     if not hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-        return None
+        return None, None
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(trt.ExecutionContextAllocationStrategy.USER_MANAGED)
     config.dynamic_shapes_kernel_specialization_strategy = trt.DynamicShapesKernelSpecializationStrategy.EAGER
-    config.set_runtime_cache(config.create_runtime_cache())
-    return config
+    cache = config.create_runtime_cache()
+    kept = KernelCache(cache, kernels)
+    config.set_runtime_cache(cache)
+    return config, kept
 
 
 def create_context(trt: Any, engine: Any, memory: int, nbytes: int, config: Any = None) -> Any:

@@ -80,6 +80,9 @@ def make_tensorrt(driver: ctypes.CDLL, *, version: str = "10.3.0", shared_profil
     trt.contexts, trt.infer_error = [], None
     if not version.startswith("8"):
         trt.ExecutionContextAllocationStrategy = SimpleNamespace(USER_MANAGED="user-managed")
+    if version.startswith("1."):  # TensorRT for RTX
+        trt.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy")
+        trt.kernels = []
     return trt  # type: ignore[no-any-return]
 
 
@@ -141,8 +144,17 @@ class _Engine:
         assert self.trt.__version__.startswith("8"), "gone in 11"
         return _Context(self)
 
+    def create_runtime_config(self) -> Any:
+        assert self.trt.__version__.startswith("1."), "of TensorRT for RTX alone"
+        return _RuntimeConfig(self.trt)
+
     def create_execution_context(self, strategy: Any) -> Any:
-        assert strategy == "user-managed"
+        if isinstance(strategy, _RuntimeConfig):
+            assert strategy.dynamic_shapes_kernel_specialization_strategy == "eager"
+            assert strategy.strategy == "user-managed"
+            strategy.cache.compile()
+        else:
+            assert strategy == "user-managed"
         return _SizedContext(self)
 
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
@@ -157,6 +169,45 @@ class _Engine:
         dtype = np.dtype(_NUMPY.get(self.tensors[name][1], np.uint16))
         size = int(np.prod(shape)) * dtype.itemsize
         return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(addresses[name])).view(dtype).reshape(shape)
+
+
+class _RuntimeConfig:
+    dynamic_shapes_kernel_specialization_strategy = "lazy"
+    cache: Any = None
+
+    def __init__(self, trt: Any) -> None:
+        self.trt, self.strategy = trt, "static"
+
+    def set_execution_context_allocation_strategy(self, strategy: str) -> None:
+        self.strategy = strategy
+
+    def create_runtime_cache(self) -> Any:
+        return _RuntimeCache(self.trt)
+
+    def set_runtime_cache(self, cache: Any) -> bool:
+        self.cache = cache
+        return True
+
+
+class _RuntimeCache:
+    """One kernel, which is compiled where it is not there; `trt.kernels` notes it."""
+
+    def __init__(self, trt: Any) -> None:
+        self.trt, self.content = trt, b""
+
+    def deserialize(self, content: bytes) -> bool:
+        if content != b"kernel":
+            return False
+        self.content = content
+        return True
+
+    def compile(self) -> None:
+        if not self.content:
+            self.trt.kernels.append("compiled")
+            self.content = b"kernel"
+
+    def serialize(self) -> bytes:
+        return self.content
 
 
 def _sized(shape: tuple[int, ...], batch: int, keep: int) -> list[int]:

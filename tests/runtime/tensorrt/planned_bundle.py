@@ -25,8 +25,9 @@ def planned(path: Path, *, entry: Mapping[str, Any] | None = None, **settings: A
         entry: what is otherwise in the plan's record.
     """
     write_bundle(path, **settings)
-    (path / PLAN_FILE).parent.mkdir()
-    (path / PLAN_FILE).write_bytes(PLAN)
+    file = path / (entry or {}).get("file", PLAN_FILE)
+    file.parent.mkdir()
+    file.write_bytes(PLAN)
     manifest = json.loads((path / "manifest.json").read_text())
     record = {
         "file": PLAN_FILE,
@@ -51,7 +52,7 @@ def planned(path: Path, *, entry: Mapping[str, Any] | None = None, **settings: A
         **(entry or {}),
     }
     manifest["engines"] = [record]
-    manifest["files"][PLAN_FILE] = file_entry(path / PLAN_FILE)
+    manifest["files"][record["file"]] = file_entry(file)
     (path / "manifest.json").write_text(json.dumps(manifest))
     return Bundle.load(path)
 
@@ -66,6 +67,19 @@ def gpu(name: str = "Orin", capability: tuple[int, int] = (8, 7)) -> Gpu:
     return Gpu(index=0, name=name, compute_capability=capability, memory_bytes=1 << 33, driver="12.6")
 
 
+RTX_FILE = "engines/1.7.1.116-rtx-fp16.plan"
+
+RTX: dict[str, Any] = {
+    "file": RTX_FILE,
+    "tensorrt": "1.7.1.116",
+    "gpu": "RTX",
+    "compute_capability": [8, 0],
+    "parity": {},
+    "latency_ms": None,
+}
+"""The record of a plan of TensorRT for RTX that no GPU has run."""
+
+RTX4090 = Gpu(index=0, name="NVIDIA GeForce RTX 4090", compute_capability=(8, 9), memory_bytes=1 << 34, driver="13.0")
 ORIN, H200, T4 = gpu(), gpu("NVIDIA H200", (9, 0)), gpu("Tesla T4", (7, 5))
 PROFILES = [{"B": (1, 8, 32), "K": (1, 4, 21)}]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -35,10 +35,12 @@ from mae_deploy.runtime.tensorrt.add_engine import (
 )
 from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
-from mae_deploy.runtime.tensorrt.plans import graph_for
+from mae_deploy.runtime.tensorrt.plans import graph_for, is_verified
+from mae_deploy.runtime.tensorrt.rtx import target
 from mae_deploy.runtime.timing import Timing
 from tests.runtime.cuda.stub_driver import StubMemory
 from tests.runtime.tensorrt.fake_tensorrt import make_tensorrt, plan
+from tests.runtime.tensorrt.planned_bundle import RTX4090
 from tests.runtime.tiny_bundle import K, N, write_bundle
 
 MANIFEST = "manifest.json"
@@ -241,10 +243,13 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
     monkeypatch.setattr(
         engine_build,
         "load_tensorrt",
-        lambda index=0: type("Api", (), {"version": "10.3.0", "gpu": replace(gpu, index=index)}),
+        lambda index=0: type(
+            "Api", (), {"version": "10.3.0", "title": "TensorRT 10.3.0", "gpu": replace(gpu, index=index)}
+        ),
     )
     monkeypatch.setattr(engine_build, "build_plan", plan_of)
     monkeypatch.setattr(engine_build, "TensorRtEngine", OnGraph)
+    monkeypatch.setattr(engine_build, "TensorRtRtxEngine", OnGraph)
     monkeypatch.setattr(engine_build, "_time", lambda *_: found)
     return found
 
@@ -326,3 +331,48 @@ def test_an_engine_that_is_wrong_is_not_kept(
     ):
         build(bundle)
     assert Bundle.load(visible_bundle).manifest["engines"] == []
+
+
+# --- TensorRT for RTX ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rtx_builder(monkeypatch: pytest.MonkeyPatch, without_a_gpu: Any) -> None:
+    api = type("Api", (), {"version": "1.7.1.116", "title": "TensorRT for RTX 1.7.1.116", "gpu": target("fp32")})
+    monkeypatch.setattr(engine_build, "load_builder", lambda: api)
+
+
+def no_gpu(index: int) -> Gpu:
+    raise MissingDependency("there is no NVIDIA driver here")
+
+
+@pytest.mark.usefixtures("rtx_builder")
+@pytest.mark.parametrize(("precision", "capability"), [("fp32", [8, 0]), ("fp8", [8, 9])])
+def test_without_a_gpu_an_engine_is_added_unverified(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, capability: list[int]
+) -> None:
+    monkeypatch.setattr(engine_build, "find_gpu", no_gpu)
+    bundle = (
+        quantized(tmp_path / "b", precision="fp8") if precision == "fp8" else Bundle.load(write_bundle(tmp_path / "b"))
+    )
+    built, seen = build(bundle, rtx=True)
+    (entry,) = Bundle.load(bundle.path).manifest["engines"]
+    assert entry == built.entry
+    assert (entry["file"], entry["gpu"]) == (f"engines/1.7.1.116-rtx-{precision}.plan", "RTX")
+    assert (entry["compute_capability"], entry["parity"], entry["latency_ms"]) == (capability, {}, None)
+    assert (built.checks, built.baseline, is_verified(entry)) == ((), None, False)
+    assert [phase for phase, _ in seen] == [f"{precision}: tactics"], "FP16 is not built where nothing is timed"
+
+
+@pytest.mark.usefixtures("rtx_builder")
+def test_a_gpu_that_runs_it_checks_it_at_once(visible_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_build, "find_gpu", lambda index: RTX4090)
+    monkeypatch.setattr(engine_build, "open_memory", lambda index: nullcontext())
+    built, _ = build(Bundle.load(visible_bundle), rtx=True)
+    assert list(built.entry["parity"]) == [RTX4090.name]
+    assert (built.entry["gpu"], built.entry["latency_ms"]) == ("RTX", 4.0)
+    assert is_verified(built.entry, RTX4090)
+    assert not is_verified(built.entry, replace(RTX4090, name="another"))
+    monkeypatch.setattr(engine_build, "check_plan", lambda *_: [Check("golden", Comparison(name="cls"), ("wrong",))])
+    with pytest.raises(CheckFailed, match=r"the TensorRT for RTX 1\.7\.1\.116 engine in fp32 misses parity"):
+        build(Bundle.load(visible_bundle), rtx=True)

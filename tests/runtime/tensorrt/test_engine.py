@@ -24,9 +24,11 @@ from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from mae_deploy.runtime.tensorrt import runner as tensorrt_runner
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt.api import Api
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine
 from tests.runtime.cuda.stub_driver import NAME, StubMemory, calls, compile_stub
 from tests.runtime.tensorrt.fake_tensorrt import C, H, W, make_tensorrt, plan, reference
+from tests.runtime.tensorrt.planned_bundle import RTX4090
 
 Load = Callable[..., TensorRtEngine]
 
@@ -81,6 +83,31 @@ def test_runs(load: Load, version: str, graphs: bool) -> None:
                 check(found, given)
                 assert list(found) == ["cls", "tokens"]
                 assert list(engine.run(given, ["tokens"])) == ["tokens"]
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+def test_tensorrt_for_rtx_keeps_the_kernels_that_it_compiled(
+    stub_driver: ctypes.CDLL, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graphs: bool
+) -> None:
+    """Before a graph is captured: the stand-in insists on kernels for a context's own shapes."""
+    monkeypatch.setenv("MAE_DEPLOY_CACHE", str(tmp_path / "cache"))
+    module: Any = make_tensorrt(stub_driver, version="1.7.1.116")
+    monkeypatch.setattr(TensorRtRtxEngine, "_load_library", staticmethod(lambda index: Api(module, RTX4090)))
+    monkeypatch.setattr(tensorrt_engine, "open_memory", lambda backend, index: StubMemory(stub_driver))
+    (tmp_path / "a.plan").write_bytes(plan())
+    for process in range(2):
+        engine = TensorRtRtxEngine(tmp_path / "a.plan", EngineOptions(cuda_graphs=graphs), precision="fp16")
+        assert (engine.name, engine.version, engine.gpu) == ("tensorrt-rtx", "1.7.1.116", RTX4090)
+        for batch, keep in ((2, 3), (2, 3), (1, 7)):
+            check(engine.run(inputs(batch, keep)), inputs(batch, keep))
+        if process == 0:
+            kept = list((tmp_path / "cache").rglob("*-kernels"))
+            assert [path.read_bytes() for path in kept] == ([b"kernel"] if graphs else []), (
+                "a killed service keeps them"
+            )
+        engine.close()
+        assert len(list((tmp_path / "cache").rglob("*-kernels"))) == 1
+    assert module.kernels == ["compiled"], "by the first process alone"
 
 
 def test_an_output_is_the_callers_own(load: Load) -> None:
@@ -653,7 +680,8 @@ from pathlib import Path
 driver = ctypes.CDLL("libcuda.so.1")
 atexit.register(lambda: print(driver.stub_live(), driver.stub_depth()))
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
+from mae_deploy.runtime.tensorrt.api import Api
+from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine
 from tests.runtime.tensorrt.fake_tensorrt import make_tensorrt
 from tests.runtime.tensorrt.test_engine import check, inputs
 sys.modules["tensorrt"] = make_tensorrt(driver)

@@ -11,7 +11,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.manifest import Precision
 from mae_deploy.runtime.tensorrt.plans import find_plan, reason_against_plan, reason_against_plans
-from tests.runtime.tensorrt.planned_bundle import H200, ORIN, PLAN_FILE, T4, add, gpu, planned
+from tests.runtime.tensorrt.planned_bundle import H200, ORIN, PLAN_FILE, RTX, RTX4090, T4, add, gpu, planned
 from tests.runtime.tiny_bundle import write_bundle
 
 
@@ -114,3 +114,17 @@ def test_a_plan_that_the_manifest_does_not_list(tmp_path: Path) -> None:
     (bundle.path / PLAN_FILE).write_bytes(b"smuggled")
     with pytest.raises(CheckFailed, match="is not among the files"):
         bundle.file(PLAN_FILE)
+
+
+def test_an_engine_of_tensorrt_for_rtx_runs_from_a_compute_capability_on(tmp_path: Path) -> None:
+    found = planned(tmp_path / "b", entry={**RTX, "compute_capability": [8, 9]})
+    (entry,) = found.manifest["engines"]
+    assert reason_against_plan(entry, "1.7.1.116", RTX4090) is None
+    assert reason_against_plan(entry, "1.7.1.116", gpu("RTX 5090", (12, 0))) is None
+    assert reason_against_plan(entry, "1.7.1.116", gpu("RTX 3090", (8, 6))) == (
+        "it was built for RTX (compute capability 8.9), and this is RTX 3090 (compute capability 8.6)"
+    )
+    assert reason_against_plan(entry, "10.3.0", RTX4090) == (
+        "it was built by TensorRT for RTX 1.7.1.116, and 10.3.0 is installed"
+    )
+    assert reason_against_plans(found, "10.3.0", RTX4090) == f"the bundle {found.path} has no TensorRT engine"

@@ -174,7 +174,8 @@ def test_one_is_built_on_request(
     bare = write_bundle(tmp_path / "bare")
     built: list[Path] = []
 
-    def build(without: Bundle, *, device: str) -> Any:
+    def build(without: Bundle, *, device: str, rtx: bool) -> Any:
+        assert not rtx
         built.append(without.path)
         without.manifest = bundle.manifest
         (without.path / "engines").mkdir()
@@ -193,7 +194,7 @@ def test_one_is_built_on_request(
 def test_a_build_that_fails_leaves_onnx_runtime(
     full_bundle: Path, on_orin: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def build(_: Bundle, *, device: str) -> Any:
+    def build(_: Bundle, *, device: str, rtx: bool) -> Any:
         raise MaeDeployError("TensorRT 10.3.0 cannot build an engine: no memory")
 
     monkeypatch.setattr(add_engine, "build_engine", build)
