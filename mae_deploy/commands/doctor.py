@@ -91,6 +91,7 @@ _MODULES = {
     "scikit-learn": "sklearn",
     "pillow": "PIL",
     "mlflow-skinny": "mlflow",
+    "markdown-it-py": "markdown_it",
     "cuda-bindings": _CUDA_BINDINGS,
     "tensorrt-rtx-cu13-bindings": _RTX,
     "onnxruntime-ep-nv-tensorrt-rtx-cu13": "onnxruntime_ep_nv_tensorrt_rtx",

@@ -182,7 +182,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch, path: Path, **entry: Any) -> dict[str, 
     asked = fake(monkeypatch, path)
     monkeypatch.delattr(command, "load_tensorrt")
     monkeypatch.setattr(command, "load_builder", lambda: None)
-    build = command.build_engine
+    build: Any = vars(command)["build_engine"]
 
     def build_engine(*given: Any, **more: Any) -> Built:
         built = build(*given, **more)

@@ -60,7 +60,7 @@ def test_a_plan_is_for_every_gpu_that_has_the_arithmetic() -> None:
 
 
 def test_it_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rtx.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("mae_deploy.runtime.tensorrt.rtx.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependency, match="TensorRT for RTX is not installed") as caught:
         import_rtx()
     assert caught.value.hint == "pip install 'mae-deploy[trt-rtx]'"
