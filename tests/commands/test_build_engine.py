@@ -185,7 +185,7 @@ def rtx(monkeypatch: pytest.MonkeyPatch, path: Path, **entry: Any) -> dict[str, 
     build: Any = vars(command)["build_engine"]
 
     def build_engine(*given: Any, **more: Any) -> Built:
-        built = build(*given, **more)
+        built: Built = build(*given, **more)
         return replace(built, entry={**built.entry, **RTX, **entry})  # type: ignore[typeddict-item]
 
     monkeypatch.setattr(command, "build_engine", build_engine)
