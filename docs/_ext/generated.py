@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
@@ -21,9 +22,13 @@ COMMANDS = "reference/commands"
 """The folder of a page for each command."""
 SETTINGS = "reference/settings"
 
+ROOT_PAGES = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+"""Pages of the repository's own folder."""
+
 BELOW = {
     "commands": [f"{COMMANDS}/{name.replace(' ', '-')}" for name in settings_of_commands()],
     "recipes": [SETTINGS],
+    "architecture": list(ROOT_PAGES),
 }
 """Of a page that somebody wrote, the generated ones that stand below it in the contents."""
 
@@ -39,6 +44,11 @@ def setup(app: Sphinx) -> dict[str, Any]:
 def write(folder: Path) -> None:
     """Write every generated page below the folder of the sources."""
     pages = {f"{COMMANDS}/{name.replace(' ', '-')}": page for name, page in command_pages()}
+    root = Path(cli.__file__).parents[1]
+    for name, source in ROOT_PAGES.items():
+        # Seen from the site, docs/ is where the page is, and the rest is above it.
+        text = (root / source).read_text(encoding="utf-8")
+        pages[name] = re.sub(r"\]\((docs/)?(?![\w+]+:)", lambda link: "](" if link[1] else "](../", text)
     for name, text in {**pages, SETTINGS: settings_page()}.items():
         path = folder / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)

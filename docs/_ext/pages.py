@@ -31,6 +31,8 @@ def setup(app: Sphinx) -> dict[str, Any]:
     app.connect("source-read", read)
     app.connect("html-page-context", head)
     app.connect("build-finished", publish)
+    if "sphinx.ext.autodoc" in app.extensions:
+        app.connect("autodoc-process-docstring", plain, priority=100)  # before Args and Returns become markup
     return {"parallel_read_safe": True, "parallel_write_safe": True}
 
 
@@ -83,6 +85,17 @@ def head(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any],
     if doctree is not None:
         name = posixpath.basename(pagename)
         context["metatags"] += f'<link rel="alternate" type="text/markdown" href="{name}.md">'
+
+
+def plain(app: Sphinx, what: str, name: str, found: object, options: object, lines: list[str]) -> None:
+    """Docstrings are plain text but for code in backticks: what reStructuredText takes for markup stands for itself."""
+    lines[:] = [
+        "`".join(
+            re.sub(r"[*|]", r"\\\g<0>", part) if number % 2 == 0 else part
+            for number, part in enumerate(line.split("`"))
+        )
+        for line in lines
+    ]
 
 
 def publish(app: Sphinx, error: Exception | None) -> None:
