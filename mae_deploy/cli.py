@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.commands.data.config import PackConfig, StatsConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
+    from mae_deploy.commands.stream_eval.config import StreamEvalConfig
     from mae_deploy.commands.sweep.config import SweepConfig
     from mae_deploy.commands.weights.config import ExportWeightsConfig, ImportConfig
     from mae_deploy.distill.config import DistillConfig
@@ -253,6 +254,17 @@ def benchmark(config: BenchmarkConfig) -> Any:
     from mae_deploy.commands.benchmark.run import run_benchmark
 
     return run_benchmark(config)
+
+
+@command(app, "mae_deploy.commands.stream_eval.config:StreamEvalConfig", name="stream-eval", panel=EVALUATE)
+def stream_eval(config: StreamEvalConfig) -> Any:
+    """Measure what a stream is worth on your videos.
+
+    Beside what else its cost would buy: old features, every n-th frame, changed patches. Needs no PyTorch.
+    """
+    from mae_deploy.commands.stream_eval.run import run_stream_eval
+
+    return run_stream_eval(config)
 
 
 @command(data, "mae_deploy.commands.data.config:StatsConfig", panel=DATA)

@@ -67,6 +67,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "openvino": ("predict --engine openvino",),
     "parquet": ("predict --out FILE.parquet",),
     "tiff": ("predict on TIFF",),
+    "video": ("stream-eval",),
 }
 """The commands that the package itself and its extras are for."""
 
@@ -74,7 +75,7 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
     "onnxruntime": lambda name, extras: (
         name == "eval BUNDLE"
         or (
-            name.split()[0] in ("verify", "predict", "benchmark", "export", "report", "quickstart")
+            name.split()[0] in ("verify", "predict", "benchmark", "export", "report", "quickstart", "stream-eval")
             and "openvino" not in extras
             and extras not in ("trt", "trt-rtx")
         )
