@@ -32,6 +32,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.commands.data.config import PackConfig, StatsConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
+    from mae_deploy.commands.stream.config import StreamCommandConfig
     from mae_deploy.commands.stream_eval.config import StreamEvalConfig
     from mae_deploy.commands.sweep.config import SweepConfig
     from mae_deploy.commands.weights.config import ExportWeightsConfig, ImportConfig
@@ -243,6 +244,17 @@ def predict(config: PredictConfig) -> Any:
     from mae_deploy.commands.predict import run_predict
 
     return run_predict(config)
+
+
+@command(app, "mae_deploy.commands.stream.config:StreamCommandConfig", panel=DEPLOY)
+def stream(config: StreamCommandConfig) -> Any:
+    """Follow a camera or a video, computing what changed.
+
+    Features to a file, labels as they change, a report. Needs no PyTorch.
+    """
+    from mae_deploy.commands.stream.run import run_stream
+
+    return run_stream(config)
 
 
 @command(app, "mae_deploy.commands.benchmark.config:BenchmarkConfig", panel=DEPLOY)

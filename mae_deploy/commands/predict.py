@@ -52,7 +52,7 @@ def run_predict(config: PredictConfig) -> Result:
         )
         bundle = backbone.bundle
         keep = config.keep if config.keep_mask is None else _read_mask(config.keep_mask, bundle)
-        names = config.outputs or _usual_outputs(bundle, writing=config.out is not None)
+        names = config.outputs or usual_outputs(bundle, writing=config.out is not None)
         written = None if config.out is None else stack.enter_context(_open(config, keep, backbone, paths, names))
         predictions = Predictions(
             backbone,
@@ -218,7 +218,7 @@ def _digest(parts: Any) -> str:
     return digest.hexdigest()
 
 
-def _usual_outputs(bundle: Bundle, *, writing: bool) -> tuple[str, ...]:
+def usual_outputs(bundle: Bundle, *, writing: bool) -> tuple[str, ...]:
     """Vectors: what is larger is fetched and written where it is asked for, or where there is nothing else; classes are
     enough where nothing is written.
     """

@@ -203,6 +203,16 @@ class Preprocess:
             found[number] = np.asarray(image.resize((P, P), resample, box)).reshape(P, P, self.channels)
         return found
 
+    def seen_part(self, size: tuple[int, int]) -> tuple[float, float, float, float]:
+        """Left, top, right and bottom of what the input shows of an image of this width and height; beyond the image's
+        sides where the input is filled there.
+        """
+        placed = self.place(size)
+        left, top, right, bottom = placed.box
+        across, down = ((placed.part[side + 2] - placed.part[side]) / placed.size[side] for side in (0, 1))
+        x, y = placed.part[:2]
+        return x + left * across, y + top * down, x + right * across, y + bottom * down
+
     def _source(self, image: Image.Image | Array | VideoImage) -> tuple[float, float, float, float] | None:
         """The part of an image that is the input; None where the input is not a resized part of it."""
         if not is_image(image):
@@ -211,9 +221,7 @@ class Preprocess:
         left, top, right, bottom = placed.box
         if left < 0 or top < 0 or right > placed.size[0] or bottom > placed.size[1] or placed.size == image.size:
             return None
-        across, down = ((placed.part[side + 2] - placed.part[side]) / placed.size[side] for side in (0, 1))
-        x, y = placed.part[:2]
-        return x + left * across, y + top * down, x + right * across, y + bottom * down
+        return self.seen_part(image.size)
 
     def normalise(self, pixels: Array) -> Array:
         """uint8 or float32 `(B, H, W, C)` to float32 `(B, C, H, W)`, `(x / 255 - mean) / std`, with `pixel_max` for 255

@@ -42,11 +42,12 @@ class FeatureFile:
     on after a kill. Memory does not grow with their number.
     """
 
-    def __init__(self, path: Path, identity: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, identity: Mapping[str, Any], *, fresh: bool = False) -> None:
         """Nothing is written before the first row.
 
         Args:
             identity: what is computed, in plain JSON values.
+            fresh: begin anew where a killed call has left rows.
 
         Raises:
             ConfigError: another suffix, rows of another identity, or another process at work on them.
@@ -70,7 +71,8 @@ class FeatureFile:
         if self.folder.is_dir():
             self._acquire()
             try:
-                self._resume()
+                if not fresh:
+                    self._resume()
             except BaseException:
                 self.close()
                 raise

@@ -31,8 +31,8 @@ class Buffer:
     def __iter__(self) -> Iterator[Frame]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ended)
-                if not self._waiting:
+                self._changed.wait_for(lambda: self._waiting or self._ended or self._closed)
+                if not self._waiting or self._closed:
                     break
                 frame = self._waiting.popleft()
                 self._changed.notify_all()
@@ -40,11 +40,15 @@ class Buffer:
         if self._error is not None:
             raise self._error
 
-    def close(self) -> None:
-        """Stop reading."""
+    def stop(self) -> None:
+        """End the frames; what waits for one goes on."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+
+    def close(self) -> None:
+        """Stop reading."""
+        self.stop()
         self._thread.join(_PATIENCE)
 
     def _fill(self) -> None:

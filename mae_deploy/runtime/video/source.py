@@ -109,9 +109,15 @@ class Video:
             if number == most:
                 return
 
+    def stop(self) -> None:
+        """End the frames, from another thread or a signal: an iteration that waits for one ends."""
+        self._stop.set()
+        if self._buffer is not None:
+            self._buffer.stop()
+
     def close(self) -> None:
         """Stop, and let go of the source."""
-        self._stop.set()
+        self.stop()
         if self._buffer is not None:
             self._buffer.close()
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 import threading
+from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -25,7 +26,9 @@ class Stopped(MaeDeployError):
 class StopSignals:
     """Notes the first signal instead of dying of it; a second Ctrl-C ends the process as ever."""
 
-    def __init__(self, *, launched: bool = False) -> None:
+    def __init__(self, *, launched: bool = False, call: Callable[[], None] | None = None) -> None:
+        """Args: call: at each signal, what ends a wait that would otherwise go on."""
+        self._call = call
         self.launched = launched
         """Whether this is one of several processes, whose launcher ends them all as soon as the first has gone."""
         self.received: str | None = None
@@ -50,5 +53,7 @@ class StopSignals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = signal.Signals(number).name
+        if self._call is not None:
+            self._call()
         if number == signal.SIGINT:
             signal.signal(number, self._before[number])

@@ -1,0 +1,1 @@
+"""`mae-deploy stream`: a camera's or a file's frames through a bundle, as they come."""

@@ -1,0 +1,96 @@
+"""Features of a stream on their way to a file, frame by frame; the file appears when the stream ends."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, Protocol
+
+import numpy as np
+
+from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.files import atomic_path, refuse_to_overwrite
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
+from mae_deploy.runtime.streams.stream import Seen
+from mae_deploy.runtime.video import Frame
+
+JSONL = ".jsonl"
+
+
+class Writer(Protocol):
+    """Takes frames one by one."""
+
+    def add(self, frame: Frame, seen: Seen, label: str | None) -> None:
+        """Write a frame's features."""
+        ...
+
+
+def check_out(path: Path) -> None:
+    """Say what would stop the writing before a stream begins.
+
+    Raises:
+        ConfigError: a file of another kind, or one that is there.
+        MissingDependency: Parquet without pyarrow.
+    """
+    if path.suffix not in (*SUFFIXES, JSONL):
+        raise ConfigError(f"--out {path} must end in {', '.join(SUFFIXES)} or {JSONL}")
+    refuse_to_overwrite(path)
+    if path.suffix == ".parquet":
+        import_optional("pyarrow", extra="parquet")
+
+
+@contextmanager
+def written(path: Path, source: str, outputs: Sequence[str]) -> Iterator[Writer]:
+    """The file, which appears when the block ends; where it fails there is none."""
+    if path.suffix == JSONL:
+        with atomic_path(path) as aside, aside.open("w", encoding="utf-8") as file:
+            yield _Lines(file, outputs)
+        return
+    with FeatureFile(path, {"source": source}, fresh=True) as rows:
+        yield _Rows(rows, source, outputs)
+        rows.finish()
+
+
+class _Lines:
+    """A JSON object for each frame."""
+
+    def __init__(self, file: IO[str], outputs: Sequence[str]) -> None:
+        self._file, self._outputs = file, outputs
+
+    def add(self, frame: Frame, seen: Seen, label: str | None) -> None:
+        line = {
+            "frame": frame.index,
+            "time": frame.time,
+            "dropped": frame.dropped,
+            "events": [*frame.events, *([seen.event] if seen.event else [])],
+            "patches": len(seen.keep),
+            "cost": round(seen.cost, 6),
+            "snr": seen.snr,
+            **({"label": label} if label is not None else {}),
+            # To 7 digits, which is all that float32 holds.
+            **{name: [float(f"{x:.7g}") for x in seen[name].reshape(-1)] for name in self._outputs},
+        }
+        self._file.write(json.dumps(line) + "\n")
+
+
+class _Rows:
+    """A row of `.npz` or Parquet for each frame: `frame`, `time`, `patches`, `cost` and `snr` beside the outputs."""
+
+    def __init__(self, rows: FeatureFile, source: str, outputs: Sequence[str]) -> None:
+        self._rows, self._source, self._outputs = rows, source, outputs
+
+    def add(self, frame: Frame, seen: Seen, label: str | None) -> None:
+        columns: dict[str, Array] = {
+            "frame": np.array([frame.index], np.int64),
+            "time": np.array([np.nan if frame.time is None else frame.time], np.float64),
+            "patches": np.array([len(seen.keep)], np.int32),
+            "cost": np.array([seen.cost], np.float32),
+            "snr": np.array([np.nan if seen.snr is None else seen.snr], np.float32),
+        }
+        outputs = {name: seen[name] for name in self._outputs}
+        if clash := columns.keys() & outputs:
+            raise ConfigError(f"the output {', '.join(clash)} has the name of a column", hint="write a .jsonl file")
+        self._rows.add([f"{self._source}#{frame.index}"], columns | outputs, done=self._rows.rows + 1)
