@@ -67,7 +67,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "openvino": ("predict --engine openvino",),
     "parquet": ("predict --out FILE.parquet",),
     "tiff": ("predict on TIFF",),
-    "video": ("stream-eval",),
+    "video": ("stream", "stream-eval"),
 }
 """The commands that the package itself and its extras are for."""
 
@@ -75,7 +75,8 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
     "onnxruntime": lambda name, extras: (
         name == "eval BUNDLE"
         or (
-            name.split()[0] in ("verify", "predict", "benchmark", "export", "report", "quickstart", "stream-eval")
+            name.split()[0]
+            in ("verify", "predict", "stream", "stream-eval", "benchmark", "export", "report", "quickstart")
             and "openvino" not in extras
             and extras not in ("trt", "trt-rtx")
         )

@@ -136,8 +136,8 @@ class _Session:
             },
             "audits": {
                 "count": record.num_audits,
-                "last": round(record.audits[-1][1], 2) if record.audits else None,
-                "worst": None if record.worst is None else round(record.worst, 2),
+                "last": round(record.audits[-1][1], 4) if record.audits else None,
+                "worst": None if record.worst is None else round(record.worst, 4),
             },
             **dataclasses.asdict(counts),
             "label_changes": record.num_labels,
