@@ -307,7 +307,7 @@ def test_without_the_training_packages() -> None:
     }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
         *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema"),
-        *("predict --out FILE.parquet", "predict on TIFF", "stream"),
+        *("predict --out FILE.parquet", "predict on TIFF", "stream", "stream-eval"),
     ]
 
 

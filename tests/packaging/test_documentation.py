@@ -217,6 +217,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("commands.build_engine", "run_build_engine"),
         ("commands.data.stats", "run_stats"),
         ("commands.data.pack", "run_pack"),
+        ("commands.stream.run", "run_stream"),
         ("commands.stream_eval.run", "run_stream_eval"),
         ("evaluation.evaluate", "run_eval"),
     ):
