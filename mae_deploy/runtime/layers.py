@@ -22,6 +22,13 @@ FLOOR_DB = 80.0
 """The least SQNR after a block where the bundle's tolerance names none: FP32 has 100 to 130 dB, whatever the order of
 summation."""
 
+_SUDDEN_DB = 15.0
+"""A loss from one block to the next that rounding alone does not bring: a fault begins there, though it may take some
+blocks more to fall below the floor."""
+
+_FIRST_DB = 110.0
+"""The least that the first block of an FP32 graph has, rounding alone."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LayerDrift:
@@ -70,18 +77,30 @@ class LayerReport:
 
     @property
     def lost_at(self) -> LayerDrift | None:
-        """Where precision is lost: the first block that is broken or below the floor.
+        """Where precision is lost: up to the first block that is broken or below the floor, the first that loses much
+        at once, else that block.
 
-        Without one, the block that loses most against the block before, if the outputs miss their tolerance all the
-        same; None if they meet it.
+        Without one below, and if the outputs miss their tolerance all the same, the first that loses much at once, else
+        the one that loses most; None if they meet it.
         """
-        below = next(
-            (layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None
-        )  # NaN is below
+        below = self._below
+        if below is None and self.outputs_pass:
+            return None
+        before = self.layers if below is None else self.layers[: self.layers.index(below) + 1]
+        sudden = next((layer for layer in before if self._loss(layer) > _SUDDEN_DB), None)
         losing = [layer for layer in self.layers if layer.drop_db is not None and layer.drop_db > 0]
-        if below is not None or self.outputs_pass or not losing:
-            return below
-        return max(losing, key=lambda layer: layer.drop_db or 0.0)
+        return sudden or below or max(losing, key=lambda layer: layer.drop_db or 0.0, default=None)
+
+    @property
+    def _below(self) -> LayerDrift | None:
+        """The first block that is broken or below the floor; NaN is below."""
+        return next((layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None)
+
+    def _loss(self, layer: LayerDrift) -> float:
+        """Decibels that a block loses; 0 where nothing tells what it got."""
+        if layer.block > 0:
+            return layer.drop_db or 0.0
+        return _FIRST_DB - layer.comparison.sqnr_db if self.floor_db == FLOOR_DB else 0.0
 
     @property
     def conclusion(self) -> str:
@@ -89,6 +108,12 @@ class LayerReport:
         lost, above = self.lost_at, f"no block is below {self.floor_db:g} dB"
         if lost is not None and lost.comparison.reason is not None:
             return f"precision is lost in block {lost.block}: {lost.comparison.reason}"
+        if lost is not None and lost is not self._below and self._loss(lost) > _SUDDEN_DB:
+            expected = lost.comparison.sqnr_db + self._loss(lost)
+            return (
+                f"precision is lost in block {lost.block}: {lost.comparison.sqnr_db:.1f} dB,"
+                f" where {expected:.1f} were to be expected"
+            )
         if lost is not None and lost.comparison.sqnr_db < self.floor_db:
             return (
                 f"precision is lost in block {lost.block}, the first below {self.floor_db:g} dB:"

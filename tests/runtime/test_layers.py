@@ -189,3 +189,17 @@ def test_a_tensor_that_the_graph_does_not_have(tmp_path: Path) -> None:
     )
     with pytest.raises(MaeDeployError, match="elsewhere"):
         trace_layers(Bundle.load(path), outputs_pass=True)
+
+
+@pytest.mark.parametrize(
+    ("noise", "block", "expected"),
+    [
+        ((130.0, 84.0, 79.0), 1, "precision is lost in block 1: 84.0 dB, where 130.0 were to be expected"),
+        ((88.0, 82.0, 79.0), 0, "precision is lost in block 0: 88.0 dB, where 110.0 were to be expected"),
+        ((100.0, 90.0, 79.0), 2, "precision is lost in block 2, the first below 80 dB: 79.0 dB"),
+    ],
+)
+def test_a_fault_begins_where_much_is_lost_at_once(noise: tuple[float, ...], block: int, expected: str) -> None:
+    found = report(*noise, floor=FLOOR_DB)
+    assert found.lost_at is found.layers[block]
+    assert found.conclusion == expected
