@@ -47,7 +47,7 @@ from mae_deploy.runtime.manifest import (
     file_entry,
     plan_engine,
 )
-from mae_deploy.runtime.parity.checks import Verification, verify_engine
+from mae_deploy.runtime.parity.checks import Verification, noise_record, verify_engine
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
@@ -245,7 +245,8 @@ def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
     """Put what was checked into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
     emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}
-    figures = {**verification, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
+    noise = noise_record(proof.verification)
+    figures = {**verification, **noise, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
     bundle.manifest["parity"] = {f"onnx-{job.config.precision}": figures}
     write_json(bundle.path / MANIFEST_FILE, bundle.manifest)
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
+from onnx import numpy_helper
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess
@@ -18,11 +20,11 @@ from mae_deploy.images.read import Array
 from mae_deploy.reporting.bundles import verification_table
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.parity.checks import PREPROCESSING, Verification, verify_engine
+from mae_deploy.runtime.parity.checks import AS_EXPORTED, PREPROCESSING, Verification, noise_record, verify_engine
 from mae_deploy.runtime.parity.invariances import other_lengths, samples_alone, variations
 from mae_deploy.runtime.registry import load_engine
 from mae_deploy.runtime.verify import verify_bundle
-from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, SAMPLES, K, N, write_bundle
+from tests.runtime.tiny_bundle import MORE_OUTPUTS, OUTPUTS, SAMPLES, K, N, rehash, write_bundle
 
 EVERY_OUTPUT = (*OUTPUTS, *MORE_OUTPUTS)
 
@@ -330,3 +332,52 @@ def test_every_listed_file_is_checked_even_one_that_no_engine_reads(tmp_path: Pa
 def test_an_unknown_engine(visible_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown engine"):
         verify_bundle(Bundle.load(visible_bundle), "abacus")
+
+
+# --- as exported -----------------------------------------------------------------------------------------------------
+
+
+def recorded(path: Path, **changes: Any) -> Path:
+    """The bundle with what this machine's engine gave, as an export records it."""
+    with load_engine(Bundle.load(path)) as engine:
+        verification = verify_engine(Bundle.load(path), engine)
+    manifest = json.loads((path / "manifest.json").read_text())
+    figures = {**verification.to_dict(), **noise_record(verification), **changes}
+    manifest["parity"] = {f"onnx-{manifest['precision']}": figures}
+    (path / "manifest.json").write_text(json.dumps(manifest))
+    return path
+
+
+def with_other_weights(path: Path, by: float) -> Path:
+    """The bundle with a weight that is a little off, under the right hash."""
+    model = onnx.load(path / "encoder.onnx")
+    tensor = next(tensor for tensor in model.graph.initializer if tensor.name == "block_weight")
+    value = numpy_helper.to_array(tensor).copy()
+    value[0] += by
+    tensor.CopyFrom(numpy_helper.from_array(value, "block_weight"))
+    onnx.save(model, path / "encoder.onnx")
+    rehash(path)
+    return path
+
+
+def test_more_noise_than_at_export_is_a_miss_below_the_tolerance(tmp_path: Path) -> None:
+    path = recorded(write_bundle(tmp_path / "b", precision="int8", bits=12))
+    right = verify_bundle(Bundle.load(path))
+    assert right.passed
+    assert AS_EXPORTED in checks(right)
+    found = verify_bundle(Bundle.load(with_other_weights(path, 0.01)))
+    assert failed(found) == {AS_EXPORTED}
+    assert "at export" in found.failures[0]
+    assert found.outputs_pass
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"engine_version": "0.1"}, {"machine": ["another CPU"]}, {"engine": "openvino"}, {"emulated": "bf16"}],
+    ids=str,
+)
+def test_the_noise_of_another_machine_says_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = recorded(write_bundle(tmp_path / "b", precision="int8", bits=12), **changes)
+    found = verify_bundle(Bundle.load(with_other_weights(path, 0.01)))
+    assert found.passed
+    assert AS_EXPORTED not in checks(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from mae_deploy.machine import cpu_features, cpu_name
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import Engine, run_in_chunks
@@ -38,12 +40,23 @@ _LEVELS = 1.5
 """By how many steps of 255 a pixel may differ: libraries round a resized pixel up or down."""
 
 
+AS_EXPORTED = "as exported"
+"""The check of the golden samples against how near to PyTorch they were at export, on this engine and CPU."""
+
+_NOISE_DB = 6.0
+"""By how much more an output may be off than it was at export, where the engine and the CPU are the same. Other threads
+add in another order, and move it by a decibel."""
+
+_ENOUGH = 64
+"""Values that an output must have for its noise to be told."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Check:
     """One output in one check."""
 
     name: str
-    """`golden`, `preprocessing`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`,
+    """`golden`, `as exported`, `preprocessing`, `run again`, `permuted ids_keep`, `other padding`, `longer padding`,
     `repeated update`, `sample alone`, `other neighbours` or `other lengths`."""
     comparison: Comparison
     failures: tuple[str, ...]
@@ -74,7 +87,7 @@ class Verification:
     @property
     def invariances(self) -> tuple[Check, ...]:
         """The checks of the golden samples in other forms."""
-        return tuple(check for check in self.checks if check.name not in (GOLDEN, PREPROCESSING))
+        return tuple(check for check in self.checks if check.name not in (GOLDEN, AS_EXPORTED, PREPROCESSING))
 
     @property
     def preprocessing(self) -> Check | None:
@@ -150,8 +163,41 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
         device=engine.device,
         num_samples=bundle.manifest["golden"]["num_samples"],
         tolerance=tolerance_for(bundle, engine),
-        checks=(*checks, *check_preprocessing(bundle)),
+        checks=(*checks, *_as_exported(bundle, engine, checks), *check_preprocessing(bundle)),
     )
+
+
+def noise_record(verification: Verification) -> dict[str, Any]:
+    """How near to PyTorch each output of the golden samples is on this engine and CPU, for the manifest's `parity`."""
+    golden = {check.comparison.name: check.comparison.sqnr_db for check in verification.outputs}
+    return {"machine": _machine(), "golden_db": {name: db for name, db in golden.items() if math.isfinite(db)}}
+
+
+def _machine() -> list[str]:
+    return [cpu_name(), *(cpu_features() or ())]
+
+
+def _as_exported(bundle: Bundle, engine: Engine, checks: Sequence[Check]) -> list[Check]:
+    """The precision's tolerance has room for every network; this one's own noise is known where it was exported, and a
+    fault that is smaller than the tolerance stands out from it. Nothing on another engine, version of it, or CPU, nor
+    where the export emulated what the engine has not got.
+    """
+    record: dict[str, Any] = bundle.manifest["parity"].get(f"onnx-{bundle.precision}", {})
+    here = {"engine": engine.name, "engine_version": engine.version, "device": engine.device, "machine": _machine()}
+    if "emulated" in record or {name: record.get(name) for name in here} != here:
+        return []
+    before_db = record.get("golden_db", {})
+    found, golden = [], bundle.golden()
+    for check in checks:
+        name = check.comparison.name
+        before = before_db.get(name)
+        if check.name != GOLDEN or before is None or golden[name].size < _ENOUGH:
+            continue
+        least = before - _NOISE_DB
+        missed = not check.comparison.sqnr_db >= least
+        said = f"{name}: sqnr_db {check.comparison.sqnr_db:.1f}, at export {before:.1f} on the same engine and CPU"
+        found.append(Check(AS_EXPORTED, check.comparison, (said,) if missed else ()))
+    return found
 
 
 def check_preprocessing(bundle: Bundle) -> list[Check]:
