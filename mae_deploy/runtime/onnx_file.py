@@ -33,7 +33,7 @@ _TENSOR_TYPE, _TENSOR_SHAPE = 1, 2
 _SHAPE_DIM = 1
 _DIM_SIZE, _DIM_NAME = 1, 2
 
-_FLOAT = 1
+_FLOAT, _FLOAT16 = 1, 10
 _DTYPES = {
     _FLOAT: "float32",
     2: "uint8",
@@ -41,7 +41,7 @@ _DTYPES = {
     6: "int32",
     7: "int64",
     9: "bool",
-    10: "float16",
+    _FLOAT16: "float16",
     11: "float64",
     16: "bfloat16",
 }
@@ -71,25 +71,27 @@ def read_opset(path: Path) -> int:
         )
 
 
-def write_products(path: Path, size: int, length: int) -> None:
-    """Write a graph that multiplies its input `x`, float32 `(size, size)`, `length` times by a constant matrix of that
-    shape.
+def write_products(path: Path, size: int, length: int, *, rows: int | None = None, half: bool = False) -> None:
+    """Write a graph that multiplies its input `x`, float32 or float16 `(rows, size)`, `length` times by a constant
+    matrix `(size, size)`; without `rows` it is as high.
 
     The matrix keeps the scale of what it multiplies: no value overflows or becomes so small that it slows the
     processor.
     """
     weight = np.random.default_rng(0).standard_normal((size, size), np.float32) / np.float32(size**0.5)
+    kind, stored = (_FLOAT16, weight.astype(np.float16)) if half else (_FLOAT, weight)
+    shape = (size if rows is None else rows, size)
     initializer = (
-        encode(_INITIALIZER_DIMS, size) * 2 + encode(_INITIALIZER_TYPE, _FLOAT) + encode(_INITIALIZER_NAME, b"w")
+        encode(_INITIALIZER_DIMS, size) * 2 + encode(_INITIALIZER_TYPE, kind) + encode(_INITIALIZER_NAME, b"w")
     )
     values = [b"x", *(b"y%d" % index for index in range(length))]
     graph = b"".join(
         encode(GRAPH_NODE, encode_node(b"MatMul", [before, b"w"], after)) for before, after in pairwise(values)
     )
     graph += encode(GRAPH_NAME, b"products")
-    graph += encode(_GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, weight.tobytes()))
-    graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(
-        GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size))
+    graph += encode(_GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, stored.tobytes()))
+    graph += encode(GRAPH_INPUT, encode_value(values[0], kind, shape)) + encode(
+        GRAPH_OUTPUT, encode_value(values[-1], kind, shape)
     )
     path.write_bytes(encode_model(graph))
 

@@ -36,6 +36,7 @@ _COST = (
     Column("GFLOP", "gflop_per_image", "{:.3g}"),
     Column("GFLOP/s", "gflops", "{:.1f}"),
     Column("of GEMM", "gemm_share", "{:.0f} %", 100),
+    Column("bound", "bound"),
     Column("load s", "load_seconds", "{:.2f}"),
     Column("peak MiB", "peak_mib", "{:.0f}"),
     Column("size MB", "size_bytes", "{:.2f}", 1e-6),
@@ -46,8 +47,10 @@ _COST = (
 _NOTES = (
     "Rows took turns, round by round; times are of the engine alone, without reading, cropping and normalising. × over"
     " full: compared with all patches in the same precision, batch size and engine; ratio: the time of an image over"
-    " that of row 1. GFLOP are of one image; of GEMM: the share of the rate at which the same engine multiplied FP32"
-    " matrices in this run, which INT8 and BF16 may exceed. Load time and peak memory are those of a fresh process for"
+    " that of row 1. GFLOP are of one image; of GEMM: the share of the rate at which the same engine multiplied"
+    " matrices in this run, in FP32, on a GPU in FP16, which lower precisions may exceed; bound: what takes most of a"
+    " row's time, the arithmetic (compute), reading weights and activations (weights), or neither, which leaves the"
+    " cost of calls and kernels (launch). Load time and peak memory are those of a fresh process for"
     " each row. The cosine is that of the features with those of all patches, by the FP32 graph where there is one, its"
     " mean over {images}."
 )
@@ -55,7 +58,7 @@ _NOTES = (
 
 def result_tables(report: dict[str, Any]) -> list[Table]:
     """Narrow enough for 80 characters: how long it takes; what it needs and is worth."""
-    rows = numbered(report["rows"])
+    rows = numbered([{**row, "bound": row["roofline"] and row["roofline"]["bound"]} for row in report["rows"]])
     return [
         Table("Latency", _LATENCY, rows),
         Table("Tail and throughput", _THROUGHPUT, rows),
@@ -66,12 +69,13 @@ def result_tables(report: dict[str, Any]) -> list[Table]:
 def report_page(report: dict[str, Any]) -> Page:
     """The report for people."""
     rates = {engine: f"{rate:.0f} GFLOP/s" for engine, rate in report["gemm_gflops"].items()}
+    read = {engine: f"{rate / 1e9:.0f} GB/s" for engine, rate in report["bytes_per_second"].items()}
     left_out = [f"- {combination['row']}: {combination['why']}" for combination in report["left_out"]]
     return Page(
         title="Benchmark",
         command=report["command"],
         parts=[
-            machine_table(report, **{"GEMM, FP32": as_text(rates)}),
+            machine_table(report, **{"GEMM": as_text(rates), "weights read": as_text(read)}),
             *result_tables(report),
             _NOTES.format(images=report["images"]),
             *(["## Left out", "\n".join(left_out)] if left_out else []),

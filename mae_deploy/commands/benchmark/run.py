@@ -4,20 +4,23 @@ torch-free.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from datetime import datetime, timezone
-from functools import partial
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from mae_deploy import __version__
 from mae_deploy.commands.benchmark.accuracy import Accuracy, AccuracyCheck
 from mae_deploy.commands.benchmark.config import BenchmarkConfig
 from mae_deploy.commands.benchmark.report import report_page, result_tables
+from mae_deploy.commands.benchmark.roofline import (
+    Kind,
+    Yardstick,
+    measure_on_gpu,
+    open_yardsticks,
+    rates_of,
+    roofline,
+)
 from mae_deploy.commands.benchmark.rows import (
     BenchmarkRow,
     LeftOut,
@@ -38,14 +41,9 @@ from mae_deploy.results import Result
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.manifest import PLANNED
-from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.probe import Probe, probe_graph
 from mae_deploy.runtime.registry import DEFAULT, load_engine, open_graph
 from mae_deploy.runtime.timing import Timing, measure
-
-_GEMM_SIZE, _GEMM_LENGTH = 768, 4
-"""Side of the matrices whose product is the machine's yardstick, and products a call: several, so that the call itself
-costs nothing."""
 
 
 def run_benchmark(config: BenchmarkConfig) -> Result:
@@ -69,11 +67,13 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
         with progress("accuracy", len(rows)) as bar:
             accuracies = accuracy_check.accuracies(rows, bar.advance)
         probes = _probe(rows, inputs, options) if config.probe else {}
-        gemms = _open_gemms(rows, options, stack)
-        calls: dict[BenchmarkRow | str, Callable[[], object]] = {row: row.call(config.seed) for row in rows}
-        with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(gemms))) as bar:
-            timings = measure({**calls, **gemms}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
-    rates = {engine: 2 * _GEMM_LENGTH * _GEMM_SIZE**3 / timings[engine].median / 1e9 for engine in gemms}
+        engines = list(dict.fromkeys(row.loaded.engine.name for row in rows))
+        marks = open_yardsticks(engines, options, stack)
+        calls: dict[BenchmarkRow | Yardstick, Callable[[], object]] = {row: row.call(config.seed) for row in rows}
+        with progress("timing", (config.warmup + config.repeats) * (len(calls) + len(marks))) as bar:
+            timings = measure({**calls, **marks}, repeats=config.repeats, warmup=config.warmup, after_call=bar.advance)
+        on_gpu = measure_on_gpu(engines, options, repeats=config.repeats)
+    rates = rates_of({**{mark: timings[mark].median for mark in marks}, **on_gpu})
     report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -84,7 +84,8 @@ def run_benchmark(config: BenchmarkConfig) -> Result:
             affinity=config.affinity,
         ),
         "images": accuracy_check.source,
-        "gemm_gflops": rates,
+        "gemm_gflops": {engine: rates[engine]["compute"] / 1e9 for engine in rates},
+        "bytes_per_second": {engine: rates[engine]["weights"] for engine in rates},
         "rows": [_figures(row, rows, timings, accuracies[row], probes.get(row), rates) for row in rows],
         "left_out": [{"row": combination.row, "why": combination.why} for combination in left_out],
     }
@@ -190,29 +191,16 @@ def _probe(
     return found
 
 
-def _open_gemms(
-    rows: Sequence[BenchmarkRow], options: EngineOptions, stack: ExitStack
-) -> dict[str, Callable[[], object]]:
-    """Products of FP32 matrices on each engine of the run, by its name; not on TensorRT, which opens no bare graphs."""
-    x = np.random.default_rng(0).standard_normal((_GEMM_SIZE, _GEMM_SIZE), np.float32)
-    found: dict[str, Callable[[], object]] = {}
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        path = Path(folder) / "products.onnx"
-        write_products(path, _GEMM_SIZE, _GEMM_LENGTH)
-        for name in dict.fromkeys(row.loaded.engine.name for row in rows if row.loaded.engine.name not in PLANNED):
-            found[name] = partial(stack.enter_context(open_graph(path, name, options)).run, {"x": x})
-    return found
-
-
 def _figures(
     row: BenchmarkRow,
     rows: Sequence[BenchmarkRow],
-    timings: dict[BenchmarkRow | str, Timing],
+    timings: dict[BenchmarkRow | Yardstick, Timing],
     accuracy: Accuracy,
     probe: Probe | None,
-    gemm_rates: dict[str, float],
+    all_rates: dict[str, dict[Kind, float]],
 ) -> dict[str, Any]:
     subject, engine, timing = row.subject, row.loaded.engine, timings[row]
+    rates = all_rates.get(engine.name, {})
     full = _full_row(row, rows)
     flops = (
         flops_per_image(subject.bundle.manifest, row.patches)
@@ -234,7 +222,8 @@ def _figures(
         "speedup_over_full": None if full is None else timings[full].ratio(timing),
         "gflop_per_image": None if flops is None else flops / 1e9,
         "gflops": gflops,
-        "gemm_share": None if gflops is None or engine.name not in gemm_rates else gflops / gemm_rates[engine.name],
+        "gemm_share": None if gflops is None or not rates else 1e9 * gflops / rates["compute"],
+        "roofline": roofline(row, timing.median, flops, rates),
         "load_seconds": probe.load_seconds if probe is not None else None,
         "peak_mib": probe.peak_mib if probe is not None else None,
         "size_bytes": subject.size_bytes,

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper
 
 from mae_deploy.cli import main
 from mae_deploy.commands.benchmark import run as benchmark
+from mae_deploy.commands.benchmark.roofline import Yardstick
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.read import Array
 from mae_deploy.reporting import machine as reporting_machine
@@ -361,7 +362,7 @@ def test_threads_and_cores_reach_the_engines(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
     machine = run(write_bundle(tmp_path / "bundle"), "--threads", "1")["machine"]
-    assert seen == [("encoder.onnx", 1), ("products.onnx", 1)]
+    assert seen == [("encoder.onnx", 1), *[("products.onnx", 1)] * 3]
     assert (machine["threads"], machine["affinity"]) == (1, None)
 
 
@@ -379,7 +380,7 @@ def stopwatch(monkeypatch: pytest.MonkeyPatch) -> dict[tuple[str, int, int | Non
         def seconds(row: Any) -> tuple[float, ...]:
             return (
                 (0.002,)
-                if isinstance(row, str)
+                if isinstance(row, Yardstick)
                 else durations.get((row.subject.graph.parent.name, row.batch, row.keep), (0.001,))
             )
 
@@ -424,6 +425,9 @@ def test_the_figures_by_hand(
     gemm = 4 * 2 * 768**3 / 0.002 / 1e9
     assert report["gemm_gflops"] == pytest.approx({"onnxruntime": gemm})
     assert visible["gemm_share"] == pytest.approx(visible["gflops"] / gemm)
+    assert visible["roofline"]["compute_ms"] == pytest.approx(2 * FLOPS_OF_5 / gemm / 1e6)
+    assert visible["roofline"]["call_ms"] == pytest.approx(2)
+    assert report["bytes_per_second"] == pytest.approx({"onnxruntime": 4 * 64**2 / 0.002})
 
 
 def test_full_is_a_row_of_its_kind(
@@ -611,8 +615,9 @@ def test_the_tables_in_the_terminal(
     # No column for load time and memory, which nobody measured, nor for top-1, for which there are no labels.
     rate, share = 2 * FLOPS_OF_5 / 1e6, 2 * FLOPS_OF_5 / 1e6 / (4 * 2 * 768**3 / 0.002 / 1e9)
     size = (visible / "encoder.onnx").stat().st_size / 1e6
-    assert lines[5][:6] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f}", "%", f"{size:.2f}"]
-    assert [line[6:] for line in lines[4:]] == [["1.0000"], [f"{float(lines[5][6]):.4f}"]]
+    assert lines[5][:5] == ["2", f"{FLOPS_OF_5 / 1e9:.3g}", f"{rate:.1f}", f"{100 * share:.0f}", "%"]
+    assert lines[5][5:7] == ["weights", f"{size:.2f}"]
+    assert [line[7:] for line in lines[4:]] == [["1.0000"], [f"{float(lines[5][7]):.4f}"]]
 
 
 # --- TensorRT --------------------------------------------------------------------------------------------------------
@@ -634,7 +639,7 @@ class PlanOnCpu(OnnxRuntimeEngine):
 
 @pytest.fixture
 def plans(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_tensorrt", lambda bundle, options, taps: PlanOnCpu(bundle.graph(), options))
+    monkeypatch.setattr(registry, "_planned", lambda bundle, name, options, taps: PlanOnCpu(bundle.graph(), options))
     monkeypatch.setattr(
         reporting_machine,
         "gpus",
@@ -668,6 +673,7 @@ def test_plans_are_timed_at_the_sizes_that_they_were_built_for(
     assert {left["why"] for left in report["left_out"]} == {"no profile holds it"}
     assert list(report["gemm_gflops"]) == ["onnxruntime"]
     assert [row["gemm_share"] for row in on_plans] == [None, None]
+    assert [row["roofline"] for row in on_plans] == [None, None], "no GPU here tells its rates"
     assert all(row["gflops"] > 0 and row["cosine"] is not None for row in on_plans)
     assert on_plans[1]["speedup_over_full"] == pytest.approx(on_plans[0]["p50_ms"] / on_plans[1]["p50_ms"])
     assert report["machine"]["gpu"] == "Quick, CUDA 12.4"
