@@ -132,7 +132,7 @@ def test_engines_that_run_plans_are_timed_by_the_gpu(monkeypatch: pytest.MonkeyP
             assert inputs["x"].shape == (self.mark.rows, self.mark.size)
             return lambda: {"compute": 0.5, "weights": 0.25, "call": 0.125}[self.mark.kind]
 
-    small = [Yardstick("tensorrt", kind, 3, 5, 1, 2) for kind in ("compute", "weights", "call")]  # type: ignore[arg-type]
+    small = [Yardstick("tensorrt", kind, 3, 5, 1, 2) for kind in ("compute", "weights", "call")]
     monkeypatch.setattr(module, "yardsticks", lambda engine: small)
     monkeypatch.setattr(module, "_built", lambda mark, options: Built(mark))
     found = measure_on_gpu(["onnxruntime", "tensorrt"], EngineOptions(), repeats=2)
