@@ -19,7 +19,6 @@ CODE = r"(?P<code>^```.*?^```|`[^`\n]*`)"
 LINK = re.compile(
     CODE + r"|(?P<image>!?)\[(?P<text>(?:`[^`]*`|[^\[\]`])*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)", re.M | re.S
 )
-ANCHOR = re.compile(r'^<a id="([^"]+)"></a>$', re.M)
 HEADING = re.compile(r"^## (.+)$", re.M)
 ENTRY = re.compile(r"^- \[[^\]]+\]\(([^)#]+)\.md\)", re.M)
 ROW = re.compile(r"^\| `((?:data )?[\w-]+)([^`]*)` \|", re.M)
@@ -38,7 +37,7 @@ def setup(app: Sphinx) -> dict[str, Any]:
 
 def read(app: Sphinx, docname: str, source: list[str]) -> None:
     """A page as Sphinx reads it."""
-    text = ANCHOR.sub(r"(\1)=", published(source[0], docname, app.config.repository))
+    text = published(source[0], docname, app.config.repository)
     if docname == "index":
         text += contents(source[0])
     if below := BELOW.get(docname):

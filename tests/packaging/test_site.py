@@ -96,7 +96,7 @@ def test_a_site_is_built_with_markdown_beside_each_page(tmp_path: Path) -> None:
     (source / "conf.py").write_text(f'{configuration}html_baseurl = "https://e.org/"\nmyst_heading_anchors = 3\n')
     (source / "index.md").write_text("# Site\n\n> What it is.\n\n## Guide\n\n- [One](guide/one.md): the first\n")
     (source / "guide").mkdir()
-    (source / "guide" / "one.md").write_text('# One\n\n<a id="here"></a>\nText, [here](#here), [code](../../x.py).\n')
+    (source / "guide" / "one.md").write_text("# One\n\n## Here\n\nText, [here](#here), [code](../../x.py).\n")
     done = subprocess.run(
         [sys.executable, "-m", "sphinx", "-q", "-W", str(source), str(out)], capture_output=True, text=True, cwd=ROOT
     )
