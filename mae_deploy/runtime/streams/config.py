@@ -16,13 +16,14 @@ class StreamOptions(Settings, resume="never"):
     """Stream."""
 
     refresh: float = setting(0.1, at_least=0, at_most=1, basic=True)
-    """Beside what is selected, the share of all patches that was not computed for longest, at every frame; 0: none."""
+    """Beside what is selected, this share of all patches at every frame: those that changed most, by less than is
+    selected, and as many that were not computed for longest; 0: none."""
     bypass: float | None = setting(None, at_least=0, at_most=1, basic=True)
     """Compute the whole frame where more than this share is to be computed; default: the share from which on a whole
     frame is no slower on this machine, measured when the first stream of the backbone begins."""
     shift: bool = True
-    """Move the tokens of patches that are not computed by the mean change of those that were computed in turn without
-    having changed themselves: what a large object does to the context of all."""
+    """Move tokens, keys and values of patches that are not computed by the mean change of those that were computed in
+    turn without having changed themselves: what a large object does to the context of all."""
     audit: float = setting(0.02, at_least=0, at_most=1)
     """Share of the computation that goes into audits: a whole frame is computed beside, compared, and taken over;
     0: none."""

@@ -17,6 +17,7 @@ from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass
 from mae_deploy.runtime.streams.model import StreamModel
+from mae_deploy.runtime.streams.shift import Shift
 
 _SIZES = 16
 """K is one of about so many numbers, so that engines that prepare for each size prepare few."""
@@ -183,24 +184,19 @@ class StreamPool:
         patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
         cache = self._caches[indices[0]] if len(indices) == 1 else self._together
         assert cache is not None
-        before = [cache.tokens[at, choice.in_turn].copy() for at, choice in enumerate(choices)]
+        shifts = [Shift(cache, at, choice.in_turn) for at, choice in enumerate(choices)] if self.config.shift else []
         outputs = self._backbone.update(cache, patches, ids)
         for at, index in enumerate(indices):
-            choice = choices[at]
-            if self.config.shift and len(choice.in_turn):
-                self._shift(cache, at, choice, before[at])
+            choice, camera = choices[at], self._cameras[index]
+            if shifts and camera.age is not None:
+                shifts[at].apply(choice.ids, camera.age)
             own = {name: array[at : at + 1] for name, array in outputs.items()}
             self._last[index] = self._whole_features(own, cache.tokens[at : at + 1])
-            self._cameras[index].settle(choice)
+            camera.settle(choice)
 
     def _pixels_of(self, choice: Choice, ids: Array) -> Array:
         """`(K, P, P, C)`, to the pixel what the model is to see."""
         return self._backbone.preprocess.crop_patches(choice.frame, ids, self._patch_size)
-
-    def _shift(self, cache: TokenCache, at: int, choice: Choice, before: Array) -> None:
-        others = cache.computed[at].copy()
-        others[choice.ids] = False
-        cache.tokens[at, others] += (cache.tokens[at, choice.in_turn] - before).mean(axis=0)
 
     def _whole_features(self, outputs: dict[str, Array], tokens: Array) -> dict[str, Array]:
         """The outputs with all patches' tokens, and their mean where that is what `pooled` is."""

@@ -1,0 +1,43 @@
+"""What a large object does to the context of all: the change of some patches, carried over to those that are not
+computed.
+
+Patches that are computed in turn show how much tokens, keys and values have changed where no pixel did. The mean of it
+is added to those of the others, the more the longer ago they were computed themselves.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mae_deploy.images.read import Array
+from mae_deploy.runtime.cache import TokenCache
+
+_SHARE = 0.7
+"""Of the change: what is shown by a few patches is not all true of the others."""
+
+
+class Shift:
+    """One update of a stream, from before it to after it."""
+
+    def __init__(self, cache: TokenCache, at: int, in_turn: Array) -> None:
+        """Remember what the patches `in_turn (R,)` of stream `at` were."""
+        self._cache, self._at, self._in_turn = cache, at, in_turn
+        self._tokens = cache.tokens[at, in_turn]
+        self._rows = {name: rows[at][:, 1 + in_turn] for name, rows in cache.rows.items()}
+
+    def apply(self, ids: Array, age: Array) -> None:
+        """Move the patches that the update did not compute.
+
+        Args:
+            ids: `(K,)`, those that it did.
+            age: `(N,)`, how many frames ago each was computed before.
+        """
+        cache, at, in_turn = self._cache, self._at, self._in_turn
+        if not len(in_turn):
+            return
+        shares = _SHARE * np.minimum(1, age / age[in_turn].mean(), dtype=np.float32) * cache.computed[at]
+        shares[ids] = 0
+        cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
+        for name, rows in cache.rows.items():
+            moved = (rows[at][:, 1 + in_turn] - self._rows[name]).mean(axis=1, keepdims=True, dtype=np.float32)
+            rows[at][:, 1:] += (shares[:, None] * moved).astype(rows.dtype)
