@@ -35,9 +35,9 @@ class StreamEvalConfig(Settings):
     at this."""
     snr: float | None = setting(None, resume="fixed", basic=True)
     """Choose the threshold on the first half: the largest that keeps the tokens at so many dB."""
-    threshold: float = setting(4.0, resume="fixed", basic=True, above=0)
+    threshold: float = setting(6.0, resume="fixed", basic=True, above=0)
     """Else the stream's threshold: the grey difference from which a patch has changed, from 0 to 255."""
-    refresh: float = setting(0.1, resume="fixed", basic=True, at_least=0, at_most=1)
+    refresh: float = setting(0.13, resume="fixed", basic=True, at_least=0, at_most=1)
     """Share of the patches that the stream computes in turn, whether they changed or not."""
     every: int = setting(1, resume="fixed", basic=True, at_least=1)
     """Take every so many-th frame of the video."""

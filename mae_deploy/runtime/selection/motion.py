@@ -21,9 +21,9 @@ class Motion(Selection):
     Compared with the last *computed* pixels, not with the last frame, so that slow change is seen once it has added up.
     """
 
-    threshold: float = 4.0
+    threshold: float = 6.0
     """The least difference that counts, from 0 to 255."""
-    noise: float = 3.0
+    noise: float = 1.5
     """It counts only above so many times the patch's own noise, the usual difference between two frames there."""
     hysteresis: float = 0.6
     """A patch that was taken at the last frame is taken above this share of its threshold."""

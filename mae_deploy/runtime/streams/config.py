@@ -15,7 +15,7 @@ from mae_deploy.runtime.selection import Motion, Selection
 class StreamOptions(Settings, resume="never"):
     """Stream."""
 
-    refresh: float = setting(0.1, at_least=0, at_most=1, basic=True)
+    refresh: float = setting(0.13, at_least=0, at_most=1, basic=True)
     """Beside what is selected, this share of all patches at every frame: those that changed most, by less than is
     selected, and as many that were not computed for longest; 0: none."""
     bypass: float | None = setting(None, at_least=0, at_most=1, basic=True)
