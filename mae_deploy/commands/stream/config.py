@@ -13,15 +13,17 @@ from mae_deploy.runtime.streams.config import StreamOptions
 from mae_deploy.runtime.video.options import VideoOptions
 from mae_deploy.training.config import Device
 
+_MOTION = Motion()
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SelectionOptions(Settings, resume="never"):
     """Selection."""
 
-    threshold: float = setting(4.0, above=0, basic=True)
+    threshold: float = setting(_MOTION.threshold, above=0, basic=True)
     """A patch is computed where it differs by more than so many grey levels, from 0 to 255, from what was last computed
     of it."""
-    noise: float = setting(3.0, at_least=0)
+    noise: float = setting(_MOTION.noise, at_least=0)
     """And by more than so many times its own noise."""
     dilation: int = setting(0, at_least=0)
     """The patches around it as well, so many in each direction."""

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mae_deploy.config import Settings, setting
+from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.runtime.selection import Motion
+from mae_deploy.runtime.streams.config import StreamOptions
 from mae_deploy.training.config import Device
 
 Condition = Literal["clean", "reencoded", "flicker", "jitter"]
@@ -35,18 +37,17 @@ class StreamEvalConfig(Settings):
     at this."""
     snr: float | None = setting(None, resume="fixed", basic=True)
     """Choose the threshold on the first half: the largest that keeps the tokens at so many dB."""
-    threshold: float = setting(6.0, resume="fixed", basic=True, above=0)
+    threshold: float = setting(Motion().threshold, resume="fixed", basic=True, above=0)
     """Else the stream's threshold: the grey difference from which a patch has changed, from 0 to 255."""
-    refresh: float = setting(0.13, resume="fixed", basic=True, at_least=0, at_most=1)
-    """Share of the patches that the stream computes in turn, whether they changed or not."""
+    stream: StreamOptions = section(StreamOptions)
     every: int = setting(1, resume="fixed", basic=True, at_least=1)
     """Take every so many-th frame of the video."""
     max_frames: int = setting(1000, resume="fixed", basic=True, at_least=16)
     """Take at most so many frames."""
-    engine: str = setting("auto", resume="fixed", basic=True, metavar="ENGINE")
+    engine: str = setting("auto", resume="fixed", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: the one on which the bundle was checked, where it is
     installed, else onnxruntime."""
-    threads: int | None = setting(1, resume="fixed", basic=True, at_least=1)
+    threads: int | None = setting(1, resume="fixed", at_least=1)
     """CPU threads of the engine."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""

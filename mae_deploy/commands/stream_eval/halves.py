@@ -14,6 +14,7 @@ from mae_deploy.commands.stream_eval.arms import Answer, Arm, ChangedPatches, Co
 from mae_deploy.commands.stream_eval.conditions import Decoded
 from mae_deploy.commands.stream_eval.config import StreamEvalConfig
 from mae_deploy.commands.stream_eval.scores import Probe, Signal, average_precision, decibels, squared
+from mae_deploy.config import to_dict
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.selection import Motion
@@ -232,7 +233,7 @@ class SecondHalf:
 
 
 def _options(config: StreamEvalConfig, threshold: float) -> dict[str, Any]:
-    return {"select": Motion(threshold=threshold), "refresh": config.refresh}
+    return {"select": Motion(threshold=threshold), **to_dict(config.stream)}
 
 
 def _timed(call: Callable[[], Answer]) -> tuple[Answer, float, float]:

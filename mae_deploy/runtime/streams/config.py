@@ -12,7 +12,7 @@ from mae_deploy.runtime.selection import Motion, Selection
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class StreamOptions(Settings, resume="never"):
+class StreamOptions(Settings, resume="fixed"):
     """Stream."""
 
     refresh: float = setting(0.13, at_least=0, at_most=1, basic=True)
