@@ -144,7 +144,7 @@ def open_reader(name: str, place: str, form: str | None, options: VideoOptions, 
     try:
         container = av.open(place, format=form, options=given, timeout=timeout)
     except (av.FFmpegError, OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+        reason = reason_of(error, options)
         if form is not None:
             raise MissingDependency(f"the camera {name} cannot be opened: {reason}", hint=_cameras()) from error
         if "://" in place:
@@ -156,6 +156,13 @@ def open_reader(name: str, place: str, form: str | None, options: VideoOptions, 
         container.close()
         raise ConfigError(f"{name} has no video in it")
     return Reader(name, container, counts)
+
+
+def reason_of(error: Exception, options: VideoOptions) -> str:
+    """Why a source broke, in words."""
+    if isinstance(error, import_av().error.ExitError):  # which FFmpeg calls "Immediate exit requested"
+        return f"nothing came for {options.timeout:g} s"
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _cameras() -> str:

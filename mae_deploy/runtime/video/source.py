@@ -18,7 +18,7 @@ from mae_deploy.images.read import read_image
 from mae_deploy.progress import notice
 from mae_deploy.runtime.video.buffer import Buffer
 from mae_deploy.runtime.video.counts import Counts
-from mae_deploy.runtime.video.decode import Reader, import_av, open_reader
+from mae_deploy.runtime.video.decode import Reader, import_av, open_reader, reason_of
 from mae_deploy.runtime.video.frame import Frame
 from mae_deploy.runtime.video.options import VideoOptions
 from mae_deploy.runtime.video.pictures import Pictures
@@ -165,7 +165,7 @@ class Video:
                 empty = False
                 yield raw
         except import_av().FFmpegError as error:
-            raise MaeDeployError(f"{self.name} breaks off: {error.strerror}") from error
+            raise MaeDeployError(f"{self.name} breaks off: {reason_of(error, self.options)}") from error
         if empty:
             raise MaeDeployError(f"{self.name} has no frame that can be decoded")
 
@@ -181,7 +181,7 @@ class Video:
                     yield image, at, events + told
                     tries, events = 0, ()
             except import_av().FFmpegError as error:
-                reason = error.strerror
+                reason = reason_of(error, self.options)
             self._reader.close()
             self.counts.lost += 1
             while True:

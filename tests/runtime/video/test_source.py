@@ -12,7 +12,7 @@ from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.video import SourceLost, open_video, source
-from tests.runtime.video.tiny_video import SIZE, moving_square, served, write_video
+from tests.runtime.video.tiny_video import SIZE, moving_square, served, silent, write_video
 
 COUNT = 23
 
@@ -158,3 +158,25 @@ def test_waiting_loses_nothing_and_closing_ends_the_thread(video: Path) -> None:
     with open_video(video, on_full="drop-oldest", queue=2) as opened:
         next(iter(opened))
     assert threading.active_count() == before
+
+
+def test_a_live_stream_that_says_nothing_more_counts_as_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(source, "_FIRST_WAIT", 0.01)
+    content = write_video(tmp_path / "c.ts", [moving_square(i) for i in range(9)], codec="mpeg2video").read_bytes()
+    with silent(content) as url, open_video(url, on_full="wait", timeout=0.3) as opened:
+        frames = iter(opened)
+        seen = [next(frames) for _ in range(12)]
+        assert "lost (nothing came for 0.3 s) and found again" in seen[8].events
+        assert opened.counts.lost == 1
+    assert "nothing came for 0.3 s; try 1 of 10" in capsys.readouterr().err
+
+
+def test_what_waits_for_a_frame_ends_when_it_is_stopped(tmp_path: Path) -> None:
+    content = write_video(tmp_path / "c.ts", [moving_square(i) for i in range(40)], codec="mpeg2video").read_bytes()
+    with silent(content) as url, open_video(url, on_full="wait", timeout=30) as opened:
+        timer = threading.Timer(0.2, opened.stop)
+        timer.start()
+        assert len(list(opened)) <= 40
+        timer.join()
