@@ -2,7 +2,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 # The second variable pins the build backend where pip is too new for the first to do so.
 PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
-PIP_INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
+# uv, where it is there, installs the same versions in a fraction of the time; `make UV= install` takes pip.
+UV := $(shell command -v uv)
+ifdef UV
+INSTALL := uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt
+else
+INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
+endif
 # A worker for each core, of one thread: PyTorch's default of a thread for each core, in each worker, is slower.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
@@ -51,7 +57,7 @@ wheel: .venv/.installed ## build dist/*.whl from the source distribution
 
 clean: ## remove what was built; .venv stays
 	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
-	@find mae_deploy pretrain distill export tests scripts -name __pycache__ -prune -exec rm -rf {} +
+	@find mae_deploy pretrain distill export examples tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "mae-deploy needs Python 3.10 or later; try: make PYTHON=python3.12")'
@@ -59,10 +65,10 @@ clean: ## remove what was built; .venv stays
 
 .venv/.train: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (PyTorch and its libraries: several GB) ..."
-	@$(PIP_INSTALL) --editable '.[train]'
+	@$(INSTALL) --editable '.[train]'
 	@touch $@
 
 .venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
 	@echo "Installing into .venv (PyTorch and its libraries: several GB) ..."
-	@$(PIP_INSTALL) --editable '.[dev]'
+	@$(INSTALL) --editable '.[dev]'
 	@touch .venv/.train $@

@@ -1,5 +1,5 @@
 """`mae-deploy quickstart`: the whole chain on real handwritten digits, each step by the code that its own command
-runs.
+runs, and what patches, precision and streams bring on real sizes.
 """
 
 from __future__ import annotations
@@ -7,6 +7,8 @@ from __future__ import annotations
 import shutil
 import statistics
 import time
+from datetime import datetime, timezone
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -14,8 +16,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from mae_deploy import __version__
 from mae_deploy.commands.quickstart.config import QuickstartConfig
-from mae_deploy.commands.quickstart.report import quickstart_table, report_page
+from mae_deploy.commands.quickstart.plan import Plan
+from mae_deploy.commands.quickstart.report import report_page, result_tables
+from mae_deploy.commands.quickstart.speed import installed_engines, measure_speed
+from mae_deploy.commands.quickstart.stream import measure_stream
 from mae_deploy.config import from_dict, merge
 from mae_deploy.distill import run as distill
 from mae_deploy.distill.config import DistillConfig
@@ -26,22 +32,20 @@ from mae_deploy.files import atomic_path, remove
 from mae_deploy.pretrain import finetune, reconstruct
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
-from mae_deploy.progress import heading, progress
+from mae_deploy.progress import heading
 from mae_deploy.recipe import read_recipe
 from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.machine import describe_machine
 from mae_deploy.reporting.markdown import write_report
+from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
-from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.timing import measure
 from mae_deploy.runtime.verify import verify_bundle
 
 NUM_UNLABELLED = 1400
 LABELS_PER_CLASS = 5
 STUDENT = {"student": "vit_nano_patch4", "patch_size": 8}
 FINETUNE = "quickstart-finetune"
-
-_LATENCY_BATCHES = (1, 16)
 
 BUNDLES = {
     "encoder-full": ("pretrain", "full"),
@@ -61,7 +65,9 @@ C = TypeVar("C")
 
 
 def run_quickstart(config: QuickstartConfig) -> Result:
-    """Pretrain, fine-tune, distil, export, verify, time, report; a killed run goes on where it was."""
+    """Pretrain, fine-tune, distil, export, verify; time real sizes and a stream; report. A killed run goes on where it
+    was.
+    """
     started = time.monotonic()
     # For networks this small, a second thread gives 1.5 times the speed on an idle machine and a third of it where a
     # core is shared.
@@ -69,48 +75,35 @@ def run_quickstart(config: QuickstartConfig) -> Result:
     out = config.out
     if out.is_dir() and any(out.iterdir()) and not (out / "data").is_dir():
         raise ConfigError(f"--out {out} holds something else", hint="choose another --out")
+    plan = Plan.for_this_machine(seeds=len(config.seeds), engines=len(installed_engines()))
+    plan.show()
     images = write_digits(out / "data", config.seeds)
     common = {"seed": config.seed, "device": config.device, "resume": True}
-    heading("1/6 pretraining: a masked autoencoder on 1,400 digits without labels")
-    mae = pretrain.run_pretrain(
-        _recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common)
-    )
-    heading("2/6 feature distillation: a smaller student, still without labels")
-    teacher = {"teacher": out / "pretrain", **STUDENT}
-    distill.run_distill(
-        _recipe(
-            DistillConfig,
-            "quickstart-distill-features",
-            data=images,
-            out=out / "distill-features",
-            objective="features",
-            **teacher,
-            **common,
+    with plan.next():
+        mae = pretrain.run_pretrain(
+            _recipe(PretrainConfig, "quickstart-pretrain", data=images, out=out / "pretrain", **common)
         )
-    )
-    heading(
-        f"3/6 few labels, {LABELS_PER_CLASS} a class: fine-tuning, distillation of logits, and both networks from"
-        " scratch"
-    )
-    top1 = _few_labels(config, images)
-    heading("4/6 export to ONNX, checked against PyTorch")
-    parity = _export(config)
-    heading("5/6 latency of the full and of the visible-token graph, in turns")
-    latency = _latency(out)
-    heading("6/6 reconstruction pictures and the report")
-    picture = out / "reconstruction.png"
-    picture.unlink(missing_ok=True)  # of an earlier run in this folder: the same again
-    reconstruct.run_reconstruct(
-        ReconstructConfig(
-            images=(out / "data" / "examples",),
-            checkpoint=out / "pretrain",
-            out=picture,
-            seed=config.seed,
-            device=config.device,
+    with plan.next():
+        teacher = {"teacher": out / "pretrain", **STUDENT}
+        features = {"out": out / "distill-features", "objective": "features"}
+        distill.run_distill(
+            _recipe(DistillConfig, "quickstart-distill-features", data=images, **features, **teacher, **common)
         )
-    )
+    with plan.next():
+        top1 = _few_labels(config, images)
+    with plan.next():
+        parity = _export(config)
+    with plan.next():
+        speed = measure_speed()
+    with plan.next():
+        stream = measure_stream(out / "stream", out / "stream.png")
+    with plan.next():
+        _reconstruct(config)
     report = {
+        "mae_deploy": __version__,
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line("quickstart", config),
+        "machine": describe_machine({name: version(name) for name in installed_engines()}, threads=1, affinity=None),
         "dataset": DATASET,
         "protocol": {
             "unlabelled_images": NUM_UNLABELLED,
@@ -125,16 +118,19 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         "mae_loss": {"first": mae["first_loss"], "last": mae["last_loss"]},
         "top1": top1,
         "parity": parity,
-        "latency": latency,
         "size_bytes": {
             name: sum(entry["size"] for entry in Bundle.load(out / "bundles" / name).manifest["files"].values())
             for name in BUNDLES
         },
-        "reconstruction": str(picture),
+        "speed": speed,
+        "stream": stream,
+        "reconstruction": str(out / "reconstruction.png"),
+        "stages": plan.rows,
         "seconds": round(time.monotonic() - started, 1),
     }
-    write_report(out, "report", report, report_page(report))
-    return Result(report, quickstart_table(report, f"Quickstart, {report['seconds']:.0f} s"))
+    write_report(out, "report", report, report_page(report), html=True)
+    heading(f"Quickstart, {report['seconds']:.0f} s; with pictures in {out / 'report.html'}")
+    return Result(report, stacked(result_tables(report)))
 
 
 def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:
@@ -233,33 +229,18 @@ def _export(config: QuickstartConfig) -> dict[str, Any]:
     return parity
 
 
-def _latency(out: Path) -> dict[str, Any]:
-    """Medians at batch 1 and 16, one thread, the graphs taking turns."""
-    found: dict[str, Any] = {}
-    with (
-        progress("latency", len(_LATENCY_BATCHES)) as bar,
-        Backbone.load(out / "bundles" / "encoder-full", threads=1) as full,
-        Backbone.load(out / "bundles" / "encoder-visible", threads=1) as visible,
-    ):
-        keep = np.random.default_rng(0).permutation(full.num_patches)[: full.num_patches // 4]
-        height, width = full.preprocess.image_size
-        for batch in _LATENCY_BATCHES:
-            images = np.zeros((batch, full.preprocess.channels, height, width), np.float32)
-
-            def run_full(images: Any = images) -> object:
-                return full(images, outputs=["pooled"])
-
-            def run_visible(images: Any = images) -> object:
-                return visible(images, keep, outputs=["pooled"])
-
-            times = measure({"full": run_full, "visible": run_visible}, repeats=200, warmup=20)
-            found[f"batch_{batch}"] = {
-                "full_ms": times["full"].median * 1000,
-                "visible_ms": times["visible"].median * 1000,
-                "ratio": times["visible"].ratio(times["full"]),
-            }
-            bar.advance(1)
-    return found
+def _reconstruct(config: QuickstartConfig) -> None:
+    out = config.out / "reconstruction.png"
+    out.unlink(missing_ok=True)  # of an earlier run in this folder: the same again
+    reconstruct.run_reconstruct(
+        ReconstructConfig(
+            images=(config.out / "data" / "examples",),
+            checkpoint=config.out / "pretrain",
+            out=out,
+            seed=config.seed,
+            device=config.device,
+        )
+    )
 
 
 def _recipe(kind: type[C], name: str, **settings: Any) -> C:

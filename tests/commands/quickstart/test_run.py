@@ -4,8 +4,11 @@ not judged here.
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,14 @@ from sklearn.datasets import load_digits
 from mae_deploy.cli import main
 from mae_deploy.commands.quickstart import run as quickstart
 from mae_deploy.commands.quickstart.config import QuickstartConfig
+from mae_deploy.commands.quickstart.plan import Plan, stages
 from mae_deploy.commands.quickstart.run import LABELS_PER_CLASS, NUM_UNLABELLED, write_digits
+from mae_deploy.commands.quickstart.speed import installed_engines, measure_speed
+from mae_deploy.commands.quickstart.stream import made_frames, measure_stream
 from mae_deploy.config import from_dict, merge
+from mae_deploy.errors import MissingDependency
 from mae_deploy.images.read import Array
+from mae_deploy.models.config import EncoderConfig
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.recipe import read_recipe
 from mae_deploy.runtime import Bundle
@@ -29,6 +37,7 @@ from mae_deploy.runtime.verify import verify_bundle
 from mae_deploy.training import runner
 
 SCANS = 1797
+TINY = EncoderConfig(name="vit_nano_patch4", image_size=(32, 32))
 SEED = 5
 PARTS = ["teacher", "teacher_from_scratch", "student", "student_from_scratch"]
 
@@ -49,12 +58,14 @@ def tiny_recipe(kind: type[Any], name: str, **settings: Any) -> Any:
 
 @pytest.fixture(scope="module", autouse=True)
 def patched() -> Iterator[None]:
-    """Small recipes; files that need not survive a power cut; and the number of threads, which the quickstart sets, as
-    it was.
+    """Small recipes and models; files that need not survive a power cut; and the number of threads, which the
+    quickstart sets, as it was.
     """
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "_recipe", tiny_recipe)
+        patch.setattr(quickstart, "measure_speed", partial(measure_speed, [TINY]))
+        patch.setattr(quickstart, "measure_stream", partial(measure_stream, model=TINY, num_frames=5))
         patch.setattr("os.fsync", lambda _: None)  # thousands of small files: seconds on a busy disk
         yield
     torch.set_num_threads(threads)
@@ -74,15 +85,20 @@ def test_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
     out, report = finished
     assert json.loads((out / "report.json").read_text()) == report
     assert list(report) == [
+        "mae_deploy",
+        "created",
         "command",
+        "machine",
         "dataset",
         "protocol",
         "mae_loss",
         "top1",
         "parity",
-        "latency",
         "size_bytes",
+        "speed",
+        "stream",
         "reconstruction",
+        "stages",
         "seconds",
     ]
     assert (report["dataset"]["licence"], "doi:10.24432/C50P49" in report["dataset"]["source"]) == ("CC BY 4.0", True)
@@ -102,11 +118,9 @@ def test_the_report(finished: tuple[Path, dict[str, Any]]) -> None:
         # A share of 397 images, in percent; the loop rounds nothing.
         assert found["mean"] * 3.97 == pytest.approx(round(found["mean"] * 3.97), abs=1e-3)
     assert report["mae_loss"]["first"] > report["mae_loss"]["last"] > 0
-    assert set(report["latency"]) == {"batch_1", "batch_16"}
-    for found in report["latency"].values():
-        assert found["ratio"] == pytest.approx(found["visible_ms"] / found["full_ms"])
-        assert found["full_ms"] > 0
     assert report["seconds"] > 0
+    assert [stage["stage"] for stage in report["stages"]] == [stage.title for stage in stages(seeds=1, engines=1)]
+    assert sum(stage["seconds"] for stage in report["stages"]) <= report["seconds"] + 1
 
 
 def test_the_bundles_are_there_and_pass(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -154,11 +168,88 @@ def test_the_report_for_people(finished: tuple[Path, dict[str, Any]]) -> None:
         "](reconstruction.png)",
     ):
         assert text in page, text
-    rows = [line for line in page.splitlines() if line.startswith("| ")]
-    assert len(rows) == 2 + 1 + len(PARTS) + 3 + 2 + 3
+    rows = [line for line in page.partition("## Patches")[0].splitlines() if line.startswith("| ")]
+    assert len(rows) == 2 + 1 + len(PARTS) + 3 + 3
     assert f"{report['mae_loss']['first']:.3f} → {report['mae_loss']['last']:.3f}" in page
     for part in PARTS:
-        assert f"{report['top1'][part]['mean']:.1f} % (" in page
+        assert f"{report['top1'][part]['mean']:.1f} % |" in page
+    speed = [line for line in page.splitlines() if line.startswith("| vit_nano_patch4 | onnxruntime")]
+    assert [line.split(" | ")[2:4] for line in speed] == [
+        ["fp32", "64"],
+        ["fp32", "16"],
+        ["int8", "64"],
+        ["int8", "16"],
+    ]
+
+
+def test_the_report_in_one_file_with_its_pictures(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, _ = finished
+    page = (out / "report.html").read_text(encoding="utf-8")
+    pictures = re.findall(r'<img src="data:image/png;base64,([^"]+)"', page)
+    assert page.count("<img ") == len(pictures) == 3
+    files = [out / name for name in ("reconstruction.png", "report-speed.png", "stream.png")]
+    assert [base64.b64decode(picture) for picture in pictures] == [file.read_bytes() for file in files]
+
+
+# --- real sizes ------------------------------------------------------------------------------------------------------
+
+
+def test_speed(finished: tuple[Path, dict[str, Any]]) -> None:
+    rows = finished[1]["speed"]
+    assert [row["engine"] for row in rows] == [engine for engine in installed_engines() for _ in range(4)]
+    for row in rows:
+        first = next(other for other in rows if other["engine"] == row["engine"])
+        assert (first["precision"], first["patches"]) == ("fp32", 64)
+        assert row["ratio"] == pytest.approx(row["p50_ms"] / first["p50_ms"])
+
+
+def test_an_engine_that_does_not_work_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise MissingDependency("built for another CPU")
+
+    monkeypatch.setattr("mae_deploy.commands.quickstart.speed.ENGINES", {"json": refuse})  # a module that is there
+    monkeypatch.setattr("mae_deploy.commands.quickstart.speed.open_graph", refuse)
+    assert measure_speed([TINY]) == []
+    assert "left out: vit_nano_patch4 on json: built for another CPU" in capsys.readouterr().err
+
+
+def test_stream(finished: tuple[Path, dict[str, Any]]) -> None:
+    out, report = finished
+    stream = report["stream"]
+    assert (stream["patches"][0], len(stream["patches"])) == (64, 5)
+    assert max(stream["patches"][1:]) < 64
+    assert 0 < stream["operations"] < 1
+    assert 0.9 < stream["cosine"] <= 1
+    assert stream["ratio"] == pytest.approx(stream["stream_ms"] / stream["whole_ms"])
+    assert verify_bundle(Bundle.load(out / "stream" / "bundle")).passed
+    with Image.open(out / "stream.png") as picture:
+        first = np.asarray(picture)[:, :32]
+        assert picture.size == (4 * (32 + 8) - 8, 32)
+    assert first.mean() > 2 * np.asarray(Image.open(out / "stream.png"))[:, 3 * 40 :].mean(), (
+        "what was left out is dark"
+    )
+
+
+def test_the_square_moves() -> None:
+    first, second = (frame.astype(int) for frame in made_frames(2))
+    changed = np.abs(first - second).max(axis=2) > 20
+    rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
+    assert 90 < rows[0] <= rows[-1] < 170
+    assert columns[-1] < 70
+
+
+def test_the_plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("mae_deploy.commands.quickstart.plan._measured_rate", lambda: 45.0)
+    plan = Plan.for_this_machine(seeds=3, engines=1)
+    assert plan.slowness == 2
+    plan.show()
+    shown = capsys.readouterr().err
+    for stage in stages(seeds=3, engines=1):
+        assert f"{2 * stage.seconds:.0f} s" in shown
+    assert stages(seeds=3, engines=1)[2].seconds == 3 * stages(seeds=1, engines=1)[2].seconds
+    assert sum(stage.seconds for stage in stages(seeds=1, engines=2)) <= 300
 
 
 def test_the_picture(finished: tuple[Path, dict[str, Any]]) -> None:
@@ -180,9 +271,7 @@ def test_a_second_run_trains_nothing_and_reports_the_same(
     assert {key: again[key] for key in ("mae_loss", "top1", "protocol")} == {
         key: report[key] for key in ("mae_loss", "top1", "protocol")
     }
-    assert [line for line in captured.err.splitlines() if line[:2] in ("1/", "2/", "3/", "4/", "5/", "6/")][
-        -1
-    ] == "6/6 reconstruction pictures and the report"
+    assert "7/7 draw pictures and write the report" in captured.err.splitlines()
 
 
 def test_another_folder_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
