@@ -36,7 +36,10 @@ from tests.models.tiny_models import tiny_encoder
 from tests.runtime.tiny_bundle import CLASS_NAMES, D, N, write_bundle
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "examples/README.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+]
 OPTIONS: dict[str, list[str]] = json.loads((ROOT / "tests" / "command_options.json").read_text())
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
