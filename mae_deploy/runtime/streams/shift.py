@@ -40,4 +40,4 @@ class Shift:
         cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
         for name, rows in cache.rows.items():
             moved = (rows[at][:, 1 + in_turn] - self._rows[name]).mean(axis=1, keepdims=True, dtype=np.float32)
-            rows[at][:, 1:] += (shares[:, None] * moved).astype(rows.dtype)
+            rows[at][:, 1:] += (shares[:, None] * moved).astype(rows.dtype, copy=False)
