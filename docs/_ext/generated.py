@@ -101,7 +101,7 @@ def _option(flag: Flag) -> Row:
     off = f" `--no-{flag.name[2:]}`" if flag.kind is bool and flag.name != "--json" else ""
     default = "required" if flag.required else _code(flag.default)
     key = f" (`{'.'.join(flag.path)}`)" if len(flag.path) > 1 else ""
-    return f"`{flag.name}`{off}", _code(flag.takes), default, _prose(flag.help) + key
+    return f"`{flag.name}`{off}", " ".join(map(_code, flag.takes.split("|"))), default, _prose(flag.help) + key
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
