@@ -159,9 +159,10 @@ class Backbone:
 
         Args:
             images: uint8 `(H, W)`, `(H, W, C)` or `(B, H, W, C)` of any size, a list of such images or of Pillow images
-                of any sizes, or float32 or float16 `(B, C, H, W)` that is normalised already and has the graph's size
-                (not where the graph normalises). Where the model takes pixels of more than 8 bits, arrays of any type
-                of number take the place of uint8. Arrays are RGB, unless `channel_order` says otherwise.
+                or `VideoImage`s of any sizes, or float32 or float16 `(B, C, H, W)` that is normalised already and has
+                the graph's size (not where the graph normalises). Where the model takes pixels of more than 8 bits,
+                arrays of any type of number take the place of uint8. Arrays are RGB, unless `channel_order` says
+                otherwise.
             keep: the visible patches, row-major indices in any order: `(K,)` for every image or `(B, K)`; for bundles
                 exported with `--tokens visible`, `ragged` or `reconstruct`. Ragged bundles also take a list of rows of
                 unequal length, and give back `tokens` of the longest, zero where a row has ended. None keeps all.

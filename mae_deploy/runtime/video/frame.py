@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array, is_image
 from mae_deploy.images.video_image import VideoImage
 
@@ -28,10 +29,16 @@ class Frame:
     """What else happened since the one before, in words: corrupt packets, another size, a lost connection."""
 
     def rgb(self) -> Array:
-        """uint8 `(H, W, 3)`, to look at."""
+        """uint8 `(H, W, 3)`, to look at.
+
+        Raises:
+            ConfigError: an image of other channels or types than can be shown.
+        """
         if isinstance(self.image, VideoImage):
             return self.image.rgb()
         if is_image(self.image):
             return np.asarray(self.image.convert("RGB"))
         found: Array = self.image
+        if found.dtype != np.uint8 or found.shape[2:] != (3,):
+            raise ConfigError(f"an image of {found.dtype} {found.shape} cannot be drawn", hint="RGB of 8 bits can")
         return found

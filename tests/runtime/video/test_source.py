@@ -180,3 +180,12 @@ def test_what_waits_for_a_frame_ends_when_it_is_stopped(tmp_path: Path) -> None:
         timer.start()
         assert len(list(opened)) <= 40
         timer.join()
+
+
+def test_images_of_many_channels_are_read_as_the_model_wants_them_and_are_not_drawn(tmp_path: Path) -> None:
+    np.save(tmp_path / "0.npy", np.zeros((6, 7, 5), np.uint16))
+    with open_video(tmp_path, read=np.load) as opened:
+        (frame,) = opened
+    assert frame.image.shape == (6, 7, 5)
+    with pytest.raises(ConfigError, match=r"an image of uint16 \(6, 7, 5\) cannot be drawn"):
+        frame.rgb()
