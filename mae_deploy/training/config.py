@@ -83,7 +83,8 @@ class LoopConfig(Settings):
     sharding: Sharding = setting("ddp", resume="free")
     """Several processes: ddp gives each the whole model, fsdp2 a share of weights, gradients and optimiser (ViT-H)."""
     compile: bool = setting(False, resume="free")
-    """Compile the model with torch.compile: minutes at the start, then faster steps on a GPU."""
+    """Compile the transformer blocks with torch.compile, each kind once: slower to start, then faster steps on a
+    GPU."""
     measure_kernels: bool = setting(True, resume="free")
     """Not used: PyTorch's own kernels are taken, which were as fast as those that were chosen by measurement."""
     tracker: tuple[str, ...] = setting((), resume="free")

@@ -25,7 +25,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
     """Arithmetic of the step: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32. The plain step is FP32 on
     a CPU, on a GPU FP16 with loss scaling."""
     compile: bool = setting(False, basic=True)
-    """Compile the model with torch.compile."""
+    """Compile the transformer blocks with torch.compile."""
     measure_kernels: bool = True
     """Not used: PyTorch's own kernels are taken, as training does."""
     steps: int | None = setting(None, basic=True, at_least=1)

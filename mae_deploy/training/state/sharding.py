@@ -99,10 +99,27 @@ def load_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 def _replicate(model: nn.Module, accelerator: Accelerator, compiled: bool) -> nn.Module:
-    prepared: nn.Module = accelerator.prepare(model)
-    # Around DDP, so that its buckets of gradients are still sent while the backward pass runs; the bare model keeps its
+    # Inside of DDP, so that its buckets of gradients are still sent while the backward pass runs; the model keeps its
     # names.
-    return torch.compile(prepared) if compiled else prepared  # type: ignore[return-value]
+    if compiled:
+        _compile_blocks(model)
+    prepared: nn.Module = accelerator.prepare(model)
+    return prepared
+
+
+def _compile_blocks(model: nn.Module) -> None:
+    """Each transformer block by itself, the whole of a model that has none: blocks that are alike share their kernels,
+    so that a network of any depth is compiled in the time of its kinds of blocks, and next to nothing is fused across
+    them.
+    """
+    # The compiler itself looks for the gradient of what a block is given.
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
+    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    for module in blocks or [model]:
+        module.compile()
+    # Rates of drop path differ from block to block, and training and evaluation are compiled apart.
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
 
 
 def _shard(model: nn.Module, accelerator: Accelerator, compiled: bool) -> nn.Module:
