@@ -114,7 +114,7 @@ def _compile_blocks(model: nn.Module) -> None:
     """
     # The compiler itself looks for the gradient of what a block is given.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
-    blocks = [module for module in model.modules() if isinstance(module, Block)]
+    blocks: list[nn.Module] = [module for module in model.modules() if isinstance(module, Block)]
     for module in blocks or [model]:
         module.compile()
     # Rates of drop path differ from block to block, and training and evaluation are compiled apart.

@@ -41,10 +41,12 @@ def test_blocks_are_compiled_one_by_one_and_share_what_is_compiled(
     torch._dynamo.reset()
     counted: list[int] = []
     backend = torch._dynamo.lookup_backend("eager")
-    monkeypatch.setattr(
-        "torch._dynamo.backends.registry._COMPILER_FNS",
-        {"eager": lambda graph, inputs: counted.append(1) or backend(graph, inputs)},  # type: ignore[func-returns-value]
-    )
+
+    def count(graph: Any, inputs: Any) -> Any:
+        counted.append(1)
+        return backend(graph, inputs)
+
+    monkeypatch.setattr("torch._dynamo.backends.registry._COMPILER_FNS", {"eager": count})
     torch.manual_seed(0)
     encoder = EncoderConfig(name="mini", image_size=(10, 15), patch_size=5, embed_dim=12, depth=3, num_heads=2)
     model = MaskedAutoencoder(encoder, DecoderConfig(decoder_embed_dim=8, decoder_depth=2, decoder_num_heads=2))
