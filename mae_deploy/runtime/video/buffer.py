@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 from mae_deploy.progress import notice
 from mae_deploy.runtime.video.counts import Counts
@@ -19,7 +19,9 @@ _PATIENCE = 1.0
 class Buffer:
     """A thread that reads ahead by at most so many frames; iterate over what it read."""
 
-    def __init__(self, frames: Iterator[Frame], size: int, on_full: OnFull, counts: Counts, name: str) -> None:
+    def __init__(
+        self, frames: Generator[Frame, None, None], size: int, on_full: OnFull, counts: Counts, name: str
+    ) -> None:
         self._frames, self._size, self._on_full, self._counts, self._name = frames, size, on_full, counts, name
         self._waiting: deque[Frame] = deque()
         self._changed = threading.Condition()
@@ -59,6 +61,7 @@ class Buffer:
         except BaseException as error:
             self._error = error
         finally:
+            self._frames.close()  # which lets go of the device
             with self._changed:
                 self._ended = True
                 self._changed.notify_all()

@@ -7,7 +7,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -100,9 +100,9 @@ class Video:
             CheckFailed: no image can be read.
             SourceLost: a live source broke off and did not come back.
         """
-        frames = self._frames()
-        if self.live or self._on_full == "drop-oldest":
-            frames = iter(self._buffered(frames))
+        decoded = self._frames()
+        ahead = self.live or self._on_full == "drop-oldest"
+        frames = iter(self._buffered(decoded)) if ahead else decoded
         most = self.options.max_frames
         for number, frame in enumerate(frames, start=1):
             yield frame
@@ -131,11 +131,11 @@ class Video:
     ) -> None:
         self.close()
 
-    def _buffered(self, frames: Iterator[Frame]) -> Buffer:
+    def _buffered(self, frames: Generator[Frame, None, None]) -> Buffer:
         self._buffer = Buffer(frames, self.options.queue, self._on_full, self.counts, self.name)
         return self._buffer
 
-    def _frames(self) -> Iterator[Frame]:
+    def _frames(self) -> Generator[Frame, None, None]:
         """Every so many-th frame, with the events of those between."""
         started: float | None = None
         told: tuple[str, ...] = ()
@@ -223,4 +223,6 @@ def _device(source: str) -> tuple[str, str | None]:
 def _is_images(source: str) -> bool:
     """Whether it is a folder, a pattern, a list, an image, or nothing at all, which whoever looks for images says."""
     path = Path(source)
-    return not path.exists() or path.is_dir() or (is_image_file(path) and path.suffix.lower() != ".gif")
+    if not path.is_file():  # a pipe is left to FFmpeg: a look at its first bytes would take them away
+        return not path.exists() or path.is_dir()
+    return is_image_file(path) and path.suffix.lower() != ".gif"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from PIL import Image
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.video import SourceLost, open_video, source
+from mae_deploy.runtime.video.decode import Reader
 from tests.runtime.video.tiny_video import SIZE, moving_square, served, silent, write_video
 
 COUNT = 23
@@ -189,3 +191,22 @@ def test_images_of_many_channels_are_read_as_the_model_wants_them_and_are_not_dr
     assert frame.image.shape == (6, 7, 5)
     with pytest.raises(ConfigError, match=r"an image of uint16 \(6, 7, 5\) cannot be drawn"):
         frame.rgb()
+
+
+def test_the_device_is_let_go_of_when_a_stream_is_closed(video: Path) -> None:
+    with open_video(video, on_full="drop-oldest", queue=2) as opened:
+        next(iter(opened))
+    assert isinstance(opened._reader, Reader)
+    with pytest.raises(AssertionError, match="Container is not open"):
+        next(opened._reader.frames())
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no named pipes")
+def test_a_pipe_is_a_video(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "c.ts", [moving_square(i) for i in range(9)], codec="mpeg2video")
+    os.mkfifo(tmp_path / "pipe")
+    writer = threading.Thread(target=lambda: (tmp_path / "pipe").write_bytes(path.read_bytes()))
+    writer.start()
+    with open_video(tmp_path / "pipe") as opened:
+        assert len(list(opened)) == 9
+    writer.join()
