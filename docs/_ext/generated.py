@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -22,13 +23,14 @@ COMMANDS = "reference/commands"
 """The folder of a page for each command."""
 SETTINGS = "reference/settings"
 
-ROOT_PAGES = {"changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
-"""Pages of the repository's own folder."""
+ROOT_PAGES = {"examples": "examples/README.md", "changelog": "CHANGELOG.md", "contributing": "CONTRIBUTING.md"}
+"""Pages that lie elsewhere in the repository."""
 
 BELOW = {
     "commands": [f"{COMMANDS}/{name.replace(' ', '-')}" for name in settings_of_commands()],
     "recipes": [SETTINGS],
-    "architecture": list(ROOT_PAGES),
+    "start": ["examples"],
+    "architecture": ["changelog", "contributing"],
 }
 """Of a page that somebody wrote, the generated ones that stand below it in the contents."""
 
@@ -45,14 +47,23 @@ def write(folder: Path) -> None:
     """Write every generated page below the folder of the sources."""
     pages = {f"{COMMANDS}/{name.replace(' ', '-')}": page for name, page in command_pages()}
     root = Path(cli.__file__).parents[1]
-    for name, source in ROOT_PAGES.items():
-        # Seen from the site, docs/ is where the page is, and the rest is above it.
-        text = (root / source).read_text(encoding="utf-8")
-        pages[name] = re.sub(r"\]\((docs/)?(?![\w+]+:)", lambda link: "](" if link[1] else "](../", text)
+    pages.update(
+        {name: _moved((root / source).read_text(encoding="utf-8"), source) for name, source in ROOT_PAGES.items()}
+    )
     for name, text in {**pages, SETTINGS: settings_page()}.items():
         path = folder / f"{name}.md"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text, encoding="utf-8")
+
+
+def _moved(text: str, source: str) -> str:
+    """A page of the repository as it reads in docs/: its links lead where they led."""
+
+    def link(match: re.Match[str]) -> str:
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(source), match[1]))
+        return f"]({posixpath.relpath(target, 'docs')}"
+
+    return re.sub(r"\]\((?![\w+]+:|#)([^)#]+)", link, text)
 
 
 # --- commands --------------------------------------------------------------------------------------------------------

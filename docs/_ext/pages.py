@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from generated import BELOW, COMMANDS
+from generated import BELOW, COMMANDS, ROOT_PAGES
 from sphinx.application import Sphinx
 from sphinx.writers.text import TextTranslator
 
@@ -19,6 +19,7 @@ CODE = r"(?P<code>^```.*?^```|`[^`\n]*`)"
 LINK = re.compile(
     CODE + r"|(?P<image>!?)\[(?P<text>(?:`[^`]*`|[^\[\]`])*)\]\((?P<target>(?!\w+:|#)[^)\s]+)\)", re.M | re.S
 )
+MOVED = {f"../{source}": f"{name}.md" for name, source in ROOT_PAGES.items()}
 HEADING = re.compile(r"^## (.+)$", re.M)
 ENTRY = re.compile(r"^- \[[^\]]+\]\(([^)#]+)\.md\)", re.M)
 ROW = re.compile(r"^\| `((?:data )?[\w-]+)([^`]*)` \|", re.M)
@@ -57,6 +58,8 @@ def published(text: str, docname: str, repository: str) -> str:
         target = posixpath.normpath(posixpath.join(posixpath.dirname(docname), path))
         if not target.startswith("../"):
             return match[0]
+        if target in MOVED:
+            return f"[{match['text']}]({posixpath.relpath(MOVED[target], posixpath.dirname(docname))})"
         if not repository:
             return match["text"]
         return f"[{match['text']}]({repository}/blob/main/{target[3:]}{'#' + fragment if fragment else ''})"

@@ -31,7 +31,7 @@ def extension(name: str) -> Any:
 def test_the_index_lists_every_page_once() -> None:
     listed = extension("pages").ENTRY.findall((DOCS / "index.md").read_text(encoding="utf-8"))
     there = [path.relative_to(DOCS).with_suffix("").as_posix() for path in DOCS.rglob("*.md")]
-    built_there = ("reference/commands/", "reference/settings", "changelog", "contributing")
+    built_there = ("reference/commands/", "reference/settings", "examples", "changelog", "contributing")
     there = [page for page in there if page != "index" and not page.startswith(built_there)]
     assert sorted(listed) == sorted(there)
 
@@ -81,6 +81,11 @@ def test_settings_are_there_with_bounds_and_choices() -> None:
 def test_links_that_leave_the_folder_lead_to_the_repository(repository: str, expected: str) -> None:
     text = "see [the `x`](../../pretrain/targets.py#L3) and [b](b.md#c), `[d](../e)`"
     assert extension("pages").published(text, "guide/a", repository) == expected
+
+
+def test_links_to_pages_that_were_moved_into_the_site_lead_there() -> None:
+    text = "[examples](../../examples/README.md#here)"
+    assert extension("pages").published(text, "guide/a", "https://e.org/r") == "[examples](../examples.md)"
 
 
 def test_commands_in_the_table_lead_to_their_pages() -> None:
@@ -145,6 +150,7 @@ def test_pages_of_the_repository_itself_are_on_the_site(tmp_path: Path) -> None:
     assert "](architecture.md)" in page
     assert "](../LICENSE)" in page
     assert "](https://keepachangelog.com" in (tmp_path / "changelog.md").read_text(encoding="utf-8")
+    assert "](../examples/camera.py)" in (tmp_path / "examples.md").read_text(encoding="utf-8")
     assert (tmp_path / "reference" / "commands" / "data-pack.md").is_file()
 
 
