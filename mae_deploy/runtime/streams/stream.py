@@ -241,7 +241,12 @@ class StreamPool:
         self._means[index] = tokens.copy() if mean is None else _MEMORY * mean + (1 - _MEMORY) * tokens
         self._spent[index] += self.config.audit * cost
         N = self._backbone.num_patches
-        if self._spent[index] < 1 or mean is None or len(choice.ids) == N or not self.config.audit:
+        if self._spent[index] < 1 or mean is None or not self.config.audit:
+            return None
+        if len(choice.ids) == N:
+            if camera.tightness:  # where the refresh alone makes whole frames, nothing else would end that
+                self._spent[index] = 0.0
+                camera.relax()
             return None
         self._spent[index] = 0.0
         ours = tokens.copy()

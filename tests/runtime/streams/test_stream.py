@@ -206,6 +206,16 @@ class TestAudit:
             many()
         assert stream(changed(background(), 5)).cost < 1.5  # and goes on
 
+    def test_a_refresh_that_was_doubled_to_whole_frames_is_tried_with_less_again(self, backbone: Backbone) -> None:
+        """Whole frames are not audited: such a stream would stay at a whole frame's cost for good."""
+        stream = backbone.stream(**{**AUDITED, "refresh": 0.2, "audit": 0.5, "min_snr": 99.5})  # no audit passes
+        found = [stream(changed(background(), index % N)) for index in range(60)]
+        first = next(index for index, seen in enumerate(found) if index and seen.event == WIDE)
+        assert sum(seen.snr is not None for seen in found[:first]) >= 2
+        later = [seen for seen in found[first:] if seen.event is None]
+        assert len(later) > 5
+        assert sum(seen.snr is not None for seen in later) > 1
+
     def test_its_share_of_the_computation_is_kept(self, backbone: Backbone) -> None:
         stream = backbone.stream(**{**AUDITED, "audit": 0.25, "bypass": 1.0, "cut": 1.0})
         found = [stream(changed(background(), index % N)) for index in range(60)]
