@@ -33,6 +33,7 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
 from mae_deploy.progress import notice
+from mae_deploy.text import as_size
 from mae_deploy.training.monitor.readback import Readback
 from mae_deploy.training.step import StepBatch, to_device
 
@@ -116,7 +117,7 @@ class CachedTeacher:
         self._write(all_of_them=True)
         self.store.close()
         if self.main:
-            size = _size(self.store.on_disk())
+            size = as_size(self.store.on_disk())
             notice(
                 "teacher cache:",
                 f"{self.read:,} answers read, {self.computed:,} computed; {size} in {self.store.folder}",
@@ -251,15 +252,15 @@ def _check_room(store: RowStore, cache: Path, num_rows: int, *, main: bool) -> N
     whole, there, free = num_rows * store.stride, store.on_disk(), shutil.disk_usage(store.folder).free
     if whole - there > free:
         raise ConfigError(
-            f"--teacher-cache {cache}: {num_rows:,} answers of {_size(store.stride)} take {_size(whole)},"
-            f" {_size(there)} are there, {_size(free)} are free",
+            f"--teacher-cache {cache}: {num_rows:,} answers of {as_size(store.stride)} take {as_size(whole)},"
+            f" {as_size(there)} are there, {as_size(free)} are free",
             hint="take fewer --fixed-views, another disk, or objectives that need less of the teacher",
         )
     if main:
         notice(
             "teacher cache:",
-            f"{num_rows:,} answers of {_size(store.stride)}: {_size(whole)}, {_size(there)} of it in {store.folder};"
-            f" {_size(free)} are free",
+            f"{num_rows:,} answers of {as_size(store.stride)}: {as_size(whole)}, {as_size(there)} of it in"
+            f" {store.folder}; {as_size(free)} are free",
         )
 
 
@@ -268,9 +269,3 @@ def _rows_of(batch: StepBatch, rows: Tensor, places: Tensor) -> StepBatch:
     return replace(
         batch, images=batch.images[places], labels=batch.labels[places], items=batch.items[rows], view=batch.view[rows]
     )
-
-
-def _size(count: int) -> str:
-    """Bytes in words: 1.9 GB."""
-    power = min((len(str(count)) - 1) // 3, 4)
-    return f"{count / 1000**power:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[power]}"

@@ -34,10 +34,10 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
+from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
 from mae_deploy.training.optim.groups import ParamGroup, decay_groups, layer_decay_groups
-from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
 from mae_deploy.weights.load import LoadedWeights
@@ -117,11 +117,10 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         metadata=lambda: _metadata(config, model, data, spec, kind, teacher, init),
         paper_warmup=_WARMUP,
         evaluate=None if data.val is None else _evaluation(config, data.val, spec, masks),
+        num_validation=0 if data.val is None else len(data.val),
     )
-    main = accelerator.is_main_process
     try:
-        with RunFolder.open(config.out, config, data.fingerprint, resume=config.resume, write=main) as folder:
-            return fit(job, folder, accelerator, config)
+        return run_job(job, accelerator, config, data.fingerprint)
     finally:
         if isinstance(answers, CachedTeacher):
             answers.close()
@@ -175,6 +174,10 @@ def _answers(
     """The teacher on its device, behind its cache where there is one."""
     teacher.to(accelerator.device)
     if config.caching.teacher_cache is None:
+        return teacher
+    if config.loop.plan:
+        if accelerator.is_main_process:
+            notice("plan:", "measured with the teacher at work; a view whose answer is in --teacher-cache takes less")
         return teacher
     where: Any = {"device": accelerator.device, "main": accelerator.is_main_process}
     return open_cache(teacher, config.caching, dataset, augment=config.augment, masks=masks, whole=whole, **where)
@@ -254,7 +257,7 @@ def _layer_decay_groups(model: Distiller, config: DistillConfig) -> list[ParamGr
 
 def _evaluation(
     config: DistillConfig, val: ImageSource, spec: Preprocess, masks: Masks
-) -> Callable[[Accelerator, Any], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
     """Validation of the student within the model that is trained; one that is rounded counts as that, and is validated
     without rounding too.
 
@@ -263,14 +266,14 @@ def _evaluation(
     batch_size, workers = config.optim.batch_size, config.images.num_workers
     evaluator = Evaluator(val, eval_transform(spec), spec, batch_size=batch_size, num_workers=workers, kept=masks.kept)
 
-    def evaluate(accelerator: Accelerator, model: Any) -> dict[str, float]:
-        found, quantizer = evaluator(accelerator, model.student), model.quantizer
+    def evaluate(accelerator: Accelerator, model: Any, *, at_most: int | None = None) -> dict[str, float]:
+        found, quantizer = evaluator(accelerator, model.student, at_most=at_most), model.quantizer
         if quantizer is None or quantizer.kind == "none":
             return found
         if not quantizer.rounds:
             return {"top1_fp32" if name == "top1" else name: value for name, value in found.items()}
         with quantizer.plain():
-            found["top1_fp32"] = evaluator(accelerator, model.student)["top1"]
+            found["top1_fp32"] = evaluator(accelerator, model.student, at_most=at_most)["top1"]
         return found
 
     return evaluate

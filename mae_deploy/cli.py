@@ -121,7 +121,7 @@ def schema(config: SchemaConfig) -> Any:
 @command(app, "mae_deploy.pretrain.config:PretrainConfig", panel=TRAIN, recipes=True)
 def pretrain(config: PretrainConfig) -> Any:
     """Pretrain a masked autoencoder on unlabelled images."""
-    return _needs_torch("mae_deploy.pretrain.run").run_pretrain(config)
+    return _trained(_needs_torch("mae_deploy.pretrain.run").run_pretrain(config))
 
 
 @command(app, "mae_deploy.pretrain.config:FinetuneConfig", panel=TRAIN, recipes=True)
@@ -130,7 +130,7 @@ def finetune(config: FinetuneConfig) -> Any:
 
     With --from-scratch, the same network is trained from random weights, as a baseline.
     """
-    return _needs_torch("mae_deploy.pretrain.finetune").run_finetune(config)
+    return _trained(_needs_torch("mae_deploy.pretrain.finetune").run_finetune(config))
 
 
 @command(app, "mae_deploy.distill.config:DistillConfig", panel=TRAIN, recipes=True)
@@ -139,7 +139,7 @@ def distill(config: DistillConfig) -> Any:
 
     The teacher is a pretrained or fine-tuned encoder, of this project or another.
     """
-    return _needs_torch("mae_deploy.distill.run").run_distill(config)
+    return _trained(_needs_torch("mae_deploy.distill.run").run_distill(config))
 
 
 @command(app, "mae_deploy.commands.sweep.config:SweepConfig", panel=TRAIN)
@@ -163,7 +163,7 @@ def linprobe(config: LinprobeConfig) -> Any:
 
     With the paper's recipe, or on features that are computed once.
     """
-    return _needs_torch("mae_deploy.evaluation.linprobe").run_linprobe(config)
+    return _trained(_needs_torch("mae_deploy.evaluation.linprobe").run_linprobe(config))
 
 
 @command(app, "mae_deploy.evaluation.config:KnnConfig", panel=EVALUATE)
@@ -365,6 +365,12 @@ def _report(error: Exception) -> int:
         if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
             print(f"hint: {hint}", file=sys.stderr)
     return error.exit_code if isinstance(error, MaeDeployError) else 1
+
+
+def _trained(found: Any) -> Any:
+    from mae_deploy.reporting.runs import run_result
+
+    return run_result(found)
 
 
 def _needs_torch(module: str) -> Any:

@@ -28,6 +28,8 @@ class Result:
     """It says why there is no result: people read it on stderr, above the error."""
     as_json: bool = False
     """JSON is what was asked for, with `--json` or without."""
+    then: str | None = None
+    """The command to go on with; people read it on stderr, below the result."""
 
 
 def show(result: Any, *, as_json: bool) -> None:
@@ -53,6 +55,8 @@ def show(result: Any, *, as_json: bool) -> None:
             if value is not None
         )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
+    if result.then is not None:
+        Console(stderr=True).print(f"[bold]Next:[/bold] {escape(result.then)}", highlight=False, soft_wrap=True)
 
 
 def _json(data: Any) -> Iterator[str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import Any
 
 _LONGEST = 1_000_000
+_PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 
 
 def decode_text(content: bytes, *, errors: str = "strict") -> str:
@@ -28,3 +29,29 @@ def expand_range(item: Any) -> Iterable[Any]:
     if match is None or not int(match[1]) <= int(match[2]) < int(match[1]) + _LONGEST:
         return (item,)
     return range(int(match[1]), int(match[2]) + 1)
+
+
+def amount(count: float, unit: str) -> str:
+    """A number with the unit's prefix that leaves one to three digits before the point: `1.9 GB`, `412 MFLOP`."""
+    size, power = abs(count), 0
+    while float(f"{size:.3g}") >= 1000 and power < len(_PREFIXES) - 1:
+        size, power = size / 1000, power + 1
+    return f"{'-' if count < 0 else ''}{size:.3g} {_PREFIXES[power]}{unit}"
+
+
+def as_size(count: float) -> str:
+    """Bytes in words: `1.9 GB`."""
+    return amount(count, "B")
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them: `0.23 s`, `45 s`, `12 min`, `3 h 20 min`, `2 d 4 h`."""
+    if seconds < 59.5:
+        return f"{seconds:.2g} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    if minutes < 24 * 60:
+        return " ".join([f"{minutes // 60} h", *([f"{minutes % 60} min"] if minutes % 60 else [])])
+    hours = round(seconds / 3600)
+    return " ".join([f"{hours // 24} d", *([f"{hours % 24} h"] if hours % 24 else [])])

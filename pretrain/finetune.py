@@ -21,9 +21,8 @@ from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
-from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
 from mae_deploy.training.optim.groups import layer_decay_groups
-from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
 from mae_deploy.weights.load import LoadedWeights, read_weights, start_from
@@ -88,10 +87,9 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
             num_workers=config.images.num_workers,
             kept=kept,
         ),
+        num_validation=len(val),
     )
-    main = accelerator.is_main_process
-    with RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=main) as folder:
-        return fit(job, folder, accelerator, config)
+    return run_job(job, accelerator, config, fingerprint)
 
 
 class ClassificationLoss:

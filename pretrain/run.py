@@ -19,9 +19,8 @@ from mae_deploy.pretrain.reconstruct import draw_reconstructions
 from mae_deploy.pretrain.targets import Target, TeacherFeatures, fit_pca
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
 from mae_deploy.training.optim.groups import decay_groups
-from mae_deploy.training.state.run_folder import RunFolder
 from mae_deploy.training.step import StepBatch
 from mae_deploy.weights.load import LoadedWeights, read_weights, start_autoencoder_from
 
@@ -79,6 +78,13 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
                 seed=config.seed,
             )
 
+    def begin() -> None:
+        if init is not None and accelerator.is_main_process:
+            notice("start:", f"{config.model.name} of {config.init}, {'with its' if decoded else 'a new'} decoder")
+        if model.pca is not None and not decoded:  # a checkpoint has the components
+            batch_size, num_workers = config.optim.batch_size, config.images.num_workers
+            fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)
+
     job = TrainingJob(
         title="pretrain",
         model=model,
@@ -109,15 +115,9 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
         ),
         paper_warmup=PRETRAIN_WARMUP,
         epoch_end=pictures if target is None else None,
+        begin=begin,
     )
-    main = accelerator.is_main_process
-    with RunFolder.open(config.out, config, fingerprint, resume=config.resume, write=main) as folder:
-        if folder.last is None and init is not None and main:
-            notice("start:", f"{config.model.name} of {config.init}, {'with its' if decoded else 'a new'} decoder")
-        if folder.last is None and model.pca is not None and not decoded:  # a checkpoint has the components
-            batch_size, num_workers = config.optim.batch_size, config.images.num_workers
-            fit_pca(model, dataset, spec, accelerator, batch_size=batch_size, seed=config.seed, num_workers=num_workers)
-        return fit(job, folder, accelerator, config)
+    return run_job(job, accelerator, config, fingerprint)
 
 
 def _preprocess_of(loaded: LoadedWeights | None) -> Preprocess | None:

@@ -22,6 +22,7 @@ OF_RUNS = {
     *("checkpoint_minutes", "keep_checkpoints", "eval_every", "pictures_every", "batch_size", "accum_iter"),
     *("max_skips", "max_rollbacks", "sharding", "compile", "teacher_compile", "tracker", "profile"),
     "measure_kernels",  # added since: it is not used any more
+    "plan",  # added since
 }
 OF_SWEEPS = {
     "data",

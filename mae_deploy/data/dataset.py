@@ -223,9 +223,16 @@ def collate(samples: list[Sample]) -> Batch:
 
 
 def eval_loader(
-    dataset: ImageDataset, *, batch_size: int, num_workers: int, rank: int = 0, world_size: int = 1
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    num_workers: int,
+    rank: int = 0,
+    world_size: int = 1,
+    at_most: int | None = None,
 ) -> DataLoader[Sample]:
-    """Every image once, in order; each process takes its share."""
-    keys = [Key(0, index) for index in range(rank, len(dataset), world_size)]
+    """Every image once, or the first so many, in order; each process takes its share."""
+    count = len(dataset) if at_most is None else min(len(dataset), at_most)
+    keys = [Key(0, index) for index in range(rank, count, world_size)]
     batches = [keys[first : first + batch_size] for first in range(0, len(keys), batch_size)]
     return DataLoader(dataset, batch_sampler=batches, collate_fn=collate, **worker_options(num_workers))

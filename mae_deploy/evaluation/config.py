@@ -83,6 +83,8 @@ class LinprobeConfig(RunSettings):
                 f"--sharding {self.loop.sharding} has nothing to share out: only a linear head is trained",
                 hint="leave it out",
             )
+        if self.loop.plan and self.solver != "lars":
+            yield ConfigError(f"--plan is for runs in steps: --solver {self.solver} takes none", hint="leave it out")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

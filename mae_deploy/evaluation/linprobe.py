@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate import Accelerator
 from safetensors.torch import save_file
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.vit import Classifier
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.device import resolve_device
-from mae_deploy.training.loop import TrainingJob, fit, make_accelerator
+from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.optim.lars import Lars
 from mae_deploy.training.state.run_folder import RunFolder
@@ -86,10 +85,10 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
             f"--batch-size {config.optim.batch_size} of {len(train)} images: BatchNorm needs two images a step",
             hint="a larger --batch-size, or --solver ridge",
         )
+    if config.solver == "lars":
+        return run_job(_job(config, classifier, metadata, train, val, spec), accelerator, config, data)
     main = accelerator.is_main_process
     with RunFolder.open(config.out, config, data, resume=config.resume, write=main) as folder:
-        if config.solver == "lars":
-            return _train(config, classifier, metadata, folder, accelerator, train, val, spec)
         return _solve(config, classifier, metadata, folder, train, val, spec)
 
 
@@ -160,16 +159,14 @@ class LinearProbe(nn.Module):
 # --- the paper's recipe ----------------------------------------------------------------------------------------------
 
 
-def _train(
+def _job(
     config: LinprobeConfig,
     classifier: Classifier,
     metadata: Metadata,
-    folder: RunFolder,
-    accelerator: Accelerator,
     train: ImageSource,
     val: ImageSource,
     spec: Preprocess,
-) -> dict[str, Any]:
+) -> TrainingJob:
     seed_everything(derive_seed(config.seed, "head"))
     model = LinearProbe(classifier)
     dataset = train_dataset(train, train_transform(spec, config.augment), config.images, seed=config.seed)
@@ -177,7 +174,7 @@ def _train(
     def loss(model: nn.Module, batch: StepBatch) -> dict[str, Tensor]:
         return {"loss": F.cross_entropy(model(batch.images), batch.labels)}
 
-    job = TrainingJob(
+    return TrainingJob(
         title="linear probe",
         model=model,
         saved=classifier,
@@ -191,8 +188,8 @@ def _train(
         evaluate=Evaluator(
             val, eval_transform(spec), spec, batch_size=config.optim.batch_size, num_workers=config.images.num_workers
         ),
+        num_validation=len(val),
     )
-    return fit(job, folder, accelerator, config)
 
 
 # --- features that are computed once ---------------------------------------------------------------------------------

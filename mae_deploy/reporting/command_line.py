@@ -29,6 +29,14 @@ def command_line(name: str, config: Any) -> str:
     return shlex.join([*words, *options])
 
 
+def next_command(name: str, *arguments: object, **options: object) -> str:
+    """A command to go on with, as a line to copy."""
+    words = [str(argument) for argument in arguments]
+    for option, value in options.items():
+        words += [f"--{option.replace('_', '-')}", str(value)]
+    return shlex.join(["mae-deploy", name, *words])
+
+
 def _without(values: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
     first, *rest = path
     if not rest:

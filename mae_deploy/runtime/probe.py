@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +85,18 @@ def peak_memory() -> float | None:
     # Not getrusage: its maximum survives exec, so that a child of a large process would report its parent's.
     lines = _STATUS.read_text().splitlines() if _STATUS.is_file() else []
     return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM:")), None)
+
+
+def memory_of_workers(pids: Sequence[int]) -> float | None:
+    """What processes hold together, in MiB, what they share counted once; None where the system does not say (Linux
+    does).
+    """
+    rollups = [Path(f"/proc/{pid}/smaps_rollup") for pid in pids]
+    try:
+        lines = [line for rollup in rollups for line in rollup.read_text().splitlines() if line.startswith("Pss:")]
+    except OSError:
+        return None
+    return sum(int(line.split()[1]) for line in lines) / 1024
 
 
 def _measure(

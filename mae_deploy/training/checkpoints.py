@@ -94,6 +94,12 @@ class Checkpoints:
             point_link(self.folder.checkpoints / "last", target.name)
             self.folder.prune(self.keep, spare=None if finished else state.good)
 
+    def num_bytes(self) -> int:
+        """Of a checkpoint's tensors, once a step was taken."""
+        model = list(self.network.model.state_dict().values())
+        tensors = model * (1 if self.average is None else 2) + list(optimizer_tensors(self.optimizer).values())
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
     def confirm(self, step: int) -> None:
         """A step's loss was finite: if the last checkpoint was written right before it, its weights are good."""
         state = self.state

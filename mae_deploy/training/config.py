@@ -65,8 +65,10 @@ class OptimConfig(Settings, resume="fixed"):
 class LoopConfig(Settings):
     """Run."""
 
-    precision: TrainingPrecision = setting("auto", resume="fixed", basic=True)
+    precision: TrainingPrecision = setting("auto", resume="fixed")
     """Arithmetic of the forward pass: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
+    plan: bool = setting(False, resume="free", basic=True)
+    """Say what the run will take, from a few steps that are measured, and do nothing else: time, memory, disk."""
     checkpoint_every: int = setting(1, resume="free", at_least=1)
     """Epochs between checkpoints."""
     checkpoint_minutes: float = setting(15.0, resume="free", above=0)

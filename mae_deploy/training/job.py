@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Protocol
 
 import torch
-from accelerate import Accelerator
 from torch import nn
 
 from mae_deploy.checkpoint import Metadata
@@ -23,6 +23,16 @@ Evaluation = dict[str, float]
 
 class TrainConfig(Protocol):
     """What the loop reads of a stage's settings."""
+
+    @property
+    def out(self) -> Path:
+        """Run folder."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """Go on with the run that is there."""
+        ...
 
     @property
     def optim(self) -> OptimConfig:
@@ -67,8 +77,13 @@ class TrainingJob:
     """The checkpoint's metadata, but for step and metrics."""
     paper_warmup: float
     """Warm-up epochs of the paper's recipe for this stage."""
-    evaluate: Callable[[Accelerator, nn.Module], Evaluation] | None = None
-    """Validation of the bare model; `top1` picks the best checkpoint, of those that have one."""
+    evaluate: Callable[..., Evaluation] | None = None
+    """Validation of the bare model, `(accelerator, model)`, and with `at_most` of its first images; `top1` picks the
+    best checkpoint, of those that have one."""
+    num_validation: int = 0
+    """Images of a validation."""
+    begin: Callable[[], None] | None = None
+    """What a run does before its first step, once it has its folder."""
     epoch_end: Callable[[nn.Module, int, bool], None] | None = None
     """Called on the main process with the bare model, the number of finished epochs, and whether it is the last."""
     optimizer: Callable[[list[ParamGroup]], torch.optim.Optimizer] | None = None

@@ -10,9 +10,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.training.config import Device, OptimConfig, Sharding, TrainingPrecision
 from mae_deploy.training.cpu import advise_bf16
 from mae_deploy.training.device import resolve_device, resolve_precision
+from mae_deploy.training.forecast import forecast
 from mae_deploy.training.job import Evaluation, TrainConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
@@ -21,7 +23,7 @@ from mae_deploy.training.runner import TrainingRunner
 from mae_deploy.training.state.progress import STATE, Progress, load_progress
 from mae_deploy.training.state.run_folder import RunFolder
 
-__all__ = ["Evaluation", "TrainingJob", "fit", "make_accelerator"]
+__all__ = ["Evaluation", "TrainingJob", "fit", "make_accelerator", "run_job"]
 
 
 def make_accelerator(
@@ -51,6 +53,29 @@ def make_accelerator(
     return Accelerator(
         cpu=place.type == "cpu", mixed_precision="no" if resolved == "fp32" else resolved, project_dir=out
     )
+
+
+def run_job(job: TrainingJob, accelerator: Accelerator, config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+    """Train in the run folder of the settings; returns a summary. With `--plan`, what that will take, and the folder is
+    not touched.
+
+    Args:
+        data: the fingerprint of the job's data.
+
+    Raises:
+        ConfigError: the folder holds something else, or another process is at work in it.
+    """
+    main = accelerator.is_main_process
+    if config.loop.plan:
+        if not config.resume:
+            refuse_to_overwrite(config.out, hint="pass --resume to plan the rest of this run, or choose another --out")
+        there = RunFolder.open(config.out, config, data, resume=config.resume, write=False)
+        state, plan = _resolve(job, there, config.optim, accelerator)
+        return forecast(job, accelerator, plan, state, config)
+    with RunFolder.open(config.out, config, data, resume=config.resume, write=main) as folder:
+        if folder.last is None and job.begin is not None:
+            job.begin()
+        return fit(job, folder, accelerator, config)
 
 
 def fit(job: TrainingJob, folder: RunFolder, accelerator: Accelerator, config: TrainConfig) -> dict[str, Any]:

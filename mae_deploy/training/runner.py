@@ -104,7 +104,7 @@ class TrainingRunner:
             Stopped: on the main process, after a checkpoint; SystemExit with the same code on the others.
         """
         main, state, total = self.accelerator.is_main_process, self.state, self.plan.total_steps
-        stream = self._stream(num_workers)
+        stream = self.stream(num_workers)
         profiler = Profiler(self.folder.path / "profile", enabled=self.loop.profile and main)
         with progress(self.job.title, total, done=state.step, enabled=main) as bar, self.signals, profiler:
             self.since = self.saved = time.monotonic()
@@ -149,7 +149,22 @@ class TrainingRunner:
             }
         return summary
 
-    def _stream(self, num_workers: int) -> Iterator[Batch]:
+    def trial(self, stream: Iterator[Batch], steps: int) -> tuple[float, float]:
+        """Take some steps and nothing else: no evaluation, no picture, no checkpoint.
+
+        Returns the seconds until their numbers have arrived, and of them those in which there was no batch.
+        """
+        began, waited = time.monotonic(), 0.0
+        with progress("", 0, enabled=False) as bar:
+            for _ in range(steps):
+                self._launch(stream)
+                waited += self.waited
+                self._read(bar)
+            self._read(bar, all_of_them=True)
+        return time.monotonic() - began, waited
+
+    def stream(self, num_workers: int) -> Iterator[Batch]:
+        """The micro-batches from where the run is to its end."""
         accum = self.plan.accum_iter
         where = RunSlice(
             batch_size=self.plan.batch_size,

@@ -45,9 +45,12 @@ class Evaluator:
         self._reported: set[str] = set()
 
     @torch.no_grad()
-    def __call__(self, accelerator: Accelerator, model: nn.Module) -> dict[str, float]:
+    def __call__(self, accelerator: Accelerator, model: nn.Module, *, at_most: int | None = None) -> dict[str, float]:
         """Accuracies in per cent and the mean cross-entropy; `top1_of_K` with K patches, where K is the fewest of
         several numbers. All are NaN where the logits of an image are: such a network has no accuracy.
+
+        Args:
+            at_most: of the first so many images; None: of all.
 
         Raises:
             CheckFailed: not one validation image can be read.
@@ -65,6 +68,7 @@ class Evaluator:
             num_workers=self.num_workers,
             rank=accelerator.process_index,
             world_size=accelerator.num_processes,
+            at_most=at_most,
         )
         for batch in loader:
             for line in set(batch.unreadable) - self._reported:

@@ -211,6 +211,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """What each command was asked to do; nothing is done, but `verify`, which runs for real."""
     asked: list[Any] = []
     monkeypatch.setattr(cli, "_needs_torch", lambda _: AnyFunction(asked.append))
+    monkeypatch.setattr(cli, "_trained", lambda found: found)
     for module, function in (
         ("commands.verify", "_other_graph"),
         ("commands.predict", "run_predict"),
