@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
         DoctorConfig,
         InfoConfig,
         PredictConfig,
+        PushConfig,
         SchemaConfig,
         VerifyConfig,
     )
@@ -255,6 +256,17 @@ def stream(config: StreamCommandConfig) -> Any:
     from mae_deploy.commands.stream.run import run_stream
 
     return run_stream(config)
+
+
+@command(app, "mae_deploy.commands.config:PushConfig", panel=DEPLOY)
+def push(config: PushConfig) -> Any:
+    """Share a bundle on a model hub.
+
+    With a model card; anybody may then use hf://ORG/NAME in the place of a bundle. Needs no PyTorch.
+    """
+    from mae_deploy.commands.push import run_push
+
+    return run_push(config)
 
 
 @command(app, "mae_deploy.commands.benchmark.config:BenchmarkConfig", panel=DEPLOY)

@@ -8,11 +8,12 @@ import hashlib
 import json
 import mmap
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import Any
 
 from mae_deploy.errors import ConfigError
@@ -184,3 +185,9 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name is below the bundle's folder; links there may lead into a store, of which the hash decides."""
+    parts = re.split(r"[/\\]", name)
+    return ".." not in parts and "\0" not in name and not PureWindowsPath(name).anchor

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 from mae_deploy.config import field_docs, field_types, is_required, option_name, optional_of
+from mae_deploy.hub import is_address, local
 from mae_deploy.results import as_text
 
 COMMON = "Common"
@@ -107,6 +108,19 @@ def flags_of(
             )
         )
     return found
+
+
+def with_local_bundles(settings: Any, flags: Sequence[Flag]) -> Any:
+    """The settings with a folder in the place of each bundle on a model hub, fetched first; see `hub.local`."""
+    for flag in flags:
+        if "BUNDLE" not in flag.takes or len(flag.path) > 1:
+            continue
+        value = getattr(settings, flag.path[0])
+        items = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(item, str | Path) and is_address(item) for item in items):
+            found = tuple(type(item)(local(item)) if is_address(item) else item for item in items)
+            settings = dataclasses.replace(settings, **{flag.path[0]: found if isinstance(value, tuple) else found[0]})
+    return settings
 
 
 _METAVARS = {

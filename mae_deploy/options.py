@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 from mae_deploy.config import MISSING, Settings, from_dict, merge, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of, raise_all
 from mae_deploy.files import write_text
-from mae_deploy.flags import COMMON, Flag, flags_of
+from mae_deploy.flags import COMMON, Flag, flags_of, with_local_bundles
 from mae_deploy.help_page import Entry, page
 from mae_deploy.images.limits import pixels_at_most
 from mae_deploy.recipe import parse_assignment, read_recipe
@@ -220,6 +220,7 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             write_text(dump, to_yaml(settings)) if str(dump) != "-" else sys.stdout.write(to_yaml(settings))
             return
         try:
+            settings = with_local_bundles(settings, flags)
             with pixels_at_most(_max_pixels(settings)):
                 result = function(settings)
         except MaeDeployError as error:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
+from mae_deploy.hub import Address, check_own
 from mae_deploy.runtime.manifest import QUANTIZED
 from mae_deploy.runtime.profiles import read_profiles
 from mae_deploy.runtime.tensorrt.options import BuildOptions
@@ -20,7 +21,7 @@ class VerifyConfig(Settings, resume="never"):
     """Settings of `mae-deploy verify`."""
 
     bundle: Path = setting(argument=True, metavar="BUNDLE")
-    """Bundle folder; with --graph a checkpoint."""
+    """Bundle folder, or hf://ORG/NAME on a model hub; with --graph a checkpoint."""
     layers: bool = False
     """Also compare the tokens after every block with PyTorch's, and name the block where precision is lost."""
     graph: Path | None = None
@@ -73,6 +74,7 @@ class BuildEngineConfig(Settings, resume="never"):
     that checks it, where there is one."""
 
     def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_own(self.bundle, "BUNDLE"))
         yield from errors_of(lambda: read_profiles(self.profile))
         if self.prefer is not None and self.precision not in (None, *QUANTIZED):
             yield ConfigError(
@@ -85,7 +87,7 @@ class PredictConfig(Settings, resume="never"):
     """Settings of `mae-deploy predict`."""
 
     bundle: Path = setting(argument=True, metavar="BUNDLE")
-    """Bundle folder."""
+    """Bundle folder, or hf://ORG/NAME on a model hub."""
     images: tuple[Path, ...] = setting(argument=True)
     """Images, folders of images, patterns such as 'photos/**/*.jpg', @list.txt for a list with a path a line, or - for
     such a list on standard input."""
@@ -135,6 +137,34 @@ class InfoConfig(Settings, resume="never"):
     """Not used: nothing here is random."""
     device: Device = "cpu"
     """Not used: nothing is computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PushConfig(Settings, resume="never"):
+    """Settings of `mae-deploy push`."""
+
+    bundle: Path = setting(argument=True, metavar="BUNDLE")
+    """Bundle folder."""
+    to: str = setting(argument=True, metavar="ADDRESS")
+    """Where to put it: hf://ORG/NAME for a repository of its own, hf://ORG/NAME/FOLDER for a folder in one, with
+    @BRANCH behind the name where it is not the main branch."""
+    license: str | None = None
+    """What others may do with weights of your own, such as Apache-2.0, for the card; weights that derive from others
+    keep their licence."""
+    private: bool = False
+    """Make the repository private, where it is not there yet."""
+    keep_card: bool = True
+    """Leave a README.md that somebody else wrote as it is."""
+    message: str | None = None
+    """Of the commit; default: the model, its tokens and its precision."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "cpu"
+    """Not used: nothing is computed."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: Address.read(self.to))
+        yield from errors_of(lambda: check_own(self.bundle, "BUNDLE"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -11,7 +11,7 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from functools import cached_property
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
@@ -20,7 +20,8 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.file_kinds import look_at
-from mae_deploy.files import read_json, sha256
+from mae_deploy.files import is_inside, read_json, sha256
+from mae_deploy.hub import local
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.check_manifest import validate_manifest
@@ -59,12 +60,13 @@ class Bundle:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read the manifest of the bundle in a folder; the other files are read when they are needed.
+        """Read the manifest of the bundle in a folder, or at `hf://ORG/NAME`; the other files are read when they are
+        needed.
 
         Raises:
             ConfigError: no bundle is there, its manifest is broken, or it needs a newer mae-deploy.
         """
-        folder = Path(path)
+        folder = local(path)
         if not (folder / MANIFEST_FILE).is_file():
             if folder.is_file():
                 raise ConfigError(
@@ -332,7 +334,7 @@ class Bundle:
                 f"'{name}' is not among the files of the bundle {self.path}: {', '.join(self.manifest['files'])}"
             )
         path = self.path / name
-        if not _is_inside(name):
+        if not is_inside(name):
             raise CheckFailed(f"'{name}' is outside of the bundle {self.path}", hint="its files are inside its folder")
         if not path.is_file():
             if path.is_symlink():
@@ -379,12 +381,6 @@ def _are_updates(updates: Array, ids_keep: Array) -> bool:
 def _leads_out(path: Path) -> bool:
     """Whether a file, or a folder that it lies in, is a link to another folder."""
     return path.resolve().parent != path.parent.resolve()
-
-
-def _is_inside(name: str) -> bool:
-    """Whether a name is below the bundle's folder; links there may lead into a store, of which the hash decides."""
-    parts = re.split(r"[/\\]", name)
-    return ".." not in parts and "\0" not in name and not PureWindowsPath(name).anchor
 
 
 def external_data(graph: Path) -> list[str]:

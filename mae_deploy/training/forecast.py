@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mae_deploy.data.dataset import Batch
 from mae_deploy.progress import notice
 from mae_deploy.runtime.probe import memory_of_workers, peak_memory
-from mae_deploy.training.job import TrainConfig, TrainingJob
+from mae_deploy.training.job import RunConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
 from mae_deploy.training.plan import RunPlan
@@ -39,7 +39,7 @@ MIB = 2**20
 
 
 def forecast(
-    job: TrainingJob, accelerator: Accelerator, plan: RunPlan, state: Progress, config: TrainConfig
+    job: TrainingJob, accelerator: Accelerator, plan: RunPlan, state: Progress, config: RunConfig
 ) -> dict[str, Any]:
     """The numbers of the run from where it is to its end, `bytes` and `seconds` in their names; nothing is kept of the
     steps that are taken for it.
@@ -137,7 +137,7 @@ def _memory(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def _validation(job: TrainingJob, runner: TrainingRunner, config: TrainConfig) -> dict[str, Any]:
+def _validation(job: TrainingJob, runner: TrainingRunner, config: RunConfig) -> dict[str, Any]:
     """How often the run validates, and how long each takes: some batches are timed, twice, so that what the start of
     the workers takes is counted once.
     """
@@ -164,7 +164,7 @@ def _validation(job: TrainingJob, runner: TrainingRunner, config: TrainConfig) -
     }
 
 
-def _disk(runner: TrainingRunner, config: TrainConfig) -> dict[str, Any]:
+def _disk(runner: TrainingRunner, config: RunConfig) -> dict[str, Any]:
     """What a checkpoint holds, and the run folder with those that it keeps at most: the newest, the one before while
     the next is written, the best, and the last that is known to be good.
     """

@@ -25,16 +25,6 @@ class TrainConfig(Protocol):
     """What the loop reads of a stage's settings."""
 
     @property
-    def out(self) -> Path:
-        """Run folder."""
-        ...
-
-    @property
-    def resume(self) -> bool:
-        """Go on with the run that is there."""
-        ...
-
-    @property
     def optim(self) -> OptimConfig:
         """Optimisation."""
         ...
@@ -52,6 +42,20 @@ class TrainConfig(Protocol):
     @property
     def seed(self) -> int:
         """Of everything random."""
+        ...
+
+
+class RunConfig(TrainConfig, Protocol):
+    """With what says where the run is."""
+
+    @property
+    def out(self) -> Path:
+        """Run folder."""
+        ...
+
+    @property
+    def resume(self) -> bool:
+        """Go on with the run that is there."""
         ...
 
 

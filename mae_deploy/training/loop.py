@@ -15,7 +15,7 @@ from mae_deploy.training.config import Device, OptimConfig, Sharding, TrainingPr
 from mae_deploy.training.cpu import advise_bf16
 from mae_deploy.training.device import resolve_device, resolve_precision
 from mae_deploy.training.forecast import forecast
-from mae_deploy.training.job import Evaluation, TrainConfig, TrainingJob
+from mae_deploy.training.job import Evaluation, RunConfig, TrainConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
 from mae_deploy.training.monitor.unreadable import Unreadable
 from mae_deploy.training.plan import RunPlan, make_plan, resume_plan
@@ -55,7 +55,7 @@ def make_accelerator(
     )
 
 
-def run_job(job: TrainingJob, accelerator: Accelerator, config: TrainConfig, data: dict[str, Any]) -> dict[str, Any]:
+def run_job(job: TrainingJob, accelerator: Accelerator, config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Train in the run folder of the settings; returns a summary. With `--plan`, what that will take, and the folder is
     not touched.
 

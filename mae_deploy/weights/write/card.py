@@ -7,15 +7,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from huggingface_hub import ModelCardData
-
-from mae_deploy.checkpoint import OWN_LICENCE, UNKNOWN_LICENCE
-from mae_deploy.weights.write.foreign import LICENCE_IDS, ForeignModel, Library, architecture_of
+from mae_deploy.reporting.card import front_matter, licence_words
+from mae_deploy.weights.write.foreign import ForeignModel, Library, architecture_of
 
 _KINDS = {"mae": "masked autoencoder, encoder and decoder", "encoder": "ViT encoder", "classifier": "ViT classifier"}
-
-_HUB_LICENCES = {**LICENCE_IDS, UNKNOWN_LICENCE: "unknown"}
-"""As model hubs name them; any other licence is `other` there, with a name."""
 
 
 def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> str:
@@ -23,10 +18,7 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
     metadata, encoder = model.loaded.metadata, model.loaded.encoder_config
     size = "x".join(map(str, encoder.image_size))
     lines = [
-        "---",
-        _front_matter(metadata.licence, library, metadata.kind).to_yaml(),
-        "---",
-        "",
+        *front_matter(metadata.licence, library="timm" if library == "timm" else "transformers", kind=metadata.kind),
         f"# {encoder.name}",
         "",
         (
@@ -40,7 +32,7 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
         "",
         "## Licence",
         "",
-        _licence(metadata.licence),
+        licence_words(metadata.licence),
         "",
         "## Proof",
         "",
@@ -57,17 +49,6 @@ def model_card(model: ForeignModel, library: Library, proof: dict[str, Any]) -> 
     return "\n".join(lines)
 
 
-def _front_matter(licence: str, library: Library, kind: str) -> ModelCardData:
-    """What model hubs read."""
-    return ModelCardData(
-        license=_HUB_LICENCES.get(licence, "other"),
-        license_name=None if licence in _HUB_LICENCES else licence,
-        library_name="timm" if library == "timm" else "transformers",
-        pipeline_tag="image-classification" if kind == "classifier" else "image-feature-extraction",
-        tags=["masked-autoencoder", "vit"],
-    )
-
-
 def _usage(library: Library, kind: str) -> list[str]:
     if library == "timm":
         return ["import timm", "", 'model = timm.create_model("local-dir:PATH/TO/THIS/FOLDER", pretrained=True).eval()']
@@ -78,14 +59,6 @@ def _usage(library: Library, kind: str) -> list[str]:
         "",
         f'model = {name}.from_pretrained("PATH/TO/THIS/FOLDER"{pooler}).eval()',
     ]
-
-
-def _licence(licence: str) -> str:
-    if licence == OWN_LICENCE:
-        return "Trained from nothing on its owner's images: its owner decides."
-    if licence == UNKNOWN_LICENCE:
-        return "Unspecified: find out what the weights that it derives from may be used for."
-    return f"{licence}, inherited from the weights that it derives from."
 
 
 def _groups(names: list[str]) -> list[str]:

@@ -12,11 +12,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_RECORD, Metadata, record_words
+from mae_deploy.checkpoint import OWN_RECORD, Metadata, record_words
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.reporting.card import LICENCE_IDS
 from mae_deploy.weights.load import LoadedWeights, encoder_of
 from mae_deploy.weights.read.image_processor import FILTERS
 from mae_deploy.weights.read.own import is_plain
@@ -42,15 +43,6 @@ _HUGGING_FACE = [
     (r"\.mlp\.fc2\.", ".output.dense."),
 ]
 """The original's names to those that every transformers reads; query, key and value part before."""
-
-LICENCE_IDS = {
-    NON_COMMERCIAL: "cc-by-nc-4.0",
-    "Apache-2.0": "apache-2.0",
-    "MIT": "mit",
-    "CC-BY-4.0": "cc-by-4.0",
-    "CC0-1.0": "cc0-1.0",
-}
-"""SPDX's names of licences to those of model hubs."""
 
 
 @dataclass(frozen=True, slots=True)
