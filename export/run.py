@@ -27,6 +27,7 @@ from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_jso
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.bundles import PARITY
+from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.reporting.tables import Column, Table
@@ -86,7 +87,7 @@ def run_export(config: ExportConfig) -> Result:
     say_licence(made.bundle.licence, "this bundle")
     served = _serve(config)
     data = {**_data(made), **rejected, **({"served": served} if served else {}), "files": files}
-    return Result(data, _view(data))
+    return Result(data, _view(data), then=next_command("verify", config.out))
 
 
 def _serve(config: ExportConfig) -> dict[str, str]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, import_optional, reason
 from mae_deploy.files import is_inside, read_json
-from mae_deploy.progress import console, notice
+from mae_deploy.progress import draws, notice
 
 MANIFEST_FILE = "manifest.json"
 CARD = "README.md"
@@ -158,7 +158,7 @@ def _fetch(address: Address, name: str, revision: str | None) -> Path:
 def _hub() -> tuple[Any, Any]:
     """The library, and the hub that the environment names now."""
     hub = import_optional("huggingface_hub", extra="hub")
-    if not console.is_terminal:
+    if not draws():
         import_optional("huggingface_hub.utils", extra="hub").disable_progress_bars()
     return hub, hub.HfApi(endpoint=os.environ.get("HF_ENDPOINT"))
 

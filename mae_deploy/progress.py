@@ -22,8 +22,18 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
+from mae_deploy.text import duration
+
 console = Console(stderr=True)
 """Where everything but results goes."""
+
+
+def draws() -> bool:
+    """Whether bars are drawn: on a terminal that somebody looks at. Not in a log, nor in CI, whose terminal is one, and
+    not where colours are forced (`FORCE_COLOR`), which rich takes for a terminal.
+    """
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal and not os.environ.get("CI")
+
 
 _LINE_SECONDS = 15.0
 
@@ -69,9 +79,8 @@ class Bar:
         elif (now := time.monotonic()) - self._printed > _LINE_SECONDS or self._done == self._total:
             self._printed = now
             left = (now - self._started) / max(self._done - self._first, 1) * (self._total - self._done)
-            console.print(
-                f"{self._title}  {self._done}/{self._total}  {note}  {left:.0f} s left", highlight=False, soft_wrap=True
-            )
+            words = [self._title, f"{self._done}/{self._total}", note, f"{duration(left)} left"]
+            console.print("  ".join(filter(None, words)), highlight=False, soft_wrap=True)
 
     def report(self, text: str) -> None:
         """A line of its own in a log; on a terminal, the bar and its note have to do."""
@@ -82,7 +91,7 @@ class Bar:
 @contextmanager
 def progress(title: str, total: int, *, done: int = 0, enabled: bool = True) -> Iterator[Bar]:
     """Show `total` steps of work, `done` of them behind us."""
-    if not enabled or not console.is_terminal:
+    if not enabled or not draws():
         bar = Bar(title, total if enabled else -1, done, None, None)
         if not enabled:
             bar._printed = float("inf")

@@ -46,8 +46,12 @@ def show(result: Any, *, as_json: bool) -> None:
     from rich.markup import escape
 
     console = Console(stderr=result.failed)
-    if result.view is not None:
+    if result.view is not None and console.is_terminal:
         console.print(result.view)
+    elif result.view is not None:  # in a file, rich would pad the last column
+        with console.capture() as captured:
+            console.print(result.view)
+        console.file.writelines(f"{line.rstrip()}\n" for line in captured.get().splitlines())
     elif isinstance(result.data, dict):
         lines = (
             f"[bold]{key}[/bold]  {escape(as_text(value, ','))}"

@@ -29,7 +29,7 @@ def test_and_one_now_and_then(capsys: pytest.CaptureFixture[str], monkeypatch: p
             now += 1
             bar.advance()
     # After more than 15 seconds each; a second a step is left for each step that is left.
-    assert capsys.readouterr().err == "train  16/1000    984 s left\ntrain  32/1000    968 s left\n"
+    assert capsys.readouterr().err == "train  16/1000  16 min left\ntrain  32/1000  16 min left\n"
 
 
 def test_at_80_columns_the_bar_keeps_steps_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,6 +37,7 @@ def test_at_80_columns_the_bar_keeps_steps_and_time_left(monkeypatch: pytest.Mon
         written = io.StringIO()
         terminal = Console(file=written, force_terminal=True, width=width, color_system=None)
         monkeypatch.setattr(module, "console", terminal)
+        monkeypatch.setattr(module, "draws", lambda: True)
         with progress("distil features", 160_000, done=159_999) as bar:
             bar.advance(1, "loss 2.4842  top-1 41.67 %  1391 img/s  teacher 26% (1206 img/s)  wait 17%")
         last = next(line for line in reversed(written.getvalue().splitlines()) if "distil" in line)
@@ -56,6 +57,7 @@ def test_a_log_gets_lines_that_a_terminal_does_without(
     assert capsys.readouterr().err == "train  epoch 1/3\n"
     written = io.StringIO()
     monkeypatch.setattr(module, "console", Console(file=written, force_terminal=True, width=80))
+    monkeypatch.setattr(module, "draws", lambda: True)
     with progress("train", 3) as bar:
         bar.report("epoch 1/3")
     assert "epoch" not in written.getvalue()
@@ -109,3 +111,24 @@ def test_a_notice_is_one_line_whatever_it_holds(capsys: pytest.CaptureFixture[st
     text = "[red]a[/blue].png: " + "x" * 300
     notice("skipped", text)
     assert capsys.readouterr().err == f"skipped {text}\n"
+
+
+def test_bars_are_for_somebody_who_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for name in ("CI", "TERM", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(module, "console", Console(file=Terminal()))
+    assert module.draws()
+    monkeypatch.setenv("CI", "true")
+    assert not module.draws()
+    monkeypatch.delenv("CI")
+    monkeypatch.setenv("TERM", "dumb")
+    assert not module.draws()
+    monkeypatch.delenv("TERM")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert module.draws()
+    monkeypatch.setattr(module, "console", Console(file=io.StringIO()))
+    assert not module.draws()  # a log with colours is still a log

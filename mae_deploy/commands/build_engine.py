@@ -10,6 +10,7 @@ from mae_deploy.commands.config import BuildEngineConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.progress import notice, percentage
 from mae_deploy.reporting.bundles import UNVERIFIED, engine_summary
+from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -23,6 +24,7 @@ from mae_deploy.runtime.tensorrt.plans import is_verified
 from mae_deploy.runtime.tensorrt.rtx import load_builder
 from mae_deploy.serving.deepstream import check_bundle
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
+from mae_deploy.text import as_size, duration
 
 
 def run_build_engine(config: BuildEngineConfig) -> Result:
@@ -69,6 +71,7 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     return Result(
         {**_data(bundle, built), **({"served": written} if written else {})},
         facts_table(f"{bundle.path / built.entry['file']}", _facts(built)),
+        then=next_command("benchmark", config.bundle, engine="trt"),
     )
 
 
@@ -80,7 +83,7 @@ def _facts(built: Built) -> dict[str, object]:
     entry, record = built.entry, built.entry["build"]
     facts: dict[str, object] = {
         "engine": engine_summary(entry),
-        "size": f"{record['size'] / 1e6:.1f} MB, built in {record['seconds']:.0f} s",
+        "size": f"{as_size(record['size'])}, built in {duration(record['seconds'])}",
         "kernels": _kernels(record["kernels"]) if plan_engine(entry) == TENSORRT else "made on each device",
         "parity": _parity(entry),
         "warnings": len(record["warnings"]) or "-",

@@ -18,6 +18,7 @@ from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import CacheShape, TokenCache
 from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.text import as_size
 
 _IMAGES = {
     "float32": "float32, normalised before the graph",
@@ -103,14 +104,14 @@ def _bundle(path: Path) -> Result:
         "engines": "\n".join(map(engine_summary, manifest["engines"])) or "-",
         "licence": manifest["licence"],
         "provenance": _lineage(manifest["provenance"].get("checkpoint", {})),
-        "size": f"{sum(entry['size'] for entry in manifest['files'].values()) / 1e6:.1f} MB",
+        "size": as_size(sum(entry["size"] for entry in manifest["files"].values())),
     }
     return Result({"type": "bundle", "path": str(path), **manifest}, facts_table(str(path), facts))
 
 
 def _cache(bundle: Bundle) -> str:
     cache = TokenCache.empty(CacheShape.of(bundle.manifest), 1)
-    return f"keys and values in {cache.shape.dtype}, {cache.nbytes / 1e6:.1f} MB a stream with its tokens"
+    return f"keys and values in {cache.shape.dtype}, {as_size(cache.nbytes)} a stream with its tokens"
 
 
 def _checked(size: str, numbers: list[int]) -> str:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from mae_deploy.commands.config import VerifyConfig
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.reporting.bundles import blocks_table, verification_table
+from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -48,7 +50,7 @@ def run_verify(config: VerifyConfig) -> Result:
         raise CheckFailed(f"{config.bundle} misses parity: {failures[0]}", details=failures[1:], result=result)
     if failures:
         raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
-    return result
+    return replace(result, then=next_command("predict", config.bundle, "IMAGES"))
 
 
 def _other_graph(config: VerifyConfig, graph: Path) -> Result:

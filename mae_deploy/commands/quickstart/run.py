@@ -34,13 +34,14 @@ from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
 from mae_deploy.progress import heading
 from mae_deploy.recipe import read_recipe
-from mae_deploy.reporting.command_line import command_line
+from mae_deploy.reporting.command_line import command_line, next_command
 from mae_deploy.reporting.machine import describe_machine
 from mae_deploy.reporting.markdown import write_report
 from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.verify import verify_bundle
+from mae_deploy.text import duration
 
 NUM_UNLABELLED = 1400
 LABELS_PER_CLASS = 5
@@ -99,7 +100,7 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         stream = measure_stream(out / "stream", out / "stream.png")
     with plan.next():
         _reconstruct(config)
-    report = {
+    report: dict[str, Any] = {
         "mae_deploy": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "command": command_line("quickstart", config),
@@ -129,8 +130,8 @@ def run_quickstart(config: QuickstartConfig) -> Result:
         "seconds": round(time.monotonic() - started, 1),
     }
     write_report(out, "report", report, report_page(report), html=True)
-    heading(f"Quickstart, {report['seconds']:.0f} s; with pictures in {out / 'report.html'}")
-    return Result(report, stacked(result_tables(report)))
+    heading(f"Quickstart, {duration(report['seconds'])}; with pictures in {out / 'report.html'}")
+    return Result(report, stacked(result_tables(report)), then=next_command("pretrain", "PHOTOS", out="runs/mae"))
 
 
 def write_digits(folder: Path, seeds: tuple[int, ...]) -> Path:

@@ -8,6 +8,7 @@ from mae_deploy.checkpoint import save_checkpoint
 from mae_deploy.commands.weights.config import ImportConfig
 from mae_deploy.data.class_order import check_distinct, read_class_names
 from mae_deploy.files import refuse_to_overwrite
+from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.preprocess import report_facts
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
@@ -48,4 +49,5 @@ def run_import(config: ImportConfig) -> Result:
     model_of(LoadedWeights(imported.metadata, imported.tensors, {}))  # strict: every tensor has its place
     save_checkpoint(config.out, imported.tensors, imported.metadata)
     report: dict[str, Any] = {"out": str(config.out), **imported.report}
-    return Result(report, facts_table(f"{config.source} → {config.out}", report_facts(report)))
+    then = next_command("export", config.out, out=f"{config.out}-bundle")
+    return Result(report, facts_table(f"{config.source} → {config.out}", report_facts(report)), then=then)
