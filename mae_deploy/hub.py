@@ -15,7 +15,6 @@ from typing import Any
 
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, import_optional, reason
 from mae_deploy.files import is_inside, read_json
-from mae_deploy.progress import draws, notice
 
 MANIFEST_FILE = "manifest.json"
 CARD = "README.md"
@@ -78,6 +77,8 @@ def local(path: str | os.PathLike[str]) -> Path:
     """
     if not is_address(path):
         return Path(path)
+    from mae_deploy.progress import notice  # a device that reads folders needs no rich
+
     address = Address.read(path)
     manifest = _fetch(address, MANIFEST_FILE, address.revision)
     commit = manifest.parents[len(PurePosixPath(address.path).parts)].name
@@ -157,6 +158,8 @@ def _fetch(address: Address, name: str, revision: str | None) -> Path:
 
 def _hub() -> tuple[Any, Any]:
     """The library, and the hub that the environment names now."""
+    from mae_deploy.progress import draws
+
     hub = import_optional("huggingface_hub", extra="hub")
     if not draws():
         import_optional("huggingface_hub.utils", extra="hub").disable_progress_bars()

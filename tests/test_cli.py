@@ -146,7 +146,11 @@ def test_wrong_usage_is_2(arguments: list[str], said: str, capsys: pytest.Captur
     [
         (["pretrain", "images"], "error: --out is missing", "hint: Run folder to write."),
         (["pretrain", "--out", "run"], "error: DATA is missing", None),
-        (["verify"], "error: BUNDLE is missing", "hint: Bundle folder."),
+        (
+            ["verify"],
+            "error: BUNDLE is missing",
+            "hint: Bundle folder, or hf://ORG/NAME on a model hub; with --graph a checkpoint.",
+        ),
         (["distill", "images", "--out", "run", "--student", "vit_tiny_patch4"], "error: --teacher is missing", None),
         (
             ["pretrain", "images", "--out", "run", "--set", "optim.ephocs=3"],

@@ -60,7 +60,7 @@ def completed(line: str) -> list[str]:
 @pytest.mark.parametrize(
     ("line", "expected"),
     [
-        ("mae-deploy p", ["pretrain", "predict"]),
+        ("mae-deploy p", ["pretrain", "predict", "push"]),
         ("mae-deploy data ", ["stats", "pack"]),
         ("mae-deploy pretrain photos --mask-r", ["--mask-ratio"]),
         ("mae-deploy pretrain photos --clip", ["--clip-grad"]),
