@@ -71,7 +71,7 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
     return Result(
         {**_data(bundle, built), **({"served": written} if written else {})},
         facts_table(f"{bundle.path / built.entry['file']}", _facts(built)),
-        then=next_command("benchmark", config.bundle, engine="trt"),
+        then=next_command("benchmark", config.bundle, engine=plan_engine(built.entry)),
     )
 
 
