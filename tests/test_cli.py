@@ -356,7 +356,7 @@ def test_the_probe_hides_a_package_and_no_other() -> None:
         pass
 
     assert Without.find_spec("torch") is not None, "torch is installed here, so its absence above is the probe's work"
-    done = run_without(("torch",), "doctor", "--json")
+    done = run_without(("torch",), "doctor", "--no-rates", "--json")
     packages = json.loads(done.stdout)["packages"]
     assert packages["torch"] is None
     assert packages["timm"] is not None

@@ -183,6 +183,8 @@ class SchemaConfig(Settings, resume="never"):
 class DoctorConfig(Settings, resume="never"):
     """Settings of `mae-deploy doctor`."""
 
+    rates: bool = True
+    """Measure how fast each engine multiplies in FP32, BF16 and INT8, a second each, and say what to choose here."""
     seed: int = 0
     """Not used: nothing here is random."""
     device: Device = "auto"

@@ -17,6 +17,7 @@ from rich.console import Group
 
 from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
+from mae_deploy.commands.rates import MEASURED, advice, measure_rates, rates_table
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_optional
 from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
 from mae_deploy.packages import PACKAGE, distributions, is_hollow_spec, remedy
@@ -110,7 +111,7 @@ _LIMIT = 60.0
 """Seconds that a library has to load and to compute one product."""
 
 
-def run_doctor(_: DoctorConfig) -> Result:
+def run_doctor(config: DoctorConfig) -> Result:
     """Look at packages, and at each engine in a process of its own; nothing that is missing makes it fail.
 
     Raises:
@@ -153,7 +154,17 @@ def run_doctor(_: DoctorConfig) -> Result:
             for gpu in gpus()
         ],
     }
-    data = {"machine": machine, "packages": packages, "engines": engines, "commands": commands}
+    working = [name for name in MEASURED if packages[name] is not None and name not in broken]
+    features = cpu_features()
+    rates = measure_rates(working, features) if config.rates else {}
+    data = {
+        "machine": machine,
+        "packages": packages,
+        "engines": engines,
+        "gflops": rates,
+        "advice": advice(rates, features),
+        "commands": commands,
+    }
     return Result(data, _view(data))
 
 
@@ -308,11 +319,13 @@ def _view(data: dict[str, Any]) -> Group:
         for name, lacking in data["commands"].items()
     ]
     state = Column("state", "state", colour=lambda text: "green" if text == "ready" else "yellow")
+    machine = {name.replace("_", " "): value for name, value in data["machine"].items() if name != "mae_deploy"}
     return stacked(
         [
-            facts_table("Machine", {**data["machine"], "gpus": "\n".join(data["machine"]["gpus"]) or None}),
+            facts_table(f"mae-deploy {__version__}", {**machine, "gpus": "\n".join(machine["gpus"]) or None}),
             facts_table("Packages", data["packages"]),
             facts_table("Engines", data["engines"]),
+            *([rates_table(data["gflops"], data["advice"])] if data["gflops"] else []),
             Table("Commands", (Column("command", "command"), state), commands),
         ]
     )

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.manifest import TensorEntry
 
 _INTEGER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
@@ -32,6 +33,9 @@ _TYPE_TENSOR = 1
 _TENSOR_TYPE, _TENSOR_SHAPE = 1, 2
 _SHAPE_DIM = 1
 _DIM_SIZE, _DIM_NAME = 1, 2
+
+_SIGMAS = 4
+"""Standard deviations of normal numbers that INT8 covers."""
 
 _FLOAT, _FLOAT16 = 1, 10
 _DTYPES = {
@@ -94,6 +98,47 @@ def write_products(path: Path, size: int, length: int, *, rows: int | None = Non
         GRAPH_OUTPUT, encode_value(values[-1], kind, shape)
     )
     path.write_bytes(encode_model(graph))
+
+
+def write_int8_products(path: Path, size: int, length: int) -> None:
+    """As `write_products`, in INT8: the matrix has 8 bits, and what it multiplies is quantised to as many before each
+    product.
+    """
+    step = np.float32(_SIGMAS / 127)
+    of_weight = step / np.float32(size**0.5)
+    weight = np.random.default_rng(0).standard_normal((size, size), np.float32) / np.float32(size**0.5)
+    rounded = np.clip(np.round(weight / of_weight), -127, 127).astype(np.int8)
+    constants: dict[bytes, Array] = {
+        b"step": np.array(step),
+        b"zero": np.array(128, np.uint8),
+        b"step_w": np.array(of_weight),
+    }
+    values, graph = [b"x", *(b"y%d" % index for index in range(length))], b""
+    for before, after in pairwise(values):
+        constants[after + b"_w"] = rounded  # one each: ONNX Runtime fails where several products share theirs
+        for operator, inputs, output in (
+            (b"QuantizeLinear", [before, b"step", b"zero"], after + b"_q"),
+            (b"DequantizeLinear", [after + b"_q", b"step", b"zero"], after + b"_d"),
+            (b"DequantizeLinear", [after + b"_w", b"step_w"], after + b"_wd"),
+            (b"MatMul", [after + b"_d", after + b"_wd"], after),
+        ):
+            graph += encode(GRAPH_NODE, encode_node(operator, inputs, output))
+    graph += encode(GRAPH_NAME, b"products")
+    graph += b"".join(encode(_GRAPH_INITIALIZER, _initializer(name, array)) for name, array in constants.items())
+    graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(
+        GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size))
+    )
+    path.write_bytes(encode_model(graph))
+
+
+def _initializer(name: bytes, array: Array) -> bytes:
+    (kind,) = (number for number, dtype in _DTYPES.items() if dtype == array.dtype.name)
+    return (
+        b"".join(encode(_INITIALIZER_DIMS, side) for side in array.shape)
+        + encode(_INITIALIZER_TYPE, kind)
+        + encode(_INITIALIZER_NAME, name)
+        + encode(_INITIALIZER_BYTES, array.tobytes())
+    )
 
 
 # --- reading ---------------------------------------------------------------------------------------------------------

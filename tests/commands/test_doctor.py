@@ -19,6 +19,7 @@ from mae_deploy.cli import app, main
 from mae_deploy.commands import doctor
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.doctor import NEEDS, requirements
+from mae_deploy.commands.rates import MEASURED
 from mae_deploy.errors import MissingDependency
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.cuda.open_memory import INSTALL
@@ -39,6 +40,9 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["packages"]["torch"] == metadata.version("torch")
     assert found["packages"]["sklearn"] == metadata.version("scikit-learn"), "under the name of its distribution"
     assert "CPU" in found["engines"]["onnxruntime"]
+    assert set(found["gflops"]) == {name for name in MEASURED if found["packages"][name] is not None}
+    assert all(rate > 0 for rates in found["gflops"].values() for rate in rates.values())
+    assert "FP32 is fastest on" in found["advice"][0]
     assert set(found["commands"]) == {name for names in NEEDS.values() for name in names}
     assert found["commands"]["pretrain"] is None
     assert found["machine"]["nvidia_gpus"] == len(found["machine"]["gpus"])
@@ -108,7 +112,7 @@ def test_engines_that_are_installed_and_do_not_work(
     """They cannot take doctor along, and the commands that run on them are not ready; the others are."""
     write_module(tmp_path, "onnxruntime", onnxruntime)
     write_module(tmp_path, "openvino", openvino)
-    done = run_with(tmp_path, "doctor", "--json")
+    done = run_with(tmp_path, "doctor", "--no-rates", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     data = json.loads(done.stdout)
     for module, said, concerned in zip(("onnxruntime", "openvino"), says, (ONNXRUNTIME, OPENVINO), strict=True):
@@ -120,7 +124,7 @@ def test_engines_that_are_installed_and_do_not_work(
 def test_a_module_of_two_distributions(tmp_path: Path) -> None:
     """The later one has overwritten files of the earlier one, which works or does not."""
     write_module(tmp_path, "onnxruntime", "import os; os.abort()", onnxruntime_gpu="1.22.0")
-    data = json.loads(run_with(tmp_path, "doctor", "--json").stdout)
+    data = json.loads(run_with(tmp_path, "doctor", "--no-rates", "--json").stdout)
     ours = metadata.version("onnxruntime")
     assert data["packages"]["onnxruntime"] == f"{ours} (onnxruntime), 1.22.0 (onnxruntime-gpu)"
     remedy = "pip uninstall -y onnxruntime-gpu onnxruntime, then install one of them: pip install --force-reinstall"
@@ -151,6 +155,7 @@ def test_a_folder_that_an_uninstalled_package_left_behind_is_no_package(
 def no_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Libraries are not tried, which takes seconds."""
     monkeypatch.setattr(doctor, "run_alone", lambda *_, **__: "CPU")
+    monkeypatch.setattr(doctor, "measure_rates", lambda *_: {})
 
 
 H200 = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
@@ -292,7 +297,7 @@ def test_sources_that_are_not_installed(monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_without_the_training_packages() -> None:
-    done = run_without((*TRAINING, "openvino"), "doctor", "--json")
+    done = run_without((*TRAINING, "openvino"), "doctor", "--no-rates", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["packages"]["torch"] is None
@@ -312,7 +317,7 @@ def test_without_the_training_packages() -> None:
 
 
 def test_without_torch_for_people() -> None:
-    done = run_without(("torch", "pyarrow"), "doctor")
+    done = run_without(("torch", "pyarrow"), "doctor", "--no-rates")
     assert (done.returncode, done.stderr) == (0, "")
     words = " ".join(done.stdout.split())
     assert "needs torch: pip install 'mae-deploy[train]'" in words
@@ -321,7 +326,7 @@ def test_without_torch_for_people() -> None:
 
 
 def test_without_an_engine() -> None:
-    done = run_without(("onnxruntime",), "doctor", "--json")
+    done = run_without(("onnxruntime",), "doctor", "--no-rates", "--json")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
     assert found["engines"]["onnxruntime"] == "not installed: pip install onnxruntime"
