@@ -66,7 +66,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "trt": ("build-engine", "predict --engine trt"),
     "trt-rtx": ("build-engine --engine trt-rtx", "predict --engine trt-rtx"),
     "openvino": ("predict --engine openvino",),
-    "hub": ("push", "predict hf://ORG/NAME"),
+    "hub": ("push",),
     "parquet": ("predict --out FILE.parquet",),
     "tiff": ("predict on TIFF",),
     "video": ("stream", "stream-eval"),
