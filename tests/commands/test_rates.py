@@ -74,7 +74,7 @@ def test_a_rate_is_operations_over_the_fastest_call(monkeypatch: pytest.MonkeyPa
     now = iter([0.0, 0.5, 1.0, 1.25, 2.0, 2.75])
     monkeypatch.setattr(rates, "_SIZE", 100)
     monkeypatch.setattr(rates, "_SECONDS", 1.0)
-    monkeypatch.setattr(rates.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr("mae_deploy.commands.rates.time.perf_counter", lambda: next(now))
     assert rates_of("onnxruntime", ["fp32"]) == {"fp32": pytest.approx(2 * 4 * 100**3 / 0.25 / 1e9)}
 
 
