@@ -67,6 +67,15 @@ def test_pixels_are_near_those_of_the_ordinary_path(
     np.testing.assert_array_equal(spec.crop_patches(image, np.array([1, 5]), 16), grid[[0, 1], :, [1, 2]])
 
 
+@pytest.mark.parametrize("factor", [2, 3, 5])
+def test_a_frame_that_is_shrunk_much_is_near_the_ordinary_path_too(pixels: Array, factor: int) -> None:
+    large = np.asarray(Image.fromarray(pixels[:60, :100]).resize((48 * factor, 32 * factor)))
+    spec = dataclasses.replace(default_preprocess((32, 48)), crop_pct=1.0)
+    ours, ordinary = spec.crop(VideoImage.from_array(large, "bgr24")), spec.crop(large[..., ::-1].copy())
+    error = np.square(ours.astype(float) - ordinary).mean()
+    assert 10 * np.log10(ordinary.var() / error) > 30  # dB
+
+
 @pytest.mark.parametrize(
     "spec",
     [
