@@ -5,7 +5,8 @@
 #
 #   --budget SECONDS          for all of it; a step gets what is left at most, and what gets nothing is named [3600]
 #   --tokens "MODE..."        bundles of OUT/bundles, for each of the precisions ["full visible:49"]
-#   --precisions "P..."       ["fp16 int8"]
+#   --engine trt|trt-rtx      TensorRT, or TensorRT for RTX, on GPUs that it supports [trt]
+#   --precisions "P..."       ["fp16 int8", of trt-rtx "fp16"]
 #   --profiles SIZES          one for each batch that is timed: kernels are chosen for it ["B:1,1,1; B:8,8,8; B:32,32,32"]
 #   --optimization-level N    of TensorRT's builder: 0 builds fastest [its own default]
 #   --typing auto|weak|strong of the graphs: weak for TensorRT 8.6, where another machine exports [auto]
@@ -17,7 +18,7 @@
 # step failed, ran out of time or had none, 3 without a GPU or TensorRT.
 set -uo pipefail
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
-budget=3600 tokens="full visible:49" precisions="fp16 int8" profiles="B:1,1,1; B:8,8,8; B:32,32,32" level=() typing=()
+budget=3600 tokens="full visible:49" engine=trt precisions="" profiles="B:1,1,1; B:8,8,8; B:32,32,32" level=() typing=()
 [ $# -ge 3 ] || usage
 checkpoint=$(realpath "$1") photos=$(realpath "$2") out=$(realpath -m "$3")
 shift 3
@@ -25,6 +26,7 @@ while [ $# -ge 2 ]; do
   case $1 in
     --budget) budget=$2 ;;
     --tokens) tokens=$2 ;;
+    --engine) engine=$2 ;;
     --precisions) precisions=$2 ;;
     --profiles) profiles=$2 ;;
     --optimization-level) level=(--optimization-level "$2") ;;
@@ -34,6 +36,12 @@ while [ $# -ge 2 ]; do
   shift 2
 done
 [ $# -eq 0 ] || usage
+case $engine in
+  trt) load="from mae_deploy.runtime.tensorrt.api import load_tensorrt as load" all="fp16 int8" ;;
+  trt-rtx) load="from mae_deploy.runtime.tensorrt.rtx import load_rtx as load" all=fp16 ;;
+  *) usage ;;
+esac
+precisions=${precisions:-$all}
 cd "$(dirname "$0")/.." || exit
 python=${PYTHON:-.venv/bin/python} failed=0 build_limit=$((600 + 300 * $(tr -cd ';' <<<"$profiles" | wc -c)))
 export PYTHONUNBUFFERED=1
@@ -56,27 +64,28 @@ step() { # NAME LIMIT COMMAND...: 0 where it is done, now or before; its output 
   return $status
 }
 
-step gpu 60 "$python" -c 'from mae_deploy.runtime.tensorrt.api import load_tensorrt; api = load_tensorrt(); print(api.version, api.gpu)' || exit 3
+step gpu 60 "$python" -c "$load; api = load(); print(api.title, api.gpu)" || exit 3
 step tests 900 "$python" -m pytest -q -rfE -p no:cacheprovider -m gpu --confcutdir tests/gpu tests/gpu
 for mode in $tokens; do
   for precision in $precisions; do
     name=${mode/:/-}-$precision bundle=$out/bundles/${mode/:/-}-$precision
     calibration=()
     [ "$precision" != int8 ] && [ "$precision" != fp8 ] || calibration=(--calib-data "$photos" --calib-images 128)
-    [ -d "$bundle" ] || step "export-$name" 900 "$python" -m mae_deploy export "$checkpoint" --out "$bundle" --engine trt \
+    [ -d "$bundle" ] || step "export-$name" 900 "$python" -m mae_deploy export "$checkpoint" --out "$bundle" --engine $engine \
       --no-build --tokens "$mode" --precision "$precision" "${typing[@]}" --profile B:1,8,32 --samples "$photos" \
       "${calibration[@]}" --device auto || continue
     # INT8 that is not faster than FP16 is an answer, not a failure: FP16 is kept in its place.
-    step "build-$name" $build_limit "$python" -m mae_deploy build-engine "$bundle" --profile "$profiles" "${level[@]}" \
-      --prefer fp16 && step "verify-$name" 300 "$python" -m mae_deploy verify "$bundle" --engine trt
+    step "build-$name" $build_limit "$python" -m mae_deploy build-engine "$bundle" --engine $engine --profile "$profiles" "${level[@]}" \
+      --prefer fp16 && step "verify-$name" 300 "$python" -m mae_deploy verify "$bundle" --engine $engine
   done
 done
 shopt -s nullglob
 bundles=("$out"/bundles/*) halves=("$out"/bundles/*-fp16) torch=()
 ! "$python" -c 'import torch' 2>/dev/null || torch=(--checkpoint "$checkpoint" --compile)
-if [ ${#bundles[@]} -gt 0 ] && step benchmark 600 "$python" -m mae_deploy benchmark "${bundles[@]}" --engine trt \
+if [ ${#bundles[@]} -gt 0 ] && step benchmark 600 "$python" -m mae_deploy benchmark "${bundles[@]}" --engine $engine \
   --batch-size 1,8,32 --repeats 100 --json; then cp "$out/logs/benchmark.out" "$out/benchmark.json"; fi
-if [ ${#halves[@]} -gt 0 ] && step calls 600 "$python" -m scripts.measure_gpu "${halves[@]}" "${torch[@]}"; then
+# Calls are compared with TensorRT's bare ones, which of TensorRT for RTX are others.
+if [ $engine = trt ] && [ ${#halves[@]} -gt 0 ] && step calls 600 "$python" -m scripts.measure_gpu "${halves[@]}" "${torch[@]}"; then
   cp "$out/logs/calls.out" "$out/calls.json"
 fi
 exit $failed
