@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from mae_deploy.export.graph.builder import Dim, GraphBuilder
+from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.cached import CacheWriter
 from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType, in_type
 from mae_deploy.images.read import Array
@@ -128,9 +128,8 @@ class BlockWriter:
             b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv")
         )
         if self.cache is not None:
-            T: Dim = self.sizes[1] if self.sizes is not None and self.sizes[1] > 0 else "T"
             index = name.split(".")[1]
-            k, v = (self.cache.beside(part, index, new, num_heads, d, T) for part, new in (("keys", k), ("values", v)))
+            k, v = (self.cache.beside(part, index, new, num_heads, d) for part, new in (("keys", k), ("values", v)))
         k = b.node("Transpose", [k], f"{name}/k_transposed", perm=[0, 1, 3, 2])
         if (
             name in self.attention_scales

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
 from mae_deploy.export.graph.precision import FLOAT32, DType
-from mae_deploy.runtime.manifest import CACHE_MASK, REST, new_rows
+from mae_deploy.runtime.manifest import CACHE_MASK, NEW_ROWS, REST
 
 
 class CacheWriter:
@@ -28,7 +28,7 @@ class CacheWriter:
     ) -> None:
         b = self.builder = builder
         self.batch, self.rows, self.dtype = batch, rows, dtype
-        self._new: list[tuple[str, str, list[Dim]]] = []
+        self._new: list[str] = []
         mask = b.input(CACHE_MASK, FLOAT32, [batch, rows])
         none = b.node("Mul", [b.cast(places, FLOAT32), b.scalar(0.0)], "cache/none")
         ones = b.node("Add", [none, b.scalar(1.0)], "cache/new")
@@ -38,7 +38,7 @@ class CacheWriter:
         self.mask = b.node("Unsqueeze", [bias, b.integers(1, 2)], "cache/scores")
         """What is added to the scores of attention: FP32 `(B, 1, 1, R + T)`."""
 
-    def beside(self, part: str, index: str, new: str, heads: int, head_dim: int, num_tokens: Dim) -> str:
+    def beside(self, part: str, index: str, new: str, heads: int, head_dim: int) -> str:
         """The old rows of a block and the new ones behind them: `(B, H, T, d) -> (B, H, R + T, d)`.
 
         Args:
@@ -48,7 +48,7 @@ class CacheWriter:
         """
         b, name = self.builder, f"{part}_{index}"
         old = b.input(name, self.dtype, [self.batch, heads, self.rows, head_dim])
-        self._new.append((new_rows(name), new, [self.batch, heads, num_tokens, head_dim]))
+        self._new.append(new)
         return b.node("Concat", [b.cast(old, b.types[new]), new], f"cache/{name}", axis=2)
 
     def mean(self, patch_tokens: str, width: int) -> str:
@@ -60,7 +60,8 @@ class CacheWriter:
         tokens = b.node("ReduceSum", [self._seen, b.integers(1)], "cache/tokens", keepdims=1)
         return b.node("Div", [total, b.node("Sub", [tokens, b.scalar(1.0)], "cache/patches")], "outputs/mean")
 
-    def outputs(self) -> None:
-        """Declare the new rows of all blocks as outputs, in the cache's type."""
-        for name, value, shape in self._new:
-            self.builder.output(name, value, shape, dtype=self.dtype)
+    def output(self, num_tokens: Dim, heads: int, head_dim: int) -> None:
+        """Declare the new rows of all blocks as one output, in the cache's type: each output costs a call time."""
+        rows = self.builder.node("Concat", self._new, "cache/new_rows", axis=1)
+        shape = [self.batch, len(self._new) * heads, num_tokens, head_dim]
+        self.builder.output(NEW_ROWS, rows, shape, dtype=self.dtype)

@@ -106,7 +106,8 @@ class _Graph:
         for name in names:
             self.builder.output(name, *values[name], dtype=self.spec.features)
         if self.cache is not None:
-            self.cache.outputs()
+            T = "T" if isinstance(self.keep, str) else 1 + self.keep
+            self.cache.output(T, self.config.heads, self.config.width // self.config.heads)
         return self.builder
 
     def _cache(self) -> CacheWriter:

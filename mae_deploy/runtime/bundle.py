@@ -31,14 +31,13 @@ from mae_deploy.runtime.manifest import (
     IDS_KEEP,
     IMAGES,
     MANIFEST_FILE,
+    NEW_ROWS,
     PATCHES,
     UPDATES,
     Manifest,
     ModelEntry,
     TensorEntry,
     TokenMode,
-    cache_names,
-    new_rows,
     read_preprocess,
 )
 from mae_deploy.runtime.tolerance import Tolerance
@@ -174,11 +173,11 @@ class Bundle:
     @property
     def output_names(self) -> tuple[str, ...]:
         """Names of what the graph computes of images, in its order."""
-        return tuple(name for name in self.graph_outputs if name not in self._new_rows)
+        return tuple(name for name in self.graph_outputs if name != NEW_ROWS)
 
     @property
     def graph_outputs(self) -> tuple[str, ...]:
-        """Names of the graph's outputs, in its order: those, and of a cached graph the new keys and values."""
+        """Names of the graph's outputs, in its order: those, and of a cached graph the new rows of its cache."""
         return tuple(entry["name"] for entry in self.manifest["graph"]["outputs"])
 
     @property
@@ -187,11 +186,6 @@ class Bundle:
         stream.
         """
         return (PATCHES, IDS_KEEP, UPDATES) if self.token_mode == "cached" else self.input_names
-
-    @property
-    def _new_rows(self) -> frozenset[str]:
-        cached = self.token_mode == "cached"
-        return frozenset(new_rows(name) for name in cache_names(self.model["depth"])) if cached else frozenset()
 
     @property
     def blocks(self) -> tuple[str, ...]:

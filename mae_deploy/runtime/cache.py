@@ -17,12 +17,12 @@ from mae_deploy.runtime.engines.base import Engine, Runner, check_outputs
 from mae_deploy.runtime.manifest import (
     CACHE_MASK,
     IDS_KEEP,
+    NEW_ROWS,
     PATCHES,
     REST,
     UPDATES,
     Manifest,
     cache_names,
-    new_rows,
 )
 
 
@@ -64,10 +64,12 @@ class TokenCache:
     The arrays are the caller's to read, and to write to between updates. One cache belongs to one thread at a time.
     """
 
-    def __init__(self, shape: CacheShape, rows: Mapping[str, Array], tokens: Array, computed: Array) -> None:
+    def __init__(self, shape: CacheShape, state: Array, tokens: Array, computed: Array) -> None:
         self.shape = shape
-        self.rows = rows
-        """Keys and values under the graph's names, `keys_0` to `values_{L-1}`, each `(B, H, S, d)`."""
+        self.state = state
+        """Keys and values of all blocks, in the order of `cache_names`: `(2 L, B, H, S, d)`."""
+        self.rows: Mapping[str, Array] = dict(zip(cache_names(shape.depth), state, strict=True))
+        """The same memory under the graph's names, `keys_0` to `values_{L-1}`, each `(B, H, S, d)`."""
         self.tokens = tokens
         """float32 `(B, N, D)`: each patch's token when it was last recomputed, 0 where it never was. The `pooled` (and
         `logits` of the mean) of later updates are computed from it. All 0 where the graph gives no tokens."""
@@ -78,10 +80,9 @@ class TokenCache:
     def empty(cls, shape: CacheShape, batch: int) -> TokenCache:
         """Of streams of which nothing was computed yet."""
         N, H = shape.num_patches, shape.num_heads
-        size = (batch, H, 1 + N, shape.embed_dim // H)
         return cls(
             shape,
-            {name: np.zeros(size, shape.dtype) for name in cache_names(shape.depth)},
+            np.zeros((2 * shape.depth, batch, H, 1 + N, shape.embed_dim // H), shape.dtype),
             np.zeros((batch, N, shape.embed_dim), np.float32),
             np.zeros((batch, N), bool),
         )
@@ -93,12 +94,12 @@ class TokenCache:
     @property
     def nbytes(self) -> int:
         """Memory of the arrays."""
-        return sum(array.nbytes for array in (*self.rows.values(), self.tokens, self.computed))
+        return self.state.nbytes + self.tokens.nbytes + self.computed.nbytes
 
     def streams(self, first: int, last: int) -> TokenCache:
         """The streams from `first` up to, and without, `last`: the same memory, so an update of it is one of this."""
-        rows = {name: array[first:last] for name, array in self.rows.items()}
-        return TokenCache(self.shape, rows, self.tokens[first:last], self.computed[first:last])
+        part = slice(first, last)
+        return TokenCache(self.shape, self.state[:, part], self.tokens[part], self.computed[part])
 
     def clear(self) -> None:
         """Forget everything."""
@@ -134,16 +135,14 @@ def update_cache(
         The graph's outputs: `cls (B, D)`, `tokens (B, K, D)` of the recomputed patches in their order, `pooled` and
         `logits` of the whole frame.
     """
-    states = {name: new_rows(name) for name in cache.rows}
-    own = [name for name in engine.output_names if name not in states.values()]
+    own = [name for name in engine.output_names if name != NEW_ROWS]
     wanted = check_outputs(outputs, own)
     last = [name for name in ("tokens", f"block_{cache.shape.depth - 1}") if name in own][:1]
     inputs = update_inputs(cache, patches, ids_keep, engine.input_names)
-    found = engine.run(inputs, tuple(dict.fromkeys([*wanted, *last, *states.values()])))
+    found = engine.run(inputs, tuple(dict.fromkeys([*wanted, *last, NEW_ROWS])))
     for stream, ids in enumerate(ids_keep):
-        rows = np.concatenate([[0], 1 + ids])
-        for name, new in states.items():
-            cache.rows[name][stream][:, rows] = found[new][stream]
+        state, new = cache.state[:, stream], found[NEW_ROWS][stream]
+        state[:, :, np.concatenate([[0], 1 + ids])] = new.reshape(*state.shape[:2], *new.shape[1:])
         for name in last:
             cache.tokens[stream, ids] = found[name][stream]
         cache.computed[stream, ids] = True

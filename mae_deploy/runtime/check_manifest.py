@@ -15,6 +15,7 @@ from mae_deploy.runtime.manifest import (
     CLASS_OUTPUTS,
     IDS_KEEP,
     IMAGES,
+    NEW_ROWS,
     NUM_KEEP,
     PATCHES,
     PLANNED,
@@ -28,7 +29,6 @@ from mae_deploy.runtime.manifest import (
     ToleranceEntry,
     cache_names,
     follows_keep,
-    new_rows,
     read_preprocess,
 )
 from mae_deploy.runtime.tolerance import Tolerance
@@ -167,9 +167,8 @@ def _reason_against_outputs(manifest: Manifest) -> str | None:
     entries, model = manifest["graph"]["outputs"], manifest["model"]
     inputs = [entry["name"] for entry in manifest["graph"]["inputs"]]
     names = [entry["name"] for entry in entries]
-    missing = [name for name in map(new_rows, cache_names(model["depth"])) if name not in names]
-    if manifest["token_mode"] == "cached" and missing:
-        return f"a graph of token mode 'cached' has no output {missing[0]}"
+    if manifest["token_mode"] == "cached" and NEW_ROWS not in names:
+        return f"a graph of token mode 'cached' has no output {NEW_ROWS}"
     if not names or len({*names, *inputs}) != len(names) + len(inputs):
         return f"the outputs {names} must be at least one name, each once and none of an input"
     for entry in entries:
@@ -192,9 +191,9 @@ def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
     P, C, D = model["patch_size"], model["in_chans"], model["embed_dim"]
     if follows_keep(name):
         return [B, K, D]
-    if manifest["token_mode"] == "cached" and name in map(new_rows, cache_names(model["depth"])):
-        H = model["num_heads"]
-        return [B, H, "T" if manifest["keep"] is None else 1 + manifest["keep"], D // H]
+    if name == NEW_ROWS:
+        L, H = model["depth"], model["num_heads"]
+        return [B, 2 * L * H, "T" if manifest["keep"] is None else 1 + manifest["keep"], D // H]
     classes = manifest["class_names"]
     grid = [side // P for side in model["image_size"]]
     shapes: dict[str, list[Dim]] = {

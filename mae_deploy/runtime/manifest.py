@@ -28,6 +28,9 @@ CACHE_MASK = "cache_mask"
 """float32 `(B, R)`: 1 where attention sees a row of the cache, 0 where it is recomputed or was never computed."""
 REST = "rest"
 """float32 `(B, D)`: the sum of the final tokens of the patches that are not recomputed; for means over all."""
+NEW_ROWS = "new_rows"
+"""What a cached graph gives for the cache: the rows of CLS and the recomputed patches, T, of all keys and values in the
+order of `cache_names`: `(B, 2 L H, T, d)`."""
 UPDATES = "updates"
 """Of golden samples of a cached graph: int64 `(S, U)`, how many of a sample's patches each of its updates takes."""
 
@@ -235,13 +238,8 @@ def follows_keep(name: str) -> bool:
     return name == "tokens" or _BLOCK_OUTPUT.fullmatch(name) is not None
 
 
-def new_rows(name: str) -> str:
-    """The output that holds the new rows of the keys or values with this name."""
-    return f"new_{name}"
-
-
 def cache_names(depth: int) -> tuple[str, ...]:
-    """The keys and values that a cached graph takes, block by block; each comes back as `new_rows` of it."""
+    """The keys and values that a cached graph takes, block by block, each `(B, H, R, d)`."""
     return tuple(f"{part}_{index}" for index in range(depth) for part in ("keys", "values"))
 
 

@@ -183,14 +183,12 @@ def test_verify_checks_streams(bundles: Path) -> None:
 
 
 def test_a_planted_fault_is_found(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A runtime that writes the new rows to other places."""
-    swapped = {"keys": "values", "values": "keys"}
+    """A runtime that writes keys where values belong."""
 
-    def misplaced(name: str) -> str:
-        part, _, index = name.partition("_")
-        return f"new_{swapped[part]}_{index}"
+    def misplaced(depth: int) -> list[str]:
+        return [f"{part}_{index}" for index in range(depth) for part in ("values", "keys")]
 
-    monkeypatch.setattr("mae_deploy.runtime.cache.new_rows", misplaced)
+    monkeypatch.setattr("mae_deploy.runtime.cache.cache_names", misplaced)
     assert not verify_bundle(Bundle.load(bundles / "fixed")).passed
 
 
@@ -242,9 +240,13 @@ def test_a_graph_for_tensorrt_takes_all_rows(bundles: Path, tmp_path: Path) -> N
     assert not (tmp_path / "other").exists()
 
 
-def test_new_rows_are_outputs_of_every_block(bundles: Path) -> None:
+def test_new_rows_are_an_output(bundles: Path) -> None:
     manifest = json.loads((bundles / "cached" / MANIFEST_FILE).read_text())
     outputs = manifest["graph"]["outputs"]
-    manifest["graph"]["outputs"] = [entry for entry in outputs if entry["name"] != "new_values_1"]
-    with pytest.raises(ConfigError, match="has no output new_values_1"):
+    rows = next(entry for entry in outputs if entry["name"] == "new_rows")
+    rows["shape"] = ["B", 5, "T", 4]
+    with pytest.raises(ConfigError, match="the output new_rows has the shape"):
+        validate_manifest(manifest)
+    outputs.remove(rows)
+    with pytest.raises(ConfigError, match="has no output new_rows"):
         validate_manifest(manifest)

@@ -66,16 +66,13 @@ class OpenVinoEngine(Engine):
             self._ports = {name: index for index, name in enumerate(names)} | _tap(model, taps)
             self.output_names = tuple(self._ports)
             self._options, self._precision = options, precision
-            self._request: Any = self._compile(model)
+            self._request: _Request | None = self._compile(model)
             self._model: Any = model if model.is_dynamic() and _size(graph) <= _SPECIAL_BYTES else None
         except MaeDeployError:
             raise
         except Exception as error:  # those of the frontend are no RuntimeError
             raise MaeDeployError(f"OpenVINO cannot load {graph}: {_one_line(error)}") from error
-        self._new_tensor = openvino.Tensor
-        self._requests: dict[Shapes, Any] = {}
-        self._given: dict[str, tuple[Array, Any]] = {}
-        """What each input was at the last call, and its tensor."""
+        self._requests: dict[Shapes, _Request] = {}
         self._turn = threading.Lock()
 
     def _run(self, inputs: Mapping[str, Array], outputs: Sequence[str]) -> dict[str, Array]:
@@ -83,42 +80,63 @@ class OpenVinoEngine(Engine):
             if self._request is None:
                 raise MaeDeployError("this engine is closed", hint="load the bundle again")
             try:
-                arrays = [np.require(inputs[name], requirements=("C", "W")) for name in self.input_names]
-                tensors = list(map(self._shared, self.input_names, arrays))
-                # NumPy's shapes: a tensor's takes 17 µs, half a millisecond for the 27 inputs of a stream's graph.
-                request = self._request_for(tensors, tuple(array.shape for array in arrays))
-                _infer(request, tensors)
+                arrays = [inputs[name] for name in self.input_names]
+                request = self._request_for(arrays, self._request)
+                request.infer(arrays)
                 # The next call writes to the same memory.
-                return {name: request.get_output_tensor(self._ports[name]).data.copy() for name in outputs}
+                return {name: request.output(self._ports[name]).copy() for name in outputs}
             except Exception as error:  # RuntimeError, ValueError or TypeError, by what is wrong with an array
                 raise MaeDeployError(f"OpenVINO failed: {_one_line(error)}") from error
 
     def _close(self) -> None:
         with self._turn:
             self._request = self._model = None
-            self._requests, self._given = {}, {}
+            self._requests = {}
 
-    def _shared(self, name: str, array: Array) -> Any:
-        """A tensor in the array's memory; that of the last call where it is the same array, as a stream's keys and
-        values are.
-        """
-        if name not in self._given or self._given[name][0] is not array:
-            self._given[name] = array, self._new_tensor(array, shared_memory=True)
-        return self._given[name][1]
-
-    def _request_for(self, tensors: list[Any], shapes: Shapes) -> Any:
-        """That of the graph compiled for the shapes of these inputs; else that of the one for all shapes."""
+    def _request_for(self, arrays: list[Array], usual: _Request) -> _Request:
+        """That of the graph compiled for the shapes of these inputs; else the usual one, for all shapes."""
+        # NumPy's shapes: a tensor's takes 17 µs, half a millisecond for the 27 inputs of a stream's graph.
+        shapes = tuple(array.shape for array in arrays)
         if shapes not in self._requests and self._model is not None and len(self._requests) < _SPECIAL_SHAPES:
             model = self._model.clone()
             model.reshape(dict(enumerate(shapes)))
             special = self._compile(model)
             # Where there are as many tokens as heads, OpenVINO 2026.4 has compiled a graph of fixed shapes that
             # computes something else.
-            self._requests[shapes] = special if _agree(self._request, special, tensors) else self._request
-        return self._requests.get(shapes, self._request)
+            self._requests[shapes] = special if _agree(usual, special, arrays) else usual
+        return self._requests.get(shapes, usual)
 
-    def _compile(self, model: Any) -> Any:
-        return _compile(openvino_core(), model, self._options, self._precision).create_infer_request()
+    def _compile(self, model: Any) -> _Request:
+        return _Request(_compile(openvino_core(), model, self._options, self._precision))
+
+
+class _Request:
+    """A compiled graph and its one request, which reads its inputs in the caller's memory."""
+
+    def __init__(self, compiled: Any) -> None:
+        self.compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._new_tensor = import_openvino().Tensor
+        self._given: dict[int, Array] = {}
+        """What each input was at the last call, in whose memory it is."""
+
+    def infer(self, arrays: list[Array]) -> None:
+        """Compute; an input that is the same array as at the last call stays set, as a stream's cache does."""
+        for index, array in enumerate(arrays):
+            if self._given.get(index) is not array:
+                given = np.require(array, requirements=("C", "W"))
+                self._request.set_input_tensor(index, self._new_tensor(given, shared_memory=True))
+                self._given[index] = given
+        self._request.infer(share_outputs=True)
+
+    def output(self, port: int) -> Array:
+        """An output of the last call, in OpenVINO's own memory."""
+        found: Array = self._request.get_output_tensor(port).data
+        return found
+
+    def outputs(self) -> list[Array]:
+        """All of them."""
+        return [tensor.data for tensor in self._request.output_tensors]
 
 
 @functools.cache
@@ -175,18 +193,12 @@ def _read(graph: Path) -> tuple[Any, tuple[str, ...], tuple[str, ...]]:
     return frontend.convert(content), inputs, outputs
 
 
-def _infer(request: Any, tensors: list[Any]) -> None:
-    for index, tensor in enumerate(tensors):
-        request.set_input_tensor(index, tensor)
-    request.infer(share_outputs=True)
-
-
-def _agree(request: Any, other: Any, tensors: list[Any]) -> bool:
+def _agree(request: _Request, other: _Request, arrays: list[Array]) -> bool:
     """Whether two compiled graphs compute the same from these inputs, but for rounding."""
     for each in (request, other):
-        _infer(each, tensors)
-    for one, two in zip(request.output_tensors, other.output_tensors, strict=True):
-        expected, found = one.data.astype(np.float64), two.data.astype(np.float64)
+        each.infer(arrays)
+    for one, two in zip(request.outputs(), other.outputs(), strict=True):
+        expected, found = one.astype(np.float64), two.astype(np.float64)
         if (
             not np.square(found - expected).sum() <= _NOISE * np.square(expected).sum()
         ):  # nor where something is not finite

@@ -257,5 +257,5 @@ def test_the_cache_is_declared_block_by_block(tmp_path: Any) -> None:
     assert inputs["keys_1"] == inputs["values_0"] == [B, ENCODER.heads, 1 + N, d]
     assert inputs["patches"] == [B, K, ENCODER.patch_dim]
     outputs = {entry.name: entry.shape for entry in graph.session.get_outputs()}
-    assert outputs["new_keys_0"] == outputs["new_values_1"] == [B, ENCODER.heads, 1 + K, d]
+    assert outputs["new_rows"] == [B, 2 * ENCODER.blocks * ENCODER.heads, 1 + K, d]
     assert torch.tensor(outputs["tokens"]).tolist() == [B, K, ENCODER.width]

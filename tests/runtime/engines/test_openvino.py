@@ -35,7 +35,7 @@ def load(path: Path, **options: Any) -> Engine:
 
 def settings_of(engine: Any) -> Callable[[str], Any]:
     """What OpenVINO says that it uses."""
-    get_property: Callable[[str], Any] = engine._request.get_compiled_model().get_property
+    get_property: Callable[[str], Any] = engine._request.compiled.get_property
     return get_property
 
 
@@ -146,9 +146,7 @@ def test_shapes_get_a_compiled_graph_of_their_own(tmp_path: Path) -> None:
         requests: dict[Any, Any] = engine._requests  # type: ignore[attr-defined]
         found = [engine.run(inputs) for inputs in (few, samples, few, samples)]
         assert list(requests) == [tuple(inputs[name].shape for name in engine.input_names) for inputs in (few, samples)]
-        assert not any(
-            put.partial_shape.is_dynamic for request in requests.values() for put in request.get_compiled_model().inputs
-        )
+        assert not any(put.partial_shape.is_dynamic for request in requests.values() for put in request.compiled.inputs)
     for outputs, again, inputs in ((found[0], found[2], few), (found[1], found[3], samples)):
         for name, expected in reference(**inputs).items():
             np.testing.assert_allclose(outputs[name], expected, atol=TOLERANCE)
@@ -261,7 +259,7 @@ for other in before - {core}:
         open_graph(graph, "openvino", EngineOptions(affinity=(other,)))
     except ConfigError as error:
         refused.append(str(error))
-threads = engine._request.get_compiled_model().get_property("INFERENCE_NUM_THREADS")
+threads = engine._request.compiled.get_property("INFERENCE_NUM_THREADS")
 print(json.dumps({"seen": sorted(seen), "threads": threads, "refused": refused}))
 """
 
