@@ -196,11 +196,15 @@ class Preprocess:
         resample = _filter(self.interpolation)
         across, down = (source[2] - source[0]) / columns, (source[3] - source[1]) / rows
         found = np.empty((len(ids), P, P, self.channels), np.uint8)
-        for number, index in enumerate(ids):
-            down_by, right_by = divmod(int(index), columns)
+        # Neighbours in a row are resized as one: a call of Pillow's takes as long as the pixels of several patches.
+        order = np.argsort(ids)
+        follows = (np.diff(ids[order]) == 1) & (ids[order][1:] % columns != 0)
+        for run in np.split(order, np.flatnonzero(~follows) + 1) if len(ids) else ():
+            down_by, right_by = divmod(int(ids[run[0]]), columns)
             left, top = source[0] + right_by * across, source[1] + down_by * down
-            box = (left, top, min(left + across, image.width), min(top + down, image.height))
-            found[number] = np.asarray(image.resize((P, P), resample, box)).reshape(P, P, self.channels)
+            box = (left, top, min(left + len(run) * across, image.width), min(top + down, image.height))
+            strip = np.asarray(image.resize((len(run) * P, P), resample, box))
+            found[run] = strip.reshape(P, len(run), P, self.channels).swapaxes(0, 1)
         return found
 
     def seen_part(self, size: tuple[int, int]) -> tuple[float, float, float, float]:

@@ -282,7 +282,7 @@ class Backbone:
         return Stream(self, StreamConfig(**options))
 
     def stream_pool(self, cameras: int, **options: Any) -> StreamPool:
-        """Follow several cameras, whose frames are computed in one batch; see `stream`."""
+        """Follow several cameras, whose frames are computed in batches; see `stream`."""
         from mae_deploy.runtime.streams.config import StreamConfig
         from mae_deploy.runtime.streams.stream import StreamPool
 

@@ -23,7 +23,7 @@ class Shift:
         """Remember what the patches `in_turn (R,)` of stream `at` were."""
         self._cache, self._at, self._in_turn = cache, at, in_turn
         self._tokens = cache.tokens[at, in_turn]
-        self._rows = {name: rows[at][:, 1 + in_turn] for name, rows in cache.rows.items()}
+        self._rows = cache.state[:, at][:, :, 1 + in_turn]
 
     def apply(self, ids: Array, age: Array) -> None:
         """Move the patches that the update did not compute.
@@ -38,6 +38,7 @@ class Shift:
         shares = _SHARE * np.minimum(1, age / age[in_turn].mean(), dtype=np.float32) * cache.computed[at]
         shares[ids] = 0
         cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
-        for name, rows in cache.rows.items():
-            moved = (rows[at][:, 1 + in_turn] - self._rows[name]).mean(axis=1, keepdims=True, dtype=np.float32)
-            rows[at][:, 1:] += (shares[:, None] * moved).astype(rows.dtype, copy=False)
+        state = cache.state[:, at]
+        moved = (state[:, :, 1 + in_turn] - self._rows).mean(axis=2, keepdims=True, dtype=np.float32)
+        for rows, change in zip(state, moved, strict=True):
+            rows[:, 1:] += (shares[:, None] * change).astype(rows.dtype, copy=False)

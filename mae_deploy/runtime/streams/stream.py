@@ -21,6 +21,8 @@ from mae_deploy.runtime.streams.shift import Shift
 
 _SIZES = 16
 """K is one of about so many numbers, so that engines that prepare for each size prepare few."""
+_ALIKE = 1.25
+"""Cameras are one batch where none of them takes more than so many times the patches that it needs."""
 _MEMORY = 0.98
 """Weight of the past in the mean of a camera's tokens, against which an audit's error is measured."""
 _QUIET = 0.01
@@ -161,29 +163,36 @@ class StreamPool:
         return patches_of(self._backbone.preprocess, self._patch_size, mask.shape, mask)
 
     def _compute(self, chosen: dict[int, Choice]) -> None:
-        """Whole frames each alone; the rest in one batch, where the graph takes one."""
-        N = self._backbone.num_patches
-        partial = [index for index, choice in chosen.items() if 0 < len(choice.ids) < N]
-        for index, choice in chosen.items():
-            if len(choice.ids) == N:
-                self._update([index], {index: choice})
-        if self._together is not None and len(partial) == len(self) > 1:
-            most = max(len(chosen[index].ids) for index in partial)
-            chosen.update({index: self._cameras[index].filled(chosen[index], most) for index in partial})
-            self._update(partial, chosen)
-        else:
-            for index in partial:
-                self._update([index], chosen)
+        """In each batch, a camera takes as many patches as the one that needs most."""
+        for batch in self._batches(chosen):
+            most = max(len(chosen[index].ids) for index in batch)
+            for index in batch:
+                if len(chosen[index].ids) < most:
+                    chosen[index] = self._cameras[index].filled(chosen[index], most)
+            self._update(batch, chosen)
         for index, choice in chosen.items():
             if not len(choice.ids):
                 self._cameras[index].settle(choice)
+
+    def _batches(self, chosen: Mapping[int, Choice]) -> list[list[int]]:
+        """The cameras of each: those side by side in memory that need about as much, as many as were checked."""
+        largest = self._backbone.bundle.largest_batch
+        batches: list[list[int]] = []
+        for index, choice in chosen.items():
+            last = batches[-1] if batches else []
+            sizes = [len(chosen[other].ids) for other in [*last, index]]
+            alike = max(sizes) <= _ALIKE * min(sizes)
+            if last and last[-1] == index - 1 and alike and len(last) < largest:
+                last.append(index)
+            elif len(choice.ids):
+                batches.append([index])
+        return batches
 
     def _update(self, indices: Sequence[int], chosen: Mapping[int, Choice]) -> None:
         choices = [chosen[index] for index in indices]
         ids = np.stack([choice.ids for choice in choices])
         patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
-        cache = self._caches[indices[0]] if len(indices) == 1 else self._together
-        assert cache is not None
+        cache = self._cache_of(indices[0], indices[-1] + 1)
         shifts = [Shift(cache, at, choice.in_turn) for at, choice in enumerate(choices)] if self.config.shift else []
         outputs = self._backbone.update(cache, patches, ids)
         for at, index in enumerate(indices):
@@ -193,6 +202,12 @@ class StreamPool:
             own = {name: array[at : at + 1] for name, array in outputs.items()}
             self._last[index] = self._whole_features(own, cache.tokens[at : at + 1])
             camera.settle(choice)
+
+    def _cache_of(self, first: int, last: int) -> TokenCache:
+        """That of the cameras from `first` up to, and without, `last`."""
+        if self._together is None or last - first == 1:
+            return self._caches[first]
+        return self._together if last - first == len(self) else self._together.streams(first, last)
 
     def _pixels_of(self, choice: Choice, ids: Array) -> Array:
         """`(K, P, P, C)`, to the pixel what the model is to see."""
@@ -235,13 +250,15 @@ class StreamPool:
 
     def _audit(self, index: int, choice: Choice, cost: float) -> float | None:
         """Compute the whole frame beside, once its share of the computation allows it, and take it over."""
+        if not self.config.audit:
+            return None
         cache, camera = self._caches[index], self._cameras[index]
         tokens = cache.tokens[0]
         mean = self._means[index]
         self._means[index] = tokens.copy() if mean is None else _MEMORY * mean + (1 - _MEMORY) * tokens
         self._spent[index] += self.config.audit * cost
         N = self._backbone.num_patches
-        if self._spent[index] < 1 or mean is None or not self.config.audit:
+        if self._spent[index] < 1 or mean is None:
             return None
         if len(choice.ids) == N:
             if camera.tightness:  # where the refresh alone makes whole frames, nothing else would end that

@@ -14,6 +14,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.images.video_image import VideoImage
 from mae_deploy.runtime.backbone import Backbone
+from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.selection import Every, Motion, Region
 from mae_deploy.runtime.streams.camera import CUT, FIRST, RESIZED, WIDE
 from mae_deploy.runtime.streams.stream import DriftError, temporal_snr
@@ -260,6 +261,36 @@ class TestPool:
         np.testing.assert_array_equal(pool([None, None])[1]["tokens"], first[1]["tokens"])
         back = pool([None, changed(background(1), 7)])
         assert 7 in back[1].keep
+
+    def test_cameras_side_by_side_that_need_as_much_are_one_batch(
+        self, backbone: Backbone, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        pool = backbone.stream_pool(4, **STILL)
+        first = [background(seed) for seed in range(4)]
+        moved = [(2, 3, 5, 6, 8), (2, 3, 5, 6, 8, 12), (4,)]
+        then = [changed(frame, *patches) for frame, patches in zip(first, moved, strict=False)]
+        update = backbone.update
+        batches: list[tuple[int, int]] = []
+
+        def recorded(cache: TokenCache, patches: Array, keep: Array) -> Any:
+            batches.append((len(cache), keep.shape[1]))
+            return update(cache, patches, keep)
+
+        monkeypatch.setattr(backbone, "update", recorded)
+        seen = [pool(frames) for frames in (first, [*then, None])]
+        monkeypatch.undo()
+        alone = []
+        for before, frame in zip(first, then, strict=False):
+            stream = backbone.stream(**STILL)
+            stream(before)
+            alone.append(stream(frame))
+        few, more, one = (len(found.keep) for found in alone)
+        assert few < more
+        assert batches == [(4, N), (2, more), (1, one)]
+        assert len(seen[1][0].keep) == more  # more than it needs: the oldest
+        for camera in (1, 2):
+            np.testing.assert_array_equal(seen[1][camera].keep, alone[camera].keep)
+            np.testing.assert_allclose(seen[1][camera]["tokens"], alone[camera]["tokens"], atol=2e-5)
 
     def test_another_number_of_frames_is_refused(self, backbone: Backbone) -> None:
         with pytest.raises(ConfigError, match="1 frames for 2 cameras"):
