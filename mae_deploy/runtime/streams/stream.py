@@ -15,12 +15,10 @@ from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
-from mae_deploy.runtime.streams.crossover import measured_bypass
+from mae_deploy.runtime.streams.crossover import measured_bypass, step
 from mae_deploy.runtime.streams.model import StreamModel
 from mae_deploy.runtime.streams.shift import Shift
 
-_SIZES = 16
-"""K is one of about so many numbers, so that engines that prepare for each size prepare few."""
 _ALIKE = 1.25
 """Cameras are one batch where none of them takes more than so many times the patches that it needs."""
 _MEMORY = 0.98
@@ -99,8 +97,10 @@ class StreamPool:
         height, width = backbone.preprocess.image_size
         self._patch_size = P
         bypass = measured_bypass(backbone) if config.bypass is None else config.bypass
-        step = max(1, bundle.num_patches // _SIZES)
-        self._cameras = [Camera(config, (height // P, width // P), P, bypass=bypass, step=step) for _ in range(cameras)]
+        self._cameras = [
+            Camera(config, (height // P, width // P), P, bypass=bypass, step=step(bundle.num_patches))
+            for _ in range(cameras)
+        ]
         self._together = backbone.new_cache(cameras) if bundle.fixed_batch is None else None
         """All cameras' cache, where the graph takes several at once; `_caches` are then parts of it."""
         together = self._together

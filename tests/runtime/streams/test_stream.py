@@ -173,6 +173,14 @@ def test_the_measured_bypass_is_a_share(backbone: Backbone) -> None:
     assert 0 <= measured_bypass(backbone) <= 1
 
 
+@pytest.mark.parametrize(("whole", "expected"), [(5.0, 0.4375), (0.5, 0.0), (9.0, 0.85), (2.0 / 0.9, 0.125)])
+def test_the_bypass_is_where_a_line_reaches_a_whole_frame(whole: float, expected: float) -> None:
+    from mae_deploy.runtime.streams.crossover import crossing
+
+    assert crossing((0.125, 2.0), (0.5, 5.0), whole) == pytest.approx(expected)
+    assert crossing((0.125, 1.0), (0.5, 1.0), 2.0) == 0.85  # as fast whatever it computes
+
+
 AUDITED: dict[str, Any] = {**STILL, "refresh": 0.1, "audit": 1.0}
 
 
