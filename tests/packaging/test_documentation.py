@@ -212,9 +212,11 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
     monkeypatch.setattr(cli, "_needs_torch", lambda _: AnyFunction(asked.append))
     monkeypatch.setattr(cli, "_trained", lambda found: found)
+    monkeypatch.setattr("mae_deploy.flags.local", Path)  # no model hub is asked
     for module, function in (
         ("commands.verify", "_other_graph"),
         ("commands.predict", "run_predict"),
+        ("commands.push", "run_push"),
         ("commands.benchmark.run", "run_benchmark"),
         ("commands.info", "run_info"),
         ("commands.doctor", "run_doctor"),
