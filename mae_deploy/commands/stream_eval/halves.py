@@ -64,7 +64,7 @@ class FirstHalf:
         self._errors = dict.fromkeys(choices, 0.0)
         self._whole, self._signal, self._probe = Whole(backbone), Signal(), Probe()
         self._changed = Costs(backbone, _THRESHOLDS)
-        self._chosen: float | None = None
+        self._shown = False
 
     def add(self, frame: Any, labels: Array) -> None:
         """One frame, and which of its patches are foreground `(N,)`."""
@@ -73,6 +73,7 @@ class FirstHalf:
         self._signal.add(true)
         if TOKENS in true:
             self._probe.add(true[TOKENS][0], labels)
+            self._shown |= bool(labels.any())
         for threshold, stream in self._streams.items():
             answer = stream(frame)
             self._costs[threshold].append(answer.cost)
@@ -110,8 +111,8 @@ class FirstHalf:
         }
 
     def probe(self) -> Probe | None:
-        """The trained probe; None where the bundle has no tokens."""
-        if TOKENS not in self._signal.names:
+        """The trained probe; None where the bundle has no tokens, or nothing was in front of the background."""
+        if not self._shown:
             return None
         self._probe.fit()
         return self._probe

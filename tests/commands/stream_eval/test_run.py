@@ -14,6 +14,7 @@ from mae_deploy.cli import main
 from mae_deploy.commands.stream_eval.arms import Changed, ChangedPatches, Costs, Held, Streamed, update_cost
 from mae_deploy.commands.stream_eval.conditions import opened
 from mae_deploy.commands.stream_eval.halves import ALONE, CACHED, NTH, OURS, STALE, WHOLE
+from mae_deploy.commands.stream_eval.report import margin
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.video import Frame
@@ -109,10 +110,23 @@ def test_the_clean_first_half_chooses_for_all_conditions(report: dict[str, Any])
     assert "probe" not in clean  # weights are for going on, not for people
 
 
+def test_the_margin_is_to_what_costs_no_more() -> None:
+    costs_and_ratios = {
+        WHOLE: (1.0, None),
+        STALE: (0.03, 1.0),
+        NTH: (0.21, 5.0),
+        CACHED: (0.3, 14.0),
+        OURS: (0.2, 12.0),
+    }
+    rows = [{"arm": arm, "cost": cost, "tokens_snr": snr} for arm, (cost, snr) in costs_and_ratios.items()]
+    ours, best, more = margin(rows)
+    assert (ours["arm"], best["arm"], more) == (OURS, NTH, 7.0)
+
+
 def test_report_for_people(root: Path) -> None:
     text = (root / "done" / "stream-eval.md").read_text()
     assert text.count("square.mp4: how near") == 1
-    assert "the best other arm" in text
+    assert "the best other arm at that cost" in text
     page = (root / "done" / "stream-eval.html").read_text()
     assert page.count("data:image/png;base64,") == 2
     assert "mae-deploy stream-eval" in page
