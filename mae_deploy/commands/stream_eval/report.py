@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,7 @@ def report_page(report: dict[str, Any]) -> Page:
     )
 
 
-def margin(rows: list[Row]) -> tuple[Row, Row, float]:
+def margin(rows: Sequence[Row]) -> tuple[Row, Row, float]:
     """The stream's row, that of the best other arm that costs no more (a tenth aside), and by how many dB the stream is
     nearer.
     """
