@@ -59,7 +59,7 @@ def test_attention_to_the_whole_frame_is_counted(bundles: Path) -> None:
 def test_info_says_what_a_stream_remembers(bundles: Path, capsys: pytest.CaptureFixture[str]) -> None:
     capsys.readouterr()
     assert main(["info", str(bundles / "cached")]) == 0
-    assert "keys and values in float32, 0.0 MB a stream with its tokens" in " ".join(capsys.readouterr().out.split())
+    assert "keys and values in float32, 6.33 kB a stream with its tokens" in " ".join(capsys.readouterr().out.split())
 
 
 def test_images_are_predicted_as_first_frames(
