@@ -19,7 +19,15 @@ from mae_deploy.errors import CheckFailed
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.spec import block_tensor
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
-from mae_deploy.export.proof import GOLDEN, ParityRecord, check_parity, engine_name, refuse, tolerance_of
+from mae_deploy.export.proof import (
+    GOLDEN,
+    ParityRecord,
+    check_parity,
+    engine_name,
+    judging_engine,
+    refuse,
+    tolerance_of,
+)
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.samples import synthetic_frame
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
@@ -33,7 +41,8 @@ from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engines.base import Engine
+from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.manifest import (
     BLOCKS,
     FRAME,
@@ -48,7 +57,9 @@ from mae_deploy.runtime.manifest import (
     file_entry,
     plan_engine,
 )
-from mae_deploy.runtime.parity.checks import Verification, noise_record, verify_engine
+from mae_deploy.runtime.parity.checks import Verification, verify_engine
+from mae_deploy.runtime.parity.own_noise import noise_record
+from mae_deploy.runtime.registry import OPENVINO
 from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
@@ -246,10 +257,20 @@ def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
     """Put what was checked into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
     emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}
-    noise = noise_record(proof.verification)
+    golden_db = {check.comparison.name: check.comparison.sqnr_db for check in proof.verification.outputs}
+    noise = noise_record(golden_db, None if emulated else _blocks_db(bundle, job))
     figures = {**verification, **noise, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
     bundle.manifest["parity"] = {f"onnx-{job.config.precision}": figures}
     write_json(bundle.path / MANIFEST_FILE, bundle.manifest)
+
+
+def _blocks_db(bundle: Bundle, job: ExportJob) -> list[float] | None:
+    """The SQNR after each block on ONNX Runtime; OpenVINO may die of a graph that shows its inner tensors."""
+    engine = judging_engine(job.config.engine)
+    if engine == OPENVINO:
+        return None
+    report = trace_layers(bundle, engine, EngineOptions(threads=job.config.threads), outputs_pass=True)
+    return [layer.comparison.sqnr_db for layer in report.layers]
 
 
 def _record_device(bundle: Bundle, device: DeviceProof) -> None:

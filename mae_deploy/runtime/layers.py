@@ -16,6 +16,7 @@ from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
 from mae_deploy.runtime.manifest import BLOCKS, NUM_KEEP
 from mae_deploy.runtime.parity.compare import Comparison, compare
+from mae_deploy.runtime.parity.own_noise import BLOCKS_DB, own_noise
 from mae_deploy.runtime.registry import load_engine
 
 FLOOR_DB = 80.0
@@ -25,6 +26,9 @@ summation."""
 _SUDDEN_DB = 15.0
 """A loss from one block to the next that rounding alone does not bring: a fault begins there, though it may take some
 blocks more to fall below the floor."""
+
+_CHANGED_DB = 2.0
+"""A block's rounding does not vary so much on one engine and CPU."""
 
 _FIRST_DB = 110.0
 """The least that the first block of an FP32 graph has, rounding alone."""
@@ -66,7 +70,9 @@ class LayerReport:
     floor_db: float
     """The least SQNR after a block."""
     outputs_pass: bool
-    """Whether the graph's outputs meet their tolerance."""
+    """Whether the graph's outputs meet their tolerance, and are as near to PyTorch as at export."""
+    exported_db: tuple[float | None, ...] | None = None
+    """The SQNR that each block had at export, where that was on this engine and CPU; None for one without noise."""
     num_samples: int
     num_tokens: int
 
@@ -77,8 +83,8 @@ class LayerReport:
 
     @property
     def lost_at(self) -> LayerDrift | None:
-        """Where precision is lost: up to the first block that is broken or below the floor, the first that loses much
-        at once, else that block.
+        """Where precision is lost: the first block that has more noise than at export, where that is known. Else, up to
+        the first block that is broken or below the floor, the first that loses much at once, else that block.
 
         Without one below, and if the outputs miss their tolerance all the same, the first that loses much at once, else
         the one that loses most; None if they meet it.
@@ -86,6 +92,9 @@ class LayerReport:
         below = self._below
         if below is None and self.outputs_pass:
             return None
+        changed = next((layer for layer in self.layers if self._since_export(layer) > _CHANGED_DB), None)
+        if changed is not None:
+            return changed
         before = self.layers if below is None else self.layers[: self.layers.index(below) + 1]
         sudden = next((layer for layer in before if self._loss(layer) > _SUDDEN_DB), None)
         losing = [layer for layer in self.layers if layer.drop_db is not None and layer.drop_db > 0]
@@ -95,6 +104,13 @@ class LayerReport:
     def _below(self) -> LayerDrift | None:
         """The first block that is broken or below the floor; NaN is below."""
         return next((layer for layer in self.layers if not layer.comparison.sqnr_db >= self.floor_db), None)
+
+    def _since_export(self, layer: LayerDrift) -> float:
+        """Decibels that a block is worse than at export."""
+        before = None if self.exported_db is None else self.exported_db[layer.block]
+        if layer.comparison.reason is not None:
+            return math.inf if self.exported_db is not None else 0.0
+        return 0.0 if before is None else before - layer.comparison.sqnr_db
 
     def _loss(self, layer: LayerDrift) -> float:
         """Decibels that a block loses; 0 where nothing tells what it got."""
@@ -108,6 +124,9 @@ class LayerReport:
         lost, above = self.lost_at, f"no block is below {self.floor_db:g} dB"
         if lost is not None and lost.comparison.reason is not None:
             return f"precision is lost in block {lost.block}: {lost.comparison.reason}"
+        if lost is not None and lost is not self._below and self._since_export(lost) > _CHANGED_DB:
+            before = lost.comparison.sqnr_db + self._since_export(lost)
+            return f"precision is lost in block {lost.block}: {lost.comparison.sqnr_db:.1f} dB, at export {before:.1f}"
         if lost is not None and lost is not self._below and self._loss(lost) > _SUDDEN_DB:
             expected = lost.comparison.sqnr_db + self._loss(lost)
             return (
@@ -166,6 +185,7 @@ def trace_layers(
     with load_engine(bundle, engine, options, taps=bundle.blocks) as loaded:
         inputs = {name: golden[name][:S] for name in bundle.sample_names}
         found = run_in_chunks(runner(loaded, bundle.manifest), inputs, batch=bundle.fixed_batch, outputs=bundle.blocks)
+        exported_db = own_noise(bundle, loaded).get(BLOCKS_DB)
     layers: list[LayerDrift] = []
     for block, name in enumerate(bundle.blocks):
         comparison = compare(_rows(expected_SLTD[:, block]), _rows(found[name][:, :T]), name)
@@ -183,6 +203,7 @@ def trace_layers(
         outputs_pass=outputs_pass,
         num_samples=S,
         num_tokens=T,
+        exported_db=None if exported_db is None or len(exported_db) != len(layers) else tuple(exported_db),
     )
 
 

@@ -5,6 +5,7 @@ that breaks.
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -203,3 +204,11 @@ def test_a_fault_begins_where_much_is_lost_at_once(noise: tuple[float, ...], blo
     found = report(*noise, floor=FLOOR_DB)
     assert found.lost_at is found.layers[block]
     assert found.conclusion == expected
+
+
+def test_the_block_that_is_worse_than_at_export(tmp_path: Path) -> None:
+    found = dataclasses.replace(report(60.0, 57.0, 50.0, floor=30.0), exported_db=(60.5, 59.5, 58.0))
+    assert found.lost_at is found.layers[1]
+    assert found.conclusion == "precision is lost in block 1: 57.0 dB, at export 59.5"
+    assert dataclasses.replace(found, outputs_pass=True).lost_at is None
+    assert dataclasses.replace(found, exported_db=(60.5, None, 58.0)).lost_at is found.layers[2]
