@@ -42,9 +42,12 @@ _LEVELS = 1.5
 AS_EXPORTED = "as exported"
 """The check of the golden samples against how near to PyTorch they were at export, on this engine and CPU."""
 
-_NOISE_DB = 6.0
-"""By how much more an output may be off than it was at export, where the engine and the CPU are the same. Other threads
-add in another order, and move it by a decibel."""
+_NOISE_DB = 2.0
+"""By how much more an output may be off than it was at export, where the engine and the CPU are the same: half as much
+noise again."""
+
+_SUMMATION_DB = 3.0
+"""The same of FP32, whose noise is the order in which threads add: it was seen to move by 1 dB."""
 
 _ENOUGH = 64
 """Values that an output must have for its noise to be told."""
@@ -175,7 +178,7 @@ def _as_exported(bundle: Bundle, engine: Engine, checks: Sequence[Check]) -> lis
         before = before_db.get(name)
         if check.name != GOLDEN or before is None or golden[name].size < _ENOUGH:
             continue
-        least = before - _NOISE_DB
+        least = before - (_SUMMATION_DB if bundle.precision == "fp32" else _NOISE_DB)
         missed = not check.comparison.sqnr_db >= least
         said = f"{name}: sqnr_db {check.comparison.sqnr_db:.1f}, at export {before:.1f} on the same engine and CPU"
         found.append(Check(AS_EXPORTED, check.comparison, (said,) if missed else ()))
