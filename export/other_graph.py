@@ -114,7 +114,9 @@ def _verification(
 ) -> Verification:
     samples, expected = job.trials[0]
     images = job.samples.pixels if inputs[0].dtype == np.uint8 else samples[IMAGES].astype(inputs[0].dtype)
-    given = {entry.name: array for entry, array in zip(inputs, (images, samples.get(IDS_KEEP)), strict=False)}
+    given: Arrays = {inputs[0].name: images}
+    if len(inputs) == 2:
+        given[inputs[1].name] = samples[IDS_KEEP]
     batch, S = inputs[0].batch, len(images)
 
     def run(order: Array, step: int | None = batch) -> Arrays:

@@ -134,7 +134,8 @@ def _cropped(paths: Iterable[Path], spec: Preprocess) -> Iterator[tuple[Path, Ar
 def synthetic_frame(spec: Preprocess) -> Array:
     """`(h, w, C)`, larger than the model's images, of another shape, and of odd sides."""
     H, W = spec.image_size
-    return _synthetic(replace(spec, image_size=(3 * H // 2 | 1, 2 * W | 1)), 1)[0]
+    frame: Array = _synthetic(replace(spec, image_size=(3 * H // 2 | 1, 2 * W | 1)), 1)[0]
+    return frame
 
 
 def _synthetic(spec: Preprocess, count: int) -> Array:

@@ -26,7 +26,6 @@ from mae_deploy.errors import MaeDeployError
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.images.preprocess import default_preprocess
-from mae_deploy.images.read import Array
 from mae_deploy.machine import cpu_features
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.mask_config import keep_count
@@ -133,7 +132,7 @@ def _calls(config: EncoderConfig, engine: str, stack: ExitStack) -> Iterator[tup
                 graph = build_graph(metadata, tensors, spec).save(Path(folder) / "graph.onnx")[0]
                 options = EngineOptions(threads=1)
                 opened = stack.enter_context(open_graph(graph, engine, options, precision=arithmetic[precision]))
-            inputs: dict[str, Array] = {IMAGES: images}
+            inputs: dict[str, Any] = {IMAGES: images}
             if keep is not None:
                 inputs[IDS_KEEP] = random_patches(N, keep, range(1), 0)
             yield _Variant(precision, keep), partial(opened.run, inputs)
