@@ -57,7 +57,11 @@ def test_commands_that_share_no_work_are_not_done_twice(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    monkeypatch.setattr(cli, "_needs_torch", lambda _: type("Any", (), {"run_pretrain": staticmethod(lambda _: None)}))
+    monkeypatch.setattr(
+        cli,
+        "_needs_torch",
+        lambda _: type("Any", (), {"run_pretrain": staticmethod(lambda config: {"out": str(config.out)})}),
+    )
     given = ["--init", "mae"] if command == "knn" else ["--out", str(tmp_path / "run")]
     assert cli.main([command, "data", *given]) == code
     said = capsys.readouterr().err

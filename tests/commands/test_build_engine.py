@@ -126,7 +126,7 @@ def test_for_people(
     words = " ".join(captured.out.split())
     for expected in (
         "fp16, TensorRT 10.3.0, Orin, B:1,8,32 K:1,4,21, 0.50 ms",
-        "7.0 MB, built in 61 s",
+        "7 MB, built in 1 min",
         "30 layers, 12 of them fused attention; 20 int8, 10 fp32",
         "40 checks passed: profile 0 min, B=1, K=1",
         "1.25 of its latency",

@@ -59,7 +59,7 @@ def test_what_was_exported_passes(
     monkeypatch.setenv("COLUMNS", "200")
     assert main(["verify", str(bundle)]) == 0
     captured = capsys.readouterr()
-    assert captured.err == ""
+    assert captured.err == f"Next: mae-deploy predict '{bundle}' IMAGES\n"
     assert captured.out.startswith(f"{bundle} on onnxruntime {onnxruntime.__version__} (cpu), 8 samples\n")
     found = cells(captured.out)
     checked = [[check, output] for check in SHOWN for output in OUTPUTS]
@@ -244,6 +244,7 @@ def test_a_block_that_overflows_is_1_although_the_outputs_pass(
 def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_bundle(tmp_path / "bundle", change=lambda manifest: manifest["graph"].update(blocks=[]))
     assert main(["verify", str(path)]) == 0
+    capsys.readouterr()
     assert main(["verify", str(path), "--layers"]) == 2
     assert (
         capsys.readouterr().err

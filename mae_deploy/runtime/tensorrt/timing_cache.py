@@ -7,12 +7,14 @@ from __future__ import annotations
 import logging
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mae_deploy.files import atomic_path, locked
 from mae_deploy.machine import cache_folder
 from mae_deploy.runtime.cuda.driver import Gpu
-from mae_deploy.runtime.tensorrt.options import BuildOptions
+
+if TYPE_CHECKING:
+    from mae_deploy.runtime.tensorrt.options import BuildOptions
 
 _log = logging.getLogger(__name__)
 

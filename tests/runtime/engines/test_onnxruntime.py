@@ -35,7 +35,7 @@ def test_onnxruntime_has_three_names(full_bundle: Path, name: str) -> None:
 def test_an_unknown_engine(full_bundle: Path) -> None:
     with pytest.raises(ConfigError, match="unknown engine 'tflite'") as caught:
         load_engine(Bundle.load(full_bundle), "tflite")
-    assert caught.value.hint == "known: auto, onnx, ov, trt, onnxruntime, openvino, tensorrt"
+    assert caught.value.hint == "known: auto, onnx, ov, trt, trt-rtx, onnxruntime, openvino, tensorrt, tensorrt-rtx"
 
 
 def write_proven_on_openvino(path: Path) -> Bundle:
