@@ -113,7 +113,7 @@ def flags_of(
 def with_local_bundles(settings: Any, flags: Sequence[Flag]) -> Any:
     """The settings with a folder in the place of each bundle on a model hub, fetched first; see `hub.local`."""
     for flag in flags:
-        if "BUNDLE" not in flag.takes or len(flag.path) > 1:
+        if "BUNDLE" not in flag.takes or len(flag.path) != 1:
             continue
         value = getattr(settings, flag.path[0])
         items = value if isinstance(value, tuple) else (value,)

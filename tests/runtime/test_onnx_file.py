@@ -121,10 +121,11 @@ def test_matrix_products_in_int8(tmp_path: Path) -> None:
     onnx.checker.check_model(model, full_check=True)
     assert [node.op_type for node in model.graph.node].count("MatMul") == length
     x = np.random.default_rng(1).standard_normal((size, size), np.float32)
-    expected, found = (
+    outputs: list[Any] = [
         onnxruntime.InferenceSession(str(tmp_path / name), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
         for name in ("fp32", "int8")
-    )
+    ]
+    expected, found = outputs
     # Rounding to 127 steps of four deviations, twice a product: 35 dB each time, 30 after three. AVX2's products of
     # 8-bit integers saturate, which costs as much again.
     noise = 10 * np.log10(np.square(expected).sum() / np.square(found - expected).sum())

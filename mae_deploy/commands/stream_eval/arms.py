@@ -75,12 +75,11 @@ class Changed:
         """Their indices `(K,)` in a grey frame `(H, W, 1)`, which counts as computed there."""
         scores = self._select(Scene(pixels=seen, patch_size=self._patch_size, computed=self._computed))
         ids = np.flatnonzero(scores)
-        if self._computed is None:
-            self._computed = seen.copy()
+        computed = self._computed = seen.copy() if self._computed is None else self._computed
         P, (rows, columns) = self._patch_size, (side // self._patch_size for side in seen.shape[:2])
         row, column = np.divmod(ids, columns)
         shape = (rows, P, columns, P)
-        self._computed.reshape(shape)[row, :, column] = seen.reshape(shape)[row, :, column]
+        computed.reshape(shape)[row, :, column] = seen.reshape(shape)[row, :, column]
         return ids
 
 
@@ -173,6 +172,6 @@ def update_cost(backbone: Backbone, count: int, *, context: bool) -> float:
     if not count:
         return 0.0
     manifest = backbone.bundle.manifest
-    graph = manifest if context else {**manifest, "token_mode": "visible"}
+    graph: Any = manifest if context else {**manifest, "token_mode": "visible"}
     whole = flops_per_image(manifest, backbone.num_patches) or 1
     return (flops_per_image(graph, count) or 0) / whole

@@ -59,8 +59,10 @@ def run_stream_eval(config: StreamEvalConfig) -> Result:
 
 def _of_video(config: StreamEvalConfig, backbone: Backbone, video: Path) -> Iterator[dict[str, Any]]:
     """What is found under each condition; clean comes first, since it chooses the threshold and trains the probe."""
-    conditions = sorted(dict.fromkeys(config.conditions), key=lambda name: name != "clean")
-    parts = {name: _finished(config, backbone, video, name) for name in conditions}
+    conditions: list[Condition] = sorted(dict.fromkeys(config.conditions), key=lambda name: name != "clean")
+    parts: dict[Condition, dict[str, Any] | None] = {
+        name: _finished(config, backbone, video, name) for name in conditions
+    }
     if all(part is not None for part in parts.values()):
         yield from (part for part in parts.values() if part is not None)
         return

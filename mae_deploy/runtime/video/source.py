@@ -20,7 +20,7 @@ from mae_deploy.runtime.video.buffer import Buffer
 from mae_deploy.runtime.video.counts import Counts
 from mae_deploy.runtime.video.decode import Reader, import_av, open_reader, reason_of
 from mae_deploy.runtime.video.frame import Frame
-from mae_deploy.runtime.video.options import VideoOptions
+from mae_deploy.runtime.video.options import OnFull, VideoOptions
 from mae_deploy.runtime.video.pictures import Pictures
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ class Video:
         self.live = isinstance(self._reader, Reader) and ("://" in source or self._form is not None)
         if isinstance(self._reader, Reader) and self._reader.has_end:
             self.live = False
-        self._on_full = options.on_full or ("drop-oldest" if self.live else "wait")
+        self._on_full: OnFull = options.on_full or ("drop-oldest" if self.live else "wait")
 
     @property
     def num_frames(self) -> int | None:

@@ -63,7 +63,8 @@ def test_a_planted_drift_is_found_within_the_interval(backbone: Backbone, select
     rng = np.random.default_rng(seed)
     for _ in range(int(rng.integers(5, 15))):
         frames = [scene.frame() for scene in scenes]
-        pool(frames), sound(frames)
+        pool(frames)
+        sound(frames)
     victim = int(rng.integers(cameras))
     cache = pool.cache(victim)
     for array in (*cache.rows.values(), cache.tokens):
