@@ -131,10 +131,15 @@ class ExportJob:
 
     def runner(self, engine: Engine) -> Runner:
         """What runs these samples on a graph of this job."""
+        return engine if self.cache_shape is None else Sequences(engine, self.cache_shape)
+
+    @property
+    def cache_shape(self) -> CacheShape | None:
+        """Of a cached graph's keys and values; None of others."""
         if self.config.token_mode != "cached":
-            return engine
+            return None
         c = self.loaded.encoder_config
-        shape = CacheShape(
+        return CacheShape(
             num_patches=c.num_patches,
             depth=c.blocks,
             num_heads=c.heads,
@@ -142,7 +147,6 @@ class ExportJob:
             dtype=self.config.cache_type,
             fixed_rows=self._fixed_rows,
         )
-        return Sequences(engine, shape)
 
     def as_graph_takes(self, inputs: Arrays) -> Arrays:
         """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels; or of

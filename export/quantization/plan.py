@@ -318,7 +318,7 @@ class _Attempt:
         name = judging_engine(self.config.engine)
         if name == OPENVINO and not self._figures:  # the first graph; what it dies of lies in the shapes
             inputs = {key: array[: self.config.fixed_batch or 1] for key, array in self.job.trials[0][0].items()}
-            try_alone(files[0], name, options, precision, self.job.as_graph_takes(inputs))
+            try_alone(files[0], name, options, precision, self.job.as_graph_takes(inputs), self.job.cache_shape)
         engine = stack.enter_context(open_graph(files[0], name, options, precision=precision))
         for file in files:  # the engine has read them
             remove(file)

@@ -10,6 +10,7 @@ from mae_deploy.errors import MaeDeployError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.registry import OPENVINO, TENSORRT_RTX, engine_for, load_engine, open_graph
@@ -43,13 +44,23 @@ def verify_alone(bundle: Bundle, engine: str, options: EngineOptions) -> Verific
     return _alone(engine, _verify, bundle, engine, options)
 
 
-def try_alone(graph: Path, engine: str, options: EngineOptions, precision: str, inputs: Mapping[str, Array]) -> None:
+def try_alone(
+    graph: Path,
+    engine: str,
+    options: EngineOptions,
+    precision: str,
+    inputs: Mapping[str, Array],
+    cache: CacheShape | None = None,
+) -> None:
     """Load an ONNX file and run it once, in a process of its own.
+
+    Args:
+        cache: of a cached graph, whose inputs are updates of streams.
 
     Raises:
         MaeDeployError: the engine refuses the graph or the inputs, or dies of them.
     """
-    _alone(engine, _run_once, graph, engine, options, precision, dict(inputs))
+    _alone(engine, _run_once, graph, engine, options, precision, dict(inputs), cache)
 
 
 def _alone(engine: str, function: Callable[..., T], *arguments: Any) -> T:
@@ -62,9 +73,16 @@ def _alone(engine: str, function: Callable[..., T], *arguments: Any) -> T:
         ) from error
 
 
-def _run_once(graph: Path, engine: str, options: EngineOptions, precision: str, inputs: dict[str, Array]) -> None:
+def _run_once(
+    graph: Path,
+    engine: str,
+    options: EngineOptions,
+    precision: str,
+    inputs: dict[str, Array],
+    cache: CacheShape | None,
+) -> None:
     with open_graph(graph, engine, options, precision=precision) as loaded:
-        loaded.run(inputs)
+        (loaded if cache is None else Sequences(loaded, cache)).run(inputs)
 
 
 def _verify(bundle: Bundle, engine: str, options: EngineOptions) -> Verification:

@@ -176,6 +176,12 @@ def test_for_openvino(shallow: Exports, robust: Path, mode: str, precision: str)
     runs_as_pytorch(shallow.out, robust_mae(SHALLOW), KEEP[mode], FLOORS[precision])
 
 
+def test_a_cached_graph_of_static_int8_for_openvino(shallow: Exports, robust: Path) -> None:
+    pytest.importorskip("openvino")
+    shallow.passed("--engine", "openvino", "--tokens", "cached", *PRECISIONS["static"], *quantized("static", robust))
+    assert shallow.verified()["failures"] == []
+
+
 # --- what else goes into and comes out of a graph --------------------------------------------------------------------
 
 
