@@ -178,7 +178,9 @@ def test_for_openvino(shallow: Exports, robust: Path, mode: str, precision: str)
 
 def test_a_cached_graph_of_static_int8_for_openvino(shallow: Exports, robust: Path) -> None:
     pytest.importorskip("openvino")
-    shallow.passed("--engine", "openvino", "--tokens", "cached", *PRECISIONS["static"], *quantized("static", robust))
+    budget = ("--min-cosine", "0.98")  # the first update of so small a network sees one patch
+    given = (*PRECISIONS["static"], *quantized("static", robust), *budget)
+    shallow.passed("--engine", "openvino", "--tokens", "cached", *given)
     assert shallow.verified()["failures"] == []
 
 
