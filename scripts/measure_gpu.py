@@ -37,7 +37,6 @@ from mae_deploy.runtime.tensorrt.tensors import (
     create_context,
     read_profiles,
     read_tensors,
-    runtime_config,
 )
 from mae_deploy.runtime.timing import measure
 
@@ -167,7 +166,6 @@ class RawCalls:
             engine = api.deserialize(content)
             inputs, outputs = read_tensors(api.module, engine)
             self._engine: Any = engine
-            self._config = runtime_config(api.module, engine)
             self._stream, self._nbytes = memory.stream(), activation_bytes(engine)
             self._activations = memory.allocate(self._nbytes)
         self._inputs, self._tensors, self._profiles = inputs, {**inputs, **outputs}, read_profiles(engine, inputs)
@@ -181,7 +179,7 @@ class RawCalls:
         except ConfigError:
             return None
         with self._memory.active():
-            context = create_context(self._api.module, self._engine, self._activations, self._nbytes, self._config)
+            context = create_context(self._api.module, self._engine, self._activations, self._nbytes)
             context.set_optimization_profile_async(profile.index, self._stream.handle)
             for name, array in given.items():
                 context.set_input_shape(name, array.shape)
@@ -208,7 +206,7 @@ class RawCalls:
                 graph.close()
             self._graphs.clear()
             self._contexts.clear()
-            self._config = self._engine = None
+            self._engine = None
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._stream.handle):
