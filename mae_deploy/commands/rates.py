@@ -95,7 +95,7 @@ def advice(rates: Rates, features: Sequence[str] | None) -> list[str]:
             if times >= _NOTABLE
             else f"{name} is not faster than FP32 ({times:.1f} times)"
         )
-    words.append(f"FP32 is fastest on {_NAMES[best]}")
+    words.append(f"the engine for FP32 is {_NAMES[best]}")
     if features is not None and not any(name in features for name in NATIVE_BF16):
         words.append("BF16 is emulated by this CPU: don't")
     return ["; ".join(words) + "."]

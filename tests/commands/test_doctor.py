@@ -42,7 +42,7 @@ def test_with_everything_installed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "CPU" in found["engines"]["onnxruntime"]
     assert set(found["gflops"]) == {name for name in MEASURED if found["packages"][name] is not None}
     assert all(rate > 0 for rates in found["gflops"].values() for rate in rates.values())
-    assert "FP32 is fastest on" in found["advice"][0]
+    assert "the engine for FP32 is" in found["advice"][0]
     assert set(found["commands"]) == {name for names in NEEDS.values() for name in names}
     assert found["commands"]["pretrain"] is None
     assert found["machine"]["nvidia_gpus"] == len(found["machine"]["gpus"])

@@ -20,24 +20,24 @@ VNNI, AMX = ["avx2", "avx512_vnni"], ["avx2", "amx_bf16", "amx_int8"]
         (
             {"onnxruntime": {"fp32": 80, "int8": 120}, "openvino": {"fp32": 100, "int8": 310}},
             VNNI,
-            "INT8 on OpenVINO: 3.1 times FP32; FP32 is fastest on OpenVINO; BF16 is emulated by this CPU: don't.",
+            "INT8 on OpenVINO: 3.1 times FP32; the engine for FP32 is OpenVINO; BF16 is emulated by this CPU: don't.",
         ),
         (
             {"onnxruntime": {"fp32": 80, "int8": 120}, "openvino": {"fp32": 60, "bf16": 240, "int8": 110}},
             AMX,
-            "INT8 on ONNX Runtime: 1.5 times FP32; BF16 on OpenVINO: 3.0 times FP32; FP32 is fastest on ONNX Runtime.",
+            "INT8 on ONNX Runtime: 1.5 times FP32; BF16 on OpenVINO: 3.0 times FP32; the engine for FP32 is ONNX Runtime.",
         ),
         (
             {"openvino": {"fp32": 100, "int8": 90}},
             ["avx2"],
-            "INT8 on OpenVINO is not faster than FP32 (0.9 times); FP32 is fastest on OpenVINO;"
+            "INT8 on OpenVINO is not faster than FP32 (0.9 times); the engine for FP32 is OpenVINO;"
             " BF16 is emulated by this CPU: don't.",
         ),
         # The best INT8 is compared with the best FP32, which may be another engine's.
         (
             {"onnxruntime": {"fp32": 200, "int8": 100}, "openvino": {"fp32": 100, "int8": 210}},
             None,
-            "INT8 on OpenVINO is not faster than FP32 (1.1 times); FP32 is fastest on ONNX Runtime.",
+            "INT8 on OpenVINO is not faster than FP32 (1.1 times); the engine for FP32 is ONNX Runtime.",
         ),
     ],
 )
