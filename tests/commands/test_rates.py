@@ -25,7 +25,8 @@ VNNI, AMX = ["avx2", "avx512_vnni"], ["avx2", "amx_bf16", "amx_int8"]
         (
             {"onnxruntime": {"fp32": 80, "int8": 120}, "openvino": {"fp32": 60, "bf16": 240, "int8": 110}},
             AMX,
-            "INT8 on ONNX Runtime: 1.5 times FP32; BF16 on OpenVINO: 3.0 times FP32; the engine for FP32 is ONNX Runtime.",
+            "INT8 on ONNX Runtime: 1.5 times FP32; BF16 on OpenVINO: 3.0 times FP32;"
+            " the engine for FP32 is ONNX Runtime.",
         ),
         (
             {"openvino": {"fp32": 100, "int8": 90}},
