@@ -251,7 +251,7 @@ def predict(config: PredictConfig) -> Any:
 def stream(config: StreamCommandConfig) -> Any:
     """Follow a camera or a video, computing what changed.
 
-    Features to a file, labels as they change, a report. Needs no PyTorch.
+    Several are computed in one batch. Features to a file, labels as they change, a report. Needs no PyTorch.
     """
     from mae_deploy.commands.stream.run import run_stream
 

@@ -48,18 +48,21 @@ class SelectionOptions(Settings, resume="never"):
 class StreamCommandConfig(Settings, resume="never"):
     """Settings of `mae-deploy stream`."""
 
-    source: str = setting(argument=True, metavar="SOURCE")
-    """A video file, a folder of images or a pattern of them, a camera's number, or an RTSP, HTTP or other URL."""
+    sources: tuple[str, ...] = setting(argument=True, flag="SOURCE", metavar="SOURCE")
+    """A video file, a folder of images or a pattern of them, a camera's number, or an RTSP, HTTP or other URL; several
+    are computed in one batch."""
     bundle: Path = setting(argument=True, metavar="BUNDLE")
     """Bundle folder; of --tokens cached, or every frame is computed whole."""
     out: Path | None = setting(None, basic=True)
-    """Write features of every frame to this .npz, .parquet or .jsonl file, as they come."""
+    """Write features of every frame to this .npz, .parquet or .jsonl file, as they come; rows of several sources have
+    the source's number, from 0, in the column camera."""
     outputs: tuple[str, ...] | None = setting(None, metavar="NAME,…")
     """Outputs to write, by name; default: those that are vectors."""
     report: Path | None = setting(None, basic=True)
     """Write a report to this folder: HTML and Markdown, with plots and frames."""
     annotate: Path | None = setting(None, basic=True)
-    """Write the frames to this .mp4 with the computed patches and the label drawn on them."""
+    """Write the frames to this .mp4 with the computed patches and the label drawn on them; of several sources to
+    OUT-0.mp4, OUT-1.mp4 and so on."""
     video: VideoOptions = section(VideoOptions)
     selection: SelectionOptions = section(SelectionOptions)
     stream: StreamOptions = section(StreamOptions)

@@ -43,25 +43,32 @@ def check_out(path: Path) -> None:
 
 
 @contextmanager
-def written(path: Path, source: str, outputs: Sequence[str]) -> Iterator[Writer]:
-    """The file, which appears when the block ends; where it fails there is none."""
+def written(path: Path, sources: Sequence[str], outputs: Sequence[str]) -> Iterator[list[Writer]]:
+    """The file, which appears when the block ends; where it fails there is none. Yields a writer for each source."""
     if path.suffix == JSONL:
         with atomic_path(path) as aside, aside.open("w", encoding="utf-8") as file:
-            yield _Lines(file, outputs)
+            yield [_Lines(file, outputs, camera, source) for camera, source in _numbered(sources)]
         return
-    with FeatureFile(path, {"source": source}, fresh=True) as rows:
-        yield _Rows(rows, source, outputs)
+    with FeatureFile(path, {"sources": list(sources)}, fresh=True) as rows:
+        yield [_Rows(rows, outputs, camera, source) for camera, source in _numbered(sources)]
         rows.finish()
+
+
+def _numbered(sources: Sequence[str]) -> list[tuple[int | None, str]]:
+    """Each with its number, where there are several."""
+    return [(number if len(sources) > 1 else None, source) for number, source in enumerate(sources)]
 
 
 class _Lines:
     """A JSON object for each frame."""
 
-    def __init__(self, file: IO[str], outputs: Sequence[str]) -> None:
+    def __init__(self, file: IO[str], outputs: Sequence[str], camera: int | None, source: str) -> None:
         self._file, self._outputs = file, outputs
+        self._origin = {} if camera is None else {"camera": camera, "source": source}
 
     def add(self, frame: Frame, seen: Seen, label: str | None) -> None:
         line = {
+            **self._origin,
             "frame": frame.index,
             "time": frame.time,
             "dropped": frame.dropped,
@@ -77,13 +84,17 @@ class _Lines:
 
 
 class _Rows:
-    """A row of `.npz` or Parquet for each frame: `frame`, `time`, `patches`, `cost` and `snr` beside the outputs."""
+    """A row of `.npz` or Parquet for each frame: `frame`, `time`, `patches`, `cost` and `snr` beside the outputs, and
+    `camera` where there are several.
+    """
 
-    def __init__(self, rows: FeatureFile, source: str, outputs: Sequence[str]) -> None:
-        self._rows, self._source, self._outputs = rows, source, outputs
+    def __init__(self, rows: FeatureFile, outputs: Sequence[str], camera: int | None, source: str) -> None:
+        self._rows, self._outputs, self._source = rows, outputs, source
+        self._origin = {} if camera is None else {"camera": np.array([camera], np.int32)}
 
     def add(self, frame: Frame, seen: Seen, label: str | None) -> None:
         columns: dict[str, Array] = {
+            **self._origin,
             "frame": np.array([frame.index], np.int64),
             "time": np.array([np.nan if frame.time is None else frame.time], np.float64),
             "patches": np.array([len(seen.keep)], np.int32),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 from rich.live import Live
 from rich.panel import Panel
@@ -20,53 +21,106 @@ _BAR = 24
 
 
 class View:
-    """What is shown of a stream."""
+    """What is shown of a source."""
 
-    def __init__(self, title: str, video: Video, record: Record) -> None:
-        self._title, self._video, self._record = title, video, record
+    def __init__(self, source: str, video: Video, record: Record) -> None:
+        self.source, self._video, self._record = source, video, record
         self.label = ""
         """A classifier's, now."""
         self.patches = 0.0
         """Share of the patches that were computed of the last frame."""
+        self.end = ""
+        """Why no frame comes any more."""
 
-    def __rich__(self) -> Panel:
-        record, counts, grid = self._record, self._video.counts, Table.grid(padding=(0, 2))
-        grid.add_column(style="dim", no_wrap=True)
-        grid.add_column(overflow="fold")
+    def facts(self) -> dict[str, Text | str]:
+        """By what it is about."""
+        record, counts = self._record, self._video.counts
         total = self._video.num_frames
         of = f" of {total}" if total else ""
-        grid.add_row("frames", f"{record.frames}{of}, {record.recent_rate:.1f} a second")
         filled = round(self.patches * _BAR)
         bar = Text.assemble(("█" * filled, "yellow"), ("░" * (_BAR - filled), "dim"))
-        grid.add_row("patches", Text.assemble(bar, f" {self.patches:4.0%} now, {record.patches:.0%} on average"))
-        grid.add_row("latency", f"{latency(record)} ms (p50, p95, p99)")
-        grid.add_row("drift", drift(record))
         problems = {"dropped": counts.dropped, "corrupt": counts.corrupt, "lost": counts.lost}
-        grid.add_row(
-            "source",
-            Text.assemble(*((f"{name} {count}   ", "bold red" if count else "") for name, count in problems.items())),
+        facts: dict[str, Text | str] = {
+            "frames": f"{record.frames}{of}, {record.recent_rate:.1f} a second",
+            "patches": Text.assemble(bar, f" {self.patches:4.0%} now, {record.patches:.0%} on average"),
+            "latency": f"{latency(record)} ms (p50, p95, p99)",
+            "drift": drift(record),
+            "source": Text.assemble(
+                *((f"{name} {count}   ", "bold red" if count else "") for name, count in problems.items())
+            ),
+            "label": Text(self.label, "bold green"),
+            "last event": self.end or record.last_event,
+        }
+        return {name: value for name, value in facts.items() if value}
+
+    def row(self) -> list[Text | str]:
+        """The same beside other sources."""
+        record, counts = self._record, self._video.counts
+        lost = " ".join(
+            f"{name} {count}"
+            for name, count in (("dropped", counts.dropped), ("corrupt", counts.corrupt), ("lost", counts.lost))
+            if count
         )
-        if self.label:
-            grid.add_row("label", Text(self.label, "bold green"))
-        if record.last_event:
-            grid.add_row("last event", record.last_event)
-        return Panel(grid, title=self._title, title_align="left", border_style="dim")
+        return [
+            short_name(self.source),
+            f"{record.frames}",
+            f"{record.recent_rate:.1f}",
+            f"{self.patches:.0%}",
+            latency(record),
+            f"{record.audits[-1][1]:.1f}" if record.audits else "-",
+            Text(self.label, "bold green"),
+            Text.assemble((f"{lost} ", "bold red"), self.end or record.last_event),
+        ]
 
     def line(self) -> str:
         """The same for a log."""
         record, counts = self._record, self._video.counts
         label = f"  {self.label}" if self.label else ""
         return (
-            f"stream  frame {record.frames}  {record.recent_rate:.1f} frames/s  {record.patches:.0%} of the patches"
+            f"frame {record.frames}  {record.recent_rate:.1f} frames/s  {record.patches:.0%} of the patches"
             f"  {latency(record)} ms  dropped {counts.dropped}  drift: {drift(record)}{label}"
         )
 
 
+class Panels:
+    """All sources: one in words, several as rows."""
+
+    def __init__(self, views: Sequence[View], bundle: str) -> None:
+        self._views, self._bundle = views, bundle
+
+    def __rich__(self) -> Panel:
+        views = self._views
+        if len(views) == 1:
+            grid = Table.grid(padding=(0, 2))
+            grid.add_column(style="dim", no_wrap=True)
+            grid.add_column(overflow="fold")
+            for name, value in views[0].facts().items():
+                grid.add_row(name, value)
+        else:
+            grid = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+            for title in ("", "source", "frames", "a second", "patches", "p50 / p95 / p99 ms", "dB", "label", "event"):
+                right = title in ("frames", "a second", "patches", "dB")
+                grid.add_column(title, justify="right" if right else "left", no_wrap=right)
+            for number, view in enumerate(views):
+                grid.add_row(str(number), *view.row())
+        source = views[0].source if len(views) == 1 else f"{len(views)} sources"
+        return Panel(grid, title=f"{source} → {self._bundle}", title_align="left", border_style="dim")
+
+    def lines(self) -> list[str]:
+        """For a log."""
+        one = len(self._views) == 1
+        return [
+            f"stream  {'' if one else f'{number} {short_name(view.source)}  '}{view.line()}"
+            for number, view in enumerate(self._views)
+            if one or not view.end
+        ]
+
+
 @contextmanager
-def shown(view: View) -> Iterator[Callable[[], None]]:
+def shown(panels: Panels) -> Iterator[Callable[[], None]]:
     """Show it; yields what is called after each frame."""
     if console.is_terminal:
-        with Live(view, console=console, refresh_per_second=4, transient=True):
+        with Live(panels, console=console, refresh_per_second=4, transient=True):
             yield lambda: None
         return
     printed = time.monotonic()
@@ -75,9 +129,15 @@ def shown(view: View) -> Iterator[Callable[[], None]]:
         nonlocal printed
         if (now := time.monotonic()) - printed > _LINE_SECONDS:
             printed = now
-            console.print(view.line(), highlight=False, soft_wrap=True)
+            for text in panels.lines():
+                console.print(text, highlight=False, soft_wrap=True)
 
     yield line
+
+
+def short_name(source: str) -> str:
+    """A file's own name; anything else is what it is."""
+    return source if "://" in source else Path(source).name
 
 
 def latency(record: Record) -> str:

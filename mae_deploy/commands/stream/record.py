@@ -114,6 +114,11 @@ class Record:
         """From the beginning to the end, or until now."""
         return (self._ended or time.monotonic()) - self._started
 
+    @property
+    def ended(self) -> bool:
+        """Whether no frame comes any more."""
+        return self._ended is not None
+
     def end(self) -> None:
         """No frame comes any more."""
         self._ended = time.monotonic()

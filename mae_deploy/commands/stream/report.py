@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from mae_deploy.commands.stream.draw import Samples
+from mae_deploy.commands.stream.panel import short_name
 from mae_deploy.commands.stream.record import Record
 from mae_deploy.reporting.machine import machine_table
 from mae_deploy.reporting.markdown import Page, Picture
@@ -17,7 +19,42 @@ _COLUMNS = 3
 
 
 def summary_table(data: dict[str, Any]) -> Table:
-    """The figures in words."""
+    """The figures: of one source in words, of several a row each."""
+    if "sources" not in data:
+        return _source_table(data)
+    rows = [
+        {
+            **source,
+            "camera": number,
+            "name": short_name(source["source"]),
+            "latency": " / ".join(f"{milliseconds:.1f}" for milliseconds in source["latency_ms"].values()),
+            "audit": source["audits"]["worst"],
+            "problems": ", ".join(f"{name} {source[name]}" for name in ("dropped", "corrupt", "lost") if source[name]),
+        }
+        for number, source in enumerate(data["sources"])
+    ]
+    notes = [f"{row['camera']}: {row['stopped']}" for row in rows if row["stopped"]]
+    notes += [f"stopped by {data['stopped']}"] if data["stopped"] else []
+    files = [data["out"], data["report"], *(source["annotate"] for source in data["sources"])]
+    if any(files):
+        notes.append(f"written: {', '.join(file for file in files if file)}")
+    return Table(f"{len(rows)} sources → {data['bundle']}", _SOURCES, rows, notes)
+
+
+_SOURCES = (
+    Column("", "camera"),
+    Column("source", "name"),
+    Column("frames", "frames"),
+    Column("a second", "frames_per_second", "{:.1f}"),
+    Column("patches", "patches", "{:.1%}"),
+    Column("cost", "cost", "{:.2f}"),
+    Column("p50 / p95 / p99 ms", "latency"),
+    Column("worst dB", "audit", "{:.1f}"),
+    Column("lost frames", "problems"),
+)
+
+
+def _source_table(data: dict[str, Any]) -> Table:
     times = data["latency_ms"]
     audits = data["audits"]
     facts: dict[str, Any] = {
@@ -37,17 +74,32 @@ def summary_table(data: dict[str, Any]) -> Table:
     return facts_table(f"{data['source']} → {data['bundle']}", {k: v for k, v in facts.items() if v is not None})
 
 
-def report_page(data: dict[str, Any], record: Record, samples: Sequence[tuple[int, Any]]) -> Page:
+def report_page(data: dict[str, Any], remembered: Sequence[tuple[Record, Samples | None]]) -> Page:
     """The report for people."""
-    parts: list[str | Table | Picture] = [summary_table(data)]
+    parts: list[str | Table | Picture] = []
+    if "sources" in data:
+        parts.append(summary_table(data))
+        for number, (source, (record, samples)) in enumerate(zip(data["sources"], remembered, strict=True)):
+            own = {**data, "out": None, "report": None, **source}
+            parts += _source_parts(own, record, samples, f"-{number}")
+    else:
+        parts += _source_parts(data, *remembered[0], "")
+    return Page(title="Stream", command=data["command"], parts=[*parts, machine_table(data)])
+
+
+def _source_parts(
+    data: dict[str, Any], record: Record, samples: Samples | None, suffix: str
+) -> list[str | Table | Picture]:
+    parts: list[str | Table | Picture] = [_source_table(data)]
     if len(record.points) > 1:
-        parts.append(Picture("patches computed and time a frame took", partial(_draw_curves, record), "curves"))
-    if samples:
+        draw = partial(_draw_curves, record)
+        parts.append(Picture("patches computed and time a frame took", draw, f"curves{suffix}"))
+    if samples is not None and samples.frames:
         parts.append(
             Picture(
                 "frames of the stream: patches that were computed are tinted, a red border is a whole frame",
-                partial(_draw_samples, samples),
-                "frames",
+                partial(_draw_samples, samples.frames),
+                f"frames{suffix}",
             )
         )
     event = (Column("frame", "frame"), Column("seconds", "time", "{:.2f}"))
@@ -56,7 +108,7 @@ def report_page(data: dict[str, Any], record: Record, samples: Sequence[tuple[in
         parts.append(Table("Changes of the label", columns, data["labels"]))
     if data["events"]:
         parts.append(Table("What happened to the source", (*event, Column("event", "event")), data["events"]))
-    return Page(title="Stream", command=data["command"], parts=[*parts, machine_table(data)])
+    return parts
 
 
 def _draw_curves(record: Record, path: Path) -> None:

@@ -143,12 +143,22 @@ class StreamPool:
         if len(frames) != len(self):
             raise ConfigError(f"{len(frames)} frames for {len(self)} cameras", hint="give one, or None, for each")
         with self._turn:
-            chosen = {index: self._choose(index, frame) for index, frame in enumerate(frames) if frame is not None}
-            missing = [index for index in range(len(self)) if index not in chosen and not self._last[index]]
+            given = {index: frame for index, frame in enumerate(frames) if frame is not None}
+            missing = [index for index in range(len(self)) if index not in given and not self._last[index]]
             if missing:
                 raise ConfigError(f"camera {missing[0]} has no frame yet", hint="begin with a frame of each")
-            self._compute(chosen)
+            chosen = self._follow(given)
             return [self._result(index, chosen.get(index)) for index in range(len(self))]
+
+    def follow(self, frames: Mapping[int, Any]) -> dict[int, Seen]:
+        """The features of the cameras that have a frame, by their numbers; see a call, which wants one of each."""
+        with self._turn:
+            return {index: self._result(index, choice) for index, choice in self._follow(frames).items()}
+
+    def _follow(self, frames: Mapping[int, Any]) -> dict[int, Choice]:
+        chosen = {index: self._choose(index, frame) for index, frame in frames.items()}
+        self._compute(chosen)
+        return chosen
 
     def _choose(self, index: int, frame: Any) -> Choice:
         backbone, cache = self._backbone, self._caches[index]

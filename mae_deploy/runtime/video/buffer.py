@@ -20,11 +20,18 @@ class Buffer:
     """A thread that reads ahead by at most so many frames; iterate over what it read."""
 
     def __init__(
-        self, frames: Generator[Frame, None, None], size: int, on_full: OnFull, counts: Counts, name: str
+        self,
+        frames: Generator[Frame, None, None],
+        size: int,
+        on_full: OnFull,
+        counts: Counts,
+        name: str,
+        changed: threading.Condition,
     ) -> None:
+        """Args: changed: is told of every frame and of the end; several buffers may share one."""
         self._frames, self._size, self._on_full, self._counts, self._name = frames, size, on_full, counts, name
         self._waiting: deque[Frame] = deque()
-        self._changed = threading.Condition()
+        self._changed = changed
         self._ended = self._closed = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._fill, name="video", daemon=True)
@@ -33,7 +40,7 @@ class Buffer:
     def __iter__(self) -> Iterator[Frame]:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ended or self._closed)
+                self._changed.wait_for(lambda: self.ready)
                 if not self._waiting or self._closed:
                     break
                 frame = self._waiting.popleft()
@@ -41,6 +48,11 @@ class Buffer:
             yield frame
         if self._error is not None:
             raise self._error
+
+    @property
+    def ready(self) -> bool:
+        """Whether a frame is there, or no more will come."""
+        return bool(self._waiting) or self._ended or self._closed
 
     def stop(self) -> None:
         """End the frames; what waits for one goes on."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
@@ -68,6 +69,8 @@ class Video:
         self.name, self.options = source, options
         self.counts = Counts()
         """What has happened until now."""
+        self.changed = threading.Condition()
+        """Is told of every frame that is read ahead; several sources may share one."""
         self._stop = threading.Event()
         self._buffer: Buffer | None = None
         self._place, self._form = _device(source)
@@ -103,11 +106,12 @@ class Video:
         decoded = self._frames()
         ahead = self.live or self._on_full == "drop-oldest"
         frames = iter(self._buffered(decoded)) if ahead else decoded
-        most = self.options.max_frames
-        for number, frame in enumerate(frames, start=1):
-            yield frame
-            if number == most:
-                return
+        return itertools.islice(frames, self.options.max_frames)
+
+    @property
+    def ready(self) -> bool:
+        """Whether the next frame, or the end, is there or only needs to be decoded: none is waited for."""
+        return self._buffer is None or self._buffer.ready
 
     def stop(self) -> None:
         """End the frames, from another thread or a signal: an iteration that waits for one ends."""
@@ -132,7 +136,7 @@ class Video:
         self.close()
 
     def _buffered(self, frames: Generator[Frame, None, None]) -> Buffer:
-        self._buffer = Buffer(frames, self.options.queue, self._on_full, self.counts, self.name)
+        self._buffer = Buffer(frames, self.options.queue, self._on_full, self.counts, self.name, self.changed)
         return self._buffer
 
     def _frames(self) -> Generator[Frame, None, None]:

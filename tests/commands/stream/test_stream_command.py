@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,47 +14,14 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from mae_deploy.cli import main
 from mae_deploy.commands.stream import run
 from mae_deploy.images.read import Array
 from mae_deploy.runtime import Backbone
 from mae_deploy.runtime.selection import Motion, Region
 from mae_deploy.runtime.streams.stream import Seen
 from mae_deploy.runtime.video import open_video, source
-from tests.export.tiny_exports import write_checkpoint
-from tests.models.tiny_models import tiny_encoder
+from tests.commands.stream.typed import COUNT, refused, stream
 from tests.runtime.video.tiny_video import moving_square, served, write_video
-
-COUNT = 14
-
-
-@pytest.fixture(scope="module")
-def cached(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("stream")
-    checkpoint = write_checkpoint(root / "checkpoint", tiny_encoder())
-    assert main(["export", str(checkpoint), "--out", str(root / "cached"), "--tokens", "cached"]) == 0
-    return root / "cached"
-
-
-@pytest.fixture(scope="module")
-def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_video(tmp_path_factory.mktemp("video") / "square.mp4", [moving_square(i) for i in range(COUNT)])
-
-
-def stream(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 0) -> tuple[dict[str, Any], str]:
-    """The result of a command, and what it said beside it."""
-    assert main(["stream", *map(str, arguments), "--bypass", "0.9", "--json"]) == code
-    said = capsys.readouterr()
-    found: dict[str, Any] = json.loads(said.out)
-    return found, said.err
-
-
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str | Path, code: int = 2) -> str:
-    """The one line that an impossible command says."""
-    assert main(["stream", *map(str, arguments)]) == code
-    said = capsys.readouterr()
-    assert not said.out
-    return next(line for line in said.err.splitlines() if line.startswith("error: "))
 
 
 def by_hand(bundle: Path, video: Path, **options: Any) -> list[Seen]:
@@ -160,15 +127,15 @@ def test_what_cannot_be_done_is_one_line_before_it_begins(
     assert [path.name for path in tmp_path.iterdir()] == ["empty"]
 
 
-def interrupted(follow: Callable[[Any], Seen], at: int, do: Callable[[], Any]) -> Callable[[Any], Seen]:
+def interrupted(follow: run.Follow, at: int, do: Callable[[], Any]) -> run.Follow:
     count = 0
 
-    def call(image: Any) -> Seen:
+    def call(frames: Mapping[int, Any]) -> dict[int, Seen]:
         nonlocal count
         count += 1
         if count == at:
             do()
-        return follow(image)
+        return follow(frames)
 
     return call
 
@@ -184,7 +151,7 @@ def test_a_signal_leaves_complete_files_and_a_summary(
 ) -> None:
     before = run._follower
 
-    def follower(*given: Any) -> Callable[[Any], Seen]:
+    def follower(*given: Any) -> run.Follow:
         return interrupted(before(*given), 5, lambda: signal.raise_signal(number))
 
     monkeypatch.setattr(run, "_follower", follower)
