@@ -16,6 +16,7 @@ from mae_deploy import __version__
 from mae_deploy.completion import COMPLETIONS
 from mae_deploy.errors import MaeDeployError, explained, import_optional
 from mae_deploy.help_page import Group
+from mae_deploy.interrupts import Interrupted, interruptible
 from mae_deploy.options import command as register
 
 if TYPE_CHECKING:  # settings are imported for the command that is called
@@ -350,11 +351,16 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 143
-    stopped by a signal.
+    """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 130
+    Ctrl-C, 143 SIGTERM, or a training run that any signal stopped.
     """
     try:
-        app(args=arguments, prog_name="mae-deploy")
+        with interruptible():
+            app(args=arguments, prog_name="mae-deploy")
+    except Interrupted as stop:
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {stop}", file=sys.stderr)
+        return stop.exit_code
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Files that are never half written: write aside, flush, rename."""
+"""Files that are never half written: write aside, flush, rename; and by one process at a time."""
 
 from __future__ import annotations
 
@@ -18,10 +18,14 @@ from typing import Any
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.file_kinds import look_at
+from mae_deploy.machine import cache_folder
 from mae_deploy.text import decode_text
 
 _ASIDE = ".partial-"
 """Prefix of what is being written; whatever carries it after a kill is rubbish."""
+
+_LONGEST = 255
+"""Bytes of a name, on all file systems in use."""
 
 _QUERY_LIMITED_INFORMATION = 0x1000
 """The least right to another process on Windows, from its processthreadsapi.h."""
@@ -34,10 +38,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     A folder may replace nothing or an empty folder only; a file replaces a file.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f"{_ASIDE}*-{glob.escape(path.name)}"):
+    aside = beside(path, before=f"{_ASIDE}{os.getpid()}-")
+    same = aside.name.removeprefix(f"{_ASIDE}{os.getpid()}-")
+    for left in path.parent.glob(f"{_ASIDE}*-{glob.escape(same)}"):
         if not is_running(left.name.removeprefix(_ASIDE).partition("-")[0]):
             remove(left)
-    aside = path.with_name(f"{_ASIDE}{os.getpid()}-{path.name}")
     remove(aside)
     try:
         yield aside
@@ -45,6 +50,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(aside, path)
     finally:
         remove(aside)
+
+
+def beside(path: Path, *, before: str = "", after: str = "") -> Path:
+    """The neighbour whose name is that of `path` between the two; of a name that leaves no room for them, its hash."""
+    if len(os.fsencode(f"{before}{path.name}{after}")) > _LONGEST:
+        return path.with_name(f"{before}{hashlib.sha256(os.fsencode(path.name)).hexdigest()}{after}")
+    return path.with_name(f"{before}{path.name}{after}")
 
 
 def write_text(path: Path, text: str) -> None:
@@ -185,6 +197,40 @@ def locked(path: Path) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path):
         yield
+
+
+@contextmanager
+def alone_at(path: Path, *, option: str = "--out") -> Iterator[None]:
+    """Keep what an option names from all other processes of this user until the block ends, or the process dies. The
+    lock is a file among the caches, so nothing is left beside `path`, and its folder need not be there yet.
+
+    Raises:
+        ConfigError: another process is at work on it.
+    """
+    from filelock import FileLock, Timeout  # here: it takes 40 ms
+
+    from mae_deploy.progress import notice  # here: a device that embeds the runtime has no rich
+
+    name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
+    file = cache_folder("outputs") / f"{name[:32]}.lock"
+    lock = FileLock(file, blocking=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"{option} {path} is being written by another process",
+            hint=f"wait until that has ended, or choose another {option}",
+        ) from error
+    except OSError as error:
+        notice("no lock:", f"nothing keeps another process from {option} {path}, as {file} cannot be written: {error}")
+        yield
+        return
+    try:
+        yield
+    finally:
+        remove(file)  # while it is held: who waits for it sees that it is gone, and makes a new one
+        lock.release()
 
 
 def is_inside(name: str) -> bool:

@@ -10,6 +10,7 @@ import os
 import pkgutil
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, TypeVar, cast, get_args, get_origin
 
@@ -18,7 +19,7 @@ from typer.core import TyperCommand
 
 from mae_deploy.config import MISSING, Settings, from_dict, merge, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of, raise_all
-from mae_deploy.files import write_text
+from mae_deploy.files import alone_at, write_text
 from mae_deploy.flags import COMMON, Flag, flags_of, with_local_bundles
 from mae_deploy.help_page import Entry, page
 from mae_deploy.images.limits import pixels_at_most
@@ -221,7 +222,7 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             return
         try:
             settings = with_local_bundles(settings, flags)
-            with pixels_at_most(_max_pixels(settings)):
+            with pixels_at_most(_max_pixels(settings)), _alone(settings, flags):
                 result = function(settings)
         except MaeDeployError as error:
             if error.result is not None:
@@ -231,6 +232,14 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
             show(result, as_json=as_json)
 
     return run
+
+
+def _alone(settings: Any, flags: list[Flag]) -> AbstractContextManager[None]:
+    """Keeps other processes from `--out` of a command that does its work alone; a run folder has a lock of its own."""
+    out = next((flag for flag in flags if flag.path == ("out",)), None)
+    if out is None or settings.out is None or getattr(settings, "shared", True):
+        return nullcontext()
+    return alone_at(settings.out, option=out.name)
 
 
 def _max_pixels(settings: Any) -> int | None:

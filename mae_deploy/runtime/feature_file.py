@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import atomic_path, remove
+from mae_deploy.files import atomic_path, beside, remove
 from mae_deploy.images.read import Array
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class FeatureFile:
             raise ConfigError(f"cannot write features to {path}", hint=f"known suffixes: {', '.join(SUFFIXES)}")
         if path.suffix == ".parquet":
             import_optional("pyarrow", extra="parquet")
-        self.path, self.folder = path, path.with_name(f"{path.name}.partial")
+        self.path, self.folder = path, beside(path, after=".partial")
         self.done = 0
         """How many images are behind us, those that could not be read too."""
         self.rows = 0
