@@ -227,6 +227,12 @@ def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]
     names += LEVELS if config.pyramid is not None and not set(LEVELS) & set(names) else ()
     known = available_outputs(metadata, config.token_mode, pyramid=config.pyramid is not None)
     for name in names:
+        if name not in known and config.token_mode == "cached" and name in ("feature_map", *LEVELS):
+            raise ConfigError(
+                f"--tokens {config.tokens} gives no {name}: it is of the whole frame, and the graph has the recomputed"
+                " patches alone",
+                hint="leave it out: a stream makes `seen.feature_map` of its tokens, and a pyramid can stand behind it",
+            )
         if name not in known:
             hint = (
                 "pass --pyramid with it" if name in LEVELS and config.pyramid is None else f"it has {_summary(known)}"

@@ -57,7 +57,9 @@ def run_stream(config: StreamCommandConfig) -> Result:
                 config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
             )
         )
-        names = check_outputs(config.outputs or usual_outputs(backbone.bundle, writing=True), backbone.output_names)
+        known = backbone.output_names
+        known += ("feature_map",) if "tokens" in known and "feature_map" not in known else ()
+        names = check_outputs(config.outputs or usual_outputs(backbone.bundle, writing=True), known)
         videos = [
             stack.enter_context(open_video(source, read=backbone.read, **_values(config.video)))
             for source in config.sources
@@ -181,6 +183,9 @@ def _follower(backbone: Backbone, config: StreamCommandConfig) -> Follow:
         " mae-deploy export RUN --out BUNDLE --tokens cached",
     )
     everything = np.arange(backbone.num_patches)
+    height, width = backbone.preprocess.image_size
+    P = backbone.bundle.model["patch_size"]
+    grid = (height // P, width // P)
 
     def whole(frames: Mapping[int, Any]) -> dict[int, Seen]:
         features = backbone(list(frames.values()))
@@ -192,6 +197,7 @@ def _follower(backbone: Backbone, config: StreamCommandConfig) -> Follow:
                 age=age,
                 cost=1.0,
                 event=None,
+                grid=grid,
             )
             for at, number in enumerate(frames)
         }

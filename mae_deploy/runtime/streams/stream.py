@@ -34,7 +34,9 @@ class DriftError(MaeDeployError):
 
 
 class Seen(dict[str, Array]):
-    """A frame's features by name, each `(1, …)` and of the whole frame; `seen.cls` is `seen["cls"]`."""
+    """A frame's features by name, each `(1, …)` and of the whole frame; `seen.cls` is `seen["cls"]`. Where there are
+    `tokens`, there is `feature_map (1, D, H', W')` as well: it is made of them when it is asked for.
+    """
 
     keep: Array
     """`(K,)`: the patches that were computed."""
@@ -55,10 +57,19 @@ class Seen(dict[str, Array]):
         age: Array,
         cost: float,
         event: str | None,
+        grid: tuple[int, int],
         snr: float | None = None,
     ) -> None:
+        """Args: grid: rows and columns of patches."""
         super().__init__(features)
+        self._grid = grid
         self.keep, self.age, self.cost, self.event, self.snr = keep, age, cost, event, snr
+
+    def __missing__(self, name: str) -> Array:
+        if name != "feature_map" or "tokens" not in self:
+            raise KeyError(name)
+        tokens = self["tokens"]
+        return np.ascontiguousarray(tokens.swapaxes(1, 2)).reshape(len(tokens), tokens.shape[2], *self._grid)
 
     def __getattr__(self, name: str) -> Array:
         try:
@@ -95,11 +106,10 @@ class StreamPool:
         self._backbone = backbone
         P = bundle.manifest["model"]["patch_size"]
         height, width = backbone.preprocess.image_size
-        self._patch_size = P
+        self._patch_size, self._grid = P, (height // P, width // P)
         bypass = measured_bypass(backbone) if config.bypass is None else config.bypass
         self._cameras = [
-            Camera(config, (height // P, width // P), P, bypass=bypass, step=step(bundle.num_patches))
-            for _ in range(cameras)
+            Camera(config, self._grid, P, bypass=bypass, step=step(bundle.num_patches)) for _ in range(cameras)
         ]
         self._together = backbone.new_cache(cameras) if bundle.fixed_batch is None else None
         """All cameras' cache, where the graph takes several at once; `_caches` are then parts of it."""
@@ -237,7 +247,7 @@ class StreamPool:
         assert camera.age is not None
         if choice is None:
             nothing = np.zeros(0, np.int64)
-            return Seen(self._features(index), keep=nothing, age=camera.age, cost=0.0, event=None)
+            return Seen(self._features(index), keep=nothing, age=camera.age, cost=0.0, event=None, grid=self._grid)
         cost = self._cost(len(choice.ids))
         snr = self._audit(index, choice, cost)
         return Seen(
@@ -246,6 +256,7 @@ class StreamPool:
             age=camera.age - 1,
             cost=cost + (snr is not None),
             event=choice.reason,
+            grid=self._grid,
             snr=snr,
         )
 

@@ -18,7 +18,7 @@ FRAME = np.full((90, 150, 3), 100, np.uint8)
 
 
 def seen(*keep: int) -> Seen:
-    return Seen({}, keep=np.array(keep, int), age=np.zeros(15), cost=0.0, event=None)
+    return Seen({}, keep=np.array(keep, int), age=np.zeros(15), cost=0.0, event=None, grid=(3, 5))
 
 
 def test_computed_patches_are_tinted_and_the_others_are_not() -> None:

@@ -27,7 +27,7 @@ def test_percentiles_are_right_to_one_percent() -> None:
 
 
 def seen(count: int, snr: float | None = None) -> Seen:
-    return Seen({}, keep=np.arange(count), age=np.zeros(7), cost=count / 7, event=None, snr=snr)
+    return Seen({}, keep=np.arange(count), age=np.zeros(7), cost=count / 7, event=None, grid=(1, 7), snr=snr)
 
 
 def test_means_and_curves_are_those_of_all_frames() -> None:

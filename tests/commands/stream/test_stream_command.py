@@ -21,6 +21,7 @@ from mae_deploy.runtime.selection import Motion, Region
 from mae_deploy.runtime.streams.stream import Seen
 from mae_deploy.runtime.video import open_video, source
 from tests.commands.stream.typed import COUNT, refused, stream
+from tests.models.tiny_models import ENCODER
 from tests.runtime.video.tiny_video import moving_square, served, write_video
 
 
@@ -59,9 +60,10 @@ def test_options_reach_the_stream(
         cached, video, select=Motion(threshold=9) & Region([(0, 0.5, 1, 1)]), refresh=0.0, shift=False, audit=0.0
     )
     options = ["--threshold", "9", "--region", "0,0.5,1,1", "--refresh", "0", "--no-shift", "--audit", "0"]
-    found, _ = stream(capsys, video, cached, *options, "--out", tmp_path / "a.npz", "--outputs", "tokens")
+    found, _ = stream(capsys, video, cached, *options, "--out", tmp_path / "a.npz", "--outputs", "tokens,feature_map")
     with np.load(tmp_path / "a.npz", allow_pickle=False) as archive:
         np.testing.assert_array_equal(archive["tokens"], np.concatenate([seen["tokens"] for seen in expected]))
+        assert archive["feature_map"].shape == (COUNT, ENCODER.width, *ENCODER.grid_size)
     assert found["whole_frames"] == {"first frame": 1}
     assert found["audits"]["count"] == 0
     assert found["patches"] == pytest.approx(np.mean([len(seen.keep) / 15 for seen in expected]), abs=1e-4)

@@ -56,6 +56,20 @@ def whole(backbone: Backbone, frame: Array) -> dict[str, Array]:
     return backbone.run_cropped(backbone.preprocess.crop(frame)[None])
 
 
+def test_the_feature_map_is_the_whole_frames_tokens_in_their_places(backbone: Backbone) -> None:
+    stream, frame = backbone.stream(**STILL), background()
+    stream(frame)
+    seen = stream(changed(frame, 1, 13))
+    rows, columns = SIZE[0] // P, SIZE[1] // P
+    assert seen.feature_map.shape == (1, ENCODER.width, rows, columns)
+    for patch in (1, 13, 4):  # two that were computed, one that was not
+        row, column = divmod(patch, columns)
+        np.testing.assert_array_equal(seen["feature_map"][0, :, row, column], seen.tokens[0, patch])
+    assert "feature_map" not in dict(seen)
+    with pytest.raises(AttributeError, match="no output 'p2'"):
+        _ = seen.p2
+
+
 def test_the_first_frame_is_whole_and_exact(backbone: Backbone) -> None:
     seen = backbone.stream(**STILL)(background())
     assert (seen.event, seen.cost) == (FIRST, 1.0)
