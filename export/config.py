@@ -332,12 +332,6 @@ class ExportConfig(Settings, resume="never"):
                     hint="leave --typing out",
                 )
         if self.is_planned:
-            if self.token_mode == "cached" and self.build:
-                yield ConfigError(
-                    f"--engine {self.engine} with --tokens {self.tokens}: no engine of TensorRT can be checked on"
-                    " streams yet",
-                    hint="pass --no-build for the graph alone, which NVIDIA's builder takes",
-                )
             if self.int8.quantization == "dynamic":
                 yield ConfigError(
                     "--quantization dynamic: TensorRT takes INT8 with calibrated ranges only",

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.engines.base import Engine, Runner, check_outputs
+from mae_deploy.runtime.engines.base import Engine, Runner, check_outputs, run_in_chunks
 from mae_deploy.runtime.manifest import (
     CACHE_MASK,
     IDS_KEEP,
@@ -139,7 +139,8 @@ def update_cache(
     wanted = check_outputs(outputs, own)
     last = [name for name in ("tokens", f"block_{cache.shape.depth - 1}") if name in own][:1]
     inputs = update_inputs(cache, patches, ids_keep, engine.input_names)
-    found = engine.run(inputs, tuple(dict.fromkeys([*wanted, *last, NEW_ROWS])))
+    # In chunks: an engine of TensorRT takes the batches that it was built for.
+    found = run_in_chunks(engine, inputs, batch=None, outputs=tuple(dict.fromkeys([*wanted, *last, NEW_ROWS])))
     for stream, ids in enumerate(ids_keep):
         state, new = cache.state[:, stream], found[NEW_ROWS][stream]
         state[:, :, np.concatenate([[0], 1 + ids])] = new.reshape(*state.shape[:2], *new.shape[1:])
@@ -168,6 +169,17 @@ def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Seq
     if REST in names:
         inputs[REST] = np.matmul(others[:, None].astype(np.float32), cache.tokens)[:, 0]
     return inputs
+
+
+def last_update(inputs: Mapping[str, Array], shape: CacheShape, names: Sequence[str]) -> dict[str, Array]:
+    """Of the inputs of `Sequences`, what the graph takes at the last update, with a cache of which everything was
+    computed: to be timed.
+    """
+    first = inputs[IDS_KEEP].shape[1] - int(inputs[UPDATES][0, -1])
+    patches, ids = (np.ascontiguousarray(inputs[name][:, first:]) for name in (PATCHES, IDS_KEEP))
+    cache = TokenCache.empty(shape, len(ids))
+    cache.computed[:] = True
+    return update_inputs(cache, patches, ids, names)
 
 
 class Sequences(Runner):

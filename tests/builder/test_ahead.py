@@ -26,9 +26,10 @@ def exports(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Exports:
     return Exports(tmp_path / "mae", tmp_path / "photos", tmp_path / "place" / "bundle", capsys)
 
 
+@pytest.mark.parametrize("tokens", ["visible:2", "cached"])
 @pytest.mark.parametrize(("precision", "least"), [("fp32", [8, 0]), ("fp16", [8, 0]), ("bf16", [8, 0])])
-def test_export(exports: Exports, precision: str, least: list[int]) -> None:
-    result = exports.passed("--engine", "trt-rtx", "--precision", precision, "--tokens", "visible:2")
+def test_export(exports: Exports, precision: str, least: list[int], tokens: str) -> None:
+    result = exports.passed("--engine", "trt-rtx", "--precision", precision, "--tokens", tokens)
     (entry,) = exports.manifest["engines"]
     assert entry["file"].startswith("engines/1.")
     assert entry["file"].endswith(f"-rtx-{precision}.plan")

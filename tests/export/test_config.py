@@ -72,7 +72,6 @@ def test_tokens_that_mean_nothing(tokens: str) -> None:
     [
         ({"cache": "float16"}, "--cache float16 needs --tokens cached, not full"),
         ({"cache": "float16", "tokens": "cached"}, "--cache float16 with --precision fp32"),
-        ({"engine": "trt", "tokens": "cached:3"}, "--engine trt with --tokens cached:3"),
         ({"triton": Path("models"), "tokens": "cached"}, "--triton models with --tokens cached"),
         (
             {"tokens": "cached", **int8(calib_data=DATA, int8_attention=True, quantization="static")},

@@ -16,7 +16,6 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import take_patches
 from mae_deploy.runtime.check_manifest import validate_manifest
 from mae_deploy.runtime.manifest import GOLDEN_FILE, MANIFEST_FILE, file_entry
-from mae_deploy.runtime.tensorrt.add_engine import resolve_profiles
 from mae_deploy.runtime.verify import verify_bundle
 from tests.export.tiny_exports import CLASS_NAMES, write_checkpoint
 from tests.models.tiny_models import ENCODER, tiny_classifier
@@ -232,10 +231,7 @@ def test_a_graph_for_tensorrt_takes_all_rows(bundles: Path, tmp_path: Path) -> N
     bundle = Bundle.load(tmp_path / "bundle")
     assert {tuple(entry["shape"]) for entry in bundle.inputs if entry["name"] == "keys_0"} == {(1, 5, 1 + N, 4)}
     assert verify_bundle(bundle, "onnxruntime").passed
-    with pytest.raises(ConfigError, match="no engine of TensorRT can be checked on those yet"):
-        resolve_profiles(bundle, [])
     refused = [str(bundles / "checkpoint"), "--out", str(tmp_path / "other"), "--tokens", "cached", "--engine", "trt"]
-    assert main(["export", *refused]) == 2
     assert main(["export", *refused, "--no-build", "--triton", str(tmp_path / "models")]) == 2
     assert not (tmp_path / "other").exists()
 

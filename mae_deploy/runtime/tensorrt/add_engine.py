@@ -5,7 +5,7 @@ only if it is also faster than FP16. TensorRT for RTX builds without a GPU; then
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -14,17 +14,25 @@ from typing import Any, Literal
 
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
+from mae_deploy.runtime.cache import CacheShape, last_update
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.manifest import IDS_KEEP, QUANTIZED, EngineEntry, Precision
+from mae_deploy.runtime.manifest import QUANTIZED, UPDATES, EngineEntry, Precision
 from mae_deploy.runtime.parity.checks import Check
-from mae_deploy.runtime.parity.invariances import Arrays
 from mae_deploy.runtime.profiles import Profile, read_profiles
 from mae_deploy.runtime.tensorrt.add_plan import add_plan
 from mae_deploy.runtime.tensorrt.api import load_tensorrt
 from mae_deploy.runtime.tensorrt.build import BuiltPlan, Report, build_plan
-from mae_deploy.runtime.tensorrt.check_plan import check_plan, expected_outputs, inputs_at, parity_record, repeated
+from mae_deploy.runtime.tensorrt.check_plan import (
+    Expected,
+    check_plan,
+    expected_outputs,
+    golden_keeps,
+    inputs_at,
+    parity_record,
+    repeated,
+)
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 from mae_deploy.runtime.tensorrt.options import BuildOptions
 from mae_deploy.runtime.tensorrt.plans import find_plan, graph_for
@@ -208,12 +216,13 @@ def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
 
     Raises:
         ConfigError: sizes that the graph does not have or was not checked for, none that the golden samples have, or a
-            graph of streams.
+            graph of streams that was not exported for TensorRT.
     """
-    if bundle.token_mode == "cached":
+    if bundle.token_mode == "cached" and not CacheShape.of(bundle.manifest).fixed_rows:
         raise ConfigError(
-            f"the graph of {bundle.path} is for streams, and no engine of TensorRT can be checked on those yet",
-            hint="--engine onnxruntime runs it, or build the graph with a program of your own",
+            f"the graph of {bundle.path} leaves open how many rows of the cache it takes, for which TensorRT has no"
+            " profile",
+            hint="export with --engine trt --tokens cached, which always takes all of them",
         )
     checked = {name: (numbers[0], numbers[1], numbers[2]) for name, numbers in bundle.manifest["profile"].items()}
     fixed = {"B": bundle.fixed_batch, "K": bundle.fixed_keep}
@@ -234,12 +243,12 @@ def resolve_profiles(bundle: Bundle, given: Sequence[Profile]) -> list[Profile]:
                     hint="export with another --profile",
                 )
         found.append({**checked, **profile})
-    keep = bundle.golden()[IDS_KEEP].shape[1] if "K" in checked else None
-    if keep is not None and not any(profile["K"][0] <= keep <= profile["K"][2] for profile in found):
-        raise ConfigError(
-            f"no --profile holds K = {keep}, with which the golden samples check the engine",
-            hint=f"add another, such as '; K:{keep},{keep},{keep}'",
-        )
+    for keep in golden_keeps(bundle) if "K" in checked else ():
+        if not any(profile["K"][0] <= keep <= profile["K"][2] for profile in found):
+            raise ConfigError(
+                f"no --profile holds K = {keep}, with which the golden samples check the engine",
+                hint=f"add another, such as '; K:{keep},{keep},{keep}'",
+            )
     return found
 
 
@@ -288,7 +297,7 @@ def _try(
     plan: BuiltPlan,
     profiles: Sequence[Profile],
     options: BuildOptions,
-    expected: Mapping[int | None, Arrays],
+    expected: Expected,
     device: str,
     *,
     rtx: bool,
@@ -317,6 +326,8 @@ def _time(bundle: Bundle, candidates: Sequence[_Candidate], profiles: Sequence[P
     found: dict[str, list[Timing]] = {candidate.precision: [] for candidate in candidates}
     for profile in profiles:
         inputs = repeated(inputs_at(bundle, golden, profile["K"][1] if "K" in profile else None), profile["B"][1])
+        if UPDATES in inputs:
+            inputs = last_update(inputs, CacheShape.of(bundle.manifest), bundle.input_names)
         timers = {candidate.precision: candidate.engine.timer(inputs, replays=_REPLAYS) for candidate in candidates}
         for name, timing in take_turns(timers, repeats=_ROUNDS, warmup=_WARMUP).items():
             found[name].append(timing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ class ProfileRange:
     def __str__(self) -> str:
         return ", ".join(
             f"{name} {low}" if low == self.most[name] else f"{name} {low} to {self.most[name]}"
-            for name, low in self.least.items()
+            for name, low in _told(self.least).items()
         )
 
 
@@ -73,12 +74,17 @@ def choose_profile(profiles: Sequence[ProfileRange], shapes: Mapping[str, Shape]
     """
     fitting = [profile for profile in profiles if profile.contains(shapes)]
     if not fitting:
-        given = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        given = ", ".join(f"{name} {shape}" for name, shape in _told(shapes).items())
         raise ConfigError(
             f"this engine takes no {given}; it takes {'; or '.join(map(str, profiles))}",
             hint="build one with another --profile: mae-deploy build-engine BUNDLE",
         )
     return min(fitting, key=lambda profile: profile.volume)
+
+
+def _told(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
+    """Without the keys and values of each block, of which `cache_mask` says as much."""
+    return {name: shape for name, shape in shapes.items() if not re.fullmatch(r"(keys|values)_\d+", name)}
 
 
 def read_tensors(trt: Any, engine: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -1,7 +1,8 @@
 """A module that stands for `tensorrt` on the stub driver, so that what surrounds TensorRT can be tested without a GPU.
 
 A "plan" is JSON (`plan`); its network gives `cls (B, C)`, the mean of `images (B, C, H, W)`, and `tokens (B, K, C)`,
-that times `ids_keep (B, K)`. Contexts insist on what the real ones do: memory, a profile that no other context has
+that times `ids_keep (B, K)`; one of streams has the inputs and outputs of a cached graph of one block
+(`stream_reference`). Contexts insist on what the real ones do: memory, a profile that no other context has
 (TensorRT 8 without shared profiles), shapes, addresses, and a plain run before a capture.
 """
 
@@ -18,6 +19,8 @@ from typing import Any
 import numpy as np
 
 C, H, W = 3, 2, 5
+N, HEADS, WIDTH, PIXELS = 7, 2, 5, 12
+"""Of the network of streams: patches, heads, the width of one, and the values of a patch."""
 
 
 class DataType(enum.Enum):
@@ -38,10 +41,11 @@ def plan(
     batch: int = -1,
     keep: int = -1,
     microseconds: int = 0,
+    streams: bool = False,
 ) -> bytes:
     """A plan with these ranges of B and K; a run takes so many microseconds of the stub's clock."""
     ranges = profiles or ({"B": (1, 2, 4), "K": (1, 3, 7)},)
-    sizes = {"batch": batch, "keep": keep, "microseconds": microseconds}
+    sizes = {"batch": batch, "keep": keep, "microseconds": microseconds, "streams": streams}
     return json.dumps({"profiles": ranges, "ids": ids, "tokens": tokens, **sizes}).encode()
 
 
@@ -49,6 +53,21 @@ def reference(images: Any, ids_keep: Any) -> dict[str, Any]:
     """What the network computes."""
     means = np.ascontiguousarray(images).mean(axis=(2, 3))
     return {"cls": means, "tokens": means[:, None, :] * np.asarray(ids_keep)[..., None].astype(np.float32)}
+
+
+def stream_reference(patches: Any, ids_keep: Any, cache_mask: Any, keys_0: Any, values_0: Any) -> dict[str, Any]:
+    """What the network of streams computes: of a patch its mean and the mean of the old keys that count, and of all
+    rows the sum of both.
+    """
+    B, K = ids_keep.shape
+    old = (cache_mask[:, None, :, None] * keys_0.astype(np.float32)).mean(axis=(1, 2, 3))
+    tokens = np.repeat(
+        np.float32(patches.mean(axis=2) + old[:, None] + 0.01 * ids_keep)[..., None], HEADS * WIDTH, axis=2
+    )
+    rows = np.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1).sum(axis=2)
+    rows = rows + values_0.astype(np.float32).mean(axis=(1, 2, 3))[:, None]
+    new = np.broadcast_to(rows[:, None, :, None], (B, 2 * HEADS, 1 + K, WIDTH))
+    return {"cls": tokens.mean(axis=1), "tokens": tokens, "new_rows": new.astype(np.float16)}
 
 
 def make_tensorrt(driver: ctypes.CDLL, *, version: str = "10.3.0", shared_profiles: bool = True) -> ModuleType:
@@ -113,13 +132,27 @@ class _Graphs:
 class _Engine:
     def __init__(self, trt: Any, graphs: _Graphs, content: dict[str, Any], *, shared_profiles: bool) -> None:
         self.trt, self.graphs, self.content, self.shared_profiles = trt, graphs, content, shared_profiles
-        B, K = content["batch"], content["keep"]
-        self.tensors: dict[str, tuple[TensorIOMode, DataType, tuple[int, ...]]] = {
-            "images": (TensorIOMode.INPUT, DataType.FLOAT, (B, C, H, W)),
+        fixed = {"B": content["batch"], "K": content["keep"]}
+        B, K = ("B" if fixed["B"] == -1 else fixed["B"]), ("K" if fixed["K"] == -1 else fixed["K"])
+        width = HEADS * WIDTH if content["streams"] else C
+        rows = (TensorIOMode.INPUT, DataType.HALF, (B, HEADS, 1 + N, WIDTH))
+        self.tensors: dict[str, tuple[TensorIOMode, DataType, tuple[Any, ...]]] = {
             "ids_keep": (TensorIOMode.INPUT, DataType[content["ids"]], (B, K)),
-            "cls": (TensorIOMode.OUTPUT, DataType.FLOAT, (B, C)),
-            "tokens": (TensorIOMode.OUTPUT, DataType[content["tokens"]], (B, K, C)),
+            "cls": (TensorIOMode.OUTPUT, DataType.FLOAT, (B, width)),
+            "tokens": (TensorIOMode.OUTPUT, DataType[content["tokens"]], (B, K, width)),
         }
+        if content["streams"]:
+            self.tensors |= {
+                "patches": (TensorIOMode.INPUT, DataType.FLOAT, (B, K, PIXELS)),
+                "cache_mask": (TensorIOMode.INPUT, DataType.FLOAT, (B, 1 + N)),
+                "keys_0": rows,
+                "values_0": rows,
+                "new_rows": (TensorIOMode.OUTPUT, DataType.HALF, (B, 2 * HEADS, "T", WIDTH)),
+            }
+        else:
+            images = (TensorIOMode.INPUT, DataType.FLOAT, (B, C, H, W))
+            self.tensors = {"images": images, **self.tensors}
+        self.input_names = [name for name, (mode, _, _) in self.tensors.items() if mode is TensorIOMode.INPUT]
         self.num_io_tensors = len(self.tensors)
         self.num_optimization_profiles = len(content["profiles"])
         setattr(self, "device_memory_size" if trt.__version__.startswith("8") else "device_memory_size_v2", 1000)
@@ -134,7 +167,7 @@ class _Engine:
         return self.tensors[name][1]
 
     def get_tensor_shape(self, name: str) -> list[int]:
-        return list(self.tensors[name][2])
+        return [-1 if isinstance(side, str) else side for side in self.tensors[name][2]]
 
     def get_tensor_profile_shape(self, name: str, index: int) -> list[list[int]]:
         sizes = self.content["profiles"][index]
@@ -160,10 +193,12 @@ class _Engine:
     def compute(self, shapes: dict[str, tuple[int, ...]], addresses: dict[str, int]) -> None:
         self.graphs.driver.stub_work(self.content["microseconds"])
         B, K = shapes["ids_keep"]
-        found = reference(self._at(addresses, "images", shapes["images"]), self._at(addresses, "ids_keep", (B, K)))
-        self._at(addresses, "cls", (B, C))[...] = found["cls"]
-        tokens = self._at(addresses, "tokens", (B, K, C))
-        tokens[...] = found["tokens"].view(np.uint32) >> 16 if tokens.dtype == np.uint16 else found["tokens"]
+        network = stream_reference if self.content["streams"] else reference
+        found = network(**{name: self._at(addresses, name, shapes[name]) for name in self.input_names})
+        for name, values in found.items():
+            place = self._at(addresses, name, values.shape)
+            assert list(values.shape) == _sized(self.tensors[name][2], B, K)
+            place[...] = values.view(np.uint32) >> 16 if place.dtype == np.uint16 else values
 
     def _at(self, addresses: dict[str, int], name: str, shape: tuple[int, ...]) -> Any:
         dtype = np.dtype(_NUMPY.get(self.tensors[name][1], np.uint16))
@@ -210,10 +245,10 @@ class _RuntimeCache:
         return self.content
 
 
-def _sized(shape: tuple[int, ...], batch: int, keep: int) -> list[int]:
-    """A shape whose first open size is B, and whose second is K."""
-    sizes = [batch if axis == 0 else keep for axis in range(2)]
-    return [sizes[axis] if side == -1 else side for axis, side in enumerate(shape)]
+def _sized(shape: tuple[Any, ...], batch: int, keep: int) -> list[int]:
+    """A shape with its open sizes: B, K, and T = 1 + K."""
+    sizes = {"B": batch, "K": keep, "T": 1 + keep}
+    return [sizes.get(side, side) for side in shape]
 
 
 class _Context:
@@ -249,7 +284,7 @@ class _Context:
         """As the real one, it raises where it fails."""
         if self.engine.trt.infer_error is not None:
             raise RuntimeError(self.engine.trt.infer_error)
-        return [name for name in ("images", "ids_keep") if name not in self.shapes]
+        return [name for name in self.engine.input_names if name not in self.shapes]
 
     def get_tensor_shape(self, name: str) -> list[int]:
         (B, K), sides = self.shapes["ids_keep"], self.engine.tensors[name][2]

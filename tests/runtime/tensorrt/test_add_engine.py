@@ -18,7 +18,6 @@ from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.driver import Gpu
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.parity.checks import Check
 from mae_deploy.runtime.parity.compare import Comparison
@@ -33,13 +32,13 @@ from mae_deploy.runtime.tensorrt.add_engine import (
     reason_against_quantized,
     resolve_profiles,
 )
-from mae_deploy.runtime.tensorrt.build import BuiltPlan
 from mae_deploy.runtime.tensorrt.engine import TensorRtEngine
 from mae_deploy.runtime.tensorrt.plans import graph_for, is_verified
 from mae_deploy.runtime.tensorrt.rtx import target
 from mae_deploy.runtime.timing import Timing
 from tests.runtime.cuda.stub_driver import StubMemory
 from tests.runtime.tensorrt.fake_tensorrt import make_tensorrt, plan
+from tests.runtime.tensorrt.on_graph import built_on, open_engines, opened_on, timings
 from tests.runtime.tensorrt.planned_bundle import RTX4090
 from tests.runtime.tiny_bundle import K, N, write_bundle
 
@@ -144,10 +143,6 @@ def test_fixed_sizes_may_be_named(tmp_path: Path) -> None:
 # --- which is kept ---------------------------------------------------------------------------------------------------
 
 
-def timings(*milliseconds: float) -> list[Timing]:
-    return [Timing((value / 1000,)) for value in milliseconds]
-
-
 def test_the_profile_where_int8_does_worst_decides() -> None:
     speed = compare_speed(timings(1.0, 9.0), timings(2.0, 8.0), "int8")
     assert speed == {"latency_ratio": 1.125, "profile": 1, "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]}}
@@ -200,58 +195,6 @@ def test_engines_are_timed_by_the_gpus_clock_without_their_copies(
         found = engine_build._time(bundle, candidates, [{"B": (1, 2, 4), "K": (1, 3, 7)}])  # type: ignore[arg-type]
     assert compare_speed(found["int8"], found["fp16"], "int8")["latency_ratio"] == pytest.approx(0.5)
     assert found["int8"][0].median == pytest.approx(0.001)
-
-
-open_engines: list[OnnxRuntimeEngine] = []
-built_on: list[int] = []
-opened_on: list[str] = []
-
-
-class OnGraph(OnnxRuntimeEngine):
-    """ONNX Runtime in the place of TensorRT: it runs the graph whose path the plan holds."""
-
-    def __init__(
-        self, path: Path, options: Any, *, precision: str, profiles: Any, host_code: bool, weights: Any
-    ) -> None:
-        here = EngineOptions(threads=1)
-        super().__init__(Path(path.read_text()), here, precision=precision, profiles=profiles)
-        self.name, self.use_graphs = "tensorrt", options.cuda_graphs
-        open_engines.append(self)
-        opened_on.append(options.device)
-
-    def close(self) -> None:
-        super().close()
-        if self in open_engines:
-            open_engines.remove(self)
-
-
-@pytest.fixture
-def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Timing]]:
-    """Everything but TensorRT itself; the timings that are found can be changed."""
-    gpu = Gpu(index=0, name="NVIDIA H200", compute_capability=(9, 0), memory_bytes=1 << 37, driver="12.4")
-    found = {"int8": timings(1.0), "fp16": timings(2.0), "fp32": timings(4.0)}
-
-    def plan_of(graph: Path, file: Path, **given: Any) -> BuiltPlan:
-        assert not open_engines, "an engine on the GPU takes from what a build can have"
-        built_on.append(given["index"])
-        if given["on_progress"] is not None:
-            given["on_progress"]("tactics", 1.0)
-        options = {"hardware_compatible": "none", "version_compatible": False, "strip": False}
-        file.write_text(str(graph))
-        return BuiltPlan(file=file, layers=None, record={"precision": given["precision"], "options": options})
-
-    monkeypatch.setattr(
-        engine_build,
-        "load_tensorrt",
-        lambda index=0: type(
-            "Api", (), {"version": "10.3.0", "title": "TensorRT 10.3.0", "gpu": replace(gpu, index=index)}
-        ),
-    )
-    monkeypatch.setattr(engine_build, "build_plan", plan_of)
-    monkeypatch.setattr(engine_build, "TensorRtEngine", OnGraph)
-    monkeypatch.setattr(engine_build, "TensorRtRtxEngine", OnGraph)
-    monkeypatch.setattr(engine_build, "_time", lambda *_: found)
-    return found
 
 
 def build(bundle: Bundle, **settings: Any) -> tuple[Built, list[tuple[str, float]]]:
