@@ -16,7 +16,6 @@ from mae_deploy.runtime.tensorrt.options import (
     BuildOptions,
     changed_options,
     check_rtx_options,
-    check_rtx_precision,
     tensorrt_major,
 )
 from mae_deploy.training.config import Device
@@ -325,7 +324,6 @@ class ExportConfig(Settings, resume="never"):
     def _tensorrt_faults(self) -> Iterator[MaeDeployError]:
         if self.engine == "trt-rtx":
             yield from errors_of(lambda: check_rtx_options(self.tensorrt))
-            yield from errors_of(lambda: check_rtx_precision(self.precision))
             if self.typing == "weak":
                 yield ConfigError(
                     "--engine trt-rtx with --typing weak: TensorRT for RTX computes in what the graph's types say",

@@ -40,6 +40,15 @@ def test_export(exports: Exports, precision: str, least: list[int], tokens: str)
     assert "not verified" in result["built"]["text"]
 
 
+def test_int8(exports: Exports, tmp_path: Path) -> None:
+    images = write_blots(tmp_path / "calibration", 128)
+    settings = ("--calib-data", images, "--no-search", "--min-cosine", 0.9, "--num-samples", 8)
+    exports.passed("--engine", "trt-rtx", "--precision", "int8", *settings)
+    (entry,) = exports.manifest["engines"]
+    assert (entry["precision"], entry["compute_capability"], is_verified(entry)) == ("int8", [8, 0], False)
+    assert exports.manifest["quantization"]["baseline"] == "baseline.onnx"
+
+
 def test_build_engine_for_a_bundle_that_was_made_for_another(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

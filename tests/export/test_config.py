@@ -269,10 +269,6 @@ def test_what_a_version_of_tensorrt_reads(
             "--strip: TensorRT for RTX builds no such engines",
         ),
         (
-            {"engine": "trt-rtx", **int8(calib_data=DATA)},
-            "--precision int8: NVIDIA documents INT8 of TensorRT for RTX for weights alone, not for products",
-        ),
-        (
             {"engine": "trt-rtx", "triton": Path("models")},
             "--triton models: Triton runs engines of TensorRT, not of TensorRT for RTX",
         ),

@@ -22,7 +22,7 @@ from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.api import Api, load_tensorrt
 from mae_deploy.runtime.tensorrt.build_progress import BuildProgress
 from mae_deploy.runtime.tensorrt.layer_report import summarise
-from mae_deploy.runtime.tensorrt.options import BuildOptions, check_rtx_options, check_rtx_precision
+from mae_deploy.runtime.tensorrt.options import BuildOptions, check_rtx_options
 from mae_deploy.runtime.tensorrt.rtx import load_builder
 from mae_deploy.runtime.tensorrt.timing_cache import attach, cache_file, keep
 
@@ -84,7 +84,6 @@ def build_plan(
     _check(api, graph, precision, typing)
     if rtx:
         check_rtx_options(options)
-        check_rtx_precision(precision)
         return _plan(api, graph, file, precision, typing, profiles, options, outputs_marked, on_progress)
     with open_memory(index=index) as memory:
         try:

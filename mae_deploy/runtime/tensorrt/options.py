@@ -62,17 +62,6 @@ def check_rtx_options(options: BuildOptions) -> None:
             )
 
 
-def check_rtx_precision(precision: str) -> None:
-    """Raise ConfigError for a precision that the support matrix of TensorRT for RTX has not: of INT8 it lists products
-    with weights in INT8 alone, not those that an export quantises.
-    """
-    if precision == "int8":
-        raise ConfigError(
-            "--precision int8: NVIDIA documents INT8 of TensorRT for RTX for weights alone, not for products",
-            hint="use fp16, or fp8 for GPUs from compute capability 8.9 on",
-        )
-
-
 def tensorrt_major() -> int | None:
     """Of the TensorRT that is installed, without importing it; None without."""
     for package in _PACKAGES:

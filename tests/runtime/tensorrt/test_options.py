@@ -10,7 +10,7 @@ import pytest
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.profiles import batch_that_fits, covering, read_profiles
-from mae_deploy.runtime.tensorrt.options import BuildOptions, check_rtx_options, check_rtx_precision
+from mae_deploy.runtime.tensorrt.options import BuildOptions, check_rtx_options
 
 LATENCY = {"B": (1, 1, 1), "K": (49, 49, 49)}
 THROUGHPUT = {"B": (8, 32, 64), "K": (20, 49, 196)}
@@ -85,9 +85,4 @@ def test_options_out_of_range(options: dict[str, Any], message: str) -> None:
 def test_what_tensorrt_for_rtx_does_not_take(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=f"^{said}: TensorRT for RTX builds no such engines$"):
         check_rtx_options(BuildOptions(**options))
-    with pytest.raises(
-        ConfigError, match="--precision int8: NVIDIA documents INT8 of TensorRT for RTX for weights alone"
-    ):
-        check_rtx_precision("int8")
     check_rtx_options(BuildOptions(workspace=1, optimization_level=5, timing_cache="off"))
-    check_rtx_precision("fp8")
