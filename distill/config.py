@@ -190,9 +190,9 @@ class TeacherConfig(Settings, resume="fixed"):
     """Arithmetic of the teacher: fp32, bf16, fp16; auto is bf16 where the device multiplies in it, else fp32."""
     teacher_compile: bool = setting(False, resume="free")
     """Compile the teacher with torch.compile: minutes at the start, then faster on a GPU."""
-    teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt"] = "auto"
-    """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino or trt
-    (TensorRT), auto is the one on which the bundle was checked."""
+    teacher_engine: Literal["auto", "torch", "onnx", "openvino", "trt", "trt-rtx"] = "auto"
+    """What runs the teacher: torch for checkpoints and timm's models; for bundles onnx (ONNX Runtime), openvino, trt
+    (TensorRT) or trt-rtx (TensorRT for RTX), auto is the one on which the bundle was checked."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -88,7 +88,7 @@ def times(encoder: Encoder, batch: int, keep: int) -> dict[str, float]:
 
 def milliseconds(work: Callable[[], object], *, rounds: int = 30) -> float:
     """The median of a call's time on the GPU, after three calls that are not counted."""
-    found = []
+    found: list[float] = []
     for _ in range(3 + rounds):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()

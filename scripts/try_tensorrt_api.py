@@ -29,9 +29,14 @@ assert messages.errors == ["said with INTERNAL_ERROR", "said with ERROR"], messa
 assert messages.warnings == ["said with WARNING"], messages.warnings
 
 told: list[object] = []
-monitor = api.create_progress_monitor(
-    trt, lambda *phase: told.append(phase), lambda *step: bool(told.append(step)), told.append
-)
+
+
+def step(*given: object) -> bool:
+    told.append(given)
+    return False
+
+
+monitor = api.create_progress_monitor(trt, lambda *phase: told.append(phase), step, told.append)
 assert (monitor is None) == (api.major_version(trt) == 8)
 if monitor is not None:
     monitor.phase_start("build", None, 2)

@@ -1,4 +1,4 @@
-"""Exported bundles as teachers, on ONNX Runtime, OpenVINO or TensorRT; where blocks are tapped, only the graph's part
+"""Exported bundles as teachers, on any engine of the runtime; where blocks are tapped, only the graph's part
 up to them is run.
 """
 
@@ -23,7 +23,7 @@ from mae_deploy.distill.config import TeacherConfig
 from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
-from mae_deploy.errors import ConfigError, MissingDependency
+from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
@@ -32,8 +32,16 @@ from mae_deploy.models.taps import Tap, Taps
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.inputs import token_batch
-from mae_deploy.runtime.manifest import IMAGES
-from mae_deploy.runtime.registry import ALIASES, DEFAULT, TENSORRT, fall_back, load_engine, open_graph
+from mae_deploy.runtime.manifest import IMAGES, PLANNED
+from mae_deploy.runtime.registry import (
+    ALIASES,
+    DEFAULT,
+    TENSORRT_RTX,
+    fall_back,
+    is_installed,
+    load_engine,
+    open_graph,
+)
 from mae_deploy.training.step import StepBatch
 
 _HINTS = {
@@ -55,7 +63,7 @@ class BundleTeacher:
         if settings.teacher_engine == "torch":
             raise ConfigError(
                 f"--teacher-engine torch runs checkpoints, and {path} is a bundle",
-                hint="pass --teacher-engine auto, onnx, openvino or trt",
+                hint="pass --teacher-engine auto, onnx, openvino, trt or trt-rtx",
             )
         if settings.teacher_compile or settings.teacher_precision != "auto":
             raise ConfigError(
@@ -124,8 +132,9 @@ class BundleTeacher:
         name = _engine_for(self.bundle, asked, device)
         try:
             self._start(name, device)
-        except MissingDependency as error:  # its package is there, and does not load
-            if asked != "auto" or name == DEFAULT:
+        except MaeDeployError as error:  # its package is there, and does not load, or not on this GPU
+            refused = name in PLANNED or isinstance(error, MissingDependency)
+            if asked != "auto" or name == DEFAULT or not refused:
                 raise
             self._start(fall_back(self.bundle, error, name), device)
 
@@ -227,27 +236,35 @@ def _engine_for(bundle: Bundle, asked: str, device: torch.device) -> str:
     if asked != "auto":
         return ALIASES.get(asked, asked)
     checked_on: str = bundle.manifest["engine"]
-    if checked_on == TENSORRT:
-        return TENSORRT if device.type == "cuda" and importlib.util.find_spec(TENSORRT) is not None else DEFAULT
+    if checked_on in PLANNED:
+        return checked_on if device.type == "cuda" and is_installed(checked_on) else DEFAULT
     return checked_on if device.type == "cpu" and importlib.util.find_spec(checked_on) is not None else DEFAULT
 
 
 def _device_for(engine: str, device: torch.device) -> str:
     if device.type == "cpu":
-        return "cpu" if engine != TENSORRT else "cuda"
-    return f"cuda:{device.index or 0}" if engine == TENSORRT else "auto"
+        return "cpu" if engine not in PLANNED else "cuda"
+    return f"cuda:{device.index or 0}" if engine in PLANNED else "auto"
 
 
 def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> Engine:
     """A part of the bundle's graph on an engine; TensorRT builds a plan of it, which is not kept."""
-    if engine != TENSORRT:
+    if engine not in PLANNED:
         return open_graph(graph, engine, options, precision=bundle.arithmetic)
     from mae_deploy.runtime.tensorrt.build import build_plan
-    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, gpu_index
+    from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 
-    manifest = bundle.manifest
+    manifest, rtx = bundle.manifest, engine == TENSORRT_RTX
     profile = {name: (least, usual, most) for name, (least, usual, most) in manifest["profile"].items()}
     plan = graph.with_suffix(".plan")
-    index = gpu_index(options.device)
-    build_plan(graph, plan, precision=bundle.precision, typing=manifest["typing"], profiles=[profile], index=index)
-    return TensorRtEngine(plan, options, precision=bundle.precision, profiles=[profile])
+    build_plan(
+        graph,
+        plan,
+        precision=bundle.precision,
+        typing=manifest["typing"],
+        profiles=[profile],
+        index=gpu_index(options.device),
+        rtx=rtx,
+    )
+    kind = TensorRtRtxEngine if rtx else TensorRtEngine
+    return kind(plan, options, precision=bundle.precision, profiles=[profile])

@@ -124,7 +124,7 @@ def engine_for(bundle: Bundle, engine: str, options: EngineOptions) -> str:
     checked_on: str = bundle.manifest["engine"]
     planned = [name for name in PLANNED if name in {checked_on, *map(plan_engine, bundle.manifest["engines"])}]
     if planned:  # both: the one that is installed
-        return next((name for name in planned if _is_installed(name)), planned[0])
+        return next((name for name in planned if is_installed(name)), planned[0])
     return DEFAULT if options.device == "cuda" or util.find_spec(checked_on) is None else checked_on
 
 
@@ -139,7 +139,8 @@ def _automatic(bundle: Bundle, options: EngineOptions, taps: Sequence[str]) -> E
         return _on_graph(bundle, fall_back(bundle, error, name), options, taps)
 
 
-def _is_installed(name: str) -> bool:
+def is_installed(name: str) -> bool:
+    """Whether there is a package of an engine of `PLANNED`."""
     module = name.replace("-", "_")
     return any(util.find_spec(found) is not None for found in (module, f"{module}_bindings"))
 

@@ -180,7 +180,10 @@ def test_auto_where_the_engine_is_installed_and_does_not_load(
         ready(named, {Tap("tokens", 2)})
 
 
-def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("asked_for", "kind"), [("trt", "TensorRtEngine"), ("trt-rtx", "TensorRtRtxEngine")])
+def test_tensorrt_builds_the_cut_graph(
+    asked_for: Any, kind: str, visible: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As far as it can be seen without a GPU: ONNX Runtime stands for the engine; tests/gpu builds real ones."""
     asked: list[dict[str, Any]] = []
 
@@ -194,11 +197,11 @@ def test_tensorrt_builds_the_cut_graph(visible: Path, checkpoint: Path, monkeypa
             super().__init__(asked[0]["graph"], EngineOptions(threads=1), precision=precision, profiles=profiles)
 
     monkeypatch.setattr(tensorrt_build, "build_plan", build_plan)
-    monkeypatch.setattr(tensorrt_engine, "TensorRtEngine", Opened)
-    teacher = ready(open_teacher(visible, TeacherConfig(teacher_engine="trt")), {Tap("tokens", 2)})
+    monkeypatch.setattr(tensorrt_engine, kind, Opened)
+    teacher = ready(open_teacher(visible, TeacherConfig(teacher_engine=asked_for)), {Tap("tokens", 2)})
     assert isinstance(teacher, BundleTeacher)
     (settings,) = asked
-    assert settings["index"] == 0
+    assert (settings["index"], settings["rtx"]) == (0, asked_for == "trt-rtx")
     sizes = {name: tuple(numbers) for name, numbers in teacher.bundle.manifest["profile"].items()}
     assert (settings["precision"], settings["typing"], settings["profiles"]) == ("fp32", "weak", [sizes])
     assert teacher.engine.profiles == [sizes]
