@@ -4,16 +4,12 @@ WebDataset library.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import json
 import random
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -24,33 +20,16 @@ from mae_deploy.data.dataset import Batch, Sample, collate
 from mae_deploy.data.decode import decode
 from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.base import UNLABELLED
-from mae_deploy.data.sources.members import (
-    BESIDE,
-    TWICE,
-    arrays_beside,
-    group_key,
-    kind_of,
-    kind_of_member,
-    label_of,
-    label_stem,
-)
 from mae_deploy.data.sources.patterns import expand
 from mae_deploy.data.sources.pixels import LOOKED_AT, check_images
-from mae_deploy.data.sources.shards import INDEX, read_label
+from mae_deploy.data.sources.shards import INDEX
+from mae_deploy.data.sources.streamed import Raw, Said, read_shards
 from mae_deploy.data.transforms import Transform
 from mae_deploy.data.workers import resolve_workers, worker_options
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, readable
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-
-_TWICE_USED = "that came before under the same name, in a stream both used"
-
-_LARGEST_SAMPLE = 64
-"""Members that are held at a time to find labels among them: `scan.2023.000.jpg`, `scan.2023.001.jpg`, … are one sample
-to WebDataset, and could be a whole shard.
-"""
 
 
 class ShardStream:
@@ -129,31 +108,8 @@ class ShardStream:
         raws = islice(self._first_shard(), LOOKED_AT)
         check_images(self.name, ((raw.name, raw.content) for raw in raws), spec.channels, spec.pixel_max)
 
-    def _first_shard(self) -> Iterator[_Raw]:
-        return _read_shards(iter(self.urls[:1]), _Said())
-
-
-@dataclass(frozen=True, slots=True)
-class _Raw:
-    """One image as the shard holds it."""
-
-    name: str
-    content: bytes
-    label: int
-
-
-@dataclass(slots=True)
-class _Said:
-    """What there is to say since the last batch."""
-
-    errors: list[str] = field(default_factory=list)
-    left_out: LeftOut = field(default_factory=LeftOut)
-
-    def add_to(self, batch: Batch) -> Batch:
-        """The batch with it, which is then forgotten here."""
-        told = batch._replace(unreadable=(*self.errors, *batch.unreadable), left_out=self.left_out)
-        self.errors, self.left_out = [], LeftOut()
-        return told
+    def _first_shard(self) -> Iterator[Raw]:
+        return read_shards(iter(self.urls[:1]), Said())
 
 
 class _Part(IterableDataset[Batch]):
@@ -175,7 +131,7 @@ class _Part(IterableDataset[Batch]):
         where, info = self.where, get_worker_info()
         workers, worker = (info.num_workers, info.id) if info is not None else (1, 0)
         lane = (where.start + worker) % workers
-        said = _Said()
+        said = Said()
         shuffled = self._shuffled(lane, workers, said)
         images = where.batch_size // self.config.repeated_aug
         seen = len(range(lane, where.start, workers))
@@ -184,21 +140,21 @@ class _Part(IterableDataset[Batch]):
         for number, _ in enumerate(range(where.start + worker, where.stop, workers), seen):
             raws = list(itertools.islice(shuffled, images))
             batch = collate(self._samples(raws, (where.rank, lane, number)) if raws else [])
-            yield said.add_to(batch)
+            yield _with_said(batch, said)
             if not raws:  # nothing could be read at all: the loop says so, with these lines
                 return
 
-    def _shuffled(self, lane: int, lanes: int, said: _Said) -> Iterator[_Raw]:
+    def _shuffled(self, lane: int, lanes: int, said: Said) -> Iterator[Raw]:
         from webdataset.filters import shuffle
 
         where = self.where
         raws = self._endless(where.rank + where.world_size * lane, where.world_size * lanes, said)
         generator = random.Random(derive_seed(self.seed, "buffer", where.rank, lane))
         buffer = self.config.shuffle_buffer
-        mixed: Iterator[_Raw] = shuffle(buffer, initial=buffer, rng=generator)(raws)
+        mixed: Iterator[Raw] = shuffle(buffer, initial=buffer, rng=generator)(raws)
         return mixed
 
-    def _endless(self, part: int, parts: int, said: _Said) -> Iterator[_Raw]:
+    def _endless(self, part: int, parts: int, said: Said) -> Iterator[Raw]:
         """This part's images, pass after pass over all shards in a fresh order; ends after a pass in which none could
         be read.
         """
@@ -206,13 +162,13 @@ class _Part(IterableDataset[Batch]):
             order = np.random.default_rng(derive_seed(self.seed, "shards", passes)).permutation(len(self.urls))
             mine = [self.urls[index] for index in order[part::parts]]
             empty = True
-            for raw in _read_shards(iter(mine), said):
+            for raw in read_shards(iter(mine), said):
                 empty = False
                 yield raw
             if empty:
                 return
 
-    def _samples(self, raws: list[_Raw], place: tuple[int, ...]) -> list[Sample]:
+    def _samples(self, raws: list[Raw], place: tuple[int, ...]) -> list[Sample]:
         """Views of each image; one that cannot be read gives its place to the next, so that a batch always takes as
         many from the stream.
         """
@@ -233,6 +189,12 @@ class _Part(IterableDataset[Batch]):
         return samples
 
 
+def _with_said(batch: Batch, said: Said) -> Batch:
+    """The batch with what was said since the one before."""
+    errors, left_out = said.take()
+    return batch._replace(unreadable=(*errors, *batch.unreadable), left_out=left_out)
+
+
 def _counted(urls: tuple[str, ...]) -> int | None:
     """The images of these shards, as `index.json` beside them counts them, where it is there and knows them all."""
     from webdataset.gopen import gopen
@@ -249,63 +211,3 @@ def _counted(urls: tuple[str, ...]) -> int | None:
         except Exception:  # of any kind: whoever wants an epoch counted without it says so
             return None
     return sum(counts[url] for url in urls) if counts.keys() >= set(urls) else None
-
-
-def _read_shards(urls: Iterator[str], said: _Said) -> Iterator[_Raw]:
-    """The images of some shards, one shard after the other; a broken shard is named, and left where it breaks."""
-    from webdataset.gopen import gopen
-
-    for url in urls:
-        names, place, sample = set[str](), "", dict[str, bytes]()
-        try:
-            with _closing(gopen(url)) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
-                for member in tar:
-                    tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
-                    if member.isdir():
-                        continue
-                    name, kind = kind_of_member(member, said.left_out)
-                    if kind not in ("image", "label"):
-                        continue
-                    if sample and (group_key(name) != place or len(sample) == _LARGEST_SAMPLE):
-                        yield from _images_of(url, sample, said)
-                        sample = {}
-                    if name in names:
-                        said.left_out.add(TWICE if name in sample else _TWICE_USED, name)
-                    names.add(name)
-                    place, sample[name] = group_key(name), _content(tar, member)
-        except Exception as error:  # of any kind, from the network or a command
-            said.errors.append(f"{url}: {' '.join(str(error).split())}")
-        yield from _images_of(url, sample, said)
-
-
-@contextlib.contextmanager
-def _closing(stream: Any) -> Iterator[Any]:
-    """webdataset raises where a command is stopped before its end, as one that is not read further is."""
-    try:
-        yield stream
-    finally:
-        with contextlib.suppress(Exception):
-            stream.close()
-
-
-def _content(tar: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    file = tar.extractfile(member)
-    assert file is not None  # a regular file
-    return file.read()
-
-
-def _images_of(url: str, sample: dict[str, bytes], said: _Said) -> Iterator[_Raw]:
-    """The images among members that follow one another and are called the same up to the first dot."""
-    labels: dict[str, int] = {}
-    for name in (name for name in sample if kind_of(name) == "label"):
-        try:
-            labels[label_stem(name)] = read_label(sample[name], f"{url}/{name}")
-        except ConfigError as error:
-            said.errors.append(str(error))
-    images = [name for name in sample if kind_of(name) == "image"]
-    beside = arrays_beside(images)
-    for name in images:
-        if name in beside:
-            said.left_out.add(BESIDE, name)
-        else:
-            yield _Raw(f"{url}/{name}", sample[name], label_of(name, labels))

@@ -1,11 +1,12 @@
-"""Features and classes for image files, batch by batch; those that cannot be read are reported."""
+"""Features and classes of images, batch by batch; those that cannot be read are reported."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Generic, TypeVar
 
 import numpy as np
 
@@ -15,6 +16,8 @@ from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.engines.base import results_in_order
 from mae_deploy.runtime.inputs import Keep
 from mae_deploy.seeding import random_patches
+
+Item = TypeVar("Item")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -26,13 +29,60 @@ class Unreadable:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Batch:
-    paths: list[Path]
-    """Of those that could be read."""
+class Batch(Generic[Item]):
+    """Features of some images."""
+
+    items: list[Item]
+    """Those that could be read."""
     features: Features
-    left_out: list[Unreadable]
-    """Between the batch before and the end of this one."""
-    done: int
+    left_out: list[tuple[Item, str]]
+    """Those between the batch before and the end of this one that could not be read, and why."""
+
+
+def batches(
+    backbone: Backbone,
+    items: Iterable[Item],
+    read: Callable[[Item], Array],
+    *,
+    batch_size: int,
+    keep: Callable[[list[Item]], Keep | None] = lambda _: None,
+    outputs: Sequence[str] | None = None,
+) -> Iterator[Batch[Item]]:
+    """Features of images, batch by batch, which the engine computes while the images of the next one are decoded; of
+    the last one, none may have been readable.
+
+    Args:
+        read: an image as `Preprocess.crop` gives it, so that a batch of whole photos is never held; called in a few
+            threads.
+        keep: the visible patches of a batch, as for `Backbone`.
+
+    Raises:
+        ConfigError: `keep` or `outputs` do not fit the bundle.
+    """
+
+    def run(found: list[tuple[Item, Array]], left_out: list[tuple[Item, str]]) -> Callable[[], Batch[Item]]:
+        items = [item for item, _ in found]
+        if not found:
+            return lambda: Batch(items, Features(), left_out)
+        pixels = np.stack([pixels for _, pixels in found])
+        wait = backbone.start_cropped(pixels, keep(items), outputs=outputs)
+        return lambda: Batch(items, wait(), left_out)
+
+    def started() -> Iterator[Callable[[], Batch[Item]]]:
+        found: list[tuple[Item, Array]] = []
+        left_out: list[tuple[Item, str]] = []
+
+        def leave_out(item: Item, reason: str) -> None:
+            left_out.append((item, reason))
+
+        for item, pixels in readable(items, read, leave_out, ahead=batch_size):
+            found.append((item, pixels))
+            if len(found) == batch_size:
+                yield run(found, left_out)
+                found, left_out = [], []
+        yield run(found, left_out)
+
+    yield from results_in_order(started(), backbone.engine.in_flight)
 
 
 class Predictions:
@@ -84,51 +134,32 @@ class Predictions:
         """
         self.unreadable.clear()
         self.done = self._start
-        for batch in results_in_order(self._started(), self._backbone.engine.in_flight):
-            self.done = batch.done
-            self.unreadable += batch.left_out
-            if batch.paths:
-                yield batch.paths, batch.features
+        preprocess, places = self._backbone.preprocess, range(self._start, len(self._paths))
+        for batch in batches(
+            self._backbone,
+            places,
+            lambda place: preprocess.crop(preprocess.read(self._paths[place])),
+            batch_size=self._batch_size,
+            keep=self._kept,
+            outputs=self._outputs,
+        ):
+            behind = [*batch.items, *(place for place, _ in batch.left_out)]
+            self.done = max(behind, default=self.done - 1) + 1
+            for place, reason in batch.left_out:
+                path = self._paths[place]
+                self.unreadable.append(Unreadable(path, reason.removeprefix(f"{path}: ")))
+            if batch.items:
+                yield [self._paths[place] for place in batch.items], batch.features
         if len(self.unreadable) == len(self._paths):
             first = self.unreadable[0]
             raise CheckFailed(
                 f"none of {len(self._paths)} images could be read; the first: {first.path}: {first.reason}"
             )
 
-    def _started(self) -> Iterator[Callable[[], _Batch]]:
-        """Batches that the engine computes while the images of the next one are decoded; the last may have none."""
-        preprocess = self._backbone.preprocess
-        places = range(self._start, len(self._paths))
-        images: list[tuple[int, Array]] = []  # cropped at once: a batch of whole photos would not fit a small device
-        left_out: list[Unreadable] = []
-
-        def leave_out(index: int, reason: str) -> None:
-            path = self._paths[index]
-            left_out.append(Unreadable(path, reason.removeprefix(f"{path}: ")))
-
-        for index, pixels in readable(
-            places,
-            lambda index: preprocess.crop(preprocess.read(self._paths[index])),
-            leave_out,
-            ahead=self._batch_size,
-        ):
-            images.append((index, pixels))
-            if len(images) == self._batch_size:
-                yield self._run(images, left_out, index + 1)
-                images, left_out = [], []
-        yield self._run(images, left_out, len(self._paths))
-
-    def _run(self, images: list[tuple[int, Array]], left_out: list[Unreadable], done: int) -> Callable[[], _Batch]:
-        indices = [index for index, _ in images]
-        paths = [self._paths[index] for index in indices]
-        if not images:
-            return lambda: _Batch(paths, Features(), left_out, done)
-        keep = self._keep
-        if self._num_keep is not None:
-            keep = random_patches(self._backbone.num_patches, self._num_keep, indices, self._seed)
-        pixels = np.stack([pixels for _, pixels in images])
-        wait = self._backbone.start_cropped(pixels, keep, outputs=self._outputs)
-        return lambda: _Batch(paths, wait(), left_out, done)
+    def _kept(self, places: list[int]) -> Keep | None:
+        if self._num_keep is None:
+            return self._keep
+        return random_patches(self._backbone.num_patches, self._num_keep, places, self._seed)
 
 
 def top_k(logits: Array, class_names: Sequence[str] | None, k: int = 5) -> list[list[tuple[str, float]]]:

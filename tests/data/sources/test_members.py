@@ -17,7 +17,7 @@ from mae_deploy.data.order import RunSlice
 from mae_deploy.data.sources.members import TWICE, arrays_beside, clean_name, kind_of, label_of
 from mae_deploy.data.sources.open import labelled_images, unlabelled_images
 from mae_deploy.data.sources.shards import scan
-from mae_deploy.data.streams import _TWICE_USED
+from mae_deploy.data.sources.streamed import _TWICE_USED
 from mae_deploy.data.training_set import open_training
 from mae_deploy.data.transforms import train_transform
 from mae_deploy.images.left_out import LeftOut
