@@ -13,7 +13,7 @@ endif
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test tensorrt faults format lint types contracts check docs wheel clean
+.PHONY: help quickstart install test tensorrt faults cluster format lint types contracts check docs wheel clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -31,6 +31,9 @@ tensorrt: .venv/.installed ## read and build every kind of graph with NVIDIA's b
 
 faults: .venv/.installed ## plant every kind of fault into every kind of bundle, and count what verify finds
 	@$(BIN)/python -m tests.faults.run --clean 1000 --out faults.json
+
+cluster: .venv/.installed ## embed on a cluster of two processes that Ray starts here
+	@MAE_DEPLOY_TEST_RAY=1 OMP_NUM_THREADS=1 $(BIN)/pytest --no-header -q tests/commands/embed -k cluster
 
 format: .venv/.installed ## rewrite the sources in the house's format
 	@$(BIN)/ruff check --quiet --fix-only .

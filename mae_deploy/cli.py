@@ -8,6 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Sequence
+from importlib import import_module
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -32,6 +33,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
         VerifyConfig,
     )
     from mae_deploy.commands.data.config import PackConfig, StatsConfig
+    from mae_deploy.commands.embed.config import EmbedConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
     from mae_deploy.commands.stream.config import StreamCommandConfig
@@ -93,9 +95,7 @@ def doctor(config: DoctorConfig) -> Any:
 
     For each command, it says what is missing and how to install it.
     """
-    from mae_deploy.commands.doctor import run_doctor
-
-    return run_doctor(config)
+    return import_module("mae_deploy.commands.doctor").run_doctor(config)
 
 
 @command(app, "mae_deploy.commands.config:InfoConfig", panel=START)
@@ -104,9 +104,7 @@ def info(config: InfoConfig) -> Any:
 
     What it is, where it came from and what it may be used for.
     """
-    from mae_deploy.commands.info import run_info
-
-    return run_info(config)
+    return import_module("mae_deploy.commands.info").run_info(config)
 
 
 @command(app, "mae_deploy.commands.config:SchemaConfig", panel=START)
@@ -115,9 +113,7 @@ def schema(config: SchemaConfig) -> Any:
 
     With it, an editor completes and checks recipes.
     """
-    from mae_deploy.commands.schema import run_schema
-
-    return run_schema(config)
+    return import_module("mae_deploy.commands.schema").run_schema(config)
 
 
 @command(app, "mae_deploy.pretrain.config:PretrainConfig", panel=TRAIN, recipes=True)
@@ -192,9 +188,7 @@ def eval_(config: EvalConfig) -> Any:
 
     A bundle needs no PyTorch.
     """
-    from mae_deploy.evaluation.evaluate import run_eval
-
-    return run_eval(config)
+    return import_module("mae_deploy.evaluation.evaluate").run_eval(config)
 
 
 @command(app, "mae_deploy.commands.report.config:ReportConfig", panel=EVALUATE)
@@ -221,9 +215,7 @@ def build_engine(config: BuildEngineConfig) -> Any:
 
     The engine is checked and added to the bundle. Needs no PyTorch.
     """
-    from mae_deploy.commands.build_engine import run_build_engine
-
-    return run_build_engine(config)
+    return import_module("mae_deploy.commands.build_engine").run_build_engine(config)
 
 
 @command(app, "mae_deploy.commands.config:VerifyConfig", panel=DEPLOY)
@@ -232,9 +224,7 @@ def verify(config: VerifyConfig) -> Any:
 
     Its outputs are compared with those that PyTorch computed at export. Needs no PyTorch.
     """
-    from mae_deploy.commands.verify import run_verify
-
-    return run_verify(config)
+    return import_module("mae_deploy.commands.verify").run_verify(config)
 
 
 @command(app, "mae_deploy.commands.config:PredictConfig", panel=DEPLOY)
@@ -243,9 +233,16 @@ def predict(config: PredictConfig) -> Any:
 
     Needs no PyTorch.
     """
-    from mae_deploy.commands.predict import run_predict
+    return import_module("mae_deploy.commands.predict").run_predict(config)
 
-    return run_predict(config)
+
+@command(app, "mae_deploy.commands.embed.config:EmbedConfig", panel=DEPLOY)
+def embed(config: EmbedConfig) -> Any:
+    """Write the features of a whole collection.
+
+    In shards of Parquet, each image once whatever is killed on the way; on one machine or a cluster. Needs no PyTorch.
+    """
+    return import_module("mae_deploy.commands.embed.run").run_embed(config)
 
 
 @command(app, "mae_deploy.commands.stream.config:StreamCommandConfig", panel=DEPLOY)
@@ -254,9 +251,7 @@ def stream(config: StreamCommandConfig) -> Any:
 
     Several are computed in one batch. Features to a file, labels as they change, a report. Needs no PyTorch.
     """
-    from mae_deploy.commands.stream.run import run_stream
-
-    return run_stream(config)
+    return import_module("mae_deploy.commands.stream.run").run_stream(config)
 
 
 @command(app, "mae_deploy.commands.config:PushConfig", panel=DEPLOY)
@@ -265,9 +260,7 @@ def push(config: PushConfig) -> Any:
 
     With a model card; anybody may then use hf://ORG/NAME in the place of a bundle. Needs no PyTorch.
     """
-    from mae_deploy.commands.push import run_push
-
-    return run_push(config)
+    return import_module("mae_deploy.commands.push").run_push(config)
 
 
 @command(app, "mae_deploy.commands.benchmark.config:BenchmarkConfig", panel=DEPLOY)
@@ -276,9 +269,7 @@ def benchmark(config: BenchmarkConfig) -> Any:
 
     Bundles, engines, numbers of patches and batch sizes, timed in turns. Needs no PyTorch.
     """
-    from mae_deploy.commands.benchmark.run import run_benchmark
-
-    return run_benchmark(config)
+    return import_module("mae_deploy.commands.benchmark.run").run_benchmark(config)
 
 
 @command(app, "mae_deploy.commands.stream_eval.config:StreamEvalConfig", name="stream-eval", panel=EVALUATE)
@@ -287,9 +278,7 @@ def stream_eval(config: StreamEvalConfig) -> Any:
 
     Beside what else its cost would buy: old features, every n-th frame, changed patches. Needs no PyTorch.
     """
-    from mae_deploy.commands.stream_eval.run import run_stream_eval
-
-    return run_stream_eval(config)
+    return import_module("mae_deploy.commands.stream_eval.run").run_stream_eval(config)
 
 
 @command(data, "mae_deploy.commands.data.config:StatsConfig", panel=DATA)
@@ -298,9 +287,7 @@ def stats(config: StatsConfig) -> Any:
 
     Of every channel, and formats and unreadable files too. Needs no PyTorch.
     """
-    from mae_deploy.commands.data.stats import run_stats
-
-    return run_stats(config)
+    return import_module("mae_deploy.commands.data.stats").run_stats(config)
 
 
 @command(data, "mae_deploy.commands.data.config:PackConfig", panel=DATA)
@@ -309,9 +296,7 @@ def pack(config: PackConfig) -> Any:
 
     On request smaller and without duplicates. Needs no PyTorch.
     """
-    from mae_deploy.commands.data.pack import run_pack
-
-    return run_pack(config)
+    return import_module("mae_deploy.commands.data.pack").run_pack(config)
 
 
 @command(app, "mae_deploy.commands.weights.config:ImportConfig", name="import", panel=WEIGHTS)

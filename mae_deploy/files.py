@@ -14,12 +14,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.file_kinds import look_at
 from mae_deploy.machine import cache_folder
 from mae_deploy.text import decode_text
+
+if TYPE_CHECKING:
+    from filelock import BaseFileLock
 
 _ASIDE = ".partial-"
 """Prefix of what is being written; whatever carries it after a kill is rubbish."""
@@ -231,6 +234,24 @@ def alone_at(path: Path, *, option: str = "--out") -> Iterator[None]:
     finally:
         remove(file)  # while it is held: who waits for it sees that it is gone, and makes a new one
         lock.release()
+
+
+def take_lock(path: Path, *, busy: str, hint: str) -> BaseFileLock:
+    """A lock that no other process has, on any machine that sees the file, until it is released; a process that dies
+    lets go of it, and the file stays.
+
+    Raises:
+        ConfigError: another one has it; says `busy`.
+    """
+    from filelock import FileLock, Timeout  # here: it takes 40 ms
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(busy, hint=hint) from error
+    return lock
 
 
 def is_inside(name: str) -> bool:

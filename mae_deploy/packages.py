@@ -16,6 +16,7 @@ PACKAGE = "mae-deploy"
 QUIET = {
     "onnxruntime": {"ORT_DISABLE_TELEMETRY": "1"},  # from 1.29 on: a device id and a database below HOME, and sent
     "mlflow": {"MLFLOW_DISABLE_TELEMETRY": "true"},  # from 3.2 on: which calls are used
+    "ray": {"RAY_USAGE_STATS_ENABLED": "0"},  # what is run where; sent to its makers
     "wandb": {"WANDB_ERROR_REPORTING": "false"},  # crash reports to its makers; the run's metrics go where it says
 }
 """What is set in the environment before a package is imported, unless the user has set it: each is read then."""

@@ -67,7 +67,8 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "trt-rtx": ("build-engine --engine trt-rtx", "predict --engine trt-rtx"),
     "openvino": ("predict --engine openvino",),
     "hub": ("push",),
-    "parquet": ("predict --out FILE.parquet",),
+    "parquet": ("predict --out FILE.parquet", "embed"),
+    "cluster": ("embed --ray",),
     "tiff": ("predict on TIFF",),
     "video": ("stream", "stream-eval"),
 }
@@ -78,7 +79,7 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
         name == "eval BUNDLE"
         or (
             name.split()[0]
-            in ("verify", "predict", "stream", "stream-eval", "benchmark", "export", "report", "quickstart")
+            in ("verify", "predict", "embed", "stream", "stream-eval", "benchmark", "export", "report", "quickstart")
             and "openvino" not in extras
             and extras not in ("trt", "trt-rtx")
         )

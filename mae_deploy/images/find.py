@@ -34,6 +34,7 @@ _OUTPUTS = (
     ({"sweep.yaml", "sweep.json"}, "sweeps of mae-deploy"),
     ({"compare.json", "compare.md"}, "comparisons of mae-deploy"),
     ({"report.json", "report.md"}, "reports of mae-deploy"),
+    ({"_embed.json"}, "features of mae-deploy"),
 )
 """Files by which a folder that we wrote is known."""
 

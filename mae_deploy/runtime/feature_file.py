@@ -16,7 +16,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import atomic_path, beside, remove
+from mae_deploy.files import atomic_path, beside, remove, take_lock
 from mae_deploy.images.read import Array
 
 if TYPE_CHECKING:
@@ -158,14 +158,8 @@ class FeatureFile:
         self.close()
 
     def _acquire(self) -> None:
-        from filelock import FileLock, Timeout  # here: it takes 40 ms
-
-        lock = FileLock(self.folder / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout as error:
-            raise ConfigError(f"another process is writing {self.path}", hint="choose another --out") from error
-        self._lock = lock
+        busy = f"another process is writing {self.path}"
+        self._lock = take_lock(self.folder / "lock", busy=busy, hint="choose another --out")
 
     def _begin(self, columns: dict[str, tuple[str, tuple[int, ...]]]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -86,7 +86,15 @@ def run_with(site: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 ONNXRUNTIME = {
     *("verify", "predict", "eval BUNDLE", "benchmark", "export", "report", "quickstart", "export --engine trt"),
-    *("export --engine trt-rtx", "predict --out FILE.parquet", "predict on TIFF", "stream", "stream-eval"),
+    *(
+        "export --engine trt-rtx",
+        "predict --out FILE.parquet",
+        "embed",
+        "embed --ray",
+        "predict on TIFF",
+        "stream",
+        "stream-eval",
+    ),
 }
 OPENVINO = {"export --engine openvino", "report --engine openvino", "predict --engine openvino"}
 
@@ -313,7 +321,7 @@ def test_without_the_training_packages() -> None:
     }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
         *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema", "push"),
-        *("predict --out FILE.parquet", "predict on TIFF", "stream", "stream-eval"),
+        *("predict --out FILE.parquet", "embed", "embed --ray", "predict on TIFF", "stream", "stream-eval"),
     ]
 
 

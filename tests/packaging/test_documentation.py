@@ -216,6 +216,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     for module, function in (
         ("commands.verify", "_other_graph"),
         ("commands.predict", "run_predict"),
+        ("commands.embed.run", "run_embed"),
         ("commands.push", "run_push"),
         ("commands.benchmark.run", "run_benchmark"),
         ("commands.info", "run_info"),

@@ -8,6 +8,7 @@ import contextlib
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from tarfile import EOFHeaderError  # type: ignore[attr-defined]
 from typing import Any
 
 from mae_deploy.data.sources.members import (
@@ -64,8 +65,31 @@ def read_shards(urls: Iterator[str], said: Said) -> Iterator[Raw]:
             said.errors.append(f"{url}: {' '.join(str(error).split())}")
 
 
-def read_shard(url: str, said: Said) -> Iterator[Raw]:
+class _Member(tarfile.TarInfo):
+    """A member, or the mark behind the last one."""
+
+    @classmethod
+    def fromtarfile(cls, tarfile: Any) -> Any:
+        try:
+            return super().fromtarfile(tarfile)
+        except EOFHeaderError:
+            tarfile.ended = True
+            raise
+
+
+class _Tar(tarfile.TarFile):
+    """A tar that knows whether its mark came, which `tarfile` does not say."""
+
+    tarinfo = _Member
+    ended = False
+
+
+def read_shard(url: str, said: Said, *, whole: bool = False) -> Iterator[Raw]:
     """The images of a shard, those before the place where it breaks too.
+
+    Args:
+        whole: a shard without the mark that ends a tar breaks there: a connection that was closed in between looks like
+            an end.
 
     Raises:
         Exception: of any kind, from the network or a command.
@@ -75,7 +99,7 @@ def read_shard(url: str, said: Said) -> Iterator[Raw]:
     names, place, sample = set[str](), "", dict[str, bytes]()
     broken: Exception | None = None
     try:
-        with _closing(gopen(url)) as stream, tarfile.open(fileobj=stream, mode="r|*") as tar:
+        with _closing(gopen(url)) as stream, _Tar.open(fileobj=stream, mode="r|*") as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 if member.isdir():
@@ -90,6 +114,8 @@ def read_shard(url: str, said: Said) -> Iterator[Raw]:
                     said.left_out.add(TWICE if name in sample else _TWICE_USED, name)
                 names.add(name)
                 place, sample[name] = group_key(name), _content(tar, member)
+            if whole and not tar.ended:
+                raise EOFError("it ends before the mark that ends a tar")
     except Exception as error:
         broken = error
     yield from _images_of(url, sample, said)

@@ -1,0 +1,1 @@
+"""`mae-deploy embed`: features of whole collections."""
