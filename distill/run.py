@@ -237,7 +237,7 @@ def _distiller(
             encoder, num_classes=len(data.class_names), pool=config.logits.pool, drop_path=config.logits.drop_path
         )
     start(student, config, init)
-    if isinstance(student, Classifier):
+    if isinstance(student, Classifier) and student.pos_embed is not None:
         student.pos_embed.requires_grad_(True)
     quantizer = student_quantizer(student, config.edge, sharding=config.loop.sharding)
     return Distiller(student, build_objectives(weights, config, student, teacher, quantizer), quantizer)

@@ -15,13 +15,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.cached import empty_cache, update
 from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.taps import Tap, Taps, encoder_depth, logits, pooled
+from mae_deploy.models.rotary import places_of
+from mae_deploy.models.taps import Tap, Taps, encoder_depth, logits
 from mae_deploy.models.vit import Encoder, gather_tokens, patchify
 from mae_deploy.training.config import Sharding
 from mae_deploy.training.kept_patches import KeptPatches
@@ -161,23 +161,25 @@ def tapped_on_stream(model: Encoder, images: Tensor, seen: Update, wanted: Colle
     cache = empty_cache(model, B, depth)
     old, cache, old_inner = update(model, patchify(seen.earlier, model.config.patch), everything, cache)
     new, _, new_inner = update(model, gather_tokens(patches, seen.ids), seen.ids, cache)
-    latent = _whole(old, new, seen)
+    prefix = model.config.num_prefix
+    latent = _whole(old, new, seen, prefix)
     read = {
-        "latent": lambda: latent,
-        "cls": lambda: latent[:, 0],
-        "pooled": lambda: pooled(model, latent),
+        "latent": lambda: model.rows(latent),
+        "cls": lambda: model.rows(latent)[:, 0],
+        "pooled": lambda: model.pool_latent(latent),
         "logits": lambda: logits(model, latent),
     }
-    return {
-        tap: read[tap.kind]() if tap.kind in read else _whole(old_inner[tap.block - 1], new_inner[tap.block - 1], seen)
-        for tap in wanted
-    }
+
+    def after(block: int) -> Tensor:
+        return model.rows(_whole(old_inner[block - 1], new_inner[block - 1], seen, prefix))
+
+    return {tap: read[tap.kind]() if tap.kind in read else after(tap.block) for tap in wanted}
 
 
-def _whole(old: Tensor, new: Tensor, seen: Update) -> Tensor:
-    """The earlier frame's tokens `(B, 1 + N, D)`, moved by the mean change of those in turn, with the computed ones
-    `(B, 1 + K, D)` in their places.
+def _whole(old: Tensor, new: Tensor, seen: Update, prefix: int) -> Tensor:
+    """The earlier frame's tokens `(B, P + N, D)`, moved by the mean change of those in turn, with the computed ones
+    `(B, P + K, D)` in their places.
     """
-    places = F.pad(seen.ids + 1, (1, 0))[..., None].expand_as(new)
+    places = places_of(seen.ids, prefix)[..., None].expand_as(new)
     change = (new - old.gather(1, places))[:, -seen.turn :].mean(dim=1, keepdim=True)
     return (old + change).scatter(1, places, new)

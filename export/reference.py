@@ -54,12 +54,13 @@ class Reference:
 
     @torch.no_grad()
     def blocks(self, inputs: dict[str, Array], num_samples: int, num_tokens: int) -> Array:
-        """Tokens after every block, CLS first: float32 `(S, L, T, D)` for the first samples and at most so many tokens
-        that every sample has.
+        """Tokens after every block, CLS and registers first: float32 `(S, L, T, D)` for the first samples and at most
+        so many tokens that every sample has.
         """
         self._place()
         few = {name: array[:num_samples] for name, array in inputs.items()}
-        least = 1 + int(few[NUM_KEEP].min()) if NUM_KEEP in few else num_tokens
+        prefix = self.model.config.num_prefix
+        least = prefix + int(few[NUM_KEEP].min()) if NUM_KEEP in few else num_tokens
         found = []
         for images, ids in self._batches(few):
             _, _, inner = self._encode(images, ids, _updates(few))
@@ -87,33 +88,34 @@ class Reference:
     def _encode(
         self, images: Tensor, ids_keep: Tensor | None, updates: list[int] | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tokens after the final norm, `(B, T, D)`, the mean of the patches', `(B, D)`, and the tokens after every
-        block; of a stream, those of the last update, and the mean over all patches that were computed.
+        """Tokens after the final norm, `(B, T, D)`, what is pooled of them (of a mean-pooled classifier before its
+        norm), `(B, D)`, and the tokens after every block; of a stream, those of the last update, and the mean over all
+        patches that were computed.
         """
         if updates is not None:
             assert ids_keep is not None
             return _run_stream(self.model, images, ids_keep, updates)
         with _tapped(self.model) as inner:
             tokens = Encoder.forward(self.model, images, ids_keep)
-        return tokens, tokens[:, 1:].mean(dim=1), inner
+        return tokens, Encoder.pool_latent(self.model, tokens), inner
 
     def _values(
         self, images: Tensor, ids_keep: Tensor | None, names: tuple[str, ...], updates: list[int] | None
     ) -> dict[str, Tensor]:
-        model = self.model
+        model, prefix = self.model, self.model.config.num_prefix
         tokens, pooled, inner = self._encode(images, ids_keep, updates)
-        values = {"cls": tokens[:, 0], "tokens": tokens[:, 1:], "pooled": pooled}
-        values |= {f"block_{index}": block[:, 1:] for index, block in enumerate(inner)}
+        values = {"cls": tokens[:, 0], "tokens": tokens[:, prefix:], "pooled": pooled}
+        values |= {f"block_{index}": block[:, prefix:] for index, block in enumerate(inner)}
         if isinstance(model, Classifier):
             if model.pool == "avg":
                 values["pooled"] = model.fc_norm(values["pooled"])
-            values["logits"] = model.head(values["pooled"] if model.pool == "avg" else values["cls"])
+            values["logits"] = model.head(values["cls" if model.pool == "cls" else "pooled"])
             values["probs"] = values["logits"].float().softmax(dim=-1)
         if updates is not None:
             return values
-        values["feature_map"] = feature_map(tokens[:, 1:], ids_keep, model.config)
+        values["feature_map"] = feature_map(tokens[:, prefix:], ids_keep, model.config)
         if self.pyramid is not None:
-            values |= self.pyramid(feature_map(inner[-1][:, 1:], ids_keep, model.config))
+            values |= self.pyramid(feature_map(inner[-1][:, prefix:], ids_keep, model.config))
         if "pixels" in names:
             assert isinstance(model, MaskedAutoencoder)
             assert ids_keep is not None
@@ -159,12 +161,12 @@ def _run_stream(
     model: Encoder, patches: Tensor, ids_keep: Tensor, updates: list[int]
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Streams from their first update to the last; see `Reference._encode`."""
-    B, N, D = len(patches), model.config.num_patches, model.config.width
+    B, N, D, prefix = len(patches), model.config.num_patches, model.config.width, model.config.num_prefix
     cache, frame = empty_cache(model, B), patches.new_zeros(B, N, D)
     for part, ids in zip(patches.split(updates, dim=1), ids_keep.split(updates, dim=1), strict=True):
         tokens, cache, inner = update(model, part, ids, cache)
-        frame = frame.scatter(1, ids[..., None].expand(-1, -1, D), tokens[:, 1:])
-    return tokens, frame.sum(dim=1) / cache.computed[:, 1:].sum(dim=1, keepdim=True), inner
+        frame = frame.scatter(1, ids[..., None].expand(-1, -1, D), tokens[:, prefix:])
+    return tokens, frame.sum(dim=1) / cache.computed[:, prefix:].sum(dim=1, keepdim=True), inner
 
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:

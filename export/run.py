@@ -33,6 +33,7 @@ from mae_deploy.export.samples import synthetic_frame
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.models.config import BEYOND_PLAIN, EncoderConfig
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.bundles import PARITY
 from mae_deploy.reporting.command_line import next_command
@@ -190,7 +191,7 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
         "mae_deploy_version": __version__,
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "kind": metadata.kind if config.token_mode == "reconstruct" or metadata.kind == "classifier" else "encoder",
-        "model": cast(ModelEntry, _given(to_dict(encoder))),
+        "model": cast(ModelEntry, _given(encoder)),
         "decoder": metadata.decoder if config.token_mode == "reconstruct" else None,
         "class_names": list(metadata.class_names) if metadata.class_names is not None else None,
         "token_mode": config.token_mode,
@@ -224,14 +225,21 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
     return Bundle.load(folder)
 
 
-def _given(record: dict[str, Any]) -> dict[str, Any]:
-    """Without what is not set: an older version reads the manifest of a model that has nothing of it."""
-    return {name: value for name, value in record.items() if value is not None}
+def _given(encoder: EncoderConfig) -> dict[str, Any]:
+    """Without what is not set or as in the original's ViT: an older version reads the manifest of a model that has
+    nothing of it.
+    """
+    plain = {*BEYOND_PLAIN} - encoder.beyond_plain().keys()
+    return {name: value for name, value in to_dict(encoder).items() if value is not None and name not in plain}
 
 
 def _preprocess(spec: Preprocess) -> dict[str, Any]:
     """Without a crop mode where it is center, as older versions know no other."""
-    return {name: value for name, value in _given(to_dict(spec)).items() if (name, value) != ("crop_mode", "center")}
+    return {
+        name: value
+        for name, value in to_dict(spec).items()
+        if value is not None and (name, value) != ("crop_mode", "center")
+    }
 
 
 def _golden(job: ExportJob) -> dict[str, Any]:

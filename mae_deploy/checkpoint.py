@@ -27,7 +27,7 @@ WEIGHTS = "model.safetensors"
 METADATA = "metadata.json"
 OWN_RECORD = "mae_deploy"
 """Under this word, weights files that we write hold the metadata of their checkpoint."""
-_OURS = "cls_token"
+_OURS = "blocks.0.attn.qkv.weight"
 """A tensor of every state dict under our names."""
 
 CheckpointKind = Literal["mae", "encoder", "classifier"]
@@ -61,7 +61,7 @@ class Metadata:
     objective: dict[str, Any] | None = None
     """What the decoder predicts, and from which encoder; None: pixels, from the visible patches (mae)."""
     pool: str | None = None
-    """What the head reads, avg or cls (classifier)."""
+    """What the head reads: avg, cls, mean or map (classifier; see models.vit.Pool)."""
     num_classes: int | None = None
     """Width of the head (classifier)."""
     class_names: tuple[str, ...] | None = None

@@ -47,7 +47,8 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     pretrained = loaded if not config.from_scratch else None
     if pretrained is not None:
         start_from(model, pretrained)
-    model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
+    if model.pos_embed is not None:
+        model.pos_embed.requires_grad_(True)  # as the original: fixed in pretraining, trained here
     if encoder.band_groups is not None:
         model.channel_embed.requires_grad_(True)  # as SatMAE
     kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None

@@ -108,7 +108,7 @@ def draw_reconstructions(
     """Write a PNG with a row an image: original | masked | reconstructed. Returns the loss on these masks; where it is
     not finite there is nothing to draw.
     """
-    device = model.cls_token.device
+    device = model.device
     inputs = torch.from_numpy(spec(list(images))).to(device)
     noise = torch.rand(len(inputs), model.config.num_tokens, generator=torch.Generator().manual_seed(seed)).to(device)
     masking = masking_of(

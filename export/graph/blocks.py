@@ -15,9 +15,8 @@ from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.cached import CacheWriter
 from mae_deploy.export.graph.precision import FLOAT32, Arithmetic, DType, in_type
 from mae_deploy.images.read import Array
+from mae_deploy.models.config import Activation
 from mae_deploy.models.quantization.rounding import INT8, Rounding, quantize_weight
-
-_EPSILON = 1e-6
 
 
 class BlockWriter:
@@ -59,6 +58,10 @@ class BlockWriter:
         self.sizes = sizes
         self.rounding = rounding
         self.stores_rounded = stores_rounded
+        self.epsilon = 1e-6
+        """Of the norms."""
+        self.activation: Activation = "gelu"
+        """Of the blocks' MLPs."""
 
     def rows(self, tokens: str, dim: int, name: str) -> str:
         """What the blocks work on: `(B, T, D) -> (B * T, D)`, or the tokens as they are where there are no rows."""
@@ -76,30 +79,38 @@ class BlockWriter:
             else self.builder.node("Reshape", [rows, self.builder.integers(*self.sizes, dim)], name)
         )
 
-    def block(self, tokens: str, name: str, num_heads: int) -> str:
+    def block(self, tokens: str, name: str, num_heads: int, turn: str | None = None) -> str:
         """Pre-norm attention and MLP with their residuals, on rows or tokens of width D, in the residual stream's
         type.
+
+        Args:
+            turn: cosines and sines of the tokens' rotary angles, `(T, 2 d)` with whatever dimensions before them.
         """
-        attention = self._attention(self.layer_norm(tokens, f"{name}.norm1"), f"{name}.attn", num_heads)
+        attention = self._attention(self.layer_norm(tokens, f"{name}.norm1"), f"{name}.attn", num_heads, turn)
         tokens = self._residual(tokens, attention, f"{name}/attn_residual")
-        hidden = self.gelu(
-            self._linear(self.layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp.gelu"
+        hidden = self._activated(
+            self._linear(self.layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp", self.activation
         )
+        if f"{name}.mlp.norm.weight" in self.weights:
+            hidden = self.layer_norm(hidden, f"{name}.mlp.norm")
         return self._residual(tokens, self._linear(hidden, f"{name}.mlp.fc2"), f"{name}/mlp_residual")
 
-    def layer_norm(self, value: str, name: str, *, dtype: DType | None = None) -> str:
-        """One LayerNormalization node that accumulates in FP32; in `dtype`, or as the blocks have it."""
+    def layer_norm(self, value: str, name: str, *, dtype: DType | None = None, factor: float = 1.0) -> str:
+        """One LayerNormalization node that accumulates in FP32, its result times a factor; in `dtype`, or as the blocks
+        have it.
+        """
         b, stream = self.builder, self.arithmetic.stream
         given, dtype = dtype is not None, dtype or self.arithmetic.of("norm")
+        values = (self.weights[f"{name}.{part}"] * np.float32(factor) for part in ("weight", "bias"))
         scale, bias = (
-            self._weight(f"{name}.{part}", self.weights[f"{name}.{part}"], dtype) for part in ("weight", "bias")
+            self._weight(f"{name}.{part}", value, dtype) for part, value in zip(("weight", "bias"), values, strict=True)
         )
         normed = b.node(
             "LayerNormalization",
             [b.cast(value, dtype), scale, bias],
             f"{name}/LayerNormalization",
             axis=-1,
-            epsilon=_EPSILON,
+            epsilon=self.epsilon,
             stash_type=1,
         )
         return normed if given else b.cast(normed, stream)
@@ -113,20 +124,34 @@ class BlockWriter:
         )
         return b.node("Add", [product, b.weight(f"{name}.bias", bias)], f"{name}/Add")
 
-    def _attention(self, tokens: str, name: str, num_heads: int) -> str:
-        """`softmax(q k^T) v` written out, the scale folded into q's weights: `(B, T, D) -> (B, T, D)`."""
+    def fp32_mlp(self, value: str, norm: str, name: str, activation: Activation | None) -> str:
+        """`x + MLP(norm(x))` in FP32; None: the blocks' activation."""
+        hidden = self.fp32_linear(self.layer_norm(value, norm, dtype=FLOAT32), f"{name}.fc1")
+        hidden = self._activated(hidden, name, activation or self.activation, FLOAT32)
+        return self.builder.node("Add", [value, self.fp32_linear(hidden, f"{name}.fc2")], f"{name}/residual")
+
+    def _attention(self, tokens: str, name: str, num_heads: int, turn: str | None) -> str:
+        """`softmax(q k^T) v` written out, the scale folded into q's weights or norm: `(B, T, D) -> (B, T, D)`."""
         b, dtype = self.builder, self.arithmetic.product
         weight, bias = self.weights[f"{name}.qkv.weight"], self.weights[f"{name}.qkv.bias"]
         D = weight.shape[1]
         d = D // num_heads
+        normed = f"{name}.q_norm.weight" in self.weights
         scale = np.ones(3 * D, np.float32)
-        scale[:D] = 1 / math.sqrt(d)
+        scale[:D] = 1.0 if normed else 1 / math.sqrt(d)
         qkv = self._linear(tokens, f"{name}.qkv", weight * scale[:, None], bias * scale)
         qkv = b.node("Reshape", [qkv, b.integers(*(self.sizes or (0, 0)), 3, num_heads, d)], f"{name}/heads")
         qkv = b.node("Transpose", [qkv], f"{name}/qkv_first", perm=[2, 0, 3, 1, 4])
         q, k, v = (
             b.node("Gather", [qkv, b.scalar(i, np.int64)], f"{name}/{part}", axis=0) for i, part in enumerate("qkv")
         )
+        if normed:
+            q, k = (
+                self.layer_norm(value, f"{name}.{part}_norm", factor=factor)
+                for part, value, factor in (("q", q, 1 / math.sqrt(d)), ("k", k, 1.0))
+            )
+        if turn is not None:
+            q, k = (self._turned(value, turn, f"{name}/{part}_turned", d) for part, value in (("q", q), ("k", k)))
         if self.cache is not None:
             index = name.split(".")[1]
             k, v = (self.cache.beside(part, index, new, num_heads, d) for part, new in (("keys", k), ("values", v)))
@@ -149,6 +174,15 @@ class BlockWriter:
         )
         return self._linear(merged, f"{name}.proj")
 
+    def _turned(self, value: str, turn: str, name: str, head_dim: int) -> str:
+        """Queries or keys turned by rotary angles: `x cos + (second half, first half) (-sin, sin)`, `(B, H, T, d)`."""
+        b, d = self.builder, head_dim
+        cos, sin = (b.half(turn, 2 * d, index, f"{turn}/{part}") for index, part in enumerate(("cos", "sin")))
+        first, second = (b.half(value, d, index, f"{name}/{part}") for index, part in enumerate(("first", "second")))
+        swapped = b.node("Concat", [second, first], f"{name}/swapped", axis=-1)
+        kept, moved = b.node("Mul", [value, cos], f"{name}/kept"), b.node("Mul", [swapped, sin], f"{name}/moved")
+        return b.node("Add", [kept, moved], name)
+
     def _softmax(self, scores: str, name: str) -> str:
         b, dtype = self.builder, self.arithmetic.of("softmax")
         scores = b.cast(scores, dtype)
@@ -156,14 +190,40 @@ class BlockWriter:
             scores = b.node("Add", [scores, b.cast(self.padding, dtype)], f"{name}/padding")
         return b.node("Softmax", [scores], f"{name}/softmax", axis=-1)
 
-    def gelu(self, value: str, name: str) -> str:
+    def _activated(self, value: str, mlp: str, activation: Activation, given: DType | None = None) -> str:
+        """What an MLP's first layer gave through its activation, in the given type, or as the blocks have it; of SwiGLU
+        silu of the first half times the second half.
+        """
+        if activation == "gelu":
+            return self.gelu(value, f"{mlp}.gelu", given)
+        b, name, dtype = self.builder, f"{mlp}.{activation}", given or self.arithmetic.of("gelu")
+        value = b.cast(value, dtype)
+        if activation == "swiglu":
+            hidden = 2 * self.weights[f"{mlp}.fc2.weight"].shape[1]
+            gate, value = (b.half(value, hidden, index, f"{name}/{part}") for index, part in enumerate(("gate", "up")))
+            factor = b.node("Mul", [gate, b.node("Sigmoid", [gate], f"{name}/share")], f"{name}/silu")
+        elif activation == "quick_gelu":
+            scaled = b.node("Mul", [value, b.scalar(1.702, dtype)], f"{name}/scaled")
+            factor = b.node("Sigmoid", [scaled], f"{name}/share")
+        else:  # 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
+            cubic = b.node(
+                "Mul", [b.node("Mul", [value, value], f"{name}/square"), b.scalar(0.044715, dtype)], f"{name}/cubic"
+            )
+            inner = b.node(
+                "Mul", [value, b.node("Add", [cubic, b.scalar(1.0, dtype)], f"{name}/shifted")], f"{name}/inner"
+            )
+            scaled = b.node("Mul", [inner, b.scalar(math.sqrt(8 / math.pi), dtype)], f"{name}/scaled")
+            factor = b.node("Sigmoid", [scaled], f"{name}/share")
+        return b.cast(b.node("Mul", [value, factor], name), given or self.arithmetic.stream)
+
+    def gelu(self, value: str, name: str, given: DType | None = None) -> str:
         """The exact form, which engines know and fuse: `0.5 x (1 + erf(x / sqrt 2))`."""
-        b, dtype = self.builder, self.arithmetic.of("gelu")
+        b, dtype = self.builder, given or self.arithmetic.of("gelu")
         value = b.cast(value, dtype)
         root, one, half = (b.scalar(number, dtype) for number in (math.sqrt(2), 1.0, 0.5))
         erf = b.node("Erf", [b.node("Div", [value, root], f"{name}/scaled")], f"{name}/erf")
         product = b.node("Mul", [value, b.node("Add", [erf, one], f"{name}/shifted")], f"{name}/product")
-        return b.cast(b.node("Mul", [product, half], f"{name}/half"), self.arithmetic.stream)
+        return b.cast(b.node("Mul", [product, half], f"{name}/half"), given or self.arithmetic.stream)
 
     def _residual(self, tokens: str, update: str, name: str) -> str:
         b, dtype = self.builder, self.arithmetic.of("residual")

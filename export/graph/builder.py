@@ -136,9 +136,16 @@ class GraphBuilder:
             return self.node("ReduceMean", [value], name, axes=[axis], keepdims=int(keepdims))
         return self.node("ReduceMean", [value, self.integers(axis)], name, keepdims=int(keepdims))
 
-    def without_cls(self, tokens: str, name: str) -> str:
-        """All tokens but the first: `(B, 1 + N, D) -> (B, N, D)`."""
-        ends = self.integers(1), self.integers(np.iinfo(np.int64).max), self.integers(1)
+    def half(self, value: str, dim: int, index: int, name: str) -> str:
+        """The first or second half of the last axis, `(..., dim) -> (..., dim / 2)`."""
+        ends = self.integers(index * dim // 2), self.integers((1 + index) * dim // 2), self.integers(-1)
+        return self.node("Slice", [value, *ends], name)
+
+    def without_first(self, tokens: str, count: int, name: str) -> str:
+        """All tokens but the first ones, CLS and registers: `(B, P + N, D) -> (B, N, D)`."""
+        if not count:
+            return tokens
+        ends = self.integers(count), self.integers(np.iinfo(np.int64).max), self.integers(1)
         return self.node("Slice", [tokens, *ends], name)
 
     def inputs(self) -> list[TensorEntry]:

@@ -3,7 +3,7 @@
 The new rows are put behind the old ones, and attention is told by a mask which of the old ones count: those that are
 recomputed do not. So a graph never writes to a cache; whoever runs it puts the new rows in their places
 (docs/results/streams.md has what was measured against scattering inside the graph).
-Shapes: B streams, R rows of the cache, T = 1 + K tokens, H heads, d = D / H.
+Shapes: B streams, R rows of the cache, P tokens before the patches, T = P + K tokens, H heads, d = D / H.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ class CacheWriter:
         places: int64 `(B, T)`, whose values do not matter: what says how many new rows there are.
         dtype: of the cache, FP32 or FP16.
         masked: what is added to the scores of rows that do not count.
+        prefix: P.
     """
 
     def __init__(
-        self, builder: GraphBuilder, *, batch: Dim, rows: Dim, places: str, dtype: DType, masked: float
+        self, builder: GraphBuilder, *, batch: Dim, rows: Dim, places: str, dtype: DType, masked: float, prefix: int
     ) -> None:
         b = self.builder = builder
+        self._prefix = prefix
         self.batch, self.rows, self.dtype = batch, rows, dtype
         self._new: list[str] = []
         mask = b.input(CACHE_MASK, FLOAT32, [batch, rows])
@@ -58,7 +60,9 @@ class CacheWriter:
         total = b.node("ReduceSum", [patch_tokens, b.integers(1)], "cache/sum", keepdims=0)
         total = b.node("Add", [rest, total], "cache/total")
         tokens = b.node("ReduceSum", [self._seen, b.integers(1)], "cache/tokens", keepdims=1)
-        return b.node("Div", [total, b.node("Sub", [tokens, b.scalar(1.0)], "cache/patches")], "outputs/mean")
+        return b.node(
+            "Div", [total, b.node("Sub", [tokens, b.scalar(float(self._prefix))], "cache/patches")], "outputs/mean"
+        )
 
     def output(self, num_tokens: Dim, heads: int, head_dim: int) -> None:
         """Declare the new rows of all blocks as one output, in the cache's type: each output costs a call time."""

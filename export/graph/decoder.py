@@ -42,7 +42,7 @@ def write_decoder(writer: BlockWriter, decoder: DecoderConfig, latent: str, plac
     # graph has Q/DQ.
     tokens = writer.tokens(rows, decoder.decoder_embed_dim, "decoder/rows")
     tokens = writer.layer_norm(tokens, "decoder_norm", dtype=FLOAT32)
-    return writer.fp32_linear(b.without_cls(tokens, "decoder/patches"), "decoder_pred")
+    return writer.fp32_linear(b.without_first(tokens, 1, "decoder/patches"), "decoder_pred")
 
 
 class PixelWriter:

@@ -1,6 +1,7 @@
 """The MAE encoder as an ONNX graph whose visible tokens are an input, never a random draw.
 
-Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T = 1 + K tokens, D width.
+Shapes: B images, C channels, P patch side, N patches in a grid (H', W'), K kept patches, T tokens, D width. T is K
+and the tokens before the patches: CLS, of today's families registers behind it, or none.
 With G groups of bands, what is kept is of the G * N patches of all groups, group by group.
 """
 
@@ -20,8 +21,11 @@ from mae_deploy.export.graph.builder import OPSET, OPSET_TYPED_SCALES, Dim, Grap
 from mae_deploy.export.graph.cached import CacheWriter
 from mae_deploy.export.graph.decoder import PixelWriter, write_decoder
 from mae_deploy.export.graph.patch_embed import PatchEmbedding
+from mae_deploy.export.graph.placement import Placement, first_row
+from mae_deploy.export.graph.pool import write_attention_pool
 from mae_deploy.export.graph.precision import FLOAT32, arithmetic
 from mae_deploy.export.graph.pyramid import write_pyramid
+from mae_deploy.export.graph.rotary import write_turns
 from mae_deploy.export.graph.spec import GraphSpec, available_outputs, block_tensor, check_mode, default_outputs
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig, EncoderConfig
@@ -72,6 +76,9 @@ class _Graph:
         self.visible = spec.token_mode != "full"
         self.keep: Dim = (spec.keep or "K") if self.visible else config.num_tokens
         self.averaged = metadata.kind == "classifier" and metadata.pool == "avg"
+        self.read_by_head = "cls" if metadata.pool == "cls" else "pooled"
+        self.first = first_row(config)
+        """Row of the first patch in the position table."""
         self.ragged = spec.token_mode == "ragged"
         self.cached = spec.token_mode == "cached"
         self.cache: CacheWriter | None = None
@@ -79,7 +86,7 @@ class _Graph:
         self.padding: str | None = None
         """See `BlockWriter`."""
         self.places = ""
-        """Row of the position table for every token, int64 `(B, T)`: 1 + the patch, 0 for CLS and for padding."""
+        """Row of the position table for every token, int64 `(B, T)`: of patches `first` and more, 0 for padding."""
 
     def write(self, names: tuple[str, ...]) -> GraphBuilder:
         """Embedding, blocks, norm and the outputs asked for."""
@@ -87,11 +94,22 @@ class _Graph:
         tokens = self.builder.cast(self._embed(patches), self.arithmetic.of("residual"))
         D = self.config.width
         self.cache = self._cache() if self.cached else None
-        writer = self._block_writer(self.keep, self.padding, self.cache)
+        turns = write_turns(
+            self.builder,
+            self.config,
+            self.weights,
+            self.places if self.visible else None,
+            self.first if self.visible else self.config.num_prefix,
+            self.arithmetic.stream,
+        )
+        writer = self._block_writer(self.keep, self.config.num_prefix, self.padding, self.cache)
+        writer.epsilon, writer.activation = self.config.norm_eps, self.config.activation
         rows = writer.rows(tokens, D, "blocks/rows")
+        if self.config.pre_norm:
+            rows = self.builder.cast(writer.layer_norm(rows, "norm_pre"), self.arithmetic.of("residual"))
         inner = []
         for index in range(self.config.blocks):
-            rows = writer.block(rows, f"blocks.{index}", self.config.heads)
+            rows = writer.block(rows, f"blocks.{index}", self.config.heads, turns[index] if turns else None)
             inner.append(rows)
         assert inner[-1] == block_tensor(len(inner) - 1)
         values = self._inner(writer, inner, names)
@@ -106,7 +124,7 @@ class _Graph:
         for name in names:
             self.builder.output(name, *values[name], dtype=self.spec.features)
         if self.cache is not None:
-            T = "T" if isinstance(self.keep, str) else 1 + self.keep
+            T = "T" if isinstance(self.keep, str) else self.config.num_prefix + self.keep
             self.cache.output(T, self.config.heads, self.config.width // self.config.heads)
         return self.builder
 
@@ -115,16 +133,21 @@ class _Graph:
         return CacheWriter(
             self.builder,
             batch=self.batch,
-            rows="R" if self.spec.keep is None and not self.spec.fixed_rows else 1 + self.config.num_patches,
+            rows=(
+                "R"
+                if self.spec.keep is None and not self.spec.fixed_rows
+                else self.config.num_prefix + self.config.num_patches
+            ),
             places=self.places,
+            prefix=self.config.num_prefix,
             dtype=np.dtype(self.spec.cache),
             masked=_MASKED,
         )
 
     def _block_writer(
-        self, num_patches: Dim, padding: str | None = None, cache: CacheWriter | None = None
+        self, num_patches: Dim, prefix: int, padding: str | None = None, cache: CacheWriter | None = None
     ) -> BlockWriter:
-        """A writer of blocks on this many patches and a CLS token."""
+        """A writer of blocks on this many patches and the tokens before them."""
         B, T = (size if isinstance(size, int) else -1 for size in (self.batch, num_patches))
         return BlockWriter(
             self.builder,
@@ -134,7 +157,7 @@ class _Graph:
             attention_scales=self.spec.attention_scales,
             padding=padding,
             cache=cache,
-            sizes=None if B == T == -1 else (B, T if T == -1 else 1 + T),
+            sizes=None if B == T == -1 else (B, T if T == -1 else prefix + T),
             rounding=rounding_of(self.spec.precision, self.spec.weight_bits),
             stores_rounded=self.spec.stores_rounded,
         )
@@ -164,14 +187,18 @@ class _Graph:
 
     def _embed(self, patches: str) -> str:
         """CLS as patch 0, the kept ones gathered, one linear map, one table of positions: FP32 `(B, T, D)`."""
-        b = self.builder
+        b, prefix = self.builder, self.config.num_prefix
         # An all-zero patch in front stands for CLS: the linear map has no bias, so it stays zero, and row 0 of the
         # table makes it the CLS token. That needs no Expand to the batch, hence no shape arithmetic in a dynamic graph.
+        # So do more of them for registers.
         groups = self.config.band_groups
         kernels = [kernel for kernel, _ in self.embedding.kernels()]
         embeds = "" if groups is None else self._embed_groups(patches, kernels)
-        tokens = b.node("Pad", [embeds or patches, b.integers(0, 1, 0, 0, 0, 0)], "cls/patch")
-        positions = b.weight("position_table", self.embedding.table())
+        tokens = embeds or patches
+        if front := prefix if self.cached or not self.visible else self.first:
+            tokens = b.node("Pad", [tokens, b.integers(0, front, 0, 0, 0, 0)], "cls/patch")
+        table = self.embedding.table()
+        positions = b.weight("position_table", table if self.visible else table[self.first - prefix :])
         if self.visible:
             ids = self._token_ids()
             if not self.cached:  # else these patches are all that there are
@@ -209,11 +236,12 @@ class _Graph:
         if self.ragged:
             real = self._real(kept)
             # Padding may hold anything: it becomes copies of CLS, which read no pixel and can widen no range of values.
-            kept = b.node("Where", [real, kept, b.scalar(-1, np.int64)], "ids/safe")
+            kept = b.node("Where", [real, kept, b.scalar(-self.first, np.int64)], "ids/safe")
             self.padding = self._mask(real)
-        self.places = b.node(
-            "Pad", [b.node("Add", [kept, b.integers(1)], "ids/shift"), b.integers(0, 1, 0, 0)], "ids/cls"
-        )
+        self.places = b.node("Add", [kept, b.integers(self.first)], "ids/shift")
+        for row in reversed(range(self.config.num_prefix)):  # CLS last: row 0
+            value = [b.scalar(row, np.int64)] if row else []
+            self.places = b.node("Pad", [self.places, b.integers(0, 1, 0, 0), *value], f"ids/{row or 'cls'}")
         return self.places
 
     def _real(self, kept: str) -> str:
@@ -233,7 +261,10 @@ class _Graph:
         padding.
         """
         b = self.builder
-        tokens = b.node("Pad", [b.cast(real, FLOAT32), b.integers(0, 1, 0, 0), b.scalar(1.0)], "padding/tokens")
+        tokens = b.cast(real, FLOAT32)
+        if prefix := self.config.num_prefix:
+            tokens = b.node("Pad", [tokens, b.integers(0, prefix, 0, 0), b.scalar(1.0)], "padding/tokens")
+        self.real_tokens = tokens
         absent = b.node("Sub", [b.scalar(1.0), tokens], "padding/absent")
         bias = b.node("Mul", [absent, b.scalar(_MASKED)], "padding/bias")
         return b.node("Unsqueeze", [bias, b.integers(1, 2)], "padding/scores")
@@ -241,7 +272,7 @@ class _Graph:
     @cached_property
     def _real_rows(self) -> str:
         """FP32 `(B, T, 1)`: 1 where a token is real, 0 where it is padding."""
-        return self.builder.node("Unsqueeze", ["padding/tokens", self.builder.integers(2)], "padding/rows")
+        return self.builder.node("Unsqueeze", [self.real_tokens, self.builder.integers(2)], "padding/rows")
 
     # --- tokens to outputs
     # -----------------------------------------------------------------------------------------------
@@ -275,16 +306,17 @@ class _Graph:
         """Only what was asked for, and what that needs."""
         b, B, D = self.builder, self.batch, self.config.width
         values: dict[str, tuple[str, list[Dim]]] = {}
-        wanted = {*names, *({"pooled" if self.averaged else "cls"} if {"logits", "probs"} & {*names} else ())}
+        wanted = {*names, *({self.read_by_head} if {"logits", "probs"} & {*names} else ())}
         if "cls" in wanted:
             values["cls"] = b.node("Gather", [tokens, b.scalar(0, np.int64)], "outputs/cls", axis=1), [B, D]
-        if wanted & {"tokens", "pooled"}:
+        attended = bool(self.config.pool_heads) and self.metadata.pool in (None, "map")
+        if wanted & {"tokens", *(() if attended else ("pooled",))}:
             values["tokens"] = self._patch_tokens(tokens, "tokens"), [B, self.keep, D]
         if "pooled" in wanted:
-            pooled = self._mean(values["tokens"][0])
+            pooled = write_attention_pool(writer, self.config, tokens) if attended else self._mean(values["tokens"][0])
             values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
         if {"logits", "probs"} & wanted:
-            logits = writer.fp32_linear(values["pooled" if self.averaged else "cls"][0], "head")
+            logits = writer.fp32_linear(values[self.read_by_head][0], "head")
             values["logits"] = logits, [B, self.metadata.num_classes or 0]
             if "probs" in names:
                 values["probs"] = b.node("Softmax", [logits], "outputs/probs", axis=-1), values["logits"][1]
@@ -297,7 +329,7 @@ class _Graph:
         b = self.builder
         if self.ragged:
             tokens = b.node("Mul", [tokens, self._real_rows], f"outputs/{name}/real")
-        return self.builder.without_cls(tokens, f"outputs/{name}")
+        return b.without_first(tokens, self.config.num_prefix, f"outputs/{name}")
 
     def _mean(self, patch_tokens: str) -> str:
         """Mean over the real patches: `(B, K, D) -> (B, D)`; of a stream, over the whole frame."""
@@ -315,7 +347,10 @@ class _Graph:
         Of groups of bands, the mean over those that are visible at a place.
         """
         b, c = self.builder, self.config
-        patches = self.builder.without_cls(self._placed(tokens) if self.visible else tokens, f"maps/{name}/patches")
+        if self.visible:
+            patches = b.without_first(self._placement.placed(tokens), self.first, f"maps/{name}/patches")
+        else:
+            patches = b.without_first(tokens, c.num_prefix, f"maps/{name}/patches")
         if c.band_groups is not None:
             patches = b.node(
                 "Reshape", [patches, b.integers(0, c.num_groups, c.num_patches, c.width)], f"maps/{name}/groups"
@@ -328,29 +363,16 @@ class _Graph:
         columns = b.node("Transpose", [patches], f"maps/{name}/channels_first", perm=[0, 2, 1])
         return b.node("Reshape", [columns, b.integers(0, c.width, *c.grid_size)], f"maps/{name}")
 
-    def _placed(self, tokens: str) -> str:
-        """Tokens at their rows of the position table, zeros elsewhere: `(B, T, D) -> (B, 1 + N, D)`.
-
-        A product with one-hot rows: it needs no shape arithmetic, is exact, and costs less than one linear map of one
-        block.
-        """
-        return self.builder.node("MatMul", [self._one_hot, tokens], f"{tokens}/placed")
-
     @cached_property
-    def _one_hot(self) -> str:
-        """Which token is at which row of the position table: FP32 `(B, 1 + N, T)`."""
-        b = self.builder
-        rows = b.weight("places/rows", np.arange(1 + self.config.num_tokens, dtype=np.int64)[None, :, None])
-        columns = b.node("Unsqueeze", [self.places, b.integers(1)], "places/columns")
-        return b.cast(b.node("Equal", [rows, columns], "places/equal"), FLOAT32)
+    def _placement(self) -> Placement:
+        return Placement(self.builder, self.config, self.places)
 
     @cached_property
     def _groups_seen(self) -> str:
         """How many groups are visible at each place, at least 1: FP32 `(B, N, 1)`."""
         b, c = self.builder, self.config
-        seen = self.builder.without_cls(
-            b.node("ReduceSum", [self._one_hot, b.integers(2)], "places/seen", keepdims=1), "places/seen_patches"
-        )
+        seen = b.node("ReduceSum", [self._placement.one_hot, b.integers(2)], "places/seen", keepdims=1)
+        seen = b.without_first(seen, 1, "places/seen_patches")
         seen = b.node("Reshape", [seen, b.integers(0, c.num_groups, c.num_patches, 1)], "places/seen_groups")
         return b.node(
             "Max",
@@ -361,8 +383,8 @@ class _Graph:
     def _reconstruct(self, latent: str, patches: str) -> str:
         """Every patch's pixels from the tokens of the visible ones: FP32 `(B, T, D) -> (B, N, P * P * C)`."""
         decoder = from_dict(DecoderConfig, self.metadata.decoder or {})
-        writer = self._block_writer(self.config.num_patches)
-        predicted = write_decoder(writer, decoder, latent, self._placed)
+        writer = self._block_writer(self.config.num_patches, 1)
+        predicted = write_decoder(writer, decoder, latent, self._placement.for_decoder)
         pixels = PixelWriter(
             self.builder,
             *self.embedding.statistics(),

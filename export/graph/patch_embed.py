@@ -39,11 +39,16 @@ class PatchEmbedding:
         return (pixels[:, None] + np.array(bands, np.int64)).ravel()
 
     def table(self) -> Array:
-        """What is added to every token, CLS first, the biases with it: `(1 + N, D)`. Row 0 is the CLS token."""
-        table = self._positions()
-        table[0] += self._weights["cls_token"][0, 0]
-        table[1:] += np.repeat([bias for _, bias in self.kernels()], self._config.num_patches, axis=0)
-        return table
+        """What is added to every token, the biases with it: `(F + N, D)`. The first F rows are CLS and registers; of a
+        model without them there is one row of zeros, which stands for padding.
+        """
+        c, table = self._config, self._positions()
+        if c.class_token:
+            table[0] += self._weights["cls_token"][0, 0]
+        table[1:] += np.repeat([bias for _, bias in self.kernels()], c.num_patches, axis=0)
+        registers = self._weights["reg_token"][0] if c.num_registers else table[:0]
+        first = table[:1] if c.class_token or not c.num_registers else table[:0]
+        return np.concatenate([first, registers, table[1:]])
 
     def statistics(self) -> tuple[Array, Array]:
         """Mean and standard deviation for each value of a patch, `(P * P * C,)`, float64."""
@@ -55,7 +60,10 @@ class PatchEmbedding:
         return mean, std
 
     def _positions(self) -> Array:
-        c, positions = self._config, self._weights["pos_embed"]
+        c = self._config
+        if not c.position_table:
+            return np.zeros((1 + c.num_patches, c.width), np.float32)
+        positions = self._weights["pos_embed"]
         if c.band_groups is None:
             return positions[0].copy()  # type: ignore[no-any-return]
         codes = torch.from_numpy(self._weights["channel_embed"])

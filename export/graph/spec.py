@@ -65,22 +65,26 @@ class GraphSpec:
 
 
 def block_tensor(index: int) -> str:
-    """The graph's name of the tokens after encoder block `index`, `(B, 1 + K, D)` or their rows, `(B * (1 + K), D)`."""
+    """The graph's name of the tokens after encoder block `index`, `(B, P + K, D)` or their rows, `(B * (P + K), D)`."""
     return f"blocks.{index}/mlp_residual"
 
 
 def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyramid: bool = False) -> tuple[str, ...]:
     """What a model can give.
 
-    A mean-pooled classifier has no norm after its last block, so its tokens are not offered; `pooled` is then what its
-    head reads.
+    A mean-pooled classifier (`avg`) has no norm after its last block, so its tokens are not offered; `pooled` is then
+    what its head reads.
     """
-    blocks = tuple(f"block_{index}" for index in range(from_dict(EncoderConfig, metadata.encoder).blocks))
+    encoder = from_dict(EncoderConfig, metadata.encoder)
+    blocks = tuple(f"block_{index}" for index in range(encoder.blocks))
     maps = () if token_mode == "cached" else ("feature_map", *(LEVELS if pyramid else ()))
     if metadata.kind == "classifier" and metadata.pool == "avg":
         return (*CLASS_OUTPUTS, "pooled", *maps[1:], *blocks)
-    names = CLASS_OUTPUTS if metadata.kind == "classifier" else ()
-    names = (*names, "cls", "tokens", "pooled", *maps, *blocks)
+    # A stream keeps no rows of what attention pools: it is not told of the whole frame.
+    pooled = () if token_mode == "cached" and encoder.pool_heads and metadata.pool in (None, "map") else ("pooled",)
+    headed = metadata.kind == "classifier" and (metadata.pool != "map" or bool(pooled))
+    names = (*(CLASS_OUTPUTS if headed else ()), *(("cls",) if encoder.class_token else ()), "tokens", *pooled)
+    names = (*names, *maps, *blocks)
     return ("pixels", *names) if token_mode == "reconstruct" else names
 
 
@@ -88,7 +92,9 @@ def default_outputs(metadata: Metadata, token_mode: TokenMode = "full") -> tuple
     """What a graph gives unless other outputs are asked for."""
     if token_mode == "reconstruct":
         return ("pixels",)
-    names = tuple(name for name in available_outputs(metadata) if name in ("logits", "cls", "tokens", "pooled"))
+    names = tuple(
+        name for name in available_outputs(metadata, token_mode) if name in ("logits", "cls", "tokens", "pooled")
+    )
     return with_last_tokens(names, metadata) if token_mode == "cached" else names
 
 
@@ -98,7 +104,8 @@ def with_last_tokens(names: tuple[str, ...], metadata: Metadata) -> tuple[str, .
     """
     averaged = metadata.kind == "classifier" and metadata.pool == "avg"
     last = f"block_{from_dict(EncoderConfig, metadata.encoder).blocks - 1}" if averaged else "tokens"
-    pooled = "pooled" in names or (averaged and "logits" in names)
+    by_mean = metadata.kind == "classifier" and metadata.pool in ("avg", "mean")
+    pooled = "pooled" in names or (by_mean and "logits" in names)
     return names if not pooled or last in names else (*names, last)
 
 

@@ -133,7 +133,7 @@ def _visible(model: Encoder, batch: int, token_sizes: Sequence[int], seed: int, 
 
 
 def _forward(model: Encoder, images: Tensor, ids: Tensor | None, *, decode: bool) -> None:
-    device = model.pos_embed.device
+    device = model.device
     images, ids = images.to(device), ids.to(device) if ids is not None else None
     tokens = Encoder.forward(model, images, ids)
     if decode:

@@ -237,7 +237,8 @@ class _Attempt:
             model, self.scales, few, attention=self.attention, corrections=self.corrections, rounding=self.rounding
         )
         K = self.job.ranges["K"][1] if "K" in self.job.ranges else N
-        tokens = {name: 1 + (N if name.startswith("decoder_") else K) for name in self.names}
+        prefix = self.job.loaded.encoder_config.num_prefix
+        tokens = {name: 1 + N if name.startswith("decoder_") else prefix + K for name in self.names}
         cost = {name: float(macs_per_token(model, name) * tokens[name]) for name in self.names}
         chosen = choose(noise, cost, self.check_budget)
         return chosen, table_rows(

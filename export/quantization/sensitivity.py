@@ -92,27 +92,30 @@ class _Run:
     """One batch, from any block to the outputs."""
 
     def __init__(self, model: Encoder, images: Array, ids_keep: Array | None, decode: bool) -> None:
-        device = model.pos_embed.device
+        device = model.device
         self.model, self.decode = model, decode
         self.ids_keep = None if ids_keep is None else torch.from_numpy(ids_keep).to(device)
         self.inputs = [model.embed(torch.from_numpy(images).to(device), self.ids_keep)]
         """Of each block, and of what follows the last one."""
+        self.turns = model.turns(self.ids_keep) or []
         for index in range(len(model.blocks)):
-            self.inputs.append(run_blocks(model.blocks[index : index + 1], self.inputs[-1]))
+            step = slice(index, index + 1)
+            self.inputs.append(run_blocks(model.blocks[step], self.inputs[-1], self.turns[step]))
 
     def outputs(self, block: int) -> dict[str, Tensor]:
         """All outputs, computed from this block on."""
         model = self.model
-        tokens = model.norm(run_blocks(model.blocks[block:], self.inputs[block]))
+        tokens = model.norm(run_blocks(model.blocks[block:], self.inputs[block], self.turns[block:]))
         if self.decode:
             assert isinstance(model, MaskedAutoencoder)
             assert self.ids_keep is not None
             return {"pixels": model.forward_decoder(tokens, restoring(self.ids_keep, model.config.num_patches))}
         if isinstance(model, Classifier) and model.pool == "avg":
-            pooled = model.fc_norm(tokens[:, 1:].mean(dim=1))
+            pooled = model.pool_latent(tokens)
             return {"pooled": pooled, "logits": model.head(pooled)}
-        head = {"logits": model.head(tokens[:, 0])} if isinstance(model, Classifier) else {}
-        return {"cls": tokens[:, 0], "tokens": tokens[:, 1:], **head}
+        head = {"logits": model.head(model.pool_latent(tokens))} if isinstance(model, Classifier) else {}
+        cls = {"cls": tokens[:, 0]} if model.config.class_token else {}
+        return {**cls, "tokens": tokens[:, model.config.num_prefix :], **head}
 
 
 @dataclass(frozen=True, slots=True)

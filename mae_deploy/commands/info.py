@@ -129,8 +129,20 @@ def _model(model: dict[str, Any]) -> str:
     size = "x".join(map(str, (model["in_chans"], *model["image_size"])))
     return (
         f"{model['name']}, {size}, patch {model['patch_size']}, {model['embed_dim']} wide, {model['depth']} blocks,"
-        f" {model['num_heads']} heads{_groups(model)}"
+        f" {model['num_heads']} heads{_groups(model)}{_family(model)}"
     )
+
+
+def _family(model: dict[str, Any]) -> str:
+    """Where it differs from the original's ViT."""
+    words = {
+        f"rotary positions ({model.get('rotary')})": model.get("rotary", "none") != "none",
+        f"{model.get('num_registers')} registers": bool(model.get("num_registers")),
+        "no class token": not model.get("class_token", True),
+        f"{model.get('activation')}": model.get("activation", "gelu") != "gelu",
+        "attention pooling": bool(model.get("pool_heads")),
+    }
+    return "".join(f", {name}" for name, there in words.items() if there)
 
 
 def _groups(model: dict[str, Any]) -> str:

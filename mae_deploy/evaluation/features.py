@@ -174,7 +174,8 @@ class EncoderFeatures(ModuleFeatures):
         loaded = at_image_size(loaded, config.image_size)
         model = encoder_of(loaded)
         headed = isinstance(model, Classifier) and model.pool == "avg"
-        pool = _pool_of(config.pool, ("avg",) if headed else ("cls", "avg"))
+        has_cls = model.config.class_token and not headed
+        pool = _pool_of(config.pool, ("cls", "avg") if has_cls else ("avg",))
         encoder = loaded.encoder_config
         description = (
             f"{encoder.name} at {encoder.image_size[0]}x{encoder.image_size[1]},"
@@ -293,6 +294,6 @@ def _pooling(model: Encoder, pool: str) -> Callable[[Tensor], Tensor]:
         if isinstance(model, Classifier) and model.pool == "avg":
             return model.forward_pooled(images)
         tokens = Encoder.forward(model, images)
-        return tokens[:, 0] if pool == "cls" else tokens[:, 1:].mean(dim=1)
+        return tokens[:, 0] if pool == "cls" else Encoder.pool_latent(model, tokens)
 
     return pooled

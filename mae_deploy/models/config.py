@@ -40,6 +40,17 @@ PRESETS = {
 """ViT-T/S/B as in timm, ViT-B/L/H as in the paper (appendix A), and small ones for small images."""
 
 
+RotaryKind = Literal["none", "dinov3", "index", "mixed"]
+
+Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
+
+BEYOND_PLAIN = (
+    *("rotary", "rotary_base", "rotary_offset", "rotary_reference", "position_table", "class_token", "num_registers"),
+    *("activation", "qk_norm", "mlp_norm", "pre_norm", "final_norm", "norm_eps", "pool_heads", "pool_mlp_ratio"),
+)
+"""Fields of an encoder by which today's families differ from the original's ViT."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EncoderConfig(Settings, resume="fixed"):
     """Model."""
@@ -64,8 +75,42 @@ class EncoderConfig(Settings, resume="fixed"):
     """Attention heads; default: the model's."""
     mlp_ratio: float = setting(4.0, hidden=True, above=0)
     """Hidden width of the MLP as a multiple of embed_dim."""
+    rotary: RotaryKind = "none"
+    """Rotary positions: queries and keys are turned by the place of their patch, so that any image size does without
+    interpolation. dinov3: places from -1 to 1 across the image; index: numbers of patches (EVA, Perception Encoder);
+    mixed: the same with learned frequencies (RoPE-ViT); none: a table is added to the patches."""
+    rotary_base: float = setting(100.0, hidden=True, above=0)
+    """Ratio of the highest to the lowest frequency of rotary positions, nearly (DINOv3 100, EVA 10000)."""
+    rotary_offset: float = setting(0.0, hidden=True)
+    """Added to every rotary coordinate (Perception Encoder 1)."""
+    rotary_reference: tuple[int, int] | None = setting(None, hidden=True, at_least=1)
+    """Grid to which index coordinates are scaled, rows and columns; default: not scaled."""
+    position_table: bool | None = setting(None, hidden=True)
+    """Whether a table of positions is added to the patches; default: without rotary positions."""
+    class_token: bool = setting(True, hidden=True)
+    """Whether there is a class token."""
+    num_registers: int = setting(0, hidden=True, at_least=0)
+    """Register tokens behind the class token."""
+    activation: Activation = setting("gelu", hidden=True)
+    """Of the MLP; swiglu: silu of one half of fc1 times the other half."""
+    qk_norm: bool = setting(False, hidden=True)
+    """LayerNorm of each head's queries and keys."""
+    mlp_norm: bool = setting(False, hidden=True)
+    """LayerNorm before the MLP's second layer."""
+    pre_norm: bool = setting(False, hidden=True)
+    """LayerNorm before the first block."""
+    final_norm: bool = setting(True, hidden=True)
+    """LayerNorm after the last block."""
+    norm_eps: float = setting(1e-6, hidden=True, above=0)
+    """Epsilon of all LayerNorms."""
+    pool_heads: int = setting(0, hidden=True, at_least=0)
+    """Heads of the attention that pools all tokens; 0: the mean of the patches is pooled."""
+    pool_mlp_ratio: float = setting(4.0, hidden=True, above=0)
+    """Hidden width of its MLP as a multiple of embed_dim."""
 
     def resolve(self) -> None:
+        if self.position_table is None:
+            object.__setattr__(self, "position_table", self.rotary == "none")
         # The frozen config holds the numbers themselves, so that a checkpoint does not depend on a table.
         preset = PRESETS.get(self.name)
         for field in dataclasses.fields(Preset):
@@ -97,6 +142,25 @@ class EncoderConfig(Settings, resume="fixed"):
             yield from errors_of(lambda: check_band_groups(groups, self.in_chans))
             if self.width < 8:
                 yield ConfigError(f"embed_dim must be at least 8 with --band-groups, got {self.width}")
+            if given := ", ".join(self.beyond_plain()):
+                yield ConfigError(f"--band-groups does not go with {given}", hint="leave one of the two out")
+        if self.rotary != "none" and self.width // self.heads % 4:
+            yield ConfigError(
+                f"--rotary {self.rotary} needs heads of a width that is a multiple of 4, not {self.width // self.heads}"
+            )
+        if self.pool_heads and self.width % self.pool_heads:
+            yield ConfigError(f"embed_dim {self.width} must be a multiple of pool_heads, {self.pool_heads}")
+
+    def beyond_plain(self) -> dict[str, Any]:
+        """Settings in which the encoder differs from the original's, by name, in the order of the fields."""
+        defaults = {field.name: field.default for field in dataclasses.fields(EncoderConfig)}
+        own = {name: getattr(self, name) for name in BEYOND_PLAIN}
+        return {name: value for name, value in own.items() if value != {**defaults, "position_table": True}[name]}
+
+    @property
+    def num_prefix(self) -> int:
+        """Tokens before the patches: class token and registers."""
+        return int(self.class_token) + self.num_registers
 
     @property
     def patch(self) -> int:
@@ -276,6 +340,8 @@ def check_objective(encoder: EncoderConfig, decoder: DecoderConfig, objective: O
             "--decoder-depth 0 leaves masked patches without a token",
             hint="pass --encoder-mask-tokens with it, as SimMIM does",
         )
+    if objective.encoder_mask_tokens and encoder.pre_norm:
+        raise ConfigError("--encoder-mask-tokens does not go with pre_norm", hint="leave one of the two out")
     if encoder.band_groups is not None and (objective.target != "pixels" or objective.encoder_mask_tokens):
         given = "--encoder-mask-tokens" if objective.encoder_mask_tokens else f"--target {objective.target}"
         raise ConfigError(f"--band-groups does not go with {given}", hint="leave one of the two out")

@@ -86,24 +86,25 @@ class MaskedAutoencoder(Encoder):
                 module.apply(initialise_linear)
 
     def forward_encoder(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """The latent of the visible patches: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
+        """The latent of the visible patches: `(B, C, H, W), (B, K) -> (B, P + K, D)`."""
         return super().forward(images, ids_keep)
 
     def forward_masked_encoder(self, images: Tensor, mask: Tensor) -> Tensor:
         """The latent of all patches, mask tokens in place of the masked ones:
-        `(B, C, H, W), (B, N) -> (B, 1 + N, D)`.
+        `(B, C, H, W), (B, N) -> (B, P + N, D)`.
         """
-        return self.norm(run_blocks(self.blocks, self.embed_masked(images, mask)))  # type: ignore[no-any-return]
+        tokens = run_blocks(self.blocks, self.embed_masked(images, mask), self.turns())
+        return self.norm(tokens)  # type: ignore[no-any-return]
 
     def embed_masked(self, images: Tensor, mask: Tensor) -> Tensor:
-        """What the first block reads then: `(B, C, H, W), (B, N) -> (B, 1 + N, D)`."""
-        tokens = self.embed(images)
-        masked = (self.mask_token + self.positions()[:, 1:]).to(tokens.dtype)
-        patches = torch.where(mask.unsqueeze(-1).bool(), masked, tokens[:, 1:])
-        return torch.cat([tokens[:, :1], patches], dim=1)
+        """What the first block reads then: `(B, C, H, W), (B, N) -> (B, P + N, D)`."""
+        tokens, table, P = self.embed(images), self.positions(), self.config.num_prefix
+        masked = self.mask_token if table is None else self.mask_token + table[:, 1:]
+        patches = torch.where(mask.unsqueeze(-1).bool(), masked.to(tokens.dtype), tokens[:, P:])
+        return torch.cat([tokens[:, :P], patches], dim=1)
 
     def forward_latent(self, images: Tensor, masking: Masking) -> Tensor:
-        """What the decoder reads, by the kind of encoder: `(B, C, H, W) -> (B, 1 + K, D)`, or `(B, 1 + N, D)` with mask
+        """What the decoder reads, by the kind of encoder: `(B, C, H, W) -> (B, P + K, D)`, or `(B, P + N, D)` with mask
         tokens in the encoder.
         """
         if self.objective.encoder_mask_tokens:
@@ -111,12 +112,12 @@ class MaskedAutoencoder(Encoder):
         return self.forward_encoder(images, masking.ids_keep)
 
     def forward_decoder(self, latent: Tensor, ids_restore: Tensor) -> Tensor:
-        """Predict every patch: `(B, 1 + K, D), (B, N) -> (B, N, T)`.
+        """Predict every patch: `(B, P + K, D), (B, N) -> (B, N, T)`.
 
-        With mask tokens in the encoder the latent is whole, `(B, 1 + N, D)`, and in its order.
+        With mask tokens in the encoder the latent is whole, `(B, P + N, D)`, and in its order. Registers stay out.
         """
         if not self.decoder_config.decoder_depth:
-            return self.predict(latent)
+            return self.predict(self.rows(latent))
         tokens = run_blocks(self.decoder_blocks, self.embed_decoder(latent, ids_restore))
         return self.predict(self.decoder_norm(tokens))
 
@@ -124,7 +125,7 @@ class MaskedAutoencoder(Encoder):
         """What the decoder's first block reads: every patch in its place, mask tokens for those not seen, CLS first:
         `-> (B, 1 + N, D')`.
         """
-        tokens: Tensor = self.decoder_embed(latent)
+        tokens: Tensor = self.decoder_embed(self.rows(latent))
         if not self.objective.encoder_mask_tokens:
             B, visible, D = tokens.shape
             masked = self.mask_token.to(tokens.dtype).expand(B, ids_restore.shape[1] + 1 - visible, D)

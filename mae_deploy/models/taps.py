@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import Masking
+from mae_deploy.models.rotary import Turn
 from mae_deploy.models.vit import Classifier, Encoder, run_block
 
 TapKind = Literal["tokens", "qkv", "decoder", "latent", "pixels", "cls", "pooled", "logits"]
@@ -26,13 +28,15 @@ class Tap(NamedTuple):
     """What is read there:
 
     - tokens `(B, 1 + K, D)` after a block, CLS first;
-    - qkv `(B, 3, heads, 1 + K, D / heads)` as a block's `qkv` layer gives them;
+    - qkv `(B, 3, heads, 1 + K, D / heads)` as a block's attention multiplies them (rotary: as they were turned);
     - decoder `(B, N, D')` after a block of the decoder, in the image's order, without CLS;
     - latent `(B, 1 + K, D)` after the final norm;
     - pixels `(B, N, T)`, the decoder's prediction;
     - cls `(B, D)`, the CLS token of the latent;
-    - pooled `(B, D)`, what a classifier's head reads, else the mean of the latent's patch tokens;
+    - pooled `(B, D)`, what a classifier's head reads, else what attention pools, or the mean of the latent's patches;
     - logits `(B, classes)`.
+
+    Registers are left out, and where there is no CLS, the mean of the patches stands for it (qkv: zeros).
     """
     block: int = 0
     """The block of tokens, qkv and decoder, counted from 1; else 0."""
@@ -69,15 +73,15 @@ def tapped(model: Encoder, images: Tensor, wanted: Collection[Tap], masking: Mas
         ValueError: the network has no such place, or a decoder is tapped without a masking.
     """
     taps: Taps = {}
-    tokens = _run_encoder(model, _embedded(model, images, masking), wanted, taps)
+    tokens = _run_encoder(model, images, masking, wanted, taps)
     behind = [tap for tap in wanted if tap.kind not in BLOCK_KINDS]
     if not behind:
         return taps
     latent: Tensor = model.norm(tokens)
     read = {
-        "latent": lambda: latent,
-        "cls": lambda: latent[:, 0],
-        "pooled": lambda: pooled(model, latent),
+        "latent": lambda: model.rows(latent),
+        "cls": lambda: model.rows(latent)[:, 0],
+        "pooled": lambda: model.pool_latent(latent),
         "logits": lambda: logits(model, latent),
     }
     taps.update({tap: read[tap.kind]() for tap in behind if tap.kind not in DECODER_KINDS})
@@ -86,15 +90,8 @@ def tapped(model: Encoder, images: Tensor, wanted: Collection[Tap], masking: Mas
     return taps
 
 
-def pooled(model: Encoder, latent: Tensor) -> Tensor:
-    """What a classifier's head reads, else the mean of the patch tokens: `(B, 1 + K, D) -> (B, D)`."""
-    if isinstance(model, Classifier):
-        return model.pool_latent(latent)
-    return latent[:, 1:].mean(dim=1)
-
-
 def logits(model: Encoder, latent: Tensor) -> Tensor:
-    """`(B, 1 + K, D) -> (B, classes)`.
+    """`(B, P + K, D) -> (B, classes)`.
 
     Raises:
         ValueError: the network is not a classifier.
@@ -116,6 +113,8 @@ def unreached(model: Encoder, wanted: Collection[Tap]) -> Iterator[nn.Module | n
         yield from (last.attn.proj, last.norm2, last.mlp)
     if kinds <= set(BLOCK_KINDS):
         yield model.norm
+    if model.attn_pool is not None and kinds.isdisjoint(("pooled", "logits")):
+        yield model.attn_pool
     if isinstance(model, Classifier) and "logits" not in kinds:
         yield model.head
         if model.pool == "avg" and "pooled" not in kinds:
@@ -133,30 +132,47 @@ def only_qkv(wanted: Collection[Tap], depth: int) -> bool:
     )
 
 
-def _embedded(model: Encoder, images: Tensor, masking: Masking | None) -> Tensor:
+def _embedded(model: Encoder, images: Tensor, masking: Masking | None) -> tuple[Tensor, list[Turn] | None]:
+    """What the first block reads, and its rotary positions."""
     if masking is None:
-        return model.embed(images)
+        return model.embed(images), model.turns()
     if isinstance(model, MaskedAutoencoder) and model.objective.encoder_mask_tokens:
-        return model.embed_masked(images, masking.mask)
-    return model.embed(images, masking.ids_keep)
+        return model.embed_masked(images, masking.mask), model.turns()
+    return model.embed(images, masking.ids_keep), model.turns(masking.ids_keep)
 
 
-def _run_encoder(model: Encoder, tokens: Tensor, wanted: Collection[Tap], taps: Taps) -> Tensor:
+def _run_encoder(
+    model: Encoder, images: Tensor, masking: Masking | None, wanted: Collection[Tap], taps: Taps
+) -> Tensor:
     """Run the blocks that are needed, and note what is wanted of them; returns the tokens after the last whole one."""
     depth = encoder_depth(wanted, len(model.blocks))
     if depth > len(model.blocks):
         raise ValueError(f"a tap at block {depth} of {len(model.blocks)}")
+    tokens, turns = _embedded(model, images, masking)
     for number, block in enumerate(model.blocks[:depth], start=1):
         after, inside = Tap("tokens", number), Tap("qkv", number)
+        turn = turns[number - 1] if turns else None
         if inside not in wanted:
-            tokens = run_block(block, tokens)
+            tokens = run_block(block, tokens, turn=turn)
         elif number == depth and only_qkv(wanted, depth):
-            taps[inside] = run_block(block, tokens, inner="only_qkv")
+            taps[inside] = _heads_rows(model, run_block(block, tokens, turn=turn, inner="only_qkv"))
         else:
-            tokens, taps[inside] = run_block(block, tokens, inner="with_qkv")
+            tokens, qkv = run_block(block, tokens, turn=turn, inner="with_qkv")
+            taps[inside] = _heads_rows(model, qkv)
         if after in wanted:
-            taps[after] = tokens
+            taps[after] = model.rows(tokens)
     return tokens
+
+
+def _heads_rows(model: Encoder, qkv: Tensor) -> Tensor:
+    """As `Encoder.rows`, of `(B, 3, heads, P + K, d)`: where there is no CLS, zeros stand for its queries, keys and
+    values.
+    """
+    prefix = model.config.num_prefix
+    if prefix == 1 and model.config.class_token:
+        return qkv
+    cls = qkv[:, :, :, :1] if model.config.class_token else torch.zeros_like(qkv[:, :, :, :1])
+    return torch.cat([cls, qkv[:, :, :, prefix:]], dim=3)
 
 
 def _run_decoder(model: Encoder, latent: Tensor, masking: Masking | None, wanted: Collection[Tap], taps: Taps) -> None:

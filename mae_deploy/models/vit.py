@@ -6,23 +6,35 @@ Shapes: B images, C channels, P patch side, N patches, K kept patches, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from timm.layers import trunc_normal_
+from timm.layers import AttentionPoolLatent, GluMlp, Mlp, QuickGELU, trunc_normal_
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mae_deploy.errors import ConfigError
 from mae_deploy.models.bands import GroupedPatchEmbed, group_positions
-from mae_deploy.models.config import EncoderConfig
+from mae_deploy.models.config import Activation, EncoderConfig
 from mae_deploy.models.position import sincos_group_embedding, sincos_position_embedding
+from mae_deploy.models.rotary import Rotary, Turn, rotate
 
-Pool = Literal["avg", "cls"]
+Pool = Literal["avg", "cls", "mean", "map"]
+"""What a head reads: the mean of the patches through `fc_norm`, without the encoder's norm; the class token; the mean
+of the patches behind the norm; the encoder's attention pooling."""
 
 LayerNorm: Any = partial(nn.LayerNorm, eps=1e-6)
+
+ACTIVATIONS: dict[Activation, Any] = {
+    "gelu": nn.GELU,
+    "gelu_tanh": partial(nn.GELU, approximate="tanh"),
+    "quick_gelu": QuickGELU,
+    "swiglu": nn.SiLU,
+}
 
 EXPLICIT_ATTENTION_TOKENS = 65
 """Up to this many tokens, attention written out trains about twice as fast on a CPU as the fused kernel (its backward
@@ -64,27 +76,65 @@ class PatchEmbed(nn.Module):
 
 
 def transformer_blocks(
-    dim: int, depth: int, num_heads: int, *, mlp_ratio: float = 4.0, drop_path: float = 0.0
+    dim: int,
+    depth: int,
+    num_heads: int,
+    *,
+    mlp_ratio: float = 4.0,
+    drop_path: float = 0.0,
+    activation: Activation = "gelu",
+    qk_norm: bool = False,
+    mlp_norm: bool = False,
+    norm_layer: Any = LayerNorm,
 ) -> nn.ModuleList:
     """timm's pre-norm blocks with stochastic depth rising linearly from 0 to `drop_path`."""
-    rates = np.linspace(0, drop_path, depth).tolist()
     return nn.ModuleList(
-        BlockWithQKV(dim, num_heads, mlp_ratio, qkv_bias=True, norm_layer=LayerNorm, drop_path=rate) for rate in rates
+        BlockWithQKV(
+            dim,
+            num_heads,
+            mlp_ratio,
+            qkv_bias=True,
+            qk_norm=qk_norm,
+            scale_mlp_norm=mlp_norm,
+            norm_layer=norm_layer,
+            act_layer=ACTIVATIONS[activation],
+            mlp_layer=_MLPS.get(activation, Mlp),
+            drop_path=rate,
+        )
+        for rate in np.linspace(0, drop_path, depth).tolist()
     )
 
 
+def _gated_mlp(in_features: int, hidden_features: int, **parts: Any) -> Any:
+    """SwiGLU with both halves of its first layer in one, the gate first, and `hidden_features` numbers between its
+    layers.
+    """
+    return GluMlp(in_features, 2 * hidden_features, gate_last=False, **parts)
+
+
+_MLPS: dict[Activation, Any] = {"swiglu": _gated_mlp}
+
+
 class BlockWithQKV(Block):
-    """timm's block, which also gives its queries, keys and values where they are asked for. Calls go through the block,
-    as FSDP2 needs it.
+    """timm's block, which also turns its queries and keys, and gives them and its values where they are asked for.
+    Calls go through the block, as FSDP2 needs it.
     """
 
     def forward(
-        self, x: Tensor, *args: Any, inner: Literal["with_qkv", "only_qkv"] | None = None, **kwargs: Any
+        self,
+        x: Tensor,
+        *args: Any,
+        turn: Turn | None = None,
+        inner: Literal["with_qkv", "only_qkv"] | None = None,
+        **kwargs: Any,
     ) -> Any:
-        """`(B, T, D)` to the same, to that and what the `qkv` layer gives, `(B, 3, heads, T, D / heads)`, or to the
-        latter alone.
+        """`(B, T, D)` to the same, to that and the queries, keys and values as attention multiplies them,
+        `(B, 3, heads, T, D / heads)`, or to the latter alone.
+
+        Args:
+            turn: rotary positions of the tokens.
         """
-        if inner is None:
+        if inner is None and turn is None:
             return super().forward(x, *args, **kwargs)
         attention: Any = self.attn
         B, T, _ = x.shape
@@ -93,9 +143,16 @@ class BlockWithQKV(Block):
             .reshape(B, T, 3, attention.num_heads, attention.head_dim)
             .permute(0, 2, 3, 1, 4)
         )
+        if turn is not None or not isinstance(attention.q_norm, nn.Identity):
+            queries, keys, values = qkv.unbind(1)
+            queries, keys = attention.q_norm(queries), attention.k_norm(keys)
+            if turn is not None:
+                queries, keys = rotate(queries, turn), rotate(keys, turn)
+            qkv = torch.stack([queries, keys, values], dim=1)
         if inner == "only_qkv":
             return qkv
-        return self.behind_attention(x, _attended(attention, qkv)), qkv
+        x = self.behind_attention(x, _attended(attention, qkv))
+        return x if inner is None else (x, qkv)
 
     def behind_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's input and what its heads gave, `(B, T, D)` and `(B, heads, T, D / heads)`, to its output."""
@@ -113,10 +170,14 @@ def _attended(attention: Any, qkv: Tensor) -> Tensor:
     return shares @ values
 
 
-def run_blocks(blocks: nn.ModuleList, tokens: Tensor) -> Tensor:
-    """Apply blocks in turn, with the attention that is faster for this device and length."""
-    for block in blocks:
-        tokens = run_block(block, tokens)
+def run_blocks(blocks: nn.ModuleList, tokens: Tensor, turns: Sequence[Turn] | None = None) -> Tensor:
+    """Apply blocks in turn, with the attention that is faster for this device and length.
+
+    Args:
+        turns: rotary positions, for each block.
+    """
+    for index, block in enumerate(blocks):
+        tokens = run_block(block, tokens, turn=turns[index] if turns else None)
     return tokens
 
 
@@ -128,30 +189,65 @@ def run_block(block: nn.Module, tokens: Tensor, **inner: Any) -> Any:
 
 
 class Encoder(nn.Module):
-    """The MAE encoder: all patches, or only those named by `ids_keep`, with a CLS token before them."""
+    """The MAE encoder: all patches, or only those named by `ids_keep`, with a CLS token before them.
+
+    Families of today have registers behind CLS, or no CLS; P is the number of tokens before the patches.
+    """
 
     def __init__(self, config: EncoderConfig, *, drop_path: float = 0.0) -> None:
         super().__init__()
         self.config = config
         D = config.width
+        norm_layer: Any = partial(nn.LayerNorm, eps=config.norm_eps)
         self.patch_embed: Any = PatchEmbed(config) if config.band_groups is None else GroupedPatchEmbed(config)
-        self.cls_token = nn.Parameter(torch.zeros(1, 1, D))
-        # A parameter, because fine-tuning may train it; fixed until then.
-        self.pos_embed = nn.Parameter(
-            sincos_position_embedding(D - config.group_dim, config.grid_size), requires_grad=False
+        self.cls_token: Any = nn.Parameter(torch.zeros(1, 1, D)) if config.class_token else None
+        self.reg_token = nn.Parameter(torch.zeros(1, config.num_registers, D)) if config.num_registers else None
+        # A parameter, because fine-tuning may train it; fixed until then. None without a table.
+        self.pos_embed: Any = (
+            nn.Parameter(sincos_position_embedding(D - config.group_dim, config.grid_size), requires_grad=False)
+            if config.position_table
+            else None
         )
         if config.band_groups is not None:
             self.channel_embed = nn.Parameter(
                 sincos_group_embedding(config.group_dim, config.num_groups), requires_grad=False
             )
+        self.rope = Rotary(config) if config.rotary != "none" else None
+        self.norm_pre: nn.Module = norm_layer(D) if config.pre_norm else nn.Identity()
         self.blocks = transformer_blocks(
-            D, config.blocks, config.heads, mlp_ratio=config.mlp_ratio, drop_path=drop_path
+            D,
+            config.blocks,
+            config.heads,
+            mlp_ratio=config.mlp_ratio,
+            drop_path=drop_path,
+            activation=config.activation,
+            qk_norm=config.qk_norm,
+            mlp_norm=config.mlp_norm,
+            norm_layer=norm_layer,
         )
-        self.norm: nn.Module = LayerNorm(D)
+        self.norm: nn.Module = norm_layer(D) if config.final_norm else nn.Identity()
+        self.attn_pool = (
+            AttentionPoolLatent(
+                D,
+                num_heads=config.pool_heads,
+                mlp_ratio=config.pool_mlp_ratio,
+                norm_layer=norm_layer,
+                act_layer=ACTIVATIONS["gelu" if config.activation == "swiglu" else config.activation],
+            )
+            if config.pool_heads
+            else None
+        )
         self._initialise()
 
+    @property
+    def device(self) -> torch.device:
+        """Where its weights are."""
+        return next(self.parameters()).device
+
     def embed(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """Patch embedding plus position of the kept patches, CLS in front: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`."""
+        """Patch embedding plus position of the kept patches, CLS and registers in front:
+        `(B, C, H, W), (B, K) -> (B, P + K, D)`.
+        """
         _, C, H, W = images.shape
         if (C, H, W) != (self.config.in_chans, *self.config.image_size):
             raise ValueError(
@@ -166,28 +262,53 @@ class Encoder(nn.Module):
 
     def embed_patches(self, patches: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """The same of patches that were cut out already, without groups of bands:
-        `(B, K, P * P * C), (B, K) -> (B, 1 + K, D)`.
+        `(B, K, P * P * C), (B, K) -> (B, P + K, D)`.
         """
         return self._placed(self.patch_embed(patches), ids_keep)
 
     def _placed(self, embeds: Tensor, ids_keep: Tensor | None) -> Tensor:
-        """Positions added, CLS in front: `(B, K, D) -> (B, 1 + K, D)`."""
+        """Positions added, CLS and registers in front: `(B, K, D) -> (B, P + K, D)`."""
         table = self.positions()
-        positions = table[:, 1:] if ids_keep is None else table[0, 1:][ids_keep]
-        tokens = embeds + positions
-        cls = (self.cls_token + table[:, :1]).expand(len(embeds), -1, -1)
-        return torch.cat([cls.to(tokens.dtype), tokens], dim=1)
+        cls: Tensor | None = self.cls_token
+        if table is not None:
+            embeds = embeds + (table[:, 1:] if ids_keep is None else table[0, 1:][ids_keep])
+            cls = None if cls is None else cls + table[:, :1]
+        prefix = [
+            part.expand(len(embeds), -1, -1).to(embeds.dtype) for part in (cls, self.reg_token) if part is not None
+        ]
+        return self.norm_pre(torch.cat([*prefix, embeds], dim=1))  # type: ignore[no-any-return]
 
-    def positions(self) -> Tensor:
-        """What is added to every token, CLS first: `(1, 1 + N, D)`, with groups of bands `(1, 1 + G * N, D)`."""
-        return (
-            self.pos_embed
-            if self.config.band_groups is None
-            else group_positions(self.pos_embed, self.channel_embed, self.config.num_groups)
-        )
+    def positions(self) -> Any:
+        """What is added to every token but registers, CLS first: `(1, 1 + N, D)`, with groups of bands
+        `(1, 1 + G * N, D)`; None without a table.
+        """
+        if self.pos_embed is None or self.config.band_groups is None:
+            return self.pos_embed
+        return group_positions(self.pos_embed, self.channel_embed, self.config.num_groups)
+
+    def turns(self, ids_keep: Tensor | None = None) -> list[Turn] | None:
+        """Rotary positions of all tokens or of the kept ones, for each block; None without."""
+        return None if self.rope is None else self.rope(ids_keep)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """CLS and the patches, without registers: `(B, P + K, D) -> (B, 1 + K, D)`; where there is no CLS, the mean of
+        the patches stands for it.
+        """
+        P = self.config.num_prefix
+        if P == 1 and self.config.class_token:
+            return tokens
+        patches = tokens[:, P:]
+        cls = tokens[:, :1] if self.config.class_token else patches.mean(dim=1, keepdim=True)
+        return torch.cat([cls, patches], dim=1)
+
+    def pool_latent(self, latent: Tensor) -> Tensor:
+        """One vector of an image: what attention pools, else the mean of the patches: `(B, P + K, D) -> (B, D)`."""
+        if self.attn_pool is not None:
+            return self.attn_pool(latent)  # type: ignore[no-any-return]
+        return latent[:, self.config.num_prefix :].mean(dim=1)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
-        """CLS and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, 1 + K, D)`.
+        """CLS, registers and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, P + K, D)`.
 
         Args:
             ids_keep: int64 `(B, K)` row-major patch indices in any order; None keeps all in row-major order. With
@@ -196,14 +317,17 @@ class Encoder(nn.Module):
         Raises:
             ValueError: the images have another size or number of channels.
         """
-        return self.norm(run_blocks(self.blocks, self.embed(images, ids_keep)))  # type: ignore[no-any-return]
+        tokens = run_blocks(self.blocks, self.embed(images, ids_keep), self.turns(ids_keep))
+        return self.norm(tokens)  # type: ignore[no-any-return]
 
     def _initialise(self) -> None:
         """As the original: Xavier-uniform linear maps (the patch embedding as one), normal(0.02) tokens."""
         for module in self.patch_embed.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.xavier_uniform_(module.weight.data.flatten(1))
-        nn.init.normal_(self.cls_token, std=0.02)
+        for token in (self.cls_token, self.reg_token):
+            if token is not None:
+                nn.init.normal_(token, std=0.02)
         self.blocks.apply(initialise_linear)
 
 
@@ -216,18 +340,25 @@ def initialise_linear(module: nn.Module) -> None:
 
 
 class Classifier(Encoder):
-    """Encoder and linear head, as the original fine-tunes it.
+    """Encoder and linear head, as the original fine-tunes it; see `Pool` for what the head reads.
 
-    `pool="avg"`: mean of the patch tokens, then `fc_norm`, and no norm before it. `pool="cls"`: the CLS token after
-    `norm`.
+    Raises:
+        ConfigError: it is to read a class token or an attention pooling that the encoder does not have.
     """
 
     def __init__(self, config: EncoderConfig, *, num_classes: int, pool: Pool = "avg", drop_path: float = 0.0) -> None:
         super().__init__(config, drop_path=drop_path)
         self.pool = pool
+        if (pool == "cls" and not config.class_token) or (pool == "map" and not config.pool_heads):
+            raise ConfigError(
+                f"--pool {pool}: the encoder has no {'class token' if pool == 'cls' else 'attention pooling'}",
+                hint="pass --pool avg",
+            )
+        if pool != "map":
+            self.attn_pool = None
         if pool == "avg":
             self.norm = nn.Identity()
-            self.fc_norm = LayerNorm(config.width)
+            self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.head = nn.Linear(config.width, num_classes)
         trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -237,8 +368,11 @@ class Classifier(Encoder):
         return self.pool_latent(super().forward(images, ids_keep))
 
     def pool_latent(self, latent: Tensor) -> Tensor:
-        """The same from the encoder's latent: `(B, 1 + K, D) -> (B, D)`."""
-        return self.fc_norm(latent[:, 1:].mean(dim=1)) if self.pool == "avg" else latent[:, 0]
+        """The same from the encoder's latent: `(B, P + K, D) -> (B, D)`."""
+        if self.pool == "cls":
+            return latent[:, 0]
+        pooled = super().pool_latent(latent)
+        return self.fc_norm(pooled) if self.pool == "avg" else pooled
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Logits: `(B, C, H, W), (B, K) -> (B, classes)`."""

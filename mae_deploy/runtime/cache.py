@@ -2,7 +2,8 @@
 
 A graph of `--tokens cached` recomputes K patches and CLS. They attend to the keys and values of all patches, which a
 `TokenCache` holds; the new ones are written to it in place.
-Shapes: B streams, N patches, K recomputed ones, S = 1 + N rows (CLS first), L blocks, H heads, d = D / H, P patch side.
+Shapes: B streams, N patches, K recomputed ones, F tokens before them (CLS, registers), S = F + N rows, L blocks, H
+heads, d = D / H, P patch side.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from mae_deploy.runtime.manifest import (
     UPDATES,
     Manifest,
     cache_names,
+    num_prefix,
 )
 
 
@@ -40,6 +42,8 @@ class CacheShape:
     """D."""
     dtype: str
     """float32 or float16, of keys and values."""
+    num_prefix: int = 1
+    """F."""
     fixed_rows: bool = False
     """Whether the graph takes all S rows at every call: where K is fixed, and on TensorRT."""
 
@@ -54,6 +58,7 @@ class CacheShape:
             num_heads=model["num_heads"],
             embed_dim=model["embed_dim"],
             dtype=keys["dtype"],
+            num_prefix=num_prefix(model),
             fixed_rows=isinstance(keys["shape"][2], int),
         )
 
@@ -79,10 +84,10 @@ class TokenCache:
     @classmethod
     def empty(cls, shape: CacheShape, batch: int) -> TokenCache:
         """Of streams of which nothing was computed yet."""
-        N, H = shape.num_patches, shape.num_heads
+        N, H, F = shape.num_patches, shape.num_heads, shape.num_prefix
         return cls(
             shape,
-            np.zeros((2 * shape.depth, batch, H, 1 + N, shape.embed_dim // H), shape.dtype),
+            np.zeros((2 * shape.depth, batch, H, F + N, shape.embed_dim // H), shape.dtype),
             np.zeros((batch, N, shape.embed_dim), np.float32),
             np.zeros((batch, N), bool),
         )
@@ -141,9 +146,10 @@ def update_cache(
     inputs = update_inputs(cache, patches, ids_keep, engine.input_names)
     # In chunks: an engine of TensorRT takes the batches that it was built for.
     found = run_in_chunks(engine, inputs, batch=None, outputs=tuple(dict.fromkeys([*wanted, *last, NEW_ROWS])))
+    first = np.arange(cache.shape.num_prefix)
     for stream, ids in enumerate(ids_keep):
         state, new = cache.state[:, stream], found[NEW_ROWS][stream]
-        state[:, :, np.concatenate([[0], 1 + ids])] = new.reshape(*state.shape[:2], *new.shape[1:])
+        state[:, :, np.concatenate([first, len(first) + ids])] = new.reshape(*state.shape[:2], *new.shape[1:])
         for name in last:
             cache.tokens[stream, ids] = found[name][stream]
         cache.computed[stream, ids] = True
@@ -163,8 +169,8 @@ def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Seq
         inputs |= {CACHE_MASK: np.zeros((B, 1), np.float32)}
         inputs |= dict.fromkeys(cache.rows, np.zeros(size, shape.dtype))
     else:
-        mask = np.zeros((B, 1 + shape.num_patches), np.float32)
-        mask[:, 1:] = others
+        mask = np.zeros((B, shape.num_prefix + shape.num_patches), np.float32)
+        mask[:, shape.num_prefix :] = others
         inputs |= {CACHE_MASK: mask, **cache.rows}
     if REST in names:
         inputs[REST] = np.matmul(others[:, None].astype(np.float32), cache.tokens)[:, 0]

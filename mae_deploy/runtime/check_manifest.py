@@ -29,6 +29,7 @@ from mae_deploy.runtime.manifest import (
     ToleranceEntry,
     cache_names,
     follows_keep,
+    num_prefix,
     read_preprocess,
 )
 from mae_deploy.runtime.tolerance import Tolerance
@@ -157,7 +158,7 @@ def _cache_inputs(manifest: Manifest, inputs: Mapping[str, TensorEntry]) -> dict
     names = cache_names(model["depth"])
     # TensorRT's profiles are of B and K alone: a graph for it takes all rows, whatever K is.
     opened = manifest["keep"] is None and manifest["engine"] not in PLANNED
-    R: Dim = "R" if opened else 1 + manifest["num_patches"]
+    R: Dim = "R" if opened else num_prefix(model) + manifest["num_patches"]
     half = names[0] in inputs and inputs[names[0]]["dtype"] == "float16"
     rows: tuple[str, list[Dim]] = ("float16" if half else "float32", [B, H, R, D // H])
     return {CACHE_MASK: ("float32", [B, R]), REST: ("float32", [B, D]), **dict.fromkeys(names, rows)}
@@ -193,7 +194,7 @@ def _output_shape(manifest: Manifest, name: str) -> list[Dim] | None:
         return [B, K, D]
     if name == NEW_ROWS:
         L, H = model["depth"], model["num_heads"]
-        return [B, 2 * L * H, "T" if manifest["keep"] is None else 1 + manifest["keep"], D // H]
+        return [B, 2 * L * H, "T" if manifest["keep"] is None else num_prefix(model) + manifest["keep"], D // H]
     classes = manifest["class_names"]
     grid = [side // P for side in model["image_size"]]
     shapes: dict[str, list[Dim]] = {

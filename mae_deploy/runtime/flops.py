@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from mae_deploy.runtime.manifest import CLASS_OUTPUTS, Manifest, ModelEntry, TensorEntry
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, Manifest, ModelEntry, TensorEntry, num_prefix
 
 
 def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
@@ -17,7 +17,7 @@ def flops_per_image(manifest: Manifest, num_keep: int) -> int | None:
     """
     model = manifest["model"]
     outputs = {entry["name"]: entry for entry in manifest["graph"]["outputs"]}
-    seen = 1 + manifest["num_patches"] if manifest["token_mode"] == "cached" else 1 + num_keep
+    seen = num_prefix(model) + (manifest["num_patches"] if manifest["token_mode"] == "cached" else num_keep)
     operations = _encoder(model, num_keep, _depth(model, list(outputs)), seen)
     if "pixels" in outputs:
         decoder = manifest.get("decoder")
@@ -35,7 +35,8 @@ def autoencoder_flops(model: ModelEntry, decoder: Mapping[str, int], num_keep: i
     """Operations of a masked autoencoder's forward pass for one image: the encoder on `num_keep` patches, the decoder
     on all.
     """
-    return _encoder(model, num_keep, model["depth"], 1 + num_keep) + _decoder(model, decoder, num_keep, num_patches)
+    seen = num_prefix(model) + num_keep
+    return _encoder(model, num_keep, model["depth"], seen) + _decoder(model, decoder, num_keep, num_patches)
 
 
 def _encoder(model: ModelEntry, num_keep: int, depth: int, seen: int) -> int:
@@ -45,15 +46,19 @@ def _encoder(model: ModelEntry, num_keep: int, depth: int, seen: int) -> int:
     D = model["embed_dim"]
     rows, columns = (side // model["patch_size"] for side in model["image_size"])
     embedded = num_keep if model.get("band_groups") is None else rows * columns
-    return 2 * embedded * _patch_dim(model) * D + depth * _block(1 + num_keep, seen, D, model["mlp_ratio"])
+    maps = 3 if model.get("activation") == "swiglu" else 2
+    block = _block(num_prefix(model) + num_keep, seen, D, model["mlp_ratio"], maps)
+    return 2 * embedded * _patch_dim(model) * D + depth * block
 
 
-def _block(num_tokens: int, seen: int, dim: int, mlp_ratio: float) -> int:
-    """qkv, q kᵀ, its product with v, proj, and the two maps of the MLP, for T tokens of width D that attend to
-    `seen`.
+def _block(num_tokens: int, seen: int, dim: int, mlp_ratio: float, maps: int = 2) -> int:
+    """qkv, q kᵀ, its product with v, proj, and the maps of the MLP, for T tokens of width D that attend to `seen`.
+
+    Args:
+        maps: of the MLP: SwiGLU has three.
     """
     T, D = num_tokens, dim
-    linear = T * D * (3 * D + D + 2 * int(D * mlp_ratio))
+    linear = T * D * (3 * D + D + maps * int(D * mlp_ratio))
     attention = 2 * T * seen * D
     return 2 * (linear + attention)
 

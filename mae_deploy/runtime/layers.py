@@ -14,7 +14,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import EngineOptions, run_in_chunks
-from mae_deploy.runtime.manifest import BLOCKS, NUM_KEEP
+from mae_deploy.runtime.manifest import BLOCKS, NUM_KEEP, num_prefix
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.parity.own_noise import BLOCKS_DB, own_noise
 from mae_deploy.runtime.registry import load_engine
@@ -189,7 +189,7 @@ def trace_layers(
     layers: list[LayerDrift] = []
     for block, name in enumerate(bundle.blocks):
         comparison = compare(_rows(expected_SLTD[:, block]), _rows(found[name][:, :T]), name)
-        peak = float(np.abs(_real(found[name], inputs).astype(np.float64)).max())
+        peak = float(np.abs(_real(found[name], inputs, num_prefix(bundle.model)).astype(np.float64)).max())
         if comparison.reason is None and not math.isfinite(peak):
             comparison = Comparison(name=name, reason=f"NaN or infinite values behind the first {T} tokens")
         drop = (layers[-1].comparison.sqnr_db if layers else math.nan) - comparison.sqnr_db
@@ -222,11 +222,11 @@ def first_broken_block(bundle: Bundle, engine: str, options: EngineOptions) -> l
     return [f"block {broken.block} is the first with NaN or infinite values{before}"]
 
 
-def _real(tokens: Array, inputs: Mapping[str, Array]) -> Array:
-    """CLS and the patches that are no padding, of all samples: `(S, T, D) -> (rows, D)`."""
+def _real(tokens: Array, inputs: Mapping[str, Array], prefix: int) -> Array:
+    """CLS, registers and the patches that are no padding, of all samples: `(S, T, D) -> (rows, D)`."""
     if NUM_KEEP not in inputs:
         return _rows(tokens)
-    return np.concatenate([row[: 1 + int(length)] for row, length in zip(tokens, inputs[NUM_KEEP], strict=True)])
+    return np.concatenate([row[: prefix + int(length)] for row, length in zip(tokens, inputs[NUM_KEEP], strict=True)])
 
 
 def _rows(tokens: Array) -> Array:

@@ -77,7 +77,27 @@ class _Bands(TypedDict, total=False):
     """Groups of channels, each with patches of its own; absent without."""
 
 
-class ModelEntry(_Bands):
+class _BeyondPlain(TypedDict, total=False):
+    """Where today's families differ from the original's ViT (see `EncoderConfig`); absent where they do not."""
+
+    rotary: str
+    rotary_base: float
+    rotary_offset: float
+    rotary_reference: list[int]
+    position_table: bool
+    class_token: bool
+    num_registers: int
+    activation: str
+    qk_norm: bool
+    mlp_norm: bool
+    pre_norm: bool
+    final_norm: bool
+    norm_eps: float
+    pool_heads: int
+    pool_mlp_ratio: float
+
+
+class ModelEntry(_Bands, _BeyondPlain):
     """The encoder's numbers."""
 
     name: str
@@ -89,6 +109,11 @@ class ModelEntry(_Bands):
     depth: int
     num_heads: int
     mlp_ratio: float
+
+
+def num_prefix(model: ModelEntry) -> int:
+    """Tokens before the patches, P: CLS and registers."""
+    return int(model.get("class_token", True)) + model.get("num_registers", 0)
 
 
 class TensorEntry(TypedDict):
@@ -110,16 +135,17 @@ class GraphEntry(TypedDict):
     normalises."""
     outputs: list[TensorEntry]
     blocks: list[str]
-    """The graph's tensors after each encoder block, `(B, 1 + K, D)` or `(B * (1 + K), D)`; empty where the golden file
+    """The graph's tensors after each encoder block, `(B, P + K, D)` or `(B * (P + K), D)`; empty where the golden file
     has no `blocks`."""
 
 
 class GoldenEntry(TypedDict):
     """Sample inputs with PyTorch's FP32 outputs, as an npz under the graph's own names for inputs and outputs.
 
-    `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS first) after each of L blocks for the
-    first S' samples. `frame` is a synthetic image `(h, w, C)` of another size and shape than the model's, `frame_image`
-    float32 `(C, H, W)` what preprocessing made of it at export; bundles of older versions lack both.
+    `blocks` in it is float32 `(S', L, T', D)`: PyTorch's first T' tokens (CLS and registers first) after each of L
+    blocks for the first S' samples. `frame` is a synthetic image `(h, w, C)` of another size and shape than the
+    model's, `frame_image` float32 `(C, H, W)` what preprocessing made of it at export; bundles of older versions lack
+    both.
     """
 
     file: str

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -12,17 +12,20 @@ from torch import Tensor
 from mae_deploy.checkpoint import Metadata, find_checkpoint, open_checkpoint
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
+from mae_deploy.models.config import BEYOND_PLAIN, DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.position import interpolate_position_embedding
-from mae_deploy.models.vit import Classifier, Encoder
+from mae_deploy.models.vit import Classifier, Encoder, Pool
 from mae_deploy.progress import notice
 from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 
 E = TypeVar("E", bound=Encoder)
 
-ENCODER = ("cls_token", "pos_embed", "channel_embed", "patch_embed", "blocks", "norm")
+ENCODER = (
+    *("cls_token", "reg_token", "pos_embed", "channel_embed", "rope", "patch_embed", "norm_pre", "blocks", "norm"),
+    "attn_pool",
+)
 """First parts of the names of the plain encoder's tensors."""
 
 
@@ -74,9 +77,7 @@ def build_model(metadata: Metadata) -> Encoder:
         )
         return MaskedAutoencoder(config, decoder, norm_pix_loss=metadata.norm_pix_loss, objective=objective)
     if metadata.kind == "classifier":
-        return Classifier(
-            config, num_classes=metadata.num_classes or 0, pool="cls" if metadata.pool == "cls" else "avg"
-        )
+        return Classifier(config, num_classes=metadata.num_classes or 0, pool=cast(Pool, metadata.pool or "avg"))
     return Encoder(config)
 
 
@@ -121,8 +122,9 @@ def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> 
         return loaded
     target = replace(source, image_size=image_size)
     grids = " to ".join(f"{rows}x{columns}" for rows, columns in (source.grid_size, target.grid_size))
-    notice("positions:", f"interpolated from {grids} patches ({loaded.metadata.positions})")
     tensors = dict(loaded.tensors)
+    how = f"interpolated from {grids} patches ({loaded.metadata.positions})"
+    notice("positions:", how if "pos_embed" in tensors else f"turned by those of {grids.split(' to ')[1]} patches")
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors:
             tensors[name] = loaded.positions_at(name, target.grid_size)
@@ -139,14 +141,24 @@ def encoder_tensors(loaded: LoadedWeights, target: EncoderConfig) -> dict[str, T
         ConfigError: the two encoders differ in more than image size.
     """
     source = loaded.encoder_config
-    for name in ("patch_size", "in_chans", "band_groups", "embed_dim", "depth", "num_heads", "mlp_ratio"):
+    for name in (
+        "patch_size",
+        "in_chans",
+        "band_groups",
+        "embed_dim",
+        "depth",
+        "num_heads",
+        "mlp_ratio",
+        *BEYOND_PLAIN,
+    ):
         if getattr(source, name) != getattr(target, name):
             raise ConfigError(
                 f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has"
                 f" {getattr(target, name)}"
             )
     tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
-    tensors["pos_embed"] = loaded.positions_at("pos_embed", target.grid_size)
+    if "pos_embed" in tensors:
+        tensors["pos_embed"] = loaded.positions_at("pos_embed", target.grid_size)
     return tensors
 
 

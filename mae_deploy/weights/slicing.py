@@ -157,6 +157,13 @@ def _hidden(config: EncoderConfig) -> int:
 def _check(source: EncoderConfig, target: EncoderConfig) -> None:
     if source.band_groups is not None or target.band_groups is not None:
         raise ConfigError("an encoder with groups of bands cannot be sliced", hint="start the student at random")
+    for config, whose in ((source, "the larger encoder"), (target, "the student")):
+        if given := config.beyond_plain():
+            differing = ", ".join(f"{name} {value}" for name, value in given.items())
+            raise ConfigError(
+                f"{whose} has {differing}: only plain ViTs are sliced",
+                hint="start the student at random",
+            )
     if source.in_chans != target.in_chans:
         raise ConfigError(f"the larger encoder reads {source.in_chans} channels, the student {target.in_chans}")
     sides = {

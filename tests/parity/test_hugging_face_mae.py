@@ -294,7 +294,7 @@ def test_a_missing_shard_is_named(shards: Path) -> None:
         ({"hidden_act": "gelu_new"}, "hidden_act gelu_new"),
         ({"layer_norm_eps": 1e-5}, "layer_norm_eps 1e-05, more than 1e-6"),
         ({"decoder_intermediate_size": 72}, "decoder_intermediate_size 72, not four times decoder_hidden_size 24"),
-        ({"model_type": "dinov2"}, "model_type dinov2"),
+        ({"model_type": "swin"}, "model_type swin"),
     ],
 )
 def test_a_config_that_changes_the_computation_is_refused(

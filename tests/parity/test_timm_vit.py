@@ -220,6 +220,14 @@ FOLDED: dict[str, tuple[dict[str, Any], str]] = {
         "",
     ),
     "dynamic size, padded": ({"dynamic_img_pad": True}, ""),
+    "norms of queries and keys": ({"qk_norm": True}, ""),
+    "a norm in the MLP": ({"scale_mlp_norm": True}, ""),
+    "GELU by tanh": ({"act_layer": "gelu_tanh"}, ""),
+    "QuickGELU": ({"act_layer": "quick_gelu"}, ""),
+    "no norm after the blocks": ({"final_norm": False}, ""),
+    "average pooling after the norm": ({"global_pool": "avg", "fc_norm": False}, ""),
+    "no class token": ({"class_token": False, "global_pool": "avg"}, ""),
+    "registers with positions": ({"reg_tokens": 3}, "position embeddings of 3 registers"),
 }
 
 
@@ -351,14 +359,9 @@ def test_the_licence_of_a_tag(
 
 REFUSED = {
     "deit_tiny_distilled_patch16_224": "a distillation token (dist_token)",
-    "vit_small_patch14_reg4_dinov2": "register tokens (4)",
-    "vit_giant_patch14_dinov2": "MLP of kind GluMlp (gated, as SwiGLU)",
-    "vit_base_patch16_clip_224": "a norm before the blocks (pre_norm), norm of kind LayerNorm with eps 1e-05",
-    "vit_base_patch16_siglip_224": "no class token, attention pooling (attn_pool)",
     "vit_base_patch16_rpn_224": "blocks of kind ResPostBlock",
     "beit3_base_patch16_224": "a norm in the attention (scale_attn_norm)",
     "beit_base_patch16_224": "relative positions in its attention (Beit)",
-    "vit_small_patch16_rope_224": "rotary position embeddings",
     "vit_tiny_r_s16_p8_224": "a HybridEmbed in place of a patch embedding",
     "test_vit4": "norm of kind RmsNorm",
     "resnet18": "the class ResNet",
@@ -381,23 +384,16 @@ def test_a_model_that_computes_something_else_is_refused(
 @pytest.mark.parametrize(
     ("settings", "feature"),
     [
-        ({"qk_norm": True}, "query and key norms (qk_norm)"),
-        ({"scale_mlp_norm": True}, "a norm in the MLP (scale_mlp_norm)"),
         ({"attn_layer": "diff"}, "attention of kind DiffAttention"),
-        ({"act_layer": "gelu_tanh"}, "activation of kind GELUTanh"),
-        ({"act_layer": "quick_gelu"}, "activation of kind QuickGELU"),
-        ({"final_norm": False}, "no norm after the blocks (final_norm)"),
         ({"norm_layer": "rmsnorm"}, "norm of kind RmsNorm"),
         ({"embed_norm_layer": "layernorm"}, "a norm of the patch embeddings"),
         ({"pos_embed": "none"}, "no position embeddings"),
         ({"patch_size": [16, 8]}, "patches of 16x8 pixels"),
+        ({"act_layer": "silu"}, "activation of kind SiLU"),
         ({"global_pool": "max"}, "'max' pooling"),
         ({"global_pool": "avgmax"}, "'avgmax' pooling"),
-        ({"global_pool": "avg", "fc_norm": False}, "average pooling after the norm (no fc_norm)"),
         ({"global_pool": "avg", "pool_include_prefix": True}, "pooling that includes the class token"),
         ({"global_pool": "avg", "num_classes": 0}, "a norm after pooling (fc_norm) but no head"),
-        ({"class_token": False, "global_pool": "avg"}, "no class token"),
-        ({"reg_tokens": 3}, "register tokens"),
     ],
 )
 def test_an_argument_that_changes_the_computation_is_refused(

@@ -22,7 +22,7 @@ from mae_deploy.commands.benchmark.rows import BenchmarkRow
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.progress import notice
 from mae_deploy.runtime.engines.base import EngineOptions
-from mae_deploy.runtime.manifest import PLANNED
+from mae_deploy.runtime.manifest import PLANNED, num_prefix
 from mae_deploy.runtime.onnx_file import write_products
 from mae_deploy.runtime.registry import TENSORRT_RTX, open_graph
 from mae_deploy.runtime.timing import take_turns
@@ -125,10 +125,10 @@ def bytes_moved(row: BenchmarkRow) -> int | None:
     if subject.bundle is None or row.patches is None:
         return None
     model, wide = subject.bundle.model, 4 if row.precision == "fp32" else 2
-    D, depth, T = model["embed_dim"], model["depth"], 1 + row.patches
+    D, depth, first = model["embed_dim"], model["depth"], num_prefix(model)
     image = int(np.prod(subject.image_shape)) * np.dtype(subject.image_dtype).itemsize
-    stream = 2 * depth * T * D * wide
-    cache = 2 * depth * (1 + subject.num_patches) * D * wide if subject.token_mode == "cached" else 0
+    stream = 2 * depth * (first + row.patches) * D * wide
+    cache = 2 * depth * (first + subject.num_patches) * D * wide if subject.token_mode == "cached" else 0
     return subject.size_bytes + row.batch * (image + stream + cache)
 
 

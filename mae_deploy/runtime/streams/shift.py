@@ -23,7 +23,8 @@ class Shift:
         """Remember what the patches `in_turn (R,)` of stream `at` were."""
         self._cache, self._at, self._in_turn = cache, at, in_turn
         self._tokens = cache.tokens[at, in_turn]
-        self._rows = cache.state[:, at][:, :, 1 + in_turn]
+        self._first = cache.shape.num_prefix
+        self._rows = cache.state[:, at][:, :, self._first + in_turn]
 
     def apply(self, ids: Array, age: Array) -> None:
         """Move the patches that the update did not compute.
@@ -39,6 +40,6 @@ class Shift:
         shares[ids] = 0
         cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
         state = cache.state[:, at]
-        moved = (state[:, :, 1 + in_turn] - self._rows).mean(axis=2, keepdims=True, dtype=np.float32)
+        moved = (state[:, :, self._first + in_turn] - self._rows).mean(axis=2, keepdims=True, dtype=np.float32)
         for rows, change in zip(state, moved, strict=True):
-            rows[:, 1:] += (shares[:, None] * change).astype(rows.dtype, copy=False)
+            rows[:, self._first :] += (shares[:, None] * change).astype(rows.dtype, copy=False)

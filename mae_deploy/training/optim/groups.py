@@ -23,6 +23,9 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
     return list(groups.values())
 
 
+_UNDECAYED = ("pos_embed", "cls_token", "reg_token", "channel_embed", "rope.freqs")
+
+
 def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float) -> list[ParamGroup]:
     """Fine-tuning's groups: the learning rate shrinks by `layer_decay` a layer from the head down (BEiT, and the
     original's `lr_decay.py`).
@@ -32,7 +35,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             layer = layer_of(name, layers)
-            decays = parameter.ndim > 1 and name not in ("pos_embed", "cls_token", "channel_embed")
+            decays = parameter.ndim > 1 and name not in _UNDECAYED
             _add(
                 groups.setdefault(
                     (layer, decays), _group(weight_decay if decays else 0.0, layer_decay ** (layers - layer))
@@ -45,7 +48,7 @@ def layer_decay_groups(model: nn.Module, weight_decay: float, layer_decay: float
 
 def layer_of(name: str, layers: int) -> int:
     """0 for the embeddings, i + 1 for block i, `layers` for what comes after the blocks."""
-    if name.startswith(("cls_token", "pos_embed", "channel_embed", "patch_embed")):
+    if name.startswith(("cls_token", "reg_token", "pos_embed", "channel_embed", "rope", "patch_embed", "norm_pre")):
         return 0
     return int(name.split(".")[1]) + 1 if name.startswith("blocks.") else layers
 

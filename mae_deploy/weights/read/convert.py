@@ -1,5 +1,5 @@
-"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face `vit_mae` and `vit`,
-torchvision, mmpretrain, MAE-Lite.
+"""Make a checkpoint of weights made elsewhere: the original MAE implementation, timm, Hugging Face, torchvision,
+mmpretrain, MAE-Lite.
 
 Target names are the original's. The tensors must be exactly those of the model: nothing is guessed to fit.
 """
@@ -24,7 +24,12 @@ from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.check_numbers import check_numbers
 from mae_deploy.weights.read.files import Source, count_blocks, find_weights, read_source, tensor_of
-from mae_deploy.weights.read.hugging_face import from_hugging_face, is_hugging_face, refuse_other_types
+from mae_deploy.weights.read.hugging_face import (
+    drop_text_tower,
+    from_hugging_face,
+    is_hugging_face,
+    refuse_other_types,
+)
 from mae_deploy.weights.read.linear_probe import fold_batch_norm
 from mae_deploy.weights.read.mae_lite import from_mae_lite, is_mae_lite
 from mae_deploy.weights.read.openmmlab import from_openmmlab, is_openmmlab
@@ -47,12 +52,15 @@ _FOREIGN = [
     (r"^(dist_token|dist_norm\.|head_dist\.)|embeddings\.distillation_token$", "a distillation token and its head"),
     (r"(^|\.)(reg_token|register_tokens|storage_tokens)$", "register tokens"),
     (r"(^|\.)transformer\.resblocks\.", "the blocks of CLIP's ViT: a norm before them, QuickGELU"),
-    (r"\.layer_scale1\.lambda1$", "LayerScale under transformers' names (Dinov2; timm's files of it are read)"),
+    (r"\.layer_scale1\.lambda1$", "LayerScale under transformers' names"),
     (r"\.lora_(A|B|embedding_A)\.", "adapters that were not merged into the weights (LoRA)"),
     (r"(^|\.)(layers\.\d+\.blocks\.|stages\.\d+\.)", "stages of different resolution (Swin, Hiera)"),
     (r"^(backbone\.)?pre_norm\.", "a norm before the blocks (pre_norm)"),
 ]
 """Tensors by which other families are told, and what they are."""
+
+_TOLD = ("register tokens", "LayerScale under transformers' names")
+"""Of these, what is read where a config.json of Hugging Face's tells the rest of the family."""
 
 _GIVE_SIZE = "import it with 'mae-deploy import SRC --out CKPT --image-size H,W'"
 
@@ -167,17 +175,19 @@ def _convert(source: Source, options: ImportOptions) -> Source:
         source = from_mae_lite(source)
         _refuse_other_families(source)
         return source
-    if not options.model:
+    named = options.model is not None or has_timm_config(source)
+    if not named:
         if is_hugging_face(source):
             refuse_other_types(source.settings)
+            drop_text_tower(source)
         _refuse_other_families(source)
     stripped = strip_prefix(source.tensors, source.file, options.prefix)
     source.tensors = stripped.tensors
-    if not options.model:
+    if not named:
         _refuse_other_families(source)  # that begin with the prefix
     source.dropped += stripped.dropped
     source.notes += stripped.notes
-    if options.model is not None or has_timm_config(source):
+    if named:
         return from_timm(source, options.model)
     if is_hugging_face(source):
         record = None if source.settings else own_record(source)
@@ -201,11 +211,16 @@ def _from_original(source: Source) -> Source:
 
 def _refuse_other_families(source: Source) -> None:
     """Nothing of these fits by renaming, and a list of their tensors would not say why."""
-    found = [words for pattern, words in _FOREIGN if any(re.search(pattern, name) for name in source.tensors)]
+    known = is_hugging_face(source)  # whose config.json tells what these are
+    found = [
+        words
+        for pattern, words in _FOREIGN
+        if any(re.search(pattern, name) for name in source.tensors) and not (known and words in _TOLD)
+    ]
     if found:
         raise ConfigError(
             f"{source.file} has {', '.join(found)}, which our encoder does not have",
-            hint="docs/import.md lists what is read and what is refused",
+            hint="if it is timm's, say which: --model NAME; docs/import.md lists what is read and what is refused",
         )
 
 
@@ -289,19 +304,20 @@ def _made_for(source: Source, asked: tuple[int, int] | None) -> tuple[int, int]:
 
 
 def _check_class_token(source: Source) -> None:
-    """Our encoder has one, with an entry in the table of positions."""
+    """Our encoder has one, with an entry in the table of positions, unless the family has none."""
     tensor_of(source, "patch_embed.proj.weight", 4)
-    if "cls_token" not in source.tensors:
+    if "cls_token" not in source.tensors and source.beyond_plain.get("class_token", True):
         raise ConfigError(
-            f"{source.file} has no class token, which our encoder has (as SigLIP's, I-JEPA's and timm's 'gap' models)",
-            hint="docs/import.md lists what is read and what is refused",
+            f"{source.file} has no class token, and nothing tells which family it is of",
+            hint="if it is a timm model, say which: --model NAME",
         )
 
 
 def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int | None) -> EncoderConfig:
     D, C, P, _ = tensor_of(source, "patch_embed.proj.weight", 4).shape
     depth = count_blocks(source.tensors, "blocks")
-    hidden = tensor_of(source, "blocks.0.mlp.fc1.weight", 2).shape[0]
+    halves = 2 if source.beyond_plain.get("activation") == "swiglu" else 1
+    hidden = tensor_of(source, "blocks.0.mlp.fc1.weight", 2).shape[0] // halves
     if source.architecture and num_heads not in (None, source.num_heads):
         raise ConfigError(
             f"{source.architecture} has {source.num_heads} heads, not {num_heads}", hint="leave --num-heads out"
@@ -323,6 +339,7 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
         depth=depth,
         num_heads=heads,
         mlp_ratio=ratio,
+        **source.beyond_plain,
     )
 
 
@@ -340,7 +357,8 @@ def _fit_positions(
     """Rebuild absent sine-cosine tables, interpolate those of another grid; says what it did."""
     done = []
     old, new = (made_for[0] // encoder.patch, made_for[1] // encoder.patch), encoder.grid_size
-    tables = [("pos_embed", encoder.width)] + ([("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else [])
+    tables = [("pos_embed", encoder.width)] if encoder.position_table else []
+    tables += [("decoder_pos_embed", decoder.decoder_embed_dim)] if decoder else []
     for name, width in tables:
         if name not in source.tensors:
             source.tensors[name] = sincos_position_embedding(width, new)

@@ -69,7 +69,9 @@ class Source:
     num_heads: int | None = None
     decoder_num_heads: int | None = None
     pool: str | None = None
-    """What the head reads, avg or cls."""
+    """What the head reads: avg, cls, mean or map (`models.vit.Pool`)."""
+    beyond_plain: dict[str, Any] = field(default_factory=dict)
+    """Settings of the encoder in which its family differs from the original's (`models.config.BEYOND_PLAIN`)."""
     norm_pix_loss: bool | None = None
     """Whether the decoder predicts normalised pixels."""
     class_names: tuple[str, ...] | None = None

@@ -23,6 +23,7 @@ _PROCESSORS: dict[str, dict[str, Any]] = {
     "Beit": {**_SQUASH, "crop_size": 224, "resample": 3},
     "DeiT": {"size": {"height": 256, "width": 256}, "crop_size": 224, "do_center_crop": True, "resample": 3},
     "Siglip": {**_SQUASH, "resample": 3},
+    "DINOv3ViT": {**_SQUASH, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]},
     "Bit": _COVER,
     "CLIP": _COVER,
     "ViTHybrid": _COVER,

@@ -13,16 +13,28 @@ def expected_shapes(
     """
     D, N, pixels = encoder.width, encoder.num_patches, encoder.patch**2 * encoder.in_chans
     shapes: dict[str, tuple[int, ...]] = {
-        "cls_token": (1, 1, D),
-        "pos_embed": (1, 1 + N, D),
         "patch_embed.proj.weight": (D, encoder.in_chans, encoder.patch, encoder.patch),
         "patch_embed.proj.bias": (D,),
-        **_block_shapes("blocks", encoder.blocks, D, int(D * encoder.mlp_ratio)),
+        **_block_shapes("blocks", encoder.blocks, D, int(D * encoder.mlp_ratio), encoder),
     }
+    present = {
+        "cls_token": (encoder.class_token, (1, 1, D)),
+        "reg_token": (encoder.num_registers > 0, (1, encoder.num_registers, D)),
+        "pos_embed": (bool(encoder.position_table), (1, 1 + N, D)),
+        "rope.freqs": (encoder.rotary == "mixed", (2, encoder.blocks, encoder.heads, D // encoder.heads // 2)),
+    }
+    shapes |= {name: shape for name, (there, shape) in present.items() if there}
+    if encoder.pre_norm:
+        shapes |= _affine("norm_pre", D)
     if pool == "avg":
         shapes |= _affine("fc_norm", D)
-    else:
+    elif encoder.final_norm:
         shapes |= _affine("norm", D)
+    if encoder.pool_heads and pool in (None, "map"):
+        hidden = int(D * encoder.pool_mlp_ratio)
+        shapes |= {"attn_pool.latent": (1, 1, D), **_linear("attn_pool.q", D, D), **_linear("attn_pool.kv", D, 2 * D)}
+        shapes |= {**_linear("attn_pool.proj", D, D), **_affine("attn_pool.norm", D)}
+        shapes |= {**_linear("attn_pool.mlp.fc1", D, hidden), **_linear("attn_pool.mlp.fc2", hidden, D)}
     if num_classes is not None:
         shapes |= _linear("head", D, num_classes)
     if decoder is not None:
@@ -41,8 +53,12 @@ def _linear(name: str, source: int, target: int) -> dict[str, tuple[int, ...]]:
     return {f"{name}.weight": (target, source), f"{name}.bias": (target,)}
 
 
-def _block_shapes(prefix: str, depth: int, width: int, hidden: int) -> dict[str, tuple[int, ...]]:
+def _block_shapes(
+    prefix: str, depth: int, width: int, hidden: int, encoder: EncoderConfig | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Those of plain blocks, or of the encoder's."""
     shapes: dict[str, tuple[int, ...]] = {}
+    gated = encoder is not None and encoder.activation == "swiglu"
     for index in range(depth):
         block = f"{prefix}.{index}"
         shapes |= {
@@ -52,7 +68,12 @@ def _block_shapes(prefix: str, depth: int, width: int, hidden: int) -> dict[str,
         }
         shapes |= {
             **_affine(f"{block}.norm2", width),
-            **_linear(f"{block}.mlp.fc1", width, hidden),
+            **_linear(f"{block}.mlp.fc1", width, 2 * hidden if gated else hidden),
             **_linear(f"{block}.mlp.fc2", hidden, width),
         }
+        if encoder is not None and encoder.qk_norm:
+            head = width // encoder.heads
+            shapes |= {**_affine(f"{block}.attn.q_norm", head), **_affine(f"{block}.attn.k_norm", head)}
+        if encoder is not None and encoder.mlp_norm:
+            shapes |= _affine(f"{block}.mlp.norm", hidden)
     return shapes

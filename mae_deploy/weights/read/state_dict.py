@@ -25,8 +25,8 @@ _PARALLEL = re.compile(r"^(?:module\.)+")
 """Of data parallelism and moving averages: before all names."""
 
 _PATCHES = re.compile(
-    r"^(.*?)(?:(?:vit\.)?embeddings\.patch_embeddings\.projection|(?:backbone\.)?patch_embed\.projection"
-    r"|patch_embed(?:\.\d+)?\.proj|conv_proj)\.weight$"
+    r"^(.*?)(?:(?:(?:vit|dinov2|dinov2_with_registers|vision_model)\.)?embeddings\.patch_embeddings?(?:\.projection)?"
+    r"|(?:backbone\.)?patch_embed\.projection|patch_embed(?:\.\d+)?\.proj|conv_proj)\.weight$"
 )
 """The patch embedding as each layout that is read calls it, behind a wrapper's prefix."""
 
@@ -106,7 +106,8 @@ def strip_prefix(tensors: dict[str, Tensor], file: Path, prefix: str | None = No
         chosen = prefix
     else:
         chosen = "" if not prefixes or "" in prefixes else _only(prefixes, file, notes)
-    beside = [name for name in tensors if _BESIDE.search(name)] if prefixes and prefix is None else []
+    pools = any(name.endswith("head.probe") for name in tensors)  # SigLIP's, with an MLP of its own
+    beside = [name for name in tensors if _BESIDE.search(name)] if prefixes and prefix is None and not pools else []
     outside = [name for name in tensors if not name.startswith(chosen) or name in beside]
     model = {name.removeprefix(chosen): tensor for name, tensor in tensors.items() if name not in outside}
     others = tuple(other for other in prefixes if other != chosen)

@@ -13,45 +13,20 @@ import timm
 import torch
 from timm import models
 from timm.data import resolve_data_config
-from timm.layers import DropPath, LayerScale, PatchEmbed
-from timm.layers import LayerNorm as TimmLayerNorm
-from timm.models.vision_transformer import Block, VisionTransformer
-from torch import Tensor, nn
+from timm.models import eva
+from torch import Tensor
 
 from mae_deploy.checkpoint import NON_COMMERCIAL, timm_positions
-from mae_deploy.errors import ConfigError
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
-from mae_deploy.models.vit import BlockWithQKV, transformer_blocks
 from mae_deploy.weights.read.check_names import check_names
 from mae_deploy.weights.read.files import GUESSED, Source, tensor_of
+from mae_deploy.weights.read.fold import add_zero_biases, fold_layer_scale
+from mae_deploy.weights.read.rotary_pairs import channel_order, reorder
+from mae_deploy.weights.read.timm_features import foreign_features, pool_of, settings_of
 
 SPDX = {"apache-2.0": "Apache-2.0", "mit": "MIT", "cc-by-nc-4.0": NON_COMMERCIAL}
 """timm's names of licences, to SPDX's; others stay as timm writes them."""
-
-_PASSIVE = (nn.Identity, nn.Dropout, DropPath, LayerScale)
-"""Parts of a block that do nothing after training, and LayerScale, which folds into the layer before it."""
-
-_WORDS = {
-    "": "blocks",
-    "norm1": "norm",
-    "norm2": "norm",
-    "attn": "attention",
-    "attn.q_norm": "query and key norms (qk_norm)",
-    "attn.k_norm": "query and key norms (qk_norm)",
-    "attn.norm": "a norm in the attention (scale_attn_norm)",
-    "mlp": "MLP",
-    "mlp.act": "activation",
-    "mlp.norm": "a norm in the MLP (scale_mlp_norm)",
-}
-"""What a part of a block is called in messages."""
-
-_CLASSES = {
-    "VisionTransformerDistilled": "a distillation token (dist_token)",
-    "Eva": "rotary position embeddings or other blocks (Eva)",
-    "Beit": "relative positions in its attention (Beit)",
-    "VisionTransformerRelPos": "relative positions in its attention (VisionTransformerRelPos)",
-}
-"""What sets timm's other classes apart from its VisionTransformer."""
 
 
 def has_timm_config(source: Source) -> bool:
@@ -69,24 +44,29 @@ def from_timm(source: Source, name: str | None) -> Source:
         ConfigError: timm has no such model, or it computes something that our encoder does not.
         CheckFailed: the tensors are not exactly those of the model.
     """
-    tensors = _renamed(source)
-    source = dataclasses.replace(source, tensors=tensors, layout="timm")
+    if any("embeddings.patch_embedding" in key for key in source.tensors):
+        raise ConfigError(
+            f"--model names a timm model, and {source.file} holds Hugging Face's names", hint="leave --model out"
+        )
+    source = dataclasses.replace(source, tensors={key: value.float() for key, value in source.tensors.items()})
+    source.layout = "timm"
     model = _build(source, name) if name else _build_from_config(source)
     architecture = name or source.settings["architecture"]
-    classifier = "head.weight" in tensors
-    if features := _foreign_features(model, classifier=classifier):
+    source.tensors = tensors = _renamed(source, model, architecture)
+    if features := foreign_features(model, classifier="head.weight" in tensors):
         raise ConfigError(
             f"{architecture} has {', '.join(features)}, which our encoder does not have",
             hint="docs/import.md lists what folds and what is refused",
         )
     expected = {key: tuple(tensor.shape) for key, tensor in model.state_dict().items()}
-    # The table of positions may be that of another image size.
-    expected["pos_embed"] = (1, *tensor_of(source, "pos_embed", 3).shape[1:2], model.embed_dim)
+    if "pos_embed" in expected:  # the table of positions may be that of another image size
+        expected["pos_embed"] = (1, *tensor_of(source, "pos_embed", 3).shape[1:2], model.embed_dim)
     check_names(tensors, expected, source.file, model=architecture)
+    source.beyond_plain = settings_of(model)
     _fold(source, model)
     source.architecture = architecture
     source.image_size, source.num_heads = tuple(model.patch_embed.img_size), model.blocks[0].attn.num_heads
-    source.pool = "avg" if model.global_pool == "avg" else "cls"
+    source.pool = pool_of(model)
     source.positions = timm_positions(architecture)
     _take_preprocessing(source, model.pretrained_cfg, name)
     if isinstance(names := source.settings.get("label_names"), list):
@@ -96,19 +76,41 @@ def from_timm(source: Source, name: str | None) -> Source:
     return source
 
 
-def _renamed(source: Source) -> dict[str, Tensor]:
-    """Original DeiT-III files call LayerScale gamma_1 and gamma_2; DINOv2's carry a mask token of their pretraining."""
-    if any("embeddings.patch_embeddings" in name for name in source.tensors):
-        raise ConfigError(
-            f"--model names a timm model, and {source.file} holds Hugging Face's names", hint="leave --model out"
+def _renamed(source: Source, model: Any, architecture: str) -> dict[str, Tensor]:
+    """As timm's model of today calls the tensors. Original DeiT-III files call LayerScale gamma_1 and gamma_2; DINOv2's
+    carry a mask token of their pretraining; those of Eva's families have names of their own, which timm's conversion
+    knows.
+    """
+    tensors = source.tensors
+    if isinstance(model, eva.Eva):
+        renamed = _eva_names(source, model, architecture)
+    else:
+        renamed = {
+            key.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): tensor
+            for key, tensor in tensors.items()
+        }
+        source.dropped += [key for key in ("mask_token",) if renamed.pop(key, None) is not None]
+    source.renamed = len(set(renamed) - set(tensors))
+    return renamed
+
+
+def _eva_names(source: Source, model: Any, architecture: str) -> dict[str, Tensor]:
+    """By timm's own conversion, but for the table of positions, which we interpolate ourselves where that is wanted."""
+    tensors = dict(source.tensors)
+    table = tensors.pop("pos_embed", None)
+    # DINOv3's releases have biases that are zero where timm's model has none; its keys have none in either.
+    biases = [key for key in tensors if key.endswith("attn.qkv.bias") and key not in model.state_dict()]
+    without = "storage_tokens" in tensors and "blocks.0.attn.q_bias" not in model.state_dict()
+    if without and (lost := [key for key in biases if tensors.pop(key).any()]):
+        raise CheckFailed(
+            f"{source.file} has biases of query, key and value, {lost[0]} among them, and {architecture} none",
+            hint=f"pass --model {architecture.partition('.')[0]}_qkvb",
         )
-    renamed = {
-        name.replace(".gamma_1", ".ls1.gamma").replace(".gamma_2", ".ls2.gamma"): tensor
-        for name, tensor in source.tensors.items()
-    }
-    source.renamed = len(set(renamed) - set(source.tensors))
-    source.dropped += [name for name in ("mask_token",) if renamed.pop(name, None) is not None]
-    return {name: tensor.float() for name, tensor in renamed.items()}
+    renamed: dict[str, Tensor] = eva.checkpoint_filter_fn(tensors, model)
+    if table is not None:
+        renamed["pos_embed"] = table
+    source.dropped += [key for key in ("mask_token",) if key in tensors]
+    return {key: tensor.float() for key, tensor in renamed.items()}
 
 
 # --- timm's model ----------------------------------------------------------------------------------------------------
@@ -162,74 +164,6 @@ def _on_meta(source: Source, architecture: str, arguments: dict[str, Any]) -> An
         ) from error
 
 
-def _foreign_features(model: Any, *, classifier: bool) -> list[str]:
-    """What the model computes and our encoder or classifier cannot, in words; nothing that is not listed passes."""
-    if type(model) is not VisionTransformer:
-        kind = type(model).__name__
-        return [_CLASSES.get(kind, f"the class {kind}")]
-    if type(model.patch_embed) is not PatchEmbed:
-        return [f"a {type(model.patch_embed).__name__} in place of a patch embedding"]
-    rows, columns = model.patch_embed.patch_size
-    present = {
-        "no class token": model.cls_token is None,
-        f"register tokens ({model.num_reg_tokens})": model.reg_token is not None,
-        "no position embeddings": model.pos_embed is None,
-        f"patches of {rows}x{columns} pixels": rows != columns,
-        "a norm of the patch embeddings": not isinstance(model.patch_embed.norm, nn.Identity),
-        "a norm before the blocks (pre_norm)": not isinstance(model.norm_pre, nn.Identity),
-        "attention pooling (attn_pool)": model.attn_pool is not None,
-    }
-    features = [feature for feature, there in present.items() if there] + _foreign_parts(model)
-    return features + ([] if model.attn_pool is not None else _foreign_end(model, classifier=classifier))
-
-
-def _foreign_parts(model: Any) -> list[str]:
-    """Where the blocks differ from ours."""
-    with torch.device("meta"):
-        ours = _parts(transformer_blocks(dim=4, depth=1, num_heads=1)[0])
-    found: dict[str, None] = {}
-    for block in model.blocks:
-        foreign = {part: kind for part, kind in _parts(block).items() if ours.get(part) != kind}
-        # Of a foreign part, its own parts need no mention.
-        outermost = [
-            part
-            for part in foreign
-            if not any(part != other and (not other or part.startswith(f"{other}.")) for other in foreign)
-        ]
-        found |= dict.fromkeys(f"{_WORDS.get(part, part)} of kind {foreign[part]}" for part in outermost)
-    return list(found)
-
-
-def _parts(block: nn.Module) -> dict[str, str]:
-    """The kind of every part that computes something."""
-    return {name: _kind(module) for name, module in block.named_modules() if not isinstance(module, _PASSIVE)}
-
-
-def _kind(module: nn.Module) -> str:
-    name = Block.__name__ if isinstance(module, BlockWithQKV) else type(module).__name__
-    if type(module) in (nn.LayerNorm, TimmLayerNorm):
-        return f"LayerNorm with eps {module.eps:g}"
-    if getattr(module, "approximate", "none") != "none":
-        return f"{name} ({module.approximate})"
-    return f"{name} (gated, as SwiGLU)" if "glu" in name.lower() else name
-
-
-def _foreign_end(model: Any, *, classifier: bool) -> list[str]:
-    """Where the last norm, the pooling and the head differ from ours."""
-    norms = [norm for norm in (model.norm, model.fc_norm) if not isinstance(norm, nn.Identity)]
-    if not norms:
-        return ["no norm after the blocks (final_norm)"]
-    if (kind := _kind(norms[0])) != "LayerNorm with eps 1e-06":
-        return [f"a last norm of kind {kind}"]
-    if not classifier:
-        return ["a norm after pooling (fc_norm) but no head"] if isinstance(model.norm, nn.Identity) else []
-    if model.global_pool not in ("token", "avg"):
-        return [f"'{model.global_pool}' pooling"]
-    if model.global_pool == "avg" and isinstance(model.fc_norm, nn.Identity):
-        return ["average pooling after the norm (no fc_norm)"]
-    return ["pooling that includes the class token"] if model.global_pool == "avg" and model.pool_include_prefix else []
-
-
 # --- tensors ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,45 +171,73 @@ def _fold(source: Source, model: Any) -> None:
     """Bring what our encoder computes without into the tensors that it has; the outputs stay the same but for
     rounding.
     """
-    tensors = source.tensors
-    if absent := _add_zero_biases(tensors, len(model.blocks)):
+    tensors, depth = source.tensors, len(model.blocks)
+    if joined := sum(_join(tensors, f"blocks.{index}") for index in range(depth)):
+        source.folded.append(f"{joined} layers in parts: one qkv or fc1 each")
+    if absent := add_zero_biases(tensors, depth):
         source.folded.append(f"{absent} absent biases: zeros")
-    if scales := _fold_layer_scale(tensors, len(model.blocks)):
+    if scales := fold_layer_scale(tensors, depth):
         source.folded.append(f"{scales} LayerScales: into attn.proj and mlp.fc2")
-    if model.no_embed_class:
-        tensors["pos_embed"] = torch.cat([torch.zeros_like(tensors["pos_embed"][:, :1]), tensors["pos_embed"]], dim=1)
-        source.folded.append("position embeddings without an entry for the class token: a zero")
+    if (rope := getattr(model, "rope", None)) is not None:
+        _fold_rotary(source, rope, depth, model.blocks[0].attn)
+    if "pos_embed" in tensors:
+        _fold_prefix_positions(source, model)
     if model.global_pool == "token" and "fc_norm.weight" in tensors:
         # A norm of each token by itself: the same before and after one of them is taken.
         tensors |= {f"norm.{part}": tensors.pop(f"fc_norm.{part}") for part in ("weight", "bias")}
         source.folded.append("fc_norm of the class token: norm")
 
 
-def _add_zero_biases(tensors: dict[str, Tensor], depth: int) -> int:
-    layers = [
-        "patch_embed.proj",
-        *(
-            f"blocks.{index}.{layer}"
-            for index in range(depth)
-            for layer in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-        ),
-    ]
-    absent = [layer for layer in layers if f"{layer}.bias" not in tensors]
-    tensors |= {f"{layer}.bias": torch.zeros(tensors[f"{layer}.weight"].shape[0]) for layer in absent}
-    return len(absent)
+def _join(tensors: dict[str, Tensor], block: str) -> int:
+    """Queries, keys and values in one layer, their biases beside them, and the halves of SwiGLU in one, the gate first;
+    says how many layers were in parts.
+    """
+    parts = [f"{block}.attn.{part}_proj" for part in "qkv"]
+    biases = {f"{block}.attn.{part}_bias" for part in "qkv"} | {f"{part}.bias" for part in parts}
+    apart = parts[0] + ".weight" in tensors
+    if apart:
+        tensors[f"{block}.attn.qkv.weight"] = torch.cat([tensors.pop(f"{part}.weight") for part in parts])
+    if biases & tensors.keys():
+        width = tensors[f"{block}.attn.qkv.weight"].shape[0] // 3
+        own = [tensors.pop(f"{part}.bias", None) for part in parts]
+        own = [tensors.pop(f"{block}.attn.{part}_bias", bias) for part, bias in zip("qkv", own, strict=True)]
+        tensors[f"{block}.attn.qkv.bias"] = torch.cat([torch.zeros(width) if bias is None else bias for bias in own])
+    gated = f"{block}.mlp.fc1_g.weight" in tensors
+    if gated:
+        for kind in ("weight", "bias"):
+            tensors[f"{block}.mlp.fc1.{kind}"] = torch.cat(
+                [tensors.pop(f"{block}.mlp.fc1_{half}.{kind}") for half in "gx"]
+            )
+    return apart + gated
 
 
-def _fold_layer_scale(tensors: dict[str, Tensor], depth: int) -> int:
-    """`gamma * (W x + b) = (gamma W) x + gamma b`."""
-    scaled = 0
-    for index in range(depth):
-        for scale, layer in (("ls1", "attn.proj"), ("ls2", "mlp.fc2")):
-            gamma = tensors.pop(f"blocks.{index}.{scale}.gamma", None)
-            if gamma is not None:
-                weight, bias = f"blocks.{index}.{layer}.weight", f"blocks.{index}.{layer}.bias"
-                tensors |= {weight: gamma[:, None] * tensors[weight], bias: gamma * tensors[bias]}
-                scaled += 1
-    return scaled
+def _fold_rotary(source: Source, rope: Any, depth: int, attention: Any) -> None:
+    """Pairs of channels, rows and columns in our order (`models.rotary`)."""
+    mixed, columns_first = "rope.freqs" in source.tensors, rope.grid_indexing == "xy"
+    if mixed and columns_first:
+        source.tensors["rope.freqs"] = source.tensors["rope.freqs"].flip(0)
+    order = channel_order(
+        attention.head_dim, halves=bool(attention.rotate_half), columns_first=columns_first and not mixed
+    )
+    if not torch.equal(order, torch.arange(len(order))):
+        reorder(source.tensors, depth, attention.num_heads, order)
+        source.folded.append("rotary channels: into the order of DINOv3's pairs, rows before columns")
+
+
+def _fold_prefix_positions(source: Source, model: Any) -> None:
+    """Our table has a row for the class token, and none for registers."""
+    tensors, registers = source.tensors, 0 if model.reg_token is None else model.reg_token.shape[1]
+    table = tensors["pos_embed"]
+    first = torch.zeros_like(table[:, :1])
+    if model.no_embed_class:
+        tensors["pos_embed"] = torch.cat([first, table], dim=1)
+        source.folded.append("position embeddings without an entry for the class token: a zero")
+        return
+    classes = int(model.cls_token is not None)
+    if registers:
+        tensors["reg_token"] = tensors["reg_token"] + table[:, classes : classes + registers]
+        source.folded.append(f"position embeddings of {registers} registers: into these")
+    tensors["pos_embed"] = torch.cat([table[:, :1] if classes else first, table[:, classes + registers :]], dim=1)
 
 
 def timm_evaluation(pretrained_cfg: dict[str, Any], image_size: tuple[int, int], channels: int) -> Preprocess:

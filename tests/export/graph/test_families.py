@@ -1,0 +1,118 @@
+"""Graphs of today's families give what PyTorch gives, in every token mode: rotary tables by `ids_keep`, registers, no
+class token, SwiGLU, norms of queries and keys, attention pooling.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mae_deploy.errors import ConfigError
+from mae_deploy.export.graph.encoder import build_graph
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode, available_outputs
+from mae_deploy.export.reference import Reference
+from mae_deploy.images.preprocess import default_preprocess
+from mae_deploy.images.read import Array
+from mae_deploy.models.config import DecoderConfig
+from mae_deploy.models.mae import MaskedAutoencoder
+from mae_deploy.models.vit import Classifier
+from mae_deploy.runtime.cache import CacheShape, Sequences
+from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NEW_ROWS, NUM_KEEP, PATCHES, UPDATES
+from mae_deploy.runtime.registry import open_graph
+from tests.export.tiny_exports import graph_of
+from tests.models.families import KINDS, family
+from tests.models.tiny_models import fill, metadata_of
+
+N, B, K = 35, 2, 5
+SPEC = default_preprocess((20, 28), 3)
+RNG = np.random.default_rng(0)
+IMAGES_ = RNG.standard_normal((B, 3, 20, 28)).astype(np.float32)
+IDS = np.stack([RNG.permutation(N)[:K] for _ in range(B)])
+PATCHES_ = RNG.standard_normal((B, 3 * K, 48)).astype(np.float32)
+UPDATED = np.concatenate([np.stack([RNG.permutation(N)[:K] for _ in range(B)]) for _ in range(3)], axis=1)
+DECODER = DecoderConfig(decoder_depth=1, decoder_embed_dim=16, decoder_num_heads=2)
+
+INPUTS: dict[TokenMode, dict[str, Array]] = {
+    "full": {IMAGES: IMAGES_},
+    "visible": {IMAGES: IMAGES_, IDS_KEEP: IDS},
+    "ragged": {IMAGES: IMAGES_, IDS_KEEP: IDS, NUM_KEEP: np.array([3, K])},
+    "reconstruct": {IMAGES: IMAGES_, IDS_KEEP: IDS},
+    "cached": {PATCHES: PATCHES_, IDS_KEEP: UPDATED, UPDATES: np.full((B, 3), K)},
+}
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def model(request: pytest.FixtureRequest) -> MaskedAutoencoder:
+    return fill(MaskedAutoencoder(family(request.param), DECODER))
+
+
+@pytest.mark.parametrize("fixed", [False, True], ids=["dynamic", "fixed"])
+@pytest.mark.parametrize("mode", INPUTS)
+def test_every_output_is_pytorchs(model: MaskedAutoencoder, mode: TokenMode, fixed: bool, tmp_path: Path) -> None:
+    names = tuple(
+        name for name in available_outputs(metadata_of(model), mode) if mode != "reconstruct" or name == "pixels"
+    )
+    sizes: dict[str, Any] = {"batch": B, "keep": None if mode == "full" else K} if fixed else {}
+    spec = GraphSpec(token_mode=mode, outputs=names, **sizes)
+    (path,) = build_graph(metadata_of(model), model.state_dict(), spec).save(tmp_path / "graph.onnx")
+    with open_graph(path, "onnxruntime", EngineOptions(threads=1), precision="fp32") as engine:
+        shape = CacheShape(
+            num_patches=N,
+            depth=2,
+            num_heads=3,
+            embed_dim=24,
+            dtype="float32",
+            num_prefix=model.config.num_prefix,
+            fixed_rows=fixed,
+        )
+        runner = Sequences(engine, shape) if mode == "cached" else engine
+        found = runner.run(INPUTS[mode], names)
+    expected = Reference(model=model, preprocess=SPEC).outputs(INPUTS[mode], names)
+    for name in names:
+        # float32 sums in another order, through two blocks, of numbers that a random network makes large
+        assert np.abs(found[name] - expected[name]).max() < 1e-5 * np.abs(expected[name]).max(), name
+
+
+@pytest.mark.parametrize("pool", ["mean", "map", "cls"])
+def test_what_a_head_reads(pool: Any, tmp_path: Path) -> None:
+    model = fill(Classifier(family("Perception Encoder"), num_classes=7, pool=pool))
+    found = graph_of(model, tmp_path, "visible")(images=IMAGES_, ids_keep=IDS)
+    expected = Reference(model=model, preprocess=SPEC).outputs(INPUTS["visible"], ("logits",))["logits"]
+    assert np.abs(found["logits"] - expected).max() < 1e-5 * np.abs(expected).max()
+
+
+def test_a_stream_has_no_attention_pooling() -> None:
+    model = fill(Classifier(family("Perception Encoder"), num_classes=7, pool="map"))
+    assert {"pooled", "logits"}.isdisjoint(available_outputs(metadata_of(model), "cached"))
+    with pytest.raises(ConfigError, match="no output 'pooled'"):
+        build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode="cached", outputs=("pooled",)))
+
+
+@pytest.fixture(scope="module")
+def dinov3() -> MaskedAutoencoder:
+    return fill(MaskedAutoencoder(family("DINOv3 S+"), DECODER))
+
+
+@pytest.mark.parametrize(("given", "least"), [({"typing": "strong"}, 40), ({"typing": "weak"}, 50)])
+def test_halves_and_eight_bits(dinov3: MaskedAutoencoder, given: dict[str, Any], least: float, tmp_path: Path) -> None:
+    """FP16, and BF16 and INT8 that run on ONNX Runtime; the least SQNR in dB, a few below what was measured."""
+    expected = Reference(model=dinov3, preprocess=SPEC).outputs(INPUTS["visible"], ("tokens",))["tokens"]
+    found = graph_of(dinov3, tmp_path, "visible", precision="fp16", **given)(images=IMAGES_, ids_keep=IDS)["tokens"]
+    noise = np.square(found - expected).sum() / np.square(expected).sum()
+    assert -10 * np.log10(noise) > least
+
+
+def test_new_rows_are_turned_keys(dinov3: MaskedAutoencoder, tmp_path: Path) -> None:
+    """The same patch at another place leaves another key, and the same value, in the first block."""
+    graph = graph_of(dinov3, tmp_path, "cached", keep=1, batch=B)
+    empty = {f"{part}_{block}": np.zeros((B, 3, 38, 8), np.float32) for part in ("keys", "values") for block in (0, 1)}
+    inputs = {PATCHES: PATCHES_[:1].repeat(B, axis=0)[:, :1], "cache_mask": np.zeros((B, 38), np.float32), **empty}
+    found = graph(**inputs, ids_keep=np.array([[3], [30]]), rest=np.zeros((B, 24), np.float32))[NEW_ROWS]
+    keys, values = found[:, :3], found[:, 3:6]
+    assert np.abs(keys[0, :, 3] - keys[1, :, 3]).max() > 0.1
+    np.testing.assert_allclose(values[0, :, 3], values[1, :, 3], rtol=1e-5)
+    np.testing.assert_allclose(keys[0, :, :3], keys[1, :, :3], rtol=1e-5)
