@@ -99,8 +99,8 @@ class ExportConfig(Settings, resume="never"):
     samples: Path | None = setting(None, basic=True)
     """Folder of images for the parity check; default: the data that the checkpoint was trained on."""
     num_samples: int | None = setting(None, at_least=1)
-    """Images of the parity check, default 32, for int8 and fp8 128; the first 8 go into the bundle as golden
-    samples."""
+    """Images of the parity check, default 32, for int8 and fp8 128, with --max-drop of the classes as many as that may
+    need; the first 8 go into the bundle as golden samples."""
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
     threads: int | None = setting(None, at_least=1)

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 
-from mae_deploy.config import from_dict, to_dict
+from mae_deploy.checkpoint import Metadata
+from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.precision import arithmetic
 from mae_deploy.export.graph.spec import GraphSpec, available_outputs, check_mode, default_outputs, with_last_tokens
+from mae_deploy.export.preprocessing import with_crop_mode, with_one_std
 from mae_deploy.export.reference import Reference
 from mae_deploy.export.samples import (
     CalibrationImages,
@@ -27,27 +28,26 @@ from mae_deploy.export.samples import (
     token_inputs,
     update_inputs,
 )
-from mae_deploy.images.geometry import CropMode
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.pyramid import LEVELS, pyramid_sizes
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
-from mae_deploy.progress import notice
-from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
+from mae_deploy.runtime.parity.bounds import CONFIDENCE, difference_interval, images_needed
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
-from mae_deploy.weights.read.preprocessing import say_if_guessed
 
 _EXTREME = 2
 """Samples that are also run with every other K that a profile names, where K is dynamic."""
+
+_MORE_BATCH = 32
 
 Arrays = dict[str, Array]
 
@@ -63,6 +63,8 @@ class ExportJob:
     preprocess_from: str | None
     """What tells it, where a training of ours did not."""
     samples: Samples
+    more_samples: Samples
+    """Others, of which the classes alone are compared; usually none."""
     ranges: dict[str, Range]
     names: tuple[str, ...]
     """Outputs, in order."""
@@ -72,6 +74,8 @@ class ExportJob:
     trials: list[tuple[Arrays, Arrays]] = field(default_factory=list)
     """Inputs and PyTorch's outputs: all samples first, then a few at each other K of the profiles. Images are
     normalised float32 here."""
+    more_scores: list[Array] = field(default_factory=list)
+    """PyTorch's scores of `more_samples`, batch by batch, `(B, classes)`."""
 
     @cached_property
     def reference(self) -> Reference:
@@ -149,20 +153,41 @@ class ExportJob:
             fixed_rows=self._fixed_rows,
         )
 
-    def as_graph_takes(self, inputs: Arrays) -> Arrays:
+    @property
+    def class_output(self) -> str | None:
+        """The output that tells classes: logits, else probs; None without either."""
+        return next((name for name in CLASS_OUTPUTS if name in self.names), None)
+
+    @cached_property
+    def labels(self) -> Array | None:
+        """The class of every image, of the samples and then of the others, int64 `(S,)`, where all lie in folders named
+        by class.
+        """
+        return _labels(self.samples.paths + self.more_samples.paths, self.loaded.metadata)
+
+    def more_batches(self) -> Iterator[tuple[Arrays, Array]]:
+        """Inputs of `more_samples` with their pixels `(B, H, W, C)`, batch by batch."""
+        for first in range(0, len(self.more_samples), _MORE_BATCH):
+            pixels = self.more_samples.pixels[first : first + _MORE_BATCH]
+            images = self.preprocess.normalise(pixels)
+            yield {IMAGES: images, **_chosen(self, images)}, pixels
+
+    def as_graph_takes(self, inputs: Arrays, pixels: Array | None = None) -> Arrays:
         """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels; or of
         streams, their patches.
+
+        Args:
+            pixels: of the images, `(B, H, W, C)`; default: those of the samples.
         """
+        pixels = self.samples.pixels if pixels is None else pixels
         if self.config.token_mode == "cached":
             ids, updates = inputs[IDS_KEEP], inputs[UPDATES]
             patches = inputs[PATCHES].astype(self.config.images, copy=False)
             if self.config.images == "uint8":
-                patches = stream_patches(
-                    self.samples.pixels[: len(ids)], ids, updates, self.loaded.encoder_config.patch
-                )
+                patches = stream_patches(pixels[: len(ids)], ids, updates, self.loaded.encoder_config.patch)
             return {PATCHES: patches, IDS_KEEP: ids, UPDATES: updates}
         if self.config.images == "uint8":
-            return {**inputs, IMAGES: self.samples.pixels[: len(inputs[IMAGES])]}
+            return {**inputs, IMAGES: pixels[: len(inputs[IMAGES])]}
         return {**inputs, IMAGES: inputs[IMAGES].astype(self.config.images, copy=False)}
 
 
@@ -172,6 +197,7 @@ def prepare(config: ExportConfig) -> ExportJob:
 
     Raises:
         ConfigError: a setting that this model cannot have.
+        CheckFailed: too few images for --max-drop.
         MissingDependency: the engine's package is absent.
     """
     if config.engine == "openvino":
@@ -179,8 +205,8 @@ def prepare(config: ExportConfig) -> ExportJob:
     arithmetic(config.precision, config.resolved_typing, config.islands)
     loaded = at_image_size(read_weights(config.checkpoint), config.image_size)
     if config.one_std:
-        loaded = _with_one_std(loaded)
-    loaded, preprocess_from = _with_crop_mode(loaded, config.crop_mode)
+        loaded = with_one_std(loaded)
+    loaded, preprocess_from = with_crop_mode(loaded, config.crop_mode)
     spec = from_dict(Preprocess, loaded.metadata.preprocess)
     if config.deepstream is not None:
         check_feeding(config.token_mode, config.images, spec, loaded.metadata.class_names)
@@ -193,6 +219,11 @@ def prepare(config: ExportConfig) -> ExportJob:
     check_mode(loaded.metadata, config.token_mode)
     names = output_names(config, loaded)
     ranges = config.ranges(encoder.num_tokens)
+    calib_images = _calib_images(config, encoder, ranges, names, spec)
+    count = config.sample_count
+    samples = read_samples(config.samples, loaded.metadata, spec, count, _class_count(config))
+    if config.int8.max_drop is not None:
+        _check_enough(config.int8.max_drop, len(samples))
     return ExportJob(
         config=config,
         loaded=loaded,
@@ -201,8 +232,9 @@ def prepare(config: ExportConfig) -> ExportJob:
         ranges=ranges,
         names=names,
         pyramid=_pyramid(config, encoder),
-        calib_images=_calib_images(config, encoder, ranges, names, spec),
-        samples=read_samples(config.samples, loaded.metadata, spec, config.sample_count),
+        calib_images=calib_images,
+        samples=samples[:count],
+        more_samples=samples[count:],
     )
 
 
@@ -218,6 +250,9 @@ def compute_reference(job: ExportJob) -> None:
                 hint="the checkpoint cannot be used: its weights or its image statistics are at fault, not the export",
             )
         job.trials.append((inputs, outputs))
+    for inputs, _ in job.more_batches():
+        assert job.class_output is not None
+        job.more_scores.append(job.reference.outputs(inputs, (job.class_output,))[job.class_output])
 
 
 def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]:
@@ -319,6 +354,42 @@ def _calib_images(
     return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
 
 
+def _class_count(config: ExportConfig) -> int:
+    """Images of which the classes are compared: where --max-drop is to be shown, twice as many as that takes if
+    not one is lost.
+    """
+    if config.num_samples is not None or config.int8.max_drop is None:
+        return config.sample_count
+    return max(config.sample_count, 2 * (images_needed(config.int8.max_drop / 100) or 0))
+
+
+def _check_enough(most: float, count: int) -> None:
+    """Whether a --max-drop of so many points can be shown on so many images at all.
+
+    Raises:
+        CheckFailed: it cannot, whatever is exported.
+    """
+    needed = images_needed(most / 100)
+    if needed is None or count < needed:
+        high = 100 * difference_interval(0, 0, count)[1]
+        raise CheckFailed(
+            f"--max-drop {most:g} cannot be shown on {count} images: even if not one is lost, it may be {high:.2f}"
+            f" points with {CONFIDENCE:.0%} confidence",
+            hint="no number of images shows that nothing is lost: give a larger one"
+            if needed is None
+            else f"at least {needed} images are needed: --samples FOLDER, and no smaller --num-samples",
+        )
+
+
+def _labels(paths: Sequence[Path], metadata: Metadata) -> Array | None:
+    """The class of every image, int64 `(S,)`, where all lie in folders named by class."""
+    names = metadata.class_names
+    if names is None or not paths:
+        return None
+    folders = [path.parent.name for path in paths]
+    return np.array([names.index(folder) for folder in folders]) if set(folders) <= set(names) else None
+
+
 def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
     if config.pyramid is None:
         return None
@@ -328,39 +399,3 @@ def _pyramid(config: ExportConfig, encoder: EncoderConfig) -> Pyramid | None:
         if config.pyramid == "random"
         else load_pyramid(Path(config.pyramid), encoder.width)
     )
-
-
-def _with_crop_mode(loaded: LoadedWeights, crop_mode: CropMode | None) -> tuple[LoadedWeights, str | None]:
-    """Another fit of images than the checkpoint's, where it is asked for, and what tells the preprocessing; says what
-    was changed, and where the checkpoint's is a guess.
-    """
-    spec = from_dict(Preprocess, loaded.metadata.preprocess)
-    told: str | None = loaded.record.get(PREPROCESS_FROM)
-    if crop_mode in (None, spec.crop_mode):
-        if told is not None and "sha256" in loaded.record:  # of a file that was imported just now it has been said
-            say_if_guessed(told)
-        return loaded, told
-    changed = f"crop mode {crop_mode} by export, {spec.crop_mode} in the checkpoint"
-    notice("preprocessing:", f"{changed}; 'mae-deploy eval' compares the accuracy of both")
-    metadata = replace(loaded.metadata, preprocess=to_dict(spec.altered(crop_mode=crop_mode)))
-    return LoadedWeights(metadata, loaded.tensors, loaded.record), "; ".join(filter(None, (told, changed)))
-
-
-def _with_one_std(loaded: LoadedWeights) -> LoadedWeights:
-    """The same function of an image, its channels all divided by the mean of their standard deviations:
-    `W (x / std) = (W s / std) (x / s)`.
-    """
-    std = torch.tensor(from_dict(Preprocess, loaded.metadata.preprocess).std, dtype=torch.float64)
-    shared = std.mean()
-    groups = loaded.encoder_config.band_groups
-    bands = (
-        {"patch_embed.proj.weight": tuple(range(len(std)))}
-        if groups is None
-        else {f"patch_embed.{i}.proj.weight": group for i, group in enumerate(groups)}
-    )
-    folded = {
-        name: (loaded.tensors[name].double() * (shared / std[list(own)])[:, None, None]).to(loaded.tensors[name].dtype)
-        for name, own in bands.items()
-    }
-    metadata = replace(loaded.metadata, preprocess={**loaded.metadata.preprocess, "std": [shared.item()] * len(std)})
-    return LoadedWeights(metadata, {**loaded.tensors, **folded}, loaded.record)

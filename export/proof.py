@@ -15,10 +15,11 @@ import numpy as np
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.job import Arrays, ExportJob, keep_of
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.layers import first_broken_block
-from mae_deploy.runtime.manifest import CLASS_OUTPUTS
+from mae_deploy.runtime.parity.certificate import Classes, Speed, certificate, classes_of
 from mae_deploy.runtime.parity.checks import Verification, first_causes, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
 from mae_deploy.runtime.registry import ALIASES, OPENVINO, load_engine, open_graph
@@ -37,8 +38,10 @@ class ParityRecord:
     """Each output over all samples."""
     verification: Verification
     """Golden samples and invariances, as `mae-deploy verify` repeats them."""
-    accuracy: tuple[float, float] | None
-    """Top-1 in percent of PyTorch and of the graph, where the samples lie in folders named by class."""
+    classes: Classes | None
+    """Of a classifier: what PyTorch and the graph take the images for."""
+    certificate: dict[str, Any]
+    """What the graph is worth on this machine, see `runtime.parity.certificate`."""
     failures: list[str]
 
     def figures(self) -> list[dict[str, Any]]:
@@ -73,19 +76,38 @@ def tolerance_of(job: ExportJob) -> Tolerance:
     if (
         int8.max_drop is not None
     ):  # with labels the accuracy is measured, and two models of one accuracy may differ in many images
-        tolerance = replace(tolerance, top1_agreement=None if labels(job) is not None else 1 - int8.max_drop / 100)
+        tolerance = replace(tolerance, top1_agreement=None if job.labels is not None else 1 - int8.max_drop / 100)
     return tolerance
 
 
-def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance) -> ParityRecord:
-    """Run everything on the engine that graphs of this bundle are checked on."""
+def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance, speed: Speed | None = None) -> ParityRecord:
+    """Run everything on the engine that graphs of this bundle are checked on.
+
+    Args:
+        speed: against FP32, where it was measured.
+    """
     name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
     alone = verify_alone(bundle, name, options) if name == OPENVINO else None
     with _judging(job, bundle, name, options) as engine:
-        comparisons, failures, accuracy = compare_samples(job, engine, tolerance)
+        comparisons, failures, classes = compare_samples(job, engine, tolerance)
         verification = verify_engine(bundle, engine) if alone is None else alone
+        record = certificate(
+            engine,
+            precision=job.config.precision,
+            images=job.samples.source,
+            comparisons=comparisons[: len(job.names)],
+            tolerance=tolerance,
+            classes=classes,
+            speed=speed,
+            max_drop=job.config.int8.max_drop,
+            max_latency=job.config.int8.max_latency,
+        )
     return ParityRecord(
-        comparisons[: len(job.names)], verification, accuracy, list(dict.fromkeys(failures + verification.failures))
+        comparisons[: len(job.names)],
+        verification,
+        classes,
+        record,
+        list(dict.fromkeys(failures + verification.failures)),
     )
 
 
@@ -106,9 +128,9 @@ def _judging(job: ExportJob, bundle: Bundle, name: str, options: EngineOptions) 
 
 def compare_samples(
     job: ExportJob, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
-) -> tuple[list[Comparison], list[str], tuple[float, float] | None]:
+) -> tuple[list[Comparison], list[str], Classes | None]:
     """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles,
-    every miss, and the accuracies.
+    every miss, and the classes.
 
     Args:
         batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is checked;
@@ -116,7 +138,7 @@ def compare_samples(
     """
     comparisons: list[Comparison] = []
     failures: list[str] = []
-    accuracy = None
+    scores: list[tuple[Array, Array]] = []
 
     def judge_one(where: str, expected: Arrays, found: Arrays) -> None:
         for name in job.names:
@@ -134,17 +156,23 @@ def compare_samples(
             judge_one(where, expected, found)
             few = ({name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (expected, found))
             judge_one(f"{where}golden: ", *few)  # centred on a mean of their own
-            accuracy = accuracy or _accuracy(job, expected, found)
-    if (
-        accuracy is not None
-        and job.config.int8.max_drop is not None
-        and accuracy[0] - accuracy[1] > job.config.int8.max_drop
-    ):
-        failures.append(
-            f"top-1 is {accuracy[1]:.2f}, {accuracy[0] - accuracy[1]:.2f} points below FP32's {accuracy[0]:.2f};"
-            f" --max-drop {job.config.int8.max_drop:g}"
+            if job.class_output is not None and not scores:
+                scores = [(expected[job.class_output], found[job.class_output]), *_more(job, engine, batch)]
+    classes = classes_of(*map(np.concatenate, zip(*scores, strict=True)), job.labels) if scores else None
+    if classes is not None and (most := job.config.int8.max_drop) is not None and (missed := classes.failure(most)):
+        failures.append(missed)
+    return comparisons, failures, classes
+
+
+def _more(job: ExportJob, engine: Engine, batch: int) -> Iterator[tuple[Array, Array]]:
+    """The scores of the images behind the samples, PyTorch's and the graph's."""
+    assert job.class_output is not None
+    for (inputs, pixels), expected in zip(job.more_batches(), job.more_scores, strict=True):
+        given = job.as_graph_takes(inputs, pixels)
+        yield (
+            expected,
+            run_in_chunks(job.runner(engine), given, batch=batch, outputs=[job.class_output])[job.class_output],
         )
-    return comparisons, failures, accuracy
 
 
 def refuse(job: ExportJob, bundle: Bundle, proof: ParityRecord, table: Path | None = None) -> CheckFailed:
@@ -181,21 +209,3 @@ def refuse(job: ExportJob, bundle: Bundle, proof: ParityRecord, table: Path | No
         details=failures[1:],
         hint=hint,
     )
-
-
-def labels(job: ExportJob) -> np.ndarray[Any, np.dtype[np.int64]] | None:
-    """The class of every sample, where all lie in folders named by class."""
-    names = job.loaded.metadata.class_names
-    if names is None or not job.samples.paths or not {*CLASS_OUTPUTS} & {*job.names}:
-        return None
-    folders = [path.parent.name for path in job.samples.paths]
-    return np.array([names.index(folder) for folder in folders]) if set(folders) <= set(names) else None
-
-
-def _accuracy(job: ExportJob, expected: Arrays, found: Arrays) -> tuple[float, float] | None:
-    classes = labels(job)
-    if classes is None:
-        return None
-    output = next(name for name in CLASS_OUTPUTS if name in job.names)
-    reference, graph = (float(100 * (outputs[output].argmax(1) == classes).mean()) for outputs in (expected, found))
-    return reference, graph

@@ -130,7 +130,7 @@ def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
     plan = plan_int8(job, folder, partial(_verify_plan, job)) if job.config.quantized else None
     bundle = _write_bundle(folder, job, plan)
     bar.advance(1, "bundle written")
-    proof = check_parity(job, bundle, bundle.tolerance)
+    proof = check_parity(job, bundle, bundle.tolerance, plan.speed if plan is not None else None)
     if proof.failures:
         raise refuse(job, bundle, proof, plan.leave_table(job.config.out) if plan is not None else None)
     _record(bundle, job, proof)
@@ -153,7 +153,8 @@ def _data(made: _Made) -> dict[str, Any]:
     """What the command reports."""
     config, proof, plan, device = made.job.config, made.proof, made.plan, made.device
     measured = device if device is not None and device.comparisons else None
-    accuracy = measured.accuracy if measured is not None else proof.accuracy
+    classes = measured.classes if measured is not None else proof.classes
+    accuracy = classes.top1 if classes is not None else None
     return {
         "out": str(config.out),
         "tokens": config.tokens,
@@ -268,6 +269,7 @@ def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
     golden_db = {check.comparison.name: check.comparison.sqnr_db for check in proof.verification.outputs}
     noise = noise_record(golden_db, None if emulated else _blocks_db(bundle, job))
     figures = {**verification, **noise, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
+    bundle.manifest["certificate"] = proof.certificate
     bundle.manifest["parity"] = {f"onnx-{job.config.precision}": figures}
     write_json(bundle.path / MANIFEST_FILE, bundle.manifest)
 

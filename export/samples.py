@@ -30,27 +30,43 @@ class Samples:
 
     pixels: Array
     """`(S, H, W, C)`, uint8, or float32 where the specification has `pixel_max`."""
-    source: str
+    place: Path | None
+    """Their folder; None: synthetic."""
     paths: tuple[Path, ...] = ()
     """The files, where there are any."""
 
+    def __getitem__(self, part: slice) -> Samples:
+        """Some of them."""
+        return replace(self, pixels=self.pixels[part], paths=self.paths[part])
 
-def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, count: int) -> Samples:
+    def __len__(self) -> int:
+        """How many images."""
+        return len(self.pixels)
+
+    @property
+    def source(self) -> str:
+        """How many of where."""
+        return f"{len(self)} " + (
+            "synthetic images with a 1/f spectrum" if self.place is None else f"images of {self.place}"
+        )
+
+
+def read_samples(folder: Path | None, metadata: Metadata, spec: Preprocess, count: int, most: int = 0) -> Samples:
     """Up to `count` images from a folder, else from the data of the checkpoint, else synthetic ones, which is said
-    aloud.
+    aloud; and behind them more, up to `most` in all, where there are files.
 
     Raises:
         ConfigError: the folder that was asked for has no readable image.
     """
     if folder is not None:
-        if images := _read(find_images(folder), spec, count):
-            return Samples(np.stack(list(images.values())), f"{len(images)} images of {folder}", tuple(images))
+        if found := _read(find_images(folder), spec, count, most, folder):
+            return found
         raise ConfigError(f"no readable image below --samples {folder}")
     for place in _data_folders(metadata.provenance):
-        if images := _read(_images_left(place), spec, count):
-            return Samples(np.stack(list(images.values())), f"{len(images)} images of {place}", tuple(images))
+        if found := _read(_images_left(place), spec, count, most, place):
+            return found
     notice("no images at hand:", "parity is checked on synthetic ones; pass --samples FOLDER for real ones")
-    return Samples(_synthetic(spec, count), f"{count} synthetic images with a 1/f spectrum")
+    return Samples(_synthetic(spec, count), None)
 
 
 def spread_first(paths: list[Path], count: int) -> list[Path]:
@@ -122,8 +138,14 @@ def _images_left(place: Path) -> list[Path]:
         return []
 
 
-def _read(paths: list[Path], spec: Preprocess, count: int) -> dict[Path, Array]:
-    return dict(islice(_cropped(spread_first(paths, count), spec), count))
+def _read(paths: list[Path], spec: Preprocess, count: int, most: int, place: Path) -> Samples | None:
+    most = max(count, most)
+    spread = spread_first(paths, most)
+    order = [*spread_first(spread[:most], count), *spread[most:]]
+    images = dict(islice(_cropped(order, spec), most))
+    if not images:
+        return None
+    return Samples(np.stack(list(images.values())), place, tuple(images))
 
 
 def _cropped(paths: Iterable[Path], spec: Preprocess) -> Iterator[tuple[Path, Array]]:

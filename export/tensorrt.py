@@ -17,6 +17,7 @@ from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cuda.open_memory import open_memory
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import plan_engine
+from mae_deploy.runtime.parity.certificate import Classes
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from mae_deploy.runtime.tensorrt.add_engine import Built, build_engine
@@ -42,8 +43,8 @@ class DeviceProof:
     built: Built
     comparisons: list[Comparison]
     """Each output over all samples, run as CUDA graphs; none of TensorRT for RTX where no GPU could run it."""
-    accuracy: tuple[float, float] | None
-    """Top-1 in percent of PyTorch and of the engine, where the samples lie in folders named by class."""
+    classes: Classes | None
+    """Of a classifier: what PyTorch and the engine take the images for."""
 
     def record(self) -> dict[str, Any]:
         """For `parity` of the manifest."""
@@ -136,12 +137,12 @@ def build_and_gate(job: ExportJob, bundle: Bundle) -> DeviceProof:
 def _gate(job: ExportJob, bundle: Bundle, built: Built) -> DeviceProof:
     if not is_verified(built.entry):
         notice("not verified:", UNVERIFIED)
-        return DeviceProof(built=built, comparisons=[], accuracy=None)
+        return DeviceProof(built=built, comparisons=[], classes=None)
     failures: list[str] = []
     for graphs in (False, True):
         with open_plan(bundle, built.entry, EngineOptions(cuda_graphs=graphs)) as engine:
             for _ in range(1 + graphs):  # a CUDA graph is recorded after a plain run of its shape
-                comparisons, missed, accuracy = compare_samples(
+                comparisons, missed, classes = compare_samples(
                     job, engine, tolerance_of(job), lambda K: _batches(job, K)
                 )
                 failures += [f"CUDA graph: {failure}" if graphs else failure for failure in missed]
@@ -154,7 +155,7 @@ def _gate(job: ExportJob, bundle: Bundle, built: Built) -> DeviceProof:
                 " right"
             ),
         )
-    return DeviceProof(built=built, comparisons=comparisons[: len(job.names)], accuracy=accuracy)
+    return DeviceProof(built=built, comparisons=comparisons[: len(job.names)], classes=classes)
 
 
 def _batches(job: ExportJob, K: int | None) -> list[int]:

@@ -34,19 +34,16 @@ from mae_deploy.progress import notice
 from mae_deploy.runtime.bundle import int8_arithmetic
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IMAGES, UPDATES
+from mae_deploy.runtime.parity.certificate import Speed, time_both
 from mae_deploy.runtime.parity.checks import RUN_AGAIN, Verification
 from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.registry import OPENVINO, open_graph
-from mae_deploy.runtime.timing import Timing, measure
 from mae_deploy.runtime.verify import try_alone
 from mae_deploy.weights.load import LoadedWeights
 
 _MARGIN_DB = 0.3
 """By which the search stays above the floor, so that what passed passes on fewer samples, and on another engine,
 too."""
-
-_ROUNDS = 15
-"""Timed rounds of INT8 against FP32."""
 
 _SENSITIVITY_SAMPLES = 8
 
@@ -61,8 +58,8 @@ class Int8Plan:
     attention: dict[str, AttentionScales]
     rows: list[LayerRow]
     """The per-layer table; empty where no search was needed."""
-    latency: tuple[Timing, Timing] | None
-    """Of FP32 and INT8; None where the device has to be asked."""
+    speed: Speed | None
+    """INT8 against FP32; None where the device has to be asked."""
     num_linears: int
     facts: dict[str, Any]
     """Policy, smoothing and calibration, for the manifest."""
@@ -80,12 +77,8 @@ class Int8Plan:
             f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()}"
             f" ({self.facts['policy']}{', weights of 7 bits' if self.facts['weight_bits'] == 7 else ''})"
         )
-        if self.latency is not None:
-            milliseconds = record["latency_ms"]
-            text += (
-                f", {record['latency_ratio']:.2f} of FP32's latency ({milliseconds['int8']:.1f} against"
-                f" {milliseconds['fp32']:.1f} ms)"
-            )
+        if self.speed is not None:
+            text += f", {self.speed.words()}"
         return {"text": text, **record}
 
     def record(self) -> dict[str, Any]:
@@ -96,10 +89,11 @@ class Int8Plan:
             "quantized": dict(self.quantized),
             "attention": list(self.attention),
         }
-        if self.latency is not None:
-            found["latency_ratio"] = self.latency[1].ratio(self.latency[0])
+        if self.speed is not None:
+            found["latency_ratio"] = self.speed.ratio
             found["latency_ms"] = {
-                name: 1000 * timing.median for name, timing in zip(("fp32", "int8"), self.latency, strict=True)
+                name: 1000 * timing.median
+                for name, timing in (("fp32", self.speed.baseline), ("int8", self.speed.timing))
             }
         return found
 
@@ -152,10 +146,11 @@ def plan_int8(job: ExportJob, folder: Path, verify: Verify) -> Int8Plan:
         raise attempt.rejected(
             rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything)
         )
-    timings = attempt.time(chosen)
-    if timings is not None and not timings[1].ratio(timings[0]) < job.config.int8.max_latency:
-        raise attempt.rejected(rows, f"it is not faster ({attempt.accuracy(chosen)})", timings)
-    return attempt.plan(chosen, rows, timings)
+    speed = attempt.time(chosen)
+    if speed is not None and not speed.rule(job.config.int8.max_latency).passed:
+        shown = "shown to be " if speed.ratio < job.config.int8.max_latency else ""
+        raise attempt.rejected(rows, f"it is not {shown}faster ({attempt.accuracy(chosen)})", speed)
+    return attempt.plan(chosen, rows, speed)
 
 
 class _Attempt:
@@ -195,16 +190,14 @@ class _Attempt:
         self.failures: list[str] = []
         self._figures: dict[frozenset[str], list[Comparison]] = {}
 
-    def plan(
-        self, chosen: frozenset[str], rows: list[LayerRow], latency: tuple[Timing, Timing] | None = None
-    ) -> Int8Plan:
+    def plan(self, chosen: frozenset[str], rows: list[LayerRow], speed: Speed | None = None) -> Int8Plan:
         """With this set in eight bits."""
         return Int8Plan(
             job=self.job_for(chosen),
             quantized={name: self.scales[name] for name in self.names if name in chosen},
             attention=self.attention_for(chosen),
             rows=rows,
-            latency=latency,
+            speed=speed,
             num_linears=len(self.names),
             facts={**self.facts, "rest": self.rest},
         )
@@ -251,7 +244,7 @@ class _Attempt:
             otherwise=self.rest,
         )
 
-    def time(self, chosen: frozenset[str]) -> tuple[Timing, Timing] | None:
+    def time(self, chosen: frozenset[str]) -> Speed | None:
         """FP32 and this set in turns: the usual number of patches, one image unless the batch is fixed; None for
         TensorRT, which the device times.
         """
@@ -265,10 +258,9 @@ class _Attempt:
         with ExitStack() as stack:
             graphs = {"fp32": self.job.in_precision("fp32").graph(), "int8": self._graph(chosen)}
             engines = {name: self._engine(stack, graph, name) for name, graph in graphs.items()}
-            timings = measure(
-                {name: partial(self.job.runner(engine).run, batch) for name, engine in engines.items()}, repeats=_ROUNDS
+            return time_both(
+                {name: partial(self.job.runner(engine).run, batch) for name, engine in engines.items()}, "int8", "fp32"
             )
-        return timings["fp32"], timings["int8"]
 
     def job_for(self, chosen: frozenset[str]) -> ExportJob:
         """With the biases of this set corrected, if that was asked for."""
@@ -285,17 +277,16 @@ class _Attempt:
         worst = max(self._figures[chosen], key=self._deficit)
         return f"{worst.name}: SQNR {worst.sqnr_db:.1f} dB, centred cosine {worst.centred_cosine:.5f}"
 
-    def rejected(self, rows: list[LayerRow], why: str, timings: tuple[Timing, Timing] | None) -> CheckFailed:
+    def rejected(self, rows: list[LayerRow], why: str, speed: Speed | None) -> CheckFailed:
         """With both figures, and the per-layer table left beside `--out`."""
         config, faster = self.config, ""
-        if timings is not None:
-            fp32, int8 = timings
-            why += (
-                f"; it takes {int8.ratio(fp32):.2f} of FP32's latency, {1000 * int8.median:.2f} against"
-                f" {1000 * fp32.median:.2f} ms"
-            )
-            if config.engine == "onnx" and self.weight_bits == 8 and not int8.ratio(fp32) < config.int8.max_latency:
-                faster = "; on an x86 CPU without VNNI, try --weight-bits 7"
+        if speed is not None:
+            why += f"; it takes {speed.words()}"
+            if not speed.rule(config.int8.max_latency).passed:
+                if speed.ratio < config.int8.max_latency:
+                    faster = "; on a machine with nothing else to do the interval is narrower"
+                elif config.engine == "onnx" and self.weight_bits == 8:
+                    faster = "; on an x86 CPU without VNNI, try --weight-bits 7"
         table = _leave_table(config.out, rows)
         other = "fp16 (--prefer fp16)" if config.is_planned else "fp32 or bf16"
         return CheckFailed(

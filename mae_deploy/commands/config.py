@@ -27,8 +27,15 @@ class VerifyConfig(Settings, resume="never"):
     graph: Path | None = None
     """Somebody else's ONNX file of a checkpoint's weights: its outputs are compared with PyTorch's, which must be
     installed."""
+    certificate: Path | None = setting(None, metavar="FILE")
+    """Also measure here what the bundle is worth beside FP32, and write it to this JSON file: classes, speed and the
+    worst image, with intervals of 95 % confidence, and the rules that were applied."""
+    against: Path | None = setting(None, metavar="BUNDLE|CKPT")
+    """With --certificate: the same export in FP32, or a checkpoint to export so (needs PyTorch); default: the
+    checkpoint that the bundle records, where it is still there; without one the golden samples alone are compared."""
     samples: Path | None = None
-    """With --graph: folder of images for the check; default: the data that the checkpoint was trained on."""
+    """With --graph and --certificate: folder of images, for the latter in folders named by class where accuracy is to
+    be known; default: the data that the checkpoint was trained on, or the images of the export."""
     precision: Literal["fp32", "fp16", "bf16", "int8", "fp8"] | None = None
     """With --graph: the precision whose tolerance its outputs must meet; default: fp32."""
     engine: str = setting("auto", metavar="ENGINE")

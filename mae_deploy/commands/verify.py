@@ -7,7 +7,9 @@ from pathlib import Path
 
 from mae_deploy.commands.config import VerifyConfig
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.reporting.bundles import blocks_table, verification_table
+from mae_deploy.files import refuse_to_overwrite, write_json
+from mae_deploy.progress import notice
+from mae_deploy.reporting.bundles import blocks_table, certificate_tables, verification_table
 from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
@@ -22,18 +24,16 @@ def run_verify(config: VerifyConfig) -> Result:
     """Verify a bundle; with `layers`, also compare the tokens after every block.
 
     Raises:
-        CheckFailed: a file is not what was exported, an output misses its tolerance, or a block gives what is no
-            number.
+        CheckFailed: a file is not what was exported, an output misses its tolerance, a block gives what is no number,
+            or a budget is not shown to be met.
         ConfigError: no bundle, an engine that cannot do this, or `layers` of a bundle without block outputs.
         MissingDependency: the engine's package or its device is absent.
     """
+    _check_options(config)
     if config.graph is not None:
         return _other_graph(config, config.graph)
-    given = [name for name in ("samples", "precision") if getattr(config, name) is not None]
-    if given:
-        raise ConfigError(
-            f"--{given[0]} is about --graph", hint="a bundle has its own samples and tolerance; leave it out"
-        )
+    if config.certificate is not None:
+        refuse_to_overwrite(config.certificate, option="--certificate")
     bundle = Bundle.load(config.bundle)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
     verification = verify_bundle(bundle, config.engine, options)
@@ -50,7 +50,41 @@ def run_verify(config: VerifyConfig) -> Result:
         raise CheckFailed(f"{config.bundle} misses parity: {failures[0]}", details=failures[1:], result=result)
     if failures:
         raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
+    if config.certificate is not None:
+        result = _certified(config, config.certificate, bundle, options, verification, result)
     return replace(result, then=next_command("predict", config.bundle, "IMAGES"))
+
+
+def _check_options(config: VerifyConfig) -> None:
+    """Options of one kind of check with those of another."""
+    if config.graph is not None and config.certificate is not None:
+        raise ConfigError("--certificate needs a bundle, whose budget is known", hint="leave out --graph, or this")
+    if config.precision is not None and config.graph is None:
+        raise ConfigError("--precision is about --graph", hint="a bundle has its own tolerance; leave it out")
+    if config.samples is not None and config.graph is None and config.certificate is None:
+        raise ConfigError(
+            "--samples is about --graph and --certificate", hint="a bundle has its own samples; leave it out"
+        )
+    if config.against is not None and config.certificate is None:
+        raise ConfigError("--against is about --certificate", hint="pass --certificate FILE, or leave it out")
+
+
+def _certified(
+    config: VerifyConfig, file: Path, bundle: Bundle, options: EngineOptions, verification: Verification, result: Result
+) -> Result:
+    """With the certificate, which is written whether or not its rules are met."""
+    from mae_deploy.commands.certify import certify
+
+    record, failures = certify(
+        bundle, verification, engine=config.engine, options=options, against=config.against, samples=config.samples
+    )
+    write_json(file, record)
+    notice("certificate:", f"written to {file}")
+    view = stacked([verification_table(verification), *certificate_tables(record)])
+    result = Result({**result.data, "certificate": record}, view)
+    if failures:
+        raise CheckFailed(f"{config.bundle} misses its budget: {'; '.join(failures)}", result=result)
+    return result
 
 
 def _other_graph(config: VerifyConfig, graph: Path) -> Result:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
+from typing import Any
 
-from mae_deploy.reporting.tables import Column, Table
+from mae_deploy.reporting.tables import Column, Table, facts_table
 from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.manifest import EngineEntry, plan_engine
 from mae_deploy.runtime.parity.checks import Verification
@@ -38,6 +40,60 @@ def verification_table(verification: Verification) -> Table:
         rows,
         [] if verification.preprocessing is not None else [_NO_FRAME],
     )
+
+
+def certificate_tables(record: Mapping[str, Any]) -> list[Table]:
+    """A certificate in words, and its rules: the record of `runtime.parity.certificate`."""
+    facts: dict[str, str] = {"measured on": _place(record), "images": record["images"]}
+    if (classes := record["classes"]) is not None:
+        low, high = classes["agreement_interval"]
+        facts["same class as FP32"] = (
+            f"{classes['agreement']:.2%} of {classes['images']} images ({low:.2%} to {high:.2%})"
+        )
+        if classes["labelled"]:
+            low, high = classes["drop_interval"]
+            facts["top-1"] = f"{classes['top1']:.2f} %, FP32 {classes['fp32_top1']:.2f} %"
+            facts["points lost"] = (
+                f"{classes['drop']:.2f} ({low:.2f} to {high:.2f}): {classes['lost']} images lost, {classes['gained']}"
+                f" gained, McNemar p = {classes['mcnemar_p']:.3g}"
+            )
+        else:
+            facts["top-1"] = "not known: the images have no labels"
+    if (speed := record["speed"]) is not None:
+        low, high = speed["ratio_interval"]
+        facts["latency"] = (
+            f"{speed['ratio']:.2f} of {speed['baseline'].upper()}'s ({low:.2f} to {high:.2f}), {speed['ms']:.2f}"
+            f" against {speed['baseline_ms']:.2f} ms in {speed['rounds']} rounds"
+        )
+    for output in record["outputs"]:
+        decibels = output["worst_sqnr_db"]
+        facts[f"worst image, {output['name']}"] = (
+            f"SQNR {'infinite' if decibels is None else f'{decibels:.1f} dB'}, centred cosine"
+            f" {output['centred_cosine']:.6f}"
+        )
+    rules = [
+        {
+            "rule": rule["rule"],
+            "limit": next(
+                f"{words} {rule[kind]:g}"
+                for kind, words in (("at_least", "at least"), ("at_most", "at most"), ("below", "below"))
+                if kind in rule
+            ),
+            "value": rule["value"],
+            "result": "ok" if rule["passed"] else "miss",
+        }
+        for rule in record["rules"]
+    ]
+    result = Column("result", "result", colour=lambda text: "red" if text == "miss" else "green")
+    columns = (Column("rule", "rule"), Column("limit", "limit"), Column("value", "value", "{:.6g}"), result)
+    title = f"Certificate, intervals of {record['confidence']:.0%} confidence"
+    return [facts_table(title, facts), Table("Rules", columns, rules)]
+
+
+def _place(record: Mapping[str, Any]) -> str:
+    count = record["threads"]
+    threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
+    return f"{record['engine']} {record['engine_version']}, {record['device']}, {record['cpu']}{threads}"
 
 
 def blocks_table(report: LayerReport) -> Table:

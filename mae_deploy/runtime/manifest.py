@@ -208,8 +208,14 @@ class ToleranceEntry(TypedDict, total=False):
     top1_agreement: float | None
 
 
-class Manifest(TypedDict):
-    """`manifest.json`. All keys are needed; keys that this version does not know are left alone."""
+class _Certified(TypedDict, total=False):
+    certificate: dict[str, Any]
+    """What the graph was worth beside FP32 on the machine of the export, see `runtime.parity.certificate`; absent in
+    bundles of older versions."""
+
+
+class Manifest(_Certified):
+    """`manifest.json`. All other keys are needed; keys that this version does not know are left alone."""
 
     schema_version: int
     mae_deploy_version: str

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import shutil
+import sys
 from collections.abc import Iterator
 from itertools import count, product
 from pathlib import Path
@@ -48,14 +50,15 @@ def bundles(folder: Path, only: str | None = None) -> Iterator[tuple[str, Path]]
             yield name, out
 
 
-def clean_runs(folder: Path, runs: int) -> list[str]:
+def clean_runs(folder: Path, runs: int, first_seed: int = 1) -> list[str]:
     """Right networks, exported and verified, with other seeds, engines and numbers of threads; what was refused.
 
     Each export and each `verify` is a run.
     """
     refused: list[str] = []
     done = 0
-    for seed in count(1):
+    for seed in count(first_seed):
+        print(f"seed {seed}: {done} of {runs} clean runs, {len(refused)} refused", file=sys.stderr, flush=True)
         checkpoint, photos = _network(folder / str(seed), seed)
         for name, options in EXPORTS.items():
             if done >= runs:
@@ -72,6 +75,7 @@ def clean_runs(folder: Path, runs: int) -> list[str]:
                 done += 1
                 failures = verify_bundle(bundle, engine, EngineOptions(threads=threads)).failures
                 refused += [f"seed {seed}, {name} on {engine}, {threads} threads: {failure}" for failure in failures]
+        shutil.rmtree(folder / str(seed))
     return refused
 
 

@@ -236,6 +236,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", help="bundles whose name contains this")
     parser.add_argument("--clean", type=int, default=0, help="runs of clean bundles, none of which may be refused")
+    parser.add_argument("--first-seed", type=int, default=1, help="of the clean bundles, to go on from")
     parser.add_argument("--out", type=Path, help="write the report here, too")
     given = parser.parse_args()
     with TemporaryDirectory() as folder:
@@ -246,7 +247,7 @@ def main() -> int:
             print(f"{name}: {len(made)} planted, {through} above the noise not found", file=sys.stderr, flush=True)
             rows += made
         found = report(rows)
-        alarms = clean_runs(Path(folder) / "clean", given.clean)
+        alarms = clean_runs(Path(folder) / "clean", given.clean, given.first_seed)
         found["clean runs"], found["false alarms"] = given.clean, alarms
     text = json.dumps(found, indent=1, default=str)
     print(text)

@@ -213,6 +213,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     monkeypatch.setattr(cli, "_needs_torch", lambda _: AnyFunction(asked.append))
     monkeypatch.setattr(cli, "_trained", lambda found: found)
     monkeypatch.setattr("mae_deploy.flags.local", Path)  # no model hub is asked
+    monkeypatch.setattr("mae_deploy.commands.verify._certified", lambda *given: given[-1])
     for module, function in (
         ("commands.verify", "_other_graph"),
         ("commands.predict", "run_predict"),

@@ -51,7 +51,7 @@ class AccuracyCheck:
         Raises:
             ConfigError: no image is there.
         """
-        self._photos = _Photos(folder, num_images) if folder is not None else None
+        self._photos = Photos(folder, num_images) if folder is not None else None
         self._seed = seed
         self._outputs: dict[tuple[LoadedGraph, int | None], dict[str, Array]] = {}
         self._references: dict[tuple[str, ...], Array] = {}
@@ -138,7 +138,7 @@ class AccuracyCheck:
         return self._photos.labels(bundle) if self._photos is not None else None
 
 
-class _Photos:
+class Photos:
     """The images of a folder, decoded once for each preprocessing."""
 
     def __init__(self, folder: Path, num_images: int) -> None:

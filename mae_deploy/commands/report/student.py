@@ -235,7 +235,7 @@ def _quantizations(config: ReportConfig) -> dict[str, Int8Config]:
         search=False,
     )
     found = {FP32: Int8Config(), INT8: replace(whole, max_latency=_ANY_LATENCY)}
-    return found | {MIX: replace(int8, max_latency=_ANY_LATENCY)} if int8.search else found
+    return found | {MIX: replace(int8, max_drop=None, max_latency=_ANY_LATENCY)} if int8.search else found
 
 
 def _calibrates(folder: Path) -> bool:

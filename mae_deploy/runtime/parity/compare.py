@@ -52,6 +52,8 @@ class Comparison:
     """`max_abs` over the reference's largest magnitude."""
     sqnr_db: float = math.nan
     """10 log10(sum of reference² / sum of error²) over all samples; infinite where nothing differs."""
+    worst_sqnr_db: float = math.nan
+    """The worst sample's."""
     top1_agreement: float | None = None
     """Share of samples with the same largest value; logits and probs only."""
 
@@ -67,8 +69,8 @@ class Comparison:
         found = []
         for measure in ("cosine", "centred_cosine", "sqnr_db", "top1_agreement"):
             value, least = getattr(self, measure), getattr(tolerance, measure)
-            if measure == "top1_agreement" and least is not None and least < 1:
-                least = min(least, (self.num_samples - 1) / self.num_samples)
+            if measure == "top1_agreement" and least is not None:
+                least = self.least_agreement(least)
             if value is not None and least is not None and not value >= least:
                 found.append(f"{self.name}: {measure} {value:.7g} is below {least:.7g}")
         limits = [
@@ -82,6 +84,10 @@ class Comparison:
                 + " and ".join(f"{name} {value:.3g} is above {most:.3g}" for name, value, most in limits)
             )
         return found
+
+    def least_agreement(self, least: float) -> float:
+        """The least top-1 agreement on so many samples: unless it is 1, one may always differ."""
+        return least if least == 1 else min(least, (self.num_samples - 1) / self.num_samples)
 
     def passes(self, tolerance: Tolerance) -> bool:
         """Whether the output meets the tolerance."""
@@ -114,6 +120,7 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
         expected, found = _centred_logits(expected), _centred_logits(found)
     cosines = _cosines(*_sums(expected, found))
     error = found - expected
+    signal_B, noise_B = np.square(expected).sum(axis=1), np.square(error).sum(axis=1)
     max_abs = float(np.abs(error).max())
     return Comparison(
         name=name,
@@ -122,7 +129,10 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
         centred_cosine=float(_centred_cosines(expected, found, cosines, has_padding=reference.ndim > 2).min()),
         max_abs=max_abs,
         max_relative=_ratio(max_abs, float(np.abs(expected).max())),
-        sqnr_db=_decibels(float(np.square(expected).sum()), float(np.square(error).sum())),
+        sqnr_db=_decibels(float(signal_B.sum()), float(noise_B.sum())),
+        worst_sqnr_db=min(
+            _decibels(float(signal), float(noise)) for signal, noise in zip(signal_B, noise_B, strict=True)
+        ),
         top1_agreement=float((expected.argmax(1) == found.argmax(1)).mean()) if name in CLASS_OUTPUTS else None,
     )
 

@@ -25,6 +25,7 @@ from mae_deploy.images.read import read_image
 from mae_deploy.models.vit import Encoder
 from mae_deploy.runtime import Bundle
 from mae_deploy.runtime.engines.base import Engine
+from mae_deploy.runtime.parity.certificate import Speed
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.timing import Timing
 from tests.data.image_folders import spoil
@@ -42,7 +43,10 @@ LINEARS = [f"blocks.{block}.{name}" for block in (0, 1) for name in ("attn.qkv",
 LINEARS_ALLOWED = 4
 """Where more are INT8, the bundle's own checks fail in one test."""
 
-LATENCY = r"it takes \d+\.\d\d of FP32's latency, \d+\.\d\d against \d+\.\d\d ms"
+LATENCY = (
+    r"it takes \d+\.\d\d of FP32's latency, \d+\.\d\d against \d+\.\d\d ms"
+    r" \(\d+\.\d\d to \d+\.\d\d with 95% confidence\)"
+)
 
 
 @pytest.fixture
@@ -355,12 +359,25 @@ def test_what_is_not_faster_is_rejected_with_both_figures(exports: Exports) -> N
 def test_by_default_it_must_be_faster_than_fp32(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
     fp32 = Timing((2e-3,))
     for seconds, code in ((2.001e-3, 1), (2e-3, 1), (1.5e-3, 0)):
-        monkeypatch.setattr(
-            int8, "measure", lambda *_, seconds=seconds, **__: {"fp32": fp32, "int8": Timing((seconds,))}
-        )
+        speed = Speed(timing=Timing((seconds,)), baseline=fp32)
+        monkeypatch.setattr(int8, "time_both", lambda *_, speed=speed: speed)
         assert exports("--precision", "int8")[0] == code
     record = record_of(exports)
     assert (record["latency_ratio"], record["latency_ms"]) == (pytest.approx(0.75), {"fp32": 2, "int8": 1.5})
+
+
+def test_speed_is_judged_by_the_upper_end_of_its_interval(exports: Exports, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Faster in most rounds, by 10 % in the median, and yet not shown to be."""
+    noisy = np.random.default_rng(0).lognormal(0, 0.4, 15)
+    speed = Speed(timing=Timing(tuple(0.9 * noisy)), baseline=Timing(tuple(np.roll(noisy, 1))))
+    monkeypatch.setattr(int8, "time_both", lambda *_: speed)
+    assert speed.ratio == pytest.approx(0.9)
+    assert speed.interval[1] > 1
+    code, said = exports("--precision", "int8")
+    error, hint = said.splitlines()
+    assert code == 1
+    assert error.startswith("error: INT8 is rejected: it is not shown to be faster (")
+    assert hint.endswith("; on a machine with nothing else to do the interval is narrower")
 
 
 def test_the_misses_of_golden_samples_and_of_both_ends_of_k_count(exports: Exports) -> None:
@@ -474,17 +491,21 @@ def test_outliers_in_the_residual_stream_cost_few_linears(
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def labelled(robust: Path, tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Images in folders named by the class that PyTorch gives them: its own accuracy is 100 %."""
-    model, preprocess = robust_classifier(), default_preprocess(CONFIG.image_size)
-    for path in sorted(write_blots(tmp_path / "unsorted", 32, first=300).iterdir()):
-        with torch.no_grad():
-            logits = model(torch.from_numpy(preprocess([read_image(path)])))
-        folder = tmp_path / "labelled" / CLASS_NAMES[int(logits.argmax())]
-        folder.mkdir(parents=True, exist_ok=True)
-        path.rename(folder / path.name)
-    return tmp_path / "labelled"
+    folder, model, preprocess = (
+        tmp_path_factory.mktemp("labelled"),
+        robust_classifier(),
+        default_preprocess(CONFIG.image_size),
+    )
+    paths = sorted(write_blots(tmp_path_factory.mktemp("unsorted"), 100, first=300).iterdir())
+    with torch.no_grad():
+        classes = model(torch.from_numpy(preprocess([read_image(path) for path in paths]))).argmax(dim=1)
+    for path, label in zip(paths, classes.tolist(), strict=True):
+        (folder / CLASS_NAMES[label]).mkdir(exist_ok=True)
+        path.rename(folder / CLASS_NAMES[label] / path.name)
+    return folder
 
 
 def test_where_labels_are_known_accuracy_is_judged(exports: Exports, robust: Path, labelled: Path) -> None:
@@ -493,15 +514,51 @@ def test_where_labels_are_known_accuracy_is_judged(exports: Exports, robust: Pat
     assert accuracy["fp32"] == 100
     assert accuracy["int8"] >= 95
     assert "top1_agreement" not in exports.manifest["tolerance"]
+    found = exports.manifest["certificate"]
+    classes = found["classes"]
+    assert (found["passed"], classes["images"], classes["labelled"]) == (True, 100, True)
+    assert classes["drop_interval"][1] <= 5
+    assert {"rule": "points of top-1 lost, upper end", "at_most": 5, "value": classes["drop_interval"][1]}.items() <= (
+        next(rule for rule in found["rules"] if "top-1 lost" in rule["rule"]).items()
+    )
+    assert found["speed"]["ratio"] == record_of(exports)["latency_ratio"]
+    assert all(output["worst_sqnr_db"] <= output["sqnr_db"] for output in found["outputs"])
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_a_drop_beyond_the_budget_is_refused(exports: Exports, labelled: Path, tmp_path: Path, known: bool) -> None:
+def test_too_few_images_for_the_budget_are_said_beforehand(
+    exports: Exports, robust: Path, labelled: Path, known: bool
+) -> None:
+    exports.checkpoint = robust / "classifier"
+    exports.photos = labelled if known else exports.photos
+    code, said = exports(*INT8, "--max-drop", 1, "--num-samples", 32)
+    error, hint = said.splitlines()
+    assert code == 1
+    assert re.match(
+        r"error: --max-drop 1 cannot be shown on \d+ images: even if not one is lost, it may be \d+\.\d\d points", error
+    )
+    assert hint.startswith("hint: at least 487 images are needed: ")
+    assert exports.left == set()
+
+
+def test_nothing_shows_that_nothing_is_lost(exports: Exports, robust: Path, labelled: Path) -> None:
+    exports.checkpoint, exports.photos = robust / "classifier", labelled
+    code, said = exports(*INT8, "--max-drop", 0)
+    assert (code, said.splitlines()[1]) == (
+        1,
+        "hint: no number of images shows that nothing is lost: give a larger one",
+    )
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_drop_beyond_the_budget_is_refused(
+    exports: Exports, robust: Path, labelled: Path, tmp_path: Path, known: bool
+) -> None:
     """One channel so large that INT8 leaves nothing of the others, and nobody smooths it."""
     model = robust_classifier()
     model.load_state_dict(plant_outliers(model.state_dict(), 3000))
     exports.checkpoint = write_checkpoint(tmp_path / "checkpoint", model, class_names=CLASS_NAMES)
-    exports.photos = labelled if known else exports.photos
+    exports.photos = labelled if known else robust / "calibration"
     code, said = exports(
         *INT8, "--min-sqnr", 0, "--min-cosine", 0.001, "--max-drop", 5, "--no-smooth-quant", "--no-search"
     )

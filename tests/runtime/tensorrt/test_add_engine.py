@@ -145,10 +145,16 @@ def test_fixed_sizes_may_be_named(tmp_path: Path) -> None:
 
 def test_the_profile_where_int8_does_worst_decides() -> None:
     speed = compare_speed(timings(1.0, 9.0), timings(2.0, 8.0), "int8")
-    assert speed == {"latency_ratio": 1.125, "profile": 1, "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]}}
+    assert speed == {
+        "latency_ratio": 1.125,
+        "latency_ratio_interval": [1.125, 1.125],
+        "profile": 1,
+        "latency_ms": {"int8": [1.0, 9.0], "fp16": [2.0, 8.0]},
+    }
     assert (
         reason_against_quantized("int8", [], speed)
-        == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms"
+        == "INT8 is rejected: it is not faster; it takes 1.12 of FP16's latency, 9.000 against 8.000 ms (1.12 to 1.12"
+        " with 95% confidence)"
     )
 
 
@@ -169,6 +175,14 @@ def test_the_profile_where_int8_does_worst_decides() -> None:
 def test_faster_and_right_or_rejected(milliseconds: float, failures: list[str], most: float, said: str | None) -> None:
     found = reason_against_quantized("fp8", failures, compare_speed(timings(milliseconds), timings(1.0), "fp8"), most)
     assert (found is None) if said is None else (found is not None and said.replace("\\", "") in found)
+
+
+def test_a_ratio_below_one_is_not_enough_if_its_interval_is_not() -> None:
+    noisy = np.random.default_rng(0).lognormal(0, 0.4, 15)
+    mine, other = Timing(tuple(0.9 * noisy)), Timing(tuple(np.roll(noisy, 1)))
+    found = reason_against_quantized("int8", [], compare_speed([mine], [other], "int8"))
+    assert found is not None
+    assert found.startswith("INT8 is rejected: it is not shown to be fast enough; it takes 0.90 of FP16's latency")
 
 
 def test_engines_are_timed_by_the_gpus_clock_without_their_copies(
@@ -235,7 +249,12 @@ def test_the_gpu_that_it_is_built_on(visible_bundle: Path, without_a_gpu: Any, d
 def test_int8_that_is_faster(tmp_path: Path, without_a_gpu: Any) -> None:
     built, seen = build(quantized(tmp_path / "b"))
     assert (built.entry["precision"], built.rejected) == ("int8", None)
-    assert built.baseline == {"latency_ratio": 0.5, "profile": 0, "latency_ms": {"int8": [1.0], "fp16": [2.0]}}
+    assert built.baseline == {
+        "latency_ratio": 0.5,
+        "latency_ratio_interval": [0.5, 0.5],
+        "profile": 0,
+        "latency_ms": {"int8": [1.0], "fp16": [2.0]},
+    }
     assert [phase for phase, _ in seen] == ["int8: tactics", "fp16: tactics", "int8: parity", "fp16: parity"]
     assert [share for _, share in seen] == pytest.approx([0.4, 0.8, 0.8, 0.9])
     assert open_engines == []
