@@ -36,6 +36,7 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import BEYOND_PLAIN, EncoderConfig
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.bundles import PARITY
+from mae_deploy.reporting.card import write_card
 from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.preprocess import PREPROCESS_FROM
@@ -95,6 +96,7 @@ def run_export(config: ExportConfig) -> Result:
                 notice("FP16:", f"is exported in its place: {error}")
                 remove(aside)
                 made = _make(aside, job.in_precision("fp16"), bar)
+            write_card(made.bundle, config.out.name)
             files = {name: entry["size"] for name, entry in made.bundle.manifest["files"].items()}
     say_licence(made.bundle.licence, "this bundle")
     served = _serve(config)

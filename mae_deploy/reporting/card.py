@@ -1,4 +1,4 @@
-"""Model cards: the front matter that model hubs read, and what is said of a licence."""
+"""Model cards: the front matter that model hubs read, what is said of a licence, and the card of a bundle."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import json
 
 from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.errors import import_optional
+from mae_deploy.files import write_text
+from mae_deploy.hub import CARD, is_address
+from mae_deploy.reporting.bundles import PARITY, certificate_tables
+from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.runtime.bundle import Bundle
 
 LICENCE_IDS = {
@@ -22,6 +26,8 @@ _HUB_LICENCES = {**LICENCE_IDS, UNKNOWN_LICENCE: "unknown"}
 
 MARK = "Written by `mae-deploy push`."
 """By which a card is known as ours, and may be written anew."""
+
+_EXPORTED = "Written by `mae-deploy export`."
 
 _KINDS = {"mae": "masked autoencoder, encoder and decoder", "encoder": "ViT encoder", "classifier": "ViT classifier"}
 
@@ -47,41 +53,58 @@ def licence_words(licence: str) -> str:
     return f"{licence}, inherited from the weights that it derives from."
 
 
-def bundle_card(bundle: Bundle, address: str, licence: str) -> str:
-    """The card of a bundle as Markdown.
+def write_card(bundle: Bundle, name: str) -> None:
+    """Write the card into the bundle's folder. It is no file of the manifest: whoever holds a bundle may change it.
 
     Args:
-        address: where it will be, `hf://…`.
+        name: of the folder, where the bundle will be.
+    """
+    write_text(bundle.path / CARD, bundle_card(bundle, name, bundle.licence))
+
+
+def bundle_card(bundle: Bundle, address: str, licence: str) -> str:
+    """The card of a bundle as Markdown, from its manifest.
+
+    Args:
+        address: where it will be: a folder, or `hf://…`, whose card has the front matter of model hubs.
         licence: the bundle's, or what the owner of weights of their own says.
     """
     manifest, model = bundle.manifest, bundle.model
     size = "x".join(map(str, (model["in_chans"], *model["image_size"])))
-    parity = {
-        name: ", ".join(f"{key} {value:.6g}" for key, value in record.items() if isinstance(value, float))
-        for name, record in manifest["parity"].items()
-        if isinstance(record, dict)
-    }
     said = licence_words(licence) if licence == bundle.licence else f"{licence}, as its owner says."
+    extras = [*(["hub"] if is_address(address) else []), *(["openvino"] if manifest["engine"] == "openvino" else [])]
+    package = f"'mae-deploy[{','.join(extras)}]'" if extras else "mae-deploy"
+    front: list[str] = []
+    if is_address(address):
+        front = front_matter(licence, library="mae-deploy", kind=manifest["kind"], tags=("onnx", manifest["precision"]))
     lines = [
-        *front_matter(licence, library="mae-deploy", kind=manifest["kind"], tags=("onnx", manifest["precision"])),
+        *front,
         f"# {model['name']}",
         "",
         (
             f"A {_KINDS[manifest['kind']]} as a bundle of mae-deploy: {size} images, {manifest['token_mode']} tokens,"
-            f" {manifest['precision']}, made for {manifest['engine']}. {MARK}"
+            f" {manifest['precision']}, made for {manifest['engine']}. {MARK if is_address(address) else _EXPORTED}"
         ),
         "",
         "```sh",
-        "pip install 'mae-deploy[hub]'",
+        f"pip install {package}",
         f"mae-deploy verify {address}",
         f"mae-deploy predict {address} IMAGES",
         "```",
         "",
         "```python",
+        "from PIL import Image",
+        "",
         "from mae_deploy.runtime import Backbone",
         "",
         f'backbone = Backbone.load("{address}")',
+        'image = Image.open("photo.jpg")',
+        f"outputs = {_call(bundle)}  # {', '.join(bundle.output_names)}",
         "```",
+        "",
+        "## Inputs and outputs",
+        "",
+        _tensors(bundle).to_markdown(),
         "",
         "## Licence",
         "",
@@ -91,8 +114,8 @@ def bundle_card(bundle: Bundle, address: str, licence: str) -> str:
         "",
         "Against PyTorch, at export; `mae-deploy verify` checks it again where it runs.",
         "",
-        *(f"- {name}: {words}" for name, words in parity.items() if words),
-        "",
+        *_parity(bundle),
+        *_certificate(bundle),
         "## Provenance",
         "",
         "```json",
@@ -101,3 +124,43 @@ def bundle_card(bundle: Bundle, address: str, licence: str) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _call(bundle: Bundle) -> str:
+    if bundle.token_mode == "cached":
+        return "backbone.stream()(image)"
+    return "backbone([image])" if bundle.fixed_keep is None else f"backbone([image], keep=range({bundle.fixed_keep}))"
+
+
+def _tensors(bundle: Bundle) -> Table:
+    graph = bundle.manifest["graph"]
+    rows = [
+        {
+            "what": what,
+            "name": entry["name"],
+            "dtype": entry["dtype"],
+            "shape": f"({', '.join(map(str, entry['shape']))})",
+        }
+        for what, entries in (("input", graph["inputs"]), ("output", graph["outputs"]))
+        for entry in entries
+    ]
+    return Table(
+        "", (Column("", "what"), Column("name", "name"), Column("type", "dtype"), Column("shape", "shape")), rows
+    )
+
+
+def _parity(bundle: Bundle) -> list[str]:
+    """A table for each engine and precision that was checked."""
+    lines: list[str] = []
+    for name, record in bundle.manifest["parity"].items():
+        if isinstance(record, dict) and (rows := record.get("outputs")):
+            lines += [f"{name}:", "", Table("", (Column("output", "name"), *PARITY), rows).to_markdown(), ""]
+    return lines
+
+
+def _certificate(bundle: Bundle) -> list[str]:
+    if (record := bundle.manifest.get("certificate")) is None:
+        return []
+    facts, rules = certificate_tables(record)
+    confidence = f"Measured at export, with intervals of {record['confidence']:.0%} confidence."
+    return ["## Certificate", "", confidence, "", facts.to_markdown(), "", rules.to_markdown(), ""]

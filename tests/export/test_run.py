@@ -105,7 +105,7 @@ def test_the_bundle(tmp_path: Path, photos: Path, capsys: pytest.CaptureFixture[
     result = json.loads(capsys.readouterr().out)
     manifest = manifest_of(out)
     assert validate_manifest(manifest) == manifest
-    assert left_in(out) == {"manifest.json", "encoder.onnx", "golden.npz"}
+    assert left_in(out) == {"README.md", "manifest.json", "encoder.onnx", "golden.npz"}
     assert left_in(out.parent) == {"bundle"}
     assert (manifest["mae_deploy_version"], manifest["kind"], manifest["precision"], manifest["engines"]) == (
         __version__,
@@ -380,7 +380,8 @@ def test_a_weights_file_of_the_original(tmp_path: Path, photos: Path, capsys: py
 def test_large_weights_go_to_a_file_of_their_own(tmp_path: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(onnx_builder, "INLINE_LIMIT", 1)
     assert run(encoder(tmp_path / "checkpoint"), tmp_path / "bundle", "--samples", photos) == 0
-    assert left_in(tmp_path / "bundle") == {"manifest.json", "encoder.onnx", "encoder.onnx.data", "golden.npz"}
+    written = {"README.md", "manifest.json", "encoder.onnx", "encoder.onnx.data", "golden.npz"}
+    assert left_in(tmp_path / "bundle") == written
     manifest = manifest_of(tmp_path / "bundle")
     content = (tmp_path / "bundle" / "encoder.onnx.data").read_bytes()
     assert manifest["files"]["encoder.onnx.data"] == {

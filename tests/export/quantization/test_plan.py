@@ -90,7 +90,7 @@ def test_dynamic_is_the_default_and_needs_no_images(exports: Exports) -> None:
         "sqnr_db": 30,
         "top1_agreement": 0.99,
     }
-    assert {path.name for path in exports.out.iterdir()} == {"manifest.json", "encoder.onnx", "golden.npz"}
+    assert {path.name for path in exports.out.iterdir()} == {"README.md", "manifest.json", "encoder.onnx", "golden.npz"}
 
 
 def test_static_ranges_are_recorded_with_what_they_come_from(
