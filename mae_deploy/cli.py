@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import sys
-import time
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
@@ -15,7 +14,7 @@ import typer
 
 from mae_deploy import __version__
 from mae_deploy.completion import COMPLETIONS
-from mae_deploy.errors import MaeDeployError, explained, import_optional
+from mae_deploy.errors import import_optional, report_error
 from mae_deploy.help_page import Group
 from mae_deploy.interrupts import Interrupted, interruptible
 from mae_deploy.options import command as register
@@ -36,6 +35,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.commands.embed.config import EmbedConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
+    from mae_deploy.commands.serve.config import ServeConfig
     from mae_deploy.commands.stream.config import StreamCommandConfig
     from mae_deploy.commands.stream_eval.config import StreamEvalConfig
     from mae_deploy.commands.sweep.config import SweepConfig
@@ -47,9 +47,6 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
 
 START, TRAIN, EVALUATE, DEPLOY = "Start", "Train", "Evaluate", "Export and deploy"
 DATA, WEIGHTS, DEVELOPERS = "Data", "Weights", "Developers"
-
-_FIRST_SAYS_IT = 5.0
-"""Seconds that the other processes of a run leave it to the first one to say why they end."""
 
 command = functools.partial(register, completions=COMPLETIONS)
 
@@ -254,6 +251,17 @@ def stream(config: StreamCommandConfig) -> Any:
     return import_module("mae_deploy.commands.stream.run").run_stream(config)
 
 
+@command(app, "mae_deploy.commands.serve.config:ServeConfig", panel=DEPLOY)
+def serve(config: ServeConfig) -> Any:
+    """Serve bundles over HTTP, with a page to try them.
+
+    Requests are computed in batches; a bundle that fails verify never serves. Needs no PyTorch.
+    """
+    from mae_deploy.commands.serve.run import run_serve
+
+    return run_serve(config)
+
+
 @command(app, "mae_deploy.commands.config:PushConfig", panel=DEPLOY)
 def push(config: PushConfig) -> Any:
     """Share a bundle on a model hub.
@@ -351,23 +359,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("MAE_DEPLOY_DEBUG") == "1":
             traceback.print_exc()
-        return _report(error)
+        return report_error(error)
     return 0
-
-
-def _report(error: Exception) -> int:
-    error = error if isinstance(error, MaeDeployError) else explained(error) or error
-    if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, MaeDeployError):
-        # The first process of this machine says the same: torchrun would end it before it had.
-        time.sleep(_FIRST_SAYS_IT)
-        return error.exit_code
-    for one in error.errors if isinstance(error, MaeDeployError) else (error,):
-        known = isinstance(one, MaeDeployError)
-        message = " ".join(str(one).split())
-        print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
-        if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
-            print(f"hint: {hint}", file=sys.stderr)
-    return error.exit_code if isinstance(error, MaeDeployError) else 1
 
 
 def _trained(found: Any) -> Any:

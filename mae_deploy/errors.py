@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import importlib
 import os
+import sys
+import time
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from mae_deploy.packages import QUIET, is_hollow, remedy
+
+_FIRST_SAYS_IT = 5.0
+"""Seconds that the other processes of a run leave it to the first one to say why they end."""
 
 
 class MaeDeployError(Exception):
@@ -149,3 +154,19 @@ def raise_all(errors: Sequence[MaeDeployError]) -> None:
     """
     if errors:
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
+
+def report_error(error: Exception) -> int:
+    """Say on stderr what ended a command, in a line and a hint; returns the exit code."""
+    error = error if isinstance(error, MaeDeployError) else explained(error) or error
+    if os.environ.get("LOCAL_RANK", "0") != "0" and isinstance(error, MaeDeployError):
+        # The first process of this machine says the same: torchrun would end it before it had.
+        time.sleep(_FIRST_SAYS_IT)
+        return error.exit_code
+    for one in error.errors if isinstance(error, MaeDeployError) else (error,):
+        known = isinstance(one, MaeDeployError)
+        message = " ".join(str(one).split())
+        print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
+        if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
+            print(f"hint: {hint}", file=sys.stderr)
+    return error.exit_code if isinstance(error, MaeDeployError) else 1

@@ -9,6 +9,7 @@ from typing import Any
 
 _LONGEST = 1_000_000
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
+_SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
 
 def decode_text(content: bytes, *, errors: str = "strict") -> str:
@@ -55,3 +56,9 @@ def duration(seconds: float) -> str:
         return " ".join([f"{minutes // 60} h", *([f"{minutes % 60} min"] if minutes % 60 else [])])
     hours = round(seconds / 3600)
     return " ".join([f"{hours // 24} d", *([f"{hours % 24} h"] if hours % 24 else [])])
+
+
+def as_seconds(text: str) -> float | None:
+    """What people write of times, in seconds: `5ms`, `30s`, `2 min`; a bare number is of seconds. None: it is none."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?|\.\d+)\s*([a-z]*)", text.strip())
+    return float(match[1]) * _SECONDS[match[2]] if match is not None and match[2] in _SECONDS else None

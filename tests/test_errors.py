@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy import cli
-from mae_deploy.errors import CheckFailed, MaeDeployError, explained
+from mae_deploy.errors import CheckFailed, MaeDeployError, explained, report_error
 
 
 @pytest.mark.parametrize(
@@ -39,15 +39,15 @@ def test_of_several_processes_the_first_one_says_it(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waited: list[float] = []
-    monkeypatch.setattr("mae_deploy.cli.time.sleep", waited.append)
+    monkeypatch.setattr("mae_deploy.errors.time.sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
-    assert cli._report(CheckFailed("the loss was not finite")) == 1
+    assert report_error(CheckFailed("the loss was not finite")) == 1
     assert capsys.readouterr().err == ""
     assert waited, "torchrun ends all processes as soon as one has ended"
-    assert cli._report(ValueError("only here")) == 1
+    assert report_error(ValueError("only here")) == 1
     assert "ValueError: only here" in capsys.readouterr().err
     monkeypatch.setenv("LOCAL_RANK", "0")
-    assert cli._report(MaeDeployError("both")) == 1
+    assert report_error(MaeDeployError("both")) == 1
     assert capsys.readouterr().err == "error: both\n"
 
 

@@ -71,6 +71,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "cluster": ("embed --ray",),
     "tiff": ("predict on TIFF",),
     "video": ("stream", "stream-eval"),
+    "serve": ("serve",),
 }
 """The commands that the package itself and its extras are for."""
 
@@ -79,7 +80,18 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
         name == "eval BUNDLE"
         or (
             name.split()[0]
-            in ("verify", "predict", "embed", "stream", "stream-eval", "benchmark", "export", "report", "quickstart")
+            in (
+                "verify",
+                "predict",
+                "embed",
+                "stream",
+                "stream-eval",
+                "serve",
+                "benchmark",
+                "export",
+                "report",
+                "quickstart",
+            )
             and "openvino" not in extras
             and extras not in ("trt", "trt-rtx")
         )
@@ -93,6 +105,7 @@ _USERS: dict[str, Callable[[str, str], bool]] = {
 
 _MODULES = {
     "pyyaml": "yaml",
+    "python-multipart": "python_multipart",
     "scikit-learn": "sklearn",
     "pillow": "PIL",
     "mlflow-skinny": "mlflow",

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from mae_deploy.errors import ConfigError, MissingDependency, import_optional
 from mae_deploy.images.geometry import Box, Placement
-from mae_deploy.images.limits import check_size, most_pixels
+from mae_deploy.images.limits import TooManyPixels, check_size, most_pixels
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image, ImageFile
@@ -221,7 +221,7 @@ def _read_tiff(path: Path | BinaryIO) -> Array:
         page = series.keyframe
         check_size(page.imagewidth, page.imagelength)
         if series.size > most_pixels() * max(1, page.samplesperpixel):
-            raise ValueError(f"an image of shape {series.shape} is too large: --max-pixels allows more")
+            raise TooManyPixels(f"an image of shape {series.shape} is too large: --max-pixels allows more")
         values, axes = series.asarray(), series.axes
         orientation = page.tags.valueof(_ORIENTATION, 1)
         if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":

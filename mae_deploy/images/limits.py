@@ -12,6 +12,10 @@ MOST_PIXELS = 2 * 89_478_485
 _VARIABLE = "MAE_DEPLOY_MAX_PIXELS"
 
 
+class TooManyPixels(ValueError):
+    """An image has more pixels than are read."""
+
+
 def most_pixels() -> int:
     """Width times height of the largest image that is read."""
     return given_limit() or MOST_PIXELS
@@ -41,9 +45,9 @@ def check_size(width: int, height: int) -> None:
     """Whether an image of this size is read.
 
     Raises:
-        ValueError: it has too many pixels.
+        TooManyPixels: it has too many.
     """
     if width * height > (limit := most_pixels()):
-        raise ValueError(
+        raise TooManyPixels(
             f"{width}x{height} are {width * height} pixels, more than {limit}: --max-pixels {width * height} reads it"
         )

@@ -31,7 +31,7 @@ from mae_deploy.images.arrays import (
     read_deep,
 )
 from mae_deploy.images.arrays import Array as Array
-from mae_deploy.images.limits import check_size, given_limit
+from mae_deploy.images.limits import TooManyPixels, check_size, given_limit
 from mae_deploy.machine import granted_cores
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
@@ -198,7 +198,7 @@ def _open_image(file: Path | BinaryIO) -> Iterator[ImageFile.ImageFile]:
         try:
             opened = Image.open(file, formats=formats())
         except Image.DecompressionBombError as error:
-            raise ValueError(f"{str(error).partition(',')[0]}: --max-pixels allows more") from error
+            raise TooManyPixels(f"{str(error).partition(',')[0]}: --max-pixels allows more") from error
         with opened as image:
             if limit is not None:
                 check_size(*image.size)

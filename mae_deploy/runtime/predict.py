@@ -117,7 +117,7 @@ class Predictions:
         if not paths or batch_size < 1:
             raise ConfigError(f"nothing to predict: {len(paths)} images in batches of {batch_size}")
         if num_keep is not None:
-            _check_num_keep(backbone, keep, num_keep)
+            check_num_keep(backbone, keep, num_keep)
         self.unreadable: list[Unreadable] = []
         self._backbone, self._paths, self._batch_size = backbone, [Path(path) for path in paths], batch_size
         self._keep, self._num_keep, self._seed, self._outputs = keep, num_keep, seed, outputs
@@ -215,7 +215,12 @@ def class_labels(class_names: Sequence[str] | None, num_classes: int) -> Sequenc
     return class_names if class_names is not None else [str(index) for index in range(num_classes)]
 
 
-def _check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> None:
+def check_num_keep(backbone: Backbone, keep: Keep | None, num_keep: int) -> None:
+    """Whether a bundle takes so many patches of an image.
+
+    Raises:
+        ConfigError: it does not, or `keep` is given too.
+    """
     least, most = backbone.bundle.keep_range
     if keep is not None:
         raise ConfigError("keep and num_keep exclude one another")

@@ -95,6 +95,7 @@ ONNXRUNTIME = {
         "stream",
         "stream-eval",
     ),
+    "serve",
 }
 OPENVINO = {"export --engine openvino", "report --engine openvino", "predict --engine openvino"}
 

@@ -227,6 +227,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("commands.data.pack", "run_pack"),
         ("commands.stream.run", "run_stream"),
         ("commands.stream_eval.run", "run_stream_eval"),
+        ("commands.serve.run", "run_serve"),
         ("evaluation.evaluate", "run_eval"),
     ):
         monkeypatch.setattr(f"mae_deploy.{module}.{function}", lambda config, *_: asked.append(config))
