@@ -13,6 +13,7 @@ import numpy as np
 from mae_deploy.checkpoint import Metadata
 from mae_deploy.config import from_dict
 from mae_deploy.errors import CheckFailed, ConfigError
+from mae_deploy.export.budget import check_enough, class_count
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.graph.encoder import build_graph
@@ -37,7 +38,6 @@ from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
-from mae_deploy.runtime.parity.bounds import CONFIDENCE, difference_interval, images_needed
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
@@ -172,6 +172,11 @@ class ExportJob:
             images = self.preprocess.normalise(pixels)
             yield {IMAGES: images, **_chosen(self, images)}, pixels
 
+    def graph_inputs(self, pixels: Array) -> Arrays:
+        """What the graph takes of images `(B, H, W, C)`, with patches as the samples have them."""
+        images = self.preprocess.normalise(pixels)
+        return self.as_graph_takes({IMAGES: images, **_chosen(self, images)}, pixels)
+
     def as_graph_takes(self, inputs: Arrays, pixels: Array | None = None) -> Arrays:
         """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels; or of
         streams, their patches.
@@ -221,9 +226,9 @@ def prepare(config: ExportConfig) -> ExportJob:
     ranges = config.ranges(encoder.num_tokens)
     calib_images = _calib_images(config, encoder, ranges, names, spec)
     count = config.sample_count
-    samples = read_samples(config.samples, loaded.metadata, spec, count, _class_count(config))
+    samples = read_samples(config.samples, loaded.metadata, spec, count, class_count(config))
     if config.int8.max_drop is not None:
-        _check_enough(config.int8.max_drop, len(samples))
+        check_enough(config.int8.max_drop, len(samples))
     return ExportJob(
         config=config,
         loaded=loaded,
@@ -352,33 +357,6 @@ def _calib_images(
                 f"--int8-attention: {reason}", hint="leave it out: the Linears alone are most of the arithmetic"
             )
     return None if int8.calib_data is None else CalibrationImages(int8.calib_data, spec, count=int8.calib_images)
-
-
-def _class_count(config: ExportConfig) -> int:
-    """Images of which the classes are compared: where --max-drop is to be shown, twice as many as that takes if
-    not one is lost.
-    """
-    if config.num_samples is not None or config.int8.max_drop is None:
-        return config.sample_count
-    return max(config.sample_count, 2 * (images_needed(config.int8.max_drop / 100) or 0))
-
-
-def _check_enough(most: float, count: int) -> None:
-    """Whether a --max-drop of so many points can be shown on so many images at all.
-
-    Raises:
-        CheckFailed: it cannot, whatever is exported.
-    """
-    needed = images_needed(most / 100)
-    if needed is None or count < needed:
-        high = 100 * difference_interval(0, 0, count)[1]
-        raise CheckFailed(
-            f"--max-drop {most:g} cannot be shown on {count} images: even if not one is lost, it may be {high:.2f}"
-            f" points with {CONFIDENCE:.0%} confidence",
-            hint="no number of images shows that nothing is lost: give a larger one"
-            if needed is None
-            else f"at least {needed} images are needed: --samples FOLDER, and no smaller --num-samples",
-        )
 
 
 def _labels(paths: Sequence[Path], metadata: Metadata) -> Array | None:

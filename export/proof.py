@@ -158,7 +158,10 @@ def compare_samples(
             judge_one(f"{where}golden: ", *few)  # centred on a mean of their own
             if job.class_output is not None and not scores:
                 scores = [(expected[job.class_output], found[job.class_output]), *_more(job, engine, batch)]
-    classes = classes_of(*map(np.concatenate, zip(*scores, strict=True)), job.labels) if scores else None
+    classes = None
+    if scores:
+        expected_scores, found_scores = (np.concatenate(part) for part in zip(*scores, strict=True))
+        classes = classes_of(expected_scores, found_scores, job.labels)
     if classes is not None and (most := job.config.int8.max_drop) is not None and (missed := classes.failure(most)):
         failures.append(missed)
     return comparisons, failures, classes

@@ -150,7 +150,7 @@ def _exported(stack: ExitStack, bundle: Bundle, checkpoint: Path, samples: Path 
     asked = _recorded(bundle, "export")
     if not asked:
         raise ConfigError(f"{bundle.path} does not record its export", hint="pass --against BUNDLE in FP32")
-    twin = from_dict(ExportConfig, asked).in_precision("fp32")
+    twin = from_dict(ExportConfig, dict(asked)).in_precision("fp32")
     config = replace(
         twin,
         checkpoint=checkpoint,
@@ -223,5 +223,7 @@ def _compared(mine: Backbone, fp32: Backbone, photos: Photos) -> tuple[list[Comp
             bar.advance(len(batch))
     joined = {name: [np.concatenate(arrays) for arrays in zip(*pairs, strict=True)] for name, pairs in parts.items()}
     comparisons = [compare(expected[:_COMPARED], found[:_COMPARED], name) for name, (expected, found) in joined.items()]
-    output = bundle.class_output
-    return comparisons, None if output is None else classes_of(*joined[output], labels)
+    if bundle.class_output is None:
+        return comparisons, None
+    reference, scores = joined[bundle.class_output]
+    return comparisons, classes_of(reference, scores, labels)

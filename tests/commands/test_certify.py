@@ -35,7 +35,7 @@ def made(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             ExportConfig(
                 checkpoint=root / "checkpoint",
                 out=root / precision,
-                precision=precision,  # type: ignore[arg-type]
+                precision=precision,
                 samples=root / "photos",
                 threads=1,
             )

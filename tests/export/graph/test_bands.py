@@ -12,7 +12,7 @@ from mae_deploy.config import to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec, Images, TokenMode
-from mae_deploy.export.job import _with_one_std
+from mae_deploy.export.preprocessing import with_one_std
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
@@ -82,7 +82,7 @@ def test_no_decoder_is_exported(tmp_path: Path) -> None:
 def test_one_standard_deviation_for_all_bands_changes_nothing() -> None:
     model = tiny_encoder(BANDS)
     metadata = replace(metadata_of(model), preprocess=to_dict(SPEC))
-    folded = _with_one_std(LoadedWeights(metadata, model.state_dict(), {}))
+    folded = with_one_std(LoadedWeights(metadata, model.state_dict(), {}))
     spec = replace(SPEC, std=tuple(folded.metadata.preprocess["std"]))
     assert len(set(spec.std)) == 1
     pixels = inputs("full")["images"]
