@@ -93,7 +93,14 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
         teacher.watch(model.teacher_taps, student=encoder, spec=spec)
         check_view(teacher, masked=masks.ever, whole=whole)
     loop = config.loop
-    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
+    accelerator = make_accelerator(
+        config.device,
+        loop.precision,
+        config.out,
+        loop.tracker,
+        sharding=loop.sharding,
+        deterministic=loop.deterministic,
+    )
     dataset = train_dataset(
         data.train,
         train_transform(spec, config.augment),

@@ -13,10 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from mae_deploy import __version__
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
 from mae_deploy.file_kinds import HEADER_WORDS, look_at, safetensors_header
 from mae_deploy.files import atomic_path, follow_link, read_json, sha256, write_json
+from mae_deploy.packages import upgrade
 from mae_deploy.progress import notice
 
 if TYPE_CHECKING:
@@ -233,10 +235,11 @@ def read_record(data: Any, file: Path) -> Metadata:
         ConfigError: it has unknown values, or was written by a newer version.
     """
     version = data.pop("schema_version", None) if isinstance(data, dict) else None
-    if version != SCHEMA_VERSION:
+    if type(version) is not int or version != SCHEMA_VERSION:
+        newer = type(version) is int and version > SCHEMA_VERSION
         raise ConfigError(
-            f"{file} has schema version {version}, this mae-deploy reads {SCHEMA_VERSION}",
-            hint="upgrade mae-deploy",
+            f"{file}: schema version {version!r}; mae-deploy {__version__} reads version {SCHEMA_VERSION}",
+            hint=upgrade(data.get("mae_deploy_version")) if newer else "it is no checkpoint of mae-deploy's",
         )
     provenance = data.get("provenance", {})
     if "positions" not in data and provenance.get("layout") == "timm":  # written before the rule was

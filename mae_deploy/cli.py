@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
         PredictConfig,
         PushConfig,
         SchemaConfig,
+        SignConfig,
         VerifyConfig,
     )
     from mae_deploy.commands.data.config import PackConfig, StatsConfig
@@ -260,6 +261,17 @@ def serve(config: ServeConfig) -> Any:
     from mae_deploy.commands.serve.run import run_serve
 
     return run_serve(config)
+
+
+@command(app, "mae_deploy.commands.config:SignConfig", panel=DEPLOY)
+def sign(config: SignConfig) -> Any:
+    """Sign a bundle with your private key.
+
+    verify --signature then tells whether anything in it was changed. Needs no PyTorch.
+    """
+    from mae_deploy.commands.sign import run_sign
+
+    return run_sign(config)
 
 
 @command(app, "mae_deploy.commands.config:PushConfig", panel=DEPLOY)

@@ -131,6 +131,10 @@ def explained(error: Exception) -> MaeDeployError | None:
             f"there is not enough memory {where}: {text}".removesuffix(": "),
             hint="a smaller --batch-size (with --accum-iter, the same step), or --precision bf16",
         )
+    if "does not have a deterministic implementation" in text:
+        return MaeDeployError(
+            f"--deterministic: {text.partition(', but')[0]} on this device", hint="leave --deterministic out"
+        )
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return MaeDeployError(": ".join([*names[:1], error.strerror]))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -18,6 +18,8 @@ from mae_deploy.files import is_inside, read_json
 
 MANIFEST_FILE = "manifest.json"
 CARD = "README.md"
+SIGNATURE = "model.sig"
+"""What `mae-deploy sign` leaves in a bundle; the name is OpenSSF's."""
 
 _ADDRESS = re.compile(
     r"hf:/+(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>refs/[\w.-]+/[\w.-]+|[^/@]+))?(?:/(?P<path>[^@]*))?"
@@ -87,6 +89,8 @@ def local(path: str | os.PathLike[str]) -> Path:
         if not is_inside(name):
             raise CheckFailed(f"{address}: its manifest lists '{name}', which is outside of the bundle")
         _fetch(address, name, commit)
+    with suppress(MaeDeployError):  # most bundles have none; `verify --signature` says so
+        _fetch(address, SIGNATURE, commit)
     notice("hub:", f"{address} at {commit[:8]}")
     return manifest.parent
 

@@ -94,6 +94,21 @@ def install_one(module: str, name: str) -> str:
     return "pip install --force-reinstall --no-deps " + (f"'{name}{asked}'" if asked else name)
 
 
+def upgrade(written_by: object = None) -> str:
+    """How a version is installed that reads a file of a later one.
+
+    Args:
+        written_by: what the file says of the version that wrote it.
+    """
+    known = isinstance(written_by, str) and re.fullmatch(r"\d+(\.\d+)*[\w.+-]*", written_by)
+    return f"pip install --upgrade '{PACKAGE}>={written_by}'" if known else f"pip install --upgrade {PACKAGE}"
+
+
+def is_later(version: str, than: str) -> bool:
+    """Whether a version is later than another."""
+    return _numbers(version) > _numbers(than)
+
+
 @cache
 def _by_module() -> dict[str, list[str]]:
     from importlib import metadata

@@ -6,8 +6,11 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from mae_deploy import __version__
 from mae_deploy.config import merge
 from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.files import read_json
+from mae_deploy.packages import is_later, upgrade
 from mae_deploy.text import decode_text
 
 RECIPES = Path(__file__).parent / "recipes"
@@ -15,6 +18,9 @@ RECIPES = Path(__file__).parent / "recipes"
 
 RUN_CONFIG = "config.yaml"
 """The settings of a run, in its folder."""
+
+ENVIRONMENT = "environment.json"
+"""What a run ran on, beside its settings."""
 
 EXTENDS = "extends"
 """The key of a recipe that names the recipe it builds on."""
@@ -65,7 +71,22 @@ def settings_of_run(values: dict[str, Any]) -> dict[str, Any]:
                 f"--resume {values['out']}: no run is there", hint="give a run folder, or DATA and --out to start a run"
             )
         return values
+    check_written_by(stored.parent)
     return merge(read_recipe(stored), values)
+
+
+def check_written_by(run: Path) -> None:
+    """Whether a run may be gone on with: what a later version began, this one cannot repeat to the last bit.
+
+    Raises:
+        ConfigError: a later version has written it.
+    """
+    file = run / ENVIRONMENT
+    version = read_json(file).get("mae_deploy") if file.is_file() else None
+    if isinstance(version, str) and is_later(version, __version__):
+        raise ConfigError(
+            f"--resume of {run}: mae-deploy {version} has written it, this is {__version__}", hint=upgrade(version)
+        )
 
 
 def parse_assignment(text: str) -> dict[str, Any]:

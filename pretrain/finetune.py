@@ -53,7 +53,14 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
         model.channel_embed.requires_grad_(True)  # as SatMAE
     kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None
     loop = config.loop
-    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
+    accelerator = make_accelerator(
+        config.device,
+        loop.precision,
+        config.out,
+        loop.tracker,
+        sharding=loop.sharding,
+        deterministic=loop.deterministic,
+    )
 
     job = TrainingJob(
         title="from scratch" if pretrained is None else "finetune",

@@ -39,7 +39,14 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     dataset = open_training(config.data, train_transform(spec, config.augment), config.images, seed=config.seed)
     fingerprint = dataset.fingerprint()
     loop = config.loop
-    accelerator = make_accelerator(config.device, loop.precision, config.out, loop.tracker, sharding=loop.sharding)
+    accelerator = make_accelerator(
+        config.device,
+        loop.precision,
+        config.out,
+        loop.tracker,
+        sharding=loop.sharding,
+        deterministic=loop.deterministic,
+    )
     seed_everything(derive_seed(config.seed, "weights"))
     model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss, objective=objective)
     decoded = init is not None and start_autoencoder_from(model, init)

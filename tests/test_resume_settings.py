@@ -23,6 +23,7 @@ OF_RUNS = {
     *("max_skips", "max_rollbacks", "sharding", "compile", "teacher_compile", "tracker", "profile"),
     "measure_kernels",  # added since: it is not used any more
     "plan",  # added since
+    "deterministic",  # added since
 }
 OF_SWEEPS = {
     "data",

@@ -33,6 +33,9 @@ class VerifyConfig(Settings, resume="never"):
     against: Path | None = setting(None, metavar="BUNDLE|CKPT")
     """With --certificate: the same export in FP32, or a checkpoint to export so (needs PyTorch); default: the
     checkpoint that the bundle records, where it is still there; without one the golden samples alone are compared."""
+    signature: Path | None = setting(None, metavar="PUBLIC_KEY")
+    """First check that everything in the bundle is as the holder of this key (PEM) has signed it, and nothing else is
+    there."""
     samples: Path | None = None
     """With --graph and --certificate: folder of images, for the latter in folders named by class where accuracy is to
     be known; default: the data that the checkpoint was trained on, or the images of the export."""
@@ -144,6 +147,24 @@ class InfoConfig(Settings, resume="never"):
     """Not used: nothing here is random."""
     device: Device = "cpu"
     """Not used: nothing is computed."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SignConfig(Settings, resume="never"):
+    """Settings of `mae-deploy sign`."""
+
+    bundle: Path = setting(argument=True, metavar="BUNDLE")
+    """Bundle folder; the signature is added to it."""
+    key: Path = setting(metavar="PRIVATE_KEY")
+    """Private key on an elliptic curve (P-256, P-384 or P-521), PEM; the password of an encrypted one stands in
+    MAE_DEPLOY_KEY_PASSWORD."""
+    seed: int = 0
+    """Not used: nothing here is random."""
+    device: Device = "cpu"
+    """Not used: nothing is computed."""
+
+    def faults(self) -> Iterator[MaeDeployError]:
+        yield from errors_of(lambda: check_own(self.bundle, "BUNDLE"))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -69,6 +69,7 @@ NEEDS: dict[str, tuple[str, ...]] = {
     "hub": ("push",),
     "parquet": ("predict --out FILE.parquet", "embed"),
     "cluster": ("embed --ray",),
+    "sign": ("sign", "verify --signature"),
     "tiff": ("predict on TIFF",),
     "video": ("stream", "stream-eval"),
     "serve": ("serve",),

@@ -7,7 +7,7 @@ from pathlib import Path
 from mae_deploy.checkpoint import OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.commands.config import PushConfig
 from mae_deploy.errors import ConfigError
-from mae_deploy.hub import CARD, MANIFEST_FILE, Address, card_of, create, upload
+from mae_deploy.hub import CARD, MANIFEST_FILE, SIGNATURE, Address, card_of, create, upload
 from mae_deploy.progress import notice
 from mae_deploy.reporting.card import MARK, bundle_card
 from mae_deploy.reporting.command_line import next_command
@@ -34,6 +34,8 @@ def run_push(config: PushConfig) -> Result:
     if licence == OWN_LICENCE:
         notice("licence:", "own weights: the card leaves open what others may do with them; --license says it")
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in (MANIFEST_FILE, *bundle.manifest["files"])}
+    if (bundle.path / SIGNATURE).is_file():
+        files[SIGNATURE] = bundle.path / SIGNATURE
     create(address, private=config.private)
     there = card_of(address) if config.keep_card else None
     files[CARD] = bundle_card(bundle, str(address), licence).encode()

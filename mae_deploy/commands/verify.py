@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from mae_deploy.commands.config import VerifyConfig
+from mae_deploy.commands.sign import check_signature
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import refuse_to_overwrite, write_json
 from mae_deploy.progress import notice
@@ -24,12 +25,14 @@ def run_verify(config: VerifyConfig) -> Result:
     """Verify a bundle; with `layers`, also compare the tokens after every block.
 
     Raises:
-        CheckFailed: a file is not what was exported, an output misses its tolerance, a block gives what is no number,
-            or a budget is not shown to be met.
+        CheckFailed: its signature does not hold, a file is not what was exported, an output misses its tolerance, a
+            block gives what is no number, or a budget is not shown to be met.
         ConfigError: no bundle, an engine that cannot do this, or `layers` of a bundle without block outputs.
         MissingDependency: the engine's package or its device is absent.
     """
     _check_options(config)
+    if config.signature is not None:
+        check_signature(config.bundle, config.signature)
     if config.graph is not None:
         return _other_graph(config, config.graph)
     if config.certificate is not None:

@@ -63,7 +63,10 @@ def run_linprobe(config: LinprobeConfig) -> dict[str, Any]:
         config.pool == "avg" and "fc_norm.weight" in loaded.tensors
     ):  # of a fine-tuned classifier; a pretrained encoder has none
         load_strict(classifier.fc_norm, {part: loaded.tensors[f"fc_norm.{part}"] for part in ("weight", "bias")})
-    accelerator = make_accelerator(config.device, config.loop.precision, config.out, config.loop.tracker)
+    loop = config.loop
+    accelerator = make_accelerator(
+        config.device, loop.precision, config.out, loop.tracker, deterministic=loop.deterministic
+    )
     if config.solver != "lars" and accelerator.num_processes > 1:
         raise ConfigError(
             f"--solver {config.solver} runs in one process, not {accelerator.num_processes}",

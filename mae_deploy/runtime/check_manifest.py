@@ -9,6 +9,7 @@ from typing import Any
 
 from mae_deploy import __version__
 from mae_deploy.errors import ConfigError
+from mae_deploy.packages import upgrade
 from mae_deploy.runtime.json_types import check
 from mae_deploy.runtime.manifest import (
     CACHE_MASK,
@@ -50,7 +51,7 @@ def validate_manifest(value: Any) -> Manifest:
         newer = type(version) is int and version > SCHEMA_VERSION
         raise ConfigError(
             f"manifest: schema version {version!r}; mae-deploy {__version__} reads version {SCHEMA_VERSION}",
-            hint="pip install --upgrade mae-deploy" if newer else "export the bundle again",
+            hint=upgrade(value.get("mae_deploy_version")) if newer else "export the bundle again",
         )
     check(value, Manifest, "")
     manifest = typing.cast(Manifest, value)

@@ -87,6 +87,9 @@ class LoopConfig(Settings):
     compile: bool = setting(False, resume="free")
     """Compile the transformer blocks with torch.compile, each kind once: slower to start, then faster steps on a
     GPU."""
+    deterministic: bool = setting(False, resume="free")
+    """Compute with kernels that give the same bits each time, so that two runs on one machine with as many threads are
+    equal to the last bit; a GPU is slower for it and needs more memory, a CPU hardly."""
     measure_kernels: bool = setting(True, resume="free")
     """Not used: PyTorch's own kernels are taken, which were as fast as those that were chosen by measurement."""
     tracker: tuple[str, ...] = setting((), resume="free")

@@ -127,6 +127,20 @@ def _say_emulated(option: str, kind: str) -> None:
         )
 
 
+def compute_deterministically(wanted: bool) -> None:
+    """From now on let torch take only kernels that give the same bits each time, or any again.
+
+    cuBLAS adds up in one order only within a workspace of a fixed size, which it reads from the environment when it is
+    first used: before any product on a GPU.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.deterministic = wanted
+    if wanted:
+        torch.backends.cudnn.benchmark = False
+
+
 def autocast(precision: TrainingPrecision, device: torch.device) -> Callable[[], AbstractContextManager[Any]]:
     """What to enter for arithmetic in this precision.
 

@@ -13,7 +13,7 @@ from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import refuse_to_overwrite
 from mae_deploy.training.config import Device, OptimConfig, Sharding, TrainingPrecision
 from mae_deploy.training.cpu import advise_bf16
-from mae_deploy.training.device import resolve_device, resolve_precision
+from mae_deploy.training.device import compute_deterministically, resolve_device, resolve_precision
 from mae_deploy.training.forecast import forecast
 from mae_deploy.training.job import Evaluation, RunConfig, TrainConfig, TrainingJob
 from mae_deploy.training.monitor.trackers import Trackers
@@ -33,6 +33,7 @@ def make_accelerator(
     trackers: tuple[str, ...] = (),
     *,
     sharding: Sharding = "ddp",
+    deterministic: bool = False,
 ) -> Accelerator:
     """The distributed engine for this machine.
 
@@ -47,6 +48,7 @@ def make_accelerator(
         )
     for name in trackers:  # before there is a run folder
         import_optional(name, extra=name)
+    compute_deterministically(deterministic)
     place = resolve_device(device)
     resolved = resolve_precision(precision, place)
     AcceleratorState._reset_state()  # an earlier stage in this process may have used another precision

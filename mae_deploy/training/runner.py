@@ -105,6 +105,8 @@ class TrainingRunner:
         """
         main, state, total = self.accelerator.is_main_process, self.state, self.plan.total_steps
         stream = self.stream(num_workers)
+        if main and state.step == total:  # a kill may have come between the last checkpoint and this
+            self.folder.prune(self.loop.keep_checkpoints)
         profiler = Profiler(self.folder.path / "profile", enabled=self.loop.profile and main)
         with progress(self.job.title, total, done=state.step, enabled=main) as bar, self.signals, profiler:
             self.since = self.saved = time.monotonic()

@@ -29,6 +29,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.files import read_json
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
+from mae_deploy.packages import upgrade
 from mae_deploy.text import decode_text
 
 INDEX = "index.json"
@@ -215,7 +216,7 @@ def _index(folder: Path) -> dict[str, dict[str, Any]]:
     if not isinstance(index, dict) or index.get("format") != FORMAT:
         raise ConfigError(
             f"{path} is not an index of shards that this version reads",
-            hint="remove it; the shards are then indexed by their headers",
+            hint=f"{upgrade()}, or remove it: the shards are then indexed by their headers",
         )
     return {entry["name"]: entry for entry in index["shards"]}
 

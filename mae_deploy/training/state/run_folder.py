@@ -20,14 +20,14 @@ from mae_deploy.config import differences, from_dict, to_yaml
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
 from mae_deploy.progress import notice
-from mae_deploy.recipe import RUN_CONFIG, read_recipe
+from mae_deploy.recipe import ENVIRONMENT, RUN_CONFIG, check_written_by, read_recipe
 from mae_deploy.training.state.lock import LOCK, RunLock
 from mae_deploy.training.state.progress import PROGRESS, STATE, damage
 
 C = TypeVar("C")
 
 
-_AT_START = {RUN_CONFIG, "data.json", "environment.json", LOCK, "checkpoints", "tensorboard", "profile"}
+_AT_START = {RUN_CONFIG, "data.json", ENVIRONMENT, LOCK, "checkpoints", "tensorboard", "profile"}
 """What is in the folder of a run that has not come as far as its first step."""
 
 
@@ -83,7 +83,7 @@ class RunFolder:
                 remove_partial(place)
             # The config is written last: where it is, everything that a resumption reads is there too.
             write_json(path / "data.json", data)
-            write_json(path / "environment.json", environment())
+            write_json(path / ENVIRONMENT, environment())
             write_text(path / RUN_CONFIG, to_yaml(config))
         return folder
 
@@ -201,6 +201,7 @@ def environment() -> dict[str, Any]:
 
 
 def _check_same_run(path: Path, config: Any, data: dict[str, Any]) -> None:
+    check_written_by(path)
     stored = from_dict(type(config), read_recipe(path / RUN_CONFIG))
     changed = differences(stored, config)
     if changed:
