@@ -6,14 +6,19 @@ PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 UV := $(shell command -v uv)
 ifdef UV
 INSTALL := uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt
+HASHED := uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements-hashed.txt
 else
 INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
+HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-hashed.txt
 endif
+# The same files make the same wheel, to the byte, whenever it is built.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --pretty=%ct 2>/dev/null || echo 315532800)
 # A worker for each core, of one thread: PyTorch's default of a thread for each core, in each worker, is slower.
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test tensorrt faults cluster format lint types contracts check docs wheel clean
+.PHONY: help quickstart install test tensorrt faults cluster crash endurance format lint types contracts check docs wheel
+.PHONY: sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -34,6 +39,12 @@ faults: .venv/.installed ## plant every kind of fault into every kind of bundle,
 
 cluster: .venv/.installed ## embed on a cluster of two processes that Ray starts here
 	@MAE_DEPLOY_TEST_RAY=1 OMP_NUM_THREADS=1 $(BIN)/pytest --no-header -q tests/commands/embed -k cluster
+
+crash: .venv/.installed ## kill every command that writes 50 times, and look at what is left
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.run --out crash.json
+
+endurance: .venv/.installed ## 100,000 calls and 10,000 steps: memory, open files and threads stay flat
+	@OMP_NUM_THREADS=1 $(BIN)/python -m scripts.measure_endurance --picture endurance.png
 
 format: .venv/.installed ## rewrite the sources in the house's format
 	@$(BIN)/ruff check --quiet --fix-only .
@@ -61,8 +72,11 @@ wheel: .venv/.installed ## build dist/*.whl from the source distribution
 	@rm -rf dist
 	@$(PINS) $(BIN)/python -m build -qq .
 
+sbom: ## list in sbom/ what the wheel in dist/ installs, as CycloneDX
+	@PYTHON=$(PYTHON) .ci/sbom
+
 clean: ## remove what was built; .venv stays
-	@rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
+	@rm -rf build dist sbom *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
 	@find mae_deploy pretrain distill export examples tests scripts -name __pycache__ -prune -exec rm -rf {} +
 
 .venv/bin/python:
@@ -74,7 +88,9 @@ clean: ## remove what was built; .venv stays
 	@$(INSTALL) --editable '.[train]'
 	@touch $@
 
-.venv/.installed: pyproject.toml constraints.txt | .venv/bin/python
+# What others wrote is checked against its hashes; then there is nothing left to fetch.
+.venv/.installed: pyproject.toml requirements-hashed.txt | .venv/bin/python
 	@echo "Installing into .venv (PyTorch and its libraries: several GB) ..."
-	@$(INSTALL) --editable '.[dev]'
+	@$(HASHED)
+	@$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch .venv/.train $@

@@ -210,21 +210,13 @@ def alone_at(path: Path, *, option: str = "--out") -> Iterator[None]:
     Raises:
         ConfigError: another process is at work on it.
     """
-    from filelock import FileLock, Timeout  # here: it takes 40 ms
-
     from mae_deploy.progress import notice  # here: a device that embeds the runtime has no rich
 
     name = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()
     file = cache_folder("outputs") / f"{name[:32]}.lock"
-    lock = FileLock(file, blocking=False)
+    busy = f"{option} {path} is being written by another process"
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire()
-    except Timeout as error:
-        raise ConfigError(
-            f"{option} {path} is being written by another process",
-            hint=f"wait until that has ended, or choose another {option}",
-        ) from error
+        lock = take_lock(file, busy=busy, hint=f"wait until that has ended, or choose another {option}")
     except OSError as error:
         notice("no lock:", f"nothing keeps another process from {option} {path}, as {file} cannot be written: {error}")
         yield

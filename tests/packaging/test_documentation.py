@@ -219,6 +219,8 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("commands.predict", "run_predict"),
         ("commands.embed.run", "run_embed"),
         ("commands.push", "run_push"),
+        ("commands.sign", "run_sign"),
+        ("commands.verify", "check_signature"),
         ("commands.benchmark.run", "run_benchmark"),
         ("commands.info", "run_info"),
         ("commands.doctor", "run_doctor"),

@@ -149,3 +149,12 @@ def test_the_devcontainer_reads() -> None:
 def workflow(name: str) -> dict[str, Any]:
     found: dict[str, Any] = yaml.safe_load((ROOT / ".github" / "workflows" / name).read_text(encoding="utf-8"))
     return found
+
+
+def test_what_is_installed_by_hash_is_what_the_constraints_name() -> None:
+    def pins(name: str) -> list[str]:
+        lines = (ROOT / name).read_text(encoding="utf-8").splitlines()
+        return [line.removesuffix(" \\") for line in lines if line and not line.startswith(("#", " "))]
+
+    assert pins("requirements-hashed.txt") == pins("constraints.txt")
+    assert (ROOT / "requirements-hashed.txt").read_text(encoding="utf-8").count("--hash=sha256:") > 1000

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -27,14 +28,31 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("options", [["--wheel"], []], ids=["from-tree", "from-sdist"])
-def test_wheel_holds_every_module_and_recipe(sources: Path, tmp_path: Path, options: list[str]) -> None:
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path), *options, str(sources)]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    (wheel,) = tmp_path.glob("*.whl")
-    packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-    assert packed == expected_files()
+@pytest.fixture(scope="module")
+def wheels(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Of the tree, and of the source distribution of files of another time."""
+    found = []
+    for number, options in enumerate((["--wheel"], [])):
+        for file in sources.rglob("*"):
+            os.utime(file, (1e9 + number, 1e9 + number), follow_symlinks=False)
+        out = tmp_path_factory.mktemp("dist")
+        command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(out), *options, str(sources)]
+        environment = {**os.environ, "SOURCE_DATE_EPOCH": "1577923200"}
+        built = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert built.returncode == 0, built.stderr
+        found += out.glob("*.whl")
+    return found
+
+
+def test_wheel_holds_every_module_and_recipe(wheels: list[Path]) -> None:
+    for wheel in wheels:
+        packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+        assert packed == expected_files()
+
+
+def test_two_builds_are_the_same_file(wheels: list[Path]) -> None:
+    one, other = wheels
+    assert one.read_bytes() == other.read_bytes()
 
 
 def test_source_distribution_holds_the_examples(sources: Path, tmp_path: Path) -> None:
