@@ -91,6 +91,7 @@ def local(path: str | os.PathLike[str]) -> Path:
         _fetch(address, name, commit)
     with suppress(MaeDeployError):  # most bundles have none; `verify --signature` says so
         _fetch(address, SIGNATURE, commit)
+        _fetch(address, CARD, commit)  # which is signed, too
     notice("hub:", f"{address} at {commit[:8]}")
     return manifest.parent
 

@@ -34,14 +34,14 @@ def run_push(config: PushConfig) -> Result:
     if licence == OWN_LICENCE:
         notice("licence:", "own weights: the card leaves open what others may do with them; --license says it")
     files: dict[str, Path | bytes] = {name: bundle.path / name for name in (MANIFEST_FILE, *bundle.manifest["files"])}
-    if (bundle.path / SIGNATURE).is_file():
-        files[SIGNATURE] = bundle.path / SIGNATURE
     create(address, private=config.private)
     there = card_of(address) if config.keep_card else None
-    files[CARD] = bundle_card(bundle, str(address), licence).encode()
     if there is not None and MARK not in there:
         notice("card:", f"{CARD} of {address} is not ours, and stays as it is; --no-keep-card writes it anew")
-        del files[CARD]
+    elif not (bundle.path / SIGNATURE).is_file():
+        files[CARD] = bundle_card(bundle, str(address), licence).encode()
+    if (bundle.path / SIGNATURE).is_file():  # the card as it was signed with the rest, without a hub's front matter
+        files |= {name: bundle.path / name for name in (SIGNATURE, CARD) if (bundle.path / name).is_file()}
     message = config.message or f"{bundle.model['name']}, {bundle.token_mode} tokens, {bundle.precision}"
     commit = upload(address, files, message=message)
     size = sum(entry["size"] for entry in bundle.manifest["files"].values())

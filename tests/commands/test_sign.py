@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,9 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 
 from mae_deploy.cli import main
 from mae_deploy.commands.sign import PASSWORD
-from mae_deploy.hub import SIGNATURE
+from mae_deploy.hub import CARD, SIGNATURE
+from mae_deploy.runtime.manifest import file_entry
+from tests.fake_hub import serving
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_cli import run_without
 
@@ -65,12 +69,21 @@ def test_a_signed_bundle_is_verified_under_any_name(signed: Path, tmp_path: Path
     assert main(["verify", str(linked), "--signature", str(signed / "key.pub")]) == 0
 
 
+def test_through_a_hub(signed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = shutil.copytree(signed / "bundle", tmp_path / "bundle")
+    (bundle / CARD).write_text("what it is")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert main(["sign", str(bundle), "--key", str(signed / "key.pem")]) == 0
+    with serving(monkeypatch) as hub:
+        assert main(["push", str(bundle), "hf://org/name"]) == 0
+        assert hub.files("org/name")[CARD] == b"what it is"
+        assert main(["verify", "hf://org/name", "--signature", str(signed / "key.pub")]) == 0
+        hub.commit("org/name", {CARD: b"another"})
+        assert main(["verify", "hf://org/name", "--signature", str(signed / "key.pub")]) == 1
+
+
 def flip(bundle: Path) -> None:
     """A bit of the weights, under the right hash."""
-    import json
-
-    from mae_deploy.runtime.manifest import file_entry
-
     content = bytearray((bundle / "encoder.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (bundle / "encoder.onnx").write_bytes(content)
@@ -104,8 +117,6 @@ def test_what_was_changed_is_refused(
     bundle = shutil.copytree(signed / "bundle", tmp_path / "bundle")
     change(bundle)
     assert main(["verify", str(bundle), "--signature", str(signed / "key.pub")]) == 1
-    import re
-
     assert re.search(words, capsys.readouterr().err.splitlines()[0])
 
 

@@ -31,7 +31,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheels(sources: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """Of the tree, and of the source distribution of files of another time."""
-    found = []
+    found: list[Path] = []
     for number, options in enumerate((["--wheel"], [])):
         for file in sources.rglob("*"):
             os.utime(file, (1e9 + number, 1e9 + number), follow_symlinks=False)
