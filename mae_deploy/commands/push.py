@@ -9,8 +9,8 @@ from mae_deploy.commands.config import PushConfig
 from mae_deploy.errors import ConfigError
 from mae_deploy.hub import CARD, MANIFEST_FILE, SIGNATURE, Address, card_of, create, upload
 from mae_deploy.progress import notice
+from mae_deploy.reporting.bundles import run_command
 from mae_deploy.reporting.card import MARK, bundle_card
-from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
@@ -47,7 +47,7 @@ def run_push(config: PushConfig) -> Result:
     size = sum(entry["size"] for entry in bundle.manifest["files"].values())
     data = {"address": str(address), "commit": commit, "files": list(files), "size": size, "licence": licence}
     facts = {**data, "files": len(files), "size": as_size(size)}
-    return Result(data, facts_table("", facts), then=next_command("predict", address, "IMAGES"))
+    return Result(data, facts_table("", facts), then=run_command(bundle, address))
 
 
 def _licence(bundle: Bundle, asked: str | None) -> str:

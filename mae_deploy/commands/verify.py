@@ -10,8 +10,7 @@ from mae_deploy.commands.sign import check_signature
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import refuse_to_overwrite, write_json
 from mae_deploy.progress import notice
-from mae_deploy.reporting.bundles import blocks_table, certificate_tables, verification_table
-from mae_deploy.reporting.command_line import next_command
+from mae_deploy.reporting.bundles import blocks_table, certificate_tables, run_command, verification_table
 from mae_deploy.reporting.tables import stacked
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
@@ -55,7 +54,7 @@ def run_verify(config: VerifyConfig) -> Result:
         raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
     if config.certificate is not None:
         result = _certified(config, config.certificate, bundle, options, verification, result)
-    return replace(result, then=next_command("predict", config.bundle, "IMAGES"))
+    return replace(result, then=run_command(bundle, config.bundle))
 
 
 def _check_options(config: VerifyConfig) -> None:

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.tables import Column, Table, facts_table
+from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.manifest import EngineEntry, plan_engine
 from mae_deploy.runtime.parity.checks import Verification
@@ -38,7 +40,10 @@ def verification_table(verification: Verification) -> Table:
         f"{verification.bundle} on {engine}, {verification.num_samples} samples",
         (Column("check", "check"), Column("output", "name"), *PARITY, result),
         rows,
-        [] if verification.preprocessing is not None else [_NO_FRAME],
+        [
+            *(f"left out: {reason}" for reason in verification.left_out),
+            *([] if verification.preprocessing is not None else [_NO_FRAME]),
+        ],
     )
 
 
@@ -94,6 +99,13 @@ def _place(record: Mapping[str, Any]) -> str:
     count = record["threads"]
     threads = "" if count is None else f", {count} thread{'' if count == 1 else 's'}"
     return f"{record['engine']} {record['engine_version']}, {record['device']}, {record['cpu']}{threads}"
+
+
+def run_command(bundle: Bundle, address: object) -> str:
+    """The command that uses a bundle, as a line to copy; what takes K patches of a stream always can only be timed."""
+    if bundle.token_mode != "cached":
+        return next_command("predict", address, "IMAGES")
+    return next_command("stream", "VIDEO", address) if bundle.fixed_keep is None else next_command("benchmark", address)
 
 
 def blocks_table(report: LayerReport) -> Table:

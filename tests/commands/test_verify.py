@@ -23,6 +23,8 @@ from mae_deploy.runtime.layers import LayerReport
 from mae_deploy.runtime.tensorrt import api as tensorrt_api
 from tests.commands.test_doctor import run_with, write_module
 from tests.data.image_folders import write_noise
+from tests.export.tiny_exports import write_checkpoint
+from tests.models.tiny_models import tiny_encoder
 from tests.reporting.printed import cells
 from tests.runtime.tiny_bundle import rehash, write_bundle
 from tests.test_cli import TRAINING, run_without
@@ -65,6 +67,17 @@ def test_what_was_exported_passes(
     checked = [[check, output] for check in SHOWN for output in OUTPUTS]
     assert [row[:2] for row in found] == [*checked, ["preprocessing", "frame"]]
     assert {row[-1] for row in found} == {"ok"}
+
+
+@pytest.mark.parametrize(("tokens", "then"), [("cached", "stream VIDEO {}"), ("cached:3", "benchmark {}")])
+def test_a_stream_is_what_comes_next_of_a_cached_bundle(
+    tmp_path: Path, tokens: str, then: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_encoder())
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "b"), "--tokens", tokens]) == 0
+    capsys.readouterr()
+    assert main(["verify", str(tmp_path / "b")]) == 0
+    assert capsys.readouterr().err == f"Next: mae-deploy {then.format(tmp_path / 'b')}\n"
 
 
 def test_json(bundle: Path, capsys: pytest.CaptureFixture[str]) -> None:

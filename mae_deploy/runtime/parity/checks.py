@@ -20,7 +20,7 @@ from mae_deploy.runtime.parity.invariances import (
     samples_alone,
     variations,
 )
-from mae_deploy.runtime.parity.own_noise import GOLDEN_DB, own_noise
+from mae_deploy.runtime.parity.own_noise import GOLDEN_DB, own_noise, reason_against_own_noise
 from mae_deploy.runtime.profiles import batch_that_fits
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
@@ -80,6 +80,8 @@ class Verification:
     num_samples: int
     tolerance: Tolerance
     checks: tuple[Check, ...]
+    left_out: tuple[str, ...] = ()
+    """Checks that could not be made, and why."""
 
     @property
     def outputs(self) -> tuple[Check, ...]:
@@ -131,6 +133,7 @@ class Verification:
             "outputs": [check.to_dict() for check in self.outputs],
             "invariances": [check.to_dict() for check in self.invariances],
             "preprocessing": None if self.preprocessing is None else self.preprocessing.to_dict(),
+            "left_out": list(self.left_out),
             "failures": self.failures,
         }
 
@@ -158,6 +161,7 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
     golden = bundle.golden()
     inputs = {name: golden[name] for name in bundle.sample_names}
     checks = _Checks(bundle, engine).all(inputs, {name: golden[name] for name in bundle.output_names})
+    unlike = reason_against_own_noise(bundle, engine)
     return Verification(
         bundle=str(bundle.path),
         engine=engine.name,
@@ -166,6 +170,7 @@ def verify_engine(bundle: Bundle, engine: Engine) -> Verification:
         num_samples=bundle.manifest["golden"]["num_samples"],
         tolerance=tolerance_for(bundle, engine),
         checks=(*checks, *_as_exported(bundle, engine, checks), *check_preprocessing(bundle)),
+        left_out=() if unlike is None else (f"'{AS_EXPORTED}' (how near to PyTorch it was then): {unlike}",),
     )
 
 

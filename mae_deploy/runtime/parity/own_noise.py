@@ -33,13 +33,31 @@ def noise_record(outputs: Mapping[str, float], blocks: list[float] | None) -> di
 
 
 def own_noise(bundle: Bundle, engine: Engine) -> dict[str, Any]:
-    """What `noise_record` wrote, if that was on this engine, this version of it and this CPU; else nothing: another one
-    rounds otherwise. Nothing either where the export emulated what its engine had not got.
+    """What `noise_record` wrote, unless there is a reason against it."""
+    if reason_against_own_noise(bundle, engine) is not None:
+        return {}
+    record = _record(bundle)
+    return {name: record[name] for name in (GOLDEN_DB, BLOCKS_DB) if name in record}
+
+
+def reason_against_own_noise(bundle: Bundle, engine: Engine) -> str | None:
+    """Why the noise at export says nothing of this engine here: it was on another engine, another version of it or
+    another CPU, which round otherwise, or the export emulated what its engine had not got; None where it does.
     """
-    record: dict[str, Any] = bundle.manifest["parity"].get(f"onnx-{bundle.precision}", {})
-    here = {"engine": engine.name, "engine_version": engine.version, "device": engine.device, _MACHINE: _machine()}
-    same = "emulated" not in record and {name: record.get(name) for name in here} == here
-    return {name: record[name] for name in (GOLDEN_DB, BLOCKS_DB) if same and name in record}
+    record = _record(bundle)
+    if GOLDEN_DB not in record or "emulated" in record:
+        return "the export did not measure it"
+    here = {"engine": engine.name, "engine_version": engine.version, "device": engine.device}
+    if any(record.get(name) != value for name, value in here.items()):
+        return f"the export measured it on {record.get('engine')} {record.get('engine_version')}"
+    return (
+        None if record.get(_MACHINE) == _machine() else f"the export measured it on another CPU, {record[_MACHINE][0]}"
+    )
+
+
+def _record(bundle: Bundle) -> dict[str, Any]:
+    found: dict[str, Any] = bundle.manifest["parity"].get(f"onnx-{bundle.precision}", {})
+    return found
 
 
 def _machine() -> list[str]:
