@@ -10,6 +10,7 @@
 #   --profiles SIZES          one for each batch that is timed: kernels are chosen for it ["B:1,1,1; B:8,8,8; B:32,32,32"]
 #   --optimization-level N    of TensorRT's builder: 0 builds fastest [its own default]
 #   --typing auto|weak|strong of the graphs: weak for TensorRT 8.6, where another machine exports [auto]
+#   --dry-run                 without a GPU: tests are only collected, bundles run on ONNX Runtime, nothing is built
 #
 # Each step's whole output is OUT/logs/STEP.log, its time and exit status a line here. A step that was done is not done
 # again, so a call that was cut goes on; a bundle that is there (export --no-build, on another machine) is not exported,
@@ -18,11 +19,13 @@
 # step failed, ran out of time or had none, 3 without a GPU or TensorRT.
 set -uo pipefail
 usage() { sed -n '2,/^set/{/^#/s/^# \{0,1\}//p}' "$0"; exit 2; }
-budget=3600 tokens="full visible:49" engine=trt precisions="" profiles="B:1,1,1; B:8,8,8; B:32,32,32" level=() typing=()
+budget=3600 tokens="full visible:49" engine=trt precisions="" profiles="B:1,1,1; B:8,8,8; B:32,32,32" level=() typing=() dry=
 [ $# -ge 3 ] || usage
 checkpoint=$(realpath "$1") photos=$(realpath "$2") out=$(realpath -m "$3")
 shift 3
-while [ $# -ge 2 ]; do
+while [ $# -ge 1 ]; do
+  [ "$1" != --dry-run ] || { dry=yes; shift; continue; }
+  [ $# -ge 2 ] || usage
   case $1 in
     --budget) budget=$2 ;;
     --tokens) tokens=$2 ;;
@@ -35,7 +38,6 @@ while [ $# -ge 2 ]; do
   esac
   shift 2
 done
-[ $# -eq 0 ] || usage
 case $engine in
   trt) load="from mae_deploy.runtime.tensorrt.api import load_tensorrt as load" all="fp16 int8" ;;
   trt-rtx) load="from mae_deploy.runtime.tensorrt.rtx import load_rtx as load" all=fp16 ;;
@@ -64,8 +66,10 @@ step() { # NAME LIMIT COMMAND...: 0 where it is done, now or before; its output 
   return $status
 }
 
-step gpu 60 "$python" -c "$load; api = load(); print(api.title, api.gpu)" || exit 3
-step tests 900 "$python" -m pytest -q -rfE -p no:cacheprovider -m gpu --confcutdir tests/gpu tests/gpu
+runs_on=$engine collect=() timed=(--batch-size 1,8,32 --repeats 100)
+[ -z "$dry" ] || { runs_on=onnxruntime collect=(--collect-only) timed=(--batch-size 1 --repeats 1 --warmup 0); }
+[ -n "$dry" ] || step gpu 60 "$python" -c "$load; api = load(); print(api.title, api.gpu)" || exit 3
+step tests 900 "$python" -m pytest -q -rfE -p no:cacheprovider -m gpu "${collect[@]}" --confcutdir tests/gpu tests/gpu
 for mode in $tokens; do
   for precision in $precisions; do
     name=${mode/:/-}-$precision bundle=$out/bundles/${mode/:/-}-$precision
@@ -75,17 +79,19 @@ for mode in $tokens; do
       --no-build --tokens "$mode" --precision "$precision" "${typing[@]}" --profile B:1,8,32 --samples "$photos" \
       "${calibration[@]}" --device auto || continue
     # INT8 that is not faster than FP16 is an answer, not a failure: FP16 is kept in its place.
-    step "build-$name" $build_limit "$python" -m mae_deploy build-engine "$bundle" --engine $engine --profile "$profiles" "${level[@]}" \
-      --prefer fp16 && step "verify-$name" 300 "$python" -m mae_deploy verify "$bundle" --engine $engine
+    [ -n "$dry" ] || step "build-$name" $build_limit "$python" -m mae_deploy build-engine "$bundle" --engine $engine --profile "$profiles" "${level[@]}" \
+      --prefer fp16 || continue
+    step "verify-$name" 300 "$python" -m mae_deploy verify "$bundle" --engine $runs_on
   done
 done
 shopt -s nullglob
 bundles=("$out"/bundles/*) halves=("$out"/bundles/*-fp16) torch=()
 ! "$python" -c 'import torch' 2>/dev/null || torch=(--checkpoint "$checkpoint" --compile)
-if [ ${#bundles[@]} -gt 0 ] && step benchmark 600 "$python" -m mae_deploy benchmark "${bundles[@]}" --engine $engine \
-  --batch-size 1,8,32 --repeats 100 --json; then cp "$out/logs/benchmark.out" "$out/benchmark.json"; fi
+if [ ${#bundles[@]} -gt 0 ] && step benchmark 600 "$python" -m mae_deploy benchmark "${bundles[@]}" --engine $runs_on \
+  "${timed[@]}" --json; then cp "$out/logs/benchmark.out" "$out/benchmark.json"; fi
 # Calls are compared with TensorRT's bare ones, which of TensorRT for RTX are others.
-if [ $engine = trt ] && [ ${#halves[@]} -gt 0 ] && step calls 600 "$python" -m scripts.measure_gpu "${halves[@]}" "${torch[@]}"; then
+if [ -z "$dry" ] && [ $engine = trt ] && [ ${#halves[@]} -gt 0 ] && step calls 600 "$python" -m scripts.measure_gpu "${halves[@]}" "${torch[@]}"; then
   cp "$out/logs/calls.out" "$out/calls.json"
 fi
+[ -z "$dry" ] || step calls 60 "$python" -m scripts.measure_gpu --help
 exit $failed

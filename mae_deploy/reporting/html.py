@@ -16,9 +16,11 @@ th, td { padding: 0.25rem 0.75rem; border-bottom: 1px solid #8886; text-align: l
 td:first-child { white-space: normal; }
 pre { padding: 0.75rem; overflow-x: auto; background: #8882; }
 img { max-width: 100%; background: white; }
+figure { margin: 1.5em 0; }
+figcaption { font-size: 0.9em; opacity: 0.75; }
 """
 
-_PICTURE = re.compile(r'<img src="([^":]+)"')
+_PICTURE = re.compile(r'<p><img src="([^":]+)" alt="([^"]*)" /></p>')
 
 
 def as_html(title: str, markdown: str, folder: Path) -> str:
@@ -26,12 +28,16 @@ def as_html(title: str, markdown: str, folder: Path) -> str:
     from markdown_it import MarkdownIt
 
     body = MarkdownIt("commonmark", {"html": False}).enable("table").render(markdown).replace("&lt;br&gt;", "<br>")
-    embedded = _PICTURE.sub(lambda found: f'<img src="{_data(folder / found[1])}"', body)
+    embedded = _PICTURE.sub(lambda found: _figure(_data(folder / found[1]), found[2]), body)
     return (
         '<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n{embedded}</html>\n"
     )
+
+
+def _figure(source: str, caption: str) -> str:
+    return f'<figure><img src="{source}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
 
 
 def _data(picture: Path) -> str:

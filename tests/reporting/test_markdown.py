@@ -98,5 +98,5 @@ def test_html_is_one_file_and_shows_markup_as_text(tmp_path: Path) -> None:
     assert "<title>A &amp; B</title>" in text
     assert "<strong>bold</strong> &lt;i&gt;" in text
     assert "<td>one<br>two &lt;script&gt;</td>" in text
-    assert 'src="data:image/png;base64,UE5H"' in text
+    assert '<img src="data:image/png;base64,UE5H" alt="p"><figcaption>p</figcaption>' in text
     assert "<script" not in text

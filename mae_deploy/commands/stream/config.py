@@ -69,8 +69,9 @@ class StreamCommandConfig(Settings, resume="never"):
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000; default: 178956970."""
     engine: str = setting("auto", metavar="ENGINE", basic=True)
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: TensorRT where the bundle has an engine for this
-    machine, else the one on which the bundle was checked, where it is installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: TensorRT where the bundle has
+    an engine for this machine, else the one on which the bundle was checked, where it is installed, else
+    onnxruntime."""
     threads: int | None = setting(None, at_least=1)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None

@@ -45,8 +45,8 @@ class StreamEvalConfig(Settings):
     max_frames: int = setting(1000, resume="fixed", basic=True, at_least=16)
     """Take at most so many frames."""
     engine: str = setting("auto", resume="fixed", metavar="ENGINE")
-    """onnxruntime (onnx), openvino (ov) or tensorrt (trt); auto: the one on which the bundle was checked, where it is
-    installed, else onnxruntime."""
+    """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: the one on which the bundle
+    was checked, where it is installed, else onnxruntime."""
     threads: int | None = setting(1, resume="fixed", at_least=1)
     """CPU threads of the engine."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
