@@ -29,6 +29,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.masking import Masking
 from mae_deploy.models.taps import Tap, Taps
+from mae_deploy.models.vit import rows_of
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.inputs import token_batch
@@ -171,6 +172,8 @@ class BundleTeacher:
 
     def _read(self, tap: Tap, found: Mapping[str, Tensor]) -> Tensor:
         values = [found[name] for name in self._tensors(tap)]
+        if tap.kind == "tokens":
+            return rows_of(values[0], self._shape)
         return torch.cat([values[0].unsqueeze(1), values[1]], dim=1) if tap.kind == "latent" else values[0]
 
     def _as_graph_takes(self, images: Tensor) -> Array:
@@ -193,7 +196,7 @@ class BundleTeacher:
         tensor = torch.from_numpy(values.astype(np.float32, copy=False))
         if kept is None or tensor.ndim < 3 or name == "pixels":
             return tensor
-        return tensor[:, : kept + (name in self.bundle.blocks)]
+        return tensor[:, : kept + (self._shape.num_prefix if name in self.bundle.blocks else 0)]
 
 
 def _kinds_of(bundle: Bundle) -> tuple[str, ...]:

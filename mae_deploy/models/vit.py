@@ -63,6 +63,18 @@ def gather_tokens(tokens: Tensor, ids: Tensor) -> Tensor:
     return tokens.gather(1, ids.unsqueeze(-1).expand(-1, -1, tokens.shape[2]))
 
 
+def rows_of(tokens: Tensor, config: EncoderConfig) -> Tensor:
+    """CLS and the patches, without registers: `(B, P + K, D) -> (B, 1 + K, D)`; where there is no CLS, the mean of the
+    patches stands for it.
+    """
+    P = config.num_prefix
+    if P == 1 and config.class_token:
+        return tokens
+    patches = tokens[:, P:]
+    cls = tokens[:, :1] if config.class_token else patches.mean(dim=1, keepdim=True)
+    return torch.cat([cls, patches], dim=1)
+
+
 class PatchEmbed(nn.Module):
     """A linear map of flat patches; its weight is kept in the convolution form that every checkpoint has."""
 
@@ -291,15 +303,8 @@ class Encoder(nn.Module):
         return None if self.rope is None else self.rope(ids_keep)
 
     def rows(self, tokens: Tensor) -> Tensor:
-        """CLS and the patches, without registers: `(B, P + K, D) -> (B, 1 + K, D)`; where there is no CLS, the mean of
-        the patches stands for it.
-        """
-        P = self.config.num_prefix
-        if P == 1 and self.config.class_token:
-            return tokens
-        patches = tokens[:, P:]
-        cls = tokens[:, :1] if self.config.class_token else patches.mean(dim=1, keepdim=True)
-        return torch.cat([cls, patches], dim=1)
+        """See `rows_of`."""
+        return rows_of(tokens, self.config)
 
     def pool_latent(self, latent: Tensor) -> Tensor:
         """One vector of an image: what attention pools, else the mean of the patches: `(B, P + K, D) -> (B, D)`."""

@@ -21,6 +21,7 @@ OBJECTIVES: dict[str, dict[str, float]] = {
     "g2sd-specific": {"logits": 0.5, "label": 0.5},
     "cifar10-cpu-features": {"feature": 1},
     "cifar10-cpu-logits": {"logits": 1, "label": 0.5},
+    "backbone": {"feature": 1, "cls": 1},
     "photos-160-features": {"feature": 1},
     "photos-160-logits": {"logits": 1, "label": 0.5},
 }

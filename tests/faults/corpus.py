@@ -9,6 +9,7 @@ import io
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import count, product
 from pathlib import Path
 
@@ -22,6 +23,10 @@ from tests.export.robust_exports import settled, write_blots
 from tests.export.tiny_exports import CLASS_NAMES, write_checkpoint
 
 CONFIG = EncoderConfig(name="small", image_size=(32, 32), patch_size=4, embed_dim=64, depth=3, num_heads=4)
+ROTARY = {
+    "dinov3": replace(CONFIG, rotary="dinov3", position_table=False, num_registers=2, activation="swiglu"),
+    "mixed": replace(CONFIG, rotary="mixed", rotary_base=10.0, position_table=False),
+}
 _INT8 = ("--precision", "int8", "--max-latency", "1000", "--outputs", "cls,tokens,pooled")
 EXPORTS: dict[str, tuple[str, ...]] = {
     "full fp32": (),
@@ -38,6 +43,13 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "visible int8, static, OpenVINO": ("--tokens", "visible", "--engine", "openvino", *_INT8),
 }
 """What is exported, by a name."""
+
+
+def rotary_bundle(folder: Path, kind: str) -> Path:
+    """Of a network with rotary positions, for faults in these."""
+    checkpoint, photos = _network(folder, seed=0, config=ROTARY[kind])
+    _export(checkpoint, photos, folder / kind, "--tokens", "visible", "--num-samples", "8")
+    return folder / kind
 
 
 def bundles(folder: Path, only: str | None = None) -> Iterator[tuple[str, Path]]:
@@ -79,10 +91,10 @@ def clean_runs(folder: Path, runs: int, first_seed: int = 1) -> list[str]:
     return refused
 
 
-def _network(folder: Path, seed: int) -> tuple[Path, Path]:
+def _network(folder: Path, seed: int, config: EncoderConfig = CONFIG) -> tuple[Path, Path]:
     """A classifier and its images, enough to calibrate with."""
     photos = write_blots(folder / "photos", 128, first=1000 * seed)
-    model = settled(lambda: Classifier(CONFIG, num_classes=len(CLASS_NAMES), pool="cls"), seed)
+    model = settled(lambda: Classifier(config, num_classes=len(CLASS_NAMES), pool="cls"), seed)
     return write_checkpoint(folder / "checkpoint", model, class_names=CLASS_NAMES), photos
 
 

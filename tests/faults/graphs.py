@@ -16,7 +16,7 @@ from tests.faults.edit import Graph, attribute
 
 Plant = Callable[[Graph], None]
 
-_BLOCK = re.compile(r"blocks\.(\d+)")
+_BLOCK = re.compile(r"(?:blocks|rotary_table)\.(\d+)")
 
 
 @dataclass(frozen=True)
@@ -133,6 +133,16 @@ def _overflow(graph: Graph, node: onnx.NodeProto) -> None:
     )
 
 
+def _not_turned(graph: Graph, node: onnx.NodeProto) -> None:
+    graph.bypass(node, node.output[0].removesuffix("_turned"))
+
+
+def _other_half(graph: Graph, node: onnx.NodeProto) -> None:
+    """The halves in their order, as if pairs were turned without being swapped."""
+    first, second = node.input
+    node.input[0], node.input[1] = second, first
+
+
 def _shifted(graph: Graph, node: onnx.NodeProto) -> None:
     """`ids_keep` counted from one."""
     graph.bypass(graph.nodes["ids/shift"], node.input[0])
@@ -180,6 +190,10 @@ _NODES: dict[str, dict[str, Callable[[Graph, onnx.NodeProto], None]]] = {
     "attn/padding": {"padding's mask lost": lambda graph, node: graph.bypass(node, node.input[0])},
     "attn/av": {"FP16 overflow of an outlier": _overflow},
     "attn/heads_last": {"heads not merged back": lambda graph, node: attribute(node, "perm", [0, 1, 2, 3])},
+    "attn/q_turned": {"queries not turned": _not_turned},
+    "attn/k_turned": {"keys not turned": _not_turned},
+    "q_turned/moved": {"queries turned the other way": _times(-1.0)},
+    "k_turned/swapped": {"pairs of rotary channels exchanged": _other_half},
     "fc2/Gemm": _ROUND,
     "fc2/MatMul": _ROUND,
     "patchify/transpose": {"rows and columns of a patch exchanged": _reversed_patch},
@@ -235,6 +249,25 @@ def _row(first: int, second: int) -> Callable[[Array], Any]:
     return apply
 
 
+def _sines(factor: float) -> Callable[[Array], Any]:
+    """The second half of a rotary table."""
+
+    def apply(w: Array) -> Array:
+        w[..., w.shape[-1] // 2 :] *= factor
+        return w
+
+    return apply
+
+
+def _angles(factor: float) -> Callable[[Array], Any]:
+    def apply(w: Array) -> Array:
+        cos, sin = np.split(w, 2, axis=-1)
+        turned = factor * np.arctan2(sin, cos)
+        return np.concatenate([np.cos(turned), np.sin(turned)], axis=-1)
+
+    return apply
+
+
 _LINEAR: dict[str, Callable[[Array], Any]] = {
     "stale weights, 2 % away": _noise(0.02),
     "a column of weights zero": _half_of_last,
@@ -270,6 +303,19 @@ _WEIGHTS: dict[str, dict[str, Callable[[Array], Any]]] = {
         "positions of another grid": lambda w: np.concatenate([w[:1], w[1:][::-1]]),
         "the CLS token's row zero": lambda w: np.concatenate([0 * w[:1], w[1:]]),
         "positions stale, 2 % away": _noise(0.02),
+    },
+    "rotary_table": {
+        "rotary angles of the place beside": lambda w: np.concatenate([w[:1], np.roll(w[1:], 1, axis=0)]),
+        "two places' rotary angles exchanged": _row(3, 4),
+        "sines of rotary angles missing": _sines(0.0),
+        "rotary angles a tenth too small": _angles(0.9),
+    },
+    **{
+        f"rotary_table.{block}": {
+            "rotary angles of one block stale": lambda w: np.roll(w, 1, axis=-2),
+            "a head's rotary angles of another head": lambda w: np.roll(w, 1, axis=0),
+        }
+        for block in range(3)
     },
 }
 

@@ -91,12 +91,13 @@ class Judge:
 
     def _rows(self, model: onnx.ModelProto, faults: Iterable[GraphFault]) -> Iterator[Row]:
         for fault in faults:
-            yield self._graph(model, fault)
+            yield self.plant(model, fault)
         yield from self._answers()
         yield from self._preprocessing()
         yield from self._files()
 
-    def _graph(self, model: onnx.ModelProto, fault: GraphFault) -> Row:
+    def plant(self, model: onnx.ModelProto, fault: GraphFault) -> Row:
+        """What becomes of one fault of a graph; the block is asked for of all that are in one, or in a rotary table."""
         graph = Graph(model)
         fault.plant(graph)
         shutil.rmtree(self.scratch, ignore_errors=True)
@@ -111,7 +112,7 @@ class Judge:
                 effect = self._effect(self._run(engine))
                 verification = verify_engine(bundle, engine)
             found = None if verification.passed else next(c.name for c in verification.checks if c.failures)
-            if found is not None and fault.block is not None:
+            if found is not None and (fault.block is not None or "rotary" in fault.place):
                 lost = trace_layers(
                     bundle, self.engine_name, _ONE_THREAD, outputs_pass=verification.outputs_pass
                 ).lost_at

@@ -4,9 +4,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import onnx
 import pytest
 
-from tests.faults.corpus import bundles
+from tests.faults.corpus import bundles, rotary_bundle
+from tests.faults.graphs import GraphFault, graph_faults
 from tests.faults.run import Judge, Row, report
 
 
@@ -15,6 +19,24 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     folder = tmp_path_factory.mktemp("faults")
     ((name, path),) = bundles(folder, only=request.param)
     return list(Judge(name, path, folder / "scratch").some())
+
+
+@pytest.mark.parametrize(("kind", "least"), [("dinov3", 8), ("mixed", 6)])
+def test_faults_of_rotary_positions_are_found_and_the_block_is_named(kind: str, least: int, tmp_path: Path) -> None:
+    """One table serves all blocks, and a fault in it begins in the first; with learned frequencies each has its own."""
+    path = rotary_bundle(tmp_path, kind)
+    model = onnx.load(path / "encoder.onnx")
+    judge = Judge(kind, path, tmp_path / "scratch")
+    found: dict[str, list[GraphFault]] = {}
+    for fault in graph_faults(model):
+        if "rotary" in fault.place or "_turned" in fault.place:
+            found.setdefault(fault.kind, []).append(fault)
+    assert len(found) >= least
+    for turn, faults in enumerate(found.values()):
+        fault = faults[turn % len(faults)]
+        row = judge.plant(model, fault)
+        assert row.found_by is not None, fault
+        assert row.named == (fault.block or 0), fault
 
 
 def test_every_fault_that_is_more_than_noise_is_found(rows: list[Row]) -> None:

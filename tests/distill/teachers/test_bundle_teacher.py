@@ -27,6 +27,7 @@ from mae_deploy.runtime.tensorrt import engine as tensorrt_engine
 from tests.data.image_folders import write_noise
 from tests.distill.teachers.tiny_teachers import DEEP, FP32, batch_of, masking_of, ready
 from tests.export.tiny_exports import write_checkpoint
+from tests.models.families import family
 from tests.models.tiny_models import ENCODER, random_tensor, tiny_classifier, tiny_encoder
 
 WANTED = (Tap("tokens", 2), Tap("latent"), Tap("cls"), Tap("pooled"))
@@ -83,6 +84,23 @@ def test_answers_are_the_checkpoints(wanted: tuple[Tap, ...], visible: Path, che
     assert (teacher.depth, teacher.width, teacher.num_heads, teacher.num_classes) == (3, 20, 5, None)
     assert teacher.reason_against_subset is None
     batch, masking = batch_of(), masking_of()
+    for mask, whole in ((None, False), (masking, True), (masking, False)):
+        assert_same(teacher(batch, mask, whole=whole), reference(batch, mask, whole=whole))
+
+
+@pytest.mark.parametrize("kind", ["DINOv3 S+", "Perception Encoder", "register alone"])
+def test_registers_are_no_rows_of_a_teacher(kind: str, images: Path, tmp_path: Path) -> None:
+    """A bundle of today's families answers as its checkpoint: CLS, or the mean that stands for it, and patches."""
+    config = family(kind)
+    source = write_checkpoint(tmp_path / "encoder", tiny_encoder(config))
+    exported = bundle(source, images, tmp_path / "bundle", tokens="visible", threads=1)
+    wanted = (Tap("tokens", 1), Tap("tokens", 2), Tap("pooled"))
+    teacher, reference = (
+        ready(open_teacher(path, settings), wanted, student=config)
+        for path, settings in ((exported, AUTO), (source, FP32))
+    )
+    batch, masking = batch_of(config), masking_of(config)
+    assert teacher(batch, masking, whole=False)[wanted[0]].shape == (3, 1 + masking.ids_keep.shape[1], 24)
     for mask, whole in ((None, False), (masking, True), (masking, False)):
         assert_same(teacher(batch, mask, whole=whole), reference(batch, mask, whole=whole))
 
