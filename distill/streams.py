@@ -23,12 +23,15 @@ from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.rotary import places_of
 from mae_deploy.models.taps import Tap, Taps, encoder_depth, logits
 from mae_deploy.models.vit import Encoder, gather_tokens, patchify
+from mae_deploy.runtime.streams.config import StreamOptions
+from mae_deploy.runtime.streams.shift import SHARE
 from mae_deploy.training.config import Sharding
 from mae_deploy.training.kept_patches import KeptPatches
 from mae_deploy.training.step import StepBatch
 
-_TURN = 0.1
-"""Share of all patches that are computed in turn, as streams do."""
+_TURN = StreamOptions().refresh / 2
+"""Share of all patches that are computed in turn, as a stream does that is far from whole frames; the other half of its
+refresh is of what differs most, as are all others here."""
 
 _CHANGED, _LEAST, _MOST = 4.0, 0.02, 0.5
 """Two images are frames of one scene where a share of the patches between the two differs by more than so many grey
@@ -177,9 +180,9 @@ def tapped_on_stream(model: Encoder, images: Tensor, seen: Update, wanted: Colle
 
 
 def _whole(old: Tensor, new: Tensor, seen: Update, prefix: int) -> Tensor:
-    """The earlier frame's tokens `(B, P + N, D)`, moved by the mean change of those in turn, with the computed ones
-    `(B, P + K, D)` in their places.
+    """The earlier frame's tokens `(B, P + N, D)`, all as old as one another, moved by a stream's share of the mean
+    change of those in turn, with the computed ones `(B, P + K, D)` in their places.
     """
     places = places_of(seen.ids, prefix)[..., None].expand_as(new)
     change = (new - old.gather(1, places))[:, -seen.turn :].mean(dim=1, keepdim=True)
-    return (old + change).scatter(1, places, new)
+    return (old + SHARE * change).scatter(1, places, new)

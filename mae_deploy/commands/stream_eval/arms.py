@@ -17,7 +17,7 @@ from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.flops import flops_per_image
 from mae_deploy.runtime.selection import Motion
 from mae_deploy.runtime.selection.base import Scene
-from mae_deploy.runtime.selection.motion import grey
+from mae_deploy.runtime.selection.difference import grey
 from mae_deploy.runtime.streams.stream import Stream
 
 

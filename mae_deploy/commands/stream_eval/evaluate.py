@@ -21,7 +21,7 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.progress import Bar
 from mae_deploy.runtime.backbone import Backbone
-from mae_deploy.runtime.selection.motion import grey
+from mae_deploy.runtime.selection.difference import grey
 
 _LEAST = 16
 """Frames."""

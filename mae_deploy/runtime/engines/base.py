@@ -121,6 +121,8 @@ class Engine(Runner):
     """Those of the graph, then the taps."""
     precision: str
     """As it was loaded with."""
+    prepares_sizes = False
+    """Whether inputs of a size that is new take it longer once, and few sizes are fastest."""
 
     def __init__(
         self,

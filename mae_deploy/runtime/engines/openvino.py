@@ -52,6 +52,7 @@ class OpenVinoEngine(Engine):
 
     name = "openvino"
     device = "cpu"
+    prepares_sizes = True
 
     def _load(self, graph: Path, options: EngineOptions, precision: str, taps: tuple[str, ...]) -> None:
         if options.device not in DEVICES:

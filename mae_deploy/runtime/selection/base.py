@@ -9,14 +9,16 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
+from mae_deploy.runtime.selection.difference import block_difference, grey
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Scene:
     """What is known of a camera before its next frame is computed. N patches in rows and columns, side P."""
 
@@ -37,6 +39,18 @@ class Scene:
     patches: Callable[[Array], Array | None] | None = field(default=None, repr=False)
     """The patches that a part of the camera's frame touches, by its bool mask `(H, W)`, as `Backbone.patches` gives
     them: indices, or None where the model sees nothing of it. None: `pixels` is the whole frame."""
+
+    @cached_property
+    def grey(self) -> Array:
+        """The mean of the channels of `pixels`, float32 `(rows * P, columns * P)`."""
+        return grey(self.pixels)
+
+    @cached_property
+    def difference(self) -> Array | None:
+        """`(N,)`: the mean absolute grey difference of each patch to what was last computed of it; None before anything
+        was.
+        """
+        return None if self.computed is None else block_difference(self.grey, grey(self.computed), self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:

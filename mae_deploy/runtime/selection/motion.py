@@ -9,6 +9,7 @@ import numpy as np
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.selection.base import Scene, Selection, Selector
+from mae_deploy.runtime.selection.difference import block_difference
 
 _RISE, _FALL = 0.05, 0.2
 """How fast a patch's noise follows a difference above and below it: motion is rare and large, quiet is the rule."""
@@ -52,16 +53,15 @@ class _MotionOfCamera:
 
     def __call__(self, scene: Scene) -> Array:
         """All patches before anything was computed; then each one's difference over its threshold."""
-        rule, means = self._rule, grey(scene.pixels)
+        rule, means, difference = self._rule, scene.grey, scene.difference
         if self._last is None or self._last.shape != means.shape:
             self._noise = self._taken = None
         else:
             self._learn(block_difference(means, self._last, scene.patch_size))
         self._last = means
-        if scene.computed is None:
+        if difference is None:
             self._taken = None
             return np.ones(scene.num_patches)
-        difference = block_difference(means, grey(scene.computed), scene.patch_size)
         threshold = np.full(scene.num_patches, rule.threshold)
         if self._noise is not None:
             threshold = np.maximum(threshold, rule.noise * self._noise)
@@ -76,25 +76,6 @@ class _MotionOfCamera:
             self._noise = np.zeros(len(difference))
         rate = np.where(difference > self._noise, _RISE, _FALL)
         self._noise += rate * (difference - self._noise)
-
-
-def grey(pixels: Array) -> Array:
-    """The mean of the channels, float32 `(H, W)`; channel by channel, since NumPy's mean over so short an axis takes 60
-    times as long.
-    """
-    total: Array = pixels[..., 0].astype(np.float32)
-    for channel in range(1, pixels.shape[2]):
-        total += pixels[..., channel]
-    total /= pixels.shape[2]
-    return total
-
-
-def block_difference(first: Array, second: Array, patch_size: int) -> Array:
-    """The mean absolute difference of two grey images `(H, W)` in each patch, `(N,)`."""
-    P, (rows, columns) = patch_size, (side // patch_size for side in first.shape)
-    by_rows = np.abs(first - second).reshape(rows, P, columns * P).sum(axis=1)
-    found: Array = by_rows.reshape(rows * columns, P).sum(axis=1) / np.float32(P * P)
-    return found
 
 
 def dilated(scores: Array, grid: tuple[int, int], by: int) -> Array:

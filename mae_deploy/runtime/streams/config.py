@@ -15,14 +15,17 @@ from mae_deploy.runtime.selection import Motion, Selection
 class StreamOptions(Settings, resume="fixed"):
     """Stream."""
 
-    refresh: float = setting(0.13, at_least=0, at_most=1, basic=True)
-    """Beside what is selected, this share of all patches at every frame: those that changed most, by less than is
+    refresh: float = setting(0.25, at_least=0, at_most=1, basic=True)
+    """Beside what is selected, up to this share of all patches at every frame: those that changed most, by less than is
     selected, and as many that were not computed for longest; 0: none."""
+    target_snr: float = setting(13.0)
+    """Refresh less, down to a fifth, where the tokens' signal-to-noise ratio is estimated to be above this, in dB; 99:
+    never."""
     bypass: float | None = setting(None, at_least=0, at_most=1, basic=True)
     """Compute the whole frame where more than this share is to be computed; default: the share from which on a whole
     frame is no slower on this machine, measured when the first stream of the backbone begins."""
     shift: bool = True
-    """Move tokens, keys and values of patches that are not computed by the mean change of those that were computed in
+    """Move tokens and values of patches that are not computed by the mean change of those that were computed in
     turn without having changed themselves: what a large object does to the context of all."""
     audit: float = setting(0.02, at_least=0, at_most=1)
     """Share of the computation that goes into audits: a whole frame is computed beside, compared, and taken over;

@@ -8,12 +8,14 @@ from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import TokenCache
+from mae_deploy.runtime.engines.base import Engine
 
 
 class StreamModel(Protocol):
     """A backbone whose bundle was exported with `--tokens cached`; see `Backbone`."""
 
     bundle: Bundle
+    engine: Engine
 
     @property
     def preprocess(self) -> Preprocess:

@@ -1,8 +1,9 @@
 """What a large object does to the context of all: the change of some patches, carried over to those that are not
 computed.
 
-Patches that are computed in turn show how much tokens, keys and values have changed where no pixel did. The mean of it
-is added to those of the others, the more the longer ago they were computed themselves.
+Patches that are computed in turn show how much tokens and values have changed where no pixel did. The mean of it is
+added to those of the others, the more the longer ago they were computed themselves. Not so of keys: what is added to
+all keys is added to all scores of a query, and the softmax does not see it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import numpy as np
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.cache import TokenCache
 
-_SHARE = 0.7
+SHARE = 0.7
 """Of the change: what is shown by a few patches is not all true of the others."""
 
 
@@ -24,7 +25,9 @@ class Shift:
         self._cache, self._at, self._in_turn = cache, at, in_turn
         self._tokens = cache.tokens[at, in_turn]
         self._first = cache.shape.num_prefix
-        self._rows = cache.state[:, at][:, :, self._first + in_turn]
+        self._values = cache.state[1::2, at]
+        """Of all blocks, `(L, H, S, d)`: the cache's own memory."""
+        self._before = self._values[:, :, self._first + in_turn]
 
     def apply(self, ids: Array, age: Array) -> None:
         """Move the patches that the update did not compute.
@@ -36,10 +39,10 @@ class Shift:
         cache, at, in_turn = self._cache, self._at, self._in_turn
         if not len(in_turn):
             return
-        shares = _SHARE * np.minimum(1, age / age[in_turn].mean(), dtype=np.float32) * cache.computed[at]
+        shares = SHARE * np.minimum(1, age / age[in_turn].mean(), dtype=np.float32) * cache.computed[at]
         shares[ids] = 0
         cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
-        state = cache.state[:, at]
-        moved = (state[:, :, self._first + in_turn] - self._rows).mean(axis=2, keepdims=True, dtype=np.float32)
-        for rows, change in zip(state, moved, strict=True):
+        now = self._values[:, :, self._first + in_turn]
+        moved = (now - self._before).mean(axis=2, keepdims=True, dtype=np.float32)
+        for rows, change in zip(self._values, moved, strict=True):
             rows[:, self._first :] += (shares[:, None] * change).astype(rows.dtype, copy=False)

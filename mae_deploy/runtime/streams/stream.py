@@ -13,18 +13,16 @@ from mae_deploy.images.read import Array
 from mae_deploy.images.regions import patches_of
 from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.manifest import num_prefix
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass, step
+from mae_deploy.runtime.streams.error import temporal_snr
 from mae_deploy.runtime.streams.model import StreamModel
 from mae_deploy.runtime.streams.shift import Shift
 
 _ALIKE = 1.25
 """Cameras are one batch where none of them takes more than so many times the patches that it needs."""
-_MEMORY = 0.98
-"""Weight of the past in the mean of a camera's tokens, against which an audit's error is measured."""
-_QUIET = 0.01
-"""Where tokens hardly change in time, the signal is this share of their variance over the frame."""
 
 
 class DriftError(MaeDeployError):
@@ -108,8 +106,9 @@ class StreamPool:
         height, width = backbone.preprocess.image_size
         self._patch_size, self._grid = P, (height // P, width // P)
         bypass = measured_bypass(backbone) if config.bypass is None else config.bypass
+        prefix = num_prefix(bundle.manifest["model"])
         self._cameras = [
-            Camera(config, self._grid, P, bypass=bypass, step=step(bundle.num_patches)) for _ in range(cameras)
+            Camera(config, self._grid, P, bypass=bypass, step=step(backbone), prefix=prefix) for _ in range(cameras)
         ]
         self._together = backbone.new_cache(cameras) if bundle.fixed_batch is None else None
         """All cameras' cache, where the graph takes several at once; `_caches` are then parts of it."""
@@ -117,7 +116,6 @@ class StreamPool:
         self._caches = [
             backbone.new_cache() if together is None else together.streams(index, index + 1) for index in range(cameras)
         ]
-        self._means: list[Array | None] = [None] * cameras
         self._spent = [0.0] * cameras
         self._last: list[dict[str, Array]] = [{} for _ in range(cameras)]
         self._turn = threading.Lock()
@@ -132,7 +130,7 @@ class StreamPool:
         with self._turn:
             self._cameras[camera].begin()
             self._caches[camera].clear()
-            self._means[camera], self._last[camera], self._spent[camera] = None, {}, 0.0
+            self._last[camera], self._spent[camera] = {}, 0.0
 
     def cache(self, camera: int = 0) -> TokenCache:
         """What the graph remembers of a camera; the same memory, so writing to it is felt by the next frame."""
@@ -214,9 +212,11 @@ class StreamPool:
         patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
         cache = self._cache_of(indices[0], indices[-1] + 1)
         shifts = [Shift(cache, at, choice.in_turn) for at, choice in enumerate(choices)] if self.config.shift else []
+        before = cache.tokens.copy()
         outputs = self._backbone.update(cache, patches, ids)
         for at, index in enumerate(indices):
             choice, camera = choices[at], self._cameras[index]
+            camera.learn(choice, cache.tokens[at] - before[at])
             if shifts and camera.age is not None:
                 shifts[at].apply(choice.ids, camera.age)
             own = {name: array[at : at + 1] for name, array in outputs.items()}
@@ -250,6 +250,7 @@ class StreamPool:
             return Seen(self._features(index), keep=nothing, age=camera.age, cost=0.0, event=None, grid=self._grid)
         cost = self._cost(len(choice.ids))
         snr = self._audit(index, choice, cost)
+        camera.error.follow(self._caches[index].tokens[0])
         return Seen(
             self._features(index),
             keep=choice.ids,
@@ -271,22 +272,18 @@ class StreamPool:
 
     def _audit(self, index: int, choice: Choice, cost: float) -> float | None:
         """Compute the whole frame beside, once its share of the computation allows it, and take it over."""
-        if not self.config.audit:
-            return None
         cache, camera = self._caches[index], self._cameras[index]
-        tokens = cache.tokens[0]
-        mean = self._means[index]
-        self._means[index] = tokens.copy() if mean is None else _MEMORY * mean + (1 - _MEMORY) * tokens
+        tokens, mean = cache.tokens[0], camera.error.mean
         self._spent[index] += self.config.audit * cost
         N = self._backbone.num_patches
         if self._spent[index] < 1 or mean is None:
             return None
         if len(choice.ids) == N:
             if camera.tightness:  # where the refresh alone makes whole frames, nothing else would end that
-                self._spent[index] = 0.0
+                self._spent[index] %= 1
                 camera.relax()
             return None
-        self._spent[index] = 0.0
+        self._spent[index] %= 1
         ours = tokens.copy()
         whole = np.arange(N)
         outputs = self._backbone.update(cache, self._pixels_of(choice, whole)[None], whole)
@@ -325,15 +322,3 @@ class Stream:
     def cache(self) -> TokenCache:
         """What the graph remembers; the same memory."""
         return self._pool.cache()
-
-
-def temporal_snr(true: Array, found: Array, mean: Array) -> float:
-    """Energy of tokens' `(N, D)` deviation from their mean in time over that of the error, in dB.
-
-    Where the scene is at rest, and hardly anything deviates, a hundredth of their variance over the frame stands for
-    the signal. No error is 99 dB.
-    """
-    signal = float(np.square(true - mean).sum())
-    signal = max(signal, _QUIET * float(np.square(true - true.mean(axis=0)).sum()))
-    error = float(np.square(true - found).sum())
-    return 99.0 if error == 0 or signal == 0 else min(99.0, 10 * float(np.log10(signal / error)))
