@@ -196,8 +196,8 @@ class Camera:
     def _refresh(self, wanted: int) -> int:
         """How many patches to refresh beside so many that are wanted.
 
-        As many as make, with them and the prefix, the nearest multiple of `step`; what that is more or less than the share
-        asked for is made good at the next frames.
+        As many as make, with them and the prefix, the nearest multiple of `step`; what that is more or less than the
+        share asked for is made good at the next frames.
         """
         N = self.num_patches
         self._owed += min(1.0, self._config.refresh * 2**self.tightness) * self._part * N
