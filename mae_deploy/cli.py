@@ -36,6 +36,7 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.commands.embed.config import EmbedConfig
     from mae_deploy.commands.quickstart.config import QuickstartConfig
     from mae_deploy.commands.report.config import ReportConfig
+    from mae_deploy.commands.search.config import SearchConfig
     from mae_deploy.commands.serve.config import ServeConfig
     from mae_deploy.commands.stream.config import StreamCommandConfig
     from mae_deploy.commands.stream_eval.config import StreamEvalConfig
@@ -241,6 +242,15 @@ def embed(config: EmbedConfig) -> Any:
     In shards of Parquet, each image once whatever is killed on the way; on one machine or a cluster. Needs no PyTorch.
     """
     return import_module("mae_deploy.commands.embed.run").run_embed(config)
+
+
+@command(app, "mae_deploy.commands.search.config:SearchConfig", panel=DATA)
+def search(config: SearchConfig) -> Any:
+    """Find neighbours, duplicates and outliers by features.
+
+    Among what embed has written, with pictures and tables. Needs no PyTorch.
+    """
+    return import_module("mae_deploy.commands.search.run").run_search(config)
 
 
 @command(app, "mae_deploy.commands.stream.config:StreamCommandConfig", panel=DEPLOY)

@@ -91,6 +91,7 @@ ONNXRUNTIME = {
         "predict --out FILE.parquet",
         "embed",
         "embed --ray",
+        "search",
         "predict on TIFF",
         "stream",
         "stream-eval",
@@ -322,7 +323,7 @@ def test_without_the_training_packages() -> None:
     }
     assert [name for name, problem in found["commands"].items() if problem is None] == [
         *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema", "push"),
-        *("predict --out FILE.parquet", "embed", "embed --ray", "predict on TIFF", "stream", "stream-eval"),
+        *("predict --out FILE.parquet", "embed", "embed --ray", "search", "predict on TIFF", "stream", "stream-eval"),
     ]
 
 

@@ -218,6 +218,7 @@ def configs(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         ("commands.verify", "_other_graph"),
         ("commands.predict", "run_predict"),
         ("commands.embed.run", "run_embed"),
+        ("commands.search.run", "run_search"),
         ("commands.push", "run_push"),
         ("commands.sign", "run_sign"),
         ("commands.verify", "check_signature"),

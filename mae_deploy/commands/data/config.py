@@ -56,6 +56,8 @@ class PackConfig(Settings):
     dedup: Literal["no", "exact", "near"] = setting("no", resume="fixed")
     """Leave out images that came before: exact, the same pixels; near, also those that look the same (difference hash,
     3 of 64 bits)."""
+    drop_like: Path | None = setting(None, resume="fixed")
+    """Leave out the images of this table, in which search --duplicates or --outliers has listed them."""
     shard_images: int = setting(5000, resume="fixed", at_least=1)
     """Images in a shard."""
     in_chans: int = setting(3, resume="fixed", at_least=1)

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from mae_deploy.commands.data.config import PackConfig
+from mae_deploy.commands.data.drop import without
 from mae_deploy.commands.data.survey import Seen, Survey, difference_hash, pixel_hash, surveying
 from mae_deploy.config import fixed_settings
 from mae_deploy.data.decode import decode
@@ -67,6 +68,11 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
     """
     refuse_within(config.out, Path(config.source), option="OUT")
     splits = _splits(config)
+    dropped = 0
+    if config.drop_like is not None:
+        before = sum(map(len, splits.values()))
+        splits = without(splits, config.drop_like)
+        dropped = before - sum(map(len, splits.values()))
     for source in splits.values():
         check_pixels(source, config.in_chans, config.pixel_max)
     job = {
@@ -88,7 +94,7 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
     with progress("pack", sum(map(len, splits.values()))) as bar:
         for name, source in splits.items():
             records[name] = _Packer(config, name, source, seen, bar, work).run()
-    return _finish(config, splits, records, job)
+    return {**_finish(config, splits, records, job), "dropped": dropped}
 
 
 class _Packer:

@@ -1,0 +1,1 @@
+"""`mae-deploy search`: neighbours, duplicates and outliers among features."""
