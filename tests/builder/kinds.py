@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -36,6 +36,14 @@ _BANDS = EncoderConfig(
     num_heads=2,
     band_groups=((0, 1, 2), (3,)),
 )
+_FAMILIES = {
+    "rotary": replace(
+        _CONFIG, rotary="dinov3", position_table=False, num_registers=4, activation="swiglu", norm_eps=1e-5
+    ),
+    "mixed": replace(_CONFIG, rotary="mixed", position_table=False, class_token=False, qk_norm=True, mlp_norm=True),
+    "pooling": replace(_CONFIG, rotary="index", pre_norm=True, activation="gelu_tanh", pool_heads=4),
+}
+"""What today's families are made of."""
 _DECODER = DecoderConfig(decoder_embed_dim=64, decoder_depth=2, decoder_num_heads=2)
 _ISLANDS = {"bf16": ("gelu", "norm", "residual")}
 """What a strongly typed graph of the exporter keeps in FP32 by default."""
@@ -113,6 +121,11 @@ def kinds() -> Iterator[Kind]:
         yield kind("reconstruct", "mae", token_mode="reconstruct", pixels="image")
         yield kind("reconstruct-uint8", "mae", token_mode="reconstruct", pixels="image", images="uint8", keep=6)
         yield kind("bands", "bands", token_mode="ragged", outputs=maps)
+        yield kind("rotary-full", "rotary", token_mode="full", outputs=maps)
+        yield kind("rotary-ragged", "rotary", token_mode="ragged", outputs=maps)
+        yield kind("rotary-cached", "rotary", token_mode="cached", fixed_rows=True)
+        yield kind("mixed-visible", "mixed", token_mode="visible", outputs=maps[1:])
+        yield kind("pooling-ragged", "pooling", token_mode="ragged", outputs=maps)
         if precision in ("int8", "fp8"):
             yield kind("full-attention", attention=True, token_mode="full")
             yield kind("visible-attention", attention=True, token_mode="visible", keep=6)
@@ -143,6 +156,10 @@ def _models() -> dict[str, tuple[Metadata, torch.nn.Module]]:
     four = Preprocess(image_size=SIZE, channels=4, mean=(0.5,) * 4, std=(0.25,) * 4)
     return {
         "encoder": (Metadata(kind="encoder", encoder=encoder, preprocess=preprocess), Encoder(_CONFIG).eval()),
+        **{
+            name: (Metadata(kind="encoder", encoder=to_dict(config), preprocess=preprocess), Encoder(config).eval())
+            for name, config in _FAMILIES.items()
+        },
         "bands": (Metadata(kind="encoder", encoder=to_dict(_BANDS), preprocess=to_dict(four)), Encoder(_BANDS).eval()),
         "classifier": (
             Metadata(kind="classifier", encoder=encoder, preprocess=preprocess, num_classes=10, pool="avg"),
