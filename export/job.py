@@ -270,8 +270,7 @@ def output_names(config: ExportConfig, loaded: LoadedWeights) -> tuple[str, ...]
     for name in names:
         if name not in known and config.token_mode == "cached" and name in ("feature_map", *LEVELS):
             raise ConfigError(
-                f"--tokens {config.tokens} gives no {name}: it is of the whole frame, and the graph has the recomputed"
-                " patches alone",
+                f"--tokens {config.tokens} gives no {name}, which is of the whole frame: it has the recomputed patches",
                 hint="leave it out: a stream makes `seen.feature_map` of its tokens, and a pyramid can stand behind it",
             )
         if name not in known:

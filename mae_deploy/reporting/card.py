@@ -8,7 +8,7 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, OWN_LICENCE, UNKNOWN_LICENCE
 from mae_deploy.errors import import_optional
 from mae_deploy.files import write_text
 from mae_deploy.hub import CARD, is_address
-from mae_deploy.reporting.bundles import PARITY, certificate_tables
+from mae_deploy.reporting.bundles import PARITY, certificate_tables, run_command
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.runtime.bundle import Bundle
 
@@ -89,7 +89,7 @@ def bundle_card(bundle: Bundle, address: str, licence: str) -> str:
         "```sh",
         f"pip install {package}",
         f"mae-deploy verify {address}",
-        f"mae-deploy predict {address} IMAGES",
+        run_command(bundle, address),
         "```",
         "",
         "```python",

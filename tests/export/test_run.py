@@ -616,12 +616,11 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, photos: Path, capsys: 
         (["--outputs", "p2"], "this model has no output 'p2' with --tokens full"),
         (
             ["--tokens", "cached", "--pyramid", "random"],
-            "--tokens cached gives no p2: it is of the whole frame, and the graph has the recomputed patches alone",
+            "--tokens cached gives no p2, which is of the whole frame: it has the recomputed patches",
         ),
         (
             ["--tokens", "cached:3", "--outputs", "feature_map"],
-            "--tokens cached:3 gives no feature_map: it is of the whole frame, and the graph has the recomputed patches"
-            " alone",
+            "--tokens cached:3 gives no feature_map, which is of the whole frame: it has the recomputed patches",
         ),
         (["--layers", "2"], "this model has no output 'block_2' with --tokens full"),
         (["--layers", "1,1"], "--layers 1,1 must name each once"),
