@@ -225,6 +225,7 @@ def prepare(config: ExportConfig) -> ExportJob:
     names = output_names(config, loaded)
     ranges = config.ranges(encoder.num_tokens)
     calib_images = _calib_images(config, encoder, ranges, names, spec)
+    pyramid = _pyramid(config, encoder)
     count = config.sample_count
     samples = read_samples(config.samples, loaded.metadata, spec, count, class_count(config))
     if config.int8.max_drop is not None:
@@ -236,7 +237,7 @@ def prepare(config: ExportConfig) -> ExportJob:
         preprocess_from=preprocess_from,
         ranges=ranges,
         names=names,
-        pyramid=_pyramid(config, encoder),
+        pyramid=pyramid,
         calib_images=calib_images,
         samples=samples[:count],
         more_samples=samples[count:],
