@@ -7,6 +7,8 @@ Reading the metadata needs no torch.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -137,11 +139,26 @@ def record_words(metadata: Metadata) -> dict[str, str]:
     return {"format": "pt", "licence": metadata.licence, OWN_RECORD: record}
 
 
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
-    """Write tensors from any device and the words of the header, to the same bytes each time."""
+def save_tensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str] | None = None) -> None:
+    """Write tensors from any device.
+
+    Raises:
+        OSError: the disk is full, say; safetensors has an error of its own for it.
+    """
     safetensors = import_optional("safetensors.torch", extra="train")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    safetensors.save_file(plain, file, metadata=dict(words))
+    try:
+        safetensors.save_file(plain, file, metadata=None if words is None else dict(words))
+    except import_optional("safetensors", extra="train").SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
+
+
+def write_safetensors(file: Path, tensors: Mapping[str, Tensor], words: Mapping[str, str]) -> None:
+    """Write tensors from any device and the words of the header, to the same bytes each time."""
+    save_tensors(file, tensors, words)
     # safetensors writes the words in another order each time, of the same length in any order
     header = {**safetensors_header(file), HEADER_WORDS: dict(words)}
     content = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

@@ -51,6 +51,10 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         os.replace(aside, path)
+    except OSError as error:
+        if error.filename is None:  # a full disk: Python names no file where writing fails, only where opening does
+            error.filename = os.fspath(path)
+        raise
     finally:
         remove(aside)
 

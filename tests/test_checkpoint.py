@@ -19,6 +19,7 @@ from mae_deploy.checkpoint import (
     inherited_licence,
     open_checkpoint,
     save_checkpoint,
+    save_tensors,
 )
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256
@@ -204,3 +205,8 @@ def test_record_for_what_is_derived(tmp_path: Path) -> None:
 )
 def test_inherited_licence(licences: tuple[str, ...], inherited: str) -> None:
     assert inherited_licence(*licences) == inherited
+
+
+def test_a_full_disk_is_told_as_python_tells_it() -> None:
+    with pytest.raises(OSError, match="No space left on device"):
+        save_tensors(Path("/dev/full"), {"a": torch.zeros(1000)})

@@ -217,3 +217,20 @@ def test_the_device_side_imports_where_there_is_no_posix() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "file") as aside:
+        with open("/dev/full", "w", buffering=1) as full:
+            aside.touch()
+            full.write("much\n")
+    assert caught.value.filename == str(tmp_path / "file")
+    assert names(tmp_path) == set()
+
+
+def test_a_name_that_leaves_no_room_for_another(tmp_path: Path) -> None:
+    target = tmp_path / ("n" * 255)
+    with atomic_path(target) as aside:
+        aside.write_text("whole")
+    assert target.read_text() == "whole"
+    assert len(names(tmp_path)) == 1

@@ -9,12 +9,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mae_deploy.checkpoint import Metadata, read_safetensors, save_checkpoint
+from mae_deploy.checkpoint import Metadata, read_safetensors, save_checkpoint, save_tensors
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.data.sources.splits import labelled_splits
@@ -270,7 +269,7 @@ def _cached(
         )
     found = extract(source, images, config, title=f"features of {split}")
     with atomic_path(path) as aside:
-        save_file({"features": found.features, "labels": found.labels}, aside)
+        save_tensors(aside, {"features": found.features, "labels": found.labels})
     # Written last: where it is, the features are there too.
     write_json(about, {"unreadable": found.unreadable, "images_per_second": found.images_per_second})
     return found

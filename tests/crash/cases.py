@@ -154,7 +154,7 @@ def _engine() -> Any:
             precision="fp16",
             profiles=PROFILES,
             build=bundle.manifest["engines"][0]["build"],
-            parity={"checks": 7},
+            parity={"checks": 7, "sizes": ["B 1"]},
             latency_ms=1.5,
         )
         return Built(entry=entry, checks=(), baseline=None, rejected=None)

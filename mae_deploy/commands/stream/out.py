@@ -11,7 +11,7 @@ from typing import IO, Protocol
 import numpy as np
 
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import atomic_path, refuse_to_overwrite
+from mae_deploy.files import atomic_path, refuse_to_overwrite, remove
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
 from mae_deploy.runtime.streams.stream import Seen
@@ -49,9 +49,13 @@ def written(path: Path, sources: Sequence[str], outputs: Sequence[str]) -> Itera
         with atomic_path(path) as aside, aside.open("w", encoding="utf-8") as file:
             yield [_Lines(file, outputs, camera, source) for camera, source in _numbered(sources)]
         return
-    with FeatureFile(path, {"sources": list(sources)}, fresh=True) as rows:
+    rows = FeatureFile(path, {"sources": list(sources)}, fresh=True)
+    try:
         yield [_Rows(rows, outputs, camera, source) for camera, source in _numbered(sources)]
         rows.finish()
+    finally:  # no later call can go on with half a stream
+        rows.close()
+        remove(rows.folder)
 
 
 def _numbered(sources: Sequence[str]) -> list[tuple[int | None, str]]:

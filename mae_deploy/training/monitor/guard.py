@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
+from mae_deploy.checkpoint import save_tensors
 from mae_deploy.data.dataset import Batch
 from mae_deploy.errors import CheckFailed
 from mae_deploy.files import atomic_path, write_json
@@ -153,13 +153,8 @@ class Guard:
         if not guilty or len(list(self.folder.glob("*.json"))) >= _MOST_SAVED:
             return
         with atomic_path(file) as aside:
-            save_file(
-                {
-                    "images": torch.cat([batch.images for batch in guilty]),
-                    "labels": torch.cat([batch.labels for batch in guilty]),
-                },
-                aside,
-            )
+            images, labels = (torch.cat([getattr(b, name) for b in guilty]) for name in ("images", "labels"))
+            save_tensors(aside, {"images": images, "labels": labels})
         found = {
             "step": outcome.step,
             "loss": str(outcome.loss),

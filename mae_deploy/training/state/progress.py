@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors
+from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors, save_tensors
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
@@ -125,7 +124,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write tensors from any device, if there are any."""
     if tensors:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+        save_tensors(path, tensors)
 
 
 def _read(path: Path) -> dict[str, Tensor]:
