@@ -46,14 +46,14 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
     """The student's block that is matched to it, counted from 1; default: at 3/4 of its depth."""
     feature_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Other pairs of blocks in place of these two, STUDENT:TEACHER, such as 6:12,12:24 or last:last."""
-    feature_weight: float | None = setting(None, at_least=0, below=math.inf)
+    feature_weight: float | None = setting(None, at_least=0)
     """Weight of the distance between projected student tokens and normalised teacher tokens (DMAE); default: 1 in runs
     on features, else 0."""
     feature_loss: Distance = "smooth_l1"
     """The distance of --feature-weight; smooth_l1 has beta 2, cosine is 1 minus the cosine."""
     projector: Projector = "linear"
     """From the student's width to the teacher's: linear, mlp (two layers) or none, where the widths are the same."""
-    pixel_weight: float | None = setting(None, at_least=0, below=math.inf)
+    pixel_weight: float | None = setting(None, at_least=0)
     """Weight of the student's own reconstruction loss; default: 1 where there is a mask in a run on features, else
     0."""
     feature_schedule: Schedule | None = setting(None, hidden=True)
@@ -76,13 +76,13 @@ class FeatureObjectiveConfig(Settings, resume="fixed"):
 class RelationConfig(Settings, resume="fixed"):
     """Attention relations."""
 
-    relation_weight: float = setting(0.0, at_least=0, below=math.inf)
+    relation_weight: float = setting(0.0, at_least=0)
     """Weight of the divergence between the relations of queries, keys and values (TinyMIM)."""
     relation_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the student's last and the teacher's at 3/4 of its depth."""
     relations: tuple[Literal["qk", "vv", "qq", "kk"], ...] = ("qk", "vv")
     """Relations that are compared, of queries (q), keys (k) and values (v)."""
-    attention_weight: float = setting(0.0, at_least=0, below=math.inf)
+    attention_weight: float = setting(0.0, at_least=0)
     """Weight of the squared error of attention maps (MAE-Lite)."""
     attention_blocks: Blocks | None = setting(None, metavar="BLOCKS")
     """Pairs of blocks, STUDENT:TEACHER; default: the last of both."""
@@ -103,7 +103,7 @@ class RelationConfig(Settings, resume="fixed"):
 class DecoderFeatureConfig(Settings, resume="fixed"):
     """Decoder features."""
 
-    decoder_feature_weight: float = setting(0.0, at_least=0, below=math.inf)
+    decoder_feature_weight: float = setting(0.0, at_least=0)
     """Weight of the distance between the decoders' tokens of the masked patches (G2SD, generic stage); the teacher
     needs its decoder."""
     decoder_blocks: Blocks | None = setting(None, metavar="BLOCKS")
@@ -127,9 +127,9 @@ class DecoderFeatureConfig(Settings, resume="fixed"):
 class PooledConfig(Settings, resume="fixed"):
     """One vector an image."""
 
-    cls_weight: float = setting(0.0, at_least=0, below=math.inf)
+    cls_weight: float = setting(0.0, at_least=0)
     """Weight of the distance between the student's projected CLS token and the teacher's normalised one."""
-    pooled_weight: float = setting(0.0, at_least=0, below=math.inf)
+    pooled_weight: float = setting(0.0, at_least=0)
     """The same for what a head would read: the mean of the patch tokens, or what the classifier pools."""
     pooled_loss: Distance = "smooth_l1"
     """The distance of --cls-weight and of --pooled-weight."""
@@ -153,11 +153,11 @@ class LogitsConfig(Settings, resume="fixed"):
     logits_loss: Literal["kl", "hard", "dist"] = "kl"
     """kl: the divergence from the teacher's distribution; hard: the cross-entropy with its decision (DeiT); dist: the
     correlation with its distribution over classes and over images (DIST)."""
-    temperature: float = setting(1.0, above=0, below=math.inf)
+    temperature: float = setting(1.0, above=0)
     """Temperature of the softmax on both sides, of kl and dist; the loss is multiplied by its square."""
-    logits_weight: float = setting(1.0, at_least=0, below=math.inf)
+    logits_weight: float = setting(1.0, at_least=0)
     """Weight of --logits-loss on every image, in runs on logits."""
-    label_weight: float = setting(0.5, at_least=0, below=math.inf)
+    label_weight: float = setting(0.5, at_least=0)
     """Weight of the cross-entropy with the labels, on labelled images."""
     pool: Literal["avg", "cls"] = "avg"
     """What the student's head reads: the mean of the patch tokens, or the CLS token."""
@@ -224,7 +224,7 @@ class EdgeConfig(Settings, resume="fixed"):
     weights either way."""
     quantize_from: float = setting(0.5, at_least=0, below=1)
     """Share of the run after which the student is rounded."""
-    outlier_weight: float = setting(0.0, at_least=0, below=math.inf)
+    outlier_weight: float = setting(0.0, at_least=0)
     """Weight of the penalty on heavy tails among the inputs of the student's Linears, with --quantize or without."""
     outlier_schedule: Schedule | None = setting(None, hidden=True)
     """See feature_schedule."""

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any, Literal
 from mae_deploy import __version__
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.file_kinds import HEADER_WORDS, look_at, safetensors_header
+from mae_deploy.file_kinds import AGAIN, HEADER_WORDS, is_special, look_at, safetensors_header
 from mae_deploy.files import atomic_path, follow_link, read_json, sha256, write_json
 from mae_deploy.packages import upgrade
 from mae_deploy.progress import notice
+from mae_deploy.text import parse_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -195,6 +196,8 @@ def check_safetensors(file: Path) -> None:
 @contextmanager
 def _opened(file: Path) -> Iterator[Any]:
     safetensors = import_optional("safetensors", extra="train")
+    if is_special(file):
+        raise CheckFailed(f"cannot read {file}: it is no file")
     try:
         with safetensors.safe_open(file, framework="pt") as content:
             yield content
@@ -239,7 +242,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if folder is None:
         raise ConfigError(f"no checkpoint at {path}", hint="give a run folder, a checkpoint folder or a weights file")
     if folder.is_file():
-        return Checkpoint(folder, read_record(json.loads(_words(folder)[OWN_RECORD]), folder))
+        return Checkpoint(folder, read_record(_record_in(folder), folder))
     metadata = read_record(read_json(folder / METADATA), folder / METADATA)
     _check_beside(metadata, folder)
     return Checkpoint(folder, metadata)
@@ -258,9 +261,10 @@ def read_record(data: Any, file: Path) -> Metadata:
             f"{file}: schema version {version!r}; mae-deploy {__version__} reads version {SCHEMA_VERSION}",
             hint=upgrade(data.get("mae_deploy_version")) if newer else "it is no checkpoint of mae-deploy's",
         )
-    provenance = data.get("provenance", {})
-    if "positions" not in data and provenance.get("layout") == "timm":  # written before the rule was
-        data["positions"] = timm_positions(provenance.get("architecture", ""))
+    provenance = data.get("provenance")
+    # written before the rule was
+    if "positions" not in data and isinstance(provenance, dict) and provenance.get("layout") == "timm":
+        data["positions"] = timm_positions(str(provenance.get("architecture")))
     return from_dict(Metadata, data, where="metadata.")
 
 
@@ -269,28 +273,40 @@ def timm_positions(architecture: str) -> Positions:
     return "timm-flexivit" if "flexi" in architecture else "timm"
 
 
-def _words(file: Path) -> dict[str, str]:
-    """The words of a safetensors header."""
+def _record_in(file: Path) -> Any:
+    """Our record in the header of a weights file; None: it has none.
+
+    Raises:
+        ConfigError: it is not JSON.
+    """
+    if not file.is_file():
+        return None  # whoever reads the weights says so
     try:
         words = safetensors_header(file).get(HEADER_WORDS)
+        record = words.get(OWN_RECORD) if isinstance(words, dict) else None
+        return parse_json(record) if isinstance(record, str) else None
     except OSError:
-        return {}  # whoever reads the weights says why
-    return words if isinstance(words, dict) else {}
+        return None  # whoever reads the weights says why
+    except ValueError as error:
+        raise ConfigError(f"cannot read {file}: the record in its header is not JSON: {error}", hint=AGAIN) from error
 
 
 def _has_record(file: Path) -> bool:
     """Whether a weights file tells all of itself: ours, under our names, and in no model folder of another library."""
     return (
-        OWN_RECORD in _words(file) and _OURS in safetensors_header(file) and not file.with_name("config.json").is_file()
+        _record_in(file) is not None
+        and _OURS in safetensors_header(file)
+        and not file.with_name("config.json").is_file()
     )
 
 
 def _check_beside(metadata: Metadata, folder: Path) -> None:
     """A weights file may have been copied over another; older ones have no record that would tell."""
-    words = _words(folder / WEIGHTS)
-    if OWN_RECORD not in words:
+    inside, beside = _record_in(folder / WEIGHTS), to_dict(metadata)
+    if inside is None:
         return
-    inside, beside = json.loads(words[OWN_RECORD]), to_dict(metadata)
+    if not isinstance(inside, dict):
+        raise CheckFailed(f"{folder / WEIGHTS} has a record in its header that is no mapping", hint=AGAIN)
     for name in ("kind", "encoder", "decoder", "objective", "pool", "num_classes"):
         if inside.get(name) != beside[name]:
             raise CheckFailed(

@@ -98,7 +98,7 @@ def setting(
         at_least: the bounds of a number, or of each number of a tuple; as are
         above:
         at_most:
-        below: infinity, for a number that has to be finite.
+        below: no number may be infinite.
         flag: the option's name where it is not the field's own.
         argument: a positional argument instead of an option.
         hidden: no option at all; `--recipe` and `--set` still reach it (architecture fields).
@@ -156,7 +156,7 @@ def _read(
     before = len(found)
     for key, value in values.items():
         if key not in fields:
-            found.append(ConfigError(f"unknown setting '{where}{key}'", hint=_elsewhere(cls, key, where)))
+            found.append(ConfigError(f"unknown setting '{where}{key!s:.80}'", hint=_elsewhere(cls, f"{key}", where)))
             continue
         name = (flags or {}).get(f"{where}{key}", f"{where}{key}")
         kind, _ = optional_of(kinds[key])
@@ -209,11 +209,11 @@ def out_of_bounds(field: dataclasses.Field[Any], value: Any, name: str) -> list[
     """What a number, or one of a tuple, is not within; `name` is what to call the setting."""
     bounds: dict[str, float] = field.metadata.get("bounds", {})
     numbers = value if isinstance(value, tuple) else () if value is None else (value,)
-    if all(_BOUNDS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
+    infinite = any(isinstance(number, float) and not math.isfinite(number) for number in numbers)
+    if not infinite and all(_BOUNDS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
         return []
-    accepted = " and ".join(
-        "finite" if limit == math.inf else f"{bound.replace('_', ' ')} {limit:g}" for bound, limit in bounds.items()
-    )
+    words = [f"{bound.replace('_', ' ')} {limit:g}" for bound, limit in bounds.items()]
+    accepted = " and ".join([*words, *["finite"] * infinite])
     each = "each of " if isinstance(value, tuple) else ""
     return [ConfigError(f"{each}{name} must be {accepted}, got {','.join(map(str, numbers))}")]
 
@@ -341,9 +341,9 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if value in get_args(kind):
             return value
         choices = [str(choice) for choice in get_args(kind)]
-        close = difflib.get_close_matches(str(value), choices, n=1)
+        close = difflib.get_close_matches(str(value)[:80], choices, n=1)
         raise ConfigError(
-            f"{where} {value!r} is not one of {', '.join(choices)}",
+            f"{where} {value!r:.80} is not one of {', '.join(choices)}",
             hint=f"did you mean '{close[0]}'?" if close else None,
         )
     elif get_origin(kind) is tuple:
@@ -366,7 +366,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
                 return int(value) if isinstance(value, int) else int(number)
         except (TypeError, ValueError, OverflowError):
             pass
-    raise ConfigError(f"{where} {value!r} is not {_describe(kind)}")
+    raise ConfigError(f"{where} {value!r:.80} is not {_describe(kind)}")
 
 
 def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, ...]:
@@ -381,8 +381,8 @@ def _coerce_tuple(kinds: tuple[Any, ...], value: Any, where: str) -> tuple[Any, 
     if len(value) == 1:  # --image-size 224 is 224,224
         value = list(value) * len(kinds)
     if len(value) != len(kinds):
-        given = ",".join(map(str, value))
-        raise ConfigError(f"{where} '{given}' is not one value or {len(kinds)} separated by commas")
+        given = ",".join(map(str, value[:80]))
+        raise ConfigError(f"{where} '{given:.80}' is not one value or {len(kinds)} separated by commas")
     return tuple(_coerce(kind, item, where) for kind, item in zip(kinds, value, strict=True))
 
 
@@ -397,4 +397,4 @@ def to_plain(value: Any) -> Any:
 
 def _describe(kind: Any) -> str:
     names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
-    return names.get(kind, f"a {getattr(kind, '__name__', kind)}")
+    return names.get(kind, "a section of settings" if dataclasses.is_dataclass(kind) else f"a {kind.__name__}")

@@ -10,9 +10,13 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from mae_deploy.packages import QUIET, is_hollow, remedy
+from mae_deploy.text import printable
 
 _FIRST_SAYS_IT = 5.0
 """Seconds that the other processes of a run leave it to the first one to say why they end."""
+
+_MOST_ERRORS = 20
+"""That are said of one call."""
 
 
 class MaeDeployError(Exception):
@@ -60,7 +64,8 @@ class ConfigErrors(ConfigError):
 
     def __init__(self, errors: Sequence[MaeDeployError]) -> None:
         super().__init__("; ".join(map(str, errors)), hint=next((e.hint for e in errors if e.hint), None))
-        self._errors = tuple(errors)
+        more = [ConfigError(f"and {len(errors) - _MOST_ERRORS} more")] if len(errors) > _MOST_ERRORS else []
+        self._errors = (*errors[:_MOST_ERRORS], *more)
 
     @property
     def errors(self) -> tuple[MaeDeployError, ...]:
@@ -169,8 +174,8 @@ def report_error(error: Exception) -> int:
         return error.exit_code
     for one in error.errors if isinstance(error, MaeDeployError) else (error,):
         known = isinstance(one, MaeDeployError)
-        message = " ".join(str(one).split())
+        message = printable(" ".join(str(one).split()))
         print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
         if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
-            print(f"hint: {hint}", file=sys.stderr)
+            print(f"hint: {printable(hint)}", file=sys.stderr)
     return error.exit_code if isinstance(error, MaeDeployError) else 1

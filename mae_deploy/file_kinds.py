@@ -4,13 +4,14 @@ else.
 
 from __future__ import annotations
 
-import json
 import tarfile
 import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
+
+from mae_deploy.text import parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +108,11 @@ def look_at(path: Path) -> FileKind:
     return _protobuf(path, head) or _flax(head) or _text(head) or _unknown(head)
 
 
+def is_special(path: Path) -> bool:
+    """Whether it is a pipe, which would be waited for, or a device, which may have no end."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def stand_in(head: bytes) -> FileKind | None:
     """What took the place of the file that was meant, by its first bytes: a pointer, a web page, zeros."""
     if head and not any(head):
@@ -144,7 +150,7 @@ def _tar(path: Path) -> FileKind:
     try:
         with tarfile.open(path, "r:") as archive:
             names = [entry.name for entry in archive]
-    except (OSError, ValueError, tarfile.TarError):
+    except (OSError, ValueError, RecursionError, tarfile.TarError):
         return FileKind("a damaged tar archive", AGAIN)
     if {"pickle", "storages"} <= set(names):
         return FileKind(
@@ -168,7 +174,7 @@ def safetensors_header(path: Path) -> dict[str, Any]:
             return {}
         words = beginning + file.read(length - 1)
     try:
-        header = json.loads(words)
+        header = parse_json(words)
     except ValueError:
         return {}
     return header if isinstance(header, dict) else {}

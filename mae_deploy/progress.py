@@ -22,7 +22,7 @@ from rich.progress import (
 from rich.table import Column
 from rich.text import Text
 
-from mae_deploy.text import duration
+from mae_deploy.text import duration, printable
 
 console = Console(stderr=True)
 """Where everything but results goes."""
@@ -48,7 +48,7 @@ def notice(label: str, text: str, *, own: bool = False) -> None:
         own: it is about this process alone; of what all processes of a run say, only the first one's is shown.
     """
     if own or os.environ.get("RANK", "0") == "0":
-        console.print(Text.assemble((label, "yellow"), " ", text), soft_wrap=True)
+        console.print(Text.assemble((label, "yellow"), " ", printable(text)), soft_wrap=True)
 
 
 def heading(text: str) -> None:

@@ -8,10 +8,10 @@ from typing import Any
 
 from mae_deploy import __version__
 from mae_deploy.config import merge
-from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.errors import ConfigError, import_optional, reason
 from mae_deploy.files import read_json
 from mae_deploy.packages import is_later, upgrade
-from mae_deploy.text import decode_text
+from mae_deploy.text import as_size, decode_text
 
 RECIPES = Path(__file__).parent / "recipes"
 """The recipes that ship with the package; `--recipe NAME` finds them without a path."""
@@ -21,6 +21,9 @@ RUN_CONFIG = "config.yaml"
 
 ENVIRONMENT = "environment.json"
 """What a run ran on, beside its settings."""
+
+_MOST_BYTES, _MOST_VALUES, _LONGEST = 1 << 17, 1 << 16, 1 << 12
+"""Of a recipe and of a value in it; the largest that ship have 2 kB and 60 values."""
 
 EXTENDS = "extends"
 """The key of a recipe that names the recipe it builds on."""
@@ -94,12 +97,12 @@ def parse_assignment(text: str) -> dict[str, Any]:
     key, equals, value = text.partition("=")
     if not equals or not key:
         raise ConfigError(f"--set {text}", hint="write it as --set section.key=value")
-    yaml = import_optional("yaml", extra="train")
     try:
-        nested: Any = yaml.safe_load(value)
-    except yaml.YAMLError as error:
+        nested = _parse_yaml(value)
+    except ValueError as error:
         raise ConfigError(
-            f"--set {text}: the value is not YAML", hint="quote what YAML reads as its own, such as --set 'key=\"[\"'"
+            f"--set {text:.80}: the value is not YAML",
+            hint="quote what YAML reads as its own, such as --set 'key=\"[\"'",
         ) from error
     for part in reversed(key.split(".")):
         nested = {part: nested}
@@ -117,11 +120,59 @@ def _find_recipe(path: Path, *, name: str | None = None) -> Path:
 
 
 def _read_mapping(path: Path) -> dict[str, Any]:
-    yaml = import_optional("yaml", extra="train")
     try:
-        values = yaml.safe_load(decode_text(path.read_bytes()))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        if path.stat().st_size > _MOST_BYTES:
+            raise ValueError(f"it has more than {as_size(_MOST_BYTES)}")
+        values = _parse_yaml(decode_text(path.read_bytes()))
+    except ValueError as error:
         raise ConfigError(f"recipe {path} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(values or {}, dict):
         raise ConfigError(f"recipe {path} must be a mapping of settings, not {type(values).__name__}")
     return values or {}
+
+
+def _parse_yaml(text: str) -> Any:
+    """Plain values of a YAML text.
+
+    Raises:
+        ValueError: it is none, wants objects made, or is nested or repeats itself beyond what anybody wrote by hand.
+    """
+    yaml = import_optional("yaml", extra="train")
+    try:
+        loader = yaml.SafeLoader(text)
+        document = loader.get_single_node()
+        if document is None:
+            return None
+        _size(document, {})
+        return loader.construct_document(document)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(reason(error)) from error
+    except Exception as error:  # of any kind: a word with a tag, such as !!bool x, raises what its reader does
+        raise ValueError(f"a word is not what its tag (!!int, !!bool, …) says: {reason(error)}") from error
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values a part of a document has with each of its aliases written out: a few lines can stand for
+    billions.
+
+    Args:
+        known: of nodes that were counted; 0: it is being counted, so a node that comes back to it holds itself.
+    """
+    if not isinstance(node.value, list):
+        if len(node.value) > _LONGEST:
+            raise ValueError(f"it has a value of {len(node.value)} characters")
+        return 1
+    if id(node) not in known:
+        known[id(node)] = 0
+        parts = [part for item in node.value for part in (item if isinstance(item, tuple) else (item,))]
+        names = [name.value for name, _ in node.value if isinstance(name.value, str)] if node.id == "mapping" else []
+        if len(set(names)) < len(names):
+            raise ValueError(f"it has '{next(name for name in names if names.count(name) > 1):.80}' twice")
+        known[id(node)] = 1 + sum(_size(part, known) for part in parts)
+    if not 0 < known[id(node)] <= _MOST_VALUES:
+        raise ValueError(
+            "its aliases (*name) stand for too much" if known[id(node)] else "an alias (*name) holds itself"
+        )
+    return known[id(node)]

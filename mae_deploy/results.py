@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from mae_deploy.text import printable
+
 
 @dataclasses.dataclass(frozen=True)
 class Items:
@@ -40,7 +42,7 @@ def show(result: Any, *, as_json: bool) -> None:
         sys.stdout.write("\n")
         return
     if isinstance(result.view, Items):
-        sys.stdout.writelines(f"{line}\n" for line in result.view.make())
+        sys.stdout.writelines(f"{printable(line)}\n" for line in result.view.make())
         return
     from rich.console import Console
     from rich.markup import escape
@@ -95,4 +97,4 @@ def as_text(value: Any, comma: str = ", ") -> str:
         return ", ".join(f"{name} {as_text(item, comma)}" for name, item in value.items())
     if isinstance(value, tuple | list):
         return comma.join(as_text(item, comma) for item in value)
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    return f"{value:g}" if isinstance(value, float) else printable(str(value))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import codecs
+import json
 import re
 from collections.abc import Iterable
 from typing import Any
 
 _LONGEST = 1_000_000
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but for tab and line end, those that turn the direction of writing, and halves of characters."""
 _PREFIXES = ("", "k", "M", "G", "T", "P", "E")
 _SECONDS = {"": 1.0, "us": 1e-6, "ms": 1e-3, "s": 1.0, "min": 60.0, "h": 3600.0}
 
@@ -22,6 +25,33 @@ def decode_text(content: bytes, *, errors: str = "strict") -> str:
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return content.decode("utf-16", errors)
     return content.removeprefix(codecs.BOM_UTF8).decode("utf-8", errors)
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        ValueError: it is none, nested so deeply that no program of ours wrote it, or gives a name two values, of which
+            every reader would choose its own.
+    """
+    try:
+        return json.loads(content if isinstance(content, str) else decode_text(content), object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"it has '{name:.80}' twice")
+        found[name] = value
+    return found
+
+
+def printable(text: str) -> str:
+    """Text from a file as a terminal may be shown it: control characters, which move and colour, are written out."""
+    return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 def expand_range(item: Any) -> Iterable[Any]:

@@ -7,8 +7,6 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-import zipfile
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +21,7 @@ from mae_deploy.config import to_dict
 from mae_deploy.export.reference import restoring
 from mae_deploy.export.samples import CalibrationImages, _digest
 from mae_deploy.files import atomic_path, sha256
+from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.read import Array
 from mae_deploy.machine import cache_folder
 from mae_deploy.models.mae import MaskedAutoencoder
@@ -165,17 +164,15 @@ def _load(file: Path, names: Sequence[str]) -> Calibration | None:
     """A cached calibration, or None where there is none that can be read."""
     attentions = [name.removesuffix(".qkv") for name in names if name.endswith(".qkv")]
     try:
-        with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            return Calibration(
-                stats={
-                    name: ActivationStats(**{field: arrays[f"{name}/{field}"] for field in _FIELDS}) for name in names
-                },
-                attention_absmax={name: arrays[f"{name}/absmax"] for name in attentions},
-                num_images=int(arrays["num_images"]),
-                images_sha256=str(arrays["images_sha256"]),
-                cached=True,
-            )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error):
+        arrays = read_npz(file)
+        return Calibration(
+            stats={name: ActivationStats(**{field: arrays[f"{name}/{field}"] for field in _FIELDS}) for name in names},
+            attention_absmax={name: arrays[f"{name}/absmax"] for name in attentions},
+            num_images=int(arrays["num_images"]),
+            images_sha256=str(arrays["images_sha256"]),
+            cached=True,
+        )
+    except (ValueError, TypeError, KeyError):
         return None
 
 

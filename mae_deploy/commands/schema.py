@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import math
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
@@ -72,7 +71,7 @@ def _schema(kind: Any, bounds: dict[str, float]) -> dict[str, Any]:
     if get_origin(kind) is dict:
         return {"type": "object"}
     if get_origin(kind) is not tuple:
-        limits = {_BOUNDS[bound]: limit for bound, limit in bounds.items() if limit != math.inf}
+        limits = {_BOUNDS[bound]: limit for bound, limit in bounds.items()}
         return {**_TYPES[kind], **limits}
     inner = get_args(kind)
     one = _schema(inner[0], bounds)

@@ -15,6 +15,8 @@ from mae_deploy.text import decode_text
 _STDIN = "-"
 _LIST = "@"
 _SHOWN = 3
+_PATH = 1000
+"""Characters of a name that is shown whole."""
 _LONGEST = 40
 
 
@@ -82,4 +84,4 @@ def _listed(content: bytes, where: str) -> Iterator[Named]:
 
 def _printable(text: str) -> str:
     """A name as it is, unless it is none: an image's bytes, say."""
-    return text if text.isprintable() else f"{text[:_LONGEST]!r}"
+    return text if text.isprintable() and len(text) < _PATH else f"{text[:_LONGEST]!r}"

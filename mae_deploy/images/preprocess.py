@@ -31,6 +31,9 @@ if TYPE_CHECKING:  # imported where it is used: a device that is given normalise
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
+_LEAST_CROP = 0.01
+"""An image is resized to the input's size over this share of it: a smaller one fills the memory."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocess:
@@ -66,8 +69,12 @@ class Preprocess:
         for name, kind in (("interpolation", Interpolation), ("crop_mode", CropMode)):
             if (value := getattr(self, name)) not in get_args(kind):
                 raise ConfigError(f"{name} {value!r} is not one of {', '.join(get_args(kind))}")
-        if not self.crop_pct > 0:
-            raise ConfigError(f"crop_pct {self.crop_pct:g} must be above 0")
+        if not _LEAST_CROP <= self.crop_pct <= 1 / _LEAST_CROP:
+            raise ConfigError(
+                f"crop_pct {self.crop_pct:g} must be above 0, from {_LEAST_CROP:g} to {1 / _LEAST_CROP:g}"
+            )
+        if min(self.image_size) < 1:
+            raise ConfigError(f"image_size {self.image_size} must be at least 1")
         if self.pixel_max is not None and not self.pixel_max > 0:
             raise ConfigError(
                 f"pixel_max {self.pixel_max:g} must be above 0",

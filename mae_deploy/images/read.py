@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, BinaryIO, NamedTuple, TypeVar
 import numpy as np
 
 from mae_deploy.errors import ConfigError, MaeDeployError
-from mae_deploy.file_kinds import stand_in
+from mae_deploy.file_kinds import is_special, stand_in
 from mae_deploy.images.arrays import (
     NUMPY_SUFFIX,
     TIFF_SUFFIXES,
@@ -236,6 +236,8 @@ _SILENCE = _Silence()
 @contextlib.contextmanager
 def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
     """The content as a file, where there is any; whatever goes wrong is an `UnreadableImage` that names the path."""
+    if content is None and is_special(path):
+        raise UnreadableImage(f"{path}: it is no file")
     file = None if content is None else io.BytesIO(content)
     try:
         yield file
@@ -255,10 +257,8 @@ def _what_is_there(path: Path, content: bytes | None) -> str | None:
             head = file.read(_HEAD)
     except OSError:
         return None
-    if not head:
-        return "the file is empty"
     instead = stand_in(head)
-    return f"it is {instead.words}" if instead is not None else None
+    return f"it is {instead.words}" if instead is not None else (None if head else "the file is empty")
 
 
 def name_of_bytes(content: bytes) -> Path:

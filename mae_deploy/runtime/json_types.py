@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import re
+import sys
 import types
 import typing
 from typing import Any, Literal, Union, get_args, get_origin
 
 from mae_deploy.errors import ConfigError
+
+_LARGEST = sys.float_info.max
+"""Beyond it lie infinity and whole numbers that no arithmetic takes; NaN is no number up to it."""
 
 
 def check_keys(value: Any, hints: dict[str, Any], required: frozenset[str], where: str) -> None:
@@ -49,5 +53,5 @@ def _is_plain(value: Any, kind: Any) -> bool:
     if origin is Literal:
         return isinstance(value, str) and value in arguments
     if kind in (int, float):
-        return isinstance(value, (int, kind)) and not isinstance(value, bool)
+        return isinstance(value, (int, kind)) and not isinstance(value, bool) and abs(value) <= _LARGEST
     return kind is Any or (kind in (str, bool, type(None)) and isinstance(value, kind))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -89,10 +91,45 @@ def load_model(path: Path) -> tuple[Encoder, LoadedWeights]:
 
 def model_of(loaded: LoadedWeights) -> Encoder:
     """The model of these weights, in evaluation mode; it shares their memory."""
+    _check_sizes(loaded)
     with torch.device("meta"):  # nothing is allocated or initialised that the weights replace
         model = build_model(loaded.metadata)
     load_strict(model, loaded.tensors, assign=True)
     return model.eval()
+
+
+_LARGER = 4
+"""Times that metadata may tell of more than the tensors have; whether they fit exactly is seen when they are loaded."""
+
+
+def _check_sizes(loaded: LoadedWeights) -> None:
+    """Whether the metadata tell of a model that is about as large as these tensors: one of 10^9 blocks would never be
+    built.
+
+    Raises:
+        CheckFailed: it is much larger.
+    """
+    config, tensors = loaded.encoder_config, loaded.tensors
+    decoder = from_dict(DecoderConfig, loaded.metadata.decoder or {})
+    told = {
+        "blocks": (config.blocks, _count(tensors, "blocks")),
+        "decoder blocks": (decoder.decoder_depth, _count(tensors, "decoder_blocks")),
+        "width": (config.width, _size(tensors, "norm.weight", 0)),
+        "MLP width": (config.width * config.mlp_ratio, _size(tensors, "blocks.0.mlp.fc1.weight", 0)),
+        "positions": (math.prod(config.grid_size), _size(tensors, "pos_embed", 1)),
+        "decoder width": (decoder.decoder_embed_dim, _size(tensors, "decoder_norm.weight", 0)),
+    }
+    for name, (size, found) in told.items():
+        if found and size > _LARGER * found:
+            raise CheckFailed(f"the weights do not fit their metadata: {name} {found}, not {size}")
+
+
+def _count(tensors: Mapping[str, Tensor], blocks: str) -> int:
+    return len({name.split(".")[1] for name in tensors if name.startswith(f"{blocks}.")})
+
+
+def _size(tensors: Mapping[str, Tensor], name: str, dim: int) -> int:
+    return tensors[name].shape[dim] if name in tensors and tensors[name].ndim > dim else 0
 
 
 def encoder_of(loaded: LoadedWeights) -> Encoder:

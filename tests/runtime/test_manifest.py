@@ -190,8 +190,8 @@ def test_wrong_types(valid: dict[str, Any], key: str, value: Any, message: str) 
         ("tolerance/colour", 1.0, "unknown tolerance 'colour'"),
         ("tolerance", {}, "no measure covers every output"),
         ("tolerance", {"top1_agreement": 0.99, "cosine": None}, "no measure covers every output"),
-        ("tolerance/max_abs", float("inf"), "max_abs inf"),
-        ("tolerance/max_abs", float("nan"), "max_abs nan"),
+        ("tolerance/max_abs", float("inf"), "'tolerance.max_abs' must be float"),
+        ("tolerance/max_abs", float("nan"), "'tolerance.max_abs' must be float"),
         ("tolerance/cosine", -1, "cosine -1"),
     ],
 )

@@ -14,6 +14,7 @@ from PIL import Image
 
 from mae_deploy.data.decode import Shrink, decode
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import is_special
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 
@@ -329,6 +330,8 @@ def read_file(path: Path) -> bytes:
         UnreadableImage: it cannot be read.
     """
     try:
+        if is_special(path):
+            raise UnreadableImage(f"{path}: it is no file")
         return path.read_bytes()
     except OSError as error:
         raise UnreadableImage(f"{path}: {error.strerror}") from error

@@ -160,7 +160,8 @@ def scan(path: Path) -> Shard:
                     if name in images:
                         left_out.add(TWICE, name)
                     images[name] = (member.name, member.offset_data, member.size)
-    except (tarfile.TarError, EOFError) as error:
+    # a header may lead to headers, each read within the one before
+    except (tarfile.TarError, EOFError, ValueError, RecursionError) as error:
         found = f"after {len(images)} images " if images else ""
         raise ConfigError(
             f"{path} ends {found}in the middle, or is not a tar file ({error})",
@@ -213,12 +214,30 @@ def _index(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         return {}
     index = read_json(path)
-    if not isinstance(index, dict) or index.get("format") != FORMAT:
+    shards = index.get("shards") if isinstance(index, dict) and index.get("format") == FORMAT else None
+    if not isinstance(shards, list) or not all(map(_is_entry, shards)):
         raise ConfigError(
             f"{path} is not an index of shards that this version reads",
             hint=f"{upgrade()}, or remove it: the shards are then indexed by their headers",
         )
-    return {entry["name"]: entry for entry in index["shards"]}
+    return {entry["name"]: entry for entry in shards}
+
+
+def _is_entry(entry: Any) -> bool:
+    """Whether a part of the index has of each image its name, label and place in a file of that length."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str) or type(entry.get("bytes")) is not int:
+        return False
+    names, *numbers = (entry.get(key) for key in ("names", "offsets", "sizes", "labels"))
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        return False
+    if any(not isinstance(values, list) or len(values) != len(names) for values in numbers):
+        return False
+    return all(
+        type(offset) is type(size) is type(label) is int
+        and 0 <= offset <= offset + size <= entry["bytes"]
+        and UNLABELLED <= label < 1 << 63
+        for offset, size, label in zip(*numbers, strict=True)
+    )
 
 
 def _classes(

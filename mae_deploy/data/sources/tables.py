@@ -88,6 +88,7 @@ class TableSource(Encoded):
         tables = [_open(path) for path in paths]
         self._image = _column(tables[0].schema, columns.image, _IMAGES, "--image-column", name)
         _check_columns(paths, tables, self._image)
+        _check_images(tables[0].schema.field(self._image).type, self._image, name)
         self._chunks = [chunk for table in tables for chunk in table.column(self._image).chunks]
         self._starts = np.cumsum([0, *map(len, self._chunks)])
         self.class_names: tuple[str, ...] | None = None
@@ -164,6 +165,20 @@ def _check_columns(paths: Sequence[Path], tables: Sequence[Any], column: str) ->
         if column not in table.schema.names:
             there = ", ".join(table.schema.names)
             raise ConfigError(f"{path} has the columns {there}, and not {column}, as {paths[0].name} has")
+
+
+def _check_images(kind: Any, column: str, name: str) -> None:
+    """Whether a column may hold images: bytes, or bytes beside the file's name."""
+    import pyarrow
+
+    of_bytes = (pyarrow.types.is_binary, pyarrow.types.is_large_binary, pyarrow.types.is_fixed_size_binary)
+    inner = getattr(kind, "storage_type", kind)
+    inner = inner.value_type if pyarrow.types.is_dictionary(inner) else inner
+    if not any(fits(inner) for fits in (*of_bytes, pyarrow.types.is_struct, pyarrow.types.is_null)):
+        raise ConfigError(
+            f"the column {column} of {name} holds {kind}, not images",
+            hint="say with --image-column which one holds their bytes",
+        )
 
 
 def _class_names(schema: Any, column: str, folder: Path) -> tuple[str, ...] | None:

@@ -45,9 +45,11 @@ class Rounding:
     def scales(self, absmax: Tensor | npt.ArrayLike) -> Tensor:
         """The scales of what is within these magnitudes, float32 of any shape."""
         scales = torch.as_tensor(absmax, dtype=torch.float32) / self.largest
-        # FP16 in the graph, which has all its digits from 6e-5 on; a larger scale loses no digit of FP8.
+        # FP16 in the graph, which has all its digits from 6e-5 on; a larger scale loses no digit of FP8. Beyond FP16's
+        # largest number it would be infinite, and all that it scales NaN.
         if self.dtype == FP8.dtype:
-            return scales.clamp(min=torch.finfo(torch.float16).tiny).half().float()
+            half = torch.finfo(torch.float16)
+            return scales.clamp(half.tiny, half.max).half().float()
         # Rows of zeros, and those so small that the scale has no full precision, become zeros: what they add is below
         # float32's smallest number.
         return torch.where(scales < torch.finfo(torch.float32).tiny, 1.0, scales)

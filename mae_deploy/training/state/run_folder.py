@@ -21,6 +21,7 @@ from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
 from mae_deploy.progress import notice
 from mae_deploy.recipe import ENVIRONMENT, RUN_CONFIG, check_written_by, read_recipe
+from mae_deploy.text import parse_json
 from mae_deploy.training.state.lock import LOCK, RunLock
 from mae_deploy.training.state.progress import PROGRESS, STATE, damage
 
@@ -175,8 +176,7 @@ def _resumable(checkpoint: Path) -> bool:
 
 def read_metrics(run: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
     """The lines of a run's JSONL file."""
-    path = run / name
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+    return _lines(run / name)
 
 
 def environment() -> dict[str, Any]:
@@ -233,12 +233,12 @@ def _git_revision() -> str | None:
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """A JSONL file's lines, without one that a kill cut short."""
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
+    """A JSONL file's lines, without one that a kill cut short or something else has damaged."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     found = []
     for line in text.splitlines():
         try:
-            value = json.loads(line)
+            value = parse_json(line)
         except ValueError:
             continue
         if isinstance(value, dict):
@@ -248,6 +248,6 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 def _step_of(line: str) -> int | None:
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(parse_json(line)["step"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from mae_deploy.checkpoint import METADATA, OWN_RECORD, SCHEMA_VERSION, WEIGHTS, Metadata, read_record
@@ -12,6 +11,7 @@ from mae_deploy.files import read_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.reporting.preprocess import PREPROCESS_FROM
+from mae_deploy.text import parse_json
 from mae_deploy.weights.read.files import Source
 
 
@@ -90,7 +90,7 @@ def refuse_without_record(source: Source, *, known: bool) -> None:
 
 def _parsed(words: Any) -> dict[str, Any]:
     try:
-        value = json.loads(words) if isinstance(words, str) else {}
+        value = parse_json(words) if isinstance(words, str) else {}
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}

@@ -1,0 +1,221 @@
+"""Image files that mean harm, or are not what they seem."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+Write = Callable[[Path], Path]
+"""Writes an image below a folder; returns its path."""
+
+
+def _file(name: str, content: bytes | Callable[[], bytes]) -> Write:
+    def write(folder: Path) -> Path:
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content())
+        return folder / name
+
+    return write
+
+
+def png(width: int, height: int, data: bytes = b"", *, depth: int = 8, colour: int = 2, more: bytes = b"") -> bytes:
+    """A PNG of this header, whatever its data."""
+    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + _chunk(b"IHDR", header) + more + _chunk(b"IDAT", data) + _chunk(b"IEND", b"")
+
+
+def _chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def _saved(mode: str, kind: str, size: tuple[int, int] = (23, 31), **options: object) -> Callable[[], bytes]:
+    def make() -> bytes:
+        values = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 4), np.uint8)
+        image = Image.fromarray(values)
+        if mode == "I;16":
+            image = Image.fromarray(values[:, :, 0].astype(np.uint16) * 257)
+        elif mode == "F":
+            image = Image.fromarray(values[:, :, 0].astype(np.float32))
+        else:
+            image = image.convert(mode)
+        written = io.BytesIO()
+        image.save(written, kind, **options)
+        return written.getvalue()
+
+    return make
+
+
+def _exif(orientation: int, more: bytes = b"") -> Callable[[], bytes]:
+    def make() -> bytes:
+        exif = Image.Exif()
+        exif[274] = orientation
+        return _saved("RGB", "JPEG", exif=exif.tobytes() + more)()
+
+    return make
+
+
+def _raw_exif(content: bytes) -> Callable[[], bytes]:
+    return lambda: _saved("RGB", "JPEG", exif=b"Exif\0\0" + content)()
+
+
+def _frames(kind: str) -> Callable[[], bytes]:
+    def make() -> bytes:
+        pictures = [Image.new("RGB", (20, 20), (shade, 0, 0)) for shade in range(0, 250, 5)]
+        written = io.BytesIO()
+        pictures[0].save(written, kind, save_all=True, append_images=pictures[1:])
+        return written.getvalue()
+
+    return make
+
+
+def _cut(make: Callable[[], bytes], share: float) -> Callable[[], bytes]:
+    return lambda: make()[: int(len(make()) * share)]
+
+
+def _zeros_deflated(mebibytes: int) -> bytes:
+    packer = zlib.compressobj(9)
+    return b"".join([packer.compress(bytes(1 << 20)) for _ in range(mebibytes)]) + packer.flush()
+
+
+def _pipe(folder: Path) -> Path:
+    os.mkfifo(folder / "pipe.png")
+    return folder / "pipe.png"
+
+
+def _link(target: str) -> Write:
+    def write(folder: Path) -> Path:
+        (folder / "link.png").symlink_to(target)
+        return folder / "link.png"
+
+    return write
+
+
+def _sparse(folder: Path) -> Path:
+    with (folder / "sparse.jpg").open("wb") as file:
+        file.write(_saved("RGB", "JPEG")())
+        file.truncate(1 << 40)
+    return folder / "sparse.jpg"
+
+
+def _npy(shape: str, data: bytes = b"", descr: str = "'|u1'") -> bytes:
+    words = f"{{'descr': {descr}, 'fortran_order': False, 'shape': {shape}, }}".encode()
+    words += b" " * (-(len(words) + 11) % 64) + b"\n"
+    return b"\x93NUMPY\x01\x00" + len(words).to_bytes(2, "little") + words + data
+
+
+def _tiff(width: int, height: int, strips: int = 1) -> bytes:
+    """A TIFF that promises so many pixels."""
+    entries = [
+        (256, 4, 1, width),
+        (257, 4, 1, height),
+        (258, 3, 1, 8),
+        (259, 3, 1, 1),
+        (262, 3, 1, 1),
+        (273, 4, strips, 8),
+        (277, 3, 1, 1),
+        (278, 4, 1, height),
+        (279, 4, strips, 16),
+    ]
+    body = struct.pack("<H", len(entries)) + b"".join(struct.pack("<HHII", *entry) for entry in entries)
+    return b"II*\0" + struct.pack("<I", 8) + body + struct.pack("<I", 8) + bytes(64)  # the next page is this one
+
+
+_SVG = b"""<?xml version="1.0"?><!DOCTYPE svg [<!ENTITY x SYSTEM "file:///etc/passwd">]>
+<svg xmlns="http://www.w3.org/2000/svg" width="10" height="10"><image href="file:///etc/passwd"/>&x;</svg>"""
+_EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(%pipe%touch CANARY) (w) file\n%%EOF\n"
+_XPM = b'/* XPM */\nstatic char *x[] = {"99999 99999 1 1", "a c #000000"};\n'
+
+HARMLESS = "fine: "
+"""How the names of those begin that are images, and must be read."""
+
+PICTURES: dict[str, Write] = {
+    "PNG of 65,535 x 65,535": _file("a.png", png(65535, 65535, zlib.compress(bytes(1 << 20)))),
+    "PNG of 2^31 pixels wide": _file("a.png", png(2**31 - 1, 1)),
+    "PNG of no pixels": _file("a.png", png(0, 0)),
+    "PNG just below the limit": _file("a.png", lambda: png(13_000, 13_000, zlib.compress(bytes(1 << 20)))),
+    "PNG bomb of 1 GB in one chunk": _file("a.png", lambda: png(64, 64, _zeros_deflated(1024))),
+    "PNG with a text bomb": _file(
+        "a.png",
+        lambda: png(4, 4, zlib.compress(bytes(4 * 13)), more=_chunk(b"zTXt", b"x\0\0" + _zeros_deflated(512))),
+    ),
+    "PNG with a profile bomb": _file(
+        "a.png",
+        lambda: png(4, 4, zlib.compress(bytes(4 * 13)), more=_chunk(b"iCCP", b"x\0\0" + _zeros_deflated(512))),
+    ),
+    "PNG with a chunk of 2 GB": _file("a.png", png(4, 4)[:33] + struct.pack(">I", 2**31 - 1) + b"IDAT"),
+    "PNG cut off": _file("a.png", _cut(_saved("RGB", "PNG"), 0.6)),
+    "PNG without data": _file("a.png", png(23, 31)),
+    "JPEG cut off": _file("a.jpg", _cut(_saved("RGB", "JPEG"), 0.5)),
+    "JPEG of 65,535 x 65,535": _file(
+        "a.jpg",
+        lambda: _saved("RGB", "JPEG")().replace(struct.pack(">HH", 31, 23), struct.pack(">HH", 65535, 65535), 1),
+    ),
+    "JPEG of one byte": _file("a.jpg", b"\xff"),
+    "WebP cut off": _file("a.webp", _cut(_saved("RGB", "WEBP"), 0.5)),
+    "GIF cut off": _file("a.gif", _cut(_saved("RGB", "GIF"), 0.4)),
+    "BMP of 2^31 rows": _file(
+        "a.bmp", b"BM" + struct.pack("<IIIIiiHHIIiiII", 54, 0, 54, 40, 9, -(2**31), 1, 24, 0, 0, 1, 1, 0, 0)
+    ),
+    "TIFF of 10^9 x 10^9": _file("a.tif", _tiff(10**9, 10**9)),
+    "TIFF whose pages run in a circle": _file("a.tif", _tiff(8, 8)),
+    "TIFF of 10^9 strips": _file("a.tif", _tiff(8, 8, 10**9)),
+    "TIFF of a header alone": _file("a.tif", b"II*\0\xff\xff\xff\xff"),
+    "PPM of 10^9 x 10^9": _file("a.ppm", b"P6\n1000000000 1000000000\n255\n"),
+    "PPM of 10^4 digits": _file("a.ppm", b"P6\n" + b"9" * 10_000 + b" 1\n255\n"),
+    "XPM of 99,999 x 99,999": _file("a.xpm", _XPM),
+    "ICO in a circle": _file("a.ico", b"\0\0\1\0\xff\xff" + bytes(range(256)) * 4),
+    "PSD of 30,000 x 30,000": _file(
+        "a.psd", b"8BPS\0\1" + bytes(6) + struct.pack(">HIIHH", 3, 30000, 30000, 8, 3) + bytes(16)
+    ),
+    "SVG with an entity": _file("a.svg", _SVG),
+    "SVG by the name of PNG": _file("a.png", _SVG),
+    "EPS that runs": _file("a.eps", _EPS),
+    "EPS by the name of PNG": _file("a.png", _EPS),
+    "PDF by the name of JPEG": _file("a.jpg", b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\n"),
+    "program by the name of PNG": _file("a.png", b"\x7fELF" + bytes(200)),
+    "empty": _file("a.png", b""),
+    "zeros": _file("a.png", bytes(5000)),
+    "text by the name of PNG": _file("a.png", b"hello"),
+    "web page by the name of JPEG": _file("a.jpg", b"<!DOCTYPE html><html></html>"),
+    "folder by the name of PNG": lambda folder: (folder / "a.png").mkdir() or folder / "a.png",  # type: ignore[func-returns-value]
+    "pipe by the name of PNG": _pipe,
+    "link to /dev/zero": _link("/dev/zero"),
+    "link to itself": _link("link.png"),
+    "link to nothing": _link("absent.png"),
+    "NumPy of 10^12": _file("a.npy", _npy("(10**6, 10**6, 3)")),
+    "NumPy of 10^12, a number": _file("a.npy", _npy("(1000000, 1000000, 3)", bytes(64))),
+    "NumPy of objects": _file("a.npy", _npy("(2, 2, 3)", b"\x80\x04cposix\nsystem\n.", "'|O'")),
+    "NumPy of text": _file("a.npy", _npy("(2, 2, 3)", bytes(48), "'<U1'")),
+    "NumPy of NaN": _file("a.npy", _npy("(2, 2, 3)", b"\0\0\xc0\x7f" * 12, "'<f4'")),
+    "NumPy cut off": _file("a.npy", _npy("(20, 20, 3)", bytes(7))),
+    "NumPy of 60 dimensions": _file("a.npy", _npy("(" + "1, " * 60 + ")", bytes(1))),
+    "NumPy of a shape below zero": _file("a.npy", _npy("(-2, 2, 3)", bytes(64))),
+    "NumPy whose header is deep": _file("a.npy", _npy("(" * 5000 + ")" * 5000)),
+    "EXIF that ends within a tag": _file("a.jpg", _raw_exif(b"II*\0\x08\0\0\0\xff\xff")),
+    "EXIF in a circle": _file("a.jpg", _raw_exif(b"II*\0\x08\0\0\0\1\0\x69\x87\4\0\1\0\0\0\x08\0\0\0\x08\0\0\0")),
+    "EXIF with orientation 99": _file("a.jpg", _exif(99)),
+    **{
+        f"{HARMLESS}{name}": _file(f"a.{suffix}", make)
+        for name, suffix, make in (
+            ("EXIF with orientation 6", "jpg", _exif(6)),
+            ("JPEG of CMYK", "jpg", _saved("CMYK", "JPEG")),
+            ("PNG of 16 bits", "png", _saved("I;16", "PNG")),
+            ("PNG with a palette", "png", _saved("P", "PNG")),
+            ("PNG of one bit", "png", _saved("1", "PNG")),
+            ("PNG of grey and alpha", "png", _saved("LA", "PNG")),
+            ("animated GIF", "gif", _frames("GIF")),
+            ("animated PNG", "png", _frames("PNG")),
+            ("animated WebP", "webp", _frames("WEBP")),
+            ("JPEG by the name of PNG", "png", _saved("RGB", "JPEG")),
+            ("PNG of 1 x 1", "png", _saved("RGB", "PNG", (1, 1))),
+            ("PNG of 1 x 5,000", "png", _saved("RGB", "PNG", (1, 5000))),
+        )
+    },
+    "JPEG that is followed by 1 TB": _sparse,
+}
