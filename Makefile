@@ -17,8 +17,8 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --pretty=%ct 2>/dev/null || echo 
 PYTEST ?= OMP_NUM_THREADS=1 $(BIN)/pytest --no-header --numprocesses=logical --maxprocesses=4
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart install test tensorrt faults cluster crash endurance format lint types contracts check docs wheel
-.PHONY: sbom clean
+.PHONY: help quickstart install test tensorrt faults hostile fuzz mutants cluster crash endurance format lint types
+.PHONY: contracts check docs wheel sbom clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/\1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r name what; do printf '  make %-11s %s\n' "$$name" "$$what"; done
@@ -36,6 +36,17 @@ tensorrt: .venv/.installed ## read and build every kind of graph with NVIDIA's b
 
 faults: .venv/.installed ## plant every kind of fault into every kind of bundle, and count what verify finds
 	@$(BIN)/python -m tests.faults.run --clean 1000 --out faults.json
+
+hostile: .venv/.installed ## give every hostile file to every command that reads such a file
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.run
+
+fuzz: .venv/.installed ## change bytes of whole files and read them, for some minutes
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzz
+
+# mutmut stands in a folder of its own: it brings another pytest.
+mutants: .venv/.installed ## change the code of masks, loss, parity and bundles, and count what the tests find
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/mutmut mutmut==3.8.1
+	@OMP_NUM_THREADS=1 PYTHONPATH=build/mutmut $(BIN)/python -m mutmut run
 
 cluster: .venv/.installed ## embed on a cluster of two processes that Ray starts here
 	@MAE_DEPLOY_TEST_RAY=1 OMP_NUM_THREADS=1 $(BIN)/pytest --no-header -q tests/commands/embed -k cluster

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from mae_deploy.runtime.manifest import GOLDEN_FILE, GRAPH_FILE, MANIFEST_FILE, file_entry
 
-Write = Callable[[Path], None]
+Write = Callable[[Path], object]
 """Makes the copy of a bundle hostile."""
 
 
@@ -70,7 +70,7 @@ def _named(name: str, key: str) -> Write:
     return _manifest(edit)
 
 
-def _instead(name: str, make: Callable[[Path], None]) -> Write:
+def _instead(name: str, make: Callable[[Path], object]) -> Write:
     """Something else in the place of a file."""
 
     def write(folder: Path) -> None:
@@ -251,7 +251,7 @@ BUNDLES: dict[str, Write] = {
     ),
     "manifest of a huge number": _words(lambda text: text.replace('"num_patches": 10', '"num_patches": ' + "9" * 5000)),
     "manifest cut off": _words(lambda text: text[: len(text) // 2]),
-    "manifest of bytes": lambda folder: (folder / MANIFEST_FILE).write_bytes(bytes(range(256))) and None,
+    "manifest of bytes": lambda folder: (folder / MANIFEST_FILE).write_bytes(bytes(range(256))),
     "manifest of 64 MB": _words(lambda text: text.rstrip()[:-1] + ', "x": "' + "x" * (64 << 20) + '"}'),
     "graph above the folder": _named("../outside.onnx", "graph"),
     "graph by its whole path": _named("/etc/passwd", "graph"),
@@ -290,7 +290,7 @@ BUNDLES: dict[str, Write] = {
     "golden of outputs of another shape": _golden(lambda arrays: arrays.update(cls=arrays["cls"][:, :5])),
     "golden of complex outputs": _golden(lambda arrays: arrays.update(cls=arrays["cls"].astype(np.complex64))),
     "golden of text outputs": _golden(lambda arrays: arrays.update(cls=np.array(["a"] * len(arrays["cls"])))),
-    "golden that is no archive": _instead(GOLDEN_FILE, lambda path: path.write_bytes(b"PK\x03\x04garbage") and None),
+    "golden that is no archive": _instead(GOLDEN_FILE, lambda path: path.write_bytes(b"PK\x03\x04garbage")),
     "golden frame of text": _golden(lambda arrays: arrays.update(frame=np.array("a"), frame_image=np.array("b"))),
     "golden frame without its image": _golden(lambda arrays: arrays.update(frame=np.zeros((4, 4, 3), np.uint8))),
     "weights above the folder": _external("../outside.data"),

@@ -95,6 +95,11 @@ def _bomb(folder: Path) -> Path:
     return folder / "train.parquet"
 
 
+def _arrow(folder: Path) -> Path:
+    (folder / "a.arrow").write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 4)
+    return folder / "a.arrow"
+
+
 def _list(content: bytes) -> Write:
     def write(folder: Path) -> Path:
         (folder / "list.txt").write_bytes(content)
@@ -161,10 +166,7 @@ DATA: dict[str, Write] = {
     "table of zeros": _parquet(lambda data: bytes(len(data))),
     "table that is empty": _parquet(lambda data: b""),
     "table bomb": _bomb,
-    "Arrow file of garbage": lambda folder: [
-        (folder / "a.arrow").write_bytes(b"ARROW1\0\0" + bytes(range(256)) * 4),
-        folder / "a.arrow",
-    ][1],  # type: ignore[return-value]
+    "Arrow file of garbage": _arrow,
     "shard of paths above": _tar(_member("../../outside.png", _png()), *_images(10)),
     "shard of whole paths": _tar(_member("/tmp/hostile-outside.png", _png()), *_images(10)),
     "shard of links": _tar(_member("a.png", kind=tarfile.SYMTYPE, link="/etc/passwd"), *_images(10)),

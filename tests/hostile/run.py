@@ -197,7 +197,7 @@ def _checkpoint(write: Callable[[Path, Path], None]) -> Write:
     return make
 
 
-def _bundle(write: Callable[[Path], None]) -> Write:
+def _bundle(write: Callable[[Path], object]) -> Write:
     def make(folder: Path) -> Path:
         for name, outside in (("encoder.onnx", "outside.onnx"), ("golden.npz", "outside.npz")):
             shutil.copyfile(FIXTURES / "bundles/visible" / name, folder / outside)

@@ -60,6 +60,10 @@ def _states(content: Callable[[bytes], bytes]) -> Write:
     return write
 
 
+def _setting(key: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    return lambda found: found.update({key: value})
+
+
 class _Runs:
     def __reduce__(self) -> Any:
         return os.system, ("touch CANARY",)
@@ -86,6 +90,7 @@ def _pipe(name: str) -> Write:
 
 
 _DEEP = b"[" * 50_000 + b"]" * 50_000
+_VALUES: tuple[Any, ...] = (-1, 10**30, "x", None, [], float("nan"))
 _PROGRESS = f"{_LAST}/state/progress.json"
 
 RUNS: dict[str, Write] = {
@@ -118,11 +123,9 @@ RUNS: dict[str, Write] = {
     "progress.json that is deep": _file(_PROGRESS, _DEEP),
     "progress.json of another key": _json(_PROGRESS, lambda value: value.update(unknown=1)),
     **{
-        f"progress.json of {key} {value!r:.20}": _json(
-            _PROGRESS, lambda found, key=key, value=value: found.update({key: value})
-        )  # type: ignore[misc]
+        f"progress.json of {key} {value!r:.20}": _json(_PROGRESS, _setting(key, value))
         for key in ("step", "images", "lr_factor", "good", "rollback_at", "candidate")
-        for value in (-1, 10**30, "x", None, [], float("nan"))
+        for value in _VALUES
     },
     "last that is a link out": _link("/etc"),
     "last that is a link to itself": _link("last"),

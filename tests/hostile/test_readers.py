@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from mae_deploy.checkpoint import find_checkpoint, open_checkpoint
 from mae_deploy.config import from_dict
@@ -95,8 +96,9 @@ def test_images(name: str, tmp_path: Path) -> None:
         check_error(error)
         assert not name.startswith(HARMLESS)
         return
-    assert image.size[0] * image.size[1] <= 1 << 20  # type: ignore[union-attr]
-    assert image.mode == "RGB"  # type: ignore[union-attr]
+    assert isinstance(image, Image.Image)
+    assert image.width * image.height <= 1 << 20
+    assert image.mode == "RGB"
 
 
 @pytest.mark.parametrize("name", quick(DATA))

@@ -32,7 +32,7 @@ def test_padding_changes_nothing(backbone: Backbone, data: st.DataObject, seed: 
     N, B = backbone.bundle.num_patches, data.draw(st.integers(1, 3))
     rows = [data.draw(st.permutations(range(N)))[: data.draw(st.integers(least, most))] for _ in range(B)]
     rng = np.random.default_rng(seed)
-    images = rng.standard_normal((B, *backbone.bundle.inputs[0]["shape"][1:])).astype(np.float32)
+    images = rng.standard_normal((B, 3, *backbone.bundle.model["image_size"])).astype(np.float32)
     together = backbone(images, rows)
     width = max(map(len, rows))
     filled = [data.draw(st.integers(-9, 99)) for _ in rows]

@@ -27,7 +27,7 @@ ROUNDINGS = pytest.mark.parametrize("rounding", [INT8, INT8_WEIGHTS_7], ids=["in
 
 @ROUNDINGS
 @given(weight=WEIGHTS)
-def test_a_weight_is_off_by_half_a_step_of_its_row(rounding: Rounding, weight: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_a_weight_is_off_by_half_a_step_of_its_row(rounding: Rounding, weight: np.ndarray) -> None:
     """1e-6 of a step more: the division and the product are rounded, too."""
     stored, scales = quantize_weight(weight, rounding=rounding)
     assert stored.dtype == np.int8
@@ -39,7 +39,7 @@ def test_a_weight_is_off_by_half_a_step_of_its_row(rounding: Rounding, weight: n
 
 @ROUNDINGS
 @given(weight=WEIGHTS)
-def test_what_was_rounded_stays(rounding: Rounding, weight: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_what_was_rounded_stays(rounding: Rounding, weight: np.ndarray) -> None:
     """1e-6 of each row's largest: its scale is the quotient of what a product was rounded to."""
     once = weight_round_trip(torch.tensor(weight), rounding)
     twice = weight_round_trip(once, rounding)
@@ -47,7 +47,7 @@ def test_what_was_rounded_stays(rounding: Rounding, weight: np.ndarray) -> None:
 
 
 @given(weight=WEIGHTS)
-def test_signs_and_zeros_stay(weight: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_signs_and_zeros_stay(weight: np.ndarray) -> None:
     for rounding in (INT8, FP8):
         rounded = weight_round_trip(torch.tensor(weight), rounding).numpy()
         assert (rounded * np.sign(weight) >= 0).all()
@@ -56,7 +56,7 @@ def test_signs_and_zeros_stay(weight: np.ndarray) -> None:  # type: ignore[type-
 
 
 @given(values=WEIGHTS, scale=st.floats(2.0**-20, 2.0**20, width=32))
-def test_static_rounding_is_clamped_and_monotonic(values: np.ndarray, scale: float) -> None:  # type: ignore[type-arg]
+def test_static_rounding_is_clamped_and_monotonic(values: np.ndarray, scale: float) -> None:
     rounded = static_round_trip(torch.tensor(values), scale).numpy()
     levels = np.rint(rounded / np.float32(scale))
     assert np.array_equal(levels * np.float32(scale), rounded)
@@ -69,7 +69,7 @@ def test_static_rounding_is_clamped_and_monotonic(values: np.ndarray, scale: flo
 
 
 @given(values=WEIGHTS)
-def test_dynamic_rounding_covers_its_range(values: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_dynamic_rounding_covers_its_range(values: np.ndarray) -> None:
     """One step: the zero point is rounded, which shifts all by up to half a step, and each value by half a step."""
     rounded = dynamic_round_trip(torch.tensor(values)).numpy().astype(np.float64)
     step = (max(values.max(), 0.0) - min(values.min(), 0.0)) / 255

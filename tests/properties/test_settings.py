@@ -68,7 +68,7 @@ def configs(cls: type) -> st.SearchStrategy[Any]:
     def built(values: dict[str, Any]) -> Any:
         """With those values that go with the ones before them; None where the first do not."""
         given_ = {name: values.pop(name) for name in required}
-        found = None
+        found: Any = None
         for more in ({}, *({name: value} for name, value in values.items())):
             with contextlib.suppress(ConfigError):
                 found = from_dict(cls, {**given_, **more})
