@@ -83,6 +83,11 @@ def _zeros_deflated(mebibytes: int) -> bytes:
     return b"".join([packer.compress(bytes(1 << 20)) for _ in range(mebibytes)]) + packer.flush()
 
 
+def _folder(folder: Path) -> Path:
+    (folder / "a.png").mkdir()
+    return folder / "a.png"
+
+
 def _pipe(folder: Path) -> Path:
     os.mkfifo(folder / "pipe.png")
     return folder / "pipe.png"
@@ -183,7 +188,7 @@ PICTURES: dict[str, Write] = {
     "zeros": _file("a.png", bytes(5000)),
     "text by the name of PNG": _file("a.png", b"hello"),
     "web page by the name of JPEG": _file("a.jpg", b"<!DOCTYPE html><html></html>"),
-    "folder by the name of PNG": lambda folder: (folder / "a.png").mkdir() or folder / "a.png",  # type: ignore[func-returns-value]
+    "folder by the name of PNG": _folder,
     "pipe by the name of PNG": _pipe,
     "link to /dev/zero": _link("/dev/zero"),
     "link to itself": _link("link.png"),
