@@ -61,9 +61,8 @@ def stream_reference(patches: Any, ids_keep: Any, cache_mask: Any, keys_0: Any, 
     """
     B, K = ids_keep.shape
     old = (cache_mask[:, None, :, None] * keys_0.astype(np.float32)).mean(axis=(1, 2, 3))
-    tokens = np.repeat(
-        np.float32(patches.mean(axis=2) + old[:, None] + 0.01 * ids_keep)[..., None], HEADS * WIDTH, axis=2
-    )
+    seen = np.asarray(patches.mean(axis=2) + old[:, None] + 0.01 * ids_keep, np.float32)
+    tokens = np.repeat(seen[..., None], HEADS * WIDTH, axis=2)
     rows = np.concatenate([tokens.mean(axis=1, keepdims=True), tokens], axis=1).sum(axis=2)
     rows = rows + values_0.astype(np.float32).mean(axis=(1, 2, 3))[:, None]
     new = np.broadcast_to(rows[:, None, :, None], (B, 2 * HEADS, 1 + K, WIDTH))
@@ -245,7 +244,7 @@ class _RuntimeCache:
         return self.content
 
 
-def _sized(shape: tuple[Any, ...], batch: int, keep: int) -> list[int]:
+def _sized(shape: tuple[Any, ...], batch: int, keep: int) -> list[Any]:
     """A shape with its open sizes: B, K, and T = 1 + K."""
     sizes = {"B": batch, "K": keep, "T": 1 + keep}
     return [sizes.get(side, side) for side in shape]
