@@ -59,7 +59,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def client(root: Path) -> Iterator[Client]:
     bundles = [root / name for name in ("classifier", "encoder", "mae", "ragged")]
-    limits = {"max_bytes": MOST_BYTES, "max_pixels": MOST_PIXELS, "max_images": 5, "timeout": "1s"}
+    limits = {"max_bytes": MOST_BYTES, "max_pixels": MOST_PIXELS, "max_images": 5}
     with serving(settings(*bundles, requests={**limits, "images": str(root / "photos")})) as found:
         yield found
 
@@ -260,18 +260,19 @@ def test_bad_options(client: Client, path: str, status: int, message: str) -> No
     assert (answer.status, message in answer.error) == (status, True), answer.error
 
 
-def test_one_that_stops_half_way(client: Client) -> None:
+def test_one_that_stops_half_way(root: Path) -> None:
     head = b"POST /v1/models/classifier/predict HTTP/1.1\r\nHost: x\r\nContent-Length: 40000\r\n\r\n"
-    with socket.create_connection(("127.0.0.1", client.port)) as gone:
-        gone.sendall(head + bytes(20_000))
-        wait_for(lambda: client.server.uploads.held == 20_000)
-    wait_for(lambda: client.server.uploads.held == 0)  # its bytes are free at once
-    with socket.create_connection(("127.0.0.1", client.port), timeout=20) as silent:
-        silent.sendall(head + bytes(20_000))
-        said = silent.recv(1000).decode()
-    assert said.startswith("HTTP/1.1 408 ")
-    wait_for(lambda: client.server.uploads.held == 0)
-    assert client.post("classifier/predict", PICTURE).status == 200
+    with serving(settings(root / "classifier", requests={"timeout": "1s"})) as client:
+        with socket.create_connection(("127.0.0.1", client.port)) as gone:
+            gone.sendall(head + bytes(20_000))
+            wait_for(lambda: client.server.uploads.held == 20_000)
+        wait_for(lambda: client.server.uploads.held == 0)  # its bytes are free at once
+        with socket.create_connection(("127.0.0.1", client.port), timeout=20) as silent:
+            silent.sendall(head + bytes(20_000))
+            said = silent.recv(1000).decode()
+        assert said.startswith("HTTP/1.1 408 ")
+        wait_for(lambda: client.server.uploads.held == 0)
+        assert client.get("/health/ready").status == 200
 
 
 def test_too_much_at_once(root: Path) -> None:
