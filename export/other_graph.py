@@ -16,6 +16,7 @@ from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.spec import available_outputs
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN as SAMPLES
+from mae_deploy.export.reference import ALL_TOKENS
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
@@ -26,9 +27,6 @@ from mae_deploy.runtime.registry import open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
 Arrays = dict[str, Array]
-
-SEQUENCE = "cls and tokens"
-"""What others call the last hidden state: `(B, 1 + N, D)`."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +77,7 @@ def verify_graph(
     )
     job = prepare(config)
     known = available_outputs(job.loaded.metadata, config.token_mode)
-    job = replace(job, names=tuple(name for name in known if not name.startswith("block_")))
+    job = replace(job, names=(*(name for name in known if not name.startswith("block_")), ALL_TOKENS))
     compute_reference(job)
     with open_graph(graph, engine, options, precision=precision) as loaded:
         return _verification(job, graph, inputs, loaded, TOLERANCES[precision])
@@ -128,7 +126,7 @@ def _verification(
     for output, name in names.items():
         if output != name:
             notice(f"output '{output}':", f"taken for {name}, {' x '.join(map(str, found[output].shape[1:]))}")
-    right = {output: _value(name, expected) for output, name in names.items()}
+    right = {output: expected[name] for output, name in names.items()}
     runs = [
         (GOLDEN, right, found, tolerance),
         (RUN_AGAIN, found, run(order), TOLERANCES["fp32"]),
@@ -163,7 +161,7 @@ def _meaning(graph: Path, output: str, found: Array, expected: Mapping[str, Arra
     """Which of PyTorch's outputs this is: the one of its name, else the nearest of its shape."""
     if output in expected and expected[output].shape == found.shape:
         return output
-    fitting = [name for name in (*expected, SEQUENCE) if _value(name, expected).shape == found.shape]
+    fitting = [name for name in expected if expected[name].shape == found.shape]
     if not fitting:
         known = ", ".join(f"{name} {expected[name].shape[1:]}" for name in expected)
         raise ConfigError(
@@ -172,10 +170,4 @@ def _meaning(graph: Path, output: str, found: Array, expected: Mapping[str, Arra
     if output not in CLASS_OUTPUTS and {*CLASS_OUTPUTS} <= {*fitting}:
         sums_to_one = np.allclose(found.sum(axis=1, dtype=np.float64), 1, atol=1e-2) and found.min() >= 0
         return "probs" if sums_to_one else "logits"
-    return min(fitting, key=lambda name: float(np.square(_value(name, expected) - np.nan_to_num(found)).sum()))
-
-
-def _value(name: str, expected: Mapping[str, Array]) -> Array:
-    if name != SEQUENCE:
-        return expected[name]
-    return np.concatenate([expected["cls"][:, None], expected["tokens"]], axis=1)
+    return min(fitting, key=lambda name: float(np.square(expected[name] - np.nan_to_num(found)).sum()))

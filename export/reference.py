@@ -21,6 +21,9 @@ from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPD
 
 _BATCH = 8
 
+ALL_TOKENS = "cls and tokens"
+"""What others call the last hidden state, registers among it: `(B, P + K, D)`; no graph of ours gives it."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Reference:
@@ -104,7 +107,7 @@ class Reference:
     ) -> dict[str, Tensor]:
         model, prefix = self.model, self.model.config.num_prefix
         tokens, pooled, inner = self._encode(images, ids_keep, updates)
-        values = {"cls": tokens[:, 0], "tokens": tokens[:, prefix:], "pooled": pooled}
+        values = {"cls": tokens[:, 0], "tokens": tokens[:, prefix:], "pooled": pooled, ALL_TOKENS: tokens}
         values |= {f"block_{index}": block[:, prefix:] for index, block in enumerate(inner)}
         if isinstance(model, Classifier):
             if model.pool == "avg":

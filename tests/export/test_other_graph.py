@@ -15,10 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.cli import main
+from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Classifier, Encoder
 from tests.data.image_folders import write_noise
 from tests.export.tiny_exports import write_checkpoint
-from tests.models.tiny_models import tiny_classifier
+from tests.models.families import family
+from tests.models.tiny_models import ENCODER, tiny_classifier
 
 
 class Others(nn.Module):
@@ -36,8 +38,8 @@ class Others(nn.Module):
         return tokens, scores.softmax(dim=-1) if self.flaw == "probs" else scores
 
 
-def exported(path: Path, flaw: str | None = None, batch: int = 2) -> Path:
-    model = tiny_classifier("cls").eval()
+def exported(path: Path, flaw: str | None = None, batch: int = 2, config: EncoderConfig = ENCODER) -> Path:
+    model = tiny_classifier("cls", config).eval()
     images = torch.zeros(batch, model.config.in_chans, *model.config.image_size)
     names = {"input_names": ["pixel_values"], "output_names": ["last_hidden_state", "scores"]}
     with warnings.catch_warnings():
@@ -65,6 +67,19 @@ def test_torchs_own_export_is_right(checkpoint: Path, tmp_path: Path, capsys: py
     assert [check["name"] for check in found["outputs"]] == ["cls and tokens", "logits"]
     assert {check["check"] for check in found["invariances"]} == {"run again", "other neighbours"}
     assert "output 'last_hidden_state': taken for cls and tokens" in said
+
+
+@pytest.mark.parametrize(("flaw", "failing"), [(None, set()), ("tokens", {"cls and tokens"})])
+def test_registers_are_among_the_last_hidden_state(
+    flaw: str | None, failing: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = family("DINOv3")
+    write_noise(tmp_path / "photos", 4)
+    checkpoint = write_checkpoint(tmp_path / "checkpoint", tiny_classifier("cls", config))
+    code, found, said = verified(checkpoint, exported(tmp_path / "other.onnx", flaw, config=config), capsys)
+    assert code == int(bool(failing))
+    assert {check["name"] for check in found["outputs"] if not check["passed"]} == failing
+    assert "taken for cls and tokens, 40 x 24" in said
 
 
 def test_probabilities_are_told_from_logits(

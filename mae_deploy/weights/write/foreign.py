@@ -66,6 +66,13 @@ def foreign_model(loaded: LoadedWeights, library: Library) -> ForeignModel:
     """
     if loaded.encoder_config.band_groups is not None:
         raise ConfigError(f"{library} has no groups of bands", hint="deploy this model with 'mae-deploy export'")
+    beyond = loaded.encoder_config.beyond_plain()
+    if beyond or loaded.metadata.pool in ("mean", "map"):
+        what = ", ".join(f"{name} {value}" for name, value in beyond.items()) or f"pooling {loaded.metadata.pool}"
+        raise ConfigError(
+            f"weights are written for {library}'s plain ViTs, and this model has {what}",
+            hint="deploy it with 'mae-deploy export'",
+        )
     if library == "timm":
         return _timm(loaded)
     _refuse_other_objectives(loaded.metadata, library)

@@ -25,6 +25,7 @@ from mae_deploy.weights.load import load_model
 from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from mae_deploy.weights.write import check as weight_proof
 from mae_deploy.weights.write import foreign as weight_export
+from tests.models.families import family
 from tests.models.tiny_models import (
     CLASSES,
     DECODER,
@@ -174,6 +175,14 @@ def test_groups_of_bands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     save_checkpoint(tmp_path / "checkpoint", dict(tiny_encoder(SQUARE).state_dict()), metadata)
     assert export(tmp_path / "checkpoint", "timm", tmp_path / "out") == 2
     assert "timm has no groups of bands" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("to", ["timm", "huggingface", "original"])
+def test_todays_families(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint = saved(tmp_path / "checkpoint", tiny_encoder(family("DINOv3")))
+    assert export(checkpoint, to, tmp_path / "out.pth") == 2
+    assert "plain ViTs, and this model has rotary dinov3, position_table False" in capsys.readouterr().err
+    assert not (tmp_path / "out.pth").exists()
 
 
 @pytest.mark.parametrize("to", ["timm", "huggingface", "original"])
