@@ -220,10 +220,13 @@ def test_the_device_side_imports_where_there_is_no_posix() -> None:
 
 
 def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "file") as aside:
+    def fill(aside: Path) -> None:
+        aside.touch()
         with open("/dev/full", "w", buffering=1) as full:
-            aside.touch()
             full.write("much\n")
+
+    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "file") as aside:
+        fill(aside)
     assert caught.value.filename == str(tmp_path / "file")
     assert names(tmp_path) == set()
 
