@@ -2,7 +2,7 @@
 
 Features of one network have much in common, and few directions hold most of their variance, often those of colour and
 brightness. Of a small MAE's features of 1,000 photos, the nearest other photo had a cosine of up to 0.992 when they
-were centred alone, as near as the same photo at half its size; whitened, up to 0.80, against 0.91 and more.
+were centred alone, as near as the same photo at half its size; whitened, up to 0.83, against 0.92 and more.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from mae_deploy.images.read import Array
 
 _PREFERRED = ("pooled", "cls")
 
-_LEAST = 0.01
-"""Of the mean variance, what is added to that of each direction."""
+_LEAST, _LEAST_OF_FEW = 0.01, 0.1
+"""Shares of the mean variance that are added to that of each direction: the first, or the second times D / N where that
+is more, as the variances of few images are not known well."""
 
 _BLOCK = 65536
 
@@ -96,7 +97,8 @@ def _whitening(rows: Array, mean: Array) -> Array:
         part = rows[first : first + _BLOCK] - mean
         covariance += part.T @ part
     variances, directions = np.linalg.eigh(covariance / len(rows))
-    least = max(_LEAST * float(variances.mean()), float(np.finfo(np.float32).tiny))
+    share = max(_LEAST, _LEAST_OF_FEW * len(mean) / len(rows))
+    least = max(share * float(variances.mean()), float(np.finfo(np.float32).tiny))
     whitening: Array = (directions / np.sqrt(variances.clip(0) + least)).astype(np.float32)
     return whitening
 
