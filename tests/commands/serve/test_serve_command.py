@@ -36,7 +36,14 @@ def test_sigterm_lets_requests_end(tmp_path: Path) -> None:
         "--max-delay",
         "1s",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            _stop_while_it_computes(process)
+        finally:
+            process.kill()
+
+
+def _stop_while_it_computes(process: subprocess.Popen[str]) -> None:
     assert process.stderr is not None
     said = [process.stderr.readline() for _ in range(2)]
     match = re.fullmatch(r"serving: http://127\.0\.0\.1:(\d+)\n", said[1])
