@@ -103,7 +103,7 @@ class ExportConfig(Settings, resume="never"):
     need; the first 8 go into the bundle as golden samples."""
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
-    threads: int | None = setting(None, at_least=1)
+    threads: int | None = setting(None, at_least=1, at_most=4096)
     """CPU threads of the engine during the checks; default: one for each granted core."""
     seed: int = setting(0, at_least=0)
     """Seed of the visible patches in the parity check and in calibration."""

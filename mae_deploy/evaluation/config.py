@@ -32,7 +32,7 @@ class FeaturesConfig(Settings):
     """Arithmetic of checkpoints: fp32, bf16, fp16; auto is bf16 on a GPU that has it, else fp32."""
     engine: str = setting("auto", resume="fixed", metavar="ENGINE")
     """Engine of bundles: auto, onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx)."""
-    threads: int | None = setting(None, resume="free", at_least=1)
+    threads: int | None = setting(None, resume="free", at_least=1, at_most=4096)
     """CPU threads of a bundle's engine; default: one for each granted core."""
     num_workers: int = setting(-1, resume="free", at_least=-1)
     """Processes that decode images; 0 decodes in this process, -1 starts one for each granted core but one."""
@@ -182,7 +182,7 @@ class EvalConfig(Settings, resume="never"):
     one."""
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""
-    threads: int | None = setting(None, at_least=1)
+    threads: int | None = setting(None, at_least=1, at_most=4096)
     """CPU threads of a bundle's engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that a bundle's engine is bound to, e.g. 0,1 (Linux); default: any."""

@@ -45,7 +45,7 @@ class BenchmarkConfig(Settings, resume="never"):
     """Timed rounds."""
     warmup: int = setting(5, at_least=0)
     """Rounds before them that are not timed."""
-    threads: int | None = setting(None, basic=True, at_least=1)
+    threads: int | None = setting(None, basic=True, at_least=1, at_most=4096)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""

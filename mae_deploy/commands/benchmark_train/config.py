@@ -34,7 +34,7 @@ class BenchmarkTrainConfig(Settings, resume="never"):
     """Timed rounds."""
     warmup: int = setting(1, at_least=0)
     """Rounds before them that are not timed."""
-    threads: int | None = setting(None, basic=True, at_least=1)
+    threads: int | None = setting(None, basic=True, at_least=1, at_most=4096)
     """CPU threads; default: one for each granted core."""
     out: Path | None = setting(None, basic=True)
     """Folder to write the report to: benchmark-train.json and .md."""

@@ -34,7 +34,7 @@ class ReportConfig(Settings):
     """Timed rounds of one image; FP32 and INT8 of all rows take turns."""
     warmup: int = setting(5, resume="free", at_least=0)
     """Rounds before them that are not timed."""
-    threads: int | None = setting(None, resume="free", basic=True, at_least=1)
+    threads: int | None = setting(None, resume="free", basic=True, at_least=1, at_most=4096)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = setting(None, resume="free")
     """CPU cores that the engine is bound to while it is evaluated and timed, e.g. 0,1 (Linux); default: any."""

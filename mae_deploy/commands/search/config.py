@@ -44,7 +44,7 @@ class SearchConfig(Settings, resume="never"):
     engine: str = setting("auto", metavar="ENGINE")
     """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: the one that computed the
     features."""
-    threads: int | None = setting(None, at_least=1)
+    threads: int | None = setting(None, at_least=1, at_most=4096)
     """CPU threads of the engine; default: one for each granted core."""
     max_pixels: int | None = setting(None, at_least=1)
     """Pixels of the largest image that is read, such as 300000000 for photos of 300 megapixels; default: 178956970."""

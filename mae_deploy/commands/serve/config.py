@@ -100,7 +100,7 @@ class ServeConfig(Settings, resume="never"):
     """onnxruntime (onnx), openvino (ov), tensorrt (trt) or tensorrt-rtx (trt-rtx); auto: TensorRT where the bundle has
     an engine for this machine, else the one on which the bundle was checked, where it is installed, else
     onnxruntime."""
-    threads: int | None = setting(None, at_least=1)
+    threads: int | None = setting(None, at_least=1, at_most=4096)
     """CPU threads of the engine; default: one for each granted core, or for each of --affinity."""
     affinity: tuple[int, ...] | None = None
     """CPU cores that the engine is bound to, e.g. 0,1 (Linux); default: any."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors, save_tensors
-from mae_deploy.errors import ConfigError, MaeDeployError
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
 
@@ -144,13 +144,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 
 def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint's tensors into the optimiser's state, or empty it."""
+    """Put a checkpoint's tensors into the optimiser's state, or empty it.
+
+    Raises:
+        CheckFailed: one has neither its parameter's shape nor one number.
+    """
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in (_read(checkpoint / STATE / OPTIMIZER) if checkpoint is not None else {}).items():
         name, _, slot = key.rpartition("/")
         states.setdefault(name, {})[slot] = tensor
     optimizer.state.clear()
     for name, parameter in _named(optimizer):
+        for slot, tensor in states.get(name, {}).items():
+            if tensor.shape != parameter.shape and tensor.numel() != 1:
+                raise CheckFailed(f"{checkpoint}: the optimiser's {name}/{slot} has the shape {tuple(tensor.shape)}")
         if name in states:
             optimizer.state[parameter] = {slot: _placed(tensor, parameter) for slot, tensor in states[name].items()}
 
