@@ -219,6 +219,7 @@ class ExportConfig(Settings, resume="never"):
         if self.int8.quantization != "auto":
             return self.int8.quantization
         statically = self.engine == "openvino" or self.is_planned or self.resolved_typing == "strong"
+        statically |= self.int8.quantizer == "nncf"
         return "static" if statically else "dynamic"
 
     @property
@@ -381,5 +382,16 @@ class ExportConfig(Settings, resume="never"):
             yield ConfigError(
                 f"{given} with dynamic INT8, which does not have it", hint="pass --quantization static and --calib-data"
             )
+        yield from self.int8.quantizer_faults(self.policy)
+        if self.int8.quantizer != "own":
+            others: dict[str, str] = {"--engine": self.engine if self.is_planned else "", "--precision": self.precision}
+            others |= {"--tokens": self.tokens if self.token_mode == "cached" else ""}
+            others |= {"--typing": self.typing if self.resolved_typing == "strong" else ""}
+            for option, given in others.items():
+                if given not in ("", "int8"):
+                    yield ConfigError(
+                        f"--quantizer {self.int8.quantizer} with {option} {given}: only our own makes such graphs",
+                        hint="leave out --quantizer",
+                    )
         if self.int8.calib_data is None and self.int8.bias_correction:
             yield ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")

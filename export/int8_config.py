@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mae_deploy.config import Settings, setting
+from mae_deploy.errors import ConfigError
+from mae_deploy.runtime.tensorrt.options import changed_options
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -16,12 +19,16 @@ class Int8Config(Settings, resume="fixed"):
     quantization: Literal["auto", "dynamic", "static"] = "auto"
     """dynamic: activation ranges found at run time, no calibration; static: Q/DQ with calibrated ranges;
     auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
+    quantizer: Literal["own", "onnxruntime", "nncf"] = "own"
+    """Who quantises: mae-deploy (own), or ONNX Runtime's or NNCF's quantiser on the same FP32 graph and images, without
+    our search, the first without SmoothQuant; what they give is judged alike."""
     calib_data: Path | None = setting(None, basic=True)
     """Folder of at least 128 images for calibration; required for static."""
     calib_images: int = setting(512, at_least=128)
     """At most this many of them, spread over the folder."""
     calib_method: Literal["mse", "minmax", "percentile", "entropy"] = "mse"
-    """How activation ranges of INT8 are chosen; FP8 takes the largest magnitude."""
+    """How activation ranges of INT8 are chosen; FP8 takes the largest magnitude, and so do quantisers of others in
+    place of mse."""
     calib_percentile: float = setting(99.99, at_least=50, at_most=100)
     """Share of the values within the range, for --calib-method percentile."""
     smooth_quant: bool = True
@@ -51,3 +58,20 @@ class Int8Config(Settings, resume="fixed"):
     """Where all of it in eight bits misses the budget, find the fastest mix with higher precision that meets it."""
     prefer: Literal["fp16"] | None = None
     """fp16: where eight bits on TensorRT are slower than FP16 or miss the budget, keep FP16 instead of failing."""
+
+    def quantizer_faults(self, policy: str) -> Iterator[ConfigError]:
+        """What the quantiser of others has not got."""
+        if self.quantizer == "own":
+            return
+        ours: tuple[str, ...] = ("--bias-correction", "--int8-attention")
+        if self.quantizer == "onnxruntime":
+            ours += ("--no-smooth-quant", "--smooth-alpha")
+        given = [flag for flag in changed_options(self) if flag.startswith(ours)]
+        if self.quantizer == "nncf":
+            given += [f"--calib-method {self.calib_method}"] if self.calib_method not in ("mse", "minmax") else []
+            given += ["--weight-bits 7"] if self.weight_bits == 7 else []
+            given += ["--quantization dynamic"] if policy == "dynamic" else []
+        for flag in given:
+            yield ConfigError(
+                f"{flag} with --quantizer {self.quantizer}, which does not have it", hint="leave one of the two out"
+            )

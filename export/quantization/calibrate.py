@@ -18,6 +18,7 @@ from timm.layers import Attention
 from torch import Tensor
 
 from mae_deploy.config import to_dict
+from mae_deploy.export.job import ExportJob
 from mae_deploy.export.reference import restoring
 from mae_deploy.export.samples import CalibrationImages, _digest
 from mae_deploy.files import atomic_path, sha256
@@ -97,6 +98,22 @@ def calibrate(
         ):  # else others stood in, whose contents are not in the key
             _save(file, found)
     return found
+
+
+def calibrate_job(job: ExportJob, names: list[str]) -> Calibration | None:
+    """On the calibration images of an export; None where it has none."""
+    if job.calib_images is None:
+        return None
+    # Of a stream the context is that of the whole frame, so its activations are those of all patches.
+    sizes = sorted({*job.ranges["K"][1:]}) if "K" in job.ranges and job.config.token_mode != "cached" else []
+    return calibrate(
+        job.reference.model,
+        job.calib_images,
+        names,
+        token_sizes=sizes,
+        seed=job.config.seed,
+        device=job.reference.device,
+    )
 
 
 @torch.no_grad()

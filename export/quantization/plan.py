@@ -21,9 +21,15 @@ from mae_deploy.errors import CheckFailed
 from mae_deploy.export.graph.builder import GraphBuilder
 from mae_deploy.export.job import ExportJob
 from mae_deploy.export.proof import compare_samples, judging_engine, tolerance_of
-from mae_deploy.export.quantization.calibrate import Calibration, calibrate
+from mae_deploy.export.quantization.calibrate import Calibration, calibrate_job
 from mae_deploy.export.quantization.fake_quant import macs_per_token
 from mae_deploy.export.quantization.layer_table import LayerRow, table_rows, write_table
+from mae_deploy.export.quantization.other_quantizers import (
+    OtherGraph,
+    facts_of,
+    input_scales,
+    quantize_elsewhere,
+)
 from mae_deploy.export.quantization.sensitivity import BudgetCheck, choose, sensitivities
 from mae_deploy.files import remove
 from mae_deploy.models.quantization.activations import ActivationStats, attention_scales
@@ -63,10 +69,12 @@ class Int8Plan:
     num_linears: int
     facts: dict[str, Any]
     """Policy, smoothing and calibration, for the manifest."""
+    other: OtherGraph | None = None
+    """What the quantiser of others made."""
 
-    def graph(self) -> GraphBuilder:
+    def graph(self) -> GraphBuilder | OtherGraph:
         """The graph to ship."""
-        return self.job.graph(
+        return self.other or self.job.graph(
             quantized=self.quantized, attention_scales=self.attention, weight_bits=self.facts["weight_bits"]
         )
 
@@ -75,7 +83,8 @@ class Int8Plan:
         record = self.record()
         text = (
             f"{len(self.quantized)} of {self.num_linears} Linears in {self.job.config.precision.upper()}"
-            f" ({self.facts['policy']}{', weights of 7 bits' if self.facts['weight_bits'] == 7 else ''})"
+            f" ({self.facts['policy']}{', weights of 7 bits' if self.facts['weight_bits'] == 7 else ''}"
+            f"{', by ' + self.facts['quantizer'] if self.other is not None else ''})"
         )
         if self.speed is not None:
             text += f", {self.speed.words()}"
@@ -124,7 +133,8 @@ def plan_int8(job: ExportJob, folder: Path, verify: Verify) -> Int8Plan:
         ConfigError: too few calibration images that can be read.
     """
     attempt = _Attempt(job, folder, verify)
-    everything = frozenset(attempt.names)
+    everything = frozenset(attempt.scales)
+    searches = job.config.int8.search and attempt.other is None
     rows: list[LayerRow] = []
     failures = ""
     chosen: frozenset[str] | None = everything
@@ -134,7 +144,7 @@ def plan_int8(job: ExportJob, folder: Path, verify: Verify) -> Int8Plan:
         budget = attempt.check_budget(everything)
     if not budget.passes:
         chosen, failures = None, "; ".join(attempt.failures)
-        if job.config.int8.search:
+        if searches:
             notice(
                 f"{attempt.name}:",
                 f"with all {len(everything)} Linears it misses the budget ({failures}); searching for the fastest mix"
@@ -142,7 +152,7 @@ def plan_int8(job: ExportJob, folder: Path, verify: Verify) -> Int8Plan:
             )
             chosen, rows = attempt.search()
     if chosen is None:
-        none = f"no mix of {attempt.name} and higher precision meets the budget; " if job.config.int8.search else ""
+        none = f"no mix of {attempt.name} and higher precision meets the budget; " if searches else ""
         raise attempt.rejected(
             rows, f"{none}all {len(everything)} Linears in {attempt.name}: {failures}", attempt.time(everything)
         )
@@ -163,6 +173,29 @@ class _Attempt:
         self.rounding = rounding_of(job.config.precision, self.weight_bits)
         self.tolerance = tolerance_of(job)
         self.names = eligible_linears(job.reference.model)
+        self.failures: list[str] = []
+        self._figures: dict[frozenset[str], list[Comparison]] = {}
+        self.attention: dict[str, AttentionScales] = {}
+        halves = self.config.resolved_typing == "strong" or self.config.is_planned
+        self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
+        """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
+        self.other: OtherGraph | None = None
+        if int8.quantizer == "own":
+            self._quantise(job)
+        else:
+            self._take_other(job)
+
+    def _take_other(self, job: ExportJob) -> None:
+        """What the quantiser of others makes of the FP32 graph."""
+        self.name += f" by {job.config.int8.quantizer}"
+        self.other = quantize_elsewhere(job, self.names)
+        self.job, self.scales, self.facts = job, input_scales(self.other, self.names), facts_of(job)
+        self.stats: dict[str, ActivationStats] = {}
+        self.corrections: dict[str, Tensor] = {}
+
+    def _quantise(self, job: ExportJob) -> None:
+        """Our own: calibrate, smooth, and choose the ranges."""
+        int8 = job.config.int8
         policy = Policy(
             static=job.config.policy == "static",
             smooth_alpha=int8.smooth_alpha if int8.smooth_quant else None,
@@ -170,36 +203,31 @@ class _Attempt:
             percentile=int8.calib_percentile,
             rounding=self.rounding,
         )
-        calibration = _calibration(job, self.names)
+        calibration = calibrate_job(job, self.names)
         divisors = policy.divisors(job.loaded.tensors, self.names, calibration.stats if calibration else None)
-        self.stats: dict[str, ActivationStats] = smoothed_stats(calibration.stats, divisors) if calibration else {}
+        self.stats = smoothed_stats(calibration.stats, divisors) if calibration else {}
         self.job = _with_tensors(job, smooth(job.loaded.tensors, divisors))
         self.scales = policy.scales(self.names, self.stats)
         self.corrections = (
             bias_corrections(self.job.loaded.tensors, self.stats, self.rounding) if int8.bias_correction else {}
         )
-        self.attention: dict[str, AttentionScales] = {}
         if int8.int8_attention and calibration:
             self.attention = attention_scales(
                 job.reference.model, calibration.attention_absmax, divisors, self.rounding
             )
-        halves = self.config.resolved_typing == "strong" or self.config.is_planned
-        self.rest = "fp16" if halves else "bf16" if self.config.engine == "openvino" else "fp32"
-        """What is not INT8: OpenVINO may compute it in BF16, as long as that meets the budget."""
         self.facts = {**_facts(job, calibration, self.scales), "weight_bits": self.weight_bits}
-        self.failures: list[str] = []
-        self._figures: dict[frozenset[str], list[Comparison]] = {}
 
     def plan(self, chosen: frozenset[str], rows: list[LayerRow], speed: Speed | None = None) -> Int8Plan:
         """With this set in eight bits."""
         return Int8Plan(
             job=self.job_for(chosen),
-            quantized={name: self.scales[name] for name in self.names if name in chosen},
+            quantized={name: scale for name, scale in self.scales.items() if name in chosen},
             attention=self.attention_for(chosen),
             rows=rows,
             speed=speed,
             num_linears=len(self.names),
             facts={**self.facts, "rest": self.rest},
+            other=self.other,
         )
 
     def check_budget(self, chosen: frozenset[str]) -> BudgetCheck:
@@ -296,13 +324,15 @@ class _Attempt:
             f" --max-latency{faster}" + (f"; the layers are in {table}" if table else ""),
         )
 
-    def _graph(self, chosen: frozenset[str]) -> GraphBuilder:
+    def _graph(self, chosen: frozenset[str]) -> GraphBuilder | OtherGraph:
+        if self.other is not None:
+            return self.other
         quantized = {name: scale for name, scale in self.scales.items() if name in chosen}
         return self.job_for(chosen).graph(
             quantized=quantized, attention_scales=self.attention_for(chosen), weight_bits=self.weight_bits
         )
 
-    def _engine(self, stack: ExitStack, graph: GraphBuilder, precision: str) -> Engine:
+    def _engine(self, stack: ExitStack, graph: GraphBuilder | OtherGraph, precision: str) -> Engine:
         files = graph.save(self.folder / f"tried-{precision}.onnx")
         options = EngineOptions(threads=self.config.threads)
         if precision == "int8":
@@ -337,21 +367,6 @@ class _Attempt:
 
 def _leave_table(out: Path, rows: list[LayerRow]) -> Path | None:
     return write_table(out.with_name(f"{out.name}-sensitivity"), rows)[0] if rows else None
-
-
-def _calibration(job: ExportJob, names: list[str]) -> Calibration | None:
-    if job.calib_images is None:
-        return None
-    # Of a stream the context is that of the whole frame, so its activations are those of all patches.
-    sizes = sorted({*job.ranges["K"][1:]}) if "K" in job.ranges and job.config.token_mode != "cached" else []
-    return calibrate(
-        job.reference.model,
-        job.calib_images,
-        names,
-        token_sizes=sizes,
-        seed=job.config.seed,
-        device=job.reference.device,
-    )
 
 
 def _facts(job: ExportJob, calibration: Calibration | None, scales: dict[str, float | None]) -> dict[str, Any]:
