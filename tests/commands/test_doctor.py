@@ -97,6 +97,7 @@ ONNXRUNTIME = {
         "stream-eval",
     ),
     "serve",
+    "verify --signature",
 }
 OPENVINO = {"export --engine openvino", "report --engine openvino", "predict --engine openvino"}
 
