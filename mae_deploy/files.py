@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mae_deploy.errors import ConfigError
 from mae_deploy.file_kinds import look_at
 from mae_deploy.machine import cache_folder
-from mae_deploy.text import parse_json
+from mae_deploy.text import decode_text
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -52,7 +52,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush(aside)
         os.replace(aside, path)
     except OSError as error:
-        if error.filename is None:  # a full disk: Python names no file where writing fails, only where opening does
+        if error.errno is not None and error.filename is None:  # a full disk: only where opening fails a file is named
             error.filename = os.fspath(path)
         raise
     finally:
@@ -84,7 +84,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is missing, unreadable or not JSON.
     """
     try:
-        return parse_json(path.read_bytes())
+        return json.loads(decode_text(path.read_bytes()))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except ValueError as error:

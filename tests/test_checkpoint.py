@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from mae_deploy.checkpoint import (
     NON_COMMERCIAL,
@@ -19,7 +20,6 @@ from mae_deploy.checkpoint import (
     inherited_licence,
     open_checkpoint,
     save_checkpoint,
-    save_tensors,
 )
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256
@@ -207,6 +207,11 @@ def test_inherited_licence(licences: tuple[str, ...], inherited: str) -> None:
     assert inherited_licence(*licences) == inherited
 
 
-def test_a_full_disk_is_told_as_python_tells_it() -> None:
-    with pytest.raises(OSError, match="No space left on device"):
-        save_tensors(Path("/dev/full"), {"a": torch.zeros(1000)})
+def test_a_full_disk_is_told_as_python_tells_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object, **more: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.torch.save_file", full)
+    with pytest.raises(OSError, match="No space left on device") as caught:
+        save_checkpoint(tmp_path / "checkpoint", {"a": torch.zeros(1)}, METADATA)
+    assert caught.value.filename == str(tmp_path / "checkpoint")

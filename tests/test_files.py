@@ -225,8 +225,12 @@ def test_an_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
         with open("/dev/full", "w", buffering=1) as full:
             full.write("much\n")
 
-    with pytest.raises(OSError, match="No space left") as caught, atomic_path(tmp_path / "file") as aside:
-        fill(aside)
+    def write() -> None:
+        with atomic_path(tmp_path / "file") as aside:
+            fill(aside)
+
+    with pytest.raises(OSError, match="No space left") as caught:
+        write()
     assert caught.value.filename == str(tmp_path / "file")
     assert names(tmp_path) == set()
 
