@@ -71,6 +71,8 @@ HEADER_WORDS = "__metadata__"
 """Where a safetensors file has words of its writer."""
 _LARGEST_HEADER = 100_000_000
 """Of a safetensors file, as its library limits it."""
+_BOMB = 1 << 30
+"""Bytes that an archive may unpack to whatever its size."""
 _FIELDS = 64
 """Of a protobuf message, as many are looked at."""
 _LEVELDB = bytes.fromhex("57fb808b247547db")
@@ -127,9 +129,11 @@ def stand_in(head: bytes) -> FileKind | None:
 def _zip(path: Path, size: int) -> FileKind:
     try:
         with zipfile.ZipFile(path) as archive:
-            names = archive.namelist()
+            names, unpacked = archive.namelist(), sum(part.file_size for part in archive.infolist())
     except (OSError, ValueError, NotImplementedError, zipfile.BadZipFile):
         return FileKind(f"the beginning of a zip archive without its end ({size} bytes): it was cut off", AGAIN)
+    if unpacked > max(_BOMB, 4 * size):  # torch.save compresses nothing
+        return FileKind(f"a zip archive of {size} bytes that unpacks to {unpacked}", AGAIN)
     inner = {name.partition("/")[2] for name in names}
     if "constants.pkl" in inner:
         return FileKind("a TorchScript program", _PROGRAM)

@@ -147,12 +147,14 @@ def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) ->
     """Put a checkpoint's tensors into the optimiser's state, or empty it.
 
     Raises:
-        CheckFailed: one has neither its parameter's shape nor one number.
+        CheckFailed: one has neither its parameter's shape nor one number, or some parameters lack what others have.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in (_read(checkpoint / STATE / OPTIMIZER) if checkpoint is not None else {}).items():
         name, _, slot = key.rpartition("/")
         states.setdefault(name, {})[slot] = tensor
+    if len({frozenset(state) for state in states.values()}) > 1:
+        raise CheckFailed(f"{checkpoint}: the optimiser's state lacks a part of what it has of other parameters")
     optimizer.state.clear()
     for name, parameter in _named(optimizer):
         for slot, tensor in states.get(name, {}).items():
