@@ -6,10 +6,10 @@ PINS := PIP_CONSTRAINT=constraints.txt PIP_BUILD_CONSTRAINT=constraints.txt
 UV := $(shell command -v uv)
 ifdef UV
 INSTALL := uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --build-constraint constraints.txt
-HASHED := uv pip install --quiet --python $(BIN)/python --require-hashes --requirement requirements-hashed.txt
+HASHED := uv pip install --quiet --python $(BIN)/python --require-hashes --no-deps --requirement requirements-hashed.txt
 else
 INSTALL := $(PINS) $(BIN)/pip install --quiet --disable-pip-version-check
-HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --requirement requirements-hashed.txt
+HASHED := $(BIN)/pip install --quiet --disable-pip-version-check --require-hashes --no-deps --requirement requirements-hashed.txt
 endif
 # The same files make the same wheel, to the byte, whenever it is built.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --pretty=%ct 2>/dev/null || echo 315532800)
