@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
@@ -180,7 +180,7 @@ class _Items:
     def close(self) -> None:
         """Stop reading."""
         self._pool.shutdown(cancel_futures=True)
-        if hasattr(self._items, "close"):
+        if isinstance(self._items, Generator):
             self._items.close()
 
 

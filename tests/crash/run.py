@@ -172,7 +172,7 @@ def crash(names: list[str], kills: int, scratch: Path, *, seed: int = 0) -> dict
 
 def main() -> int:
     """Print the report as JSON; 1 where something was wrong."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--only", action="append", help="this command; may be repeated")
     parser.add_argument("--kills", type=int, default=50, help="of each command")
     parser.add_argument("--seed", type=int, default=0)

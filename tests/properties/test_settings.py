@@ -80,7 +80,7 @@ def configs(cls: type) -> st.SearchStrategy[Any]:
 
 @pytest.mark.parametrize("cls", SECTIONS, ids=lambda cls: cls.__name__)
 def test_plain_values_and_yaml_give_the_same_settings(cls: type) -> None:
-    @settings(max_examples=8, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=8, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
     @given(config=configs(cls))
     def check(config: Any) -> None:
         assume(config is not None)

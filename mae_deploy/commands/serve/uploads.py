@@ -170,8 +170,9 @@ class Uploads:
         if self._limits.images is None:
             raise Refused(400, "this server reads no paths: it was started without --images")
         root = self._limits.images.resolve()
+        path = root / name
         try:
-            path = (root / name).resolve()
+            path = path.resolve()
             inside = path.is_relative_to(root) and path.is_file()
             large = inside and path.stat().st_size > self._limits.max_bytes
         except (OSError, ValueError):  # a name that no file can have

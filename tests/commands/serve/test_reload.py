@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -47,7 +48,8 @@ def test_a_bundle_is_replaced_while_it_serves(tmp_path: Path, capsys: pytest.Cap
         assert client.get("/v1/models/bundle").json["outputs"] == ["logits", "pooled"]
         second = revision(client)
 
-        for name, kind in (("flawed", {"flaw": "off_by_one"}), ("others", {"weights_seed": 1})):
+        wrong: dict[str, dict[str, Any]] = {"flawed": {"flaw": "off_by_one"}, "others": {"weights_seed": 1}}
+        for name, kind in wrong.items():
             put(write_bundle(tmp_path / name, **kind), folder)
             wait_for(lambda: "misses parity" in (client.get("/v1/models/bundle").json["refused"] or ""))
             assert revision(client) == second
