@@ -48,13 +48,13 @@ if TYPE_CHECKING:  # settings are imported for the command that is called
     from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig, ReconstructConfig
 
 START, TRAIN, EVALUATE, DEPLOY = "Start", "Train", "Evaluate", "Export and deploy"
-DATA, WEIGHTS, DEVELOPERS = "Data", "Weights", "Developers"
+DATA, WEIGHTS = "Data", "Weights"
 
 command = functools.partial(register, completions=COMPLETIONS)
 
 
 class _Commands(Group):
-    panels = (START, TRAIN, EVALUATE, DEPLOY, DATA, WEIGHTS, DEVELOPERS)
+    panels = (START, TRAIN, EVALUATE, DEPLOY, DATA, WEIGHTS)
     last = "mae-deploy COMMAND --help explains a command. New here? mae-deploy quickstart"
 
 
@@ -347,9 +347,7 @@ def export_weights(config: ExportWeightsConfig) -> Any:
     return _needs_torch("mae_deploy.commands.weights.export_weights").run_export_weights(config)
 
 
-@command(
-    app, "mae_deploy.commands.benchmark_train.config:BenchmarkTrainConfig", name="benchmark-train", panel=DEVELOPERS
-)
+@command(app, "mae_deploy.commands.benchmark_train.config:BenchmarkTrainConfig", name="benchmark-train", panel=TRAIN)
 def benchmark_train(config: BenchmarkTrainConfig) -> Any:
     """Time a pretraining step.
 

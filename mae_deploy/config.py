@@ -213,7 +213,7 @@ def out_of_bounds(field: dataclasses.Field[Any], value: Any, name: str) -> list[
     if not infinite and all(_BOUNDS[bound](number, limit) for bound, limit in bounds.items() for number in numbers):
         return []
     words = [f"{bound.replace('_', ' ')} {limit:g}" for bound, limit in bounds.items()]
-    accepted = " and ".join([*words, *["finite"] * infinite])
+    accepted = " and ".join([*words, *["finite"] * (math.inf in map(abs, numbers) or not words)])
     each = "each of " if isinstance(value, tuple) else ""
     return [ConfigError(f"{each}{name} must be {accepted}, got {','.join(map(str, numbers))}")]
 

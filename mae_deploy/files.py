@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from mae_deploy.errors import ConfigError
 from mae_deploy.file_kinds import look_at
 from mae_deploy.machine import cache_folder
-from mae_deploy.text import decode_text
+from mae_deploy.text import parse_json
 
 if TYPE_CHECKING:
     from filelock import BaseFileLock
@@ -84,7 +84,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is missing, unreadable or not JSON.
     """
     try:
-        return json.loads(decode_text(path.read_bytes()))
+        return parse_json(path.read_bytes())
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except ValueError as error:

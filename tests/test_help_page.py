@@ -72,7 +72,6 @@ def test_the_list_of_commands_fits_a_laptop(
         "Export and deploy",
         "Data",
         "Weights",
-        "Developers",
         "Options",
     ]
 

@@ -325,6 +325,7 @@ def test_without_the_training_packages() -> None:
     assert [name for name, problem in found["commands"].items() if problem is None] == [
         *("verify", "predict", "eval BUNDLE", "benchmark", "data", "info", "schema", "push"),
         *("predict --out FILE.parquet", "embed", "embed --ray", "search", "predict on TIFF", "stream", "stream-eval"),
+        "serve",
     ]
 
 

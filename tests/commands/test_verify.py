@@ -273,7 +273,7 @@ def test_a_bundle_without_block_outputs(tmp_path: Path, capsys: pytest.CaptureFi
     [
         (["--engine", "abacus"], 2, "unknown engine 'abacus'"),
         (["--engine", "trt"], 3, "no NVIDIA driver"),
-        (["--threads", "0"], 2, "--threads must be at least 1, got 0"),
+        (["--threads", "0"], 2, "--threads must be at least 1 and at most 4096, got 0"),
         (["--device", "cuda"], 3, "this ONNX Runtime cannot use CUDA"),
     ],
 )

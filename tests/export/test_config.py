@@ -335,7 +335,7 @@ def test_no_samples_at_all() -> None:
 @pytest.mark.parametrize("threads", [0, -2])
 def test_no_threads_at_all(threads: int) -> None:
     """Said before PyTorch has worked for minutes."""
-    with pytest.raises(ConfigError, match=f"--threads must be at least 1, got {threads}"):
+    with pytest.raises(ConfigError, match=f"--threads must be at least 1 and at most 4096, got {threads}"):
         settings(threads=threads)
     assert settings(threads=1).threads == 1
 

@@ -72,7 +72,7 @@ def expected_files() -> set[str]:
     expected = set()
     for name in repository_files():
         folder = name.split("/")[0]
-        if name.endswith((".py", ".yaml", "py.typed")) and folder in ("mae_deploy", *STAGES):
+        if name.endswith((".py", ".yaml", ".html", "py.typed")) and folder in ("mae_deploy", *STAGES):
             expected.add(f"mae_deploy/{name}" if folder in STAGES else name)
     return expected
 

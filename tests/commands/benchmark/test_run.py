@@ -505,7 +505,7 @@ def test_load_time_and_memory_in_a_process_of_its_own(
         ),
         (["a"], ["--engine", "abacus"], "unknown engine 'abacus'"),
         (["a"], ["--engine", ","], "--engine '' must be at least one engine, such as onnx,ov"),
-        (["a"], ["--threads", "0"], "--threads must be at least 1, got 0"),
+        (["a"], ["--threads", "0"], "--threads must be at least 1 and at most 4096, got 0"),
         (["a"], ["--keep", "22"], "nothing is left to time: a, batch 1, 22 patches: the graph takes 1 to 21 patches"),
         (["a"], ["--images", "nowhere"], "no such file or folder: nowhere"),
         (["a"], ["--out", "a"], "--out a already exists"),
