@@ -36,7 +36,7 @@ from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.vit import Classifier
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
+from mae_deploy.training.loop import TrainingJob, accelerator_of, run_job
 from mae_deploy.training.optim.groups import ParamGroup, decay_groups, layer_decay_groups
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
@@ -92,15 +92,7 @@ def run_distill(config: DistillConfig) -> dict[str, Any]:
     if model.teacher_taps:
         teacher.watch(model.teacher_taps, student=encoder, spec=spec)
         check_view(teacher, masked=masks.ever, whole=whole)
-    loop = config.loop
-    accelerator = make_accelerator(
-        config.device,
-        loop.precision,
-        config.out,
-        loop.tracker,
-        sharding=loop.sharding,
-        deterministic=loop.deterministic,
-    )
+    accelerator = accelerator_of(config)
     dataset = train_dataset(
         data.train,
         train_transform(spec, config.augment),

@@ -21,7 +21,7 @@ from mae_deploy.models.vit import Classifier
 from mae_deploy.pretrain.config import FinetuneConfig, MixConfig
 from mae_deploy.seeding import derive_seed, seed_everything
 from mae_deploy.training.kept_patches import KeptPatches
-from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
+from mae_deploy.training.loop import TrainingJob, accelerator_of, run_job
 from mae_deploy.training.optim.groups import layer_decay_groups
 from mae_deploy.training.step import StepBatch
 from mae_deploy.training.validation import Evaluator
@@ -52,15 +52,7 @@ def run_finetune(config: FinetuneConfig) -> dict[str, Any]:
     if encoder.band_groups is not None:
         model.channel_embed.requires_grad_(True)  # as SatMAE
     kept = KeptPatches(encoder.num_tokens, config.keep_ratio) if config.keep_ratio is not None else None
-    loop = config.loop
-    accelerator = make_accelerator(
-        config.device,
-        loop.precision,
-        config.out,
-        loop.tracker,
-        sharding=loop.sharding,
-        deterministic=loop.deterministic,
-    )
+    accelerator = accelerator_of(config)
 
     job = TrainingJob(
         title="from scratch" if pretrained is None else "finetune",

@@ -19,7 +19,7 @@ from mae_deploy.pretrain.reconstruct import draw_reconstructions
 from mae_deploy.pretrain.targets import Target, TeacherFeatures, fit_pca
 from mae_deploy.progress import notice
 from mae_deploy.seeding import derive_seed, seed_everything
-from mae_deploy.training.loop import TrainingJob, make_accelerator, run_job
+from mae_deploy.training.loop import TrainingJob, accelerator_of, run_job
 from mae_deploy.training.optim.groups import decay_groups
 from mae_deploy.training.step import StepBatch
 from mae_deploy.weights.load import LoadedWeights, read_weights, start_autoencoder_from
@@ -38,15 +38,7 @@ def run_pretrain(config: PretrainConfig) -> dict[str, Any]:
     spec = config.images.preprocess(config.model.image_size, config.model.in_chans, _preprocess_of(teacher or init))
     dataset = open_training(config.data, train_transform(spec, config.augment), config.images, seed=config.seed)
     fingerprint = dataset.fingerprint()
-    loop = config.loop
-    accelerator = make_accelerator(
-        config.device,
-        loop.precision,
-        config.out,
-        loop.tracker,
-        sharding=loop.sharding,
-        deterministic=loop.deterministic,
-    )
+    accelerator = accelerator_of(config)
     seed_everything(derive_seed(config.seed, "weights"))
     model = MaskedAutoencoder(config.model, config.decoder, norm_pix_loss=config.norm_pix_loss, objective=objective)
     decoded = init is not None and start_autoencoder_from(model, init)

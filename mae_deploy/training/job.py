@@ -14,7 +14,7 @@ from mae_deploy.checkpoint import Metadata
 from mae_deploy.data.config import DataConfig
 from mae_deploy.data.dataset import TrainImages
 from mae_deploy.images.preprocess import Preprocess
-from mae_deploy.training.config import LoopConfig, OptimConfig
+from mae_deploy.training.config import Device, LoopConfig, OptimConfig
 from mae_deploy.training.optim.groups import ParamGroup
 from mae_deploy.training.step import Loss
 
@@ -51,6 +51,11 @@ class RunConfig(TrainConfig, Protocol):
     @property
     def out(self) -> Path:
         """Run folder."""
+        ...
+
+    @property
+    def device(self) -> Device:
+        """Where to compute."""
         ...
 
     @property

@@ -57,6 +57,23 @@ def make_accelerator(
     )
 
 
+def accelerator_of(config: RunConfig) -> Accelerator:
+    """The engine that a run's settings ask for.
+
+    Raises:
+        MissingDependency, ConfigError: as `make_accelerator`.
+    """
+    loop = config.loop
+    return make_accelerator(
+        config.device,
+        loop.precision,
+        config.out,
+        loop.tracker,
+        sharding=loop.sharding,
+        deterministic=loop.deterministic,
+    )
+
+
 def run_job(job: TrainingJob, accelerator: Accelerator, config: RunConfig, data: dict[str, Any]) -> dict[str, Any]:
     """Train in the run folder of the settings; returns a summary. With `--plan`, what that will take, and the folder is
     not touched.

@@ -39,6 +39,7 @@ OUT = "OUT"
 """Stands for a path in commands that write; nothing half-written may be left there."""
 FILE = "FILE"
 """Stands for what is hostile."""
+_EXPORT = ("export", "checkpoints/mae", "--out", OUT, "--threads", 1, "--samples", "images")
 
 CHECKPOINT_COMMANDS: dict[str, Arguments] = {
     "info": ("info", FILE),
@@ -138,39 +139,9 @@ NUMBER_COMMANDS: dict[str, Arguments] = {
         )
     },
     "benchmark --repeats": ("benchmark", "bundles/visible", "--threads", 1, "--no-probe", f"--repeats={FILE}"),
-    "export --batch": (
-        "export",
-        "checkpoints/mae",
-        "--out",
-        OUT,
-        "--threads",
-        1,
-        "--samples",
-        "images",
-        f"--batch={FILE}",
-    ),
-    "export --tokens": (
-        "export",
-        "checkpoints/mae",
-        "--out",
-        OUT,
-        "--threads",
-        1,
-        "--samples",
-        "images",
-        f"--tokens=visible:{FILE}",
-    ),
-    "export --profile": (
-        "export",
-        "checkpoints/mae",
-        "--out",
-        OUT,
-        "--threads",
-        1,
-        "--samples",
-        "images",
-        f"--profile=B:{FILE}",
-    ),
+    "export --batch": (*_EXPORT, f"--batch={FILE}"),
+    "export --tokens": (*_EXPORT, f"--tokens=visible:{FILE}"),
+    "export --profile": (*_EXPORT, f"--profile=B:{FILE}"),
     "knn --k": ("knn", "labelled", "--init", "checkpoints/mae", "--num-workers", 0, *_CPU, f"--k={FILE}"),
     "stream --every": ("stream", "images", "bundles/visible", "--threads", 1, f"--every={FILE}"),
 }
