@@ -95,6 +95,17 @@ class Checkpoint:
         """The file that holds them."""
         return self.path if self.path.is_file() else self.path / WEIGHTS
 
+    def check(self) -> None:
+        """Whether the weights are whole, by the header and length of their file; needs neither torch nor safetensors.
+
+        Raises:
+            CheckFailed: they are not.
+        """
+        if not self.weights.is_file():
+            raise CheckFailed(f"{self.weights} is missing, or is no file", hint="copy the whole checkpoint folder")
+        if (kind := look_at(self.weights)).weights != "safetensors":
+            raise CheckFailed(f"cannot read {self.weights}: it is {kind.words}", hint=kind.hint)
+
     def tensors(self) -> dict[str, Tensor]:
         """The state dict, on the CPU.
 

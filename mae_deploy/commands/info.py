@@ -32,6 +32,7 @@ def run_info(config: InfoConfig) -> Result:
 
     Raises:
         ConfigError: nothing that we know is there.
+        CheckFailed: a file of it is missing, cut off or of another size; hashes are for `verify`.
     """
     path = config.path
     if (path / MANIFEST_FILE).is_file():
@@ -53,6 +54,7 @@ def run_info(config: InfoConfig) -> Result:
 def _checkpoint(path: Path) -> Result:
     checkpoint = open_checkpoint(path)
     metadata = checkpoint.metadata
+    checkpoint.check()
     data = {
         "type": "run" if (path / "checkpoints").is_dir() else "checkpoint",
         "path": str(checkpoint.path),
@@ -79,6 +81,9 @@ def _checkpoint(path: Path) -> Result:
 def _bundle(path: Path) -> Result:
     bundle = Bundle.load(path)
     manifest: dict[str, Any] = dict(bundle.manifest)
+    for name, entry in manifest["files"].items():
+        if not (path / name).is_file() or (path / name).stat().st_size != entry["size"]:
+            bundle.file(name)  # says what is wrong with it
     facts = {
         "type": "bundle",
         "kind": manifest["kind"],

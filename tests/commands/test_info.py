@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ def test_a_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkey
         "17",
     ):
         assert expected in printed, expected
+
+
+@pytest.mark.parametrize("length", [0, 6, -1, None], ids=["empty", "in the length", "in the last weight", "missing"])
+@pytest.mark.parametrize("kind", ["checkpoint", "bundle"])
+def test_a_file_that_is_not_whole(
+    tmp_path: Path, kind: str, length: int | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = checkpoint(tmp_path / "x") if kind == "checkpoint" else write_bundle(tmp_path / "x")
+    file = folder / ("model.safetensors" if kind == "checkpoint" else "encoder.onnx")
+    if length is None:
+        file.unlink()
+    else:
+        os.truncate(file, length % file.stat().st_size)
+    assert main(["info", str(folder)]) == 1
+    found = capsys.readouterr()
+    assert str(file) in found.err and not found.out
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
