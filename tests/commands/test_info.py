@@ -83,7 +83,8 @@ def test_a_file_that_is_not_whole(
         os.truncate(file, length % file.stat().st_size)
     assert main(["info", str(folder)]) == 1
     found = capsys.readouterr()
-    assert str(file) in found.err and not found.out
+    assert str(file) in found.err
+    assert not found.out
 
 
 def test_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
