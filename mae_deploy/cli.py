@@ -174,10 +174,12 @@ def knn(config: KnnConfig) -> Any:
 
 @command(app, "mae_deploy.evaluation.config:CompareConfig", panel=EVALUATE)
 def compare(config: CompareConfig) -> Any:
-    """Compare encoders by k-NN and a linear probe.
+    """Compare encoders by k-NN and a linear probe, also at equal latency.
 
     Side by side: checkpoints, bundles, timm models, random weights.
     """
+    if config.at_latency is not None:
+        return _needs_torch("mae_deploy.commands.compare.run").run_compare_at_latency(config)
     return _needs_torch("mae_deploy.evaluation.compare").run_compare(config)
 
 

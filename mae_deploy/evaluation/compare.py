@@ -70,7 +70,8 @@ def run_compare(config: CompareConfig) -> Result:
     entries = read_entries(config.encoders)
     resolve_device(config.device)
     train, val = labelled_splits(config.data, config.validation, seed=config.seed)
-    model = _model_for_random(entries)
+    network = network_for_random(entries)
+    model = None if network is None else read_weights(network)
     for entry in entries:  # what cannot be opened is said before the first hour of work
         _open(entry, config, model, config.seed).close()
     rows = [_compare_entry(entry, config, train, val, model) for entry in entries]
@@ -82,7 +83,7 @@ def run_compare(config: CompareConfig) -> Result:
         "k": list(config.k),
         "temperature": config.temperature,
         "linear": config.linear,
-        "seeds": _seeds(config),
+        "seeds": seeds_of(config),
         "encoders": rows,
     }
     if config.out is not None:
@@ -128,8 +129,12 @@ def _entry(word: str) -> Entry:
     return Entry(name or Path(path).resolve().name, Path(path), architecture or None)
 
 
-def _model_for_random(entries: list[Entry]) -> LoadedWeights | None:
-    """The checkpoint whose architecture `random` takes."""
+def network_for_random(entries: list[Entry]) -> Path | None:
+    """The checkpoint whose architecture `random` takes; None without such an entry.
+
+    Raises:
+        ConfigError: there is none.
+    """
     if not any(entry.kind == "random" for entry in entries):
         return None
     # Runs and checkpoint folders first: a weights file is only read where there is none.
@@ -141,8 +146,7 @@ def _model_for_random(entries: list[Entry]) -> LoadedWeights | None:
         raise ConfigError(
             "random has no network to take: there is no checkpoint among the encoders", hint="add a run or a checkpoint"
         )
-    assert known[0].path is not None
-    return read_weights(known[0].path)
+    return known[0].path
 
 
 def _compare_entry(
@@ -153,7 +157,7 @@ def _compare_entry(
     found: list[dict[str, Any]] = []
     sets: tuple[FeatureSet, FeatureSet] | None = None
     about: dict[str, Any] = {}
-    for seed in _seeds(config):
+    for seed in seeds_of(config):
         if sets is None or entry.kind == "random":
             source = _open(entry, config, model, seed)
             try:
@@ -165,7 +169,7 @@ def _compare_entry(
                 source.close()
             about = {"features": source.description, "parameters": source.parameters, "licence": source.licence}
         assert sets is not None
-        found.append(_probe(config, *sets, len(train.class_names or ()), seed))
+        found.append(probe(config, *sets, len(train.class_names or ()), seed))
     assert sets is not None
     rates = [part.images_per_second for part in sets]
     return {
@@ -189,7 +193,8 @@ def _open(entry: Entry, config: CompareConfig, model: LoadedWeights | None, seed
     return open_source(entry.path, config.features, config.device)
 
 
-def _probe(config: CompareConfig, train: FeatureSet, val: FeatureSet, num_classes: int, seed: int) -> dict[str, float]:
+def probe(config: CompareConfig, train: FeatureSet, val: FeatureSet, num_classes: int, seed: int) -> dict[str, float]:
+    """Top-1 of k-NN for each k and of the linear probe, and its top-5."""
     device = resolve_device(config.device)
     neighbours = knn(train, val, num_classes, config.k, temperature=config.temperature, device=device)
     fitted = fit_linear(
@@ -200,7 +205,8 @@ def _probe(config: CompareConfig, train: FeatureSet, val: FeatureSet, num_classe
     return {**shares, "linear_top1": linear.top1, "linear_top5": linear.top5}
 
 
-def _seeds(config: CompareConfig) -> list[int]:
+def seeds_of(config: CompareConfig) -> list[int]:
+    """The seeds themselves."""
     return [config.seed + seed for seed in config.seeds]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +115,7 @@ class KnnConfig(Settings, resume="never"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig(Settings, resume="never"):
+class CompareConfig(Settings, resume="fixed"):
     """Settings of `mae-deploy compare`."""
 
     encoders: tuple[str, ...] = setting(argument=True, metavar="CKPT|BUNDLE")
@@ -122,8 +124,20 @@ class CompareConfig(Settings, resume="never"):
     network with random weights."""
     data: Path
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
-    out: Path | None = setting(None, basic=True)
-    """Folder to write compare.json, compare.md and compare.png to."""
+    out: Path | None = setting(None, resume="free", basic=True)
+    """Folder to write compare.json, compare.md and compare.png to; with --at-latency, the same command goes on in it
+    where it was stopped."""
+    at_latency: str | None = setting(None, basic=True, metavar="MS")
+    """Compare at equal latency of one image on this machine, such as 10ms: what is too slow as it is takes as large
+    images, or as many of their patches, as its measured graph manages in that time. Encoders are what import and export
+    take."""
+    fit: Literal["tokens", "size", "both"] = setting("both", basic=True)
+    """How --at-latency makes an encoder faster: tokens, fewer patches, random ones; size, smaller images; both: a row
+    for either."""
+    finetune_epochs: int | None = setting(None, basic=True, at_least=1)
+    """With --at-latency, also fine-tune each checkpoint as it meets the latency, for so many epochs, with each seed."""
+    finetune_recipe: str | None = setting(None, metavar="RECIPE")
+    """Settings of that fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
     k: tuple[int, ...] = setting((20,), basic=True, at_least=1)
     """Neighbours that vote; with several numbers, separated by commas, each is a column."""
     temperature: float = setting(0.07, above=0)
@@ -132,11 +146,12 @@ class CompareConfig(Settings, resume="never"):
     """The linear probe: logistic or ridge, on standardised features."""
     held_out: float = setting(0.2, above=0, below=1)
     """Share of the training images on which the linear probe chooses its regularisation."""
-    seeds: tuple[int, ...] = setting((0, 1, 2), basic=True)
-    """Seeds of the held-out share and of random weights; figures are means over them."""
+    seeds: tuple[int, ...] = setting((0, 1, 2), resume="free", basic=True)
+    """Seeds of the held-out share and of random weights, with --at-latency also of the kept patches and of fine-tuning;
+    figures are means over them."""
     seed: int = setting(0, basic=True)
     """Added to each of --seeds."""
-    device: Device = setting("auto", basic=True)
+    device: Device = setting("auto", resume="free", basic=True)
     """Where to compute; auto takes the GPU where there is one."""
     validation: ValidationConfig = section(ValidationConfig)
     features: FeaturesConfig = section(FeaturesConfig)
@@ -145,6 +160,33 @@ class CompareConfig(Settings, resume="never"):
         yield from _each_once("--k", self.k)
         if not self.seeds:
             yield ConfigError("--seeds '' must be at least one seed, such as 0,1,2")
+        yield from errors_of(lambda: self.latency)
+        if self.fit != "both" and self.at_latency is None:
+            yield ConfigError(f"--fit {self.fit} needs --at-latency", hint="such as --at-latency 10ms")
+        if self.finetune_epochs is not None and (self.at_latency is None or self.out is None):
+            yield ConfigError(
+                f"--finetune-epochs {self.finetune_epochs} needs --at-latency, and --out for its runs",
+                hint="such as --at-latency 10ms --out compared",
+            )
+        if self.finetune_recipe is not None and self.finetune_epochs is None:
+            yield ConfigError(
+                f"--finetune-recipe {self.finetune_recipe} needs --finetune-epochs", hint="such as --finetune-epochs 20"
+            )
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds of --at-latency; None without it.
+
+        Raises:
+            ConfigError: it is no time.
+        """
+        if self.at_latency is None:
+            return None
+        match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*(us|ms|s|)", self.at_latency.strip().lower())
+        seconds = float(match[1]) * {"us": 1e-6, "s": 1.0}.get(match[2], 1e-3) if match else 0.0
+        if not 0 < seconds < math.inf:
+            raise ConfigError(f"--at-latency {self.at_latency} is no time above 0", hint="such as 10ms, 0.5s or 800us")
+        return seconds
 
 
 def _each_once(flag: str, numbers: tuple[int, ...]) -> Iterator[ConfigError]:

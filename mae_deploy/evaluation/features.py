@@ -20,6 +20,7 @@ from mae_deploy.data.transforms import NormaliseImages, eval_transform
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.evaluation.config import FeaturesConfig
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.progress import notice, progress
@@ -168,14 +169,24 @@ class ModuleFeatures:
 
 
 class EncoderFeatures(ModuleFeatures):
-    """A checkpoint's encoder or classifier."""
+    """A checkpoint's encoder or classifier, of all patches or of `keep` random ones, as `random_patches` draws them."""
 
-    def __init__(self, loaded: LoadedWeights, config: FeaturesConfig, device: Device) -> None:
+    def __init__(
+        self,
+        loaded: LoadedWeights,
+        config: FeaturesConfig,
+        device: Device,
+        *,
+        keep: int | None = None,
+        seed: int = 0,
+    ) -> None:
         loaded = at_image_size(loaded, config.image_size)
         model = encoder_of(loaded)
         headed = isinstance(model, Classifier) and model.pool == "avg"
         has_cls = model.config.class_token and not headed
         pool = _pool_of(config.pool, ("cls", "avg") if has_cls else ("avg",))
+        self.output = {"cls": "cls", "avg": "pooled"}[pool]
+        """What an exported graph calls this feature."""
         encoder = loaded.encoder_config
         description = (
             f"{encoder.name} at {encoder.image_size[0]}x{encoder.image_size[1]},"
@@ -183,7 +194,7 @@ class EncoderFeatures(ModuleFeatures):
         )
         super().__init__(
             model,
-            _pooling(model, pool),
+            _pooling(model, pool, _random_ids(encoder.num_tokens, keep, seed)),
             from_dict(Preprocess, loaded.metadata.preprocess),
             description,
             loaded.metadata.licence,
@@ -194,14 +205,16 @@ class EncoderFeatures(ModuleFeatures):
 
 
 class BundleFeatures:
-    """A bundle's `cls` or `pooled` output, every patch kept, on whichever engine."""
+    """A bundle's `cls` or `pooled` output, of all patches or of `keep` random ones, on whichever engine."""
 
-    def __init__(self, path: Path, config: FeaturesConfig, device: Device) -> None:
+    def __init__(
+        self, path: Path, config: FeaturesConfig, device: Device, *, keep: int | None = None, seed: int = 0
+    ) -> None:
         self._backbone = Backbone.load(path, config.engine, device=device, threads=config.threads)
         bundle = self._backbone.bundle
         outputs = {"cls": "cls", "avg": "pooled"}
         pool = _pool_of(config.pool, tuple(pool for pool, output in outputs.items() if output in bundle.output_names))
-        self._output = outputs[pool]
+        self._output, self._ids = outputs[pool], _random_ids(bundle.num_patches, keep, seed)
         self.spec = bundle.preprocess
         self.licence: str | None = bundle.licence
         model = bundle.model
@@ -215,9 +228,8 @@ class BundleFeatures:
     def __call__(self, images: Tensor) -> Tensor:
         """`(B, C, H, W)` pixels to float32 `(B, D)`."""
         pixels = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
-        return torch.from_numpy(
-            self._backbone.run_cropped(pixels, outputs=[self._output])[self._output].astype(np.float32)
-        )
+        found = self._backbone.run_cropped(pixels, self._ids(len(pixels)), outputs=[self._output])[self._output]
+        return torch.from_numpy(found.astype(np.float32))
 
     def close(self) -> None:
         """Free the engine."""
@@ -238,16 +250,11 @@ def classifier_logits(
     Args:
         keeps: patches that the classifier sees, the n-th image those that `random_patches` gives the n-th; None: all.
     """
-    metadata, numbers = loaded.metadata, itertools.count()
-    model, num_patches = encoder_of(loaded), loaded.encoder_config.num_tokens
+    metadata, model = loaded.metadata, encoder_of(loaded)
+    draws = [_random_ids(loaded.encoder_config.num_tokens, keep, seed) for keep in keeps]
 
     def logits(images: Tensor) -> Tensor:
-        items = [next(numbers) for _ in images]
-        ids = [
-            None if keep is None else torch.from_numpy(random_patches(num_patches, keep, items, seed)).to(images.device)
-            for keep in keeps
-        ]
-        return torch.cat([model(images, ids_keep) for ids_keep in ids], dim=1)
+        return torch.cat([model(images, _tensor(ids(len(images)), images)) for ids in draws], dim=1)
 
     return ModuleFeatures(
         model,
@@ -289,11 +296,27 @@ def _pool_of(asked: str, offered: tuple[str, ...]) -> str:
     return offered[0] if asked == "auto" else asked
 
 
-def _pooling(model: Encoder, pool: str) -> Callable[[Tensor], Tensor]:
+def _random_ids(num_patches: int, keep: int | None, seed: int) -> Callable[[int], Array | None]:
+    """Of the next B images, `ids_keep (B, K)`: the n-th image those that `random_patches` gives the n-th; None: all."""
+    numbers = itertools.count()
+
+    def ids(count: int) -> Array | None:
+        items = list(itertools.islice(numbers, count))
+        return None if keep is None else random_patches(num_patches, keep, items, seed)
+
+    return ids
+
+
+def _tensor(ids: Array | None, like: Tensor) -> Tensor | None:
+    return None if ids is None else torch.from_numpy(ids).to(like.device)
+
+
+def _pooling(model: Encoder, pool: str, ids: Callable[[int], Array | None]) -> Callable[[Tensor], Tensor]:
     def pooled(images: Tensor) -> Tensor:
+        ids_keep = _tensor(ids(len(images)), images)
         if isinstance(model, Classifier) and model.pool == "avg":
-            return model.forward_pooled(images)
-        tokens = Encoder.forward(model, images)
+            return model.forward_pooled(images, ids_keep)
+        tokens = Encoder.forward(model, images, ids_keep)
         return tokens[:, 0] if pool == "cls" else Encoder.pool_latent(model, tokens)
 
     return pooled

@@ -32,8 +32,13 @@ class Column:
     """rich's name of a cell's colour in the terminal, by its text."""
 
     def cell(self, row: Row) -> str:
-        """The figure as text, with the range over the seeds beside a mean; a dash where there is none."""
+        """The figure as text, beside a mean half its interval, else the range over the seeds; a dash where there is
+        none.
+        """
         value = row.get(self.key)
+        low, high = row.get(f"{self.key}_interval", (0.0, 0.0))
+        if low < high:
+            return f"{self._text(value)} ± {self._text((high - low) / 2)}"
         least, most = map(self._text, row.get(f"{self.key}_range", (value, value)))
         return self._text(value) + (f" ({least} to {most})" if least != most else "")
 

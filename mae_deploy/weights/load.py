@@ -152,8 +152,12 @@ def load_strict(model: torch.nn.Module, tensors: dict[str, Tensor], *, assign: b
         raise CheckFailed(" ".join(str(error).split())) from error
 
 
-def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> LoadedWeights:
-    """The same weights for another image size, the position embeddings interpolated; None: as they are."""
+def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None, *, said: bool = True) -> LoadedWeights:
+    """The same weights for another image size, the position embeddings interpolated; None: as they are.
+
+    Args:
+        said: whether a line on stderr tells of it.
+    """
     source = loaded.encoder_config
     if image_size is None or image_size == source.image_size:
         return loaded
@@ -161,7 +165,8 @@ def at_image_size(loaded: LoadedWeights, image_size: tuple[int, int] | None) -> 
     grids = " to ".join(f"{rows}x{columns}" for rows, columns in (source.grid_size, target.grid_size))
     tensors = dict(loaded.tensors)
     how = f"interpolated from {grids} patches ({loaded.metadata.positions})"
-    notice("positions:", how if "pos_embed" in tensors else f"turned by those of {grids.split(' to ')[1]} patches")
+    if said:
+        notice("positions:", how if "pos_embed" in tensors else f"turned by those of {grids.split(' to ')[1]} patches")
     for name in ("pos_embed", "decoder_pos_embed"):
         if name in tensors:
             tensors[name] = loaded.positions_at(name, target.grid_size)

@@ -135,7 +135,7 @@ def test_random_weights_are_drawn_for_each_seed(
         seen.append(val.features)
         return {"linear_top1": float(seed), **{f"knn{k}_top1": 0.0 for k in config.k}}
 
-    monkeypatch.setattr(module, "_probe", watched)
+    monkeypatch.setattr(module, "probe", watched)
     found = compare(capsys, pretrained, "random", "--data", classes, "--seeds", "0,1")
     own, chance = (seen[index : index + 2] for index in (0, 2))
     assert torch.equal(own[0], own[1])

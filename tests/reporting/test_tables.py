@@ -67,6 +67,9 @@ def test_a_mean_has_its_range_where_seeds_differ() -> None:
     assert row["top1_by_seed"] == [50.0, 51.0]
     assert Column("", "top1", "{:.1f}").cell(row) == "50.5 (50.0 to 51.0)"
     assert Column("", "loss", "{:.1f}").cell(row) == "2.0"
+    intervals = {"top1_interval": [44.1, 56.9], "loss_interval": [2.0, 2.0]}
+    assert Column("", "top1", "{:.1f}").cell({**row, **intervals}) == "50.5 ± 6.4"
+    assert Column("", "loss", "{:.1f}").cell({**row, **intervals}) == "2.0"
 
 
 def test_facts_have_no_header_and_inner_facts_have_lines() -> None:

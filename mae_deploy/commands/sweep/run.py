@@ -7,22 +7,20 @@ after a kill.
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mae_deploy.commands.experiment import Parts, open_folder, slug
 from mae_deploy.commands.sweep.config import SweepConfig
-from mae_deploy.config import differences, from_dict, merge, to_dict, to_yaml
+from mae_deploy.config import differences, from_dict, merge, to_dict
 from mae_deploy.data.config import ValidationConfig
 from mae_deploy.data.sources.splits import labelled_splits
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation.features import EncoderFeatures, FeatureSet, extract
 from mae_deploy.evaluation.knn import knn
 from mae_deploy.evaluation.linear import fit_linear
-from mae_deploy.files import read_json, write_json, write_text
 from mae_deploy.pretrain import finetune
 from mae_deploy.pretrain import run as pretrain
 from mae_deploy.pretrain.config import FinetuneConfig, PretrainConfig
@@ -78,7 +76,7 @@ def run_sweep(config: SweepConfig) -> Result:
     tuned = None
     if config.finetune or config.scratch:
         tuned = _finetune_config(config, cells[0][0].pretrain.out, config.out, seeds[0])
-    _open_folder(config)
+    open_folder(config, CONFIG)
     notice("plan:", _plan(config, cells, tuned))
     rows: list[Row] = []
     report: dict[str, Any] = {}
@@ -114,7 +112,7 @@ def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
         # YAML's own list, so that [32, 32] is one value of two numbers.
         parsed = parse_assignment(f"values=[{text}]")["values"]
         setting, values = setting.strip(), list(parsed)
-    if not setting or not values or len({_slug(value) for value in values}) < len(values):
+    if not setting or not values or len({slug(value) for value in values}) < len(values):
         raise ConfigError(
             f"--over {config.over or values} needs a setting and values, each once",
             hint="such as decoder.decoder_depth=1,2,4,8",
@@ -123,7 +121,7 @@ def _varied(config: SweepConfig) -> tuple[str, list[Any]]:
 
 
 def _cell(config: SweepConfig, setting: str, value: Any, seed: int) -> Cell:
-    folder = config.out / f"{setting.rpartition('.')[2]}-{_slug(value)}" / f"seed-{seed}"
+    folder = config.out / f"{setting.rpartition('.')[2]}-{slug(value)}" / f"seed-{seed}"
     varied: dict[str, Any] = value
     for part in reversed(setting.split(".")):
         varied = {part: varied}
@@ -186,22 +184,6 @@ def _build(cls: type[C], values: dict[str, Any], varied: dict[str, Any], given: 
     return from_dict(cls, {**merge(values, varied), **given})
 
 
-def _open_folder(config: SweepConfig) -> None:
-    """Start the sweep, or go on with it where it is the same."""
-    stored = config.out / CONFIG
-    if stored.is_file():
-        before = from_dict(SweepConfig, read_recipe(stored))
-        if changed := differences(before, config):
-            raise ConfigError(
-                f"{config.out} is a sweep with other settings: {'; '.join(changed)}",
-                hint="repeat the same options, or choose another --out",
-            )
-    elif config.out.exists() and (not config.out.is_dir() or any(config.out.iterdir())):
-        raise ConfigError(f"--out {config.out} holds something else", hint="choose another --out")
-    config.out.mkdir(parents=True, exist_ok=True)
-    write_text(stored, to_yaml(config))
-
-
 # --- one value and seed ----------------------------------------------------------------------------------------------
 
 
@@ -209,7 +191,7 @@ def _probe(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
     """Pretrain and evaluate; figures that `result.json` has are taken from it."""
     heading(f"{setting} {cell.value}, seed {cell.seed}")
     _check_unchanged(cell.pretrain)
-    parts = _Parts(cell.folder / RESULT)
+    parts = Parts(cell.folder / RESULT)
     parts.do("pretrain", lambda: {"loss": pretrain.run_pretrain(cell.pretrain)["last_loss"]})
     if (config.knn and not parts.has("knn")) or (config.linear != "none" and not parts.has("linear")):
         train, val, num_classes = _features(config, cell)
@@ -273,7 +255,7 @@ def _scratch(config: SweepConfig, setting: str, cell: Cell) -> dict[str, float]:
     # Only the network is taken from it: a run that was interrupted under another value goes on with the one that it was
     # started with.
     network = Path(read_recipe(out / RUN_CONFIG)["init"]) if (out / RUN_CONFIG).is_file() else cell.pretrain.out
-    parts = _Parts(folder / RESULT)
+    parts = Parts(folder / RESULT)
     parts.do("scratch", lambda: {"scratch_top1": _finetune(config, network, out, cell.seed, from_scratch=True)})
     return parts.figures
 
@@ -286,29 +268,6 @@ def _check_unchanged(config: PretrainConfig | FinetuneConfig) -> None:
             f"{config.out} was run with other settings: {'; '.join(changed)}",
             hint="repeat the same settings, or choose another --out",
         )
-
-
-class _Parts:
-    """The finished parts of a cell, each written as soon as it is there."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.found: dict[str, dict[str, float]] = read_json(path) if path.is_file() else {}
-
-    @property
-    def figures(self) -> dict[str, float]:
-        """All figures by name."""
-        return {name: value for part in self.found.values() for name, value in part.items()}
-
-    def has(self, part: str) -> bool:
-        """Whether it is finished."""
-        return part in self.found
-
-    def do(self, part: str, work: Callable[[], dict[str, float]]) -> None:
-        """Do it unless it is finished."""
-        if part not in self.found:
-            self.found[part] = work()
-            write_json(self.path, self.found)
 
 
 # --- the report ------------------------------------------------------------------------------------------------------
@@ -363,8 +322,3 @@ def _columns(setting: str) -> list[Column]:
         Column("loss", "loss", "{:.4f}"),
         *(Column(f"{curve.title}, %", curve.key, "{:.2f}") for curve in _CURVES),
     ]
-
-
-def _slug(value: Any) -> str:
-    """A value as part of a folder's name."""
-    return re.sub(r"[^\w.+-]+", "-", str(value)).strip("-") or "none"

@@ -1,5 +1,6 @@
 """How far a measured figure may be from the truth: exact intervals of shares and of the difference of two classifiers
-on the same images, and the bootstrap of a ratio of latencies. NumPy alone, as a device has no SciPy.
+on the same images, of the mean over a few seeds, and the bootstrap of a ratio of latencies. NumPy alone, as a device
+has no SciPy.
 
 Clopper and Pearson 1934: https://doi.org/10.1093/biomet/26.4.404; McNemar 1947: https://doi.org/10.1007/BF02295996;
 Efron 1979: https://doi.org/10.1214/aos/1176344552
@@ -8,6 +9,8 @@ Efron 1979: https://doi.org/10.1214/aos/1176344552
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -83,6 +86,37 @@ def ratio_interval(timing: Timing, baseline: Timing, confidence: float = CONFIDE
     mine, other = np.median(pairs[:, rounds], axis=2)
     low, high = np.quantile(mine / other, [(1 - confidence) / 2, (1 + confidence) / 2])
     return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Interval:
+    """Student's interval of the mean of what a few seeds gave; of one seed there is none.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    mean = statistics.fmean(values)
+    half = _student(len(values) - 1, confidence) * statistics.stdev(values) / math.sqrt(len(values))
+    return mean - half, mean + half
+
+
+def _student(degrees: int, confidence: float) -> float:
+    """Student's t of which that share is between -t and t: bisection of its closed form (Abramowitz and Stegun 26.7.3
+    and 26.7.4).
+    """
+
+    def share(angle: float) -> float:
+        sine, cosine = math.sin(angle), math.cos(angle)
+        term, total = (cosine, 0.0) if degrees % 2 else (1.0, 0.0)
+        for power in range(2 + degrees % 2, degrees + 1, 2):
+            total += term
+            term *= cosine**2 * (power - 1) / power
+        return 2 / math.pi * (angle + sine * total) if degrees % 2 else sine * total
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share(middle) < confidence else (low, middle)
+    return math.sqrt(degrees) * math.tan(high)
 
 
 def _lower(count: int, total: int, tail: float) -> float:

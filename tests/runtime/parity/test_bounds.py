@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from scipy.stats import beta, binomtest
+from scipy.stats import beta, binomtest, t
 
 from mae_deploy.runtime.parity.bounds import (
     difference_interval,
     images_needed,
     images_to_show,
     mcnemar,
+    mean_interval,
     ratio_interval,
     share_interval,
 )
@@ -26,6 +27,13 @@ def test_shares_are_those_of_clopper_and_pearson(total: int) -> None:
         low, high = share_interval(count, total)
         assert low == pytest.approx(beta.ppf(0.025, count, total - count + 1) if count else 0, abs=1e-9)
         assert high == pytest.approx(beta.ppf(0.975, count + 1, total - count) if count < total else 1, abs=1e-9)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 4, 5, 11, 30])
+def test_the_interval_of_a_mean_is_students(seeds: int) -> None:
+    values = np.random.default_rng(seeds).normal(50, 3, seeds)
+    expected = t.interval(0.95, seeds - 1, values.mean(), values.std(ddof=1) / seeds**0.5)
+    assert mean_interval(list(values)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("lost", "gained"), [(0, 0), (3, 9), (9, 3), (7, 7), (0, 11), (40, 13)])

@@ -1,0 +1,1 @@
+"""`mae-deploy compare --at-latency`: encoders at equal measured latency on this machine."""
