@@ -219,7 +219,7 @@ class ExportConfig(Settings, resume="never"):
         if self.int8.quantization != "auto":
             return self.int8.quantization
         statically = self.engine == "openvino" or self.is_planned or self.resolved_typing == "strong"
-        statically |= self.int8.quantizer == "nncf"
+        statically |= self.int8.quantizer in ("nncf", "modelopt")
         return "static" if statically else "dynamic"
 
     @property

@@ -11,6 +11,9 @@ from mae_deploy.config import Settings, setting
 from mae_deploy.errors import ConfigError
 from mae_deploy.runtime.tensorrt.options import changed_options
 
+_METHODS = {"nncf": ("mse", "minmax"), "modelopt": ("mse", "minmax", "entropy")}
+"""What `--calib-method` may be with quantisers that have not got all; mse is the largest magnitude in its place."""
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Int8Config(Settings, resume="fixed"):
@@ -19,9 +22,9 @@ class Int8Config(Settings, resume="fixed"):
     quantization: Literal["auto", "dynamic", "static"] = "auto"
     """dynamic: activation ranges found at run time, no calibration; static: Q/DQ with calibrated ranges;
     auto: the faster one on the engine, dynamic for ONNX Runtime, static for OpenVINO and TensorRT."""
-    quantizer: Literal["own", "onnxruntime", "nncf"] = "own"
-    """Who quantises: mae-deploy (own), or ONNX Runtime's or NNCF's quantiser on the same FP32 graph and images, without
-    our search, the first without SmoothQuant; what they give is judged alike."""
+    quantizer: Literal["own", "onnxruntime", "nncf", "modelopt"] = "own"
+    """Who quantises: mae-deploy (own), or the quantiser of ONNX Runtime, NNCF or NVIDIA's ModelOpt on the same FP32
+    graph and images, without our search; only NNCF's has SmoothQuant. What they give is judged alike."""
     calib_data: Path | None = setting(None, basic=True)
     """Folder of at least 128 images for calibration; required for static."""
     calib_images: int = setting(512, at_least=128)
@@ -64,11 +67,12 @@ class Int8Config(Settings, resume="fixed"):
         if self.quantizer == "own":
             return
         ours: tuple[str, ...] = ("--bias-correction", "--int8-attention")
-        if self.quantizer == "onnxruntime":
+        if self.quantizer != "nncf":
             ours += ("--no-smooth-quant", "--smooth-alpha")
         given = [flag for flag in changed_options(self) if flag.startswith(ours)]
-        if self.quantizer == "nncf":
-            given += [f"--calib-method {self.calib_method}"] if self.calib_method not in ("mse", "minmax") else []
+        if self.quantizer in _METHODS:
+            known = self.calib_method in _METHODS[self.quantizer]
+            given += [] if known else [f"--calib-method {self.calib_method}"]
             given += ["--weight-bits 7"] if self.weight_bits == 7 else []
             given += ["--quantization dynamic"] if policy == "dynamic" else []
         for flag in given:

@@ -1,10 +1,11 @@
-"""The quantisers of others, on our FP32 graph and our calibration images: ONNX Runtime's and NNCF's. They quantise the
-same Linears as ours does, in their own way, and what they give goes through the same checks.
+"""The quantisers of others, on our FP32 graph and our calibration images: ONNX Runtime's, NNCF's and NVIDIA's ModelOpt.
+They quantise the same Linears as ours does, in their own way, and what they give goes through the same checks.
 """
 
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"
 """ONNX Runtime's names of `--calib-method`."""
 
 _PRODUCTS = ("Gemm", "MatMul")
+
+_PACKAGES = {"modelopt": "nvidia-modelopt"}
+"""Those that are called otherwise than what they are imported as."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,7 @@ def quantize_elsewhere(job: ExportJob, names: list[str]) -> OtherGraph:
     with TemporaryDirectory() as folder, _quiet():
         graph = Path(folder) / "fp32.onnx"
         builder.save(graph)
-        quantize = {"onnxruntime": _onnxruntime, "nncf": _nncf}[job.config.int8.quantizer]
+        quantize = {"onnxruntime": _onnxruntime, "nncf": _nncf, "modelopt": _modelopt}[job.config.int8.quantizer]
         return OtherGraph(quantize(job, graph, names), builder)
 
 
@@ -101,7 +105,7 @@ def facts_of(job: ExportJob) -> dict[str, Any]:
     int8, images = job.config.int8, job.calib_images
     facts: dict[str, Any] = {
         "quantizer": int8.quantizer,
-        "quantizer_version": version(int8.quantizer),
+        "quantizer_version": version(_PACKAGES.get(int8.quantizer, int8.quantizer)),
         "policy": job.config.policy,
         "smooth_alpha": int8.smooth_alpha if int8.quantizer == "nncf" and int8.smooth_quant else None,
         "weight_bits": int8.weight_bits,
@@ -122,19 +126,10 @@ def _onnxruntime(job: ExportJob, graph: Path, names: list[str]) -> onnx.ModelPro
         quantization.quantize_dynamic(graph, out, nodes_to_quantize=nodes, extra_options=options, **common)
         return onnx.load(out)
 
-    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc, name-defined]
-        """One batch at a time."""
-
-        def __init__(self) -> None:
-            self._batches = _batches(job)
-
-        def get_next(self) -> Arrays | None:
-            return next(self._batches, None)
-
     quantization.quantize_static(
         graph,
         out,
-        Reader(),
+        _reader(job),
         nodes_to_quantize=nodes,
         calibrate_method=quantization.CalibrationMethod[_METHODS[_method(job)]],
         extra_options={
@@ -172,6 +167,22 @@ def _nncf(job: ExportJob, graph: Path, names: list[str]) -> onnx.ModelProto:
     return quantized
 
 
+def _modelopt(job: ExportJob, graph: Path, names: list[str]) -> onnx.ModelProto:
+    quantization, out = import_optional("modelopt.onnx.quantization", extra="modelopt"), graph.with_name("int8.onnx")
+    quantization.quantize(
+        str(graph),
+        quantize_mode="int8",
+        calibration_data_reader=_reader(job),
+        calibration_method="entropy" if _method(job) == "entropy" else "max",
+        calibration_eps=["cpu"],
+        nodes_to_quantize=[f"^{re.escape(name)}$" for name in _products(graph, names)],
+        output_path=str(out),
+        log_level="ERROR",
+        high_precision_dtype="fp32",
+    )
+    return onnx.load(out)
+
+
 def _method(job: ExportJob) -> str:
     """How ranges are chosen: mse is ours, others take the largest magnitude in its place."""
     return "minmax" if job.config.int8.calib_method == "mse" else job.config.int8.calib_method
@@ -181,6 +192,28 @@ def _products(graph: Path, names: list[str]) -> list[str]:
     """The nodes in which these Linears are multiplied."""
     nodes = onnx.load(graph, load_external_data=False).graph.node
     return [node.name for node in nodes if node.op_type in _PRODUCTS and node.name.rpartition("/")[0] in names]
+
+
+def _reader(job: ExportJob) -> Any:
+    """The calibration images as ONNX Runtime's quantiser, and ModelOpt's, which is made of it, ask for them."""
+    base: Any = import_optional("onnxruntime.quantization", extra="train").CalibrationDataReader
+
+    class Reader(base):  # type: ignore[misc]
+        """One batch at a time."""
+
+        def __init__(self) -> None:
+            self.rewind()
+
+        def rewind(self) -> None:
+            self._batches = _batches(job)
+
+        def get_first(self) -> Arrays:
+            return next(_batches(job))
+
+        def get_next(self) -> Arrays | None:
+            return next(self._batches, None)
+
+    return Reader()
 
 
 def _batches(job: ExportJob) -> Iterator[Arrays]:

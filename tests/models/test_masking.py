@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.models.mask_config import MaskSampling, check_masking, keep_count, mask_unit
-from mae_deploy.models.masking import Masking, block_masking, grid_masking, masking_of, random_masking, unit_masking
+from mae_deploy.models.mask_config import GroupMasking, MaskSampling, check_masking, keep_count, mask_unit
+from mae_deploy.models.masking import (
+    Masking,
+    block_masking,
+    grid_masking,
+    keep_random,
+    masking_of,
+    random_masking,
+    repeat_masking,
+    unit_masking,
+)
 
 
 @pytest.mark.parametrize(
@@ -160,6 +172,154 @@ def test_blocks_that_fall_short_grow() -> None:
     assert hidden[:4, :4].sum() == 16
     # What is nearest to a square block in the corner is a larger square, here of 12x12 and a part of the next.
     assert hidden[:12, :12].sum() == 144
+
+
+# --- the same, patch by patch ----------------------------------------------------------------------------------------
+
+
+def blocks_of(noise: list[float], ratio: float, rows: int, columns: int) -> list[int]:
+    """BEiT's blocks on one grid, in Python's floats: all patches, those first that stay longest."""
+    N = rows * columns
+    hidden, least, laid = N - keep_count(N, 1 - ratio, least=0), 16 / 196 * N, list[tuple[float, ...]]()
+    inside = [math.inf] * N
+    for index in range(min(12, N // 4)):
+        area, aspect, down, across = noise[4 * index : 4 * index + 4]
+        left = max(hidden - sum(math.isfinite(value) for value in inside), least)
+        patches, ratio_of_sides = least + area * (left - least), 0.3 ** (1 - 2 * aspect)
+        height = min(max(round(math.sqrt(patches * ratio_of_sides)), 1), rows)
+        width = min(max(round(math.sqrt(patches / ratio_of_sides)), 1), columns)
+        laid.append((int(down * (rows - height + 1)), int(across * (columns - width + 1)), height, width))
+        inside = [
+            min(old, index + far) if (far := away(laid[-1:], n, columns)) < 1 else old for n, old in enumerate(inside)
+        ]
+    order = [v if math.isfinite(v) else len(laid) + away(laid, n, columns) for n, v in enumerate(inside)]
+    return sorted(range(N), key=lambda n: -order[n])
+
+
+def away(blocks: list[tuple[float, ...]], patch: int, columns: int) -> float:
+    """How far the patch is from the centre of the nearest block, in halves of its sides; below 1 within it."""
+    y, x = patch // columns + 0.5, patch % columns + 0.5
+    return min(
+        max(abs(y - top - height / 2) * 2 / height, abs(x - left - width / 2) * 2 / width)
+        for top, left, height, width in blocks
+    )
+
+
+@pytest.mark.parametrize(
+    ("ratio", "grid"), [(0.5, (4, 4)), (0.75, (7, 5)), (0.6, (4, 11)), (0.9, (14, 14)), (0.3, (6, 9))]
+)
+def test_blocks_patch_by_patch(ratio: float, grid: tuple[int, int]) -> None:
+    """float64, in which no size or place of these is near enough to a half to be rounded otherwise."""
+    B, G, N = 5, 2, grid[0] * grid[1]
+    noise = torch.rand(B, G * N, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    masking = block_masking(noise, ratio, grid)
+    assert_consistent(masking)
+    kept = keep_count(N, 1 - ratio, least=0)
+    for row, groups in zip(masking.ids_keep, noise.reshape(B, G, N), strict=True):
+        orders = [blocks_of(group.tolist(), ratio, *grid) for group in groups]
+        # What stays longest comes first, group by group in turns.
+        assert row.tolist() == [index * N + orders[index][rank] for rank in range(kept) for index in range(G)]
+
+
+@pytest.mark.parametrize(("grid", "unit"), [((4, 6), 2), ((6, 3), 3), ((3, 5), 1), ((6, 12), 3)])
+def test_squares_patch_by_patch(grid: tuple[int, int], unit: int) -> None:
+    B, G, (rows, columns) = 5, 2, grid
+    noise = uniform(B, G * rows * columns)
+    masking = unit_masking(noise, 0.6, grid, unit)
+    assert_consistent(masking)
+    for kept, numbers in zip(masking.ids_keep, noise.reshape(B, G, rows, columns), strict=True):
+        squares = [(g, y, x) for g in range(G) for y in range(0, rows, unit) for x in range(0, columns, unit)]
+        squares.sort(key=lambda corner: float(numbers[corner]))
+        assert kept.tolist() == [
+            patch
+            for group, top, left in squares[: keep_count(len(squares), 0.4, least=0)]
+            for patch in sorted(
+                (group * rows + y) * columns + x for y in range(top, top + unit) for x in range(left, left + unit)
+            )
+        ]
+
+
+def test_grids_of_groups_are_drawn_apart() -> None:
+    noise = torch.zeros(1, 2 * 4 * 6)
+    noise[0, 0], noise[0, 24] = 0.3, 0.5
+    noise[0, 23] = noise[0, 47] = 0.9  # only the first number of a group counts
+    kept = grid_masking(noise, (4, 6)).ids_keep.tolist()
+    assert kept == [[1, 3, 5, 13, 15, 17, *(24 + n for n in (6, 8, 10, 18, 20, 22))]]
+
+
+def test_of_equal_numbers_the_first_stays() -> None:
+    noise = torch.zeros(2, 64)
+    assert (
+        unit_masking(noise, 0.5, (8, 8), 2).ids_keep.tolist()
+        == [[8 * (2 * y + dy) + 2 * x + dx for y in (0, 1) for x in range(4) for dy in (0, 1) for dx in (0, 1)]] * 2
+    )
+
+
+@pytest.mark.parametrize(("kind", "ratio", "grid", "unit", "kept"), KINDS)
+def test_each_kind_by_its_name(kind: MaskSampling, ratio: float, grid: tuple[int, int], unit: int, kept: int) -> None:
+    """In groups each for itself, consistent ones as the first; one group is no groups."""
+    N = grid[0] * grid[1]
+    noise = uniform(3, 3 * N)
+    functions: dict[tuple[MaskSampling, bool], Callable[[Tensor], Masking]] = {
+        ("random", True): lambda values: random_masking(values, ratio),
+        ("random", False): lambda values: unit_masking(values, ratio, grid, unit),
+        ("block", True): lambda values: block_masking(values, ratio, grid),
+        ("grid", True): lambda values: grid_masking(values, grid),
+    }
+    by_name = functions[kind, unit == 1]
+    assert same(masking_of(kind, noise, ratio, grid, unit=unit), by_name(noise))
+    first = by_name(noise[:, :N])
+    assert first.ids_keep.shape[1] == kept
+    consistent: GroupMasking = "consistent"
+    assert same(masking_of(kind, noise, ratio, grid, unit=unit, group_masking=consistent), repeat_masking(first, 3))
+    assert same(masking_of(kind, noise[:, :N], ratio, grid, unit=unit, group_masking=consistent), first)
+    if unit == 1:
+        assert same(masking_of(kind, noise, ratio, grid), by_name(noise))
+
+
+def same(found: Masking, expected: Masking) -> bool:
+    return all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+
+
+def test_repeated_places_by_hand() -> None:
+    masking = repeat_masking(keep_random(torch.tensor([[0.5, 0.1, 0.9, 0.3, 0.7]]), 2), 3)
+    assert masking.ids_keep.tolist() == [[1, 3, 6, 8, 11, 13]]
+    # All that is kept, group by group, then what is hidden of each.
+    assert masking.ids_restore.tolist() == [[6, 0, 8, 1, 7, 9, 2, 11, 3, 10, 12, 4, 14, 5, 13]]
+    assert masking.mask.tolist() == [[1, 0, 1, 0, 1] * 3]
+    assert masking.mask.dtype == torch.float32
+
+
+@pytest.mark.parametrize(("kind", "ratio", "grid", "unit", "kept"), KINDS)
+def test_nothing_waits_for_the_device(
+    kind: MaskSampling, ratio: float, grid: tuple[int, int], unit: int, kept: int
+) -> None:
+    """PyTorch's `meta` has shapes and no numbers: what reads one, or mixes devices, fails."""
+    noise = torch.empty(7, 2 * grid[0] * grid[1], device="meta")
+    masking = masking_of(kind, noise, ratio, grid, unit=unit, group_masking="consistent")
+    assert [tensor.device.type for tensor in masking] == ["meta"] * 3
+    assert masking.ids_keep.shape == (7, 2 * kept)
+
+
+class EqualsInReverse(TorchDispatchMode):
+    """A sort that was not asked to be stable leaves equal numbers the other way round. A GPU may; a CPU never does."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func.overloadpacket is not torch.ops.aten.sort or kwargs.get("stable"):
+            return func(*args, **kwargs)
+        dim = {**dict(zip(("dim", "descending"), args[1:], strict=False)), **kwargs}.get("dim", -1)
+        values, indices = func(args[0].flip(dim), *args[1:], **kwargs)
+        return values, args[0].shape[dim] - 1 - indices
+
+
+@pytest.mark.parametrize(("kind", "unit"), [("random", 2), ("block", 1), ("grid", 1)])
+def test_sorts_of_equal_numbers_are_stable(kind: MaskSampling, unit: int) -> None:
+    noise = uniform(3, 2 * 64).mul(16).floor() / 16
+    expected = masking_of(kind, noise, 0.75, (8, 8), unit=unit)
+    with EqualsInReverse():  # type: ignore[no-untyped-call]
+        assert torch.tensor([0.5, 0.5]).argsort().tolist() == [1, 0]
+        assert same(masking_of(kind, noise, 0.75, (8, 8), unit=unit), expected)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""ONNX Runtime's and NNCF's quantisers on our graph: their ranges beside ours, what is recorded, what is refused."""
+"""The quantisers of ONNX Runtime, NNCF and ModelOpt on our graph: their ranges beside ours, what is recorded, what is
+refused.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,7 @@ def scales_of(robust: Path, quantizer: Any, out: Path) -> dict[str, float | None
         quantization="static",
         calib_method="minmax",
         calib_data=robust / "calibration",
-        smooth_quant=quantizer != "nncf",
+        smooth_quant=quantizer != "nncf",  # which alone has it
     )
     config = ExportConfig(
         checkpoint=robust / "classifier", out=out, precision="int8", int8=int8, samples=robust / "photos", threads=1
@@ -65,7 +67,7 @@ def ours(robust: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, fl
     return plan_int8(job, folder, lambda *_: verification).quantized
 
 
-@pytest.mark.parametrize("quantizer", ["onnxruntime", "nncf"])
+@pytest.mark.parametrize("quantizer", ["onnxruntime", "nncf", "modelopt"])
 def test_the_largest_magnitudes_are_the_same(
     robust: Path, tmp_path: Path, ours: dict[str, float | None], quantizer: str
 ) -> None:
@@ -98,13 +100,14 @@ def test_static_ranges_in_other_token_modes(exports: Exports, robust: Path, toke
     assert np.isfinite(result["parity"][0]["sqnr_db"])
 
 
-def test_what_nncf_makes_is_judged_and_recorded(exports: Exports, robust: Path) -> None:
-    pytest.importorskip("nncf")
+@pytest.mark.parametrize("quantizer", ["nncf", "modelopt"])
+def test_what_they_make_is_judged_and_recorded(exports: Exports, robust: Path, quantizer: str) -> None:
+    pytest.importorskip(quantizer)
     exports.checkpoint = robust / "classifier"
-    arguments = ("--quantizer", "nncf", "--calib-data", robust / "calibration")
+    arguments = ("--quantizer", quantizer, "--calib-data", robust / "calibration")
     record = exports.passed(*INT8, *arguments)["quantization"]
     assert (record["quantizer"], record["policy"], record["linears"], len(record["quantized"])) == (
-        "nncf",
+        quantizer,
         "static",
         8,
         8,
@@ -120,11 +123,13 @@ def test_it_is_refused_like_ours(exports: Exports) -> None:
     assert exports.left == set()
 
 
-def test_without_nncf(exports: Exports, robust: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nncf", None)
-    code, said = exports(*INT8, "--quantizer", "nncf", "--calib-data", robust / "calibration")
+@pytest.mark.parametrize("module", ["nncf", "modelopt.onnx.quantization"])
+def test_without_the_package(exports: Exports, robust: Path, monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    quantizer = module.partition(".")[0]
+    monkeypatch.setitem(sys.modules, module, None)
+    code, said = exports(*INT8, "--quantizer", quantizer, "--calib-data", robust / "calibration")
     assert code == 3
-    assert "mae-deploy[nncf]" in said
+    assert f"mae-deploy[{quantizer}]" in said
 
 
 @pytest.mark.parametrize(
@@ -137,6 +142,9 @@ def test_without_nncf(exports: Exports, robust: Path, monkeypatch: pytest.Monkey
         (("--quantizer", "nncf", "--calib-method", "entropy"), "--calib-method entropy with --quantizer nncf"),
         (("--quantizer", "onnxruntime", "--tokens", "cached"), "--quantizer onnxruntime with --tokens cached"),
         (("--quantizer", "nncf", "--engine", "trt", "--no-build"), "--quantizer nncf with --engine trt"),
+        (("--quantizer", "modelopt", "--calib-method", "percentile"), "--calib-method percentile with --quantizer mod"),
+        (("--quantizer", "modelopt", "--smooth-alpha", "0.6"), "--smooth-alpha 0.6 with --quantizer modelopt"),
+        (("--quantizer", "modelopt", "--weight-bits", "7"), "--weight-bits 7 with --quantizer modelopt"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, tuple) else "",
 )
