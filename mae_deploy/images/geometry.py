@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,6 +32,7 @@ class Placement:
     """What of the resized image is the input; what lies outside of the image is filled."""
 
 
+@functools.lru_cache(maxsize=256)  # a stream asks five times a frame
 def place(crop_mode: CropMode, image_size: tuple[int, int], crop_pct: float, found: tuple[int, int]) -> Placement:
     """Where an image goes.
 

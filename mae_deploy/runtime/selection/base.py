@@ -30,12 +30,16 @@ class Scene:
     """Number of the frame, from 0."""
     computed: Array | None = None
     """As `pixels`: each patch as it was when it was last computed; None before anything was."""
+    computed_grey: Array | None = None
+    """The mean of the channels of `computed`, where it is known."""
     age: Array | None = None
     """`(N,)` int: how many frames ago each patch was computed, 1 for the last frame; None before anything was."""
     tokens: Array | None = None
     """`(N, D)`: the patches' tokens of the last frame; None where the model gives none, or before anything was."""
     frame_size: tuple[int, int] | None = None
     """Height and width of the camera's frame, of which `pixels` is what the model sees; None: those of `pixels`."""
+    ease: float = 1.0
+    """By how much more patches may differ than a rule allows: above 1 where tokens are nearer than they need be."""
     patches: Callable[[Array], Array | None] | None = field(default=None, repr=False)
     """The patches that a part of the camera's frame touches, by its bool mask `(H, W)`, as `Backbone.patches` gives
     them: indices, or None where the model sees nothing of it. None: `pixels` is the whole frame."""
@@ -50,7 +54,10 @@ class Scene:
         """`(N,)`: the mean absolute grey difference of each patch to what was last computed of it; None before anything
         was.
         """
-        return None if self.computed is None else block_difference(self.grey, grey(self.computed), self.patch_size)
+        if self.computed is None:
+            return None
+        before = grey(self.computed) if self.computed_grey is None else self.computed_grey
+        return block_difference(self.grey, before, self.patch_size)
 
     @property
     def grid(self) -> tuple[int, int]:

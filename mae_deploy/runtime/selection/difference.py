@@ -21,6 +21,8 @@ def grey(pixels: Array) -> Array:
 def block_difference(first: Array, second: Array, patch_size: int) -> Array:
     """The mean absolute difference of two grey images `(H, W)` in each patch, `(N,)`."""
     P, (rows, columns) = patch_size, (side // patch_size for side in first.shape)
-    by_rows = np.abs(first - second).reshape(rows, P, columns * P).sum(axis=1)
+    difference = first - second
+    np.abs(difference, out=difference)
+    by_rows = difference.reshape(rows, P, columns * P).sum(axis=1)
     found: Array = by_rows.reshape(rows * columns, P).sum(axis=1) / np.float32(P * P)
     return found

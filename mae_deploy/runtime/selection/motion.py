@@ -62,7 +62,7 @@ class _MotionOfCamera:
         if difference is None:
             self._taken = None
             return np.ones(scene.num_patches)
-        threshold = np.full(scene.num_patches, rule.threshold)
+        threshold = np.full(scene.num_patches, rule.threshold * scene.ease)
         if self._noise is not None:
             threshold = np.maximum(threshold, rule.noise * self._noise)
         if self._taken is not None:

@@ -16,11 +16,11 @@ class StreamOptions(Settings, resume="fixed"):
     """Stream."""
 
     refresh: float = setting(0.25, at_least=0, at_most=1, basic=True)
-    """Beside what is selected, up to this share of all patches at every frame: those that changed most, by less than is
-    selected, and as many that were not computed for longest; 0: none."""
+    """Beside what is selected, up to this share of all patches at every frame: those of which the largest error is
+    expected, and as a quarter of them those that were not computed for longest; 0: none."""
     target_snr: float = setting(13.0)
-    """Refresh less, down to a fifth, where the tokens' signal-to-noise ratio is estimated to be above this, in dB; 99:
-    never."""
+    """Compute less where the tokens' signal-to-noise ratio is expected to be above this, in dB: of the refresh, down to
+    a tenth, then of what is selected, by thresholds up to four times as high; 99: never."""
     bypass: float | None = setting(None, at_least=0, at_most=1, basic=True)
     """Compute the whole frame where more than this share is to be computed; default: the share from which on a whole
     frame is no slower on this machine, measured when the first stream of the backbone begins."""

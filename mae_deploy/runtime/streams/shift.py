@@ -2,8 +2,9 @@
 computed.
 
 Patches that are computed in turn show how much tokens and values have changed where no pixel did. The mean of it is
-added to those of the others, the more the longer ago they were computed themselves. Not so of keys: what is added to
-all keys is added to all scores of a query, and the softmax does not see it.
+added to those of the others, the more the longer ago they were computed themselves, where it is clear that they have
+changed alike. Not so of keys: what is added to all keys is added to all scores of a query, and the softmax does not see
+it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,26 @@ from mae_deploy.runtime.cache import TokenCache
 
 SHARE = 0.7
 """Of the change: what is shown by a few patches is not all true of the others."""
+
+
+_CLEAR = 2.0
+"""By how many times the mean of changes must be above what as many independent ones would have, in energy: else it is
+chance, and to move all values by it would take a twentieth of a small encoder's time."""
+
+
+def common(changes: Array) -> Array | None:
+    """What `(R, D)` changes have in common, `(D,)`; None where that is not clear."""
+    R = len(changes)
+    if not R:
+        return None
+    mean: Array = changes.mean(axis=0)
+    chance = energy(changes - mean) / max(1, R - 1) / R
+    return mean if energy(mean) > _CLEAR * chance else None
+
+
+def energy(values: Array) -> float:
+    """The sum of squares of `(D,)` or `(N, D)`."""
+    return float(np.einsum("...i,...i", values, values).sum())
 
 
 class Shift:
@@ -37,12 +58,13 @@ class Shift:
             age: `(N,)`, how many frames ago each was computed before.
         """
         cache, at, in_turn = self._cache, self._at, self._in_turn
-        if not len(in_turn):
+        moved = common(cache.tokens[at, in_turn] - self._tokens)
+        if moved is None:
             return
         shares = SHARE * np.minimum(1, age / age[in_turn].mean(), dtype=np.float32) * cache.computed[at]
         shares[ids] = 0
-        cache.tokens[at] += shares[:, None] * (cache.tokens[at, in_turn] - self._tokens).mean(axis=0)
+        cache.tokens[at] += shares[:, None] * moved
         now = self._values[:, :, self._first + in_turn]
-        moved = (now - self._before).mean(axis=2, keepdims=True, dtype=np.float32)
-        for rows, change in zip(self._values, moved, strict=True):
+        changes = (now - self._before).mean(axis=2, keepdims=True, dtype=np.float32)
+        for rows, change in zip(self._values, changes, strict=True):
             rows[:, self._first :] += (shares[:, None] * change).astype(rows.dtype, copy=False)

@@ -19,7 +19,7 @@ from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass, step
 from mae_deploy.runtime.streams.error import temporal_snr
 from mae_deploy.runtime.streams.model import StreamModel
-from mae_deploy.runtime.streams.shift import Shift
+from mae_deploy.runtime.streams.shift import Shift, energy
 
 _ALIKE = 1.25
 """Cameras are one batch where none of them takes more than so many times the patches that it needs."""
@@ -120,6 +120,7 @@ class StreamPool:
         self._last: list[dict[str, Array]] = [{} for _ in range(cameras)]
         self._turn = threading.Lock()
         self._whole_flops = flops_per_image(bundle.manifest, bundle.num_patches) or 1
+        self._costs: dict[int, float] = {}
 
     def __len__(self) -> int:
         """Number of cameras."""
@@ -212,11 +213,11 @@ class StreamPool:
         patches = np.stack([self._pixels_of(choice, choice.ids) for choice in choices])
         cache = self._cache_of(indices[0], indices[-1] + 1)
         shifts = [Shift(cache, at, choice.in_turn) for at, choice in enumerate(choices)] if self.config.shift else []
-        before = cache.tokens.copy()
+        before = [cache.tokens[at, choice.ids] for at, choice in enumerate(choices)]
         outputs = self._backbone.update(cache, patches, ids)
         for at, index in enumerate(indices):
             choice, camera = choices[at], self._cameras[index]
-            camera.learn(choice, cache.tokens[at] - before[at])
+            camera.learn(choice, cache.tokens[at, choice.ids] - before[at])
             if shifts and camera.age is not None:
                 shifts[at].apply(choice.ids, camera.age)
             own = {name: array[at : at + 1] for name, array in outputs.items()}
@@ -266,9 +267,10 @@ class StreamPool:
         return {name: array.copy() for name, array in self._last[index].items()}
 
     def _cost(self, count: int) -> float:
-        if not count:
-            return 0.0
-        return (flops_per_image(self._backbone.bundle.manifest, count) or 0) / self._whole_flops
+        if count not in self._costs:
+            flops = flops_per_image(self._backbone.bundle.manifest, count) if count else 0
+            self._costs[count] = (flops or 0) / self._whole_flops
+        return self._costs[count]
 
     def _audit(self, index: int, choice: Choice, cost: float) -> float | None:
         """Compute the whole frame beside, once its share of the computation allows it, and take it over."""
@@ -288,8 +290,9 @@ class StreamPool:
         whole = np.arange(N)
         outputs = self._backbone.update(cache, self._pixels_of(choice, whole)[None], whole)
         snr = temporal_snr(cache.tokens[0], ours, mean)
+        camera.audited(energy(cache.tokens[0] - ours))
         self._last[index] = self._whole_features(outputs, cache.tokens)
-        camera.settle_again(choice.pixels)
+        camera.settle_again(choice)
         if snr >= self.config.min_snr:
             camera.relax()
         elif self.config.on_drift == "error":

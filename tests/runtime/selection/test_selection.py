@@ -98,6 +98,13 @@ class TestMotion:
         assert taken(select(scene(painted(3, value=104), computed=painted()))) == []
         assert taken(select(scene(painted(3, value=106), computed=painted()))) == []
 
+    def test_a_camera_that_needs_less_allows_larger_differences(self) -> None:
+        select = Motion(threshold=6, hysteresis=1).start()
+        before, now = (np.full((8, 8, 3), value, np.uint8) for value in (100, 110))
+        for ease, taken in ((1.0, True), (1.6, True), (1.7, False)):
+            scene = Scene(pixels=now, patch_size=4, computed=before, ease=ease)
+            assert select(scene).any() == taken
+
     def test_dilation_takes_the_neighbours_and_does_not_wrap_around(self) -> None:
         select = Motion(dilation=1).start()
         assert taken(select(scene(painted(4), computed=painted()))) == [3, 4, 8, 9]

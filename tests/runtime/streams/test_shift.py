@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mae_deploy.runtime.cache import CacheShape, TokenCache
-from mae_deploy.runtime.streams.shift import Shift
+from mae_deploy.runtime.streams.shift import Shift, common
 
 N, D, H = 7, 6, 2
 SHAPES = [CacheShape(num_patches=N, depth=2, num_heads=H, embed_dim=D, dtype=dtype) for dtype in ("float32", "float16")]
@@ -34,6 +34,26 @@ def test_others_follow_by_their_age(shape: CacheShape) -> None:
         np.testing.assert_allclose(rows[1], np.broadcast_to(np.array(expected)[:, None], (H, 1 + N, D // H)), rtol=1e-3)
     assert not cache.tokens[0].any()  # the other stream
     assert not any(rows[0].any() for rows in cache.rows.values())
+
+
+def test_what_patches_do_not_have_in_common_moves_no_other() -> None:
+    rng = np.random.default_rng(0)
+    alike, changes = rng.normal(size=D), rng.normal(size=(5, D))
+    changes -= changes.mean(axis=0)
+    assert common(changes + 0.1 * alike) is None
+    found = common(changes + 9 * alike)
+    assert found is not None
+    np.testing.assert_allclose(found, 9 * alike)
+    assert common(changes[:0]) is None
+    np.testing.assert_array_equal(common(changes[:1]), changes[0])  # nothing speaks against it
+    cache = TokenCache.empty(SHAPES[0], 1)
+    cache.computed[:] = True
+    shift = Shift(cache, 0, np.arange(5))
+    cache.tokens[0, :5] += changes
+    cache.state += 1
+    shift.apply(np.arange(5), np.ones(N))
+    assert not cache.tokens[0, 5:].any()
+    assert (cache.state == 1).all()
 
 
 def test_without_a_sample_nothing_moves() -> None:
