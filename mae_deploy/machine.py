@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import platform
@@ -27,6 +28,8 @@ CPUINFO = Path("/proc/cpuinfo")
 _CGROUP = Path("/proc/self/cgroup")
 _CGROUPS = Path("/sys/fs/cgroup")
 _CPUS = Path("/sys/devices/system/cpu")
+_TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
+"""mallopt's numbers, from glibc's malloc.h."""
 
 
 # --- cores -----------------------------------------------------------------------------------------------------------
@@ -118,6 +121,21 @@ def _parse(text: str) -> dict[str, str]:
 
 
 # --- caches ----------------------------------------------------------------------------------------------------------
+
+
+def set_malloc(*, keeps: int, arenas: int | None = None) -> None:
+    """How much freed memory the C library keeps for the next request; other libraries than glibc are left as they are.
+
+    Args:
+        keeps: buffers of more bytes than that, and the top of the heap beyond, go back to the system at once.
+        arenas: heaps that threads share; None: glibc's default, eight for each core.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, min(keeps, 2**31 - 1))
+        libc.mallopt(_MMAP_THRESHOLD, min(keeps, 2**30))
+        if arenas is not None:
+            libc.mallopt(_ARENA_MAX, arenas)
 
 
 def cache_folder(name: str) -> Path:

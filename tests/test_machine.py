@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from mae_deploy import machine
 from mae_deploy.data.workers import resolve_workers
-from mae_deploy.machine import CPU_FEATURES, cache_folder, cpu_features, cpu_name, default_threads
+from mae_deploy.machine import CPU_FEATURES, cache_folder, cpu_features, cpu_name, default_threads, set_malloc
 from mae_deploy.runtime.engines.base import EngineOptions
 
 CORES = 13
@@ -168,3 +170,28 @@ def test_one_folder_for_all_caches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         monkeypatch.setenv("XDG_CACHE_HOME", value)
         assert cache_folder("tensorrt") == tmp_path / "home" / ".cache" / "mae-deploy" / "tensorrt"
     assert not list(tmp_path.iterdir()), "a folder that nobody writes to is not made"
+
+
+@pytest.mark.parametrize(
+    ("library", "keeps", "arenas", "expected"),
+    [
+        ("glibc", 2**31 - 1, None, [(-1, 2**31 - 1), (-3, 2**30)]),
+        ("glibc", 10**6, 2, [(-1, 10**6), (-3, 10**6), (-8, 2)]),
+        ("", 10**6, 2, []),
+    ],
+)
+def test_memory_settings_are_those_of_glibc(
+    monkeypatch: pytest.MonkeyPatch, library: str, keeps: int, arenas: int | None, expected: list[tuple[int, int]]
+) -> None:
+    calls: list[tuple[int, int]] = []
+
+    class Library:
+        @staticmethod
+        def mallopt(parameter: int, value: int) -> int:
+            calls.append((parameter, value))
+            return 1
+
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
+    monkeypatch.setattr(platform, "libc_ver", lambda: (library, "2"))
+    set_malloc(keeps=keeps, arenas=arenas)
+    assert calls == expected

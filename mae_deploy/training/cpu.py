@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
 from functools import cache
 
+from mae_deploy.machine import set_malloc
 from mae_deploy.progress import notice
 from mae_deploy.training.device import CPU, bf16_gain, multiplies_bf16
-
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
-"""mallopt's numbers, from glibc's malloc.h."""
 
 
 @cache
@@ -18,12 +14,9 @@ def keep_freed_memory() -> None:
     """Let the C library keep what a step frees for the next one.
 
     glibc gives buffers of more than 32 MB, and the top of its heap, back to the system; a step of ViT-B on 32 images
-    then takes 0.3 to 1.2 million page faults, a tenth of its time. Other C libraries are left as they are.
+    then takes 0.3 to 1.2 million page faults, a tenth of its time.
     """
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(_MMAP_THRESHOLD, 2**30)
+    set_malloc(keeps=2**31 - 1)
 
 
 @cache

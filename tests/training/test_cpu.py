@@ -2,31 +2,11 @@
 
 from __future__ import annotations
 
-import ctypes
-import platform
-
 import pytest
 import torch
 
 from mae_deploy.training import cpu
-from mae_deploy.training.cpu import advise_bf16, keep_freed_memory
-
-
-def test_memory_settings_are_those_of_glibc(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[tuple[int, int]] = []
-
-    class Library:
-        @staticmethod
-        def mallopt(parameter: int, value: int) -> int:
-            calls.append((parameter, value))
-            return 1
-
-    monkeypatch.setattr(ctypes, "CDLL", lambda _: Library)
-    for name, expected in (("glibc", [(-1, 2**31 - 1), (-3, 2**30)]), ("", [])):
-        calls.clear()
-        monkeypatch.setattr(platform, "libc_ver", lambda name=name: (name, "2"))
-        keep_freed_memory.__wrapped__()
-        assert calls == expected
+from mae_deploy.training.cpu import advise_bf16
 
 
 @pytest.mark.parametrize("has", [True, False])

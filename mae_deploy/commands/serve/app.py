@@ -100,13 +100,22 @@ routes = APIRouter(dependencies=[Depends(_has_key)])
 open_routes = APIRouter()
 
 
-@dataclass
+@dataclass(frozen=True, slots=True)
 class Patches:
     """Which patches of each image are seen; default: all, of bundles that reconstruct a quarter."""
 
-    keep: Annotated[str | None, Query(description="indices and ranges such as 0-48,60, row by row")] = None
-    num_keep: Annotated[int | None, Query(description="so many, drawn at random")] = None
-    seed: Annotated[int, Query(ge=0, description="of the draw")] = 0
+    keep: str | None
+    num_keep: int | None
+    seed: int
+
+
+async def _patches(
+    keep: Annotated[str | None, Query(description="indices and ranges such as 0-48,60, row by row")] = None,
+    num_keep: Annotated[int | None, Query(description="so many, drawn at random")] = None,
+    seed: Annotated[int, Query(ge=0, description="of the draw")] = 0,
+) -> Patches:
+    """No class itself: FastAPI would call that in one of 40 threads."""
+    return Patches(keep, num_keep, seed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +144,7 @@ async def predict(
     name: str,
     request: Request,
     response: Response,
-    patches: Annotated[Patches, Depends()],
+    patches: Annotated[Patches, Depends(_patches)],
     top: Annotated[int, Query(alias="top_k", ge=1, description="classes of each image")] = 5,
 ) -> Any:
     """The most likely classes of each image."""
@@ -171,7 +180,7 @@ async def embed(
     name: str,
     request: Request,
     response: Response,
-    patches: Annotated[Patches, Depends()],
+    patches: Annotated[Patches, Depends(_patches)],
     outputs: Annotated[str | None, Query(description="names with commas between; default: the vectors")] = None,
     form: Annotated[Literal["json", "npz"], Query(alias="format", description="npz: a NumPy archive")] = "json",
 ) -> Any:
@@ -199,7 +208,7 @@ async def embed(
 async def reconstruct(
     name: str,
     request: Request,
-    patches: Annotated[Patches, Depends()],
+    patches: Annotated[Patches, Depends(_patches)],
     form: Annotated[Literal["png", "json"], Query(alias="format", description="json: with the kept patches")] = "png",
 ) -> Response:
     """One image as the network completes it: the kept patches as they are, the others as they are predicted."""
@@ -238,12 +247,12 @@ async def metrics(request: Request) -> Response:
     return Response(generate_latest(_server(request).metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
-@open_routes.get("/health/live", include_in_schema=False)
+@open_routes.api_route("/health/live", methods=["GET", "HEAD"], include_in_schema=False)
 async def live() -> dict[str, str]:
     return {"status": "live"}
 
 
-@open_routes.get("/health/ready", include_in_schema=False)
+@open_routes.api_route("/health/ready", methods=["GET", "HEAD"], include_in_schema=False)
 async def ready(request: Request) -> Response:
     server = _server(request)
     revisions = {name: model.now.verified.revision for name, model in server.models.items()}
@@ -251,7 +260,7 @@ async def ready(request: Request) -> Response:
     return JSONResponse(status, 503 if server.stopping() else 200)
 
 
-@open_routes.get("/", include_in_schema=False)
+@open_routes.api_route("/", methods=["GET", "HEAD"], include_in_schema=False)
 async def page() -> HTMLResponse:
     return HTMLResponse(PAGE.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
 
@@ -293,7 +302,8 @@ async def _problem(_: Request, error: Exception) -> Response:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     kind = RefusedResponse if isinstance(error, Refused) and error.unread else JSONResponse
-    return kind({"error": " ".join(message.split())}, status, headers=headers)
+    line = " ".join(message.split()).encode(errors="replace").decode()  # names may have halves of characters
+    return kind({"error": line}, status, headers=headers)
 
 
 def _server(request: Request) -> Server:

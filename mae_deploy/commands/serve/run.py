@@ -8,6 +8,7 @@ from typing import Any
 
 from mae_deploy.commands.serve.config import ServeConfig
 from mae_deploy.errors import ConfigError, import_optional
+from mae_deploy.machine import set_malloc
 from mae_deploy.progress import notice
 from mae_deploy.results import Result
 from mae_deploy.text import as_seconds
@@ -16,6 +17,10 @@ _NEEDS = ("fastapi", "uvicorn", "python_multipart", "prometheus_client")
 
 _BACKLOG = 2048
 """Connections that wait to be accepted."""
+
+_KEPT = 1_000_000
+"""Bytes of the largest buffer that is kept when it is freed. By default glibc keeps bodies and pixels of up to 32 MB in
+heaps of each thread: 166 to 188 MB after 1,000 requests of all sizes, against 107 MB with this and two heaps."""
 
 
 def run_serve(config: ServeConfig) -> Result:
@@ -28,6 +33,7 @@ def run_serve(config: ServeConfig) -> Result:
     """
     for module in _NEEDS:
         import_optional(module, extra="serve")
+    set_malloc(keeps=_KEPT, arenas=2)
     import uvicorn
 
     from mae_deploy.commands.serve.app import application
@@ -48,6 +54,7 @@ def run_serve(config: ServeConfig) -> Result:
                 log_config=None,
                 access_log=False,
                 lifespan="on",
+                ws="none",
                 backlog=_BACKLOG,
                 server_header=False,
                 timeout_graceful_shutdown=int(as_seconds(config.requests.timeout) or 0) + 1,

@@ -145,10 +145,11 @@ class Served:
     async def watch(self, every: float) -> None:
         """Look at the folder for as long as the server runs."""
         folder = local(self._config.named[self.name])
+        stamp = self._seen
         while True:
             await asyncio.sleep(every)
-            stamp = await asyncio.to_thread(stamp_of, folder)
-            if stamp not in ((), self._seen):
+            before, stamp = stamp, await asyncio.to_thread(stamp_of, folder)
+            if stamp != self._seen and (stamp or not before):  # between two renames there may be no folder
                 await self._reload(stamp)
 
     async def _reload(self, stamp: Stamp) -> None:

@@ -172,6 +172,7 @@ class Uploads:
         root = self._limits.images.resolve()
         path = root / name
         try:
+            name.encode()  # an answer names it
             path = path.resolve()
             inside = path.is_relative_to(root) and path.is_file()
             large = inside and path.stat().st_size > self._limits.max_bytes

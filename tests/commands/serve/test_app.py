@@ -123,7 +123,9 @@ def test_a_list(client: Client, root: Path) -> None:
     assert rows[0]["classes"] == rows[1]["classes"] == rows[2]["classes"] != []
 
 
-@pytest.mark.parametrize("path", ["../secret.png", "link.png", "/etc/hostname", ".", "b.png", "a\0.png", "x" * 5000])
+@pytest.mark.parametrize(
+    "path", ["../secret.png", "link.png", "/etc/hostname", ".", "b.png", "a\0.png", "\ud800.png", "x" * 5000]
+)
 def test_paths_lead_nowhere_else(client: Client, path: str) -> None:
     answer = client.post("classifier/predict", json.dumps({"paths": [path]}), content_type="application/json")
     assert (answer.status, "there is no file" in answer.error) == (404, True)
@@ -325,6 +327,9 @@ def test_models_and_health(client: Client) -> None:
     ready = client.get("/health/ready").json
     assert ready == {"status": "ready", "models": {name: model["revision"] for name, model in found.items()}}
     assert client.get("/health/live").json == {"status": "live"}
+    for path in ("/health/live", "/health/ready", "/"):
+        head = client.ask("HEAD", path, None, {})
+        assert (head.status, head.body) == (200, b"")
 
 
 def test_metrics(client: Client) -> None:

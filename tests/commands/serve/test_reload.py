@@ -75,6 +75,18 @@ def test_a_bundle_is_replaced_while_it_serves(tmp_path: Path, capsys: pytest.Cap
     assert "refused: bundle serves on as it was" in said
 
 
+def test_a_folder_that_is_gone(tmp_path: Path) -> None:
+    folder = write_bundle(tmp_path / "bundle")
+    with serving(settings(folder, reload="20ms")) as client:
+        first = revision(client)
+        folder.rename(tmp_path / "away")
+        wait_for(lambda: "no bundle at" in (client.get("/v1/models/bundle").json["refused"] or ""))
+        assert client.post("bundle/predict", PICTURE).status == 200
+        (tmp_path / "away").rename(folder)
+        wait_for(lambda: client.get("/v1/models/bundle").json["refused"] is None)
+        assert revision(client) == first
+
+
 def test_a_flawed_bundle_is_not_served_at_the_start(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match="misses parity"):
         open_verified(settings(write_bundle(tmp_path / "bundle", flaw="order")), "bundle")

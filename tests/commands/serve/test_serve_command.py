@@ -9,7 +9,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from mae_deploy.cli import main
 from mae_deploy.commands.serve.config import ServeConfig
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
+from tests.commands.serve.serving import wait_for
 from tests.commands.serve.test_app import PICTURE
 from tests.runtime.tiny_bundle import write_bundle
 from tests.test_cli import run_without
@@ -34,7 +34,7 @@ def test_sigterm_lets_requests_end(tmp_path: Path) -> None:
         "--port",
         "0",
         "--max-delay",
-        "1s",
+        "2s",
     ]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:
@@ -49,11 +49,18 @@ def _stop_while_it_computes(process: subprocess.Popen[str]) -> None:
     match = re.fullmatch(r"serving: http://127\.0\.0\.1:(\d+)\n", said[1])
     assert said[0] == "verified: bundle, fp32 on onnxruntime\n"
     assert match is not None
-    connection = http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=20)
-    connection.request("POST", "/v1/models/bundle/predict", PICTURE)  # it waits a second for others
-    threading.Timer(0.3, process.send_signal, [signal.SIGTERM]).start()
+    connection, other = (http.client.HTTPConnection("127.0.0.1", int(match[1]), timeout=60) for _ in range(2))
+    connection.request("POST", "/v1/models/bundle/predict", PICTURE)  # it waits two seconds for others
+
+    def is_waiting() -> bool:
+        other.request("GET", "/metrics")
+        return b'mae_deploy_queued_images{model="bundle"} 1.0' in other.getresponse().read()
+
+    wait_for(is_waiting)
+    process.send_signal(signal.SIGTERM)
     assert connection.getresponse().status == 200
     connection.close()
+    other.close()
     out, err = process.communicate(timeout=20)
     assert (process.returncode, out, err) == (0, "stopped; served bundle\n", "")
 
