@@ -29,21 +29,11 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime
-import torch
 from PIL import Image
 
-from mae_deploy.checkpoint import Metadata, save_checkpoint
 from mae_deploy.cli import main as run_command
-from mae_deploy.config import to_dict
-from mae_deploy.export.config import ExportConfig
-from mae_deploy.export.run import run_export
-from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.machine import cpu_name, granted_cores
-from mae_deploy.models.config import EncoderConfig
-from mae_deploy.models.vit import Encoder
 from mae_deploy.runtime.backbone import Backbone
-
-MODEL = EncoderConfig(name="small", image_size=(128, 128), patch_size=16, embed_dim=192, depth=4, num_heads=3)
 
 SLEEP = 0.1
 """Seconds that a run of the slow engine takes more, for 32 images as for one."""
@@ -90,18 +80,22 @@ def server(bundle: Path, *options: str, sleeps: bool = False) -> Iterator[tuple[
     process = multiprocessing.get_context("spawn").Process(target=serve, args=(arguments, sleeps))
     process.start()
     try:
-        for _ in range(600):
+        while not _answers(port):
+            assert process.is_alive(), "the server ended"
             time.sleep(0.1)
-            try:
-                socket.create_connection(("127.0.0.1", port)).close()
-                break
-            except OSError:
-                continue
         assert process.pid is not None
         yield port, process.pid
     finally:
         process.terminate()
         process.join(60)
+
+
+def _answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
 async def ask(port: int, body: bytes) -> Reply:
@@ -301,24 +295,44 @@ def bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts)
 
 
+def export(folder: Path) -> Path:
+    """The bundle of a small ViT with random weights: 64 patches, 192 wide, 4 blocks."""
+    import torch  # here: the server's process, which reads this module too, has none
+
+    from mae_deploy.checkpoint import Metadata, save_checkpoint
+    from mae_deploy.config import to_dict
+    from mae_deploy.export.config import ExportConfig
+    from mae_deploy.export.run import run_export
+    from mae_deploy.images.preprocess import default_preprocess
+    from mae_deploy.models.config import EncoderConfig
+    from mae_deploy.models.vit import Encoder
+
+    torch.manual_seed(0)
+    model = EncoderConfig(name="small", image_size=(128, 128), patch_size=16, embed_dim=192, depth=4, num_heads=3)
+    preprocess = to_dict(default_preprocess(model.image_size))
+    metadata = Metadata(kind="encoder", encoder=to_dict(model), preprocess=preprocess)
+    save_checkpoint(folder / "checkpoint", Encoder(model).state_dict(), metadata)
+    run_export(ExportConfig(checkpoint=folder / "checkpoint", out=folder / "bundle", tokens="visible"))
+    return folder / "bundle"
+
+
 def main() -> None:
     """Print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each load")
     given = parser.parse_args()
-    torch.manual_seed(0)
     machine = f"{granted_cores()} cores of {cpu_name()}, ONNX Runtime {onnxruntime.__version__}"
     print(f"{machine}, load {os.getloadavg()[0]:.1f}\n")
     with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        checkpoint, bundle = Path(folder, "checkpoint"), Path(folder, "bundle")
-        preprocess = to_dict(default_preprocess(MODEL.image_size))
-        metadata = Metadata(kind="encoder", encoder=to_dict(MODEL), preprocess=preprocess)
-        save_checkpoint(checkpoint, Encoder(MODEL).state_dict(), metadata)
-        run_export(ExportConfig(checkpoint=checkpoint, out=bundle, tokens="visible"))
-        for table in (engine, lambda bundle: load(bundle, given.seconds), abuse, level):
-            table(bundle)
-            print()
-    print(f"load {os.getloadavg()[0]:.1f} at the end")
+        bundle = export(Path(folder))
+        engine(bundle)
+        print()
+        load(bundle, given.seconds)
+        print()
+        abuse(bundle)
+        print()
+        level(bundle)
+    print(f"\nload {os.getloadavg()[0]:.1f} at the end")
 
 
 if __name__ == "__main__":
