@@ -221,6 +221,13 @@ def test_blocks_patch_by_patch(ratio: float, grid: tuple[int, int]) -> None:
         assert row.tolist() == [index * N + orders[index][rank] for rank in range(kept) for index in range(G)]
 
 
+def test_so_few_that_none_is_kept() -> None:
+    """A tenth of four squares, of nine patches: what check_masking refuses is not rounded up here."""
+    assert unit_masking(uniform(2, 16), 0.9, (4, 4), 2).ids_keep.shape == (2, 0)
+    assert random_masking(uniform(2, 9), 0.9).ids_keep.shape == (2, 0)
+    assert block_masking(uniform(2, 16), 0.95, (4, 4)).mask.all()
+
+
 @pytest.mark.parametrize(("grid", "unit"), [((4, 6), 2), ((6, 3), 3), ((3, 5), 1), ((6, 12), 3)])
 def test_squares_patch_by_patch(grid: tuple[int, int], unit: int) -> None:
     B, G, (rows, columns) = 5, 2, grid

@@ -13,7 +13,7 @@ import torch
 from mae_deploy.config import from_dict, to_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.models.cached import empty_cache, update
-from mae_deploy.models.config import DecoderConfig, EncoderConfig
+from mae_deploy.models.config import DecoderConfig, EncoderConfig, ObjectiveConfig
 from mae_deploy.models.mae import MaskedAutoencoder
 from mae_deploy.models.masking import random_masking
 from mae_deploy.models.rotary import Rotary, angles, coordinates, frequencies, rotate
@@ -45,6 +45,14 @@ def test_the_products_depend_on_the_way_between_patches_alone() -> None:
     # One row down and two columns across, from wherever.
     assert torch.allclose(products[0, 0, 1, 2], products[3, 4, 4, 6], atol=1e-6)
     assert not torch.allclose(products[0, 0, 1, 2], products[0, 0, 2, 1], atol=1e-3)
+
+
+def test_where_no_patch_is_masked_mask_tokens_change_nothing() -> None:
+    decoder, objective = DecoderConfig(decoder_depth=0), ObjectiveConfig(encoder_mask_tokens=True)
+    model, images = fill(MaskedAutoencoder(DINOV3, decoder, objective=objective)), random_images(DINOV3)
+    with torch.no_grad():
+        found = model.forward_masked_encoder(images, torch.zeros(len(images), DINOV3.num_patches))
+        assert torch.equal(found, model.forward_encoder(images))
 
 
 @pytest.mark.parametrize("kind", KINDS)
