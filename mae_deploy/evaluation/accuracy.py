@@ -22,6 +22,8 @@ class Accuracy:
         self.confusion: Array = np.zeros((num_classes, num_classes), np.int64)
         """Rows are the true classes, columns the ones found."""
         self.in_top5: Array = np.zeros(num_classes, np.int64)
+        self.wrong: list[int] = []
+        """The images whose class was not found, numbered as they were counted."""
         self.unranked = unranked
 
     def add(self, scores: Array, labels: Array) -> None:
@@ -36,7 +38,9 @@ class Accuracy:
                 "the scores have NaN or infinite values",
                 hint="the weights are damaged, or the arithmetic overflows: try --precision fp32",
             )
-        np.add.at(self.confusion, (labels, scores.argmax(axis=1)), 1)
+        found = scores.argmax(axis=1)
+        self.wrong += (self.count + np.flatnonzero(found != labels)).tolist()
+        np.add.at(self.confusion, (labels, found), 1)
         own = scores[np.arange(len(labels)), labels][:, None]
         before = np.arange(scores.shape[1])[None] < labels[:, None]
         rank = ((scores > own) | ((scores == own) & before)).sum(axis=1)

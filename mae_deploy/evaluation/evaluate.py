@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -51,7 +51,22 @@ class Classifier(Protocol):
         ...
 
 
+class Counted(NamedTuple):
+    """What a classifier gets right."""
+
+    data: dict[str, Any]
+    """As `eval --json` prints it."""
+    shares: list[Accuracy]
+    """Of each share of the patches, image by image."""
+
+
 def run_eval(config: EvalConfig) -> Result:
+    """`count_right`, with a table."""
+    data = count_right(config).data
+    return Result(data, _class_table(data) if config.keep_ratio is None else _ratio_table(data))
+
+
+def count_right(config: EvalConfig) -> Counted:
     """Count what a classifier gets right.
 
     Raises:
@@ -92,7 +107,7 @@ def run_eval(config: EvalConfig) -> Result:
             {"keep_ratio": ratio, "patches": count, **accuracy.summary()}
             for ratio, count, accuracy in zip(config.keep_ratio, counts, found, strict=True)
         ]
-    return Result(data, _class_table(data) if config.keep_ratio is None else _ratio_table(data))
+    return Counted(data, found)
 
 
 def _images(data: Path, val_split: str | None, classifier: Classifier) -> ImageSource:

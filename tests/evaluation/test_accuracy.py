@@ -26,6 +26,7 @@ def test_by_hand() -> None:
         np.stack([scores(0, 1, 2, 4, 5), scores(6, 5, 4, 3, 2, 1)]), np.array([3, 2])
     )  # ranks 5 and 4, counted from 0
     assert (counted.count, counted.top1, counted.top5) == (4, 25.0, 75.0)
+    assert counted.wrong == [1, 2, 3]
     assert counted.confusion[3].tolist() == [2, 0, 0, 1, 0, 0, 0]
     assert counted.confusion[2].tolist() == [0, 0, 0, 0, 0, 0, 1]
     found = counted.per_class(NAMES)

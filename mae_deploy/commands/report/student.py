@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mae_deploy import __version__
 from mae_deploy.checkpoint import Checkpoint, open_checkpoint
 from mae_deploy.commands.report.config import ReportConfig
@@ -23,8 +25,11 @@ from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.files import read_json, remove, sha256, write_json
 from mae_deploy.images.find import find_images
+from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.manifest import MANIFEST_FILE
+from mae_deploy.runtime.parity.bounds import difference_interval
+from mae_deploy.runtime.parity.certificate import Classes
 
 FP32, INT8, MIX = "fp32", "int8", "int8-mix"
 """Folders of bundles: in FP32, everything in INT8, the mix that loses less."""
@@ -48,10 +53,20 @@ _ANY_LATENCY = 1e9
 
 @dataclass(frozen=True, slots=True)
 class CheckedStudent:
-    """A bundle and its top-1 in per cent, of each share."""
+    """A bundle and what it gets right, of each share."""
 
     bundle: Path
     top1: tuple[float, ...]
+    """In per cent."""
+    wrong: tuple[Array, ...]
+    """bool `(S,)`: which images it has wrong."""
+
+    def beside(self, fp32: CheckedStudent) -> list[Classes]:
+        """Right (0) and wrong (1) with FP32's, image by image."""
+        return [
+            Classes(before.astype(np.int64), after.astype(np.int64), np.zeros(len(after), np.int64))
+            for before, after in zip(fp32.wrong, self.wrong, strict=True)
+        ]
 
 
 class Student:
@@ -85,6 +100,7 @@ class Student:
             "weights": sha256(self.checkpoint.weights),
             "data": images.fingerprint(),
             "engine": config.engine,
+            "judged": "image by image",
             "shares": list(self.shares),
             "int8": fixed_settings(config.int8),
             "calibration": str(self._exports[INT8].int8.calib_data),
@@ -104,7 +120,7 @@ class Student:
             self._parts["key"] = self._key
             write_json(self.folder / RESULT, self._parts)
         for part in self._exports:
-            if part != MIX or self._worst_drop(INT8) > self._most:
+            if part != MIX or self._may_gain_by_a_mix():
                 self._do(part)
 
     @property
@@ -139,7 +155,18 @@ class Student:
         return self.config.int8.max_drop
 
     def _checked(self, part: str) -> CheckedStudent:
-        return CheckedStudent(self.folder / part, tuple(self._parts[part]["top1"]))
+        found = self._parts[part]
+        numbers = np.arange(found["images"])
+        return CheckedStudent(
+            self.folder / part, tuple(found["top1"]), tuple(np.isin(numbers, wrong) for wrong in found["wrong"])
+        )
+
+    def _may_gain_by_a_mix(self) -> bool:
+        """Whether everything in INT8 loses too much, or is not shown not to by images that could show it of a mix."""
+        if self._worst_drop(INT8) > self._most:
+            return True
+        enough = difference_interval(0, 0, self.images)[1] * 100 <= self._most
+        return enough and not all(classes.rule(self._most).passed for classes in self._checked(INT8).beside(self.fp32))
 
     def _worst_drop(self, part: str) -> float:
         """The largest loss of top-1 of any share, in points."""
@@ -172,8 +199,12 @@ class Student:
             seed=config.seed,
             device=config.device,
         )
-        found = evaluate.run_eval(asked).data
-        return {"images": found["images"], "top1": [row["top1"] for row in found["keep_ratios"]]}
+        data, shares = evaluate.count_right(asked)
+        return {
+            "images": data["images"],
+            "top1": [accuracy.top1 for accuracy in shares],
+            "wrong": [accuracy.wrong for accuracy in shares],
+        }
 
     def _export_config(self, part: str, int8: Int8Config) -> ExportConfig:
         config = self.config

@@ -9,13 +9,15 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mae_deploy.cli import main
 from mae_deploy.commands.report.config import ReportConfig
-from mae_deploy.commands.report.run import folder_names, was_disturbed
+from mae_deploy.commands.report.run import _int8_result, folder_names, was_disturbed
 from mae_deploy.commands.report.student import CALIBRATION_IMAGES, Student, drop
 from mae_deploy.errors import ConfigError
 from mae_deploy.evaluation import evaluate
@@ -23,6 +25,7 @@ from mae_deploy.export import run as export
 from mae_deploy.export.int8_config import Int8Config
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.flops import flops_per_image
+from mae_deploy.runtime.parity.certificate import Classes, Speed
 from mae_deploy.runtime.timing import Timing
 from tests.export.robust_exports import CONFIG, robust_classifier, write_blots
 from tests.export.tiny_exports import CLASS_NAMES, write_checkpoint
@@ -59,17 +62,17 @@ def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was exported and evaluated: the folders of the bundles, in turn."""
     done: list[str] = []
 
-    def watch(module: Any, what: str, folder: Callable[[Any], Path]) -> None:
-        real = getattr(module, f"run_{what}")
+    def watch(module: Any, function: str, what: str, folder: Callable[[Any], Path]) -> None:
+        real = getattr(module, function)
 
         def watched(config: Any) -> Any:
             done.append(f"{what} {'/'.join(folder(config).parts[-2:])}")
             return real(config)
 
-        monkeypatch.setattr(module, f"run_{what}", watched)
+        monkeypatch.setattr(module, function, watched)
 
-    watch(export, "export", lambda config: config.out)
-    watch(evaluate, "eval", lambda config: config.model)
+    watch(export, "run_export", "export", lambda config: config.out)
+    watch(evaluate, "count_right", "eval", lambda config: config.model)
     return done
 
 
@@ -156,26 +159,49 @@ def test_int8_that_takes_longer_or_loses_too_much_is_a_row_that_says_so(
     students: Path, tmp_path: Path, work: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """INT8 gets one image more wrong; the mix that is searched for then gets all right that FP32 does."""
-    real = evaluate.run_eval
-    lost = {"int8": 100 / IMAGES, "int8-mix": 0.0}
+    real = evaluate.count_right
 
     def worse(config: Any) -> Any:
-        result = real(config)
-        for row in result.data["keep_ratios"]:
-            row["top1"] = 50.0 - lost.get(config.model.name, 0.0)
-        return result
+        wrong = list(range(IMAGES // 2 + (config.model.name == "int8")))
+        share: Any = SimpleNamespace(wrong=wrong, top1=100 - 100 * len(wrong) / IMAGES)
+        return real(config)._replace(shares=[share])
 
-    monkeypatch.setattr(evaluate, "run_eval", worse)
+    monkeypatch.setattr(evaluate, "count_right", worse)
     arguments = (students / "plain", "--data", students / "data", "--out")
     (row,) = report(capsys, *arguments, tmp_path / "a", "--no-search")["rows"]
     assert row["verdict"] == "loses more than 0.5 points"
     assert row["int8_drop"] == pytest.approx(100 / IMAGES)
     assert work == ["export plain/fp32", "eval plain/fp32", "export plain/int8", "eval plain/int8"]
-    (row,) = report(capsys, *arguments, tmp_path / "b", "--max-drop", "7", "--max-latency", "0.001")["rows"]
+    (row,) = report(capsys, *arguments, tmp_path / "b", "--max-drop", "27", "--max-latency", "0.001")["rows"]
     assert row["verdict"] == "more than 0.001 of FP32's latency"
-    (row,) = report(capsys, *arguments, tmp_path / "c")["rows"]
+    assert row["int8_drop_interval"][1] == pytest.approx(25.68, abs=0.01)
+    # A mean of 4 points, which may be 26; a mix that loses nothing shows 18.
+    (row,) = report(capsys, *arguments, tmp_path / "c", "--max-drop", "20")["rows"]
     assert (row["verdict"], row["int8_drop"], Path(row["int8_bundle"]).name) == ("ok", 0, "int8-mix")
     assert work[-2:] == ["export plain/int8-mix", "eval plain/int8-mix"]
+
+
+CLASSES = Classes(np.repeat([1, 0], [10, 390]), np.repeat([1, 0], [12, 388]), np.zeros(400, np.int64))
+"""Two of 400 images lost."""
+
+
+@pytest.mark.parametrize(
+    ("max_drop", "max_latency", "said"),
+    [
+        (2.5, 1.1, "ok"),
+        (0.4, 1.1, "loses more than 0.4 points"),
+        (0.5, 1.1, "may lose 2.17 points: 400 images show no less"),
+        (2.5, 0.95, "perhaps more than 0.95 of FP32's latency"),
+        (2.5, 0.9, "more than 0.9 of FP32's latency"),
+        (2.5, 1.0, "perhaps not faster"),
+        (0.4, 0.5, "loses more than 0.4 points; more than 0.5 of FP32's latency"),
+    ],
+)
+def test_int8_is_judged_on_the_ends_of_intervals(max_drop: float, max_latency: float, said: str) -> None:
+    """The ratio of the medians is 0.9, of rounds drawn again up to 1.05."""
+    speed = Speed(timing=Timing((0.7,) * 2 + (0.9,) * 6 + (1.05,) * 7), baseline=Timing((1.0,) * 15))
+    assert (speed.ratio, speed.interval[1] < 1.1, speed.interval[1] > 1) == (0.9, True, True)
+    assert _int8_result(CLASSES, speed, Int8Config(max_drop=max_drop, max_latency=max_latency)) == said
 
 
 def test_int8_that_export_refuses_is_a_row_without_figures(
@@ -254,14 +280,14 @@ def test_after_a_kill_only_what_is_missing_is_done(
 ) -> None:
     arguments = (students / "plain", students / "elastic", "--data", students / "data", "--out", tmp_path / "report")
     with monkeypatch.context() as patch:
-        real = evaluate.run_eval
+        real = evaluate.count_right
 
         def killed(config: Any) -> Any:
             if config.model.parts[-2:] == ("plain", "int8"):
                 raise RuntimeError("killed")
             return real(config)
 
-        patch.setattr(evaluate, "run_eval", killed)
+        patch.setattr(evaluate, "count_right", killed)
         assert main(["report", *map(str, arguments), *QUICK]) == 1
     assert work == ["export plain/fp32", "eval plain/fp32", "export plain/int8"]
     work.clear()
@@ -274,7 +300,7 @@ def test_after_a_kill_only_what_is_missing_is_done(
     work.clear()
     again = report(capsys, *arguments)
     assert work == []
-    timed = {"fp32_ms", "fp32_min_ms", "int8_ms", "int8_min_ms", "int8_ratio"}
+    timed = {"fp32_ms", "fp32_min_ms", "int8_ms", "int8_min_ms", "int8_ratio", "int8_ratio_interval", "verdict"}
     assert [{key: row[key] for key in row.keys() - timed} for row in again["rows"]] == [
         {key: row[key] for key in row.keys() - timed} for row in found["rows"]
     ]
