@@ -31,7 +31,7 @@ from mae_deploy.models.vit import Encoder
 from mae_deploy.progress import notice, progress
 from mae_deploy.seeding import derive_seed
 
-_FORMAT = 1
+_FORMAT = 2
 """Of the cache files; another number makes older ones unused. It changes with whatever changes the figures in them."""
 
 
@@ -120,11 +120,11 @@ def calibrate_job(job: ExportJob, names: list[str]) -> Calibration | None:
 def _observe(
     model: Encoder, images: CalibrationImages, names: Sequence[str], token_sizes: Sequence[int], seed: int
 ) -> Calibration:
-    observer = Observer(names)
+    observer = Observer(model, names)
     read: list[Path] = []
     decode = any(name.startswith("decoder_") for name in names)
     started = time.monotonic()
-    with progress("calibrate", len(images)) as bar, observer.watching(model):
+    with progress("calibrate", len(images)) as bar, observer.watching():
         for index, (paths, pixels) in enumerate(images.batches()):
             ids = _visible(model, len(paths), token_sizes, seed, index)
             _forward(model, torch.from_numpy(images.spec.normalise(pixels)), ids, decode=decode)

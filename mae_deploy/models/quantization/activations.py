@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.histogram import LEVELS, Histogram, Method
+from mae_deploy.models.quantization.layers import layer_before
 from mae_deploy.models.quantization.rounding import FP8, INT8, AttentionScales, Rounding, linear_of
 
 _BINS = 256
@@ -117,19 +118,20 @@ def attention_scales(
 class Observer:
     """Statistics of the inputs of Linears, gathered from every forward pass within `watching`."""
 
-    def __init__(self, names: Iterable[str]) -> None:
-        # fc2 reads what GELU gives, which takes no factor: its channels need no histograms of their own.
-        self._tallies = {name: _Tally(per_channel=not name.endswith("fc2")) for name in names}
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        # What takes no factor, as fc2 behind GELU, needs no histogram of each channel.
+        tensors, self._model = model.state_dict(), model
+        self._tallies = {name: _Tally(per_channel=layer_before(tensors, name) is not None) for name in names}
         self._attention: dict[str, Tensor] = {}
 
     @contextmanager
-    def watching(self, model: nn.Module) -> Iterator[None]:
+    def watching(self) -> Iterator[None]:
         """Watch the model within the block."""
         hooks = [
-            linear_of(model, name).register_forward_pre_hook(partial(self._see_input, name)) for name in self._tallies
+            linear_of(self._model, name).register_forward_pre_hook(partial(self._see_input, name)) for name in self._tallies
         ]
         hooks += [
-            linear_of(model, name).register_forward_hook(partial(self._see_qkv, name))
+            linear_of(self._model, name).register_forward_hook(partial(self._see_qkv, name))
             for name in self._tallies
             if name.endswith("qkv")
         ]

@@ -12,17 +12,15 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats
+from mae_deploy.models.quantization.layers import layer_before, layers_read
 from mae_deploy.models.quantization.rounding import INT8, Rounding, rounded_weight
 
 Divisors = dict[str, Array]
 """For each Linear what the channels of its input are divided by, float64 `(D,)`."""
-
-_SCALABLE = ("attn.qkv", "attn.proj", "mlp.fc1")
-"""Linears with a place before them that takes the division: norm1, the rows of v, norm2. Between fc1 and fc2 stands
-GELU, which lets no factor through."""
 
 _LEAST = 1e-5
 """Channels that are smaller than this share of the largest count as this large, as in the authors' code."""
@@ -30,37 +28,46 @@ _LEAST = 1e-5
 _SIGMAS = 4.0
 """Standard deviations within which an activation is taken to lie, where none was measured."""
 
+_SILU_LEAST = -1.278
+"""Where silu is least; of the gates below a limit, silu is largest in magnitude at the limit or here."""
+
 
 def assumed_absmax(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Array]:
-    """Without calibration: how large the inputs of Linears are by their weights alone, float64 `(D,)` each; fc2 is
-    passed over.
+    """Without calibration: how large the inputs of Linears are by their weights alone, float64 `(D,)` each; those that
+    no layer before them takes a division for are passed over.
 
-    What LayerNorm gives is taken as `N(bias, weight²)` in every channel, and v as what follows from it.
+    What LayerNorm gives is taken as `N(bias, weight²)` in every channel, and v, and SwiGLU's halves, as what follows
+    from it.
     """
-    return {name: likely_absmax(tensors, name).numpy() for name in names if is_scalable(name)}
+    return {name: likely_absmax(tensors, name).numpy() for name in names if layer_before(tensors, name)}
 
 
 def likely_absmax(tensors: Mapping[str, Tensor], name: str) -> Tensor:
-    """The same of one Linear, on the device of the tensors: those of its block's norm, for proj those of norm1 and
-    qkv.
-    """
-    norm = norm_before(name)
-    deviation, mean = tensors[f"{norm}.weight"].double().abs(), tensors[f"{norm}.bias"].double()
-    if name.endswith("proj"):
-        qkv = qkv_before(name)
-        value, bias = (_value_rows(tensors[f"{qkv}.{part}"].double()) for part in ("weight", "bias"))
-        deviation, mean = (value * deviation).square().sum(dim=1).sqrt(), value @ mean + bias
-    return _SIGMAS * deviation + mean.abs()
+    """The same of one Linear, on the device of the tensors, of which those of `layers_read` are read."""
+    before, *norms = layers_read(tensors, name)
+    deviation, mean = _weight_and_bias(tensors, norms[0] if norms else before)
+    deviation = deviation.abs()
+    if norms:
+        weight, bias = _weight_and_bias(tensors, before)
+        first = 2 * len(bias) // 3 if before.endswith("qkv") else 0  # of v
+        weight, bias = weight[first:], bias[first:]
+        deviation, mean = (weight * deviation).square().sum(dim=1).sqrt(), weight @ mean + bias
+    found = _SIGMAS * deviation + mean.abs()
+    if not before.endswith("fc1"):
+        return found
+    gate, _ = (mean + _SIGMAS * deviation).chunk(2)
+    return found.chunk(2)[1] * torch.maximum(F.silu(gate).abs(), F.silu(gate.clamp(max=_SILU_LEAST)).abs())
 
 
 def smoothing_divisors(tensors: Mapping[str, Tensor], absmax: Mapping[str, Array], alpha: float) -> Divisors:
     """SmoothQuant's factors, `absmax(x)^alpha / absmax(w)^(1 - alpha)` a channel, with geometric mean 1.
 
     Args:
-        absmax: of the inputs of Linears, `(D,)` each, measured or assumed; fc2 is passed over.
+        absmax: of the inputs of Linears, `(D,)` each, measured or assumed; those that no layer before them takes a
+            division for are passed over.
         alpha: 0 moves all difficulty to the activations, 1 to the weights.
     """
-    names = [name for name in absmax if is_scalable(name)]
+    names = [name for name in absmax if layer_before(tensors, name)]
     return {
         name: smoothing_divisor(tensors[f"{name}.weight"], torch.from_numpy(absmax[name]), alpha).numpy()
         for name in names
@@ -84,10 +91,11 @@ def smooth(tensors: Mapping[str, Tensor], divisors: Divisors) -> dict[str, Tenso
     for name, divisor in divisors.items():
         factor = torch.from_numpy(divisor)
         smoothed[f"{name}.weight"] = _times(smoothed[f"{name}.weight"], factor)
-        before = qkv_before(name) if name.endswith("proj") else norm_before(name)
-        rows = torch.cat([torch.ones(2 * len(factor)), factor]) if name.endswith("proj") else factor
-        smoothed[f"{before}.bias"] = _times(smoothed[f"{before}.bias"], 1 / rows)
-        weight = smoothed[f"{before}.weight"]
+        before = layer_before(tensors, name)
+        assert before is not None
+        bias, weight = (smoothed[f"{before}.{part}"] for part in ("bias", "weight"))
+        rows = torch.cat([torch.ones(len(bias) - len(factor)), factor])  # of norms all, of qkv v, of fc1 the value
+        smoothed[f"{before}.bias"] = _times(bias, 1 / rows)
         smoothed[f"{before}.weight"] = _times(weight, 1 / rows.reshape(-1, *[1] * (weight.ndim - 1)))
     return smoothed
 
@@ -123,25 +131,9 @@ def correct_biases(
     return {**tensors, **{f"{name}.bias": tensors[f"{name}.bias"] + corrections[name] for name in names}}
 
 
-def is_scalable(name: str) -> bool:
-    """Whether there is a place before a Linear that takes the division."""
-    return name.endswith(_SCALABLE)
-
-
-def norm_before(name: str) -> str:
-    """`blocks.0.attn.qkv` to `blocks.0.norm1`, `blocks.0.mlp.fc1` to `blocks.0.norm2`."""
-    block, part, _ = name.rsplit(".", 2)
-    return f"{block}.norm1" if part == "attn" else f"{block}.norm2"
-
-
-def qkv_before(name: str) -> str:
-    """`blocks.0.attn.proj` to `blocks.0.attn.qkv`."""
-    return f"{name.removesuffix('proj')}qkv"
-
-
-def _value_rows(rows: Tensor) -> Tensor:
-    """Those of v among the rows of q, k and v."""
-    return rows[2 * len(rows) // 3 :]
+def _weight_and_bias(tensors: Mapping[str, Tensor], layer: str) -> tuple[Tensor, Tensor]:
+    """In float64."""
+    return tensors[f"{layer}.weight"].double(), tensors[f"{layer}.bias"].double()
 
 
 def _times(tensor: Tensor, factor: Tensor) -> Tensor:

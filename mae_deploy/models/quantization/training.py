@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from mae_deploy.errors import CheckFailed
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats, Observer
+from mae_deploy.models.quantization.layers import layers_read
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
 from mae_deploy.models.quantization.rounding import (
@@ -29,14 +30,7 @@ from mae_deploy.models.quantization.rounding import (
     linear_of,
     weight_round_trip,
 )
-from mae_deploy.models.quantization.smoothing import (
-    is_scalable,
-    likely_absmax,
-    norm_before,
-    qkv_before,
-    smoothed_stats,
-    smoothing_divisor,
-)
+from mae_deploy.models.quantization.smoothing import likely_absmax, smoothed_stats, smoothing_divisor
 from mae_deploy.models.vit import Encoder
 
 RangeKind = Literal["none", "dynamic", "static"]
@@ -131,7 +125,7 @@ class Quantizer(nn.Module):
             done: share of the run that is behind it.
         """
         self.mode.rounds = self.kind != "none" and done >= self.start
-        observer = Observer(self._places) if self._observes(step, done) else None
+        observer = Observer(self._model[0], self._places) if self._observes(step, done) else None
         self.mode.observer = observer
         try:
             yield
@@ -195,8 +189,8 @@ class Quantizer(nn.Module):
 
     def _move(self, stats: Mapping[str, ActivationStats]) -> None:
         """Move the ranges towards those that an export would choose."""
-        weights = {f"{name}.weight": linear_of(self._model[0], name).weight.detach().cpu() for name in stats}
-        divisors = self.policy.divisors(weights, list(stats), stats)
+        tensors = {name: tensor.cpu() for name, tensor in self._model[0].state_dict().items()}
+        divisors = self.policy.divisors(tensors, list(stats), stats)
         moved = {name: self._places[name].move_divisor(divisor) for name, divisor in divisors.items()}
         for name, scale in self.policy.scales(list(stats), smoothed_stats(stats, moved)).items():
             assert scale is not None
@@ -219,13 +213,15 @@ class _Place(nn.Module):
     def __init__(self, model: Encoder, name: str, policy: Policy, mode: _Mode) -> None:
         super().__init__()
         self.name, self.mode = name, mode
-        self.alpha = policy.smooth_alpha if is_scalable(name) else None
+        read = layers_read(model.state_dict(), name)
+        self.alpha = policy.smooth_alpha if read else None
         self.static = policy.static
         self.ranges: tuple[Tensor, Tensor] | None = None
         """Scale and divisor of static, in tensors of their own: a backward pass may need them when the buffers have
         moved on."""
         self.penalty: Tensor | None = None
-        self._before = _modules_before(model, name) if self.alpha is not None else {}
+        self._read = {layer: model.get_submodule(layer) for layer in read}
+        """The layers whose weights say how large its input is."""
         if policy.static:
             # All float32, as the training loop takes back floating-point buffers with a step that is not taken.
             self.register_buffer("scale", torch.ones(()), persistent=False)
@@ -287,9 +283,10 @@ class _Place(nn.Module):
             return None if self.ranges is None else self.ranges[1]
         tensors = {
             f"{name}.{part}": getattr(module, part)
-            for name, module in self._before.items()
+            for name, module in self._read.items()
             for part in ("weight", "bias")
         }
+        tensors[f"{self.name}.weight"] = weight
         return smoothing_divisor(weight, likely_absmax(tensors, self.name), self.alpha).float()
 
 
@@ -345,12 +342,6 @@ def _round_static(values: Tensor, divisor: Tensor | None, scale: Tensor) -> tupl
 def _round_weight(weight: Tensor, divisor: Tensor | None) -> Tensor:
     """The weight as the graph has it, over the divisor that it was multiplied by."""
     return weight_round_trip(weight) if divisor is None else weight_round_trip(weight * divisor).div_(divisor)
-
-
-def _modules_before(model: Encoder, name: str) -> Mapping[str, nn.Module]:
-    """Those whose weights say how large the input of a Linear is."""
-    names = [norm_before(name), *([qkv_before(name)] if name.endswith("proj") else [])]
-    return {before: model.get_submodule(before) for before in names}
 
 
 def _mean_of_processes(values: Tensor) -> Tensor:

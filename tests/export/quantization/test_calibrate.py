@@ -124,8 +124,8 @@ def test_too_few_readable_images_are_refused(folder: Path, cache: Path) -> None:
 def test_statistics_are_those_of_the_images(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_encoder()
     found = run(folder, model)
-    expected = Observer(eligible_linears(model))
-    with torch.no_grad(), expected.watching(model):
+    expected = Observer(model, eligible_linears(model))
+    with torch.no_grad(), expected.watching():
         for _, pixels in images_of(folder).batches():
             model(torch.from_numpy(SPEC.normalise(pixels)))
     assert same(found, replace(found, stats=expected.stats(), attention_absmax=expected.attention_absmax()))

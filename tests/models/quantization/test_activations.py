@@ -22,14 +22,14 @@ NAMES = eligible_linears(tiny_encoder())
 
 def observe(model: Encoder, *batches: Tensor) -> tuple[dict[str, ActivationStats], dict[str, Array], dict[str, Array]]:
     """Statistics, what attention gave, and the inputs of the Linears themselves, `(n, D)`."""
-    observer = Observer(NAMES)
+    observer = Observer(model, NAMES)
     seen: dict[str, list[Array]] = {name: [] for name in NAMES}
 
     def keep(name: str, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         seen[name].append(inputs[0].flatten(0, -2).numpy())
 
     hooks = [model.get_submodule(name).register_forward_pre_hook(partial(keep, name)) for name in NAMES]
-    with torch.no_grad(), observer.watching(model):
+    with torch.no_grad(), observer.watching():
         for batch in batches:
             model(batch)
     for hook in hooks:
@@ -152,7 +152,8 @@ def test_activations_that_are_not_finite_are_named(value: float) -> None:
 
 
 def test_nothing_is_watched_afterwards() -> None:
-    model, observer = tiny_mae(), Observer(NAMES)
-    with observer.watching(model):
+    model = tiny_mae()
+    observer = Observer(model, NAMES)
+    with observer.watching():
         pass
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec
+from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.quantization.activations import Observer
 from mae_deploy.models.quantization.outliers import tail_penalty
 from mae_deploy.models.quantization.policy import Policy
@@ -29,7 +30,7 @@ from mae_deploy.models.quantization.rounding import (
 from mae_deploy.models.quantization.smoothing import smooth, smoothed_stats
 from mae_deploy.models.quantization.training import QuantizedLinear, Quantizer, quantize_in_training
 from mae_deploy.models.vit import Encoder
-from tests.export.outlier_models import decibels, noisy_encoder, plant_outliers
+from tests.export.outlier_models import CONFIG, GATED, decibels, noisy_encoder, plant_outliers
 from tests.export.tiny_exports import SavedGraph
 from tests.models.tiny_models import metadata_of, random_tensor, tiny_encoder, tiny_mae
 
@@ -50,8 +51,8 @@ def rounded(model: Encoder, kind: Kind, *, smooth_alpha: float | None = 0.5, ima
 @torch.no_grad()
 def exported(model: Encoder, kind: Kind, folder: Path) -> Tensor:
     """Tokens of the graph that an export writes, calibrated on the same images, run by ONNX Runtime itself."""
-    names, observer = eligible_linears(model), Observer(eligible_linears(model))
-    with observer.watching(model):
+    names, observer = eligible_linears(model), Observer(model, eligible_linears(model))
+    with observer.watching():
         model(IMAGES)
     stats = observer.stats() if kind == "static" else None
     policy = Policy(static=kind == "static")
@@ -63,16 +64,18 @@ def exported(model: Encoder, kind: Kind, folder: Path) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("planted", [False, True])
-def test_it_computes_what_the_exported_graph_computes(kind: Kind, planted: bool, tmp_path: Path) -> None:
-    model = noisy_encoder()
+@pytest.mark.parametrize(("planted", "config"), [(False, CONFIG), (True, CONFIG), (True, GATED)])
+def test_it_computes_what_the_exported_graph_computes(
+    kind: Kind, planted: bool, config: EncoderConfig, tmp_path: Path
+) -> None:
+    model = noisy_encoder(config=config)
     if planted:
         model.load_state_dict(plant_outliers(model.state_dict()))
     graph = exported(model, kind, tmp_path)
     with torch.no_grad():
-        plain = model(IMAGES)[:, 1:]
+        plain = model(IMAGES)[:, config.num_prefix :]
         rounded(model, kind)
-        found = model(IMAGES)[:, 1:]
+        found = model(IMAGES)[:, config.num_prefix :]
     # Where a number lies between two integers, the last bit of a float32 sum decides: an image with such a number is
     # off by a part of the noise, all others only by the order of summation, 1e-6 of numbers up to 4.
     errors = (found - graph).abs().amax(dim=(1, 2))
