@@ -350,8 +350,6 @@ def _calib_images(
     if int8.int8_attention:
         K = ranges["K"][2] if "K" in ranges else encoder.num_tokens
         reason = reason_against_int8_attention(encoder.width // encoder.heads, encoder.num_prefix + K)
-        if encoder.rotary != "none" or encoder.qk_norm:
-            reason = "its queries and keys are turned or normalised behind the layer whose ranges are known"
         if reason:
             raise ConfigError(
                 f"--int8-attention: {reason}", hint="leave it out: the Linears alone are most of the arithmetic"

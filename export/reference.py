@@ -91,9 +91,8 @@ class Reference:
     def _encode(
         self, images: Tensor, ids_keep: Tensor | None, updates: list[int] | None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Tokens after the final norm, `(B, T, D)`, what is pooled of them (of a mean-pooled classifier before its
-        norm), `(B, D)`, and the tokens after every block; of a stream, those of the last update, and the mean over all
-        patches that were computed.
+        """Tokens after the final norm, `(B, T, D)`, what is pooled of them, `(B, D)`, and the tokens after every block;
+        of a stream, those of the last update, and what is pooled of all patches that were computed.
         """
         if updates is not None:
             assert ids_keep is not None
@@ -110,8 +109,6 @@ class Reference:
         values = {"cls": tokens[:, 0], "tokens": tokens[:, prefix:], "pooled": pooled, ALL_TOKENS: tokens}
         values |= {f"block_{index}": block[:, prefix:] for index, block in enumerate(inner)}
         if isinstance(model, Classifier):
-            if model.pool == "avg":
-                values["pooled"] = model.fc_norm(values["pooled"])
             values["logits"] = model.head(values["cls" if model.pool == "cls" else "pooled"])
             values["probs"] = values["logits"].float().softmax(dim=-1)
         if updates is not None:
@@ -169,7 +166,7 @@ def _run_stream(
     for part, ids in zip(patches.split(updates, dim=1), ids_keep.split(updates, dim=1), strict=True):
         tokens, cache, inner = update(model, part, ids, cache)
         frame = frame.scatter(1, ids[..., None].expand(-1, -1, D), tokens[:, prefix:])
-    return tokens, frame.sum(dim=1) / cache.computed[:, prefix:].sum(dim=1, keepdim=True), inner
+    return tokens, model.fc_norm(frame.sum(dim=1) / cache.computed[:, prefix:].sum(dim=1, keepdim=True)), inner
 
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:

@@ -15,6 +15,7 @@ import argparse
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -62,7 +63,7 @@ def network(config: EncoderConfig, seed: int) -> Encoder:
 @torch.no_grad()
 def plant_gate(model: Encoder) -> None:
     """Two units of every product times 50, their columns divided by it: the same function."""
-    for block in model.blocks:
+    for block in cast(Any, model.blocks):
         first, second = block.mlp.fc1, block.mlp.fc2
         units = torch.ones(second.in_features)
         units[[_UNIT, 19]] = _GAIN
@@ -82,17 +83,19 @@ def plant_channels(model: Encoder) -> None:
 
 @torch.no_grad()
 def plant_unit(model: Encoder) -> None:
-    """In the second block, of registers that one channel tells."""
-    registers, mlp, norm = model.reg_token, model.blocks[1].mlp, model.blocks[1].norm2
+    """In the second block, of registers that are alike; it fires where the norm's output has their direction."""
+    registers, block = model.reg_token, cast(Any, model.blocks[1])
+    mlp, norm = block.mlp, block.norm2
     assert registers is not None
-    registers[..., _CHANNELS[0]] = 20.0
-    hidden = mlp.fc2.in_features
-    for row in {_UNIT, mlp.fc1.out_features - hidden + _UNIT}:  # of a gated one, gate and value
-        mlp.fc1.weight[row] = 0
-        mlp.fc1.weight[row, _CHANNELS[0]] = 3 * (6.0 if hidden == mlp.fc1.out_features else 1.0) / norm.weight[_CHANNELS[0]]
-        mlp.fc1.bias[row] = -12 * (6.0 if hidden == mlp.fc1.out_features else 1.0)
+    registers.copy_(4 * registers[:, :1].sign() + registers)
+    seen = norm(registers[0]).mean(dim=0)
+    direction, hidden = seen / seen.square().sum(), mlp.fc2.in_features
+    size = 400.0 if hidden == mlp.fc1.out_features else 20.0
+    for row in {_UNIT, mlp.fc1.out_features - hidden + _UNIT}:  # of a gated one, gate and value: 20 times 20
+        mlp.fc1.weight[row] = 2 * size * direction
+        mlp.fc1.bias[row] = -size
     mlp.fc2.weight[:, _UNIT] *= 0.05
-    mlp.fc2.weight[_CHANNELS[1], _UNIT] = 1.0
+    mlp.fc2.weight[_CHANNELS[1], _UNIT] = 0.5
 
 
 PLANTED: dict[str, tuple[EncoderConfig, Callable[[Encoder], None] | None]] = {
@@ -136,7 +139,9 @@ def main() -> None:
         "static, smoothed but fc2": lambda model, images: quantised(model, images, without="fc2"),
         "static": lambda model, images: quantised(model, images),
         "static, percentile": lambda model, images: quantised(model, images, method="percentile"),
-        "static, ranges of patches alone": lambda model, images: quantised(model, images, first=model.config.num_prefix),
+        "static, ranges of patches alone": lambda model, images: quantised(
+            model, images, first=model.config.num_prefix
+        ),
         "static, fc2 of block 1 in FP32": lambda model, images: quantised(model, images, high="blocks.1.mlp.fc2"),
         "dynamic, smoothed but fc2": lambda model, images: quantised(model, images, static=False, without="fc2"),
         "dynamic": lambda model, images: quantised(model, images, static=False),

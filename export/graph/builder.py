@@ -141,11 +141,11 @@ class GraphBuilder:
         ends = self.integers(index * dim // 2), self.integers((1 + index) * dim // 2), self.integers(-1)
         return self.node("Slice", [value, *ends], name)
 
-    def without_first(self, tokens: str, count: int, name: str) -> str:
+    def without_first(self, tokens: str, count: int, name: str, axis: int = 1) -> str:
         """All tokens but the first ones, CLS and registers: `(B, P + N, D) -> (B, N, D)`."""
         if not count:
             return tokens
-        ends = self.integers(count), self.integers(np.iinfo(np.int64).max), self.integers(1)
+        ends = self.integers(count), self.integers(np.iinfo(np.int64).max), self.integers(axis)
         return self.node("Slice", [tokens, *ends], name)
 
     def inputs(self) -> list[TensorEntry]:

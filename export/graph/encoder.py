@@ -314,7 +314,8 @@ class _Graph:
             values["tokens"] = self._patch_tokens(tokens, "tokens"), [B, self.keep, D]
         if "pooled" in wanted:
             pooled = write_attention_pool(writer, self.config, tokens) if attended else self._mean(values["tokens"][0])
-            values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if self.averaged else pooled, [B, D]
+            normed = "fc_norm.weight" in self.weights
+            values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if normed else pooled, [B, D]
         if {"logits", "probs"} & wanted:
             logits = writer.fp32_linear(values[self.read_by_head][0], "head")
             values["logits"] = logits, [B, self.metadata.num_classes or 0]

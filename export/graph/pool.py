@@ -1,4 +1,4 @@
-"""Attention pooling as ONNX nodes: one learned query attends to all tokens, and an MLP follows.
+"""Attention pooling as ONNX nodes: one learned query attends to all tokens or to the patches, and an MLP follows.
 
 FP32 whatever the precision of the blocks, as the head. Shapes: B images, T tokens, D width, H heads, d = D / H.
 """
@@ -19,6 +19,10 @@ def write_attention_pool(writer: BlockWriter, config: EncoderConfig, tokens: str
     """What is pooled of the tokens behind the last norm: FP32 `(B, T, D) -> (B, D)`."""
     b, weights, D, H = writer.builder, writer.weights, config.width, config.pool_heads
     d = D // H
+    padding, first = writer.padding, 0 if config.pool_prefix else config.num_prefix
+    if first:
+        tokens = b.without_first(tokens, first, f"{_NAME}/patches")
+        padding = padding and b.without_first(padding, first, f"{_NAME}/patch_padding", axis=3)
     latent = weights[f"{_NAME}.latent"][0].astype(np.float64)
     query = latent @ weights[f"{_NAME}.q.weight"].T + weights[f"{_NAME}.q.bias"]
     query = (query / math.sqrt(d)).reshape(H, 1, d).astype(np.float32)
@@ -31,8 +35,8 @@ def write_attention_pool(writer: BlockWriter, config: EncoderConfig, tokens: str
     keys = b.node("Transpose", [keys], f"{_NAME}/k_transposed", perm=[0, 2, 3, 1])
     values = b.node("Transpose", [values], f"{_NAME}/v_transposed", perm=[0, 2, 1, 3])
     scores = b.node("MatMul", [b.weight(f"{_NAME}/query", query), keys], f"{_NAME}/qk")
-    if writer.padding is not None:
-        scores = b.node("Add", [scores, writer.padding], f"{_NAME}/padding")
+    if padding is not None:
+        scores = b.node("Add", [scores, padding], f"{_NAME}/padding")
     shares = b.node("Softmax", [scores], f"{_NAME}/softmax", axis=-1)
     mixed = b.node("MatMul", [shares, values], f"{_NAME}/av")  # (B, H, 1, d)
     pooled = writer.fp32_linear(b.node("Reshape", [mixed, b.integers(0, D)], f"{_NAME}/merged"), f"{_NAME}.proj")

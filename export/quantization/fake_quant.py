@@ -22,6 +22,7 @@ from mae_deploy.models.quantization.rounding import (
     rounded_weight,
     static_round_trip,
 )
+from mae_deploy.models.vit import BlockWithQKV
 
 
 def macs_per_token(model: nn.Module, name: str) -> int:
@@ -57,9 +58,10 @@ def fake_quantized(
                 _replace(stack, linear, "bias", linear.bias + corrections[name].to(linear.bias.device))
             stack.callback(linear.register_forward_pre_hook(partial(_round_input, scale, rounding)).remove)
         for name, parts in (attention_scales or {}).items():
-            attention = cast(Attention, model.get_submodule(name))
-            attention.forward = partial(_attention, attention, parts, rounding)  # type: ignore[method-assign]
-            stack.callback(delattr, attention, "forward")
+            block = model.get_submodule(name.removesuffix(".attn"))
+            assert isinstance(block, BlockWithQKV)
+            block.forward = partial(_block, block, block.forward, parts, rounding)  # type: ignore[method-assign]
+            stack.callback(delattr, block, "forward")
         yield model
 
 
@@ -73,15 +75,17 @@ def _round_input(scale: float | None, rounding: Rounding, _: nn.Module, inputs: 
     return dynamic_round_trip(inputs[0]) if scale is None else static_round_trip(inputs[0], scale, rounding)
 
 
-def _attention(attention: Attention, scales: AttentionScales, rounding: Rounding, tokens: Tensor, **_: Any) -> Tensor:
-    """Attention written out with every operand of its two products rounded: `(B, T, D) -> (B, T, D)`."""
-    B, T, D = tokens.shape
-    q, k, v = (
-        attention.qkv(tokens).reshape(B, T, 3, attention.num_heads, D // attention.num_heads).permute(2, 0, 3, 1, 4)
-    )
+def _block(
+    block: BlockWithQKV, forward: Any, scales: AttentionScales, rounding: Rounding, tokens: Tensor, **given: Any
+) -> Tensor:
+    """A block with every operand of its attention's two products rounded, queries and keys as they are multiplied:
+    `(B, T, D) -> (B, T, D)`.
+    """
+    attention = cast(Attention, block.attn)
+    q, k, v = forward(tokens, inner="only_qkv", **given).unbind(1)
     q, k, v = (
         static_round_trip(part, scale, rounding)
         for part, scale in zip((q * attention.scale, k, v), scales, strict=True)
     )
     shares = static_round_trip((q @ k.transpose(-2, -1)).softmax(dim=-1), rounding.softmax_scale, rounding)
-    return attention.proj((shares @ v).transpose(1, 2).reshape(B, T, D))  # type: ignore[no-any-return]
+    return block.behind_attention(tokens, shares @ v)

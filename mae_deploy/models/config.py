@@ -46,7 +46,8 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
 BEYOND_PLAIN = (
     *("rotary", "rotary_base", "rotary_offset", "rotary_reference", "position_table", "class_token", "num_registers"),
-    *("activation", "qk_norm", "mlp_norm", "pre_norm", "final_norm", "norm_eps", "pool_heads", "pool_mlp_ratio"),
+    *("activation", "qk_norm", "mlp_norm", "pre_norm", "final_norm", "norm_eps"),
+    *("pool_norm", "pool_heads", "pool_mlp_ratio", "pool_prefix"),
 )
 """Fields of an encoder by which today's families differ from the original's ViT."""
 
@@ -103,10 +104,14 @@ class EncoderConfig(Settings, resume="fixed"):
     """LayerNorm after the last block."""
     norm_eps: float = setting(1e-6, hidden=True, above=0)
     """Epsilon of all LayerNorms."""
+    pool_norm: bool = setting(False, hidden=True)
+    """LayerNorm of what is pooled."""
     pool_heads: int = setting(0, hidden=True, at_least=0)
-    """Heads of the attention that pools all tokens; 0: the mean of the patches is pooled."""
+    """Heads of the attention that pools the tokens; 0: the mean of the patches is pooled."""
     pool_mlp_ratio: float = setting(4.0, hidden=True, above=0)
     """Hidden width of its MLP as a multiple of embed_dim."""
+    pool_prefix: bool = setting(True, hidden=True)
+    """Whether it pools class token and registers too, or the patches alone."""
 
     def resolve(self) -> None:
         if self.position_table is None:

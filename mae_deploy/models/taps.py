@@ -113,12 +113,10 @@ def unreached(model: Encoder, wanted: Collection[Tap]) -> Iterator[nn.Module | n
         yield from (last.attn.proj, last.norm2, last.mlp)
     if kinds <= set(BLOCK_KINDS):
         yield model.norm
-    if model.attn_pool is not None and kinds.isdisjoint(("pooled", "logits")):
-        yield model.attn_pool
+    if kinds.isdisjoint(("pooled", "logits")):
+        yield from (model.fc_norm, *([] if model.attn_pool is None else [model.attn_pool]))
     if isinstance(model, Classifier) and "logits" not in kinds:
         yield model.head
-        if model.pool == "avg" and "pooled" not in kinds:
-            yield model.fc_norm
     if isinstance(model, MaskedAutoencoder):
         yield from _unreached_decoder(model, wanted)
 

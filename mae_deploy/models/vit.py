@@ -238,6 +238,7 @@ class Encoder(nn.Module):
             norm_layer=norm_layer,
         )
         self.norm: nn.Module = norm_layer(D) if config.final_norm else nn.Identity()
+        self.fc_norm: nn.Module = norm_layer(D) if config.pool_norm else nn.Identity()
         self.attn_pool = (
             AttentionPoolLatent(
                 D,
@@ -307,10 +308,15 @@ class Encoder(nn.Module):
         return rows_of(tokens, self.config)
 
     def pool_latent(self, latent: Tensor) -> Tensor:
-        """One vector of an image: what attention pools, else the mean of the patches: `(B, P + K, D) -> (B, D)`."""
-        if self.attn_pool is not None:
-            return self.attn_pool(latent)  # type: ignore[no-any-return]
-        return latent[:, self.config.num_prefix :].mean(dim=1)
+        """One vector of an image: what attention pools, else the mean of the patches, through `fc_norm` where there is
+        one: `(B, P + K, D) -> (B, D)`.
+        """
+        patches = latent[:, self.config.num_prefix :]
+        if self.attn_pool is None:
+            pooled = patches.mean(dim=1)
+        else:
+            pooled = self.attn_pool(latent if self.config.pool_prefix else patches)
+        return self.fc_norm(pooled)  # type: ignore[no-any-return]
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """CLS, registers and patch tokens after the final norm: `(B, C, H, W), (B, K) -> (B, P + K, D)`.
@@ -363,7 +369,7 @@ class Classifier(Encoder):
             self.attn_pool = None
         if pool == "avg":
             self.norm = nn.Identity()
-            self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps)
+        self.fc_norm = nn.LayerNorm(config.width, eps=config.norm_eps) if pool == "avg" else nn.Identity()
         self.head = nn.Linear(config.width, num_classes)
         trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
@@ -374,10 +380,7 @@ class Classifier(Encoder):
 
     def pool_latent(self, latent: Tensor) -> Tensor:
         """The same from the encoder's latent: `(B, P + K, D) -> (B, D)`."""
-        if self.pool == "cls":
-            return latent[:, 0]
-        pooled = super().pool_latent(latent)
-        return self.fc_norm(pooled) if self.pool == "avg" else pooled
+        return latent[:, 0] if self.pool == "cls" else super().pool_latent(latent)
 
     def forward(self, images: Tensor, ids_keep: Tensor | None = None) -> Tensor:
         """Logits: `(B, C, H, W), (B, K) -> (B, classes)`."""

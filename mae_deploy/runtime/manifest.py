@@ -93,8 +93,10 @@ class _BeyondPlain(TypedDict, total=False):
     pre_norm: bool
     final_norm: bool
     norm_eps: float
+    pool_norm: bool
     pool_heads: int
     pool_mlp_ratio: float
+    pool_prefix: bool
 
 
 class ModelEntry(_Bands, _BeyondPlain):

@@ -198,7 +198,8 @@ def encoder_tensors(loaded: LoadedWeights, target: EncoderConfig) -> dict[str, T
                 f"the checkpoint's encoder has {name} {getattr(source, name)}, the model asked for has"
                 f" {getattr(target, name)}"
             )
-    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in ENCODER}
+    parts = (*ENCODER, *(("fc_norm",) if source.pool_norm else ()))
+    tensors = {name: tensor for name, tensor in loaded.tensors.items() if name.split(".")[0] in parts}
     if "pos_embed" in tensors:
         tensors["pos_embed"] = loaded.positions_at("pos_embed", target.grid_size)
     return tensors

@@ -40,6 +40,7 @@ _FAMILIES = {
     "rotary": replace(
         _CONFIG, rotary="dinov3", position_table=False, num_registers=4, activation="swiglu", norm_eps=1e-5
     ),
+    "normed": replace(_CONFIG, rotary="dinov3", position_table=False, qk_norm=True),
     "mixed": replace(_CONFIG, rotary="mixed", position_table=False, class_token=False, qk_norm=True, mlp_norm=True),
     "pooling": replace(_CONFIG, rotary="index", pre_norm=True, activation="gelu_tanh", pool_heads=4),
 }
@@ -129,6 +130,8 @@ def kinds() -> Iterator[Kind]:
         if precision in ("int8", "fp8"):
             yield kind("full-attention", attention=True, token_mode="full")
             yield kind("visible-attention", attention=True, token_mode="visible", keep=6)
+            yield kind("rotary-attention", "rotary", attention=True, token_mode="full")
+            yield kind("normed-attention", "normed", attention=True, token_mode="full")
         if (typing, precision) == ("strong", "fp16"):
             yield kind("softmax32", token_mode="full", fp32_ops=("softmax",))
             yield kind("half-io", token_mode="visible", images="float16", features="float16")

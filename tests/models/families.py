@@ -20,8 +20,10 @@ KINDS: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-5,
     },
     "PE spatial": {"rotary": "index", "position_table": True, "pre_norm": True, "final_norm": False},
+    "EVA-02": {"rotary": "index", "position_table": True, "final_norm": False, "pool_norm": True},
     "mixed": {"rotary": "mixed", "qk_norm": True, "mlp_norm": True, "activation": "swiglu"},
     "SigLIP": {"class_token": False, "activation": "gelu_tanh", "pool_heads": 3},
+    "registers that are not pooled": {"num_registers": 2, "pool_heads": 3, "pool_norm": True, "pool_prefix": False},
     "register alone": {"class_token": False, "num_registers": 1, "rotary": "index", "activation": "quick_gelu"},
     "no prefix": {"class_token": False, "rotary": "mixed"},
 }

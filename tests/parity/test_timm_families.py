@@ -38,10 +38,13 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit_medium_patch16_rope_reg1_gap_256": {"num_classes": 5},
     "eva02_tiny_patch14_224": {"img_size": (56, 84), "num_classes": 5},
     "eva02_base_patch14_224": {"img_size": (56, 84), "num_classes": 5},
+    "eva02_small_patch14_336": {"img_size": (56, 84)},
     "vit_small_patch14_reg4_dinov2": {"img_size": (56, 84)},
     "vit_base_patch16_siglip_224": {},
     "vit_base_patch16_clip_quickgelu_224": {"num_classes": 5},
     "vit_little_patch16_reg4_gap_256": {"num_classes": 5},
+    "vit_wee_patch16_reg1_gap_256": {},
+    "vit_so150m_patch16_reg4_map_256": {},
     "vit_giant_patch14_dinov2": {"img_size": (56, 84)},
 }
 

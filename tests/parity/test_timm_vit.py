@@ -226,6 +226,7 @@ FOLDED: dict[str, tuple[dict[str, Any], str]] = {
     "QuickGELU": ({"act_layer": "quick_gelu"}, ""),
     "no norm after the blocks": ({"final_norm": False}, ""),
     "average pooling after the norm": ({"global_pool": "avg", "fc_norm": False}, ""),
+    "no positions": ({"pos_embed": "none", "img_size": [24, 40], "patch_size": 8}, ""),
     "no class token": ({"class_token": False, "global_pool": "avg"}, ""),
     "registers with positions": ({"reg_tokens": 3}, "position embeddings of 3 registers"),
 }
@@ -360,6 +361,7 @@ def test_the_licence_of_a_tag(
 REFUSED = {
     "deit_tiny_distilled_patch16_224": "a distillation token (dist_token)",
     "vit_base_patch16_rpn_224": "blocks of kind ResPostBlock",
+    "vit_pwee_patch16_reg1_gap_256": "blocks of kind ParallelScalingBlock",
     "beit3_base_patch16_224": "a norm in the attention (scale_attn_norm)",
     "beit_base_patch16_224": "relative positions in its attention (Beit)",
     "vit_tiny_r_s16_p8_224": "a HybridEmbed in place of a patch embedding",
@@ -387,13 +389,12 @@ def test_a_model_that_computes_something_else_is_refused(
         ({"attn_layer": "diff"}, "attention of kind DiffAttention"),
         ({"norm_layer": "rmsnorm"}, "norm of kind RmsNorm"),
         ({"embed_norm_layer": "layernorm"}, "a norm of the patch embeddings"),
-        ({"pos_embed": "none"}, "no position embeddings"),
         ({"patch_size": [16, 8]}, "patches of 16x8 pixels"),
         ({"act_layer": "silu"}, "activation of kind SiLU"),
         ({"global_pool": "max"}, "'max' pooling"),
         ({"global_pool": "avgmax"}, "'avgmax' pooling"),
         ({"global_pool": "avg", "pool_include_prefix": True}, "pooling that includes the class token"),
-        ({"global_pool": "avg", "num_classes": 0}, "a norm after pooling (fc_norm) but no head"),
+        ({"global_pool": "max", "fc_norm": True, "num_classes": 0}, "'max' pooling"),
     ],
 )
 def test_an_argument_that_changes_the_computation_is_refused(

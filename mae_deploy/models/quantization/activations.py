@@ -33,6 +33,9 @@ _FIRST = (127 - 20) << 3
 _EDGES = (np.arange(_FIRST, _FIRST + _BINS + 1, dtype=np.int32) << _SHIFT).view(np.float32).astype(np.float64)
 _EDGES[0] = 0
 
+_NORMS = ("q_norm", "k_norm")
+"""Of queries and keys, in timm's attention."""
+
 _EQUAL_BINS = 64 * LEVELS
 """Bins of the histogram from which a range is chosen."""
 
@@ -103,14 +106,19 @@ def attention_scales(
     """For each attention the scales of q, k and v, by their largest magnitudes: to clip them gains nothing beside the
     rounding of the softmax.
 
+    Rotary positions turn pairs of channels: what comes of them is at most as large as the pair is long.
+
     Args:
-        absmax: of what each qkv gave, `Observer.attention_absmax`.
+        absmax: `Observer.attention_absmax`.
         divisors: what the input of each proj, and with it v, is divided by (`models.quantization.smoothing`).
     """
     found = {}
     for name, values in absmax.items():
         q, k, v = values.reshape(3, -1)
-        parts = q * cast(Attention, model.get_submodule(name)).scale, k, v / divisors.get(f"{name}.proj", 1.0)
+        attention = cast(Attention, model.get_submodule(name))
+        if getattr(model, "rope", None) is not None and name.startswith("blocks."):
+            q, k = (np.linalg.norm(part.reshape(attention.num_heads, 2, -1), axis=1) for part in (q, k))
+        parts = q * attention.scale, k, v / divisors.get(f"{name}.proj", 1.0)
         found[name] = cast(AttentionScales, tuple(float(rounding.scales(part.max())) for part in parts))
     return found
 
@@ -123,18 +131,22 @@ class Observer:
         tensors, self._model = model.state_dict(), model
         self._tallies = {name: _Tally(per_channel=layer_before(tensors, name) is not None) for name in names}
         self._attention: dict[str, Tensor] = {}
+        self._normed: dict[tuple[str, str], Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
         """Watch the model within the block."""
-        hooks = [
-            linear_of(self._model, name).register_forward_pre_hook(partial(self._see_input, name)) for name in self._tallies
-        ]
-        hooks += [
-            linear_of(self._model, name).register_forward_hook(partial(self._see_qkv, name))
-            for name in self._tallies
-            if name.endswith("qkv")
-        ]
+        linears = {name: linear_of(self._model, name) for name in self._tallies}
+        hooks = [linear.register_forward_pre_hook(partial(self._see_input, name)) for name, linear in linears.items()]
+        for name in (name for name in linears if name.endswith("qkv")):
+            hooks.append(linears[name].register_forward_hook(partial(self._see_qkv, name)))
+            attention = name.removesuffix(".qkv")
+            hooks += [
+                self._model.get_submodule(f"{attention}.{norm}").register_forward_hook(
+                    partial(self._see_normed, attention, norm)
+                )
+                for norm in _NORMS
+            ]
         try:
             yield
         finally:
@@ -150,10 +162,14 @@ class Observer:
         return {name: tally.stats(name) for name, tally in self._tallies.items() if tally.num_rows}
 
     def attention_absmax(self) -> dict[str, Array]:
-        """The largest magnitudes that each qkv gave, float64 `(3 * D,)`, by the name of its attention, such as
-        `blocks.0.attn`.
+        """The largest magnitudes of queries and keys, behind their norms where there are such, and of values, float64
+        `(3 * D,)`, by the name of the attention, such as `blocks.0.attn`.
         """
-        return {name: absmax.double().cpu().numpy() for name, absmax in self._attention.items()}
+        found = {}
+        for name, absmax in self._attention.items():
+            parts = zip((*_NORMS, "v"), absmax.chunk(3), strict=True)
+            found[name] = torch.cat([self._normed.get((name, norm), part) for norm, part in parts])
+        return {name: absmax.double().cpu().numpy() for name, absmax in found.items()}
 
     def see(self, name: str, values: Tensor) -> None:
         """Count one input of a Linear, `(..., D)`."""
@@ -165,6 +181,11 @@ class Observer:
     def _see_qkv(self, name: str, _: nn.Module, __: tuple[Tensor, ...], output: Tensor) -> None:
         attention, absmax = name.removesuffix(".qkv"), output.detach().flatten(0, -2).abs().amax(dim=0)
         self._attention[attention] = torch.maximum(absmax, self._attention.get(attention, absmax))
+
+    def _see_normed(self, attention: str, norm: str, module: nn.Module, _: tuple[Tensor, ...], output: Tensor) -> None:
+        if not isinstance(module, nn.Identity):
+            absmax = output.detach().abs().amax(dim=(0, 2)).flatten()  # (B, H, T, d) -> (D,)
+            self._normed[attention, norm] = torch.maximum(absmax, self._normed.get((attention, norm), absmax))
 
 
 class _Tally:

@@ -37,8 +37,8 @@ def is_gated(tensors: Shapes, block: str) -> bool:
 
 
 def layers_read(tensors: Shapes, name: str) -> list[str]:
-    """The layers whose weights say how large the input of a Linear is: the one before it, and the norm before that; none
-    where nothing takes a division.
+    """The layers whose weights say how large the input of a Linear is: the one before it, and the norm before that;
+    none where nothing takes a division.
     """
     before = layer_before(tensors, name)
     if before is None:

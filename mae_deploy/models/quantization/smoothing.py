@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from mae_deploy.images.read import Array
 from mae_deploy.models.quantization.activations import ActivationStats
@@ -27,9 +26,6 @@ _LEAST = 1e-5
 
 _SIGMAS = 4.0
 """Standard deviations within which an activation is taken to lie, where none was measured."""
-
-_SILU_LEAST = -1.278
-"""Where silu is least; of the gates below a limit, silu is largest in magnitude at the limit or here."""
 
 
 def assumed_absmax(tensors: Mapping[str, Tensor], names: Iterable[str]) -> dict[str, Array]:
@@ -53,10 +49,8 @@ def likely_absmax(tensors: Mapping[str, Tensor], name: str) -> Tensor:
         weight, bias = weight[first:], bias[first:]
         deviation, mean = (weight * deviation).square().sum(dim=1).sqrt(), weight @ mean + bias
     found = _SIGMAS * deviation + mean.abs()
-    if not before.endswith("fc1"):
-        return found
-    gate, _ = (mean + _SIGMAS * deviation).chunk(2)
-    return found.chunk(2)[1] * torch.maximum(F.silu(gate).abs(), F.silu(gate.clamp(max=_SILU_LEAST)).abs())
+    # A gate that seems shut by its weights may open for registers: its magnitude counts, not its sign.
+    return found.chunk(2)[0] * found.chunk(2)[1] if before.endswith("fc1") else found
 
 
 def smoothing_divisors(tensors: Mapping[str, Tensor], absmax: Mapping[str, Array], alpha: float) -> Divisors:

@@ -26,9 +26,9 @@ def expected_shapes(
     shapes |= {name: shape for name, (there, shape) in present.items() if there}
     if encoder.pre_norm:
         shapes |= _affine("norm_pre", D)
-    if pool == "avg":
+    if pool == "avg" or (pool is None and encoder.pool_norm):
         shapes |= _affine("fc_norm", D)
-    elif encoder.final_norm:
+    if pool != "avg" and encoder.final_norm:
         shapes |= _affine("norm", D)
     if encoder.pool_heads and pool in (None, "map"):
         hidden = int(D * encoder.pool_mlp_ratio)

@@ -79,6 +79,7 @@ def settings_of(model: Any) -> dict[str, Any]:
     does; of one that has foreign features, what can be told.
     """
     block = model.blocks[0]
+    after_pooling = isinstance(model.head, nn.Identity) and _normed_after_pooling(model)
     rope, pool = getattr(model, "rope", None), model.attn_pool
     norms = [part for part in (model.norm, model.fc_norm) if not isinstance(part, nn.Identity)]
     settings: dict[str, Any] = {
@@ -89,12 +90,14 @@ def settings_of(model: Any) -> dict[str, Any]:
         "qk_norm": isinstance(getattr(block.attn, "q_norm", None), nn.LayerNorm),
         "mlp_norm": isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm),
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
-        "final_norm": bool(norms),
+        "final_norm": bool(norms) and not after_pooling,
+        "pool_norm": after_pooling,
         "norm_eps": getattr(getattr(block, "norm1", None), "eps", 1e-6),
     }
     if isinstance(pool, AttentionPoolLatent) and pool.mlp is not None:
         fc1: Any = pool.mlp.fc1
         settings |= {"pool_heads": pool.num_heads, "pool_mlp_ratio": fc1.out_features / fc1.in_features}
+        settings["pool_prefix"] = isinstance(model, Eva) or model.pool_include_prefix or not model.num_prefix_tokens
     if rope is not None:
         settings |= {"rotary": _ROTARY.get(type(rope), "index"), "rotary_base": float(rope.temperature or 1)}
         reference = getattr(rope, "ref_feat_shape", None)
@@ -105,6 +108,12 @@ def settings_of(model: Any) -> dict[str, Any]:
     return settings
 
 
+def _normed_after_pooling(model: Any) -> bool:
+    """Whether its only last norm is of the pooled mean; that of the class token is the same before and after."""
+    norm_alone = isinstance(model.norm, nn.Identity) and not isinstance(model.fc_norm, nn.Identity)
+    return norm_alone and model.global_pool != "token"
+
+
 def foreign_features(model: Any, *, classifier: bool) -> list[str]:
     """What the model computes and our encoder or classifier cannot, in words."""
     if type(model) not in (VisionTransformer, Eva):
@@ -112,10 +121,11 @@ def foreign_features(model: Any, *, classifier: bool) -> list[str]:
         return [_CLASSES.get(kind, f"the class {kind}")]
     if type(model.patch_embed) is not PatchEmbed:
         return [f"a {type(model.patch_embed).__name__} in place of a patch embedding"]
+    if kinds := dict.fromkeys(type(block).__name__ for block in model.blocks if type(block) not in (Block, EvaBlock)):
+        return [f"blocks of kind {', '.join(kinds)}"]
     rows, columns = model.patch_embed.patch_size
     rope, attention = getattr(model, "rope", None), model.blocks[0].attn
     present = {
-        "no position embeddings": model.pos_embed is None and rope is None,
         f"patches of {rows}x{columns} pixels": rows != columns,
         "a norm of the patch embeddings": not isinstance(model.patch_embed.norm, nn.Identity),
         f"rotary positions of kind {type(rope).__name__}": rope is not None and not _known_rotary(rope),
@@ -200,9 +210,10 @@ def _foreign_end(model: Any, *, classifier: bool) -> list[str]:
     pool = model.attn_pool
     if pool is not None and not _known_pool(pool, model):
         return [f"attention pooling of another kind ({type(pool).__name__})"]
-    if not classifier:
-        norm_after_pooling = isinstance(model.norm, nn.Identity) and bool(norms) and model.global_pool != "token"
-        return ["a norm after pooling (fc_norm) but no head"] if norm_after_pooling else []
+    if pool is not None and classifier and _normed_after_pooling(model):
+        return ["a norm between attention pooling and head (fc_norm)"]
+    if not classifier and not _normed_after_pooling(model):
+        return []
     if model.global_pool not in ("token", "avg", "map"):
         return [f"'{model.global_pool}' pooling"]
     if model.global_pool == "avg" and getattr(model, "pool_include_prefix", False):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,13 @@ from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.precision import Precision, Typing
 from mae_deploy.export.graph.spec import GraphSpec
 from mae_deploy.export.quantization.fake_quant import fake_quantized, macs_per_token
+from mae_deploy.models.config import EncoderConfig
 from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.models.quantization.rounding import eligible_linears, quantize_weight, rounding_of
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.engines.onnxruntime import OnnxRuntimeEngine
 from tests.export.graph.small_graphs import open_small
-from tests.export.outlier_models import decibels, noisy_encoder
+from tests.export.outlier_models import CONFIG, GATED, decibels, noisy_encoder
 from tests.export.tiny_exports import run_session
 from tests.models.tiny_models import metadata_of, random_tensor, tiny_encoder, tiny_mae
 
@@ -114,21 +116,27 @@ def test_a_rounded_model_computes_what_the_graph_computes(scale: float | None, t
 
 
 @pytest.mark.parametrize(
-    ("scale", "attention", "precision", "weight_bits"),
+    ("scale", "attention", "precision", "weight_bits", "config"),
     [
-        (0.05, False, "int8", 8),
-        (0.05, True, "int8", 8),
-        (0.05, False, "int8", 7),
-        (None, False, "int8", 8),
-        (None, False, "int8", 7),
-        (0.0625, False, "fp8", 8),
-        (0.0625, True, "fp8", 8),
+        (0.05, False, "int8", 8, CONFIG),
+        (0.05, True, "int8", 8, CONFIG),
+        (0.05, True, "int8", 8, replace(GATED, qk_norm=True)),
+        (0.05, False, "int8", 7, CONFIG),
+        (None, False, "int8", 8, CONFIG),
+        (None, False, "int8", 7, CONFIG),
+        (0.0625, False, "fp8", 8, CONFIG),
+        (0.0625, True, "fp8", 8, CONFIG),
     ],
 )
 def test_a_rounded_encoder_computes_what_the_exported_graph_computes(
-    scale: float | None, attention: bool, precision: Precision, weight_bits: int, tmp_path: Path
+    scale: float | None,
+    attention: bool,
+    precision: Precision,
+    weight_bits: int,
+    config: EncoderConfig,
+    tmp_path: Path,
 ) -> None:
-    model, images = noisy_encoder(), random_tensor(5, 3, 12, 20, seed=2)
+    model, images = noisy_encoder(config=config), random_tensor(5, 3, 12, 20, seed=2)
     scales = dict.fromkeys(eligible_linears(model)[:-1], scale)
     products = {"blocks.0.attn": (0.01, 0.04, 0.03), "blocks.1.attn": (0.02, 0.03, 0.04)} if attention else {}
     typing: Typing = "weak"
@@ -157,9 +165,9 @@ def test_a_rounded_encoder_computes_what_the_exported_graph_computes(
     with OnnxRuntimeEngine(tmp_path / "graph.onnx", EngineOptions(threads=1), precision=arithmetic) as engine:
         exported = torch.from_numpy(engine.run({"images": images.numpy()})["tokens"])
     with torch.no_grad():
-        plain = model(images)[:, 1:]
+        plain = model(images)[:, config.num_prefix :]
         with fake_quantized(model, scales, products, rounding=rounding_of(precision, weight_bits)):
-            rounded = model(images)[:, 1:]
+            rounded = model(images)[:, config.num_prefix :]
     # Where a value lies between two integers, the last bit of a float32 sum decides: a few are off by a step, which is
     # a thousandth of the noise.
     assert decibels(rounded, exported) > decibels(plain, rounded) + (6 if precision == "fp8" else 25)

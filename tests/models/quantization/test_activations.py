@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +16,7 @@ from mae_deploy.models.quantization.activations import ActivationStats, Observer
 from mae_deploy.models.quantization.histogram import Method
 from mae_deploy.models.quantization.rounding import FP8, eligible_linears
 from mae_deploy.models.vit import Encoder
+from tests.export.outlier_models import GATED, noisy_encoder
 from tests.models.tiny_models import random_tensor, tiny_encoder, tiny_mae
 
 NAMES = eligible_linears(tiny_encoder())
@@ -140,6 +142,26 @@ def test_attention_has_a_scale_for_each_of_q_k_and_v() -> None:
     assert found == pytest.approx(
         [np.abs(part).max() / 127 for part in (q / 2, k, v / divisor)], rel=1e-6
     )  # heads of 4: q is divided by 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_scales_of_queries_and_keys_are_of_what_is_multiplied(qk_norm: bool) -> None:
+    """Behind their norms exactly; turned by rotary positions, at most as much larger as the longest pair."""
+    model = noisy_encoder(config=replace(GATED, qk_norm=qk_norm))
+    observer, images = Observer(model, NAMES), random_tensor(4, 3, 12, 20)
+    with observer.watching():
+        model(images)
+    found = attention_scales(model, observer.attention_absmax(), {})
+    tokens, turns = model.embed(images), model.turns()
+    assert turns is not None
+    for index, block in enumerate(model.blocks):
+        q, k, v = block(tokens, inner="only_qkv", turn=turns[index]).unbind(1)
+        least = [float(part.abs().max()) / 127 for part in (q / 4, k, v)]  # heads of 16
+        assert found[f"blocks.{index}.attn"][2] == pytest.approx(least[2], rel=1e-6)
+        for scale, needed in zip(found[f"blocks.{index}.attn"][:2], least[:2], strict=True):
+            assert needed * (1 - 1e-6) < scale < needed * 2**0.5
+        tokens = block(tokens, turn=turns[index])
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
