@@ -52,7 +52,7 @@ mutants: .venv/.installed ## change the code of masks, loss, parity and bundles,
 cluster: .venv/.installed ## embed on a cluster of two processes that Ray starts here
 	@MAE_DEPLOY_TEST_RAY=1 OMP_NUM_THREADS=1 $(BIN)/pytest --no-header -q tests/commands/embed -k cluster
 
-crash: .venv/.installed ## kill every command that writes 50 times, and look at what is left
+crash: .venv/.installed ## kill and stop every command that writes, fill its disk, and look at what is left
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.crash.run --out crash.json
 
 endurance: .venv/.installed ## 100,000 calls and 10,000 steps: memory, open files and threads stay flat

@@ -69,11 +69,22 @@ def losses_of(run: Path, *more: str) -> list[dict[str, Any]]:
 # --- killing ---------------------------------------------------------------------------------------------------------
 
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(
-    ["mae_deploy.pretrain.run", "mae_deploy.pretrain.finetune", "mae_deploy.distill.run", "mae_deploy.cli", __name__]
-)
+_PRELOADED = [
+    "mae_deploy.pretrain.run",
+    "mae_deploy.pretrain.finetune",
+    "mae_deploy.distill.run",
+    "mae_deploy.cli",
+    __name__,
+]
+_CONTEXT.set_forkserver_preload(_PRELOADED)
 """Torch is imported once for all runs: a fork of that server starts in milliseconds, as clean as a fresh
 interpreter."""
+
+
+def preload(module: str) -> None:
+    """Import this module for all processes, too; before the first of them."""
+    _CONTEXT.set_forkserver_preload([*_PRELOADED, module])
+
 
 _WRITING = ("os.rename", "os.symlink", "os.remove", "os.mkdir", "os.rmdir")
 

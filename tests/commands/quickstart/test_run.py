@@ -8,6 +8,7 @@ import base64
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,17 +57,22 @@ def tiny_recipe(kind: type[Any], name: str, **settings: Any) -> Any:
     return from_dict(kind, merge(merge(read_recipe(name), settings), small))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def patched() -> Iterator[None]:
-    """Small recipes and models; files that need not survive a power cut; and the number of threads, which the
-    quickstart sets, as it was.
-    """
-    threads = torch.get_num_threads()
+@contextmanager
+def small_quickstart() -> Iterator[None]:
+    """Small recipes and models, and files that need not survive a power cut."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(quickstart, "_recipe", tiny_recipe)
         patch.setattr(quickstart, "measure_speed", partial(measure_speed, [TINY]))
         patch.setattr(quickstart, "measure_stream", partial(measure_stream, model=TINY, num_frames=5))
         patch.setattr("os.fsync", lambda _: None)  # thousands of small files: seconds on a busy disk
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def patched() -> Iterator[None]:
+    """A small one; and the number of threads, which the quickstart sets, as it was."""
+    threads = torch.get_num_threads()
+    with small_quickstart():
         yield
     torch.set_num_threads(threads)
 
