@@ -8,13 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import numpy as np
 
 from mae_deploy.errors import CheckFailed
 from mae_deploy.export.job import Arrays, ExportJob, keep_of
+from mae_deploy.files import temporary_folder
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
@@ -120,8 +120,8 @@ def _judging(job: ExportJob, bundle: Bundle, name: str, options: EngineOptions) 
         with load_engine(bundle, name, options) as engine:
             yield engine
         return
-    with TemporaryDirectory() as folder:
-        files = job.graph(emulates_bf16=True).save(Path(folder) / "emulated.onnx")
+    with temporary_folder() as folder:
+        files = job.graph(emulates_bf16=True).save(folder / "emulated.onnx")
         with open_graph(files[0], name, options) as engine:
             yield engine
 

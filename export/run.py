@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import numpy as np
@@ -31,7 +30,7 @@ from mae_deploy.export.proof import (
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.samples import synthetic_frame
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
-from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, write_json
+from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, temporary_folder, write_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import BEYOND_PLAIN, EncoderConfig
 from mae_deploy.progress import Bar, notice, progress
@@ -147,8 +146,8 @@ def _make(folder: Path, job: ExportJob, bar: Bar) -> _Made:
 
 def _verify_plan(job: ExportJob, plan: Int8Plan, engine: Engine) -> Verification:
     """The checks of the bundle that this plan would give."""
-    with TemporaryDirectory() as folder:
-        return verify_engine(_write_bundle(Path(folder), job, plan), engine)
+    with temporary_folder() as folder:
+        return verify_engine(_write_bundle(folder, job, plan), engine)
 
 
 def _data(made: _Made) -> dict[str, Any]:

@@ -140,6 +140,8 @@ def explained(error: Exception) -> MaeDeployError | None:
         return MaeDeployError(
             f"--deterministic: {text.partition(', but')[0]} on this device", hint="leave --deterministic out"
         )
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return MaeDeployError(f"a library takes no name that is not UTF-8: {error.object}", hint="rename it")
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return MaeDeployError(": ".join([*names[:1], error.strerror]))

@@ -8,9 +8,11 @@ import hashlib
 import json
 import mmap
 import os
+import platform
 import re
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PureWindowsPath
@@ -38,8 +40,11 @@ _QUERY_LIMITED_INFORMATION = 0x1000
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a neighbour of `path` to write (a file or a folder); rename it onto `path` if the block succeeds.
 
-    A folder may replace nothing or an empty folder only; a file replaces a file.
+    A folder may replace nothing or an empty folder only; a file replaces a file. A link to a folder, or to nothing, is
+    followed.
     """
+    if path.is_symlink() and not path.is_file():
+        path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = beside(path, before=f"{_ASIDE}{os.getpid()}-")
     same = aside.name.removeprefix(f"{_ASIDE}{os.getpid()}-")
@@ -69,7 +74,7 @@ def beside(path: Path, *, before: str = "", after: str = "") -> Path:
 def write_text(path: Path, text: str) -> None:
     """Replace `path` by `text` in one step."""
     with atomic_path(path) as aside:
-        aside.write_text(text, encoding="utf-8")
+        aside.write_text(text, encoding="utf-8", errors="surrogateescape")  # names of files may be no UTF-8
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -153,9 +158,32 @@ def remove_partial(folder: Path) -> None:
         remove(path)
 
 
-def refuse_to_overwrite(path: Path, *, option: str = "--out", hint: str | None = None) -> None:
-    """Raise ConfigError if `path`, which an option asks for, is a file or a folder with something in it."""
-    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+@contextmanager
+def temporary_folder() -> Iterator[Path]:
+    """A folder until the block ends; those of processes of this machine that were killed go."""
+    prefix = f"mae-deploy-{platform.node()}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{glob.escape(prefix)}*"):
+        process = re.fullmatch(r"(\d+)-\w+", left.name.removeprefix(prefix))
+        if process is not None and not is_running(process[1]):
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(prefix=f"{prefix}{os.getpid()}-") as folder:
+        yield Path(folder)
+
+
+def refuse_to_overwrite(
+    path: Path, *, option: str = "--out", hint: str | None = None, file: bool = False, filled: bool = False
+) -> None:
+    """Raise ConfigError if `path`, which an option asks for, is a file, a device or a folder with something in it.
+
+    Args:
+        file: a file is asked for, which no folder may be.
+        filled: an empty folder is filled; else it is replaced, which would leave the working folder without its name.
+    """
+    if file and path.is_dir():
+        raise ConfigError(f"{option} {path} is a folder", hint="name a file in it")
+    if not filled and os.path.realpath(path) == os.getcwd():
+        raise ConfigError(f"{option} {path} is the working folder", hint="name a folder in it that is not there yet")
+    if (path.exists() and not path.is_dir()) or (path.is_dir() and any(path.iterdir())):
         raise ConfigError(
             f"{option} {path} already exists", hint=hint or f"choose another {option}, or remove it first"
         )
@@ -165,7 +193,8 @@ def refuse_within(path: Path, data: Path, *, option: str = "--out") -> None:
     """Raise ConfigError if `path`, which an option asks for, lies in a folder of images, among which it would be
     counted the next time.
     """
-    if data.is_dir() and data.resolve() in (path.resolve(), *path.resolve().parents):
+    real = Path(os.path.realpath(path))
+    if data.is_dir() and Path(os.path.realpath(data)) in (real, *real.parents):
         raise ConfigError(f"{option} {path} lies within {data}, as one of its images", hint=f"choose another {option}")
 
 

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any, NoReturn
 
 
 class Interrupted(BaseException):
@@ -20,6 +21,32 @@ class Interrupted(BaseException):
 
 
 @contextmanager
+def end_at_once() -> Iterator[None]:
+    """The first of these signals ends the process within the block; what is ignored stays so."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        _end(Interrupted(number))
+
+    ours = _handled()
+    for number in ours:
+        signal.signal(number, stop)
+    yield
+    for number, handler in ours.items():
+        signal.signal(number, handler)
+
+
+def _handled() -> dict[signal.Signals, Any]:
+    """The signals that end a command and are as Python has them, and what it does at each."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    return {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+
+
+def _end(error: Interrupted, more: str = "") -> NoReturn:
+    os.write(2, f"error: {error}{more}\n".encode())
+    os._exit(error.exit_code)
+
+
+@contextmanager
 def interruptible() -> Iterator[None]:
     """Raise `Interrupted` within the block at the first of these signals; the second ends the process at once, as what
     the first one has begun may hang. What whoever started the process ignores, as `nohup` does, stays ignored.
@@ -28,8 +55,7 @@ def interruptible() -> Iterator[None]:
         yield
         return
     process, received = os.getpid(), list[int]()
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
-    ours = {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
+    ours = _handled()
 
     def stop(number: int, frame: FrameType | None) -> None:
         if os.getpid() != process:  # a fork, such as a process that decodes images: its parent says it
@@ -38,8 +64,7 @@ def interruptible() -> Iterator[None]:
         received.append(number)
         error = Interrupted(number)
         if len(received) > 1:
-            os.write(2, f"error: {error} again\n".encode())
-            os._exit(error.exit_code)
+            _end(error, " again")
         raise error
 
     for number in ours:

@@ -62,7 +62,8 @@ def show(result: Any, *, as_json: bool) -> None:
         )
         console.print("\n".join(lines), highlight=False, soft_wrap=True)
     if result.then is not None:
-        Console(stderr=True).print(f"[bold]Next:[/bold] {escape(result.then)}", highlight=False, soft_wrap=True)
+        then = escape(printable(result.then))
+        Console(stderr=True).print(f"[bold]Next:[/bold] {then}", highlight=False, soft_wrap=True)
 
 
 def _json(data: Any) -> Iterator[str]:

@@ -42,7 +42,7 @@ def run_reconstruct(config: ReconstructConfig) -> dict[str, Any]:
         CheckFailed: the weights give no numbers.
         ConfigError: the checkpoint has no decoder, no image can be read, or `out` would lie among the images.
     """
-    refuse_to_overwrite(config.out)
+    refuse_to_overwrite(config.out, file=True)
     for name in config.images:
         refuse_within(config.out, name)
     model, loaded = load_model(config.checkpoint)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -66,3 +67,11 @@ def test_commands_that_share_no_work_are_not_done_twice(
     assert cli.main([command, "data", *given]) == code
     said = capsys.readouterr().err
     assert ("error: knn runs in one process, not in 2\nhint: start it without torchrun" in said) is (command == "knn")
+
+
+def test_a_name_that_a_library_cannot_take(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UnicodeEncodeError) as caught:
+        os.fsdecode(b"runs/\xff").encode()
+    assert report_error(caught.value) == 1
+    said = "error: a library takes no name that is not UTF-8: runs/\\udcff\nhint: rename it\n"
+    assert capsys.readouterr().err == said

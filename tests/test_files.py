@@ -20,6 +20,7 @@ from mae_deploy.files import (
     remove,
     remove_partial,
     sha256,
+    temporary_folder,
     write_json,
     write_text,
 )
@@ -241,3 +242,55 @@ def test_a_name_that_leaves_no_room_for_another(tmp_path: Path) -> None:
         aside.write_text("whole")
     assert target.read_text() == "whole"
     assert len(names(tmp_path)) == 1
+
+
+def test_temporary_folders_of_killed_processes_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = 2**22 + 1  # above the highest process number that Linux gives
+    with temporary_folder() as own:
+        before, _, _ = own.name.rpartition(f"{os.getpid()}-")
+        kept = {f"{before}{os.getppid()}-abc", f"{before}2-{ended}-abc", "mae-deploy-abc"}
+        for name in (f"{before}{ended}-abc", *kept):
+            (tmp_path / name).mkdir()
+            (tmp_path / name / "file").touch()
+        with temporary_folder():
+            pass
+        assert names(tmp_path) == {own.name, *kept}
+    assert names(tmp_path) == kept
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_link_to_an_empty_folder_or_to_nothing_is_followed(tmp_path: Path, there: bool) -> None:
+    if there:
+        (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    with atomic_path(tmp_path / "link") as aside:
+        aside.mkdir()
+        (aside / "file").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path / "real") == {"file"}
+
+
+def test_a_link_to_a_file_is_replaced(tmp_path: Path) -> None:
+    """What it leads to belongs to another, such as a store."""
+    write_text(tmp_path / "real", "kept")
+    (tmp_path / "link").symlink_to("real")
+    write_text(tmp_path / "link", "new")
+    assert [(tmp_path / name).read_text() for name in ("real", "link")] == ["kept", "new"]
+    assert not (tmp_path / "link").is_symlink()
+
+
+def test_what_no_file_and_no_folder_may_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"--out .* is a folder"):
+        refuse_to_overwrite(tmp_path, file=True)
+    with pytest.raises(ConfigError, match=r"--out \. is the working folder"):
+        refuse_to_overwrite(Path("."))
+    refuse_to_overwrite(Path("."), filled=True)
+    with pytest.raises(ConfigError, match=r"--out /dev/null already exists"):
+        refuse_to_overwrite(Path("/dev/null"), file=True)
+
+
+def test_names_that_are_not_utf8_are_written_as_they_are(tmp_path: Path) -> None:
+    write_text(tmp_path / "file", os.fsdecode(b"\xff"))
+    assert (tmp_path / "file").read_bytes() == b"\xff"

@@ -5,7 +5,6 @@ up to them is run.
 from __future__ import annotations
 
 import importlib.util
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ from mae_deploy.distill.teachers.answers import answers_for
 from mae_deploy.distill.teachers.base import SPATIAL_KINDS, check_offered, key_of, reason_against_grid
 from mae_deploy.distill.teachers.images import TeacherImages
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency
+from mae_deploy.files import temporary_folder
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
@@ -145,8 +145,8 @@ class BundleTeacher:
         )
         if any(tap.kind == "tokens" for tap in self.wanted):
             self._names = {name: output_of(name) for tap in self.wanted for name in self._tensors(tap)}
-            with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-                graph = write_prefix(self.bundle.graph(), list(self._names), Path(folder))
+            with temporary_folder() as folder:
+                graph = write_prefix(self.bundle.graph(), list(self._names), folder)
                 self.engine: Engine = _open(self.bundle, graph, name, options)
         else:
             self._names = {name: name for tap in self.wanted for name in self._tensors(tap)}

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ from onnx import numpy_helper
 from mae_deploy.errors import import_optional
 from mae_deploy.export.graph.builder import INLINE_LIMIT, GraphBuilder
 from mae_deploy.export.job import Arrays, ExportJob
+from mae_deploy.files import temporary_folder
 from mae_deploy.runtime.manifest import TensorEntry
 
 _METHODS = {"minmax": "MinMax", "percentile": "Percentile", "entropy": "Entropy"}
@@ -75,8 +75,8 @@ def quantize_elsewhere(job: ExportJob, names: list[str]) -> OtherGraph:
         ConfigError: too few calibration images that can be read.
     """
     builder = job.in_precision("fp32").graph()
-    with TemporaryDirectory() as folder, _quiet():
-        graph = Path(folder) / "fp32.onnx"
+    with temporary_folder() as folder, _quiet():
+        graph = folder / "fp32.onnx"
         builder.save(graph)
         quantize = {"onnxruntime": _onnxruntime, "nncf": _nncf, "modelopt": _modelopt}[job.config.int8.quantizer]
         return OtherGraph(quantize(job, graph, names), builder)

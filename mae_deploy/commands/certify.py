@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import numpy as np
 from mae_deploy.commands.benchmark.accuracy import Photos
 from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError, MissingDependency
-from mae_deploy.files import remove
+from mae_deploy.files import temporary_folder
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice, progress
 from mae_deploy.runtime.backbone import Backbone
@@ -145,8 +144,7 @@ def _exported(stack: ExitStack, bundle: Bundle, checkpoint: Path, samples: Path 
     from mae_deploy.export.config import ExportConfig
     from mae_deploy.export.run import run_export
 
-    folder = Path(mkdtemp(prefix="mae-deploy-"))
-    stack.callback(remove, folder)
+    folder = stack.enter_context(temporary_folder())
     asked = _recorded(bundle, "export")
     if not asked:
         raise ConfigError(f"{bundle.path} does not record its export", hint="pass --against BUNDLE in FP32")

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import platform
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import metadata, util
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +17,7 @@ from mae_deploy import __version__
 from mae_deploy.commands.config import DoctorConfig
 from mae_deploy.commands.rates import MEASURED, advice, measure_rates, rates_table
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_optional
+from mae_deploy.files import temporary_folder
 from mae_deploy.machine import cache_folder, cpu_features, cpu_name, granted_cores
 from mae_deploy.packages import PACKAGE, distributions, is_hollow_spec, remedy
 from mae_deploy.packages import requirements as package_requirements
@@ -320,8 +319,8 @@ def _torch() -> str:
 
 def _multiply(engine: str) -> None:
     """A product on the engine: a library for another CPU may load, and die of its first instruction."""
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        graph = Path(folder) / "product.onnx"
+    with temporary_folder() as folder:
+        graph = folder / "product.onnx"
         write_products(graph, _SIDE, 1)
         with open_graph(graph, engine, EngineOptions(threads=1)) as loaded:
             loaded.run({"x": np.ones((_SIDE, _SIDE), np.float32)})

@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.commands.config import PredictConfig
-from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import refuse_to_overwrite
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.find import find_images
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice, progress
@@ -24,7 +23,7 @@ from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.results import Items, Result
 from mae_deploy.runtime.backbone import Backbone, Features
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
+from mae_deploy.runtime.feature_file import FeatureFile, check_features
 from mae_deploy.runtime.inputs import patch_indices
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS
 from mae_deploy.runtime.predict import Predictions, class_labels, class_scores, rank
@@ -42,7 +41,7 @@ def run_predict(config: PredictConfig) -> Result:
         MissingDependency: Parquet without pyarrow.
     """
     if config.out is not None:
-        _check_out(config.out)
+        check_features(config.out)
     paths = find_images(*config.images)
     with ExitStack() as stack:
         backbone = stack.enter_context(
@@ -156,15 +155,6 @@ class _Found:
         )
         for path, (classes, shares) in zip(self.paths, rows, strict=True):
             yield path, [(self._labels[int(index)], float(share)) for index, share in zip(classes, shares, strict=True)]
-
-
-def _check_out(path: Path) -> None:
-    """Say what would stop the writing of features before an hour is spent on computing them."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--out {path} must end in {' or '.join(SUFFIXES)}")
-    refuse_to_overwrite(path)
-    if path.suffix == ".parquet":
-        import_optional("pyarrow", extra="parquet")
 
 
 def _read_mask(path: Path, bundle: Bundle) -> tuple[int, ...]:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import io
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
-from pathlib import Path
 
 import numpy as np
 
 from mae_deploy.errors import MaeDeployError
+from mae_deploy.files import temporary_folder
 from mae_deploy.reporting.tables import Column, Table
 from mae_deploy.runtime.alone import run_alone
 from mae_deploy.runtime.engines.base import EngineOptions
@@ -59,9 +58,9 @@ def rates_of(engine: str, precisions: Sequence[str]) -> dict[str, float]:
     """GFLOP/s of square products on all granted cores, the fastest of its calls, by precision."""
     found = {}
     x = np.random.default_rng(0).standard_normal((_SIZE, _SIZE), np.float32)
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+    with temporary_folder() as folder:
         for precision in precisions:
-            graph = Path(folder) / f"{precision}.onnx"
+            graph = folder / f"{precision}.onnx"
             write = write_int8_products if precision == "int8" else write_products
             write(graph, _SIZE, _LENGTH)
             said = redirect_stderr(io.StringIO())  # that INT8 is computed in FP32 here: its rate says so

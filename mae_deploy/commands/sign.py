@@ -45,7 +45,10 @@ def run_sign(config: SignConfig) -> Result:
         raise ConfigError(f"--key {config.key} is no private key that signs: {reason(error)}", hint=hint) from error
     files = _files(bundle.path)
     with atomic_path(bundle.path / SIGNATURE) as aside:
-        signer.set_hashing_config(_hashing()).sign(bundle.path, aside)
+        try:
+            signer.set_hashing_config(_hashing()).sign(bundle.path, aside)
+        except ValueError as error:  # names that are not UTF-8
+            raise ConfigError(f"{bundle.path} cannot be signed: {reason(error)}", hint="rename it") from error
     data = {"bundle": str(bundle.path), "signature": str(bundle.path / SIGNATURE), "files": len(files)}
     return Result(data, facts_table("", data), then=next_command("verify", bundle.path, signature="PUBLIC_KEY"))
 

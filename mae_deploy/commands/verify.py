@@ -35,7 +35,7 @@ def run_verify(config: VerifyConfig) -> Result:
     if config.graph is not None:
         return _other_graph(config, config.graph)
     if config.certificate is not None:
-        refuse_to_overwrite(config.certificate, option="--certificate")
+        refuse_to_overwrite(config.certificate, option="--certificate", file=True)
     bundle = Bundle.load(config.bundle)
     options = EngineOptions(device=config.device, threads=config.threads, affinity=config.affinity)
     verification = verify_bundle(bundle, config.engine, options)

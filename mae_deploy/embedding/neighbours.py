@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from mae_deploy.errors import import_optional
+from mae_deploy.embedding.shard_file import as_utf8
+from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import atomic_path, remove
 from mae_deploy.images.read import Array
 
@@ -86,10 +87,13 @@ class Approximate(Neighbours):
             tick: told of rows that are in it.
 
         Raises:
+            ConfigError: the folder's name is not UTF-8, which usearch cannot write to.
             MissingDependency: usearch is not installed.
         """
         super().__init__(rows)
         usearch: Any = import_optional("usearch.index", extra="search")
+        if as_utf8(str(folder)) != str(folder):
+            raise ConfigError(f"no index can be kept in {folder}, whose name is not UTF-8", hint="rename it")
         path = folder / INDEX_FOLDER / f"{name}-{len(rows)}.usearch"
         index = usearch.Index.restore(path) if path.is_file() else None
         if index is None or len(index) != len(rows) or index.ndim != rows.shape[1]:

@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -31,7 +31,7 @@ class ShardWriter:
     """Takes batches; what the file's metadata says in the end is given to `finish`."""
 
     def __init__(
-        self, path: Path, shapes: Mapping[str, tuple[int, ...]], store: Store, about: Mapping[str, Any]
+        self, file: IO[bytes], shapes: Mapping[str, tuple[int, ...]], store: Store, about: Mapping[str, Any]
     ) -> None:
         """Args: shapes: of a row of each output."""
         arrow, parquet = _arrow()
@@ -46,7 +46,7 @@ class ShardWriter:
         self._schema = arrow.schema(fields, metadata=metadata)
         # Features look like noise to a compressor and to a dictionary.
         self._writer = parquet.ParquetWriter(
-            path, self._schema, compression={KEY: "zstd", ID: "zstd"}, use_dictionary=False
+            file, self._schema, compression={KEY: "zstd", ID: "zstd"}, use_dictionary=False
         )
         self._rows: list[tuple[Sequence[int], Sequence[str], dict[str, Array]]] = []
         self._bytes = 0
@@ -94,8 +94,8 @@ def written_shard(
     path: Path, shapes: Mapping[str, tuple[int, ...]], store: Store, about: Mapping[str, Any]
 ) -> Iterator[ShardWriter]:
     """A shard that appears when the block ends."""
-    with atomic_path(path) as aside:
-        writer = ShardWriter(aside, shapes, store, about)
+    with atomic_path(path) as aside, aside.open("wb") as file:  # pyarrow takes no name that is not UTF-8
+        writer = ShardWriter(file, shapes, store, about)
         try:
             yield writer
         finally:
@@ -113,8 +113,8 @@ def write_unreadable(shard: Path, rows: Sequence[tuple[int, str, str]]) -> None:
     arrow, parquet = _arrow()
     ids, keys, reasons = zip(*rows, strict=True)
     columns = {ID: ids, KEY: list(map(as_utf8, keys)), REASON: list(map(as_utf8, reasons))}
-    with atomic_path(path) as aside:
-        parquet.write_table(arrow.table(columns), aside)
+    with atomic_path(path) as aside, aside.open("wb") as file:
+        parquet.write_table(arrow.table(columns), file)
 
 
 def rows_of(path: Path) -> int:
@@ -138,6 +138,15 @@ def about_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     return json.loads(found[ABOUT]), json.loads(found[PLACE])
 
 
+def schema_of(path: Path) -> Any:
+    """Its columns.
+
+    Raises:
+        ConfigError: it is no such file.
+    """
+    return _metadata(path).schema.to_arrow_schema()
+
+
 def as_utf8(name: str) -> str:
     """Parquet's text is UTF-8: a file name in another encoding is shown with replacement characters."""
     return os.fsencode(name).decode("utf-8", "replace")
@@ -146,7 +155,8 @@ def as_utf8(name: str) -> str:
 def _metadata(path: Path) -> Any:
     arrow, parquet = _arrow()
     try:
-        return parquet.read_metadata(path)
+        with path.open("rb") as file:
+            return parquet.read_metadata(file)
     except (arrow.ArrowInvalid, OSError) as error:
         raise ConfigError(
             f"cannot read {path}: {' '.join(str(error).split())}", hint="remove it, and embed again"

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mae_deploy.embedding.job import features_in
-from mae_deploy.embedding.shard_file import ID, KEY, about_of, rows_of
+from mae_deploy.embedding.shard_file import ID, KEY, about_of, rows_of, schema_of
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.images.read import Array
 
@@ -62,12 +62,13 @@ class Vectors:
         about, _ = about_of(shards[0])
         if other := [shard for shard in shards if about_of(shard)[0]["job"] != about["job"]]:
             raise ConfigError(f"{other[0]} and {shards[0]} have features of different jobs", hint="embed again")
-        output = _chosen(parquet.read_schema(shards[0]), output, folder)
+        output = _chosen(schema_of(shards[0]), output, folder)
         count = sum(map(rows_of, shards))
         ids, keys, rows = np.empty(count, np.int64), list[str](), np.empty((0, 0), np.float32)
         start = 0
         for shard in shards:
-            table = parquet.read_table(shard, columns=[ID, KEY, output])
+            with shard.open("rb") as file:
+                table = parquet.read_table(file, columns=[ID, KEY, output])
             stop = start + table.num_rows
             column = table[output].combine_chunks()
             if not rows.size:

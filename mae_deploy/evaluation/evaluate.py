@@ -76,7 +76,7 @@ def count_right(config: EvalConfig) -> Counted:
         MissingDependency: a checkpoint without torch, or an engine or device that is absent.
     """
     if config.confusion is not None:
-        refuse_to_overwrite(config.confusion, option="--confusion")
+        refuse_to_overwrite(config.confusion, option="--confusion", file=True)
     classifier: Classifier = _Bundle(config) if (config.model / MANIFEST_FILE).is_file() else _Checkpoint(config)
     images = _images(config.data, config.val_split, classifier)
     counts = [keep_count(classifier.num_patches, ratio) for ratio in config.keep_ratio or (1.0,)]
@@ -243,7 +243,7 @@ def _leave_out(unreadable: list[str], line: str) -> None:
 
 
 def _write_confusion(path: Path, names: tuple[str, ...], accuracy: Accuracy) -> None:
-    with atomic_path(path) as aside, aside.open("w", newline="", encoding="utf-8") as file:
+    with atomic_path(path) as aside, aside.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(["true class", *names])
         writer.writerows([name, *row] for name, row in zip(names, accuracy.confusion.tolist(), strict=True))

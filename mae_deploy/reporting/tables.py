@@ -14,6 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from mae_deploy.results import as_text
+from mae_deploy.text import printable
 
 Row = Mapping[str, Any]
 """Figures by their keys."""
@@ -78,8 +79,8 @@ class Table:
                 table.add_column(column.title, overflow="fold")
         for row in self.rows:
             table.add_row(*(column.coloured(row) for column in columns))
-        title = [Text(self.title, "bold")] if self.title else []
-        return Group(*title, table, *map(Text, self.notes))
+        title = [Text(printable(self.title), "bold")] if self.title else []
+        return Group(*title, table, *(Text(printable(note)) for note in self.notes))
 
     def to_markdown(self) -> str:
         """The table and its notes, without the title, which is a heading of the page."""

@@ -8,12 +8,12 @@ import pickle
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mae_deploy.errors import MaeDeployError
+from mae_deploy.files import temporary_folder
 
 _REQUEST, _ANSWER = "request.pickle", "answer.pickle"
 """Files in a folder that only this user can write to."""
@@ -37,7 +37,7 @@ def run_alone(function: Callable[..., T], *arguments: Any, timeout: float | None
         Died: the process dies, does not end in time, or cannot be started, in one line.
         MaeDeployError: the function raises it.
     """
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+    with temporary_folder() as folder:
         Path(folder, _REQUEST).write_bytes(pickle.dumps((function, arguments)))
         try:
             done = subprocess.run(

@@ -11,13 +11,12 @@ import shutil
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from tempfile import mkdtemp
 from typing import Any
 from weakref import finalize
 
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.file_kinds import look_at
-from mae_deploy.files import is_inside, read_json, sha256
+from mae_deploy.files import is_inside, read_json, sha256, temporary_folder
 from mae_deploy.hub import local
 from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.preprocess import Preprocess
@@ -238,8 +237,9 @@ class Bundle:
     def _gathered(self, graph: Path, files: list[Path]) -> Path:
         """A graph and its external data without links, which engines refuse, for as long as the bundle is there."""
         if self._beside is None:
-            self._beside = Path(mkdtemp(prefix="mae-deploy-"))
-            finalize(self, shutil.rmtree, self._beside, ignore_errors=True)
+            folder = temporary_folder()
+            self._beside = folder.__enter__()
+            finalize(self, folder.__exit__, None, None, None)
         for path in files:
             copy = self._beside / path.relative_to(self.path)
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import atomic_path, beside, remove, take_lock
+from mae_deploy.files import atomic_path, beside, refuse_to_overwrite, remove, take_lock
 from mae_deploy.images.read import Array
 
 if TYPE_CHECKING:
@@ -32,6 +33,26 @@ _LOG = "log.jsonl"
 """A line each: what is computed, the columns, then after each batch how far it has come."""
 
 _CHUNK_BYTES = 1 << 20
+
+
+def check_features(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
+    """Say what would stop the writing of features before an hour is spent on computing them.
+
+    Raises:
+        ConfigError: a file of another kind, or one that is there.
+        MissingDependency: Parquet without pyarrow.
+    """
+    if path.suffix not in suffixes:
+        raise ConfigError(f"--out {path} must end in {', '.join(suffixes[:-1])} or {suffixes[-1]}")
+    if path.is_file():
+        remove(_rows_beside(path))  # of a kill between the writing of the file and their removal
+    refuse_to_overwrite(path, file=True)
+    if path.suffix == ".parquet":
+        import_optional("pyarrow", extra="parquet")
+
+
+def _rows_beside(path: Path) -> Path:
+    return beside(path, after=".partial")
 
 
 class FeatureFile:
@@ -57,7 +78,7 @@ class FeatureFile:
             raise ConfigError(f"cannot write features to {path}", hint=f"known suffixes: {', '.join(SUFFIXES)}")
         if path.suffix == ".parquet":
             import_optional("pyarrow", extra="parquet")
-        self.path, self.folder = path, beside(path, after=".partial")
+        self.path, self.folder = path, _rows_beside(path)
         self.done = 0
         """How many images are behind us, those that could not be read too."""
         self.rows = 0
@@ -142,11 +163,12 @@ class FeatureFile:
 
     def close(self) -> None:
         """Close what is open; the rows stay for another call."""
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
-        if self._lock is not None:
-            self._lock.release()
+        with ExitStack() as stack:  # on a full disk, a file's last bytes fail as it is closed
+            if self._lock is not None:
+                stack.callback(self._lock.release)
+            for file in self._files.values():
+                stack.callback(file.close)
+            self._files.clear()
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -233,13 +255,14 @@ def _write_header(file: Any, dtype: str, shape: tuple[int, ...]) -> None:
 def _write_parquet(path: Path, rows: FeatureFile) -> None:
     arrow, parquet = import_optional("pyarrow", extra="parquet"), import_optional("pyarrow.parquet", extra="parquet")
     writer = None
-    try:
-        for table in _tables(arrow, rows):
-            writer = writer or parquet.ParquetWriter(path, table.schema)
-            writer.write_table(table)
-    finally:
-        if writer is not None:
-            writer.close()
+    with path.open("wb") as file:  # pyarrow takes no name that is not UTF-8
+        try:
+            for table in _tables(arrow, rows):
+                writer = writer or parquet.ParquetWriter(file, table.schema)
+                writer.write_table(table)
+        finally:
+            if writer is not None:
+                writer.close()
 
 
 def _tables(arrow: Any, rows: FeatureFile) -> Iterator[Any]:

@@ -9,7 +9,6 @@ import importlib
 import json
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from mae_deploy.errors import MaeDeployError
+from mae_deploy.files import temporary_folder
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
@@ -59,8 +59,8 @@ def probe_graph(
     Raises:
         MaeDeployError: the process cannot be started, fails, or does not end.
     """
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        np.savez(Path(folder) / _INPUTS, *inputs.values())
+    with temporary_folder() as folder:
+        np.savez(folder / _INPUTS, *inputs.values())
         request = {
             "graph": str(graph.absolute()),
             "bundle": None if bundle is None else str(bundle.absolute()),
@@ -69,7 +69,7 @@ def probe_graph(
             "precision": precision,
             "inputs": list(inputs),
         }
-        command = [sys.executable, "-m", __name__, folder, json.dumps(request)]
+        command = [sys.executable, "-m", __name__, str(folder), json.dumps(request)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT)
             if done.returncode == 0:

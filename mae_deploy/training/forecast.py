@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from accelerate import Accelerator
 from torch.utils.flop_counter import FlopCounterMode
 
 from mae_deploy.data.dataset import Batch
+from mae_deploy.files import temporary_folder
 from mae_deploy.progress import notice
 from mae_deploy.runtime.probe import memory_of_workers, peak_memory
 from mae_deploy.training.job import RunConfig, TrainingJob
@@ -70,16 +69,16 @@ def forecast(
         return found | {"seconds": 0.0}
     if accelerator.is_main_process:
         notice("plan:", "taking a few steps to measure them")
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-plan-") as aside:
-        trackers = Trackers(accelerator, (), Path(aside), step=state.step)
+    with temporary_folder() as aside:
+        trackers = Trackers(accelerator, (), aside, step=state.step)
         runner = TrainingRunner(
             job,
-            RunFolder(Path(aside)),
+            RunFolder(aside),
             accelerator,
             plan,
             Progress(step=state.step),
             trackers,
-            Unreadable(Path(aside), config.images.max_corrupt, accelerator),
+            Unreadable(aside, config.images.max_corrupt, accelerator),
             optim=config.optim,
             loop=replace(config.loop, profile=False),
             seed=config.seed,

@@ -87,7 +87,9 @@ def run_job(job: TrainingJob, accelerator: Accelerator, config: RunConfig, data:
     main = accelerator.is_main_process
     if config.loop.plan:
         if not config.resume:
-            refuse_to_overwrite(config.out, hint="pass --resume to plan the rest of this run, or choose another --out")
+            refuse_to_overwrite(
+                config.out, hint="pass --resume to plan the rest of this run, or choose another --out", filled=True
+            )
         there = RunFolder.open(config.out, config, data, resume=config.resume, write=False)
         state, plan = _resolve(job, there, config.optim, accelerator)
         return forecast(job, accelerator, plan, state, config)

@@ -16,7 +16,7 @@ import pytest
 from mae_deploy.errors import ConfigError, MissingDependency
 from mae_deploy.images.read import Array
 from mae_deploy.runtime import feature_file
-from mae_deploy.runtime.feature_file import FeatureFile
+from mae_deploy.runtime.feature_file import FeatureFile, check_features
 
 NAMES = ["a/ä.png", "b.png", os.fsdecode(b"\xff.png")]
 CALL = {"images": "3 of them", "keep": [0, 1]}
@@ -179,3 +179,12 @@ def test_arrays_that_do_not_fit(tmp_path: Path, name: str, shape: tuple[int, ...
         add(file, 0, 3)
         with pytest.raises(ConfigError, match=f"'{name}' of shape"):
             file.add(NAMES, {**arrays(), name: np.zeros(shape, np.float32)}, done=6)
+
+
+def test_rows_that_a_kill_left_beside_a_whole_file_go(tmp_path: Path) -> None:
+    path = tmp_path / "features.npz"
+    path.touch()
+    (tmp_path / "features.npz.partial").mkdir()
+    with pytest.raises(ConfigError, match="already exists"):
+        check_features(path)
+    assert list(tmp_path.iterdir()) == [path]

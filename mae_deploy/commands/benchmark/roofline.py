@@ -8,7 +8,6 @@ cache holds, and a product of one number.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import numpy as np
 
 from mae_deploy.commands.benchmark.rows import BenchmarkRow
 from mae_deploy.errors import MaeDeployError
+from mae_deploy.files import temporary_folder
 from mae_deploy.progress import notice
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import PLANNED, num_prefix
@@ -79,7 +79,7 @@ def open_yardsticks(
     found: dict[Yardstick, Callable[[], object]] = {}
     for engine in engines:
         for yardstick in yardsticks(engine) if engine not in PLANNED else ():
-            with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+            with temporary_folder() as folder:
                 loaded = stack.enter_context(open_graph(_written(yardstick, folder), engine, options))
             found[yardstick] = partial(loaded.run, {"x": _input(yardstick)})
     return found
@@ -160,8 +160,8 @@ def _input(yardstick: Yardstick) -> Any:
     return np.random.default_rng(0).standard_normal((yardstick.rows, yardstick.size), np.float32).astype(dtype)
 
 
-def _written(yardstick: Yardstick, folder: str) -> Path:
-    path = Path(folder) / "products.onnx"
+def _written(yardstick: Yardstick, folder: Path) -> Path:
+    path = folder / "products.onnx"
     write_products(path, yardstick.size, yardstick.length, rows=yardstick.rows, half=yardstick.itemsize == 2)
     return path
 
@@ -172,8 +172,8 @@ def _built(yardstick: Yardstick, options: EngineOptions) -> Any:
     from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 
     rtx = yardstick.engine == TENSORRT_RTX
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-        plan = Path(folder) / "products.plan"
+    with temporary_folder() as folder:
+        plan = folder / "products.plan"
         build_plan(
             _written(yardstick, folder),
             plan,

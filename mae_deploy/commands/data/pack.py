@@ -88,7 +88,7 @@ def run_pack(config: PackConfig) -> dict[str, Any]:
             )
     else:
         remove(work)  # of a kill before its first file
-        refuse_to_overwrite(config.out, option="OUT")
+        refuse_to_overwrite(config.out, option="OUT", filled=True)
         write_json(work / "job.json", job)
     seen, records = Seen(near=config.dedup == "near"), dict[str, list[dict[str, Any]]]()
     with progress("pack", sum(map(len, splits.values()))) as bar:

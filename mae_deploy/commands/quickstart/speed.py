@@ -13,8 +13,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib import util
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -25,6 +23,7 @@ from mae_deploy.config import to_dict
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec
+from mae_deploy.files import temporary_folder
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.machine import cpu_features
 from mae_deploy.models.config import EncoderConfig
@@ -128,8 +127,8 @@ def _calls(config: EncoderConfig, engine: str, stack: ExitStack) -> Iterator[tup
         for keep in (None, keep_count(N, KEEP_RATIO)):
             mode: Any = {"token_mode": "full"} if keep is None else {"token_mode": "visible", "keep": keep}
             spec = GraphSpec(**mode, **(int8 if precision == "int8" else {}))
-            with TemporaryDirectory(prefix="mae-deploy-") as folder:
-                graph = build_graph(metadata, tensors, spec).save(Path(folder) / "graph.onnx")[0]
+            with temporary_folder() as folder:
+                graph = build_graph(metadata, tensors, spec).save(folder / "graph.onnx")[0]
                 options = EngineOptions(threads=1)
                 opened = stack.enter_context(open_graph(graph, engine, options, precision=arithmetic[precision]))
             inputs: dict[str, Any] = {IMAGES: images}

@@ -49,7 +49,7 @@ def run_search(config: SearchConfig) -> Result:
     notice("features:", f"'{found.output}' of {len(found.ids)} images in {config.features}")
     near, data = _neighbours(config, found)
     pictures = _pictures(config, found)
-    tables = [
+    searches = [
         search(config, found, near, pictures)
         for wanted, search in (
             (config.image is not None, _neighbours_of),
@@ -58,14 +58,22 @@ def run_search(config: SearchConfig) -> Result:
         )
         if wanted
     ]
+    if config.out is not None:
+        with atomic_path(config.out) as aside:
+            aside.mkdir()
+            for name, rows, table, grid in searches:
+                _write(aside, name, found, rows, table, grid)
+    out = None if config.out is None else str(config.out)
     return Result(
-        {**data, **{name: rows for name, rows, _ in tables}, "out": None if config.out is None else str(config.out)},
-        stacked([table for _, _, table in tables]),
+        {**data, **{name: rows for name, rows, *_ in searches}, "out": out},
+        stacked([table for _, _, table, _ in searches]),
     )
 
 
-Found = tuple[str, list[dict[str, Any]], Table]
-"""Name of a search, its rows, and those that are shown."""
+Grid = Sequence[Sequence[Cell]]
+
+Found = tuple[str, list[dict[str, Any]], Table, Grid]
+"""Name of a search, its rows, those that are shown, and the picture."""
 
 
 def _neighbours(config: SearchConfig, found: Vectors) -> tuple[Neighbours, dict[str, Any]]:
@@ -124,8 +132,7 @@ def _neighbours_of(config: SearchConfig, found: Vectors, near: Neighbours, pictu
     if pictures is not None:
         cells = [Cell(pictures.cropped(image), ("the image", config.image.name), marked=True)]
         cells += [Cell(pictures(row["id"]), (f"{row['rank']}: {row['cosine']:.3f}", row["key"])) for row in rows]
-    _write(config, "neighbours", found, rows, table, _wrapped(cells))
-    return "neighbours", rows, table
+    return "neighbours", rows, table, _wrapped(cells)
 
 
 def _duplicates(config: SearchConfig, found: Vectors, near: Neighbours, pictures: Pictures | None) -> Found:
@@ -145,14 +152,13 @@ def _duplicates(config: SearchConfig, found: Vectors, near: Neighbours, pictures
     groups: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row["like_id"], []).append(row)
-    grid = []
+    grid: list[Sequence[Cell]] = []
     if pictures is not None:
         for like, group in sorted(groups.items(), key=lambda one: -len(one[1]))[:_ROWS]:
             first = Cell(pictures(like), ("stays", group[0]["like_key"]), marked=True)
             shown = [Cell(pictures(row["id"]), (f"{row['cosine']:.4f}", row["key"])) for row in group[: _ACROSS - 1]]
             grid.append([first, *shown])
-    _write(config, "duplicates", found, rows, table, grid)
-    return "duplicates", rows, table
+    return "duplicates", rows, table, grid
 
 
 def _outliers(config: SearchConfig, found: Vectors, near: Neighbours, pictures: Pictures | None) -> Found:
@@ -166,8 +172,7 @@ def _outliers(config: SearchConfig, found: Vectors, near: Neighbours, pictures: 
     if pictures is not None:
         shown = rows[: _ROWS * _ACROSS]
         cells = [Cell(pictures(row["id"]), (f"{row['distance']:.3f}", row["key"])) for row in shown]
-    _write(config, "outliers", found, rows, table, _wrapped(cells))
-    return "outliers", rows, table
+    return "outliers", rows, table, _wrapped(cells)
 
 
 # --- what is written -------------------------------------------------------------------------------------------------
@@ -187,26 +192,17 @@ def _wrapped(cells: Sequence[Cell]) -> list[Sequence[Cell]]:
     return [cells[first : first + _ACROSS] for first in range(0, len(cells), _ACROSS)]
 
 
-def _write(
-    config: SearchConfig,
-    name: str,
-    found: Vectors,
-    rows: list[dict[str, Any]],
-    table: Table,
-    grid: Sequence[Sequence[Cell]],
-) -> None:
-    """Table, picture and page, where there is an `out`."""
-    if config.out is None:
-        return
+def _write(out: Path, name: str, found: Vectors, rows: list[dict[str, Any]], table: Table, grid: Grid) -> None:
+    """Table, picture and page."""
     folder = found.about["folder"]
     named = [{k: placed(v, folder) if k.endswith("key") else v for k, v in row.items()} for row in rows]
-    with atomic_path(config.out / f"{name}.csv") as aside, aside.open("w", encoding="utf-8", newline="") as file:
+    with (out / f"{name}.csv").open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]) if rows else ["id", "key"])
         writer.writeheader()
         writer.writerows(named)
     picture = []
     if grid:
-        write_grid(config.out / f"{name}.png", grid)
+        write_grid(out / f"{name}.png", grid)
         picture = [f"![{name}]({name}.png)"]
     page = "\n\n".join([f"# {table.title}", *picture, table.to_markdown()])
-    write_text(config.out / f"{name}.html", as_html(table.title, page, config.out))
+    write_text(out / f"{name}.html", as_html(table.title, page, out))

@@ -10,10 +10,10 @@ from typing import IO, Protocol
 
 import numpy as np
 
-from mae_deploy.errors import ConfigError, import_optional
-from mae_deploy.files import atomic_path, refuse_to_overwrite, remove
+from mae_deploy.errors import ConfigError
+from mae_deploy.files import atomic_path, remove
 from mae_deploy.images.read import Array
-from mae_deploy.runtime.feature_file import SUFFIXES, FeatureFile
+from mae_deploy.runtime.feature_file import FeatureFile
 from mae_deploy.runtime.streams.stream import Seen
 from mae_deploy.runtime.video import Frame
 
@@ -28,20 +28,6 @@ class Writer(Protocol):
         ...
 
 
-def check_out(path: Path) -> None:
-    """Say what would stop the writing before a stream begins.
-
-    Raises:
-        ConfigError: a file of another kind, or one that is there.
-        MissingDependency: Parquet without pyarrow.
-    """
-    if path.suffix not in (*SUFFIXES, JSONL):
-        raise ConfigError(f"--out {path} must end in {', '.join(SUFFIXES)} or {JSONL}")
-    refuse_to_overwrite(path)
-    if path.suffix == ".parquet":
-        import_optional("pyarrow", extra="parquet")
-
-
 @contextmanager
 def written(path: Path, sources: Sequence[str], outputs: Sequence[str]) -> Iterator[list[Writer]]:
     """The file, which appears when the block ends; where it fails there is none. Yields a writer for each source."""
@@ -54,8 +40,10 @@ def written(path: Path, sources: Sequence[str], outputs: Sequence[str]) -> Itera
         yield [_Rows(rows, outputs, camera, source) for camera, source in _numbered(sources)]
         rows.finish()
     finally:  # no later call can go on with half a stream
-        rows.close()
-        remove(rows.folder)
+        try:
+            rows.close()
+        finally:
+            remove(rows.folder)
 
 
 def _numbered(sources: Sequence[str]) -> list[tuple[int | None, str]]:

@@ -17,7 +17,7 @@ from mae_deploy.commands.predict import usual_outputs
 from mae_deploy.commands.stream.camera import SourceFrames
 from mae_deploy.commands.stream.config import StreamCommandConfig
 from mae_deploy.commands.stream.draw import written_video
-from mae_deploy.commands.stream.out import check_out, written
+from mae_deploy.commands.stream.out import JSONL, written
 from mae_deploy.commands.stream.panel import Panels, shown
 from mae_deploy.commands.stream.report import report_page, summary_table
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
@@ -30,6 +30,7 @@ from mae_deploy.reporting.markdown import write_report
 from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.engines.base import check_outputs
+from mae_deploy.runtime.feature_file import SUFFIXES, check_features
 from mae_deploy.runtime.streams.stream import Seen
 from mae_deploy.runtime.video import Video, open_video
 from mae_deploy.runtime.video.together import together
@@ -213,13 +214,13 @@ def _check(config: StreamCommandConfig) -> None:
             hint="give their folder, or quote the pattern, such as 'frames/*.png'",
         )
     if config.out is not None:
-        check_out(config.out)
+        check_features(config.out, (*SUFFIXES, JSONL))
     for path in _annotated_files(config):
         if path is None:
             continue
         if path.suffix != ".mp4":
             raise ConfigError(f"--annotate {config.annotate} must end in .mp4")
-        refuse_to_overwrite(path, option="--annotate")
+        refuse_to_overwrite(path, option="--annotate", file=True)
     if config.report is not None:
         refuse_to_overwrite(config.report, option="--report")
 

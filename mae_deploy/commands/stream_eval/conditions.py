@@ -5,7 +5,6 @@ Decoding is timed, the disturbance is not.
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ import numpy as np
 
 from mae_deploy.commands.stream_eval.config import Condition
 from mae_deploy.errors import import_optional
+from mae_deploy.files import temporary_folder
 from mae_deploy.runtime.video import Frame, Video, open_video
 
 _FLICKER = 0.05
@@ -49,8 +49,8 @@ def opened(
     """
     with open_video(source, every=every, max_frames=max_frames) as video:
         if condition == "reencoded":
-            with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
-                again = Path(folder) / "again.mp4"
+            with temporary_folder() as folder:
+                again = folder / "again.mp4"
                 _encode(video, again)
                 with open_video(again) as second:
                     yield _timed(second)

@@ -38,7 +38,7 @@ def run_stream_eval(config: StreamEvalConfig) -> Result:
     if len(set(names)) < len(names):
         raise ConfigError(f"two videos have the same name: {', '.join(map(str, config.videos))}")
     if (out := config.out) is not None and not (out / PARTS).is_dir():
-        refuse_to_overwrite(out)
+        refuse_to_overwrite(out, filled=True)
     with Backbone.load(
         config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
     ) as backbone:

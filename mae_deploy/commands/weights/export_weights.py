@@ -36,7 +36,7 @@ def run_export_weights(config: ExportWeightsConfig) -> Result:
         ConfigError: that library's models do not compute what this one does.
         CheckFailed: read back, or run in that library, the model differs.
     """
-    refuse_to_overwrite(config.out)
+    refuse_to_overwrite(config.out, file=config.to == "original")
     if config.to == "original" and config.out.suffix != ".pth":
         raise ConfigError(
             f"--out {config.out} is not called .pth",

@@ -4,15 +4,14 @@ only if it is also faster than FP16. TensorRT for RTX builds without a GPU; then
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal
 
 from mae_deploy.errors import CheckFailed, ConfigError, MissingDependency
+from mae_deploy.files import temporary_folder
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import CacheShape, last_update
 from mae_deploy.runtime.cuda.driver import Gpu
@@ -117,12 +116,12 @@ def build_engine(
     precisions: list[Precision] = [wanted, "fp16"] if wanted in QUANTIZED and gpu is not None else [wanted]
     sources = {name: graph_for(bundle, name) for name in precisions}
     expected = expected_outputs(bundle, complete) if gpu is not None else {}
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder, ExitStack() as stack:
+    with temporary_folder() as folder, ExitStack() as stack:
         # All are built before one is opened: on a Jetson, an engine on the GPU takes from what a build can have.
         plans = [
             build_plan(
                 bundle.graph(sources[name]),
-                Path(folder) / f"{name}.plan",
+                folder / f"{name}.plan",
                 precision=name,
                 typing=bundle.manifest["typing"],
                 profiles=complete,

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
+from mae_deploy.files import temporary_folder
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import EngineEntry, plan_engine
@@ -30,10 +29,10 @@ def open_tapped(bundle: Bundle, entry: EngineEntry, options: EngineOptions, taps
     precision, rtx = entry["precision"], plan_engine(entry) == TENSORRT_RTX
     graph = bundle.graph(graph_for(bundle, precision))
     level = entry["build"].get("options", {}).get("optimization_level")
-    with tempfile.TemporaryDirectory(prefix="mae-deploy-") as folder:
+    with temporary_folder() as folder:
         plan = build_plan(
             graph,
-            Path(folder) / "tapped.plan",
+            folder / "tapped.plan",
             precision=precision,
             typing=bundle.manifest["typing"],
             profiles=profiles,

@@ -69,7 +69,7 @@ class RunFolder:
         """
         folder = cls(path)
         if write and not resume:  # the other processes may come here when the main one has begun to write
-            refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out")
+            refuse_to_overwrite(path, hint="pass --resume to go on with this run, or choose another --out", filled=True)
         if resume and (path / RUN_CONFIG).is_file():
             _check_same_run(path, config, data)
             folder._check_not_lost(config)

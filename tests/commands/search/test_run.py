@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -154,3 +155,29 @@ def test_frames_are_shown(root: Path, tmp_path: Path) -> None:
         grey = np.bincount(np.asarray(picture.convert("L")).reshape(-1), minlength=256)
     # Frames 0, 2, 4 and 6, each a large square of its own grey; a codec changes it by a few levels.
     assert all(grey[max(0, level - 6) : level + 7].sum() >= CELL * CELL // 3 for level in (0, 60, 120, 180))
+
+
+def test_what_is_written_is_there_as_a_whole_or_not_at_all(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*_: object) -> str:
+        raise OSError(28, "No space left on device")
+
+    call = ["search", str(root / "features"), "--outliers", "--out", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+        patch.setattr("mae_deploy.commands.search.run.as_html", fails)  # the table is written before the page
+        assert main(call) == 1
+    assert capsys.readouterr().err.endswith(f"error: {tmp_path / 'out'}: No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+    assert main(call) == 0
+
+
+def test_names_that_are_not_utf8(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / os.fsdecode(b"\xff")
+    write_noise(odd / "photos", 6)
+    assert main(["embed", str(odd / "photos"), str(root / "bundle"), "--out", str(odd / "features")]) == 0
+    call = ["search", str(odd / "features"), "--outliers", "--k", "2"]
+    assert main([*call, "--image", str(odd / "photos" / "03.png"), "--out", str(odd / "out")]) == 0
+    assert {path.suffix for path in (odd / "out").iterdir()} == {".csv", ".html", ".png"}
+    assert main([*call, "--method", "approximate"]) == 2
+    assert "whose name is not UTF-8" in capsys.readouterr().err
