@@ -74,6 +74,8 @@ def loaded(model: Any, folder: Path) -> LoadedWeights:
 def test_every_output_is_transformers(tmp_path: Path, kind: str) -> None:
     theirs = settled(MODELS[kind]())
     weights = loaded(theirs, tmp_path)
+    family = "vit" if kind == "dinov2" else kind.split()[0]  # whose LayerScale folds into the original's ViT
+    assert weights.encoder_config.name.startswith(family)
     tower: Any = theirs.vision_model if kind == "siglip" else theirs
     given = {} if kind.startswith("dino") else {"interpolate_pos_encoding": True}
     for size in (None, (40, 48)):

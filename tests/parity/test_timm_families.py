@@ -98,6 +98,7 @@ def test_every_output_is_timms(tmp_path: Path, name: str) -> None:
     settings = MODELS[name]
     theirs = timm_model(name, **settings)
     found = imported(theirs, tmp_path, name, **settings)
+    assert found.report["model"] == name
     loaded = LoadedWeights(found.metadata, found.tensors, {})
     for size in (None, OTHER if theirs.patch_embed.patch_size[0] == 16 else (84, 70)):
         if size is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -330,7 +330,7 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
     ratio = hidden / D
     if int(D * ratio) != hidden:  # rounding, as with 5 / 3 * 3
         ratio = math.nextafter(ratio, math.inf)
-    return EncoderConfig(
+    config = EncoderConfig(
         name=name,
         image_size=image_size,
         patch_size=P,
@@ -341,6 +341,8 @@ def _encoder_config(source: Source, image_size: tuple[int, int], num_heads: int 
         mlp_ratio=ratio,
         **source.beyond_plain,
     )
+    # A preset's name says that it is the original's ViT.
+    return replace(config, name=source.name or name) if config.beyond_plain() else config
 
 
 def _decoder_config(source: Source, options: ImportOptions) -> DecoderConfig:

@@ -70,6 +70,8 @@ class Source:
     decoder_num_heads: int | None = None
     pool: str | None = None
     """What the head reads: avg, cls, mean or map (`models.vit.Pool`)."""
+    name: str | None = None
+    """Of the encoder, where it is none of the original's."""
     beyond_plain: dict[str, Any] = field(default_factory=dict)
     """Settings of the encoder in which its family differs from the original's (`models.config.BEYOND_PLAIN`)."""
     norm_pix_loss: bool | None = None

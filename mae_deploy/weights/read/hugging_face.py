@@ -124,6 +124,8 @@ def from_hugging_face(source: Source, *, with_preprocessing: bool = True) -> Sou
         source.pool, unread = "mean", [name for name in tensors if name.startswith("attn_pool.")]
         source.dropped += [names[name] for name in unread]
         source.tensors = tensors = {name: tensor for name, tensor in tensors.items() if name not in unread}
+    D, _, P, _ = tensor_of(source, "patch_embed.proj.weight", 4).shape
+    source.name = f"{config.get('model_type', 'vit')}_{D}x{depth}_patch{P}"
     source.beyond_plain = _settings(config, tensors)
     if config.get("model_type") in _SIGLIP:
         _place_siglip(source)

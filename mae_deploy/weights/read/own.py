@@ -58,7 +58,7 @@ def take_record(source: Source, metadata: Metadata) -> Source:
     source.preprocess, source.parent = from_dict(Preprocess, metadata.preprocess), metadata.provenance
     source.preprocess_from = metadata.provenance.get(PREPROCESS_FROM, "our record")
     source.pool, source.positions = metadata.pool, metadata.positions
-    source.beyond_plain = encoder.beyond_plain()
+    source.name, source.beyond_plain = encoder.name, encoder.beyond_plain()
     return source
 
 

@@ -64,7 +64,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     check_names(tensors, expected, source.file, model=architecture)
     source.beyond_plain = settings_of(model)
     _fold(source, model)
-    source.architecture = architecture
+    source.architecture, source.name = architecture, architecture.partition(".")[0]
     source.image_size, source.num_heads = tuple(model.patch_embed.img_size), model.blocks[0].attn.num_heads
     source.pool = pool_of(model)
     source.positions = timm_positions(architecture)
