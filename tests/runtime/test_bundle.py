@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -15,6 +17,7 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256
 from mae_deploy.runtime import Backbone, Bundle, bundle
+from mae_deploy.runtime.bundle import _are_updates, external_data, int8_arithmetic
 from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.tolerance import Tolerance
 from mae_deploy.runtime.verify import verify_bundle
@@ -192,6 +195,29 @@ def test_files_may_be_links_into_a_store(tmp_path: Path, engine: str, external: 
     np.testing.assert_allclose(found.cls, reference(**images)["cls"], atol=1e-5)  # sums in another order
 
 
+def test_what_stands_in_for_links_goes_with_the_bundle(tmp_path: Path) -> None:
+    """Hard links to what the manifest lists, in folders as there; a second graph replaces none of them."""
+    path = stored(write_bundle(tmp_path / "b", external="encoder.onnx.data"), tmp_path / "blobs")
+    (path / "deep" / "er").mkdir(parents=True)
+    for name in ("encoder.onnx", "encoder.onnx.data"):
+        (path / "deep" / "er" / name).symlink_to((path / name).resolve())
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["files"] |= {f"deep/er/{name}": manifest["files"][name] for name in ("encoder.onnx", "encoder.onnx.data")}
+    loaded = Bundle(path, manifest)
+    graph, deep = loaded.graph(), loaded.graph("deep/er/encoder.onnx")
+    folder = graph.parent
+    assert folder.name.startswith("mae-deploy-")
+    assert (graph, deep) == (folder / "encoder.onnx", folder / "deep" / "er" / "encoder.onnx")
+    assert loaded.graph() == graph
+    for made in (graph, deep):
+        for name in ("encoder.onnx", "encoder.onnx.data"):
+            assert not made.with_name(name).is_symlink()
+            assert made.with_name(name).samefile(path / name)
+    del loaded
+    gc.collect()
+    assert not folder.exists()
+
+
 def test_a_link_to_another_file_than_the_exported_is_refused(tmp_path: Path) -> None:
     path = stored(write_bundle(tmp_path / "b"), tmp_path / "blobs")
     other = tmp_path / "other"
@@ -295,6 +321,52 @@ def test_external_data_outside_of_the_bundle(tmp_path: Path) -> None:
         Backbone.load(path)
 
 
+def test_names_of_external_data_are_found_once_each_and_may_be_no_utf8(tmp_path: Path) -> None:
+    graph = tmp_path / "graph.onnx"
+    entry = b"\n\x08location\x12"
+    graph.write_bytes(entry + b"\x01a" + entry + b"\x02\xffb" + b"between" + entry + b"\x01a")
+    assert external_data(graph) == ["a", "\ufffdb"]
+    graph.write_bytes(b"")
+    assert external_data(graph) == []
+
+
+# --- what it computes in ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("record", "arithmetic"),
+    [
+        ({}, "int8"),
+        ({"weight_bits": 8, "rest": "fp32"}, "int8"),
+        ({"weight_bits": 7}, "int8-w7"),
+        ({"rest": "bf16"}, "int8-bf16"),
+        ({"weight_bits": 7, "rest": "bf16"}, "int8-w7-bf16"),
+    ],
+)
+def test_what_int8_computes_in(record: dict[str, Any], arithmetic: str) -> None:
+    assert int8_arithmetic(record) == arithmetic
+
+
+@pytest.mark.parametrize(
+    ("precision", "typing", "engine", "arithmetic"),
+    [
+        ("fp32", "weak", "openvino", "fp32"),
+        ("fp16", "weak", "onnxruntime", "fp16"),
+        ("bf16", "weak", "openvino", "bf16"),
+        ("bf16", "strong", "openvino", "fp32"),
+        ("bf16", "weak", "onnxruntime", "fp32"),
+        ("int8", "weak", "openvino", "int8-w7"),
+    ],
+)
+def test_bf16_in_place_of_fp32_only_where_it_was_checked(
+    tmp_path: Path, precision: str, typing: str, engine: str, arithmetic: str
+) -> None:
+    manifest: Any = {"precision": precision, "typing": typing, "engine": engine, "quantization": {"weight_bits": 7}}
+    assert Bundle(tmp_path, manifest).arithmetic == arithmetic
+    assert Bundle(tmp_path, {**manifest, "quantization": {"baseline": "fp16.onnx"}}).baseline == "fp16.onnx"
+    assert Bundle(tmp_path, {**manifest, "quantization": None}).baseline is None
+
+
 # --- golden samples --------------------------------------------------------------------------------------------------
 
 
@@ -351,6 +423,24 @@ def test_a_bundle_may_have_no_block_outputs(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["graph"].update(blocks=[]))
     assert write_golden(path, blocks=None).blocks == ()
     Bundle.load(path).golden()
+
+
+@pytest.mark.parametrize(
+    ("updates", "right"),
+    [
+        ([[3, 1], [3, 1]], True),
+        ([[4], [4]], True),
+        ([[3, 1], [1, 3]], False),
+        ([[4, 0], [4, 0]], False),
+        ([[5, -1], [5, -1]], False),
+        ([[3, 2], [3, 2]], False),
+        ([[2, 1], [2, 1]], False),
+        ([4, 4], False),
+    ],
+)
+def test_updates_take_all_patches_of_every_sample_alike(updates: Any, right: bool) -> None:
+    assert _are_updates(np.array(updates), np.zeros((2, 4), np.int64)) is right
+    assert not _are_updates(np.array(updates), np.zeros((2, 4, 1), np.int64))
 
 
 def test_golden_pickles_are_refused(visible_bundle: Path) -> None:

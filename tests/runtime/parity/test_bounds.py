@@ -54,6 +54,7 @@ def test_as_many_images_as_are_needed_and_not_one_less(limit: float) -> None:
     assert needed is not None
     assert difference_interval(0, 0, needed)[1] <= limit < difference_interval(0, 0, needed - 1)[1]
     assert images_needed(0) is None
+    assert [images_needed(1), images_needed(1.5)] == [1, 1]
 
 
 def test_how_many_more_images_would_do() -> None:
@@ -62,6 +63,17 @@ def test_how_many_more_images_would_do() -> None:
     assert needed is not None
     assert difference_interval(round(3 * needed / 400), round(2 * needed / 400), needed)[1] <= 0.01
     assert images_to_show(0.01, 8, 0, 400) is None
+    # Of none lost 487 are needed; the first of 2, 3, 4, 6, 8, 12 … times as many that shows it.
+    assert [images_to_show(0.01, 0, 0, total) for total in (244, 200, 122, 90, 61, 41)] == [
+        488,
+        600,
+        488,
+        540,
+        488,
+        492,
+    ]
+    # 4 and 8 of 100 are 8 and 16 of 200, which may be a loss of 4.3 points, and 12 and 24 of 300, of 2.6.
+    assert images_to_show(0.03, 4, 8, 100) == 300
 
 
 def test_a_ratio_of_medians_is_bounded_by_rounds_drawn_again() -> None:
