@@ -8,6 +8,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -423,6 +425,92 @@ def test_a_bundle_may_have_no_block_outputs(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "b", change=lambda manifest: manifest["graph"].update(blocks=[]))
     assert write_golden(path, blocks=None).blocks == ()
     Bundle.load(path).golden()
+
+
+def without(name: str, path: Path) -> None:
+    arrays = dict(np.load(path / "golden.npz"))
+    del arrays[name]
+    np.savez(path / "golden.npz", **arrays)
+    rehash(path)
+
+
+def other_type(path: Path) -> None:
+    arrays = dict(np.load(path / "golden.npz"))
+    np.savez(path / "golden.npz", **{**arrays, "images": arrays["images"].astype(np.float64)})
+    rehash(path)
+
+
+def no_archive(path: Path) -> None:
+    (path / "golden.npz").write_bytes(b"no archive")
+    rehash(path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "hint"),
+    [
+        (lambda path: (path / "golden.npz").unlink(), "copy the whole bundle folder, or export it again"),
+        (lambda path: (path / "golden.npz").write_bytes(b"x"), "copy the bundle again, or export it again"),
+        (no_archive, "export the bundle again"),
+        (partial(without, "cls"), "export the bundle again"),
+        (partial(without, "blocks"), "export the bundle again"),
+        (other_type, "export the bundle again"),
+    ],
+)
+def test_what_to_do_about_it_is_said(visible_bundle: Path, damage: Callable[[Path], object], hint: str) -> None:
+    damage(visible_bundle)
+    with pytest.raises(CheckFailed) as caught:
+        Bundle.load(visible_bundle).golden()
+    assert caught.value.hint == hint
+
+
+def test_what_to_do_where_there_is_no_bundle(visible_bundle: Path, tmp_path: Path) -> None:
+    for place, hint in (
+        (visible_bundle / "encoder.onnx", "'mae-deploy export' makes a bundle of weights"),
+        (tmp_path / "nothing", "a bundle is the folder that 'mae-deploy export' writes"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            Bundle.load(place)
+        assert caught.value.hint == hint
+    manifest = json.loads((visible_bundle / "manifest.json").read_text())
+    manifest["files"]["../x"] = manifest["files"]["golden.npz"]
+    with pytest.raises(CheckFailed, match=r"'\.\./x' is outside of the bundle") as refused:
+        Bundle(visible_bundle, manifest).file("../x")
+    assert refused.value.hint == "its files are inside its folder"
+
+
+def test_golden_samples_are_read_once_and_read_only(visible_bundle: Path) -> None:
+    loaded = Bundle.load(visible_bundle)
+    golden = loaded.golden()
+    assert golden is not loaded.golden()
+    for name, array in golden.items():
+        assert array is loaded.golden()[name]
+        assert not array.flags.writeable
+
+
+@pytest.mark.parametrize(
+    ("updates", "dtype", "said"),
+    [
+        ([[3, 1]] * 2, np.int64, None),
+        ([[3, 1]] * 2, np.int32, "'updates' is int32, not int64"),
+        ([[3, 2]] * 2, np.int64, r"'updates' \[\[3, 2\]\] does not divide the 4 patches of each sample"),
+    ],
+)
+def test_golden_samples_of_a_stream(tmp_path: Path, updates: Any, dtype: Any, said: str | None) -> None:
+    arrays: dict[str, Any] = {"patches": np.zeros((2, 4, 12), np.float32), "ids_keep": np.zeros((2, 4), np.int64)}
+    np.savez(tmp_path / "golden.npz", **arrays, updates=np.array(updates, dtype))
+    inputs = [{"name": "patches", "dtype": "float32"}, {"name": "ids_keep", "dtype": "int64"}]
+    manifest: Any = {
+        "token_mode": "cached",
+        "golden": {"file": "golden.npz", "num_samples": 2},
+        "files": {"golden.npz": file_entry(tmp_path / "golden.npz")},
+        "graph": {"inputs": inputs, "outputs": [], "blocks": []},
+    }
+    if said is None:
+        assert Bundle(tmp_path, manifest).golden()["updates"].tolist() == updates
+        return
+    with pytest.raises(CheckFailed, match=said) as caught:
+        Bundle(tmp_path, manifest).golden()
+    assert caught.value.hint == "export the bundle again"
 
 
 @pytest.mark.parametrize(

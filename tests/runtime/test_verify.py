@@ -95,6 +95,8 @@ def test_what_was_exported_passes(
     assert result.failures == []
     assert result.passed
     assert result.outputs_pass
+    assert (result.bundle, result.engine, result.device) == (str(path), "onnxruntime", "cpu")
+    assert (result.engine_version, result.num_samples) == (onnxruntime.__version__, SAMPLES)
     assert checks(result) == expected
     assert [check.comparison.name for check in result.outputs] == list(EVERY_OUTPUT)
     assert len(result.invariances) == len(EVERY_OUTPUT) * (len(expected) - 1)
