@@ -172,6 +172,8 @@ class BlockWriter:
         merged = b.node(
             "Reshape", [mixed, b.integers(0, 0, D) if self.sizes is None else b.integers(-1, D)], f"{name}/merged"
         )
+        if f"{name}.norm.weight" in self.weights:
+            merged = self.layer_norm(merged, f"{name}.norm")
         return self._linear(merged, f"{name}.proj")
 
     def _turned(self, value: str, turn: str, name: str, head_dim: int) -> str:

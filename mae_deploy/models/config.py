@@ -46,7 +46,7 @@ Activation = Literal["gelu", "gelu_tanh", "quick_gelu", "swiglu"]
 
 BEYOND_PLAIN = (
     *("rotary", "rotary_base", "rotary_offset", "rotary_reference", "position_table", "class_token", "num_registers"),
-    *("activation", "qk_norm", "mlp_norm", "pre_norm", "final_norm", "norm_eps"),
+    *("activation", "qk_norm", "attn_norm", "mlp_norm", "pre_norm", "final_norm", "norm_eps"),
     *("pool_norm", "pool_heads", "pool_mlp_ratio", "pool_prefix"),
 )
 """Fields of an encoder by which today's families differ from the original's ViT."""
@@ -96,6 +96,8 @@ class EncoderConfig(Settings, resume="fixed"):
     """Of the MLP; swiglu: silu of one half of fc1 times the other half."""
     qk_norm: bool = setting(False, hidden=True)
     """LayerNorm of each head's queries and keys."""
+    attn_norm: bool = setting(False, hidden=True)
+    """LayerNorm before attention's last layer."""
     mlp_norm: bool = setting(False, hidden=True)
     """LayerNorm before the MLP's second layer."""
     pre_norm: bool = setting(False, hidden=True)

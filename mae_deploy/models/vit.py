@@ -96,6 +96,7 @@ def transformer_blocks(
     drop_path: float = 0.0,
     activation: Activation = "gelu",
     qk_norm: bool = False,
+    attn_norm: bool = False,
     mlp_norm: bool = False,
     norm_layer: Any = LayerNorm,
 ) -> nn.ModuleList:
@@ -107,6 +108,7 @@ def transformer_blocks(
             mlp_ratio,
             qkv_bias=True,
             qk_norm=qk_norm,
+            scale_attn_norm=attn_norm,
             scale_mlp_norm=mlp_norm,
             norm_layer=norm_layer,
             act_layer=ACTIVATIONS[activation],
@@ -169,7 +171,8 @@ class BlockWithQKV(Block):
     def behind_attention(self, x: Tensor, mixed: Tensor) -> Tensor:
         """The block's input and what its heads gave, `(B, T, D)` and `(B, heads, T, D / heads)`, to its output."""
         attention: Any = self.attn
-        x = x + self.drop_path1(self.ls1(attention.proj(mixed.transpose(1, 2).flatten(2))))
+        mixed = attention.norm(mixed.transpose(1, 2).flatten(2))
+        x = x + self.drop_path1(self.ls1(attention.proj(mixed)))
         return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))  # type: ignore[no-any-return]
 
 
@@ -234,6 +237,7 @@ class Encoder(nn.Module):
             drop_path=drop_path,
             activation=config.activation,
             qk_norm=config.qk_norm,
+            attn_norm=config.attn_norm,
             mlp_norm=config.mlp_norm,
             norm_layer=norm_layer,
         )

@@ -89,6 +89,7 @@ class _BeyondPlain(TypedDict, total=False):
     num_registers: int
     activation: str
     qk_norm: bool
+    attn_norm: bool
     mlp_norm: bool
     pre_norm: bool
     final_norm: bool

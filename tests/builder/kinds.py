@@ -40,7 +40,7 @@ _FAMILIES = {
     "rotary": replace(
         _CONFIG, rotary="dinov3", position_table=False, num_registers=4, activation="swiglu", norm_eps=1e-5
     ),
-    "normed": replace(_CONFIG, rotary="dinov3", position_table=False, qk_norm=True),
+    "normed": replace(_CONFIG, rotary="dinov3", position_table=False, qk_norm=True, attn_norm=True),
     "mixed": replace(_CONFIG, rotary="mixed", position_table=False, class_token=False, qk_norm=True, mlp_norm=True),
     "pooling": replace(_CONFIG, rotary="index", pre_norm=True, activation="gelu_tanh", pool_heads=4),
 }

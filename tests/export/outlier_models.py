@@ -19,8 +19,8 @@ CONFIG = EncoderConfig(name="noisy", image_size=(12, 20), patch_size=4, embed_di
 
 GATED = replace(CONFIG, rotary="dinov3", position_table=False, num_registers=2, activation="swiglu")
 """As DINOv3's larger ones."""
-NORMED = replace(GATED, mlp_norm=True)
-"""As EVA-02's larger ones."""
+NORMED = replace(GATED, attn_norm=True, mlp_norm=True)
+"""As EVA-02's larger ones in CLIP."""
 
 
 def noisy_encoder(seed: int = 0, config: EncoderConfig = CONFIG) -> Encoder:

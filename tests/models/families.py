@@ -21,6 +21,7 @@ KINDS: dict[str, dict[str, Any]] = {
     },
     "PE spatial": {"rotary": "index", "position_table": True, "pre_norm": True, "final_norm": False},
     "EVA-02": {"rotary": "index", "position_table": True, "final_norm": False, "pool_norm": True},
+    "EVA-02 CLIP": {"rotary": "index", "position_table": True, "attn_norm": True, "mlp_norm": True},
     "mixed": {"rotary": "mixed", "qk_norm": True, "mlp_norm": True, "activation": "swiglu"},
     "SigLIP": {"class_token": False, "activation": "gelu_tanh", "pool_heads": 3},
     "registers that are not pooled": {"num_registers": 2, "pool_heads": 3, "pool_norm": True, "pool_prefix": False},

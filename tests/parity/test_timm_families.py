@@ -39,6 +39,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "eva02_tiny_patch14_224": {"img_size": (56, 84), "num_classes": 5},
     "eva02_base_patch14_224": {"img_size": (56, 84), "num_classes": 5},
     "eva02_small_patch14_336": {"img_size": (56, 84)},
+    "eva02_base_patch16_clip_224": {"num_classes": 5},
+    "beit3_base_patch16_224": {"num_classes": 5},
     "vit_small_patch14_reg4_dinov2": {"img_size": (56, 84)},
     "vit_base_patch16_siglip_224": {},
     "vit_base_patch16_clip_quickgelu_224": {"num_classes": 5},

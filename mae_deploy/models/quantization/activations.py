@@ -118,7 +118,9 @@ def attention_scales(
         attention = cast(Attention, model.get_submodule(name))
         if getattr(model, "rope", None) is not None and name.startswith("blocks."):
             q, k = (np.linalg.norm(part.reshape(attention.num_heads, 2, -1), axis=1) for part in (q, k))
-        parts = q * attention.scale, k, v / divisors.get(f"{name}.proj", 1.0)
+        if isinstance(attention.norm, nn.Identity):  # else the norm takes the division
+            v = v / divisors.get(f"{name}.proj", 1.0)
+        parts = q * attention.scale, k, v
         found[name] = cast(AttentionScales, tuple(float(rounding.scales(part.max())) for part in parts))
     return found
 

@@ -14,15 +14,15 @@ def layer_before(tensors: Shapes, name: str) -> str | None:
     """The layer whose last rows are the channels of a Linear's input, or pass a factor on to these; None where there is
     none.
 
-    Before qkv and fc1 stands a norm, before proj the rows of v; before fc2 the norm of `mlp_norm`, else of SwiGLU the
-    value that is multiplied with its gate: `silu(g) (x / s) = (silu(g) x) / s`. Other activations let no factor
-    through.
+    Before qkv and fc1 stands a norm, before proj that of `attn_norm`, else the rows of v; before fc2 that of
+    `mlp_norm`, else of SwiGLU the value that is multiplied with its gate: `silu(g) (x / s) = (silu(g) x) / s`. Other
+    activations let no factor through.
     """
-    block, part, _ = name.rsplit(".", 2)
+    block = name.rsplit(".", 2)[0]
     if name.endswith("qkv"):
         return f"{block}.norm1"
     if name.endswith("proj"):
-        return f"{block}.{part}.qkv"
+        return f"{block}.attn.norm" if f"{block}.attn.norm.weight" in tensors else f"{block}.attn.qkv"
     if name.endswith("fc1"):
         return f"{block}.norm2"
     if f"{block}.mlp.norm.weight" in tensors:

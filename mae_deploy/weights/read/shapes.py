@@ -74,6 +74,8 @@ def _block_shapes(
         if encoder is not None and encoder.qk_norm:
             head = width // encoder.heads
             shapes |= {**_affine(f"{block}.attn.q_norm", head), **_affine(f"{block}.attn.k_norm", head)}
+        if encoder is not None and encoder.attn_norm:
+            shapes |= _affine(f"{block}.attn.norm", width)
         if encoder is not None and encoder.mlp_norm:
             shapes |= _affine(f"{block}.mlp.norm", hidden)
     return shapes

@@ -88,6 +88,7 @@ def settings_of(model: Any) -> dict[str, Any]:
         "position_table": model.pos_embed is not None,
         "activation": _activation(block.mlp),
         "qk_norm": isinstance(getattr(block.attn, "q_norm", None), nn.LayerNorm),
+        "attn_norm": isinstance(getattr(block.attn, "norm", None), nn.LayerNorm),
         "mlp_norm": isinstance(getattr(block.mlp, "norm", None), nn.LayerNorm),
         "pre_norm": not isinstance(model.norm_pre, nn.Identity),
         "final_norm": bool(norms) and not after_pooling,
@@ -158,7 +159,7 @@ def _activation(mlp: Any) -> str:
 def _foreign_parts(model: Any) -> list[str]:
     """Where the blocks differ from ours of the same settings."""
     settings = settings_of(model)
-    taken = {name: settings[name] for name in ("activation", "qk_norm", "mlp_norm")}
+    taken = {name: settings[name] for name in ("activation", "qk_norm", "attn_norm", "mlp_norm")}
     with torch.device("meta"):
         block = transformer_blocks(
             dim=4, depth=1, num_heads=1, norm_layer=partial(nn.LayerNorm, eps=settings["norm_eps"]), **taken

@@ -78,9 +78,9 @@ def test_the_function_stays_what_it_is(kind: str, alpha: float, factor: float) -
             "norm2.weight",
             "norm2.bias",
             "attn.qkv.weight",
-            "attn.qkv.bias",
             "attn.proj.weight",
             "mlp.fc1.weight",
+            *(("attn.norm.weight", "attn.norm.bias") if kind == "normed" else ("attn.qkv.bias",)),
             *{"plain": (), "gated": ("mlp.fc1.bias",), "normed": ("mlp.norm.weight", "mlp.norm.bias")}[kind],
             *(() if kind == "plain" else ("mlp.fc2.weight",)),
         )
