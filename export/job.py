@@ -120,6 +120,7 @@ class ExportJob:
             precision=config.stored_precision,
             typing=config.resolved_typing,
             fp32_ops=config.islands,
+            fuses_tanh=config.engine == "onnx",
             stores_rounded=not config.is_planned or config.resolved_typing == "strong",
         )
         return build_graph(self.loaded.metadata, self.loaded.tensors, replace(spec, **changes))

@@ -62,6 +62,8 @@ class BlockWriter:
         """Of the norms."""
         self.activation: Activation = "gelu"
         """Of the blocks' MLPs."""
+        self.fuses_tanh = True
+        """See `GraphSpec`."""
 
     def rows(self, tokens: str, dim: int, name: str) -> str:
         """What the blocks work on: `(B, T, D) -> (B * T, D)`, or the tokens as they are where there are no rows."""
@@ -88,9 +90,11 @@ class BlockWriter:
         """
         attention = self._attention(self.layer_norm(tokens, f"{name}.norm1"), f"{name}.attn", num_heads, turn)
         tokens = self._residual(tokens, attention, f"{name}/attn_residual")
-        hidden = self._activated(
-            self._linear(self.layer_norm(tokens, f"{name}.norm2"), f"{name}.mlp.fc1"), f"{name}.mlp", self.activation
-        )
+        normed = self.layer_norm(tokens, f"{name}.norm2")
+        if self.activation == "swiglu" and f"{name}.mlp.fc1" not in self.quantized:
+            hidden = self._gated(normed, f"{name}.mlp")
+        else:
+            hidden = self._activated(self._linear(normed, f"{name}.mlp.fc1"), f"{name}.mlp", self.activation)
         if f"{name}.mlp.norm.weight" in self.weights:
             hidden = self.layer_norm(hidden, f"{name}.mlp.norm")
         return self._residual(tokens, self._linear(hidden, f"{name}.mlp.fc2"), f"{name}/mlp_residual")
@@ -203,20 +207,45 @@ class BlockWriter:
         if activation == "swiglu":
             hidden = 2 * self.weights[f"{mlp}.fc2.weight"].shape[1]
             gate, value = (b.half(value, hidden, index, f"{name}/{part}") for index, part in enumerate(("gate", "up")))
-            factor = b.node("Mul", [gate, b.node("Sigmoid", [gate], f"{name}/share")], f"{name}/silu")
+            factor = self._silu(gate, name)
         elif activation == "quick_gelu":
             scaled = b.node("Mul", [value, b.scalar(1.702, dtype)], f"{name}/scaled")
             factor = b.node("Sigmoid", [scaled], f"{name}/share")
-        else:  # 0.5 (1 + tanh z) = sigmoid(2 z), z = sqrt(2 / pi) (x + 0.044715 x^3)
-            cubic = b.node(
-                "Mul", [b.node("Mul", [value, value], f"{name}/square"), b.scalar(0.044715, dtype)], f"{name}/cubic"
-            )
-            inner = b.node(
-                "Mul", [value, b.node("Add", [cubic, b.scalar(1.0, dtype)], f"{name}/shifted")], f"{name}/inner"
-            )
-            scaled = b.node("Mul", [inner, b.scalar(math.sqrt(8 / math.pi), dtype)], f"{name}/scaled")
-            factor = b.node("Sigmoid", [scaled], f"{name}/share")
+        else:
+            value, factor = self._tanh_parts(value, name, dtype)
         return b.cast(b.node("Mul", [value, factor], name), given or self.arithmetic.stream)
+
+    def _tanh_parts(self, value: str, name: str, dtype: DType) -> tuple[str, str]:
+        """The two factors of GELU by tanh, `x / 2` and `1 + tanh z`, `z = sqrt(2 / pi) x (1 + 0.044715 x^2)`, as ONNX
+        Runtime fuses them; or `x` and the same by a sigmoid, which is faster elsewhere: `(1 + tanh z) / 2 =
+        sigmoid(2 z)`.
+        """
+        b, times = self.builder, math.sqrt(2 / math.pi) * (1 if self.fuses_tanh else 2)
+        one = b.scalar(1.0, dtype)
+        scaled = b.node("Mul", [value, b.scalar(0.044715, dtype)], f"{name}/scaled")
+        cubic = b.node("Add", [b.node("Mul", [scaled, value], f"{name}/square"), one], f"{name}/shifted")
+        linear = b.node("Mul", [value, b.scalar(times, dtype)], f"{name}/linear")
+        inner = b.node("Mul", [linear, cubic], f"{name}/inner")
+        if not self.fuses_tanh:
+            return value, b.node("Sigmoid", [inner], f"{name}/share")
+        share = b.node("Add", [b.node("Tanh", [inner], f"{name}/tanh"), one], f"{name}/share")
+        return b.node("Mul", [value, b.scalar(0.5, dtype)], f"{name}/half"), share
+
+    def _gated(self, value: str, mlp: str) -> str:
+        """SwiGLU by a linear map for each half of fc1: to cut one map's result in two would copy it, 3 % of a small
+        network's time on ONNX Runtime (docs/results/latency.md).
+        """
+        b, dtype, name = self.builder, self.arithmetic.of("gelu"), f"{mlp}.swiglu"
+        weights, biases = (np.split(self.weights[f"{mlp}.fc1.{part}"], 2) for part in ("weight", "bias"))
+        gate, up = (
+            b.cast(self._linear(value, f"{mlp}.fc1.{part}", weight, bias), dtype)
+            for part, weight, bias in zip(("gate", "up"), weights, biases, strict=True)
+        )
+        return b.cast(b.node("Mul", [up, self._silu(gate, name)], name), self.arithmetic.stream)
+
+    def _silu(self, gate: str, name: str) -> str:
+        b = self.builder
+        return b.node("Mul", [gate, b.node("Sigmoid", [gate], f"{name}/share")], f"{name}/silu")
 
     def gelu(self, value: str, name: str, given: DType | None = None) -> str:
         """The exact form, which engines know and fuse: `0.5 x (1 + erf(x / sqrt 2))`."""

@@ -104,6 +104,7 @@ class _Graph:
         )
         writer = self._block_writer(self.keep, self.config.num_prefix, self.padding, self.cache)
         writer.epsilon, writer.activation = self.config.norm_eps, self.config.activation
+        writer.fuses_tanh = self.spec.fuses_tanh
         rows = writer.rows(tokens, D, "blocks/rows")
         if self.config.pre_norm:
             rows = self.builder.cast(writer.layer_norm(rows, "norm_pre"), self.arithmetic.of("residual"))

@@ -60,6 +60,8 @@ class GraphSpec:
     """Whether the weights of static INT8 are stored as integers; see `BlockWriter`."""
     emulates_bf16: bool = False
     """Whether BF16 arithmetic is written as FP32 arithmetic that is rounded; see `GraphBuilder`."""
+    fuses_tanh: bool = True
+    """Whether the engine has one kernel for GELU by tanh that is worth it, as ONNX Runtime, and not OpenVINO, has."""
     pyramid: Mapping[str, Array] | None = None
     """Weights of a simple feature pyramid, for the outputs p2 to p5."""
 

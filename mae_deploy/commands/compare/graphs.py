@@ -16,10 +16,10 @@ from mae_deploy.commands.benchmark.rows import BenchmarkRow, LoadedGraph, bundle
 from mae_deploy.commands.compare.points import OperatingPoint, fewer_tokens, smaller_images
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import build_graph
-from mae_deploy.export.graph.spec import GraphSpec
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
-from mae_deploy.runtime.registry import load_engine, open_graph
+from mae_deploy.runtime.registry import ALIASES, OPENVINO, load_engine, open_graph
 from mae_deploy.seeding import random_patches
 from mae_deploy.weights.load import LoadedWeights, at_image_size
 
@@ -71,7 +71,9 @@ class CheckpointGraphs:
         if self._is != (point.image_size, point.whole):
             self.close()
             loaded = at_image_size(self._loaded, point.image_size, said=False)
-            spec = GraphSpec(token_mode="full" if point.whole else "visible", batch=1, outputs=(self._output,))
+            mode: TokenMode = "full" if point.whole else "visible"
+            fuses_tanh = ALIASES.get(self._name, self._name) != OPENVINO
+            spec = GraphSpec(token_mode=mode, batch=1, outputs=(self._output,), fuses_tanh=fuses_tanh)
             with TemporaryDirectory(prefix="mae-deploy-") as folder:
                 path = build_graph(loaded.metadata, loaded.tensors, spec).save(Path(folder) / "graph.onnx")[0]
                 self._engine = open_graph(path, self._name, self._options)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
@@ -19,13 +20,13 @@ from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.vit import Classifier
+from mae_deploy.models.vit import Classifier, Encoder
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NEW_ROWS, NUM_KEEP, PATCHES, UPDATES
 from mae_deploy.runtime.registry import open_graph
 from tests.export.outlier_models import noisy_encoder
-from tests.export.tiny_exports import graph_of
+from tests.export.tiny_exports import graph_of, read_graph
 from tests.models.families import KINDS, family
 from tests.models.tiny_models import fill, metadata_of
 
@@ -141,3 +142,37 @@ def test_new_rows_are_turned_keys(dinov3: MaskedAutoencoder, tmp_path: Path) -> 
     assert np.abs(keys[0, :, 3] - keys[1, :, 3]).max() > 0.1
     np.testing.assert_allclose(values[0, :, 3], values[1, :, 3], rtol=1e-5)
     np.testing.assert_allclose(keys[0, :, :3], keys[1, :, :3], rtol=1e-5)
+
+
+@pytest.mark.parametrize("fuses_tanh", [True, False])
+def test_gelu_by_tanh_has_a_form_for_each_engine(fuses_tanh: bool, tmp_path: Path) -> None:
+    model = fill(Encoder(family("SigLIP")))
+    spec = GraphSpec(token_mode="full", outputs=("tokens",), fuses_tanh=fuses_tanh)
+    (path,) = build_graph(metadata_of(model), model.state_dict(), spec).save(tmp_path / "graph.onnx")
+    with open_graph(path, "onnxruntime", EngineOptions(threads=1)) as engine:
+        found = engine.run(INPUTS["full"])["tokens"]
+    expected = Reference(model=model, preprocess=SPEC).outputs(INPUTS["full"], ("tokens",))["tokens"]
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()  # as above
+    fused = {"Gelu", "FastGelu"} & {*operators(path, tmp_path)}
+    assert bool(fused) == fuses_tanh
+
+
+def test_swiglu_is_not_cut_out_of_one_product(tmp_path: Path) -> None:
+    model = fill(Encoder(family("DINOv3 S+")))
+    linears = {f"blocks.{index}.mlp.fc1": None for index in range(2)}
+    cuts = []
+    for quantized in ({}, linears):
+        spec = GraphSpec(token_mode="full", outputs=("tokens",), quantized=quantized)
+        (path,) = build_graph(metadata_of(model), model.state_dict(), spec).save(tmp_path / "graph.onnx")
+        nodes = read_graph(path).graph.node
+        cuts.append([node.name for node in nodes if node.op_type == "Slice" and "swiglu" in node.name])
+    assert [len(names) for names in cuts] == [0, 4]
+
+
+def operators(path: Path, folder: Path) -> list[str]:
+    """What ONNX Runtime makes of a graph, node by node."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+    options.optimized_model_filepath = str(folder / "optimised.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in read_graph(folder / "optimised.onnx").graph.node]
