@@ -116,9 +116,11 @@ def _command(arguments: list[str], folder: Path, work: Path) -> None:
         resource.setrlimit(resource.RLIMIT_AS, (addresses, addresses))
         from mae_deploy.cli import main
 
+        before = set(sys.modules)
         code = main(arguments)
         sys.stdout.flush()
         sys.stderr.flush()
+        (folder / "modules").write_text("\n".join(name for name in sys.modules if name not in before))
     except BaseException:
         traceback.print_exc()
         sys.stderr.flush()

@@ -6,6 +6,7 @@ Run: python -m tests.hostile.run [--only WORD] [--command WORD] [--out hostile.j
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import json
 import os
@@ -13,6 +14,7 @@ import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
@@ -227,16 +229,16 @@ class Case:
     ended: Ended
 
 
-def run_case(kind: str, name: str, command: str, scratch: Path) -> Case:
+def run_case(kind: str, name: str, command: str, scratch: Path, work: Path) -> Case:
     """Write the file, run the command, and look at what it said and left.
 
     Args:
         scratch: a folder that is not there yet, and is not there afterwards.
+        work: the fixtures, which are made again where a command changed them.
     """
     corpus = CORPORA[kind]
-    own, work = scratch / "own", scratch / "work"
+    own = scratch / "own"
     own.mkdir(parents=True)
-    shutil.copytree(FIXTURES, work, symlinks=True)
     try:
         given = corpus.files[name](scratch)
         out = scratch / "out"
@@ -254,13 +256,30 @@ def run_case(kind: str, name: str, command: str, scratch: Path) -> Case:
             found = found or f"left {', '.join(left)}"
         return Case(kind, name, command, found, ended)
     finally:
+        if _listing(work) != _listing(FIXTURES):
+            shutil.rmtree(work)
+            shutil.copytree(FIXTURES, work, symlinks=True)
+        for module in (own / "modules").read_text().split() if (own / "modules").is_file() else ():
+            with suppress(Exception):  # what only parts of a package may import
+                importlib.import_module(module)  # here, for those that are forked after it
         shutil.rmtree(scratch)
+
+
+def _listing(folder: Path) -> set[tuple[str, int, int]]:
+    """Path, size and time of change of every file below a folder."""
+    found = set()
+    for place, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(place, name)
+            state = os.lstat(path)
+            found.add((os.path.relpath(path, folder), state.st_size, state.st_mtime_ns))
+    return found
 
 
 def cases(kinds: str = "", only: str = "", commands: str = "") -> Iterator[tuple[str, str, str]]:
     """Kind, file and command of all, or of those with these words in them."""
     for kind, corpus in CORPORA.items():
-        for name, command in product(corpus.files, corpus.commands):
+        for command, name in product(corpus.commands, corpus.files):
             if kinds in kind and only in name and (not commands or command in commands.split(",")):
                 yield kind, name, command
 
@@ -269,6 +288,8 @@ def prepare() -> None:
     """Import what commands import, once for all that are forked from here."""
     for module in _MODULES:
         importlib.import_module(module)
+    gc.collect()
+    gc.freeze()  # a fork that looks at these objects would copy their memory
 
 
 _MODULES = (
@@ -288,6 +309,7 @@ _MODULES = (
     *(
         f"mae_deploy.{name}"
         for name in (
+            "cli",
             "commands.benchmark.run",
             "commands.data.pack",
             "commands.data.stats",
@@ -324,8 +346,9 @@ def main() -> int:
     prepare()
     found: list[Case] = []
     with TemporaryDirectory() as folder:
+        work = Path(shutil.copytree(FIXTURES, Path(folder) / "work", symlinks=True))
         for kind, name, command in cases(given.kind, given.only, given.command):
-            case = run_case(kind, name, command, Path(folder) / "case")
+            case = run_case(kind, name, command, Path(folder) / "case", work)
             found.append(case)
             if case.complaint or given.show:
                 print(f"{kind} | {name} | {command} | {case.complaint} | {_words(case.ended)}", flush=True)
