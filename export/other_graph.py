@@ -5,11 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnx
-from google.protobuf.message import DecodeError
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
@@ -20,7 +17,9 @@ from mae_deploy.export.reference import ALL_TOKENS
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
+from mae_deploy.runtime.graph.check import Network, check_graph
 from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES
+from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.runtime.parity.checks import GOLDEN, RUN_AGAIN, Check, Verification
 from mae_deploy.runtime.parity.compare import compare
 from mae_deploy.runtime.registry import open_graph
@@ -32,7 +31,7 @@ Arrays = dict[str, Array]
 @dataclass(frozen=True)
 class _Input:
     name: str
-    dtype: Any
+    dtype: str
     batch: int | None
     """None: any."""
     rank: int
@@ -79,8 +78,17 @@ def verify_graph(
     known = available_outputs(job.loaded.metadata, config.token_mode)
     job = replace(job, names=(*(name for name in known if not name.startswith("block_")), ALL_TOKENS))
     compute_reference(job)
+    given = _given(job, graph, inputs)
+    shapes, fixed = {name: array.shape for name, array in given.items()}, inputs[0].batch
+    batches = (fixed,) if fixed else (1, len(given[inputs[0].name]))
+    encoder = job.loaded.encoder_config
+    check_graph(
+        graph,
+        {batch: {name: (batch, *shape[1:]) for name, shape in shapes.items()} for batch in batches},
+        Network(tokens=encoder.num_prefix + encoder.num_tokens, dim=encoder.width, heads=encoder.heads),
+    )
     with open_graph(graph, engine, options, precision=precision) as loaded:
-        return _verification(job, graph, inputs, loaded, TOLERANCES[precision])
+        return _verification(job, graph, inputs, given, loaded, TOLERANCES[precision])
 
 
 def _graph_inputs(graph: Path) -> list[_Input]:
@@ -89,33 +97,30 @@ def _graph_inputs(graph: Path) -> list[_Input]:
     Raises:
         ConfigError: no such file, or none that ONNX can read.
     """
-    if not graph.is_file():
-        raise ConfigError(f"no ONNX file at {graph}")
-    try:
-        model = onnx.load(graph, load_external_data=False)
-    except DecodeError as error:
-        raise ConfigError(f"{graph} is no ONNX file") from error
-    constants = {tensor.name for tensor in model.graph.initializer}
     found = []
-    for entry in model.graph.input:
-        if entry.name not in constants:
-            sizes = [dim.dim_value if dim.HasField("dim_value") else None for dim in entry.type.tensor_type.shape.dim]
-            dtype = onnx.helper.tensor_dtype_to_np_dtype(entry.type.tensor_type.elem_type)
-            found.append(_Input(entry.name, dtype, sizes[0] if sizes else None, len(sizes)))
+    for entry in read_inputs(graph):
+        shape = entry["shape"]
+        batch = shape[0] if shape and isinstance(shape[0], int) else None
+        found.append(_Input(entry["name"], entry["dtype"], batch, len(shape)))
     if not found:
         raise ConfigError(f"{graph} takes no input")
     return sorted(found, key=lambda entry: entry.rank != 4)
 
 
+def _given(job: ExportJob, graph: Path, inputs: Sequence[_Input]) -> Arrays:
+    """What the graph is fed with, by its own names."""
+    samples, dtype = job.trials[0][0], inputs[0].dtype
+    if dtype not in ("float32", "float16", "bfloat16", "float64", "uint8"):
+        raise ConfigError(f"{graph} takes images of {dtype}", hint="float32 (B, C, H, W), or uint8 (B, H, W, C)")
+    images = job.samples.pixels if dtype == "uint8" else samples[IMAGES].astype(dtype)
+    return {inputs[0].name: images, **{entry.name: samples[IDS_KEEP] for entry in inputs[1:]}}
+
+
 def _verification(
-    job: ExportJob, graph: Path, inputs: Sequence[_Input], engine: Engine, tolerance: Tolerance
+    job: ExportJob, graph: Path, inputs: Sequence[_Input], given: Arrays, engine: Engine, tolerance: Tolerance
 ) -> Verification:
-    samples, expected = job.trials[0]
-    images = job.samples.pixels if inputs[0].dtype == np.uint8 else samples[IMAGES].astype(inputs[0].dtype)
-    given: Arrays = {inputs[0].name: images}
-    if len(inputs) == 2:
-        given[inputs[1].name] = samples[IDS_KEEP]
-    batch, S = inputs[0].batch, len(images)
+    expected = job.trials[0][1]
+    batch, S = inputs[0].batch, len(given[inputs[0].name])
 
     def run(order: Array, step: int | None = batch) -> Arrays:
         return run_in_chunks(engine, {name: array[order] for name, array in given.items()}, batch=step)

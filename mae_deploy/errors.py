@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from types import ModuleType
 
 from mae_deploy.packages import QUIET, is_hollow, remedy
-from mae_deploy.text import printable
+from mae_deploy.text import printable, shortened
 
 _FIRST_SAYS_IT = 5.0
 """Seconds that the other processes of a run leave it to the first one to say why they end."""
@@ -176,7 +176,7 @@ def report_error(error: Exception) -> int:
         return error.exit_code
     for one in error.errors if isinstance(error, MaeDeployError) else (error,):
         known = isinstance(one, MaeDeployError)
-        message = printable(" ".join(str(one).split()))
+        message = printable(shortened(" ".join(str(one).split())))
         print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
         if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
             print(f"hint: {printable(hint)}", file=sys.stderr)

@@ -54,6 +54,14 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
+def shortened(text: str, length: int = 900) -> str:
+    """Text of at most about this length: of a longer one, the beginning and the end."""
+    if len(text) <= length:
+        return text
+    head, tail = length * 2 // 3, length // 3
+    return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
 def expand_range(item: Any) -> Iterable[Any]:
     """The whole numbers that `4-7` stands for; anything else, a range of more than a million too, is itself."""
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", item) if isinstance(item, str) else None

@@ -22,6 +22,7 @@ from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.check_manifest import validate_manifest
+from mae_deploy.runtime.graph.of_bundle import check_graph_of
 from mae_deploy.runtime.manifest import (
     BLOCKS,
     CLASS_OUTPUTS,
@@ -51,6 +52,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._checked: dict[str, Path] = {}
+        self._followed: set[str] = set()
         self._golden: dict[str, Array] | None = None
         self._beside: Path | None = None
 
@@ -79,6 +81,7 @@ class Bundle:
         """Read the manifest again, after an engine was added; every file is checked anew."""
         self.manifest = type(self).load(self.path).manifest
         self._checked.clear()
+        self._followed.clear()
         self._golden = None
 
     @property
@@ -223,13 +226,17 @@ class Bundle:
 
     def graph(self, name: str | None = None) -> Path:
         """The path of the ONNX graph, or of another one by the name of its file, after it and all external data that it
-        names have been checked.
+        names have been checked, and that it ends.
 
         Raises:
             CheckFailed: as `file`.
+            ConfigError: operators, memory or work that no such network needs.
         """
         name = name or self.manifest["graph"]["file"]
         path = self.file(name)
+        if name not in self._followed:
+            check_graph_of(self.manifest, path)
+            self._followed.add(name)
         folder = PurePosixPath(name).parent
         files = [path, *(self.file(str(folder / location)) for location in external_data(path))]
         return path if len(files) == 1 or not any(map(_leads_out, files)) else self._gathered(path, files)

@@ -255,7 +255,7 @@ class Manifest(_Certified):
     provenance: dict[str, Any]
     licence: str
     tolerance: ToleranceEntry
-    parity: dict[str, Any]
+    parity: dict[str, dict[str, Any]]
     golden: GoldenEntry
     engines: list[EngineEntry]
     """TensorRT engines built from the graph; empty without."""

@@ -25,7 +25,7 @@ _INTEGER, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 # Field numbers of onnx.proto, by message.
 _MODEL_IR_VERSION, MODEL_GRAPH, _MODEL_OPSET = 1, 7, 8
 _OPSET_DOMAIN, _OPSET_VERSION = 1, 2
-GRAPH_NODE, GRAPH_NAME, _GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
+GRAPH_NODE, GRAPH_NAME, GRAPH_INITIALIZER, GRAPH_INPUT, GRAPH_OUTPUT = 1, 2, 5, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OPERATOR = 1, 2, 4
 _INITIALIZER_DIMS, _INITIALIZER_TYPE, _INITIALIZER_NAME, _INITIALIZER_BYTES = 1, 2, 8, 9
 VALUE_NAME, _VALUE_TYPE = 1, 2
@@ -33,6 +33,9 @@ _TYPE_TENSOR = 1
 _TENSOR_TYPE, _TENSOR_SHAPE = 1, 2
 _SHAPE_DIM = 1
 _DIM_SIZE, _DIM_NAME = 1, 2
+
+_LONGEST_VARINT = 70
+"""Bits: ten bytes of seven."""
 
 _SIGMAS = 4
 """Standard deviations of normal numbers that INT8 covers."""
@@ -57,7 +60,7 @@ def read_inputs(path: Path) -> list[TensorEntry]:
     Raises:
         ConfigError: no such file, or it is not an ONNX model.
     """
-    with _opened(path) as model:
+    with opened(path) as model:
         return _inputs(model)
 
 
@@ -67,7 +70,7 @@ def read_opset(path: Path) -> int:
     Raises:
         ConfigError: no such file, or it is not an ONNX model.
     """
-    with _opened(path) as model:
+    with opened(path) as model:
         return max(
             opset.integer(_OPSET_VERSION)
             for opset in model.messages(_MODEL_OPSET)
@@ -93,7 +96,7 @@ def write_products(path: Path, size: int, length: int, *, rows: int | None = Non
         encode(GRAPH_NODE, encode_node(b"MatMul", [before, b"w"], after)) for before, after in pairwise(values)
     )
     graph += encode(GRAPH_NAME, b"products")
-    graph += encode(_GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, stored.tobytes()))
+    graph += encode(GRAPH_INITIALIZER, initializer + encode(_INITIALIZER_BYTES, stored.tobytes()))
     graph += encode(GRAPH_INPUT, encode_value(values[0], kind, shape)) + encode(
         GRAPH_OUTPUT, encode_value(values[-1], kind, shape)
     )
@@ -124,7 +127,7 @@ def write_int8_products(path: Path, size: int, length: int) -> None:
         ):
             graph += encode(GRAPH_NODE, encode_node(operator, inputs, output))
     graph += encode(GRAPH_NAME, b"products")
-    graph += b"".join(encode(_GRAPH_INITIALIZER, _initializer(name, array)) for name, array in constants.items())
+    graph += b"".join(encode(GRAPH_INITIALIZER, _initializer(name, array)) for name, array in constants.items())
     graph += encode(GRAPH_INPUT, encode_value(values[0], _FLOAT, (size, size))) + encode(
         GRAPH_OUTPUT, encode_value(values[-1], _FLOAT, (size, size))
     )
@@ -145,17 +148,17 @@ def _initializer(name: bytes, array: Array) -> bytes:
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[_Message]:
+def opened(path: Path) -> Iterator[Message]:
     if not path.is_file():
         raise ConfigError(f"no ONNX file at {path}")
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            yield _Message(content, 0, len(content))
+            yield Message(content, 0, len(content))
     except (ValueError, IndexError) as error:
         raise ConfigError(f"{path} is not an ONNX model ({error})") from error
 
 
-class _Message:
+class Message:
     """A protobuf message, a stretch of a file."""
 
     def __init__(self, content: mmap.mmap, start: int, stop: int) -> None:
@@ -163,8 +166,8 @@ class _Message:
             raise ValueError("it is cut short")
         self._content, self._start, self._stop = content, start, stop
 
-    def fields(self) -> Iterator[tuple[int, int | _Message]]:
-        """Number and value of each field: an integer, or a stretch of bytes."""
+    def fields(self) -> Iterator[tuple[int, int | Message]]:
+        """Number and value of each field: an integer, or a stretch of bytes (of a float, its four or eight)."""
         at = self._start
         while at < self._stop:
             key, at = self._integer(at)
@@ -174,18 +177,20 @@ class _Message:
                 yield key >> 3, value
             elif kind == _BYTES:
                 length, at = self._integer(at)
-                yield key >> 3, _Message(self._content, at, at + length)
+                yield key >> 3, Message(self._content, at, at + length)
                 at += length
             elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
-                at += 8 if kind == _EIGHT_BYTES else 4
+                length = 8 if kind == _EIGHT_BYTES else 4
+                yield key >> 3, Message(self._content, at, at + length)
+                at += length
             else:
                 raise ValueError(f"field type {kind}")
 
-    def messages(self, number: int) -> list[_Message]:
+    def messages(self, number: int) -> list[Message]:
         """The fields of this number that hold bytes."""
-        return [value for found, value in self.fields() if found == number and isinstance(value, _Message)]
+        return [value for found, value in self.fields() if found == number and isinstance(value, Message)]
 
-    def message(self, number: int) -> _Message:
+    def message(self, number: int) -> Message:
         """The last of them, as protobuf wants it."""
         found = self.messages(number)
         if not found:
@@ -196,36 +201,54 @@ class _Message:
         """The last integer of this number; 0 without one."""
         return ([value for found, value in self.fields() if found == number and isinstance(value, int)] or [0])[-1]
 
+    @property
+    def size(self) -> int:
+        """In bytes."""
+        return self._stop - self._start
+
     def text(self) -> str:
         """The bytes as text."""
-        return self._content[self._start : self._stop].decode()
+        return self.content().decode()
+
+    def content(self) -> bytes:
+        """The bytes themselves."""
+        return self._content[self._start : self._stop]
+
+    def integers(self) -> Iterator[int]:
+        """Varints, one after the other."""
+        at = self._start
+        while at < self._stop:
+            value, at = self._integer(at)
+            yield value
 
     def _integer(self, at: int) -> tuple[int, int]:
         """A varint and where it ends: seven bits a byte, the lowest first, all but the last with the eighth bit set."""
-        value = place = 0
-        while True:
+        value = 0
+        for place in range(0, _LONGEST_VARINT, 7):
             byte = self._content[at]
             value |= (byte & 0x7F) << place
-            at, place = at + 1, place + 7
+            at += 1
             if byte < 0x80:
                 return value, at
+        raise ValueError("an integer has no end")
 
 
-def _inputs(model: _Message) -> list[TensorEntry]:
+def _inputs(model: Message) -> list[TensorEntry]:
     graph = model.message(MODEL_GRAPH)
-    weights = {tensor.message(_INITIALIZER_NAME).text() for tensor in graph.messages(_GRAPH_INITIALIZER)}
-    entries = [_tensor_entry(value) for value in graph.messages(GRAPH_INPUT)]
+    weights = {tensor.message(_INITIALIZER_NAME).text() for tensor in graph.messages(GRAPH_INITIALIZER)}
+    entries = [tensor_entry(value) for value in graph.messages(GRAPH_INPUT)]
     return [entry for entry in entries if entry["name"] not in weights]  # older files list the weights among the inputs
 
 
-def _tensor_entry(value: _Message) -> TensorEntry:
+def tensor_entry(value: Message) -> TensorEntry:
+    """Name, type and shape of an input or output."""
     tensor = value.message(_VALUE_TYPE).message(_TYPE_TENSOR)
     number = tensor.integer(_TENSOR_TYPE)
     shape = [_size(dim) for dim in tensor.message(_TENSOR_SHAPE).messages(_SHAPE_DIM)]
     return {"name": value.message(VALUE_NAME).text(), "dtype": _DTYPES.get(number, f"type {number}"), "shape": shape}
 
 
-def _size(dim: _Message) -> int | str:
+def _size(dim: Message) -> int | str:
     """A fixed size, or the name of a dynamic one."""
     names = dim.messages(_DIM_NAME)
     return dim.integer(_DIM_SIZE) or (names[-1].text() if names else "?")

@@ -144,7 +144,7 @@ def test_a_file_that_is_no_graph(checkpoint: Path, tmp_path: Path, capsys: pytes
     (tmp_path / "text.onnx").write_text("no graph")
     code, _, said = verified(checkpoint, tmp_path / "text.onnx", capsys)
     assert code == 2
-    assert "is no ONNX file" in said
+    assert "is not an ONNX model" in said
 
 
 def test_a_bundle_has_its_own_tolerance(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

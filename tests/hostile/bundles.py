@@ -15,6 +15,7 @@ import onnx
 from onnx import TensorProto, helper
 
 from mae_deploy.runtime.manifest import GOLDEN_FILE, GRAPH_FILE, MANIFEST_FILE, file_entry
+from tests.hostile.graphs import GRAPHS
 
 Write = Callable[[Path], object]
 """Makes the copy of a bundle hostile."""
@@ -173,50 +174,6 @@ def _dims(size: int) -> Write:
     return _graph(edit)
 
 
-def _grown(factor: int) -> Write:
-    """A node that makes an array of so many numbers of each image."""
-
-    def edit(model: onnx.ModelProto) -> None:
-        shape = helper.make_tensor("hostile_shape", TensorProto.INT64, [3], [factor, 1, 1])
-        model.graph.initializer.append(shape)
-        output = model.graph.output[0].name
-        for node in model.graph.node:
-            for index, name in enumerate(node.output):
-                if name == output:
-                    node.output[index] = "hostile_before"
-        model.graph.node.append(helper.make_node("Tile", ["hostile_flat", "hostile_times"], ["hostile_tiled"]))
-        model.graph.node.append(helper.make_node("ReduceSum", ["hostile_tiled"], ["hostile_sum"], keepdims=0))
-        model.graph.node.append(helper.make_node("Add", ["hostile_before", "hostile_sum"], [output]))
-        model.graph.initializer.append(helper.make_tensor("hostile_flat", TensorProto.FLOAT, [1], [0.0]))
-        model.graph.initializer.append(helper.make_tensor("hostile_times", TensorProto.INT64, [1], [factor]))
-
-    return _graph(edit)
-
-
-def _endless(model: onnx.ModelProto) -> None:
-    """A loop without an end before the output."""
-    body = helper.make_graph(
-        [helper.make_node("Identity", ["on"], ["on_"]), helper.make_node("Identity", ["value"], ["value_"])],
-        "body",
-        [
-            helper.make_tensor_value_info("turn", TensorProto.INT64, []),
-            helper.make_tensor_value_info("on", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("value", TensorProto.FLOAT, None),
-        ],
-        [
-            helper.make_tensor_value_info("on_", TensorProto.BOOL, []),
-            helper.make_tensor_value_info("value_", TensorProto.FLOAT, None),
-        ],
-    )
-    output = model.graph.output[0].name
-    for node in model.graph.node:
-        for index, name in enumerate(node.output):
-            if name == output:
-                node.output[index] = "hostile_before"
-    model.graph.initializer.append(helper.make_tensor("hostile_on", TensorProto.BOOL, [], [True]))
-    model.graph.node.append(helper.make_node("Loop", ["", "hostile_on", "hostile_before"], [output], body=body))
-
-
 def _raw(content: Callable[[bytes], bytes]) -> Write:
     def write(folder: Path) -> None:
         (folder / GRAPH_FILE).write_bytes(content((folder / GRAPH_FILE).read_bytes()))
@@ -301,16 +258,12 @@ BUNDLES: dict[str, Write] = {
     "weights in the golden samples": _external(GOLDEN_FILE),
     "weights of no name": _external(""),
     "operator of another domain": _foreign("com.hostile", "Run"),
-    "operator of ATen": _foreign("org.pytorch.aten", "ATen"),
-    "operator of Python": _foreign("com.microsoft", "PythonOp"),
     "operator that is not": _foreign("", "Hostile"),
     "weight of 10^12 rows": _dims(10**12),
     "weight of rows below zero": _dims(-1),
     "weight of 2^62 rows": _dims(2**62),
     "graph of NaN": _graph(_garbage),
-    "graph that grows to 10^12 numbers": _grown(10**12),
-    "graph that grows to 10^10 numbers": _grown(10**10),
-    "graph without an end": _graph(_endless),
+    **{f"graph with {name}": _graph(edit) for name, edit in GRAPHS.items()},
     "graph without outputs": _graph(lambda model: model.graph.ClearField("output")),
     "graph without nodes": _graph(lambda model: model.graph.ClearField("node")),
     "graph that runs in a circle": _graph(

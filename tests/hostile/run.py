@@ -20,9 +20,12 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import onnx
+
 from tests.hostile.bounded import REFUSED, Ended, complaint, run_bounded
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
+from tests.hostile.graphs import GRAPHS
 from tests.hostile.pictures import PICTURES
 from tests.hostile.runs import RUNS
 from tests.hostile.texts import NUMBERS, RECIPES
@@ -69,7 +72,12 @@ BUNDLE_COMMANDS: dict[str, Arguments] = {
     "eval": ("eval", FILE, "labelled", "--num-workers", 0, "--threads", 1),
     "benchmark": ("benchmark", FILE, "--repeats", 2, "--warmup", 1, "--threads", 1, "--no-probe"),
     "build-engine": ("build-engine", FILE),
-    "distill": ("distill", "images", "--teacher", FILE, "--out", OUT, *_STUDENT, *_TRAINING),
+    "distill": ("distill", "images", "--teacher", FILE, "--out", OUT, "--patch-size", 5, *_STUDENT, *_TRAINING),
+}
+
+GRAPH_COMMANDS: dict[str, Arguments] = {
+    "verify": ("verify", "checkpoints/mae", "--graph", FILE, "--samples", "images", "--threads", 1),
+    "benchmark": ("benchmark", "bundles/visible", "--against", FILE, "--repeats", 2, "--threads", 1, "--no-probe"),
 }
 
 IMAGE_COMMANDS: dict[str, Arguments] = {
@@ -182,6 +190,16 @@ def _bundle(write: Callable[[Path], object]) -> Write:
     return make
 
 
+def _other_graph(edit: Callable[[onnx.ModelProto], object]) -> Write:
+    def make(folder: Path) -> Path:
+        model = onnx.load(FIXTURES / "bundles/visible/encoder.onnx")
+        edit(model)
+        (folder / "other.onnx").write_bytes(model.SerializeToString())
+        return folder / "other.onnx"
+
+    return make
+
+
 def _run(write: Callable[[Path], object]) -> Write:
     def make(folder: Path) -> Path:
         run = Path(shutil.copytree(FIXTURES / "runs/pretrain", folder / "run", symlinks=True))
@@ -209,6 +227,7 @@ def _number(text: str) -> Write:
 CORPORA: dict[str, Corpus] = {
     "checkpoint": Corpus({name: _checkpoint(write) for name, write in WEIGHTS_FILES.items()}, CHECKPOINT_COMMANDS),
     "bundle": Corpus({name: _bundle(write) for name, write in BUNDLES.items()}, BUNDLE_COMMANDS),
+    "graph": Corpus({name: _other_graph(edit) for name, edit in GRAPHS.items()}, GRAPH_COMMANDS),
     "image": Corpus(PICTURES, IMAGE_COMMANDS),
     "data": Corpus(DATA, DATA_COMMANDS),
     "recipe": Corpus({name: _recipe(content) for name, content in RECIPES.items()}, RECIPE_COMMANDS),

@@ -17,6 +17,7 @@ from mae_deploy.models.mask_config import keep_count
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.cache import CacheShape, TokenCache, update_cache, update_inputs
 from mae_deploy.runtime.engines.base import Engine
+from mae_deploy.runtime.graph.check import check_graph
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, PLANNED, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.seeding import random_patches
@@ -232,6 +233,19 @@ def file_subject(path: Path, like: Subject) -> Subject:
     if IMAGES not in found:
         raise ConfigError(f"{path}: no input takes images", hint="--against takes graphs of images, float (B, C, H, W)")
     shapes = {name: entry["shape"] for name, entry in found.items()}
+    sizes = {IMAGES: [1, *_channels_first(like)], IDS_KEEP: [1, like.num_patches]}
+    check_graph(
+        path,
+        {
+            1: {
+                entry["name"]: [
+                    side if isinstance(side, int) else size
+                    for side, size in zip(entry["shape"], sizes[name], strict=True)
+                ]
+                for name, entry in found.items()
+            }
+        },
+    )
     keep = shapes[IDS_KEEP][1] if IDS_KEEP in found else None
     return Subject(
         name=str(path),
