@@ -297,6 +297,12 @@ class Bundle:
                 raise CheckFailed(
                     f"{path}: '{name}' is {arrays[name].dtype}, not {types[name]}", hint="export the bundle again"
                 )
+        if UPDATES in self.sample_names and not 0 <= arrays[IDS_KEEP].min() <= arrays[IDS_KEEP].max() < self.num_patches:
+            raise CheckFailed(
+                f"{path}: '{IDS_KEEP}' has {arrays[IDS_KEEP].min()} to {arrays[IDS_KEEP].max()} of"
+                f" {self.num_patches} patches",
+                hint="export the bundle again",
+            )
         if UPDATES in self.sample_names and not _are_updates(arrays[UPDATES], arrays[IDS_KEEP]):
             raise CheckFailed(
                 f"{path}: '{UPDATES}' {arrays[UPDATES][:1].tolist()} does not divide the {arrays[IDS_KEEP].shape[1]}"

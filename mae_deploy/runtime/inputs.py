@@ -181,7 +181,7 @@ def patch_indices(keep: Keep, bundle: Bundle, num_keep: NumKeep | None = None) -
         try:
             return [int(item) for item in items]
         except ValueError as error:
-            raise ConfigError(f"keep '{keep}' is not a list of patches", hint="such as '0-48,60'") from error
+            raise ConfigError(f"keep '{keep:.60}' is not a list of patches", hint="such as '0-48,60'") from error
     try:
         masks = np.asarray(keep)
     except ValueError:  # rows of unequal length: masks all have N values
@@ -350,6 +350,16 @@ def _as_integers(values: Any, name: str) -> Array:
         raise ConfigError(
             f"{name} is not a list of whole numbers", hint="give (K,) indices for every image, or a row for each"
         ) from error
+    if np.ma.is_masked(values):
+        raise ConfigError(f"{name} is an array with {np.ma.count_masked(values)} numbers masked", hint="leave them out")
     if numbers.size and numbers.dtype.kind not in "iu":
-        raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}")
+        raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}: {_first_other(numbers)!r:.60}")
+    if numbers.size and numbers.dtype == np.uint64 and (largest := numbers.max()) > np.iinfo(np.int64).max:
+        raise ConfigError(f"{name} has {largest}, which is no index")
     return numbers
+
+
+def _first_other(values: Array) -> Any:
+    """The first of these that is no whole number; where all are, such as in 3.0, the first."""
+    items = values.reshape(-1)[:10_000].tolist()
+    return next((item for item in items if not isinstance(item, float) or not item.is_integer()), items[0])

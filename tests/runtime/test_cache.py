@@ -191,19 +191,29 @@ def test_a_planted_fault_is_found(bundles: Path, monkeypatch: pytest.MonkeyPatch
     assert not verify_bundle(Bundle.load(bundles / "fixed")).passed
 
 
-def test_golden_updates_must_divide_their_patches(bundles: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "by", "message"),
+    [
+        ("updates", 1, r"'updates' .* does not divide the 21 patches"),
+        ("ids_keep", 5, r"'ids_keep' has 5 to \d+ of \d+ patches"),
+        ("ids_keep", -(10**15), "'ids_keep' has -1000000000000000 to"),
+    ],
+)
+def test_golden_updates_must_divide_their_patches(
+    bundles: Path, tmp_path: Path, name: str, by: int, message: str
+) -> None:
     import shutil
 
     folder = tmp_path / "bundle"
     shutil.copytree(bundles / "cached", folder)
     with np.load(folder / GOLDEN_FILE) as file:
         arrays = dict(file)
-    arrays["updates"] = arrays["updates"] + 1
+    arrays[name] = arrays[name] + by
     np.savez(folder / GOLDEN_FILE, **arrays)
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
     manifest["files"][GOLDEN_FILE] = file_entry(folder / GOLDEN_FILE)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
-    with pytest.raises(CheckFailed, match=r"'updates' .* does not divide the 21 patches"):
+    with pytest.raises(CheckFailed, match=message):
         Bundle.load(folder).golden()
 
 

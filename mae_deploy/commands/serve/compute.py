@@ -108,6 +108,6 @@ def chosen_patches(
     if keep is None:
         token_batch(bundle, None, None, 1)
         return [None] * count
-    indices = np.asarray(patch_indices(keep, bundle), np.int64)
+    indices = patch_indices(keep, bundle)
     token_batch(bundle, indices, None, 1)
-    return [indices] * count
+    return [np.asarray(indices, np.int64)] * count

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.selection.base import Scene, largest
 from mae_deploy.runtime.streams.config import StreamConfig
@@ -119,7 +120,11 @@ class Camera:
             patches=patches,
             ease=max(1.0, _SAMPLE / self._need),
         )
-        scores = self._select(scene)
+        scores = np.asarray(self._select(scene))
+        if scores.shape != (self.num_patches,) or scores.dtype.kind not in "biuf":
+            raise ConfigError(
+                f"the rule gives {scores.dtype} {scores.shape}", hint=f"a number for each of {self.num_patches} patches"
+            )
         difference = scene.difference
         if difference is None:
             return self._whole(frame, scene, RESIZED if resized else FIRST)

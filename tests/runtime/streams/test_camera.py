@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.selection import Selection
 from mae_deploy.runtime.selection.base import Scene, Selector
@@ -74,3 +75,14 @@ def test_a_difference_is_that_to_what_was_computed() -> None:
     found = Scene(pixels=changed, patch_size=P, computed=pixels).difference
     assert found is not None
     np.testing.assert_allclose(found, np.eye(1, N, 1)[0] * 3)
+
+
+@pytest.mark.parametrize("scores", [np.ones(N + 1), np.ones((ROWS, COLUMNS)), np.array(1.0), ["x"] * N, [None] * N])
+def test_a_rule_that_gives_something_else_is_named(scores: Array) -> None:
+    class Wrong(Selection):
+        def start(self) -> Selector:
+            return lambda scene: scores
+
+    camera = Camera(StreamConfig(select=Wrong()), (ROWS, COLUMNS), P, bypass=0.9, step=1, prefix=1)
+    with pytest.raises(ConfigError, match="the rule gives"):
+        camera.choose(None, np.zeros((ROWS * P, COLUMNS * P, 3), np.uint8), (ROWS * P, COLUMNS * P), None, None)
