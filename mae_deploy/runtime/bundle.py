@@ -297,7 +297,10 @@ class Bundle:
                 raise CheckFailed(
                     f"{path}: '{name}' is {arrays[name].dtype}, not {types[name]}", hint="export the bundle again"
                 )
-        if UPDATES in self.sample_names and not 0 <= arrays[IDS_KEEP].min() <= arrays[IDS_KEEP].max() < self.num_patches:
+        if (
+            UPDATES in self.sample_names
+            and not 0 <= arrays[IDS_KEEP].min() <= arrays[IDS_KEEP].max() < self.num_patches
+        ):
             raise CheckFailed(
                 f"{path}: '{IDS_KEEP}' has {arrays[IDS_KEEP].min()} to {arrays[IDS_KEEP].max()} of"
                 f" {self.num_patches} patches",
