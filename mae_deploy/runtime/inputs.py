@@ -351,7 +351,7 @@ def _as_integers(values: Any, name: str) -> Array:
             f"{name} is not a list of whole numbers", hint="give (K,) indices for every image, or a row for each"
         ) from error
     if np.ma.is_masked(values):
-        raise ConfigError(f"{name} is an array with {np.ma.count_masked(values)} numbers masked", hint="leave them out")
+        raise ConfigError(f"{name} is an array of which numbers are masked", hint="leave them out")
     if numbers.size and numbers.dtype.kind not in "iu":
         raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}: {_first_other(numbers)!r:.60}")
     if numbers.size and numbers.dtype == np.uint64 and (largest := numbers.max()) > np.iinfo(np.int64).max:
