@@ -18,7 +18,8 @@ def latency_table(config: CompareConfig, report: dict[str, Any]) -> Table:
     engines = " and ".join(" ".join(engine) for engine in machine["engines"].items())
     threads = f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}"
     notes = [
-        f"ms: medians here, in turns, on {engines}, {threads}; ±: 95 % interval over the seeds {seeds}",
+        f"ms: medians here, in turns, on {engines}, {threads}"
+        + (f"; ±: 95 % interval over the seeds {seeds}" if len(report["seeds"]) > 1 else ""),
         *_why(report),
     ]
     narrow = [column for column in _columns(config) if column.key not in ("whole_ms", "graph")]
@@ -80,8 +81,8 @@ def _shown(report: dict[str, Any]) -> list[dict[str, Any]]:
 def _why(report: dict[str, Any]) -> list[str]:
     """A line for each encoder that does not reach the latency."""
     return [
-        f"{row['name']} does not reach {report['at_latency_ms']:g} ms: {row['ms']:.2f} ms with {row['patches']} patches"
-        f" at {row['size']}"
+        f"{row['name']} does not reach {report['at_latency_ms']:g} ms: {row['ms']:.2f} ms with {row['patches']}"
+        f" patch{'es' if row['num_patches'] > 1 else ''} at {row['size']}"
         for row in report["encoders"]
         if not row["reached"]
     ]
