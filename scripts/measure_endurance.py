@@ -31,7 +31,7 @@ from mae_deploy.models.config import DecoderConfig, EncoderConfig
 from mae_deploy.models.vit import Encoder
 from mae_deploy.pretrain.config import PretrainConfig
 from mae_deploy.pretrain.run import run_pretrain
-from mae_deploy.reporting.plots import figure
+from mae_deploy.reporting.plots import figure, legend_below
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.training.config import LoopConfig, OptimConfig
 from mae_deploy.training.step import Stepper
@@ -143,13 +143,20 @@ def _watched(every: int) -> Iterator[list[Point]]:
 
 
 def _draw(path: Path, curves: dict[str, list[Point]]) -> None:
-    with figure(path, 9.0, 3.0) as drawn:
-        for axes, (name, points) in zip(drawn.subplots(1, 2), curves.items(), strict=True):
-            done = [point.done for point in points]
-            for field, label in (("mib", "memory, MiB"), ("files", "open files"), ("threads", "threads")):
-                axes.plot(done, [getattr(point, field) for point in points], label=label)
-            axes.set(xlabel=name, yscale="log", title=f"{done[-1]:,} {name}")
-        axes.legend(loc="center right")
+    """Memory above, open files and threads below, all from zero on."""
+    with figure(path, 8.0, 4.0) as drawn:
+        rows = drawn.subplots(2, 2, sharex="col", sharey="row", height_ratios=(3, 2))
+        for column, (name, points) in enumerate(curves.items()):
+            done, (above, below) = [point.done for point in points], rows[:, column]
+            above.plot(done, [point.mib for point in points])
+            below.plot(done, [point.files for point in points], color="C1", label="open files")
+            below.plot(done, [point.threads for point in points], color="C2", label="threads")
+            above.set_title(f"{done[-1]:,} {name}")
+            below.set_xlabel(name)
+            below.xaxis.set_major_formatter("{x:,.0f}")
+        for row, label in zip(rows, ("memory, MiB", "number"), strict=True):
+            row[0].set(ylabel=label, ylim=(0, 1.2 * max(axes.dataLim.ymax for axes in row)))
+        legend_below(drawn, rows[1, 0], columns=2)
 
 
 if __name__ == "__main__":

@@ -365,8 +365,9 @@ def test_bf16_in_place_of_fp32_only_where_it_was_checked(
 ) -> None:
     manifest: Any = {"precision": precision, "typing": typing, "engine": engine, "quantization": {"weight_bits": 7}}
     assert Bundle(tmp_path, manifest).arithmetic == arithmetic
-    assert Bundle(tmp_path, {**manifest, "quantization": {"baseline": "fp16.onnx"}}).baseline == "fp16.onnx"
-    assert Bundle(tmp_path, {**manifest, "quantization": None}).baseline is None
+    for quantization, baseline in (({"baseline": "fp16.onnx"}, "fp16.onnx"), (None, None)):
+        manifest["quantization"] = quantization
+        assert Bundle(tmp_path, manifest).baseline == baseline
 
 
 # --- golden samples --------------------------------------------------------------------------------------------------
