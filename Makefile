@@ -44,7 +44,7 @@ hostile: .venv/.installed ## give every hostile file to every command that reads
 fuzz: .venv/.installed ## change bytes of whole files and read them, for some minutes
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.hostile.fuzz
 
-# mutmut stands in a folder of its own: it brings another pytest. MUTANTS='mae_deploy.models.masking.*' tries these alone.
+# mutmut stands in a folder of its own: it brings another pytest. MUTANTS='mae_deploy.models.mae.*' tries these alone.
 mutants: .venv/.installed ## change the code of masks, loss, parity and bundles, and count what the tests find
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target build/mutmut mutmut==3.8.1
 	@OMP_NUM_THREADS=1 PYTHONPATH=build/mutmut $(BIN)/python -m mutmut run $(MUTANTS)
