@@ -281,8 +281,8 @@ class Backbone:
 
         return Stream(self, StreamConfig(**options))
 
-    def stream_pool(self, cameras: int, **options: Any) -> StreamPool:
-        """Follow several cameras, whose frames are computed in batches; see `stream`."""
+    def stream_pool(self, cameras: int | Sequence[str], **options: Any) -> StreamPool:
+        """Follow several cameras, by their number or names, whose frames are computed in batches; see `stream`."""
         from mae_deploy.runtime.streams.config import StreamConfig
         from mae_deploy.runtime.streams.stream import StreamPool
 

@@ -174,9 +174,7 @@ class _Session:
 def _follower(backbone: Backbone, config: StreamCommandConfig) -> Follow:
     """Streams; with a graph that keeps nothing, whole frames."""
     if backbone.bundle.token_mode == "cached":
-        return backbone.stream_pool(
-            len(config.sources), select=config.selection.select(), **_values(config.stream)
-        ).follow
+        return backbone.stream_pool(config.sources, select=config.selection.select(), **_values(config.stream)).follow
     notice(
         "whole frames:",
         f"the graph of {config.bundle} keeps nothing of earlier frames (its token mode is"

@@ -82,8 +82,11 @@ class StreamPool:
     Calls from several threads take turns. Memory does not grow with the number of frames.
     """
 
-    def __init__(self, backbone: StreamModel, cameras: int, config: StreamConfig) -> None:
+    def __init__(self, backbone: StreamModel, cameras: int | Sequence[str], config: StreamConfig) -> None:
         """Begin cameras that have seen nothing.
+
+        Args:
+            cameras: how many, or their names, by which errors call them; else they are camera 0 and so on.
 
         Raises:
             ConfigError: a bundle that was not exported with `--tokens cached`, or of a fixed K, or of a fixed batch
@@ -96,6 +99,10 @@ class StreamPool:
                 + (f", of {bundle.fixed_keep} patches always" if bundle.fixed_keep is not None else ""),
                 hint="export with --tokens cached",
             )
+        if isinstance(cameras, str):
+            raise ConfigError(f"cameras are a number or a list of names, not '{cameras}'")
+        self.names = [f"camera {index}" for index in range(cameras)] if isinstance(cameras, int) else list(cameras)
+        cameras = len(self.names)
         if cameras < 1 or bundle.fixed_batch not in (None, 1):
             raise ConfigError(
                 f"{cameras} cameras on a graph of batch {bundle.fixed_batch}", hint="export without a fixed batch"
@@ -155,7 +162,7 @@ class StreamPool:
             given = {index: frame for index, frame in enumerate(frames) if frame is not None}
             missing = [index for index in range(len(self)) if index not in given and not self._last[index]]
             if missing:
-                raise ConfigError(f"camera {missing[0]} has no frame yet", hint="begin with a frame of each")
+                raise ConfigError(f"{self.names[missing[0]]} has no frame yet", hint="begin with a frame of each")
             chosen = self._follow(given)
             return [self._result(index, chosen.get(index)) for index in range(len(self))]
 
@@ -297,7 +304,7 @@ class StreamPool:
             camera.relax()
         elif self.config.on_drift == "error":
             raise DriftError(
-                f"camera {index}, frame {camera.index - 1}: the stream's tokens are {snr:.1f} dB from those of the"
+                f"{self.names[index]}, frame {camera.index - 1}: the stream's tokens are {snr:.1f} dB from those of the"
                 f" whole frame, less than {self.config.min_snr:g}",
                 hint="refresh more, or select more",
             )

@@ -235,6 +235,21 @@ class TestAudit:
             many()
         assert stream(changed(background(), 5)).cost < 1.5  # and goes on
 
+    def test_the_camera_is_called_as_it_was_named(self, backbone: Backbone) -> None:
+        options: dict[str, Any] = {**AUDITED, "audit": 1.0, "min_snr": 99.0, "on_drift": "error"}
+        pool = backbone.stream_pool(["yard", "rtsp://gate"], **options)
+
+        def many() -> None:
+            for index in range(20):
+                pool([background(), changed(background(), index % N)])
+
+        with pytest.raises(DriftError, match=r"^rtsp://gate, frame \d+: the stream's"):
+            many()
+        with pytest.raises(ConfigError, match=r"^gate has no frame yet"):
+            backbone.stream_pool(["yard", "gate"], **options)([background(), None])
+        with pytest.raises(ConfigError, match="not 'yard'"):
+            backbone.stream_pool("yard", **options)
+
     def test_a_refresh_that_was_doubled_to_whole_frames_is_tried_with_less_again(self, backbone: Backbone) -> None:
         """Whole frames are not audited: such a stream would stay at a whole frame's cost for good."""
         stream = backbone.stream(**{**AUDITED, "refresh": 0.2, "audit": 0.5, "min_snr": 99.5})  # no audit passes
