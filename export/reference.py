@@ -166,7 +166,10 @@ def _run_stream(
     for part, ids in zip(patches.split(updates, dim=1), ids_keep.split(updates, dim=1), strict=True):
         tokens, cache, inner = update(model, part, ids, cache)
         frame = frame.scatter(1, ids[..., None].expand(-1, -1, D), tokens[:, prefix:])
-    return tokens, model.fc_norm(frame.sum(dim=1) / cache.computed[:, prefix:].sum(dim=1, keepdim=True)), inner
+    # One after the other: of each, other patches were computed.
+    seen = [frame[at, cache.computed[at, prefix:]] for at in range(B)]
+    pooled = [Encoder.pool_latent(model, torch.cat([tokens[at, :prefix], seen[at]])[None]) for at in range(B)]
+    return tokens, torch.cat(pooled), inner
 
 
 def restoring(ids_keep: Tensor, num_patches: int) -> Tensor:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from mae_deploy.export.graph.builder import Dim, GraphBuilder
 from mae_deploy.export.graph.precision import FLOAT32, DType
-from mae_deploy.runtime.manifest import CACHE_MASK, NEW_ROWS, REST
+from mae_deploy.runtime.manifest import CACHE_MASK, NEW_ROWS, OLD_TOKENS, REST
 
 
 class CacheWriter:
@@ -33,11 +33,10 @@ class CacheWriter:
         self._new: list[str] = []
         mask = b.input(CACHE_MASK, FLOAT32, [batch, rows])
         none = b.node("Mul", [b.cast(places, FLOAT32), b.scalar(0.0)], "cache/none")
-        ones = b.node("Add", [none, b.scalar(1.0)], "cache/new")
-        self._seen = b.node("Concat", [mask, ones], "cache/seen", axis=1)
-        unseen = b.node("Sub", [b.scalar(1.0), self._seen], "cache/unseen")
-        bias = b.node("Mul", [unseen, b.scalar(masked)], "cache/bias")
-        self.mask = b.node("Unsqueeze", [bias, b.integers(1, 2)], "cache/scores")
+        self._masked = masked
+        self._new_seen = b.node("Add", [none, b.scalar(1.0)], "cache/new")
+        self._seen = b.node("Concat", [mask, self._new_seen], "cache/seen", axis=1)
+        self.mask = self._scores(self._seen, "cache")
         """What is added to the scores of attention: FP32 `(B, 1, 1, R + T)`."""
 
     def beside(self, part: str, index: str, new: str, heads: int, head_dim: int) -> str:
@@ -63,6 +62,22 @@ class CacheWriter:
         return b.node(
             "Div", [total, b.node("Sub", [tokens, b.scalar(float(self._prefix))], "cache/patches")], "outputs/mean"
         )
+
+    def behind_tokens(self, tokens: str, width: int) -> tuple[str, str]:
+        """The final tokens of the cache behind the new ones, FP32 `(B, T, D) -> (B, T + R, D)`, and what is added to
+        the scores of attention that pools them.
+        """
+        b = self.builder
+        old = b.input(OLD_TOKENS, FLOAT32, [self.batch, self.rows, width])
+        seen = b.node("Concat", [self._new_seen, CACHE_MASK], "cache/pool_seen", axis=1)
+        return b.node("Concat", [tokens, old], "cache/all_tokens", axis=1), self._scores(seen, "cache/pool")
+
+    def _scores(self, seen: str, name: str) -> str:
+        """Of rows that are seen, `(B, R + T)` of 1 and 0, what is added to scores: FP32 `(B, 1, 1, R + T)`."""
+        b = self.builder
+        unseen = b.node("Sub", [b.scalar(1.0), seen], f"{name}/unseen")
+        bias = b.node("Mul", [unseen, b.scalar(self._masked)], f"{name}/bias")
+        return b.node("Unsqueeze", [bias, b.integers(1, 2)], f"{name}/scores")
 
     def output(self, num_tokens: Dim, heads: int, head_dim: int) -> None:
         """Declare the new rows of all blocks as one output, in the cache's type: each output costs a call time."""

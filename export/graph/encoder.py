@@ -314,7 +314,7 @@ class _Graph:
         if wanted & {"tokens", *(() if attended else ("pooled",))}:
             values["tokens"] = self._patch_tokens(tokens, "tokens"), [B, self.keep, D]
         if "pooled" in wanted:
-            pooled = write_attention_pool(writer, self.config, tokens) if attended else self._mean(values["tokens"][0])
+            pooled = self._attended(writer, tokens) if attended else self._mean(values["tokens"][0])
             normed = "fc_norm.weight" in self.weights
             values["pooled"] = writer.layer_norm(pooled, "fc_norm", dtype=FLOAT32) if normed else pooled, [B, D]
         if {"logits", "probs"} & wanted:
@@ -332,6 +332,12 @@ class _Graph:
         if self.ragged:
             tokens = b.node("Mul", [tokens, self._real_rows], f"outputs/{name}/real")
         return b.without_first(tokens, self.config.num_prefix, f"outputs/{name}")
+
+    def _attended(self, writer: BlockWriter, tokens: str) -> str:
+        """What attention pools of the real tokens: `(B, T, D) -> (B, D)`; of a stream, of the whole frame."""
+        if self.cache is None:
+            return write_attention_pool(writer, self.config, tokens, self.padding)
+        return write_attention_pool(writer, self.config, *self.cache.behind_tokens(tokens, self.config.width))
 
     def _mean(self, patch_tokens: str) -> str:
         """Mean over the real patches: `(B, K, D) -> (B, D)`; of a stream, over the whole frame."""

@@ -15,29 +15,36 @@ from mae_deploy.models.config import EncoderConfig
 _NAME = "attn_pool"
 
 
-def write_attention_pool(writer: BlockWriter, config: EncoderConfig, tokens: str) -> str:
-    """What is pooled of the tokens behind the last norm: FP32 `(B, T, D) -> (B, D)`."""
+def write_attention_pool(writer: BlockWriter, config: EncoderConfig, tokens: str, mask: str | None) -> str:
+    """What is pooled of the tokens behind the last norm: FP32 `(B, T, D) -> (B, D)`.
+
+    Keys and values are never made: with one query, `q (W_k t)^T` is `(q W_k) t^T`, a bias of the keys is the same for
+    all tokens, and the mean of `W_v t` is `W_v` of the mean. Of a stream, that is a hundredth of what an update costs,
+    where keys and values of all tokens would be a sixth.
+
+    Args:
+        mask: what is added to the scores, FP32 `(B, 1, 1, T)`; None: nothing.
+    """
     b, weights, D, H = writer.builder, writer.weights, config.width, config.pool_heads
     d = D // H
-    padding, first = writer.padding, 0 if config.pool_prefix else config.num_prefix
-    if first:
+    if first := 0 if config.pool_prefix else config.num_prefix:
         tokens = b.without_first(tokens, first, f"{_NAME}/patches")
-        padding = padding and b.without_first(padding, first, f"{_NAME}/patch_padding", axis=3)
+        mask = mask and b.without_first(mask, first, f"{_NAME}/patch_mask", axis=3)
     latent = weights[f"{_NAME}.latent"][0].astype(np.float64)
     query = latent @ weights[f"{_NAME}.q.weight"].T + weights[f"{_NAME}.q.bias"]
-    query = (query / math.sqrt(d)).reshape(H, 1, d).astype(np.float32)
-    keys_values = writer.fp32_linear(tokens, f"{_NAME}.kv")
-    keys_values = b.node("Reshape", [keys_values, b.integers(0, 0, 2, H, d)], f"{_NAME}/heads")
-    keys, values = (
-        b.node("Gather", [keys_values, b.scalar(index, np.int64)], f"{_NAME}/{part}", axis=2)
-        for index, part in enumerate(("k", "v"))
-    )
-    keys = b.node("Transpose", [keys], f"{_NAME}/k_transposed", perm=[0, 2, 3, 1])
-    values = b.node("Transpose", [values], f"{_NAME}/v_transposed", perm=[0, 2, 1, 3])
-    scores = b.node("MatMul", [b.weight(f"{_NAME}/query", query), keys], f"{_NAME}/qk")
-    if padding is not None:
-        scores = b.node("Add", [scores, padding], f"{_NAME}/padding")
+    of_keys, of_values = weights[f"{_NAME}.kv.weight"].reshape(2, H, d, D)
+    query = np.einsum("hd,hdi->ih", query.reshape(H, d) / math.sqrt(d), of_keys).astype(np.float32)
+    scores = b.node("MatMul", [tokens, b.weight(f"{_NAME}/query", query)], f"{_NAME}/qk")  # (B, T, H)
+    scores = b.node("Transpose", [scores], f"{_NAME}/scores", perm=[0, 2, 1])
+    if mask is not None:
+        added = b.node("Squeeze", [mask, b.integers(1)], f"{_NAME}/mask")
+        scores = b.node("Add", [scores, added], f"{_NAME}/masked")
     shares = b.node("Softmax", [scores], f"{_NAME}/softmax", axis=-1)
-    mixed = b.node("MatMul", [shares, values], f"{_NAME}/av")  # (B, H, 1, d)
-    pooled = writer.fp32_linear(b.node("Reshape", [mixed, b.integers(0, D)], f"{_NAME}/merged"), f"{_NAME}.proj")
+    means = b.node("MatMul", [shares, tokens], f"{_NAME}/av")  # (B, H, D)
+    means = b.node("Unsqueeze", [means, b.integers(2)], f"{_NAME}/means")
+    values = b.weight(f"{_NAME}.kv.weight", np.ascontiguousarray(of_values.transpose(0, 2, 1)))
+    mixed = b.node("MatMul", [means, values], f"{_NAME}/values")  # (B, H, 1, d)
+    mixed = b.node("Reshape", [mixed, b.integers(0, D)], f"{_NAME}/merged")
+    mixed = b.node("Add", [mixed, b.weight(f"{_NAME}.kv.bias", weights[f"{_NAME}.kv.bias"][D:])], f"{_NAME}/mixed")
+    pooled = writer.fp32_linear(mixed, f"{_NAME}.proj")
     return writer.fp32_mlp(pooled, f"{_NAME}.norm", f"{_NAME}.mlp", "gelu" if config.activation == "swiglu" else None)

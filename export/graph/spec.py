@@ -82,11 +82,8 @@ def available_outputs(metadata: Metadata, token_mode: TokenMode = "full", *, pyr
     maps = () if token_mode == "cached" else ("feature_map", *(LEVELS if pyramid else ()))
     if metadata.kind == "classifier" and metadata.pool == "avg":
         return (*CLASS_OUTPUTS, "pooled", *maps[1:], *blocks)
-    # A stream keeps no rows of what attention pools: it is not told of the whole frame.
-    pooled = () if token_mode == "cached" and encoder.pool_heads and metadata.pool in (None, "map") else ("pooled",)
-    headed = metadata.kind == "classifier" and (metadata.pool != "map" or bool(pooled))
-    names = (*(CLASS_OUTPUTS if headed else ()), *(("cls",) if encoder.class_token else ()), "tokens", *pooled)
-    names = (*names, *maps, *blocks)
+    headed = CLASS_OUTPUTS if metadata.kind == "classifier" else ()
+    names = (*headed, *(("cls",) if encoder.class_token else ()), "tokens", "pooled", *maps, *blocks)
     return ("pixels", *names) if token_mode == "reconstruct" else names
 
 
@@ -106,8 +103,8 @@ def with_last_tokens(names: tuple[str, ...], metadata: Metadata) -> tuple[str, .
     """
     averaged = metadata.kind == "classifier" and metadata.pool == "avg"
     last = f"block_{from_dict(EncoderConfig, metadata.encoder).blocks - 1}" if averaged else "tokens"
-    by_mean = metadata.kind == "classifier" and metadata.pool in ("avg", "mean")
-    pooled = "pooled" in names or (by_mean and "logits" in names)
+    of_all = metadata.kind == "classifier" and metadata.pool in ("avg", "mean", "map")
+    pooled = "pooled" in names or (of_all and not {"logits", "probs"}.isdisjoint(names))
     return names if not pooled or last in names else (*names, last)
 
 

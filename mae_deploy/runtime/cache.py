@@ -19,6 +19,7 @@ from mae_deploy.runtime.manifest import (
     CACHE_MASK,
     IDS_KEEP,
     NEW_ROWS,
+    OLD_TOKENS,
     PATCHES,
     REST,
     UPDATES,
@@ -172,6 +173,9 @@ def update_inputs(cache: TokenCache, patches: Array, ids_keep: Array, names: Seq
         mask = np.zeros((B, shape.num_prefix + shape.num_patches), np.float32)
         mask[:, shape.num_prefix :] = others
         inputs |= {CACHE_MASK: mask, **cache.rows}
+    if OLD_TOKENS in names:
+        prefix = np.zeros((B, 1 if alone else shape.num_prefix, shape.embed_dim), np.float32)  # masked
+        inputs[OLD_TOKENS] = prefix if alone else np.concatenate([prefix, cache.tokens], axis=1)
     if REST in names:
         inputs[REST] = np.matmul(others[:, None].astype(np.float32), cache.tokens)[:, 0]
     return inputs

@@ -18,6 +18,7 @@ from mae_deploy.runtime.manifest import (
     IMAGES,
     NEW_ROWS,
     NUM_KEEP,
+    OLD_TOKENS,
     PATCHES,
     PLANNED,
     QUANTIZED,
@@ -132,7 +133,8 @@ def _reason_against_graph(manifest: Manifest) -> str | None:
     if mode == "cached":
         layouts = {dtype: [B, K, P * P * C] for dtype in layouts}
         wanted |= _cache_inputs(manifest, inputs)
-        names = (PATCHES, *wanted.keys() - {NUM_KEEP, REST}, *({REST} & inputs.keys()))
+        pools = {REST, OLD_TOKENS}
+        names = (PATCHES, *wanted.keys() - {NUM_KEEP, *pools}, *(pools & inputs.keys()))
     if len(graph["inputs"]) != len(names) or set(inputs) != set(names):
         return (
             f"a graph of token mode '{mode}' has the inputs {', '.join(names)}, not"
@@ -162,7 +164,8 @@ def _cache_inputs(manifest: Manifest, inputs: Mapping[str, TensorEntry]) -> dict
     R: Dim = "R" if opened else num_prefix(model) + manifest["num_patches"]
     half = names[0] in inputs and inputs[names[0]]["dtype"] == "float16"
     rows: tuple[str, list[Dim]] = ("float16" if half else "float32", [B, H, R, D // H])
-    return {CACHE_MASK: ("float32", [B, R]), REST: ("float32", [B, D]), **dict.fromkeys(names, rows)}
+    pools: dict[str, tuple[str, list[Dim]]] = {REST: ("float32", [B, D]), OLD_TOKENS: ("float32", [B, R, D])}
+    return {CACHE_MASK: ("float32", [B, R]), **pools, **dict.fromkeys(names, rows)}
 
 
 def _reason_against_outputs(manifest: Manifest) -> str | None:

@@ -28,6 +28,8 @@ CACHE_MASK = "cache_mask"
 """float32 `(B, R)`: 1 where attention sees a row of the cache, 0 where it is recomputed or was never computed."""
 REST = "rest"
 """float32 `(B, D)`: the sum of the final tokens of the patches that are not recomputed; for means over all."""
+OLD_TOKENS = "old_tokens"
+"""float32 `(B, R, D)`: the final tokens that go with the rows of the cache; for attention that pools all."""
 NEW_ROWS = "new_rows"
 """What a cached graph gives for the cache: the rows of CLS and the recomputed patches, T, of all keys and values in the
 order of `cache_names`: `(B, 2 L H, T, d)`."""

@@ -12,16 +12,15 @@ import onnxruntime
 import pytest
 import torch
 
-from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import build_graph
-from mae_deploy.export.graph.spec import GraphSpec, TokenMode, available_outputs
+from mae_deploy.export.graph.spec import GraphSpec, TokenMode, available_outputs, with_last_tokens
 from mae_deploy.export.reference import Reference
 from mae_deploy.images.preprocess import default_preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import DecoderConfig
 from mae_deploy.models.mae import MaskedAutoencoder
-from mae_deploy.models.vit import Classifier, Encoder
-from mae_deploy.runtime.cache import CacheShape, Sequences
+from mae_deploy.models.vit import Classifier, Encoder, patchify
+from mae_deploy.runtime.cache import CacheShape, Sequences, TokenCache, update_cache
 from mae_deploy.runtime.engines.base import EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NEW_ROWS, NUM_KEEP, PATCHES, UPDATES
 from mae_deploy.runtime.registry import open_graph
@@ -88,11 +87,23 @@ def test_what_a_head_reads(pool: Any, tmp_path: Path) -> None:
     assert np.abs(found["logits"] - expected).max() < 1e-5 * np.abs(expected).max()
 
 
-def test_a_stream_has_no_attention_pooling() -> None:
+@pytest.mark.parametrize("outputs", [("logits", "tokens"), ("pooled", "tokens")])
+def test_attention_pools_the_whole_frame_of_a_stream(outputs: tuple[str, ...], tmp_path: Path) -> None:
+    """After updates that together computed every patch, and after one of all: as of the whole image."""
     model = fill(Classifier(family("Perception Encoder"), num_classes=7, pool="map"))
-    assert {"pooled", "logits"}.isdisjoint(available_outputs(metadata_of(model), "cached"))
-    with pytest.raises(ConfigError, match="no output 'pooled'"):
-        build_graph(metadata_of(model), model.state_dict(), GraphSpec(token_mode="cached", outputs=("pooled",)))
+    assert {"logits", "tokens"} <= set(with_last_tokens(("logits",), metadata_of(model)))
+    spec = GraphSpec(token_mode="cached", outputs=outputs)
+    (path,) = build_graph(metadata_of(model), model.state_dict(), spec).save(tmp_path / "graph.onnx")
+    c = model.config
+    shape = CacheShape(num_patches=N, depth=2, num_heads=3, embed_dim=24, dtype="float32", num_prefix=c.num_prefix)
+    patches = patchify(torch.from_numpy(IMAGES_), 4).numpy()
+    with open_graph(path, "onnxruntime", EngineOptions(threads=1), precision="fp32") as engine:
+        cache, ids = TokenCache.empty(shape, B), np.tile(np.arange(N), (B, 1))
+        at_once = update_cache(engine, cache, patches, ids)[outputs[0]]
+        again = update_cache(engine, cache, patches[:, :K], ids[:, :K])[outputs[0]]
+    expected = Reference(model=model, preprocess=SPEC).outputs(INPUTS["full"], outputs[:1])[outputs[0]]
+    for found in (at_once, again):
+        assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()
 
 
 @pytest.fixture(scope="module")
