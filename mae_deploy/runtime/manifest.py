@@ -275,6 +275,12 @@ def follows_keep(name: str) -> bool:
     return name == "tokens" or _BLOCK_OUTPUT.fullmatch(name) is not None
 
 
+def pools_mean(manifest: Manifest) -> bool:
+    """Whether `pooled` of a cached graph is the mean of the tokens, and nothing else is done to it."""
+    inputs = [entry["name"] for entry in manifest["graph"]["inputs"]]
+    return REST in inputs and not manifest["model"].get("pool_norm")
+
+
 def cache_names(depth: int) -> tuple[str, ...]:
     """The keys and values that a cached graph takes, block by block, each `(B, H, R, d)`."""
     return tuple(f"{part}_{index}" for index in range(depth) for part in ("keys", "values"))

@@ -15,7 +15,7 @@ import numpy as np
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.flops import flops_per_image
-from mae_deploy.runtime.manifest import REST
+from mae_deploy.runtime.manifest import pools_mean
 from mae_deploy.runtime.selection import Motion
 from mae_deploy.runtime.selection.base import Scene
 from mae_deploy.runtime.selection.difference import grey
@@ -114,7 +114,7 @@ class ChangedPatches(Arm):
         if "tokens" in self._features:
             tokens = cache.tokens.copy()
             self._features["tokens"] = tokens
-            if "pooled" in self._features and REST in backbone.engine.input_names:
+            if "pooled" in self._features and pools_mean(backbone.bundle.manifest):
                 self._features["pooled"] = tokens.mean(axis=1)
         whole = len(ids) == backbone.num_patches
         return Answer(self._features, update_cost(backbone, len(ids), context=self._context), whole=whole)

@@ -13,7 +13,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.images.regions import patches_of
 from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.flops import flops_per_image
-from mae_deploy.runtime.manifest import REST, num_prefix
+from mae_deploy.runtime.manifest import num_prefix, pools_mean
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass, step
@@ -242,14 +242,13 @@ class StreamPool:
         return self._backbone.preprocess.crop_patches(choice.frame, ids, self._patch_size)
 
     def _whole_features(self, outputs: dict[str, Array], tokens: Array) -> dict[str, Array]:
-        """The outputs with all patches' tokens, and their mean where that is what `pooled` is.
-
-        What attention pools is as the graph gives it, before the shift.
+        """The outputs with all patches' tokens, and their mean where that is what `pooled` is. What attention pools, or
+        is normalised, is as the graph gives it, before the shift.
         """
         found = dict(outputs)
         if "tokens" in found:
             found["tokens"] = tokens.astype(found["tokens"].dtype)
-            if "pooled" in found and REST in self._backbone.engine.input_names:
+            if "pooled" in found and pools_mean(self._backbone.bundle.manifest):
                 found["pooled"] = tokens.mean(axis=1).astype(found["pooled"].dtype)
         return found
 
