@@ -131,14 +131,11 @@ class _Graph:
 
     def _cache(self) -> CacheWriter:
         """Of all tokens; where K is dynamic, so is R: a frame of which every patch is recomputed needs no old rows."""
+        opened = self.spec.keep is None and not self.spec.fixed_rows
         return CacheWriter(
             self.builder,
             batch=self.batch,
-            rows=(
-                "R"
-                if self.spec.keep is None and not self.spec.fixed_rows
-                else self.config.num_prefix + self.config.num_patches
-            ),
+            rows="R" if opened else self.config.num_prefix + self.config.num_patches,
             places=self.places,
             prefix=self.config.num_prefix,
             dtype=np.dtype(self.spec.cache),
@@ -335,9 +332,8 @@ class _Graph:
 
     def _attended(self, writer: BlockWriter, tokens: str) -> str:
         """What attention pools of the real tokens: `(B, T, D) -> (B, D)`; of a stream, of the whole frame."""
-        if self.cache is None:
-            return write_attention_pool(writer, self.config, tokens, self.padding)
-        return write_attention_pool(writer, self.config, *self.cache.behind_tokens(tokens, self.config.width))
+        pooled = self.cache.behind_tokens(tokens, self.config.width) if self.cache else (tokens, self.padding)
+        return write_attention_pool(writer, self.config, *pooled)
 
     def _mean(self, patch_tokens: str) -> str:
         """Mean over the real patches: `(B, K, D) -> (B, D)`; of a stream, over the whole frame."""
