@@ -26,7 +26,7 @@ from tests.commands.test_sign import write_keys
 from tests.data.image_folders import write_classes, write_noise
 from tests.export.tiny_exports import write_checkpoint
 from tests.models.tiny_models import tiny_encoder
-from tests.runtime.tensorrt.planned_bundle import ORIN, PROFILES, planned
+from tests.runtime.tensorrt.planned_bundle import ORIN, planned
 from tests.runtime.video.tiny_video import moving_square, write_video
 from tests.training.tiny_runs import STUDENT, finetuning, optim, pretraining
 
@@ -235,7 +235,7 @@ def _engine() -> Any:
             version="10.3.0",
             gpu=ORIN,
             precision="fp16",
-            profiles=PROFILES,
+            profiles=[{size: (a, b, c) for size, (a, b, c) in bundle.manifest["profile"].items()}],
             build={
                 "size": 4000,
                 "seconds": 1.0,
@@ -304,7 +304,8 @@ CASES: dict[str, Case] = {
         arguments=lambda root, out: [
             *("build-engine", out / "bundle", "--triton", out / "models", "--deepstream", out / "deepstream")
         ],
-        start=lambda root, out: planned(out / "bundle"),
+        several=True,
+        start=lambda root, out: planned(out / "bundle", token_mode="full", preprocess={"std": [0.3] * 3}),
         atomic=False,
         within=_engine,
     ),

@@ -51,7 +51,7 @@ class Disk:
     def close(self) -> None:
         """Give it back."""
         if self.mounted:
-            subprocess.run(["umount", self.folder], check=True)
+            subprocess.run(["umount", "--lazy", self.folder], check=True)
 
     def _mount(self, *arguments: str) -> bool:
         try:
