@@ -6,6 +6,7 @@ Malkov and Yashunin, Efficient and robust approximate nearest neighbor search: h
 
 from __future__ import annotations
 
+import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
@@ -94,7 +95,8 @@ class Approximate(Neighbours):
         usearch: Any = import_optional("usearch.index", extra="search")
         if as_utf8(str(folder)) != str(folder):
             raise ConfigError(f"no index can be kept in {folder}, whose name is not UTF-8", hint="rename it")
-        path = folder / INDEX_FOLDER / f"{name}-{len(rows)}.usearch"
+        checksum = zlib.crc32(np.ascontiguousarray(rows).data)  # of other features in the same folder, or others' ways
+        path = folder / INDEX_FOLDER / f"{name}-{len(rows)}-{checksum:08x}.usearch"
         index = usearch.Index.restore(path) if path.is_file() else None
         if index is None or len(index) != len(rows) or index.ndim != rows.shape[1]:
             index = usearch.Index(ndim=rows.shape[1], metric="cos", dtype="f32")

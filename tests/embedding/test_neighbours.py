@@ -60,7 +60,12 @@ def test_an_index_finds_nearly_all_and_is_kept(rows: Array, tmp_path: Path, monk
     places, cosines = near.nearest(rows[:3], 2)
     assert places[:, 0].tolist() == [0, 1, 2]
     np.testing.assert_allclose(cosines[:, 0], 1, atol=1e-5)  # of rows of length 1, in float32
-    assert [path.name for path in (tmp_path / INDEX_FOLDER).iterdir()] == [f"pooled-{N}.usearch"]
+    (kept,) = (tmp_path / INDEX_FOLDER).iterdir()
+    assert kept.name.startswith(f"pooled-{N}-")
+    Approximate(rows[::-1], tmp_path, "pooled")  # other features: not those of before
+    (other,) = (tmp_path / INDEX_FOLDER).iterdir()
+    assert other.name != kept.name
+    Approximate(rows, tmp_path, "pooled")
     done: list[int] = []
     again = Approximate(rows, tmp_path, "pooled", done.append)
     assert done == []

@@ -85,16 +85,18 @@ class Uploads:
         Raises:
             Refused: it is too large, too slow or broken off, or too much is held.
         """
-        limit, body = self._limits.max_bytes, bytearray()
+        limit, body, size = self._limits.max_bytes, bytearray(), 0
         announced = request.headers.get("content-length", "0")
         if not announced.isdigit() or int(announced) > limit:
             raise self._too_large(f"{announced} bytes")
 
         async def read() -> None:
+            nonlocal size
             async for chunk in request.stream():
                 body.extend(chunk)
+                size += len(chunk)
                 self.held += len(chunk)
-                if len(body) > limit:
+                if size > limit:
                     raise self._too_large("the request")
                 if self.held > self._limits.max_held:
                     raise Refused(503, f"requests of {as_size(self.held)} are being read already", unread=True)
@@ -103,13 +105,16 @@ class Uploads:
             try:
                 await asyncio.wait_for(read(), self._timeout)
             except asyncio.TimeoutError:
-                message = f"the request has not arrived within {self._limits.timeout}: {len(body)} bytes have"
+                message = f"the request has not arrived within {self._limits.timeout}: {size} bytes have"
                 raise Refused(408, message, unread=True) from None
             except ClientDisconnect:
-                raise Refused(400, f"the client went away after {len(body)} bytes") from None
-            yield bytes(body)
+                raise Refused(400, f"the client went away after {size} bytes") from None
+            content = bytes(body)
+            body.clear()
+            yield content
         finally:
-            self.held -= len(body)
+            self.held -= size
+            body.clear()  # at once: the error of a refused request holds it until the next collection
 
     def _too_large(self, what: str) -> Refused:
         return Refused(413, f"{what} is more than the {self._limits.max_bytes} of --max-bytes", unread=True)
