@@ -17,6 +17,7 @@ import os
 import re
 import socket
 import struct
+import sys
 import tempfile
 import time
 import zlib
@@ -59,7 +60,8 @@ class Reply:
 
 
 def serve(arguments: list[str], sleeps: bool) -> None:
-    """In a process of its own."""
+    """In a process of its own, which prints nothing between the tables."""
+    sys.stdout = open(os.devnull, "w")
     if sleeps:
         plain = Backbone.run_cropped
 
