@@ -17,14 +17,13 @@ import os
 import re
 import socket
 import struct
-import sys
 import tempfile
 import time
 import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,7 +60,6 @@ class Reply:
 
 def serve(arguments: list[str], sleeps: bool) -> None:
     """In a process of its own, which prints nothing between the tables."""
-    sys.stdout = open(os.devnull, "w")
     if sleeps:
         plain = Backbone.run_cropped
 
@@ -70,7 +68,8 @@ def serve(arguments: list[str], sleeps: bool) -> None:
             return plain(self, *given, **named)  # type: ignore[arg-type]
 
         Backbone.run_cropped = slow  # type: ignore[assignment,method-assign]
-    run_command(["serve", *arguments])
+    with open(os.devnull, "w") as nothing, redirect_stdout(nothing):
+        run_command(["serve", *arguments])
 
 
 @contextmanager
