@@ -362,7 +362,7 @@ CASES: dict[str, Case] = {
     "stream, lines": _streaming(".jsonl"),
     "stream, report and video": Case(
         arguments=lambda root, out: [
-            *("stream", root / "square.mp4", root / "cached", "--out", out / "rows.npz"),
+            *("stream", root / "square.mp4", root / "cached", "--bypass", "0.9", "--out", out / "rows.npz"),
             *("--report", out / "report", "--annotate", out / "seen.mp4"),
         ],
         several=True,
