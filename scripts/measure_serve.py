@@ -2,7 +2,7 @@
 
     python -m scripts.measure_serve [--seconds 4]
 
-Prints the tables of docs/results/serve.md, all of them, in two minutes.
+Prints the tables of docs/results/serve.md, all of them; quicker with fewer --seconds of each load.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _BACKLOG = 2048
 
 _KEPT = 250_000
 """Bytes of the largest buffer that is kept when it is freed. By default glibc keeps bodies and pixels of up to 32 MB in
-heaps of each thread: 166 to 188 MB after 1,000 requests of all sizes, against 107 MB with this and two heaps."""
+heaps of each thread: 166 to 188 MB after 1,000 requests of all sizes, against 107 MB with a bound and two heaps."""
 
 
 def run_serve(config: ServeConfig) -> Result:
