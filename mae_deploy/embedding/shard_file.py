@@ -17,11 +17,25 @@ from mae_deploy.embedding.job import Store, unreadable_beside
 from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.files import atomic_path
 from mae_deploy.images.read import Array
+from mae_deploy.text import parse_json
 
 ID, KEY, REASON = "id", "key", "reason"
 
 ABOUT, PLACE = b"mae_deploy", b"mae_deploy_shard"
 """Keys of the metadata: JSON of what the features are, the same in all shards; and which shard this is."""
+
+_SAID: dict[str, Any] = {
+    "folder": str,
+    "bundle.path": str,
+    "bundle.preprocess": dict,
+    "job.bundle": str,
+    "job.data": str,
+    "job.engine": str,
+    "job.every": int | None,
+    "job.image_column": str | None,
+    "job.shard_images": int,
+}
+"""What every file says, and of which kind it is."""
 
 _GROUP_BYTES = 16 << 20
 """Features in a row group, at least: what a reader holds at a time."""
@@ -135,7 +149,19 @@ def about_of(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     found = _metadata(path).metadata or {}
     if ABOUT not in found or PLACE not in found:
         raise ConfigError(f"{path} does not say what it holds features of", hint="'mae-deploy embed' writes such files")
-    return json.loads(found[ABOUT]), json.loads(found[PLACE])
+    try:
+        about, place = parse_json(found[ABOUT]), parse_json(found[PLACE])
+    except ValueError as error:
+        raise ConfigError(f"{path} says in no JSON what it holds features of: {error}", hint="embed again") from error
+    for key, kind in _SAID.items():
+        value = about
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, kind):
+            raise ConfigError(f"{path} says no '{key}' of its features, but {value!r:.60}", hint="embed again")
+    if not isinstance(place, dict) or "last" not in place:
+        raise ConfigError(f"{path} does not say which part of the features it is", hint="embed again")
+    return about, place
 
 
 def schema_of(path: Path) -> Any:

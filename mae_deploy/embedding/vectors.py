@@ -7,6 +7,7 @@ were centred alone, as near as the same photo at half its size; whitened, up to 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ from mae_deploy.errors import ConfigError, import_optional
 from mae_deploy.images.read import Array
 
 _PREFERRED = ("pooled", "cls")
+
+_VECTOR = r"fixed_size_list<\w+: (float|halffloat)( not null)?>\[[1-9]\d*\]"
+"""How pyarrow writes the type of a column of vectors."""
 
 _LEAST, _LEAST_OF_FEW = 0.01, 0.1
 """Shares of the mean variance that are added to that of each direction: the first, or the second times D / N where that
@@ -67,13 +71,21 @@ class Vectors:
         about, _ = about_of(shards[0])
         if other := [shard for shard in shards if about_of(shard)[0]["job"] != about["job"]]:
             raise ConfigError(f"{other[0]} and {shards[0]} have features of different jobs", hint="embed again")
-        output = _chosen(schema_of(shards[0]), output, folder)
+        schema = schema_of(shards[0])
+        output = _chosen(schema, output, folder)
+        for shard in shards:
+            _check_columns(shard, schema, output)
         count = sum(map(rows_of, shards))
         ids, keys, rows = np.empty(count, np.int64), list[str](), np.empty((0, 0), np.float32)
         start = 0
         for shard in shards:
-            with shard.open("rb") as file:
-                table = parquet.read_table(file, columns=[ID, KEY, output])
+            try:
+                with shard.open("rb") as file:
+                    table = parquet.read_table(file, columns=[ID, KEY, output])
+            except (OSError, ValueError) as error:  # pyarrow's are both
+                raise ConfigError(f"cannot read {shard}: {' '.join(str(error).split())}", hint="embed again") from error
+            if any(column.null_count for column in table.columns):
+                raise ConfigError(f"{shard} has rows without an id, a key or features", hint="embed again")
             stop = start + table.num_rows
             column = table[output].combine_chunks()
             if not rows.size:
@@ -84,6 +96,8 @@ class Vectors:
             start = stop
         if not count:
             raise ConfigError(f"no image in {folder} has features")
+        if not np.isfinite(rows).all():
+            raise ConfigError(f"features in {folder} are infinite or no numbers", hint="embed again")
         mean = rows.mean(axis=0, dtype=np.float64).astype(np.float32)
         whitening = _whitening(rows, mean)
         for first in range(0, count, _BLOCK):
@@ -115,9 +129,29 @@ def _whitened(rows: Array, mean: Array, whitening: Array) -> Array:
     return found
 
 
+def _check_columns(shard: Path, schema: Any, output: str) -> None:
+    """Whether a shard has the columns of the first one, and is as large as it says: features are not compressed.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    found = schema_of(shard)
+    kinds = {name: str(found.field(name).type) for name in (ID, KEY, output) if name in found.names}
+    if kinds.get(ID) != "int64" or kinds.get(KEY) not in ("string", "large_string") or not found.equals(schema):
+        raise ConfigError(
+            f"{shard} has the columns {', '.join(found.names)[:200]}, not '{ID}', '{KEY}' and the outputs of its job",
+            hint="'mae-deploy embed' writes such files",
+        )
+    numbers, size = rows_of(shard) * found.field(output).type.list_size, shard.stat().st_size
+    if 2 * numbers > size:
+        raise ConfigError(f"{shard} tells of {numbers} numbers and has {size} bytes", hint="embed again")
+
+
 def _chosen(schema: Any, output: str | None, folder: Path) -> str:
     vectors = [
-        name for name in schema.names if name not in (ID, KEY) and schema.field(name).type.value_type.num_fields == 0
+        name
+        for name in schema.names
+        if name not in (ID, KEY) and re.fullmatch(_VECTOR, str(schema.field(name).type)) is not None
     ]
     if output is None and vectors:
         return next((name for name in _PREFERRED if name in vectors), vectors[0])

@@ -70,6 +70,8 @@ BUNDLE_COMMANDS: dict[str, Arguments] = {
     "knn": ("knn", "labelled", "--init", FILE, "--k", 2, "--num-workers", 0, *_CPU),
     "compare": ("compare", FILE, "--data", "labelled", "--num-workers", 0, *_CPU),
     "eval": ("eval", FILE, "labelled", "--num-workers", 0, "--threads", 1),
+    "embed": ("embed", "images", FILE, "--out", OUT, "--threads", 1),
+    "certificate": ("verify", FILE, "--certificate", OUT + ".json", "--threads", 1),
     "benchmark": ("benchmark", FILE, "--repeats", 2, "--warmup", 1, "--threads", 1, "--no-probe"),
     "build-engine": ("build-engine", FILE),
     "distill": ("distill", "images", "--teacher", FILE, "--out", OUT, "--patch-size", 5, *_STUDENT, *_TRAINING),
@@ -99,6 +101,8 @@ DATA_COMMANDS: dict[str, Arguments] = {
     "finetune": ("finetune", FILE, "--init", "checkpoints/mae", "--val-share", 0.5, "--out", OUT, *_TRAINING),
     "knn": ("knn", FILE, "--init", "checkpoints/mae", "--val-share", 0.5, "--k", 2, "--num-workers", 0, *_CPU),
     "predict": ("predict", "bundles/visible", FILE, "--out", OUT + ".npz", "--threads", 1),
+    "embed": ("embed", FILE, "bundles/visible", "--out", OUT, "--threads", 1),
+    "drop-like": ("data", "pack", "images", OUT, "--drop-like", FILE, "--num-workers", 0),
 }
 
 RECIPE_COMMANDS: dict[str, Arguments] = {

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from mae_deploy.data.sources.base import Chosen, ImageSource
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import is_special
 from mae_deploy.progress import notice
 from mae_deploy.text import decode_text
 
@@ -43,11 +44,16 @@ def without(splits: Mapping[str, ImageSource], table: Path) -> dict[str, ImageSo
 
 
 def _named(table: Path) -> set[str]:
+    if is_special(table):
+        raise ConfigError(f"--drop-like {table} is no file, but a pipe or a device")
     try:
         text = decode_text(table.read_bytes(), errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"cannot read --drop-like {table}: {error.strerror}") from error
-    rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    try:
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    except csv.Error as error:
+        raise ConfigError(f"--drop-like {table} is no table: {error}") from error
     if rows and not rows[0].get(_KEY):
         raise ConfigError(
             f"--drop-like {table} has no column '{_KEY}'",

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -181,3 +183,79 @@ def test_names_that_are_not_utf8(root: Path, tmp_path: Path, capsys: pytest.Capt
     assert {path.suffix for path in (odd / "out").iterdir()} == {".csv", ".html", ".png"}
     assert main([*call, "--method", "approximate"]) == 2
     assert "whose name is not UTF-8" in capsys.readouterr().err
+
+
+def table_of(shard: Path) -> Any:
+    """With all of the file's words."""
+    words = {key: value for key, value in pq.read_metadata(shard).metadata.items() if key != b"ARROW:schema"}
+    return pq.read_table(shard).replace_schema_metadata(words)
+
+
+def rewritten(table: Any, name: str, values: Any) -> Any:
+    """A column in place of another."""
+    place = table.schema.get_field_index(name)
+    return table.set_column(place, name, values).replace_schema_metadata(table.schema.metadata)
+
+
+def said(table: Any, **words: bytes) -> Any:
+    return table.replace_schema_metadata({**table.schema.metadata, **{k.encode(): v for k, v in words.items()}})
+
+
+HOSTILE: dict[str, tuple[Any, str]] = {
+    "no keys": (lambda table: table.drop_columns(["key"]), "has the columns"),
+    "ids of text": (lambda table: rewritten(table, "id", pa.array(["x"] * len(table))), "has the columns"),
+    "ids that are absent": (lambda table: rewritten(table, "id", pa.nulls(len(table), pa.int64())), "without an id"),
+    "keys of numbers": (lambda table: rewritten(table, "key", pa.array([1] * len(table))), "has the columns"),
+    "features of text": (lambda table: rewritten(table, "pooled", pa.array(["x"] * len(table))), "no vectors 'pooled'"),
+    "features of any length": (lambda table: rewritten(table, "pooled", pa.array([[1.0]] * len(table))), "no vectors"),
+    "features that are absent": (
+        lambda table: rewritten(table, "pooled", pa.nulls(len(table), pa.list_(pa.float32(), D))),
+        "without an id, a key or features",
+    ),
+    "features of NaN": (
+        lambda table: rewritten(table, "pooled", pa.array([[np.nan] * D] * len(table), pa.list_(pa.float32(), D))),
+        "infinite or no numbers",
+    ),
+    "features of no width": (
+        lambda table: rewritten(table, "pooled", pa.array([[]] * len(table), pa.list_(pa.float32(), 0))),
+        "no vectors",
+    ),
+    "words that are no JSON": (lambda table: said(table, mae_deploy=b"{"), "says in no JSON"),
+    "words that are deep": (lambda table: said(table, mae_deploy=b"[" * 50_000 + b"]" * 50_000), "says in no JSON"),
+    "words that are a list": (lambda table: said(table, mae_deploy=b"[1]"), "says no 'folder'"),
+    "a folder that is a number": (lambda table: said(table, mae_deploy=b'{"folder": 5}'), "says no 'folder'"),
+    "a job that is a list": (
+        lambda table: said(table, mae_deploy=b'{"folder": "", "bundle": {"path": "", "preprocess": {}}, "job": []}'),
+        "says no 'job.bundle'",
+    ),
+    "a part that is a number": (lambda table: said(table, mae_deploy_shard=b"5"), "which part"),
+    "no words": (lambda table: table.replace_schema_metadata({}), "does not say what"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_tables_that_are_no_features(root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
+    change, message = HOSTILE[name]
+    folder = Path(shutil.copytree(root / "features", tmp_path / "features"))
+    (shard,) = [path for path in folder.glob("*.parquet") if "unreadable" not in path.name]
+    pq.write_table(change(table_of(shard)), shard)
+    assert main(["search", str(folder), "--duplicates", "--output", "pooled"]) == 2
+    said = capsys.readouterr().err
+    assert message in said
+    assert "MAE_DEPLOY_DEBUG" not in said
+
+
+def test_features_cut_off_or_longer_than_the_file(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(root / "features", tmp_path / "features"))
+    (shard,) = [path for path in folder.glob("*.parquet") if "unreadable" not in path.name]
+    content = shard.read_bytes()
+    table = table_of(shard)
+    wide = pa.array([[0.0] * 100_000] * len(table), pa.list_(pa.float32(), 100_000))
+    pq.write_table(rewritten(table, "pooled", wide), shard, compression="zstd")
+    assert main(["search", str(folder), "--duplicates", "--output", "pooled"]) == 2
+    assert "tells of 4300000 numbers and has" in capsys.readouterr().err
+    shard.write_bytes(content[:4] + bytes(len(content) // 2) + content[4 + len(content) // 2 :])
+    assert main(["search", str(folder), "--duplicates", "--output", "pooled"]) == 2
+    assert "cannot read" in capsys.readouterr().err
