@@ -18,8 +18,6 @@ _QUIET = 0.01
 """Where tokens hardly change in time, the signal is this share of their variance over the frame."""
 _BINS, _FIRST_BIN = 20, 0.125
 """Half octaves of the difference in grey levels, and the least."""
-_BINS, _FIRST_BIN = 20, 0.125
-"""Half octaves of the difference in grey levels, and the least."""
 _RECENT = 0.95
 """Weight of the past of a bin against each patch that was computed since."""
 _WALK = 0.25
