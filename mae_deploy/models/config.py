@@ -70,7 +70,7 @@ class EncoderConfig(Settings, resume="fixed"):
     them; default: none."""
     embed_dim: int | None = setting(None, hidden=True, at_least=1)
     """Width of the tokens; default: the model's."""
-    depth: int | None = setting(None, hidden=True, at_least=1)
+    depth: int | None = setting(None, hidden=True, at_least=1, at_most=1000)
     """Number of blocks; default: the model's."""
     num_heads: int | None = setting(None, hidden=True, at_least=1)
     """Attention heads; default: the model's."""

@@ -26,6 +26,7 @@ from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.read import UnreadableImage, read_image
 from mae_deploy.recipe import read_recipe
 from mae_deploy.runtime.bundle import Bundle, external_data
+from mae_deploy.runtime.graph.check import follow
 from mae_deploy.runtime.onnx_file import read_inputs, read_opset
 from mae_deploy.weights.read.files import read_content
 from tests.hostile.pictures import HARMLESS, PICTURES
@@ -47,6 +48,7 @@ def _pickled(legacy: bool) -> bytes:
 def _graph(path: Path) -> None:
     for read in (read_inputs, read_opset, external_data, look_at):
         read(path)
+    follow(path, {"images": (1, 3, 25, 10), "ids_keep": (1, 9)})
 
 
 def _manifest(path: Path) -> None:
@@ -55,7 +57,7 @@ def _manifest(path: Path) -> None:
 
 
 TARGETS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], object]]] = {
-    "graph": ("a.onnx", lambda: [(_BUNDLE / "encoder.onnx").read_bytes()[:4000]], _graph),
+    "graph": ("a.onnx", lambda: [(_BUNDLE / "encoder.onnx").read_bytes()], _graph),
     "manifest": ("a.json", lambda: [(_BUNDLE / "manifest.json").read_bytes()], _manifest),
     "golden": ("a.npz", lambda: [(_BUNDLE / "golden.npz").read_bytes()], read_npz),
     "pickle": ("a.pth", lambda: [_pickled(False), _pickled(True)], read_content),
