@@ -174,9 +174,9 @@ def knn(config: KnnConfig) -> Any:
 
 @command(app, "mae_deploy.evaluation.config:CompareConfig", panel=EVALUATE)
 def compare(config: CompareConfig) -> Any:
-    """Compare encoders by k-NN and a linear probe, also at equal latency.
+    """Compare encoders by k-NN and a linear probe.
 
-    Side by side: checkpoints, bundles, timm models, random weights.
+    Side by side, also at equal latency: checkpoints, bundles, timm models, random weights.
     """
     if config.at_latency is not None:
         return _needs_torch("mae_deploy.commands.compare.run").run_compare_at_latency(config)

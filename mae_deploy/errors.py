@@ -130,7 +130,7 @@ def explained(error: Exception) -> MaeDeployError | None:
             hint="fewer --num-workers (0 decodes in this process), a smaller --batch-size; in a container, more shared"
             " memory (docker run --shm-size 8g)",
         )
-    if isinstance(error, MemoryError) or "out of memory" in text:
+    if isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text:
         where = "on the GPU" if "CUDA" in text else "in this machine"
         return MaeDeployError(
             f"there is not enough memory {where}: {text}".removesuffix(": "),

@@ -54,7 +54,7 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def shortened(text: str, length: int = 900) -> str:
+def shortened(text: str, length: int = 4000) -> str:
     """Text of at most about this length: of a longer one, the beginning and the end."""
     if len(text) <= length:
         return text

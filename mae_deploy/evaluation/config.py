@@ -115,41 +115,41 @@ class KnnConfig(Settings, resume="never"):
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class CompareConfig(Settings, resume="fixed"):
+class CompareConfig(Settings):
     """Settings of `mae-deploy compare`."""
 
-    encoders: tuple[str, ...] = setting(argument=True, metavar="CKPT|BUNDLE")
+    encoders: tuple[str, ...] = setting(argument=True, metavar="CKPT|BUNDLE", resume="fixed")
     """Encoders, each PATH or NAME=PATH: a run, checkpoint, weights file or bundle; PATH@ARCHITECTURE for a weights file
     of any timm model, such as dino=weights.safetensors@vit_small_patch14_dinov2; random for the first checkpoint's
     network with random weights."""
-    data: Path
+    data: Path = setting(resume="fixed")
     """Labelled images: DATA/train/<class>/… and DATA/val/<class>/…."""
     out: Path | None = setting(None, resume="free", basic=True)
     """Folder to write compare.json, compare.md and compare.png to; with --at-latency, the same command goes on in it
     where it was stopped."""
-    at_latency: str | None = setting(None, basic=True, metavar="MS")
+    at_latency: str | None = setting(None, basic=True, metavar="MS", resume="fixed")
     """Compare at equal latency of one image on this machine, such as 10ms: what is too slow as it is takes as large
     images, or as many of their patches, as its measured graph manages in that time. Encoders are what import and export
     take."""
-    fit: Literal["tokens", "size", "both"] = setting("both", basic=True)
+    fit: Literal["tokens", "size", "both"] = setting("both", basic=True, resume="fixed")
     """How --at-latency makes an encoder faster: tokens, fewer patches, random ones; size, smaller images; both: a row
     for either."""
-    finetune_epochs: int | None = setting(None, basic=True, at_least=1)
+    finetune_epochs: int | None = setting(None, basic=True, at_least=1, at_most=1_000_000, resume="fixed")
     """With --at-latency, also fine-tune each checkpoint as it meets the latency, for so many epochs, with each seed."""
-    finetune_recipe: str | None = setting(None, metavar="RECIPE")
+    finetune_recipe: str | None = setting(None, metavar="RECIPE", resume="fixed")
     """Settings of that fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""
-    k: tuple[int, ...] = setting((20,), basic=True, at_least=1)
+    k: tuple[int, ...] = setting((20,), basic=True, at_least=1, resume="fixed")
     """Neighbours that vote; with several numbers, separated by commas, each is a column."""
-    temperature: float = setting(0.07, above=0)
+    temperature: float = setting(0.07, above=0, resume="fixed")
     """A neighbour's vote is exp(cosine / temperature)."""
-    linear: Solver = setting("logistic", basic=True)
+    linear: Solver = setting("logistic", basic=True, resume="fixed")
     """The linear probe: logistic or ridge, on standardised features."""
-    held_out: float = setting(0.2, above=0, below=1)
+    held_out: float = setting(0.2, above=0, below=1, resume="fixed")
     """Share of the training images on which the linear probe chooses its regularisation."""
     seeds: tuple[int, ...] = setting((0, 1, 2), resume="free", basic=True)
     """Seeds of the held-out share and of random weights, with --at-latency also of the kept patches and of fine-tuning;
     figures are means over them."""
-    seed: int = setting(0, basic=True)
+    seed: int = setting(0, basic=True, resume="fixed")
     """Added to each of --seeds."""
     device: Device = setting("auto", resume="free", basic=True)
     """Where to compute; auto takes the GPU where there is one."""

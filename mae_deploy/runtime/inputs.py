@@ -246,6 +246,8 @@ def _padded_rows(keep: Keep, batch: int, *, ragged: bool, length: int | None) ->
         )
     lengths = np.array([len(row) for row in rows], np.int64)
     longest = int(lengths.max())
+    if (largest := max(int(row.max()) for row in rows)) > np.iinfo(np.int64).max:
+        raise ConfigError(f"keep has {largest}, which is no index")
     ids = np.zeros((batch, max(longest, length or 0) if ragged else longest), np.int64)
     for padded, row in zip(ids, rows, strict=True):
         padded[: len(row)] = row
@@ -354,8 +356,6 @@ def _as_integers(values: Any, name: str) -> Array:
         raise ConfigError(f"{name} is an array of which numbers are masked", hint="leave them out")
     if numbers.size and numbers.dtype.kind not in "iu":
         raise ConfigError(f"{name} must be whole numbers, not {numbers.dtype}: {_first_other(numbers)!r:.60}")
-    if numbers.size and numbers.dtype == np.uint64 and (largest := numbers.max()) > np.iinfo(np.int64).max:
-        raise ConfigError(f"{name} has {largest}, which is no index")
     return numbers
 
 

@@ -56,7 +56,16 @@ def test_tokens(tokens: str, mode: str, keep: int | None) -> None:
     "tokens",
     [
         *("", "bogus", "Full", ":3", "pixels", "full:", "full:49", "ragged:", "reconstruct:0", "cached:"),
-        *("visible:", "visible:0", "visible:-3", "visible:3.0", "visible:x", "visible:²", "visible:4:9"),
+        *(
+            "visible:",
+            "visible:0",
+            "visible:-3",
+            "visible:3.0",
+            "visible:x",
+            "visible:²",
+            "visible:4:9",
+            f"visible:{'9' * 5000}",
+        ),
     ],
 )
 def test_tokens_that_mean_nothing(tokens: str) -> None:
@@ -102,7 +111,7 @@ def test_batch(batch: str, fixed: int | None) -> None:
     assert settings(batch=batch).fixed_batch == fixed
 
 
-@pytest.mark.parametrize("batch", ["0", "-1", "1.5", "many", "", "²"])
+@pytest.mark.parametrize("batch", ["0", "-1", "1.5", "many", "", "²", "1" * 10, "9" * 5000])
 def test_batches_that_mean_nothing(batch: str) -> None:
     with pytest.raises(ConfigError, match=f"--batch '{batch}' is not a whole number of at least 1, or dynamic"):
         settings(batch=batch)

@@ -502,6 +502,7 @@ def test_golden_samples_of_a_stream(tmp_path: Path, updates: Any, dtype: Any, sa
     inputs = [{"name": "patches", "dtype": "float32"}, {"name": "ids_keep", "dtype": "int64"}]
     manifest: Any = {
         "token_mode": "cached",
+        "num_patches": 4,
         "golden": {"file": "golden.npz", "num_samples": 2},
         "files": {"golden.npz": file_entry(tmp_path / "golden.npz")},
         "graph": {"inputs": inputs, "outputs": [], "blocks": []},

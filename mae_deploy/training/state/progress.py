@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS, check_safetensors, read_safetensors, save_tensors
-from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
+from mae_deploy.config import from_dict
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, reason
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.state.sharding import like
 
@@ -29,6 +30,9 @@ TRAINED = "trained.safetensors"
 
 OPTIMIZER = "optimizer.safetensors"
 PROGRESS = "progress.json"
+
+_MOST = 1 << 53
+"""No run takes as many steps."""
 
 
 @dataclass(slots=True)
@@ -80,9 +84,13 @@ def load_progress(folder: Path) -> Progress:
     found = read_json(folder / PROGRESS)
     try:
         found.pop("kernels", None)  # which CPU kernels earlier versions chose; the run goes on with PyTorch's own
-        return Progress(**found)
-    except (AttributeError, TypeError) as error:
-        raise ConfigError(f"cannot read {folder / PROGRESS}: {error}") from error
+        progress = from_dict(Progress, found)
+    except (AttributeError, TypeError, ConfigError) as error:
+        raise ConfigError(f"cannot read {folder / PROGRESS}: {reason(error)}") from error
+    for name, value in dataclasses.asdict(progress).items():
+        if name != "best" and isinstance(value, int | float) and not 0 <= value <= _MOST:
+            raise ConfigError(f"cannot read {folder / PROGRESS}: '{name}' is {value}")
+    return progress
 
 
 def damage(checkpoint: Path) -> str | None:
@@ -147,7 +155,8 @@ def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) ->
     """Put a checkpoint's tensors into the optimiser's state, or empty it.
 
     Raises:
-        CheckFailed: one has neither its parameter's shape nor one number, or some parameters lack what others have.
+        CheckFailed: one has neither its parameter's shape nor one number, or holds whole numbers, or some parameters lack
+            what others have.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in (_read(checkpoint / STATE / OPTIMIZER) if checkpoint is not None else {}).items():
@@ -160,6 +169,8 @@ def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) ->
         for slot, tensor in states.get(name, {}).items():
             if tensor.shape != parameter.shape and tensor.numel() != 1:
                 raise CheckFailed(f"{checkpoint}: the optimiser's {name}/{slot} has the shape {tuple(tensor.shape)}")
+            if not tensor.is_floating_point():
+                raise CheckFailed(f"{checkpoint}: the optimiser's {name}/{slot} is {tensor.dtype}")
         if name in states:
             optimizer.state[parameter] = {slot: _placed(tensor, parameter) for slot, tensor in states[name].items()}
 

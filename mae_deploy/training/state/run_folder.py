@@ -151,10 +151,12 @@ class RunFolder:
             if path.is_file():
                 kept = [
                     line
-                    for line in path.read_text(encoding="utf-8").splitlines()
+                    for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                     if (found := _step_of(line)) is not None and found <= step
                 ]
                 write_text(path, "".join(line + "\n" for line in kept))
+            elif path.exists():
+                raise CheckFailed(f"{path} is no file")
 
     def prune(self, keep: int, *, spare: int | None = None) -> None:
         """Delete all but the newest `keep` checkpoints, those that `best` and `last` point to, and that of step

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
+from mae_deploy.errors import CheckFailed, reason
 from mae_deploy.training.optim.groups import ParamGroup
 
 
@@ -91,11 +92,18 @@ def like(reference: Any, tensor: Tensor) -> Tensor:
 
 
 def load_whole(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put whole tensors into a model, sharded or not; the names must be the model's."""
+    """Put whole tensors into a model, sharded or not.
+
+    Raises:
+        CheckFailed: names or shapes are not the model's.
+    """
     own = model.state_dict()
-    model.load_state_dict(
-        {name: like(own[name], tensor) if name in own else tensor for name, tensor in tensors.items()}
-    )
+    try:
+        model.load_state_dict(
+            {name: like(own[name], tensor) if name in own else tensor for name, tensor in tensors.items()}
+        )
+    except RuntimeError as error:
+        raise CheckFailed(f"the checkpoint's weights do not fit the run's model: {reason(error)}") from error
 
 
 def _replicate(model: nn.Module, accelerator: Accelerator, compiled: bool) -> nn.Module:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from mae_deploy.checkpoint import WEIGHTS
+from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import read_json, write_json
 from mae_deploy.training.optim.groups import adamw, decay_groups
 from mae_deploy.training.state.progress import (
@@ -25,7 +28,7 @@ from mae_deploy.training.state.progress import (
     split_weights,
     write_tensors,
 )
-from mae_deploy.training.state.sharding import whole_tensors
+from mae_deploy.training.state.sharding import load_whole, whole_tensors
 
 
 def trained(steps: int) -> tuple[nn.Linear, torch.optim.AdamW]:
@@ -100,6 +103,43 @@ def test_progress(tmp_path: Path) -> None:
     save_progress(tmp_path, progress)
     assert load_progress(tmp_path) == progress
     assert read_json(tmp_path / "progress.json")["step"] == 7
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"step": -1}, "'step' is -1"),
+        ({"step": 10**19}, "'step' is 10000000000000000000"),
+        ({"step": "x"}, "step 'x' is not a whole number"),
+        ({"step": None}, "step None is not a whole number"),
+        ({"good": []}, r"good \[\] is not"),
+        ({"lr_factor": "x"}, "lr_factor 'x' is not a number"),
+        ({"lr_factor": -0.5}, "'lr_factor' is -0.5"),
+        ({"another": 1}, "unknown setting 'another'"),
+    ],
+)
+def test_progress_that_no_run_has_made(tmp_path: Path, values: dict[str, Any], said: str) -> None:
+    save_progress(tmp_path, Progress(step=3))
+    write_json(tmp_path / "progress.json", {**read_json(tmp_path / "progress.json"), **values})
+    with pytest.raises(ConfigError, match=rf"progress\.json: {said}"):
+        load_progress(tmp_path)
+
+
+def test_a_state_of_whole_numbers_is_refused(tmp_path: Path) -> None:
+    _, optimizer = trained(1)
+    write_tensors(
+        tmp_path / STATE / OPTIMIZER,
+        {name: value.to(torch.int64) for name, value in optimizer_tensors(optimizer).items()},
+    )
+    with pytest.raises(CheckFailed, match=r"the optimiser's \w+/\w+ is torch.int64"):
+        load_optimizer(tmp_path, optimizer)
+
+
+def test_weights_of_another_model_are_refused() -> None:
+    layer = nn.Linear(5, 4)
+    for tensors in ({"weight": torch.zeros(4, 5)}, {"weight": torch.zeros(3, 5), "bias": torch.zeros(4)}):
+        with pytest.raises(CheckFailed, match=r"weights do not fit the run's model: .*(bias|weight)"):
+            load_whole(layer, tensors)
 
 
 def test_kernels_that_an_earlier_version_chose_are_passed_over(tmp_path: Path) -> None:

@@ -163,6 +163,8 @@ def test_steps_that_no_checkpoint_has_seen_are_forgotten(tmp_path: Path) -> None
     folder.append("eval.jsonl", {"step": 4, "top1": 60.0})
     with (folder.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
         file.write('{"step": 2')
+    with (folder.path / "metrics.jsonl").open("ab") as damaged:
+        damaged.write(bytes(range(256)))
     folder.forget_after(3)
     assert read_metrics(folder.path) == [{"step": step, "loss": 0.1 * step} for step in (1, 2, 3)]
     assert read_metrics(folder.path, "eval.jsonl") == [{"step": 2, "top1": 50.0}]
@@ -174,6 +176,13 @@ def test_metrics_of_a_run_that_has_none(tmp_path: Path) -> None:
     folder = opened(tmp_path)
     folder.forget_after(0)
     assert read_metrics(folder.path) == []
+
+
+def test_metrics_that_are_no_file(tmp_path: Path) -> None:
+    folder = opened(tmp_path)
+    os.mkfifo(folder.path / "metrics.jsonl")
+    with pytest.raises(CheckFailed, match=r"metrics\.jsonl is no file"):
+        folder.forget_after(0)
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
