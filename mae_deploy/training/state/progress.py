@@ -155,8 +155,8 @@ def load_optimizer(checkpoint: Path | None, optimizer: torch.optim.Optimizer) ->
     """Put a checkpoint's tensors into the optimiser's state, or empty it.
 
     Raises:
-        CheckFailed: one has neither its parameter's shape nor one number, or holds whole numbers, or some parameters lack
-            what others have.
+        CheckFailed: one has neither its parameter's shape nor one number, or holds whole numbers, or some parameters
+            lack what others have.
     """
     states: dict[str, dict[str, Tensor]] = {}
     for key, tensor in (_read(checkpoint / STATE / OPTIMIZER) if checkpoint is not None else {}).items():
