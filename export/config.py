@@ -18,6 +18,7 @@ from mae_deploy.runtime.tensorrt.options import (
     check_rtx_options,
     tensorrt_major,
 )
+from mae_deploy.text import is_count
 from mae_deploy.training.config import Device
 
 _MODES = ("full", "visible", "ragged", "reconstruct", "cached")
@@ -267,12 +268,12 @@ class ExportConfig(Settings, resume="never"):
 
     def _spelling_faults(self) -> Iterator[ConfigError]:
         mode, colon, keep = self.tokens.partition(":")
-        if mode not in _MODES or (colon and (mode == "full" or not _is_count(keep))):
+        if mode not in _MODES or (colon and (mode == "full" or not is_count(keep))):
             yield ConfigError(
                 f"--tokens '{self.tokens}' is not full, visible, ragged, reconstruct or cached",
                 hint="the last four also with :K for a fixed number of patches, such as visible:49",
             )
-        if self.batch not in (None, "dynamic") and not _is_count(self.batch):
+        if self.batch not in (None, "dynamic") and not is_count(self.batch):
             yield ConfigError(f"--batch '{self.batch}' is not a whole number of at least 1, or dynamic")
 
     def _profile_faults(self) -> Iterator[ConfigError]:
@@ -395,8 +396,3 @@ class ExportConfig(Settings, resume="never"):
                     )
         if self.int8.calib_data is None and self.int8.bias_correction:
             yield ConfigError("--bias-correction needs --calib-data", hint="a folder of at least 128 images")
-
-
-def _is_count(text: str) -> bool:
-    """Whether it is a whole number from 1 on, of at most nine digits."""
-    return text.isdecimal() and len(text) <= 9 and int(text) >= 1

@@ -62,6 +62,11 @@ def shortened(text: str, length: int = 4000) -> str:
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
 
 
+def is_count(text: str) -> bool:
+    """Whether it is a whole number from 1 on, of at most nine digits."""
+    return text.isdecimal() and len(text) <= 9 and int(text) >= 1
+
+
 def expand_range(item: Any) -> Iterable[Any]:
     """The whole numbers that `4-7` stands for; anything else, a range of more than a million too, is itself."""
     match = re.fullmatch(r"(\d{1,9})-(\d{1,9})", item) if isinstance(item, str) else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy.files import read_json
-from mae_deploy.text import amount, as_size, decode_text, duration, expand_range
+from mae_deploy.text import amount, as_size, decode_text, duration, expand_range, is_count
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16"])
@@ -41,3 +41,13 @@ def test_durations() -> None:
     seconds = {0: "0 s", 0.0234: "0.023 s", 7.26: "7.3 s", 59.4: "59 s", 59.6: "1 min", 754: "13 min", 3600: "1 h"}
     seconds |= {12_000: "3 h 20 min", 86_399: "1 d", 187_200: "2 d 4 h"}
     assert {count: duration(count) for count in seconds} == seconds
+
+
+@pytest.mark.parametrize(("text", "is_one"), [("1", True), ("049", True), ("9" * 9, True), ("0", False), ("", False)])
+def test_counts(text: str, is_one: bool) -> None:
+    assert is_count(text) is is_one
+
+
+@pytest.mark.parametrize("text", ["-1", "1.5", "²", " 1", "1_0", "9" * 10, "9" * 5000])
+def test_what_counts_nothing(text: str) -> None:
+    assert not is_count(text)

@@ -14,6 +14,8 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.progress import notice
 from mae_deploy.text import decode_text
 
+_DIGITS = 1000
+"""More of them are no number."""
 _SHOWN = 3
 """Classes that are listed with the numbers of their logits."""
 
@@ -23,7 +25,8 @@ def natural_order(names: Sequence[str]) -> tuple[str, ...]:
 
     def parts(name: str) -> list[tuple[bool, Any]]:
         pieces = re.split(r"(\d+)", name.lower())
-        return [(piece.isdecimal(), int(piece) if piece.isdecimal() else piece) for piece in pieces]
+        numbers = (piece.isdecimal() and len(piece) < _DIGITS for piece in pieces)
+        return [(number, int(piece) if number else piece) for number, piece in zip(numbers, pieces, strict=True)]
 
     return tuple(sorted(names, key=parts))
 
