@@ -142,6 +142,8 @@ def explained(error: Exception) -> MaeDeployError | None:
         )
     if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
         return MaeDeployError(f"a library takes no name that is not UTF-8: {error.object}", hint="rename it")
+    if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # pathlib before Python 3.13
+        return MaeDeployError(f"a link leads to itself: {text.removeprefix('Symlink loop from ')}")
     if isinstance(error, OSError) and error.strerror:
         names = [str(name) for name in (error.filename, error.filename2) if name is not None]
         return MaeDeployError(": ".join([*names[:1], error.strerror]))

@@ -182,6 +182,7 @@ class GraphBuilder:
         else:
             tensors.extend(numpy_helper.from_array(value, name) for name, value in large.items())
         onnx.save_model(model, path)
+        str(path).encode()  # onnx takes no name that is not UTF-8
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

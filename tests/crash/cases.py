@@ -263,6 +263,7 @@ CASES: dict[str, Case] = {
             *("distill", "--recipe", root / "distill.yaml", "--num-workers", "0", "--fixed-views", "1"),
             *("--out", out / "run", "--teacher-cache", out / "cache"),
         ],
+        several=True,
         atomic=False,
         again=("--resume",),
     ),

@@ -175,7 +175,7 @@ def places(trial: Trial, moment: random.Random) -> Found:
         if code == 0 and may_do:
             if differing := trial.differing(trial.place / out):
                 yield f"{name}: another output: {differing}"
-        elif code == 0:
+        elif code == 0 and not trial.case.several:  # several are below the place
             yield f"{name}: it wrote there"
         else:
             yield from (f"{name}: {what}" for what in (*trial.unclear(code, REFUSED), *trial.half_written()))

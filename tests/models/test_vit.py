@@ -142,10 +142,11 @@ def test_fused_and_explicit_attention_agree(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_mean_pooling_leaves_out_the_class_token_and_the_norm() -> None:
     model, images = tiny_classifier("avg"), random_images()
-    assert "norm.weight" not in model.state_dict()
+    state = model.state_dict()
+    assert "norm.weight" not in state
     with torch.no_grad():
         tokens = vit.run_blocks(model.blocks, model.embed(images))
-        pooled = F.layer_norm(tokens[:, 1:].mean(dim=1), (D,), model.fc_norm.weight, model.fc_norm.bias, eps=1e-6)
+        pooled = F.layer_norm(tokens[:, 1:].mean(dim=1), (D,), state["fc_norm.weight"], state["fc_norm.bias"], eps=1e-6)
         # The same operations one by one.
         torch.testing.assert_close(model.forward_pooled(images), pooled, rtol=0, atol=1e-6)
         torch.testing.assert_close(model(images), pooled @ model.head.weight.T + model.head.bias, rtol=0, atol=1e-5)

@@ -40,9 +40,9 @@ def _value_of_constant(node: Node, given: Given) -> Array | None:
 
 def _value_of_fill(node: Node, given: Given) -> Array | None:
     fill = node.attributes.get("value")
-    if isinstance(fill, Tensor) and fill.values is None:
-        return None
     values = np.zeros(1, np.float32) if fill is None else fill.values
+    if values is None:
+        return None
     return np.full(shapes.numbers_of(given[0], "shape"), values.reshape(-1)[0], values.dtype)
 
 

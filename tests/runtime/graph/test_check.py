@@ -45,7 +45,7 @@ def computed(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     given = {}
     for entry in session.get_inputs():
-        shape = [SIZES.get(side, side) for side in entry.shape]
+        shape: list[Any] = [SIZES.get(side, side) for side in entry.shape]
         values = np.arange(shape[-1]) if entry.type == "tensor(int64)" and len(shape) > 1 else 3
         given[entry.name] = np.broadcast_to(values, shape).astype(_DTYPES[entry.type])
     names = [entry.name for entry in session.get_outputs()]
