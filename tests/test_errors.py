@@ -75,3 +75,8 @@ def test_a_name_that_a_library_cannot_take(capsys: pytest.CaptureFixture[str]) -
     assert report_error(caught.value) == 1
     said = "error: a library takes no name that is not UTF-8: runs/\\udcff\nhint: rename it\n"
     assert capsys.readouterr().err == said
+
+
+def test_a_link_that_leads_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_error(RuntimeError("Symlink loop from '/a/out'")) == 1
+    assert capsys.readouterr().err == "error: a link leads to itself: '/a/out'\n"
