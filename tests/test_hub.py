@@ -105,6 +105,7 @@ def test_a_revision_and_the_cache(
     assert Bundle.load(f"hf://me/vit@{first}").class_names is not None
     assert Bundle.load("hf://me/vit").class_names is None
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between a minute's attempts
     assert Bundle.load(f"hf://me/vit@{first}").class_names is not None
     assert Bundle.load("hf://me/vit").class_names is None
     capsys.readouterr()
