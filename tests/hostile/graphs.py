@@ -258,7 +258,7 @@ GRAPHS: dict[str, Edit] = {
     "products for hours": _products(3000, 4096),
     "size of the batch to the tenth": _by_the_batch,
     "size of the pixels": _by_the_pixels,
-    "a million nodes": _many_nodes(1_000_000),
+    "200,000 nodes": _many_nodes(200_000),
     "a function that calls itself": _function,
     "a function in place of Add": _hidden,
     "sparse weights of 10^12": _sparse,
