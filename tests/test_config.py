@@ -481,7 +481,7 @@ def test_every_shipped_setting_is_explained(config: type) -> None:
             "--mask-ratio 0.75 of 1 patches leaves nothing",
         ),
         (PretrainConfig, {"pictures_every": 0}, "pictures_every must be at least 1, got 0"),
-        (PretrainConfig, {"optim": {"epochs": 0}}, "optim.epochs must be at least 1, got 0"),
+        (PretrainConfig, {"optim": {"epochs": 0}}, "optim.epochs must be at least 1 and at most 100000, got 0"),
         (PretrainConfig, {"optim": {"lr": -1}}, "optim.lr must be at least 0, got -1.0"),
         (PretrainConfig, {"optim": {"clip_grad": 0}}, "optim.clip_grad must be above 0, got 0.0"),
         (PretrainConfig, {"loop": {"keep_checkpoints": 0}}, "loop.keep_checkpoints must be at least 1, got 0"),

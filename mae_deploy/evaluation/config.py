@@ -134,7 +134,7 @@ class CompareConfig(Settings):
     fit: Literal["tokens", "size", "both"] = setting("both", basic=True, resume="fixed")
     """How --at-latency makes an encoder faster: tokens, fewer patches, random ones; size, smaller images; both: a row
     for either."""
-    finetune_epochs: int | None = setting(None, basic=True, at_least=1, at_most=1_000_000, resume="fixed")
+    finetune_epochs: int | None = setting(None, basic=True, at_least=1, at_most=100_000, resume="fixed")
     """With --at-latency, also fine-tune each checkpoint as it meets the latency, for so many epochs, with each seed."""
     finetune_recipe: str | None = setting(None, metavar="RECIPE", resume="fixed")
     """Settings of that fine-tuning from a YAML file, or the name of a recipe that ships with mae-deploy."""

@@ -35,7 +35,7 @@ class RunSettings(Settings):
 class OptimConfig(Settings, resume="fixed"):
     """Optimisation."""
 
-    epochs: int = setting(100, basic=True, at_least=1, at_most=1_000_000)
+    epochs: int = setting(100, basic=True, at_least=1, at_most=100_000)
     """Passes over the data."""
     # These two may change where their product with the number of processes does not (training/plan.py).
     batch_size: int = setting(64, resume="free", basic=True, at_least=1)

@@ -71,7 +71,13 @@ def test_every_command_has_one(capsys: pytest.CaptureFixture[str]) -> None:
 def test_what_it_says_of_a_setting(capsys: pytest.CaptureFixture[str]) -> None:
     settings = schema_of("finetune", capsys)["properties"]
     optim = settings["optim"]["properties"]
-    assert optim["epochs"] == {"description": "Passes over the data.", "type": "integer", "minimum": 1, "default": 100}
+    assert optim["epochs"] == {
+        "description": "Passes over the data.",
+        "type": "integer",
+        "minimum": 1,
+        "maximum": 100_000,
+        "default": 100,
+    }
     assert optim["betas"]["default"] == [0.9, 0.999], "the default of its place, not of its class"
     assert settings["pool"]["enum"] == ["avg", "cls"]
     assert settings["init"]["anyOf"] == [{"type": "string"}, {"type": "null"}]

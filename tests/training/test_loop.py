@@ -247,7 +247,7 @@ def test_shares_of_a_model_need_other_processes(tmp_path: Path, monkeypatch: pyt
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"epochs": 0}, "--epochs must be at least 1, got 0"),
+        ({"epochs": 0}, "--epochs must be at least 1 and at most 100000, got 0"),
         ({"batch_size": 0}, "--batch-size must be at least 1, got 0"),
         ({"accum_iter": 0}, "--accum-iter must be at least 1, got 0"),
         ({"lr": -1.0}, "--lr must be at least 0, got -1.0"),

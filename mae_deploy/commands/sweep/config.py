@@ -32,7 +32,7 @@ class SweepConfig(Settings):
     """Labelled images, LABELLED/train/<class>/… and LABELLED/val/<class>/…; default: DATA."""
     model: str | None = setting(None, resume="fixed", basic=True, metavar="MODEL")
     """The encoder (see pretrain --help); default: that of --recipe or --set, else vit_base_patch16."""
-    epochs: int | None = setting(None, resume="fixed", basic=True, at_least=1, at_most=1_000_000)
+    epochs: int | None = setting(None, resume="fixed", basic=True, at_least=1, at_most=100_000)
     """Epochs of pretraining; default: those of --recipe or --set, else 50."""
     batch_size: int | None = setting(None, resume="fixed", basic=True, at_least=1)
     """Images a step of pretraining and of fine-tuning, and at a time of features; default: those of the recipes or of
