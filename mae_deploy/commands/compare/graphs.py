@@ -7,7 +7,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Protocol
 
 import numpy as np
@@ -17,6 +16,7 @@ from mae_deploy.commands.compare.points import OperatingPoint, fewer_tokens, sma
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.graph.encoder import build_graph
 from mae_deploy.export.graph.spec import GraphSpec, TokenMode
+from mae_deploy.files import temporary_folder
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES
 from mae_deploy.runtime.registry import ALIASES, OPENVINO, load_engine, open_graph
@@ -74,8 +74,8 @@ class CheckpointGraphs:
             mode: TokenMode = "full" if point.whole else "visible"
             fuses_tanh = ALIASES.get(self._name, self._name) != OPENVINO
             spec = GraphSpec(token_mode=mode, batch=1, outputs=(self._output,), fuses_tanh=fuses_tanh)
-            with TemporaryDirectory(prefix="mae-deploy-") as folder:
-                path = build_graph(loaded.metadata, loaded.tensors, spec).save(Path(folder) / "graph.onnx")[0]
+            with temporary_folder() as folder:
+                path = build_graph(loaded.metadata, loaded.tensors, spec).save(folder / "graph.onnx")[0]
                 self._engine = open_graph(path, self._name, self._options)
             self.engine = (self._engine.name, self._engine.version)
             self._is = (point.image_size, point.whole)
