@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+_SHOWN = 8
+"""Reasons that are told; a folder that is no data set has hundreds."""
+
 
 class LeftOut:
     """Counts by reason, each with the first name that it was met under."""
@@ -34,4 +37,7 @@ class LeftOut:
     def __str__(self) -> str:
         """Such as `4 .heic (pip install pillow-heif) such as trip/a.heic, 1 without a suffix such as IMG_1`."""
         ranked = sorted(self.counts.items(), key=lambda pair: -pair[1])
-        return ", ".join(f"{count} {reason} such as {self._first[reason]}" for reason, count in ranked)
+        shown = [f"{count} {reason} such as {self._first[reason]}" for reason, count in ranked[:_SHOWN]]
+        if rest := ranked[_SHOWN:]:
+            shown.append(f"{sum(count for _, count in rest)} of {len(rest)} other kinds")
+        return ", ".join(shown)

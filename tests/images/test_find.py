@@ -164,3 +164,13 @@ def test_heif_is_read_where_its_reader_is_installed(tmp_path: Path) -> None:
     (tmp_path / "00.png").rename(tmp_path / "00.heic")
     assert [path.name for path in find_images(tmp_path)] == ["00.heic", "01.png"]
     assert "HEIF" in read.formats()
+
+
+def test_a_folder_of_many_kinds_is_told_in_a_line(tmp_path: Path) -> None:
+    for number in range(30):
+        for copy in range(2 if number == 7 else 1):
+            (tmp_path / f"file{copy}.x{number:02}").touch()
+    with pytest.raises(ConfigError, match="no images") as caught:
+        find_images(tmp_path)
+    assert "; there are: 2 .x07 such as file0.x07, " in str(caught.value)
+    assert str(caught.value).splitlines()[0].endswith(", 22 of 22 other kinds")
