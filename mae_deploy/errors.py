@@ -178,7 +178,7 @@ def report_error(error: Exception) -> int:
         return error.exit_code
     for one in error.errors if isinstance(error, MaeDeployError) else (error,):
         known = isinstance(one, MaeDeployError)
-        message = printable(shortened(" ".join(str(one).split())))
+        message = shortened(printable(" ".join(str(one).split())))
         print(f"error: {message if known else f'{type(one).__name__}: {message}'}", file=sys.stderr)
         if hint := one.hint if isinstance(one, MaeDeployError) else "MAE_DEPLOY_DEBUG=1 shows the traceback":
             print(f"hint: {printable(hint)}", file=sys.stderr)

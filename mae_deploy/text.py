@@ -54,8 +54,8 @@ def printable(text: str) -> str:
     return _CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
-def shortened(text: str, length: int = 4000) -> str:
-    """Text of at most about this length: of a longer one, the beginning and the end."""
+def shortened(text: str, length: int = 900) -> str:
+    """Text of at most about this length: of a longer one, the beginning and the end, which says what is wrong."""
     if len(text) <= length:
         return text
     head, tail = length * 2 // 3, length // 3

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mae_deploy import cli
-from mae_deploy.errors import CheckFailed, MaeDeployError, explained, report_error
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, explained, report_error
 
 
 @pytest.mark.parametrize(
@@ -80,3 +80,12 @@ def test_a_name_that_a_library_cannot_take(capsys: pytest.CaptureFixture[str]) -
 def test_a_link_that_leads_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
     assert report_error(RuntimeError("Symlink loop from '/a/out'")) == 1
     assert capsys.readouterr().err == "error: a link leads to itself: '/a/out'\n"
+
+
+def test_an_error_that_quotes_a_file_at_length_keeps_its_beginning_and_end(capsys: pytest.CaptureFixture[str]) -> None:
+    assert report_error(ConfigError("recipe.yaml: " + "\x1b" * 5000 + " is no number")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(r"error: recipe.yaml: \x1b\x1b")
+    assert line.endswith(r"\x1b is no number")
+    assert "[... 19," in line
+    assert len(line) < 1000
