@@ -217,6 +217,11 @@ def _pushed(out: Path, varies: tuple[str, ...]) -> Mapping[str, str]:
         return {}
 
 
+def _engines(out: Path, varies: tuple[str, ...]) -> Mapping[str, str]:
+    """Whichever of its two names an engine has."""
+    return {name.replace("-2.", "."): content for name, content in digest_of(out, varies).items()}
+
+
 def _small_quickstart() -> Any:
     """With the networks of its test."""
     return import_module("tests.commands.quickstart.test_run").small_quickstart()
@@ -299,6 +304,7 @@ CASES: dict[str, Case] = {
         start=lambda root, out: planned(out),
         atomic=False,
         within=_engine,
+        digest=_engines,
         reads=lambda root, out: ["info", out],
     ),
     "build-engine, for servers": Case(
@@ -309,6 +315,7 @@ CASES: dict[str, Case] = {
         start=lambda root, out: planned(out / "bundle", token_mode="full", preprocess={"std": [0.3] * 3}),
         atomic=False,
         within=_engine,
+        digest=_engines,
     ),
     "verify": Case(
         arguments=lambda root, out: ["verify", root / "bundle", "--certificate", out, "--samples", root / "photos"],

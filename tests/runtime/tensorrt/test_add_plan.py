@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import pytest
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.tensorrt import add_plan
-from mae_deploy.runtime.tensorrt.add_plan import plan_name
+from mae_deploy.runtime.tensorrt.add_plan import plan_names
 from tests.runtime.tensorrt.planned_bundle import ORIN, add
 
 
@@ -21,10 +24,14 @@ def bundle(visible_bundle: Path) -> Bundle:
     return Bundle.load(visible_bundle)
 
 
+def _plans(bundle: Bundle) -> list[str]:
+    return sorted(path.name for path in (bundle.path / "engines").glob("*.plan"))
+
+
 def test_what_was_added_is_there_with_its_hash(bundle: Bundle) -> None:
     entry = add(bundle, b"a plan")
     name = "engines/10.3.0-orin-fp16.plan"
-    assert entry["file"] == plan_name("10.3.0", ORIN, "fp16") == name
+    assert entry["file"] == plan_names("10.3.0", ORIN, "fp16")[0] == name
     fresh = Bundle.load(bundle.path)
     assert fresh.manifest == bundle.manifest
     assert fresh.manifest["engines"] == [entry]
@@ -47,8 +54,11 @@ def test_an_engine_replaces_that_of_its_name_and_no_other(bundle: Bundle) -> Non
         ("int8", "engines/10.3.0-orin-int8.layers.json"),
         ("fp16", None),
     ]
-    assert bundle.file(plan_name("10.3.0", ORIN, "fp16")).read_bytes() == b"second"
-    assert "engines/10.3.0-orin-fp16.layers.json" not in bundle.manifest["files"]
+    assert bundle.file(plan_names("10.3.0", ORIN, "fp16")[1]).read_bytes() == b"second"
+    assert {name for name in bundle.manifest["files"] if "fp16" in name} == {"engines/10.3.0-orin-fp16-2.plan"}
+    bundle.check_files()
+    add(bundle, b"third")
+    assert _plans(bundle) == ["10.3.0-orin-fp16.plan", "10.3.0-orin-int8.plan"]
     bundle.check_files()
 
 
@@ -69,17 +79,37 @@ def test_builds_at_the_same_time_lose_nothing(bundle: Bundle) -> None:
 
 
 def test_cut_off_while_an_engine_is_replaced(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    add(bundle, b"first", layers=None)
+    replace, found = os.replace, []
+    for change in itertools.count():
+        left = iter(range(change))
+
+        def stopping(source: Path, target: Path, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+            replace(source, target)
+
+        monkeypatch.setattr(os, "replace", stopping)
+        try:
+            add(bundle, b"second")
+            break
+        except KeyboardInterrupt:
+            fresh = Bundle.load(bundle.path)
+            (entry,) = fresh.manifest["engines"]
+            found.append(fresh.file(entry["file"]).read_bytes())
+            fresh.check_files()
+            assert _plans(bundle) == [Path(entry["file"]).name], "what the manifest does not list goes"
+    assert found == [b"first"] * 3, "the plan, its layers and the manifest"
+    assert bundle.file(bundle.manifest["engines"][0]["file"]).read_bytes() == b"second"
+
+
+def test_what_a_kill_has_left_of_a_plan_goes(bundle: Bundle) -> None:
     add(bundle, b"first")
-
-    def stop(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(add_plan, "file_entry", stop)
-    with pytest.raises(KeyboardInterrupt):
-        add(bundle, b"second")
-    fresh = Bundle.load(bundle.path)
-    assert fresh.manifest["engines"] == [], "no engine is listed with another's hash"
-    fresh.check_files()
+    (bundle.path / plan_names("10.3.0", ORIN, "fp16")[1]).write_bytes(b"of a process that was killed")
+    add(bundle, b"second")
+    add(bundle, b"third")
+    assert _plans(bundle) == ["10.3.0-orin-fp16.plan"]
+    bundle.check_files()
 
 
 def test_a_bundle_that_cannot_be_written(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
