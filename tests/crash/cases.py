@@ -293,7 +293,7 @@ CASES: dict[str, Case] = {
         several=True,
     ),
     "export-weights": _converting("timm"),
-    "export-weights, transformers": _converting("transformers"),
+    "export-weights, transformers": _converting("huggingface"),
     "export-weights, original": _converting("original", ".pth"),
     "import": Case(
         arguments=lambda root, out: ["import", root / "timm", "--out", out],
