@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 import time
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
@@ -51,7 +52,9 @@ def measure(
     clock: Callable[[], float] = time.perf_counter,
     after_call: Callable[[], object] | None = None,
 ) -> dict[K, Timing]:
-    """Time functions in turns, A B C A B C …, so that what slows the machine for a while slows all of them alike.
+    """Time functions in turns, so that what slows the machine for a while slows all of them alike.
+
+    The order is another one in each round: in A B A B …, whatever comes back as often as a round would meet one alone.
 
     Args:
         functions: what to call, by name.
@@ -92,9 +95,12 @@ def take_turns(
     if not functions or repeats < 1 or warmup < 0:
         raise ConfigError(f"nothing to time: {len(functions)} functions, {repeats} repeats, {warmup} warm-up rounds")
     seconds: dict[K, list[float]] = {name: [] for name in functions}
-    for _ in range(warmup + repeats):
-        for name, function in functions.items():
-            seconds[name].append(function())
+    order, chance = list(functions), random.Random(0)
+    for turn in range(warmup + repeats):
+        if turn >= warmup:
+            chance.shuffle(order)
+        for name in order:
+            seconds[name].append(functions[name]())
             if after_call is not None:
                 after_call()
     return {name: Timing(tuple(values[warmup:])) for name, values in seconds.items()}
