@@ -87,6 +87,7 @@ def _content(path: Path) -> bytes:
 
 _MADE: dict[str, Callable[[Path, Path], Arguments]] = {
     "mae": lambda root, out: ["pretrain", "--recipe", root / "pretrain.yaml", "--out", out],
+    "square": lambda root, out: [*("pretrain", "--recipe", root / "pretrain.yaml", "--out", out, "--image-size", "15")],
     "classifier": lambda root, out: ["finetune", "--recipe", root / "finetune.yaml", "--out", out],
     "bundle": lambda root, out: ["export", root / "classifier", "--out", out, "--samples", root / "photos"],
     "cached": lambda root, out: [
@@ -198,7 +199,7 @@ def _embedding(*more: str) -> Case:
 
 def _converting(library: str, suffix: str = "") -> Case:
     return Case(
-        arguments=lambda root, out: ["export-weights", root / "mae", "--to", library, "--out", out], suffix=suffix
+        arguments=lambda root, out: ["export-weights", root / "square", "--to", library, "--out", out], suffix=suffix
     )
 
 
