@@ -14,7 +14,7 @@ import typer
 
 from mae_deploy import __version__
 from mae_deploy.completion import COMPLETIONS
-from mae_deploy.errors import import_optional, report_error
+from mae_deploy.errors import import_optional, report_error, reporting_threads
 from mae_deploy.help_page import Group
 from mae_deploy.interrupts import Interrupted, interruptible
 from mae_deploy.options import command as register
@@ -370,7 +370,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Ctrl-C, 143 SIGTERM, or a training run that any signal stopped.
     """
     try:
-        with interruptible():
+        with interruptible(), reporting_threads():
             app(args=arguments, prog_name="mae-deploy")
     except Interrupted as stop:
         if os.environ.get("LOCAL_RANK", "0") == "0":

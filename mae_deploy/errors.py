@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import ModuleType
 
 from mae_deploy.packages import QUIET, is_hollow, remedy
@@ -145,7 +147,11 @@ def explained(error: Exception) -> MaeDeployError | None:
     if isinstance(error, RuntimeError) and text.startswith("Symlink loop"):  # pathlib before Python 3.13
         return MaeDeployError(f"a link leads to itself: {text.removeprefix('Symlink loop from ')}")
     if isinstance(error, OSError) and error.strerror:
-        names = [str(name) for name in (error.filename, error.filename2) if name is not None]
+        names = [
+            os.fsdecode(name) if isinstance(name, bytes) else str(name)
+            for name in (error.filename, error.filename2)
+            if name is not None
+        ]
         return MaeDeployError(": ".join([*names[:1], error.strerror]))
     return None
 
@@ -167,6 +173,27 @@ def raise_all(errors: Sequence[MaeDeployError]) -> None:
     """
     if errors:
         raise errors[0] if len(errors) == 1 else ConfigErrors(errors)
+
+
+@contextmanager
+def reporting_threads() -> Iterator[None]:
+    """An error that ends a thread within the block is a line, too; where the command needs what the thread did, it says
+    so itself.
+    """
+    before = threading.excepthook
+
+    def report(ended: threading.ExceptHookArgs) -> None:
+        if isinstance(ended.exc_value, Exception) and os.environ.get("MAE_DEPLOY_DEBUG") != "1":
+            error = explained(ended.exc_value) or ended.exc_value
+            print(f"a thread ended: {printable(reason(error))}", file=sys.stderr)
+        else:
+            before(ended)
+
+    threading.excepthook = report
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def report_error(error: Exception) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import glob
 import hashlib
 import json
@@ -19,7 +20,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.file_kinds import look_at
+from mae_deploy.file_kinds import is_special, look_at
 from mae_deploy.machine import cache_folder
 from mae_deploy.text import parse_json
 
@@ -42,7 +43,12 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     A folder may replace nothing or an empty folder only; a file replaces a file. A link to a folder, or to nothing, is
     followed.
+
+    Raises:
+        ConfigError: `path` is a device or a pipe, which a file would replace for everybody.
     """
+    if is_special(path):
+        raise ConfigError(f"{path} is no file", hint="name one that is not there yet")
     if path.is_symlink() and not path.is_file():
         path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +62,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         yield aside
         _flush(aside)
         os.replace(aside, path)
+        _sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a full disk: only where opening fails a file is named
             error.filename = os.fspath(path)
@@ -114,6 +121,7 @@ def point_link(link: Path, target_name: str) -> None:
     if link.is_dir() and not link.is_symlink():
         remove(link)
     os.replace(aside, link)
+    _sync_folder(link.parent)
 
 
 def follow_link(link: Path) -> Path:
@@ -216,9 +224,29 @@ def is_running(process: int | str) -> bool:
 
 def _flush(path: Path) -> None:
     """Push the content to the disk before the rename, so that a power cut cannot leave an empty file."""
-    for file in [path] if path.is_file() else [p for p in path.rglob("*") if p.is_file()]:
-        with file.open("r+b" if os.name == "nt" else "rb") as handle:  # Windows flushes only what may be written
-            os.fsync(handle.fileno())
+    for found in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if found.is_dir():
+            _sync_folder(found)
+        elif found.is_file():
+            with found.open("r+b" if os.name == "nt" else "rb") as handle:  # Windows flushes only what may be written
+                os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Push the names in a folder to the disk, so that after a power cut a rename has not come before what it needs."""
+    if os.name == "nt":  # no folder can be opened there
+        return
+    try:
+        folder = os.open(path, os.O_RDONLY)
+    except OSError:  # it may be written, but not read
+        return
+    try:
+        os.fsync(folder)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # file systems that know nothing of the kind
+            raise
+    finally:
+        os.close(folder)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from typer.core import TyperCommand
 
 from mae_deploy.config import MISSING, Settings, from_dict, merge, to_yaml
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of, raise_all
-from mae_deploy.files import alone_at, write_text
+from mae_deploy.files import alone_at, refuse_to_overwrite, write_text
 from mae_deploy.flags import COMMON, Flag, flags_of, with_local_bundles
 from mae_deploy.help_page import Entry, page
 from mae_deploy.images.limits import pixels_at_most
@@ -214,6 +214,8 @@ def _runner(function: Callable[[C], Any], config: type[C], flags: list[Flag], re
         except ConfigError as error:
             said = {str(one).partition(" ")[0] for one in found}
             found += [one for one in error.errors if str(one) not in {f"{name} is missing" for name in said}]
+        if dump is not None and str(dump) != "-":
+            found += errors_of(functools.partial(refuse_to_overwrite, dump, option="--dump-config", file=True))
         found += _processes(context.info_name or "", config)
         raise_all(found)
         assert settings is not None  # what kept it from being built was raised

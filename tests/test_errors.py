@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
 
 from mae_deploy import cli
-from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, explained, report_error
+from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, explained, report_error, reporting_threads
 
 
 @pytest.mark.parametrize(
@@ -89,3 +90,27 @@ def test_an_error_that_quotes_a_file_at_length_keeps_its_beginning_and_end(capsy
     assert line.endswith(r"\x1b is no number")
     assert "[... 19," in line
     assert len(line) < 1000
+
+
+def test_an_error_that_ends_a_thread_is_a_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(error: BaseException) -> None:
+        raise error
+
+    def fail_in_thread(error: BaseException) -> None:
+        thread = threading.Thread(target=fail, args=(error,))
+        thread.start()
+        thread.join()
+
+    said = list[object]()
+    monkeypatch.setattr(threading, "excepthook", said.append)
+    with reporting_threads():
+        fail_in_thread(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), b"/events"))
+        assert capsys.readouterr().err == "a thread ended: /events: No space left on device\n"
+        monkeypatch.setenv("MAE_DEPLOY_DEBUG", "1")
+        fail_in_thread(ValueError("a number"))
+    assert capsys.readouterr().err == ""
+    assert len(said) == 1, "with its traceback"
+    fail_in_thread(ValueError("after the command"))
+    assert len(said) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import functools
 import hashlib
 import os
 import subprocess
@@ -294,3 +296,53 @@ def test_what_no_file_and_no_folder_may_be(tmp_path: Path, monkeypatch: pytest.M
 def test_names_that_are_not_utf8_are_written_as_they_are(tmp_path: Path) -> None:
     write_text(tmp_path / "file", os.fsdecode(b"\xff"))
     assert (tmp_path / "file").read_bytes() == b"\xff"
+
+
+def test_a_device_or_a_pipe_is_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(ConfigError, match=r"pipe is no file"):
+        write_text(pipe, "text")
+    assert pipe.is_fifo()
+
+
+def test_content_is_on_the_disk_before_its_name_and_its_name_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    sync, replace = os.fsync, os.replace
+
+    def fsync(number: int) -> None:
+        seen.append(Path(os.readlink(f"/proc/self/fd/{number}")).name.rpartition("-")[2])
+        sync(number)
+
+    def renamed(source: Path, target: Path) -> None:
+        seen.append("rename")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", renamed)
+    with atomic_path(tmp_path / "out") as aside:
+        (aside / "inner").mkdir(parents=True)
+        (aside / "inner" / "file").write_text("text")
+    assert sorted(seen[:3]) == ["file", "inner", "out"]
+    assert seen[3:] == ["rename", tmp_path.name.rpartition("-")[2]]
+    seen.clear()
+    point_link(tmp_path / "last", "out")
+    assert seen == ["rename", tmp_path.name.rpartition("-")[2]]
+
+
+def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sync = os.fsync
+
+    def fsync(number: int, error: int = errno.EINVAL) -> None:
+        if os.path.isdir(f"/proc/self/fd/{number}"):
+            raise OSError(error, os.strerror(error))
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    write_text(tmp_path / "file", "text")
+    assert (tmp_path / "file").read_text() == "text"
+    monkeypatch.setattr(os, "fsync", functools.partial(fsync, error=errno.EIO))
+    with pytest.raises(OSError, match="Input/output error"):
+        write_text(tmp_path / "file", "other")

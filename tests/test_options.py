@@ -237,6 +237,8 @@ def test_dump_config_writes_a_recipe_and_runs_nothing(tmp_path: Path, capsys: py
     assert run(*arguments, "--dump-config", "-") == 0
     printed = capsys.readouterr().out
     assert printed == dumped.read_text()
+    with pytest.raises(ConfigError, match=r"--dump-config .*cake.yaml already exists"):
+        run(*arguments, "--dump-config", str(dumped))
     assert yaml.safe_load(printed)["oven"] == {"degrees": 1e-5, "fan": True, "light": False, "gas_mark": 3}
     # It is a recipe: with nothing else given, the same settings come back.
     assert baked("--recipe", str(dumped)) == Cake(name="plum", out=Path("t"), oven=Oven(degrees=1e-5, gas_mark=3))

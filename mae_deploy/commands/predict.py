@@ -71,13 +71,13 @@ def run_predict(config: PredictConfig) -> Result:
                 for batch, features in predictions:
                     found.add(batch, features, predictions)
                     bar.advance(len(batch))
+            left_out = found.finish(predictions)
         except BaseException:
             if written is not None and written.rows:
                 notice(
                     "kept:", f"{written.done} of {len(paths)} images in {written.folder}; the same call goes on there"
                 )
             raise
-        left_out = found.finish(predictions)
     for path, reason in left_out:
         notice("skipped", f"{path}: {reason}")
     data = {

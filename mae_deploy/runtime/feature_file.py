@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -33,6 +34,9 @@ _LOG = "log.jsonl"
 """A line each: what is computed, the columns, then after each batch how far it has come."""
 
 _CHUNK_BYTES = 1 << 20
+
+_SYNC_EVERY = 1.0
+"""Seconds of work that a power cut may cost."""
 
 
 def check_features(path: Path, suffixes: Sequence[str] = SUFFIXES) -> None:
@@ -89,6 +93,10 @@ class FeatureFile:
         """Type and shape of a row of each output, once there is one."""
         self._files: dict[str, IO[bytes]] = {}
         self._lock: BaseFileLock | None = None
+        self._pending: list[Any] = []
+        """Lines of batches that may not be on the disk yet."""
+        self._synced = -math.inf
+        self._begun, self._fresh = False, fresh
         if self.folder.is_dir():
             self._acquire()
             try:
@@ -124,7 +132,11 @@ class FeatureFile:
         self.rows, self.done = self.rows + len(names), done
         self.left_out += left_out
         sizes = {name: file.tell() for name, file in self._files.items() if name != _LOG}
-        self._write_line({"done": done, "rows": self.rows, "left_out": list(left_out), "bytes": sizes})
+        if self._fresh:  # nobody goes on with these
+            return
+        self._pending.append({"done": done, "rows": self.rows, "left_out": list(left_out), "bytes": sizes})
+        if time.monotonic() - self._synced > _SYNC_EVERY:
+            self._sync()
 
     def chunks(self, name: str, rows: int | None = None) -> Iterator[Array]:
         """An output so far, some rows at a time: `rows`, or what fits 1 MiB."""
@@ -156,19 +168,26 @@ class FeatureFile:
     def finish(self) -> None:
         """Write the file in one step from the rows; `close` then removes their folder."""
         write = _write_npz if self.path.suffix == ".npz" else _write_parquet
+        for file in self._files.values():
+            file.flush()
         with atomic_path(self.path) as aside:
             write(aside, self)
+        self._pending.clear()
         self.close()
         remove(self.folder)
 
     def close(self) -> None:
-        """Close what is open; the rows stay for another call."""
+        """Close what is open; the rows stay for another call, unless there are none."""
         with ExitStack() as stack:  # on a full disk, a file's last bytes fail as it is closed
+            if self._begun and not self.rows:
+                stack.callback(remove, self.folder)
             if self._lock is not None:
                 stack.callback(self._lock.release)
+            stack.callback(self._files.clear)
             for file in self._files.values():
                 stack.callback(file.close)
-            self._files.clear()
+            if self._pending and self.rows:
+                stack.callback(self._sync)
             self._lock = None
 
     def __enter__(self) -> Self:
@@ -187,18 +206,22 @@ class FeatureFile:
         self.folder.mkdir(parents=True, exist_ok=True)
         if self._lock is None:
             self._acquire()
+        self._begun = True
         self.columns = columns
         for name in (*columns, PATHS, _LOG):
             self._files[name] = self._place(name).open("wb")
-        self._write_line(self._identity)
-        self._write_line(columns)
+        self._pending = [self._identity, columns]
 
-    def _write_line(self, value: Any) -> None:
-        for name, file in self._files.items():
-            if name != _LOG:
-                file.flush()  # before the line that says that they are there
-        self._files[_LOG].write(json.dumps(value).encode() + b"\n")
-        self._files[_LOG].flush()
+    def _sync(self) -> None:
+        """Push the rows to the disk, then the lines that say that they are there."""
+        log, pending = self._files[_LOG], self._pending
+        self._pending = []  # what fails is not tried again: half of it may be there
+        for file in self._files.values():  # the log is the last of them
+            if file is log:
+                file.write(b"".join(json.dumps(line).encode() + b"\n" for line in pending))
+            file.flush()
+            os.fsync(file.fileno())
+        self._synced = time.monotonic()
 
     def _resume(self) -> None:
         """Go on behind the last batch that is whole on disk: what was written behind it is cut off."""

@@ -11,6 +11,7 @@ import os
 import random
 import shutil
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -175,8 +176,8 @@ def places(trial: Trial, moment: random.Random) -> Found:
         if code == 0 and may_do:
             if differing := trial.differing(trial.place / out):
                 yield f"{name}: another output: {differing}"
-        elif code == 0 and not trial.case.several:  # several are below the place
-            yield f"{name}: it wrote there"
+        elif code == 0:
+            yield from () if trial.case.several else (f"{name}: it wrote there",)  # several are below the place
         else:
             yield from (f"{name}: {what}" for what in (*trial.unclear(code, REFUSED), *trial.half_written()))
             if may_do and name not in _MAY_BE_REFUSED:
@@ -245,7 +246,16 @@ def _long(trial: Trial) -> tuple[Path, bool]:
 
 
 def _device(trial: Trial) -> tuple[Path, bool]:
-    return Path("/dev/null"), False
+    try:
+        os.mknod(trial.place / "null", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # one that may be lost
+    except PermissionError:
+        return _pipe(trial)
+    return trial.place / "null", False
+
+
+def _pipe(trial: Trial) -> tuple[Path, bool]:
+    os.mkfifo(trial.place / "pipe")
+    return trial.place / "pipe", False
 
 
 _PLACES: dict[str, Callable[[Trial], tuple[Path, bool]]] = {
@@ -260,7 +270,8 @@ _PLACES: dict[str, Callable[[Trial], tuple[Path, bool]]] = {
     "a link to itself": _loop,
     "the working folder": _working_folder,
     "a path that is too long": _long,
-    "/dev/null": _device,
+    "a device": _device,
+    "a pipe": _pipe,
 }
 """By what is there; each says where to write, and whether it may work."""
 

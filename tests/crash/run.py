@@ -88,7 +88,12 @@ def harm(names: list[str], times: Mapping[str, int], scratch: Path, *, seed: int
     found: list[Fault] = []
     with prepared(scratch, names) as (root, disk):
         for name in names:
-            trial = Trial(name, root, disk)
+            try:
+                trial = Trial(name, root, disk)
+            except RuntimeError as error:  # the others are tried all the same
+                found.append(Fault(name, "none", "before anything happened to it", str(error)))
+                print(error, file=sys.stderr, flush=True)
+                continue
             for fault, wanted in times.items():
                 counts[fault][name], wrong = do_harm(trial, fault, wanted, seed)
                 found += wrong

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 import sys
+import time
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -188,3 +190,29 @@ def test_rows_that_a_kill_left_beside_a_whole_file_go(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="already exists"):
         check_features(path)
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_rows_count_once_they_are_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, now = tmp_path / "features.npz", [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    log, said = tmp_path / "features.npz.partial" / "log.jsonl", []
+    with FeatureFile(path, CALL) as file:
+        for first in range(3):
+            add(file, first, first + 1)
+            now[0] += 0.75
+            said.append([json.loads(line)["done"] for line in log.read_text().splitlines()[2:]])
+    assert said == [[1], [1], [1, 2, 3]], "at once, then after a second"
+    with FeatureFile(path, CALL) as file:
+        assert file.done == 3
+
+
+def test_of_a_call_that_fails_before_its_first_row_nothing_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(FeatureFile, "_place", full)
+    with pytest.raises(OSError, match="No space"), FeatureFile(tmp_path / "features.npz", CALL) as file:
+        add(file, 0, 1)
+    assert os.listdir(tmp_path) == []

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +35,9 @@ class Trackers:
             found.append(MLflowTracker(_PROJECT, run_name=run.name, run_id=ids.get("mlflow")))
         engine: Any = accelerator  # what its annotations say of these is narrower than what it takes and gives
         engine.log_with = found
-        accelerator.init_trackers(_PROJECT)
+        self._run = run
+        with self._named():
+            accelerator.init_trackers(_PROJECT)
         if accelerator.is_main_process and names:
             if "mlflow" in names:
                 ids["mlflow"] = engine.get_tracker("mlflow", unwrap=True).info.run_id
@@ -41,10 +45,21 @@ class Trackers:
 
     def log(self, values: dict[str, Any], step: int) -> None:
         """One step's numbers, without those that are none."""
-        self.accelerator.log(
-            {name: value for name, value in values.items() if value is not None and math.isfinite(value)}, step=step
-        )
+        finite = {name: value for name, value in values.items() if value is not None and math.isfinite(value)}
+        with self._named():
+            self.accelerator.log(finite, step=step)
 
     def close(self) -> None:
         """Flush and finish."""
-        self.accelerator.end_training()
+        with self._named():
+            self.accelerator.end_training()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        """A full disk says which file it is of only where that is opened."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno is not None and error.filename is None:
+                error.filename = str(self._run / "tensorboard")
+            raise

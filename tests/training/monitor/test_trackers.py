@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -79,3 +82,13 @@ def test_a_package_that_is_not_there_is_named_before_anything_is_written(
     assert main(command_of(config)) == 3
     assert "pip install 'mae-deploy[wandb]'" in capsys.readouterr().err
     assert not config.out.exists()
+
+
+def test_a_full_disk_names_what_it_is_full_of(tmp_path: Path) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    accelerator: Any = SimpleNamespace(init_trackers=lambda _: None, log=full, is_main_process=True)
+    with pytest.raises(OSError, match="No space left") as caught:
+        trackers.Trackers(accelerator, (), tmp_path, step=0).log({"loss": 1.0}, 1)
+    assert caught.value.filename == str(tmp_path / "tensorboard")
