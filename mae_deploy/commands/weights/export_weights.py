@@ -53,7 +53,8 @@ def run_export_weights(config: ExportWeightsConfig) -> Result:
 
 def _write(path: Path, model: ForeignModel, library: Library, seed: int) -> dict[str, Any]:
     if library == "original":
-        torch.save(original_content(model), path)
+        with path.open("wb") as file:  # of a path, torch.save would write the name into the file
+            torch.save(original_content(model), file)
         return check_round_trip(path, model, library, seed)
     path.mkdir()
     write_safetensors(path / WEIGHTS, plain_tensors(model), header(model))
