@@ -30,7 +30,7 @@ from mae_deploy.embedding.job import (
 from mae_deploy.embedding.local import run_here, run_processes
 from mae_deploy.embedding.shard_file import rows_of
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional
-from mae_deploy.files import refuse_within, remove_partial, take_lock, write_json
+from mae_deploy.files import refuse_within, remove, remove_partial, take_lock, write_json
 from mae_deploy.machine import granted_cores
 from mae_deploy.progress import Bar, notice, progress
 from mae_deploy.reporting.tables import facts_table
@@ -60,12 +60,17 @@ def run_embed(config: EmbedConfig) -> Result:
     with _work(config) as work:
         job = _job(config, collection, bundle, work)
         announce(collection)
-        busy = f"another process is writing {config.out}"
+        busy, there = f"another process is writing {config.out}", config.out.is_dir()
         with take_lock(config.out / ".lock", busy=busy, hint="wait for it, or choose another --out"):
             if not check_begun(config.out, job.identity):
                 write_json(config.out / JOB_FILE, job.identity)
             remove_partial(config.out)
-            return _embed(job, collection, bundle, work)
+            try:
+                return _embed(job, collection, bundle, work)
+            except BaseException:
+                if not there and not any(_counts(job)):
+                    remove(config.out)
+                raise
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +157,8 @@ def _embed(job: Job, collection: Collection, bundle: Bundle, work: _Work) -> Res
                 failed += [outcome] if outcome.error is not None else []
                 shown.part(outcome)
     except BaseException:
-        notice("kept:", f"{sum(_counts(job))} images in {job.out}; the same call goes on there")
+        if any(kept := _counts(job)):
+            notice("kept:", f"{sum(kept)} images in {job.out}; the same call goes on there")
         raise
     seconds = time.monotonic() - started
     images, unreadable = _counts(job)

@@ -21,6 +21,7 @@ import pytest
 
 from mae_deploy.cli import main
 from mae_deploy.embedding.job import features_in
+from mae_deploy.errors import CheckFailed
 from mae_deploy.files import take_lock
 from mae_deploy.images.find import find_images
 from mae_deploy.images.read import read_image
@@ -161,6 +162,17 @@ def test_no_image_at_all(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFix
     )
     assert pq.read_table(tmp_path / "out" / "_unreadable").num_rows == 1
     assert pq.read_table(tmp_path / "out").num_rows == 0
+
+
+def test_what_fails_before_the_first_feature_leaves_nothing(
+    bundle: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_engine(*_: Any, **__: Any) -> Backbone:
+        raise CheckFailed("the engine does not start")
+
+    monkeypatch.setattr(Backbone, "load", no_engine)
+    assert "the engine does not start" in refused(capsys, photos, bundle, "--out", tmp_path / "out", code=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_features_that_do_not_fit(
