@@ -4,6 +4,8 @@ else.
 
 from __future__ import annotations
 
+import errno
+import os
 import tarfile
 import zipfile
 from collections.abc import Sequence
@@ -11,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from mae_deploy.text import parse_json
+from mae_deploy.text import as_size, parse_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +115,20 @@ def look_at(path: Path) -> FileKind:
 def is_special(path: Path) -> bool:
     """Whether it is a pipe, which would be waited for, or a device, which may have no end."""
     return path.exists() and not path.is_file() and not path.is_dir()
+
+
+def read_whole(path: Path, most: int = 1 << 28) -> bytes:
+    """A file's bytes, where there are no more than `most` of them.
+
+    Raises:
+        OSError: there are, as in a device without an end, or it cannot be read.
+    """
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        content = b"" if size > most else file.read(most + 1)
+    if max(size, len(content)) > most:
+        raise OSError(errno.EFBIG, f"it has more than {as_size(most)}", os.fspath(path))
+    return content
 
 
 def stand_in(head: bytes) -> FileKind | None:

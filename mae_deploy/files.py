@@ -20,7 +20,7 @@ from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
 from mae_deploy.errors import ConfigError
-from mae_deploy.file_kinds import is_special, look_at
+from mae_deploy.file_kinds import is_special, look_at, read_whole
 from mae_deploy.machine import cache_folder
 from mae_deploy.text import parse_json
 
@@ -96,7 +96,7 @@ def read_json(path: Path) -> Any:
         ConfigError: the file is missing, unreadable or not JSON.
     """
     try:
-        return parse_json(path.read_bytes())
+        return parse_json(read_whole(path))
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error}") from error
     except ValueError as error:

@@ -16,6 +16,8 @@ import numpy as np
 
 from mae_deploy.commands.config import PredictConfig
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import is_special
+from mae_deploy.images.arrays import load_npy
 from mae_deploy.images.find import find_images
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice, progress
@@ -163,11 +165,13 @@ def _read_mask(path: Path, bundle: Bundle) -> tuple[int, ...]:
     Raises:
         ConfigError: no NumPy file, or a mask of another shape.
     """
+    if is_special(path):
+        raise ConfigError(f"--keep-mask {path} is no file, but a pipe or a device")
     try:
-        mask = np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise ConfigError(f"--keep-mask {path} is not a .npy file: {' '.join(str(error).split())}") from error
-    if not isinstance(mask, np.ndarray) or mask.dtype.kind not in "biu":
+        mask = load_npy(path)
+    except ValueError as error:
+        raise ConfigError(f"--keep-mask {path} is not a .npy file: {error}") from error
+    if mask.dtype.kind not in "biu":
         raise ConfigError(f"--keep-mask {path} is no array of booleans")
     indices = patch_indices(mask.astype(bool), bundle)
     if isinstance(indices, list):

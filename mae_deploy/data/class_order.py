@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -11,8 +10,9 @@ from typing import Any
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import is_special, read_whole
 from mae_deploy.progress import notice
-from mae_deploy.text import decode_text
+from mae_deploy.text import decode_text, parse_json
 
 _DIGITS = 1000
 """More of them are no number."""
@@ -62,7 +62,9 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         ConfigError: it cannot be read, is neither, leaves a number out, or has a name twice.
     """
     try:
-        text = decode_text(file.read_bytes())
+        if is_special(file):
+            raise ConfigError(f"--class-names {file} is no file, but a pipe or a device")
+        text = decode_text(read_whole(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --class-names {file}: {error}") from error
     names = _from_json(text, file) if text.lstrip()[:1] in ("[", "{") else [line.strip() for line in text.splitlines()]
@@ -98,12 +100,12 @@ def check_order(images: ImageSource, classifier: str) -> None:
 
 def _from_json(text: str, file: Path) -> list[str]:
     try:
-        found = json.loads(text)
+        found = parse_json(text)
     except ValueError as error:
         raise ConfigError(f"--class-names {file} is no JSON: {error}") from error
     if isinstance(found, dict):
         count = len(found)
-        if all(isinstance(value, int) for value in found.values()):
+        if all(type(value) is int for value in found.values()):
             found = {str(number): name for name, number in found.items()}
         missing = next((number for number in range(count) if str(number) not in found), None)
         if missing is not None:

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from mae_deploy.errors import ConfigError, MissingDependency, import_optional
+from mae_deploy.errors import ConfigError, MissingDependency, import_optional, reason
 from mae_deploy.images.geometry import Box, Placement
-from mae_deploy.images.limits import TooManyPixels, check_size, most_pixels
+from mae_deploy.images.limits import check_bytes, check_size
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
     from PIL import Image, ImageFile
@@ -49,12 +49,29 @@ def read_array(path: Path, file: BinaryIO | None = None) -> Array:
         ValueError: not an image; the message says why.
         MissingDependency: `tifffile`, which TIFF needs, is not installed.
     """
-    values = (
-        np.load(file or path, allow_pickle=False) if path.suffix.lower() == NUMPY_SUFFIX else _read_tiff(file or path)
-    )
-    if not isinstance(values, np.ndarray):
-        raise ValueError("it holds several arrays; one image is one array (H, W, C)")
+    if path.suffix.lower() != NUMPY_SUFFIX:
+        return channels_last(_read_tiff(file or path))
+    values = load_npy(file or path)
+    if values.ndim > 1:
+        check_size(values.shape[1], values.shape[0])
     return channels_last(values)
+
+
+def load_npy(source: Path | BinaryIO) -> Array:
+    """The array of a `.npy` file; nothing in it is unpickled.
+
+    Raises:
+        ValueError: it is none, holds objects or several arrays, is cut off, or larger than an image may be.
+    """
+    try:  # mapped, a header that promises too much takes no memory
+        values = np.load(source, allow_pickle=False, mmap_mode="r" if isinstance(source, Path) else None)
+    except Exception as error:  # of any kind: what NumPy raises follows from the bytes of the header
+        raise ValueError(reason(error)) from error
+    if not isinstance(values, np.ndarray):
+        values.close()
+        raise ValueError("it holds several arrays; one image is one array (H, W, C)")
+    check_bytes(values.nbytes)
+    return np.array(values) if isinstance(values, np.memmap) else values
 
 
 def read_deep(image: ImageFile.ImageFile, channels: int) -> Array | None:
@@ -74,7 +91,8 @@ def read_deep(image: ImageFile.ImageFile, channels: int) -> Array | None:
     if maximum > 255:
         if decoder != "ppm_plain":
             file.seek(offset)
-            values = np.frombuffer(file.read(), ">u2", image.height * image.width * len(image.getbands()))
+            count = image.height * image.width * len(image.getbands())
+            values = np.frombuffer(file.read(2 * count), ">u2", count)
             return channels_last(values.reshape(image.height, image.width, -1))
         if image.mode != "I":
             raise ValueError("a plain PPM of more than 8 bits; save it as binary PPM, PNG or TIFF")
@@ -216,12 +234,11 @@ def _on_white(pixels: Array, white: int) -> Array:
 
 def _read_tiff(path: Path | BinaryIO) -> Array:
     """The first image of the file; its channels are samples of a pixel or pages."""
-    with require_tiff().TiffFile(path) as file:
+    with require_tiff().TiffFile(path, _multifile=False) as file:  # pages that lie in other files are left alone
         series = file.series[0]
         page = series.keyframe
         check_size(page.imagewidth, page.imagelength)
-        if series.size > most_pixels() * max(1, page.samplesperpixel):
-            raise TooManyPixels(f"an image of shape {series.shape} is too large: --max-pixels allows more")
+        check_bytes(series.nbytes)
         values, axes = series.asarray(), series.axes
         orientation = page.tags.valueof(_ORIENTATION, 1)
         if page.photometric == _MIN_IS_WHITE and values.dtype.kind == "u":

@@ -6,8 +6,14 @@ import contextlib
 import os
 from collections.abc import Iterator
 
+from mae_deploy.errors import ConfigError
+from mae_deploy.text import as_size, is_count
+
 MOST_PIXELS = 2 * 89_478_485
 """Where nobody says otherwise; Pillow's own limit."""
+
+_BYTES = 8
+"""Of a file, for each of these pixels: four channels of 16 bits."""
 
 _VARIABLE = "MAE_DEPLOY_MAX_PIXELS"
 
@@ -22,8 +28,15 @@ def most_pixels() -> int:
 
 
 def given_limit() -> int | None:
-    """What the user says; None: nothing."""
-    return int(os.environ[_VARIABLE]) if _VARIABLE in os.environ else None
+    """What the user says; None: nothing.
+
+    Raises:
+        ConfigError: it is no number.
+    """
+    text = os.environ.get(_VARIABLE)
+    if text is not None and not (text.isascii() and is_count(text)):
+        raise ConfigError(f"{_VARIABLE}={text:.80} in the environment is no number of pixels", hint="such as 50000000")
+    return None if text is None else int(text)
 
 
 @contextlib.contextmanager
@@ -50,4 +63,16 @@ def check_size(width: int, height: int) -> None:
     if width * height > (limit := most_pixels()):
         raise TooManyPixels(
             f"{width}x{height} are {width * height} pixels, more than {limit}: --max-pixels {width * height} reads it"
+        )
+
+
+def check_bytes(size: int) -> None:
+    """Whether an image file, or the array in it, of so many bytes is read.
+
+    Raises:
+        TooManyPixels: it is too large, whatever its width and height are said to be.
+    """
+    if size > (limit := _BYTES * most_pixels()):
+        raise TooManyPixels(
+            f"{as_size(size)} are more than {as_size(limit)}: --max-pixels {-(-size // _BYTES)} reads it"
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import read_whole
 from mae_deploy.text import decode_text
 
 _STDIN = "-"
@@ -54,7 +55,7 @@ def _expanded(name: Path) -> Iterator[Named]:
         yield Named(name)
     elif text.startswith(_LIST):
         try:
-            content = Path(text[len(_LIST) :]).read_bytes()
+            content = read_whole(Path(text[len(_LIST) :]), 1 << 30)
         except OSError as error:
             raise ConfigError(f"cannot read the list {text[len(_LIST) :]}: {error.strerror}") from error
         yield from _listed(content, text[len(_LIST) :])

@@ -31,7 +31,7 @@ from mae_deploy.images.arrays import (
     read_deep,
 )
 from mae_deploy.images.arrays import Array as Array
-from mae_deploy.images.limits import TooManyPixels, check_size, given_limit
+from mae_deploy.images.limits import TooManyPixels, check_bytes, check_size, given_limit
 from mae_deploy.machine import granted_cores
 
 if TYPE_CHECKING:  # imported where it is used: a device that is given normalised arrays needs no Pillow
@@ -211,8 +211,7 @@ class _Silence:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._inside = 0
+        self._lock, self._inside = threading.Lock(), 0
         self._filters = warnings.catch_warnings()
 
     def __enter__(self) -> None:
@@ -240,6 +239,7 @@ def _reading(path: Path, content: bytes | None) -> Iterator[BinaryIO | None]:
         raise UnreadableImage(f"{path}: it is no file")
     file = None if content is None else io.BytesIO(content)
     try:
+        check_bytes(path.stat().st_size if content is None else len(content))
         yield file
     except MaeDeployError:
         raise

@@ -94,3 +94,15 @@ def test_classes_of_a_classifier_without_names(tmp_path: Path, capsys: pytest.Ca
     ) as caught:
         check_order(labelled_files(tmp_path / "numbers"), "the classifier")
     assert "--class-names" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("content", ['{"0": "a", "0": "b"}', "[" * 50_000 + "]" * 50_000, '{"a": true, "b": 0}'])
+def test_names_in_json_that_mean_nothing(content: str, tmp_path: Path) -> None:
+    (tmp_path / "names").write_text(content)
+    with pytest.raises(ConfigError, match="--class-names"):
+        read_class_names(tmp_path / "names")
+
+
+def test_names_that_have_no_end() -> None:
+    with pytest.raises(ConfigError, match="no file, but a pipe or a device"):
+        read_class_names(Path("/dev/zero"))

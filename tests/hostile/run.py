@@ -25,8 +25,10 @@ import onnx
 from tests.hostile.bounded import REFUSED, Ended, complaint, run_bounded
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
+from tests.hostile.folders import FOLDERS
 from tests.hostile.graphs import GRAPHS
-from tests.hostile.pictures import PICTURES
+from tests.hostile.pictures import HARMLESS, PICTURES
+from tests.hostile.rare_pictures import RARE_PICTURES
 from tests.hostile.runs import RUNS
 from tests.hostile.texts import NUMBERS, RECIPES
 from tests.hostile.videos import VIDEOS
@@ -93,6 +95,11 @@ IMAGE_COMMANDS: dict[str, Arguments] = {
     "benchmark": ("benchmark", "bundles/visible", "--images", FILE, "--repeats", 2, "--threads", 1, "--no-probe"),
     "stream": ("stream", FILE, "bundles/visible", "--out", OUT + ".npz", "--threads", 1),
 }
+
+FOLDER_COMMANDS: dict[str, Arguments] = {name: CHECKPOINT_COMMANDS[name] for name in ("info", "import", "knn")}
+
+PICKY = ("predict bands",)
+"""Commands that do not take every whole file: an image of other channels, say."""
 
 DATA_COMMANDS: dict[str, Arguments] = {
     "data stats": ("data", "stats", FILE, "--num-workers", 0),
@@ -231,8 +238,9 @@ def _number(text: str) -> Write:
 CORPORA: dict[str, Corpus] = {
     "checkpoint": Corpus({name: _checkpoint(write) for name, write in WEIGHTS_FILES.items()}, CHECKPOINT_COMMANDS),
     "bundle": Corpus({name: _bundle(write) for name, write in BUNDLES.items()}, BUNDLE_COMMANDS),
+    "folder": Corpus(FOLDERS, FOLDER_COMMANDS),
     "graph": Corpus({name: _other_graph(edit) for name, edit in GRAPHS.items()}, GRAPH_COMMANDS),
-    "image": Corpus(PICTURES, IMAGE_COMMANDS),
+    "image": Corpus({**PICTURES, **RARE_PICTURES}, IMAGE_COMMANDS),
     "data": Corpus(DATA, DATA_COMMANDS),
     "recipe": Corpus({name: _recipe(content) for name, content in RECIPES.items()}, RECIPE_COMMANDS),
     "run": Corpus({name: _run(write) for name, write in RUNS.items()}, RUN_COMMANDS),
@@ -268,7 +276,7 @@ def run_case(kind: str, name: str, command: str, scratch: Path, work: Path) -> C
         words = [str(word).replace(OUT, str(out)).replace(FILE, str(given)) for word in corpus.commands[command]]
         before = set(scratch.rglob("*")) if kind != "data" else set(scratch.iterdir())
         ended = run_bounded(words, own, work)
-        found = complaint(ended, (0, *REFUSED))
+        found = complaint(ended, (0,) if name.startswith(HARMLESS) and command not in PICKY else (0, *REFUSED))
         # A run that found no image keeps the list of those that it could not read.
         left = [
             path.name for path in scratch.iterdir() if path not in before and not (path / "unreadable.txt").is_file()

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +29,17 @@ from mae_deploy.training.state.run_folder import read_metrics
 from mae_deploy.weights.load import load_model
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
-from tests.hostile.pictures import HARMLESS, PICTURES
+from tests.hostile.folders import FOLDERS, changed, setting
+from tests.hostile.pictures import BROKEN, HARMLESS, PICTURES
+from tests.hostile.rare_pictures import RARE_PICTURES
 from tests.hostile.run import CORPORA, FIXTURES
 from tests.hostile.texts import RECIPES
 from tests.hostile.weights import WEIGHTS_FILES
 
-SLOW = ("bomb", "4 TB", "1 TB", "just below the limit", "64 MB")
+SLOW = (
+    *("bomb", "4 TB", "1 TB", "just below the limit", "64 MB", "12,000 x 12,000", "10,000 pages", "200,000 nodes"),
+    "config.yaml of nested",
+)
 """Files that take a second to write or to refuse: for `python -m tests.hostile.run`."""
 
 HARMLESS_WEIGHTS = ("metadata num_classes -1", "metadata class_names [1]")
@@ -87,15 +93,16 @@ def test_bundles(name: str, tmp_path: Path) -> None:
         assert (given / file).resolve().is_relative_to(given.resolve())
 
 
-@pytest.mark.parametrize("name", quick(PICTURES))
+@pytest.mark.parametrize("name", quick({**PICTURES, **RARE_PICTURES}))
 def test_images(name: str, tmp_path: Path) -> None:
-    given = PICTURES[name](tmp_path)
+    given = write("image", name, tmp_path)
     try:
         image = read_image(given)
     except UnreadableImage as error:
         check_error(error)
         assert not name.startswith(HARMLESS)
         return
+    assert not name.startswith(BROKEN), "it was read"
     assert isinstance(image, Image.Image)
     assert image.width * image.height <= 1 << 20
     assert image.mode == "RGB"
@@ -132,7 +139,7 @@ def test_recipes(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "CANARY").exists()
 
 
-@pytest.mark.parametrize("name", CORPORA["run"].files)
+@pytest.mark.parametrize("name", quick(CORPORA["run"].files))
 def test_runs(name: str, tmp_path: Path) -> None:
     given = write("run", name, tmp_path)
     for read in (
@@ -147,6 +154,43 @@ def test_runs(name: str, tmp_path: Path) -> None:
             check_error(error)
     assert not (tmp_path / "CANARY").exists()
     assert not (Path.cwd() / "CANARY").exists()
+
+
+@pytest.mark.parametrize("name", [name for name in FOLDERS if name.startswith(HARMLESS)])
+def test_whole_folders(name: str, tmp_path: Path) -> None:
+    load_model(FOLDERS[name](tmp_path))
+
+
+@pytest.mark.parametrize("name", quick([name for name in FOLDERS if not name.startswith(HARMLESS)])[::10])
+def test_folders(name: str, tmp_path: Path) -> None:
+    """A tenth of them: there are hundreds, and timm builds a network for each of its own."""
+    with suppress(MaeDeployError):
+        load_model(FOLDERS[name](tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("family", "part", "place", "value", "message"),
+    [
+        ("hf", 0, "layer_norm_eps", None, "layer_norm_eps None, which is no positive number"),
+        ("hf", 0, "num_hidden_layers", 12, "another model: num_hidden_layers 12, and the weights have 2"),
+        ("hf", 0, "hidden_size", 768, "another model: hidden_size 768"),
+        ("hf", 0, "patch_size", 16, "another model: patch_size"),
+        ("hf", 0, "qkv_bias", "no", "qkv_bias 'no', which is no true or false"),
+        ("hf", 0, "model_type", "siglip", "no vision_config"),
+        ("hf", 1, "rescale_factor", 0, "rescale_factor 0, which is no positive number"),
+        ("hf", 1, "image_std", ["a"] * 3, "for a mean or a deviation"),
+        ("hf", 1, "size.height", "x", "is not a height and width"),
+        ("timm", 0, "model_args.depth", 10**9, "depth 1000000000, which its weights have not"),
+        ("timm", 0, "pretrained_cfg.std", -1, "std -1, which is no numbers"),
+        ("timm", 0, "pretrained_cfg.crop_pct", "x", "crop_pct 'x'"),
+        ("timm", 0, "pretrained_cfg.license", [], "license"),
+    ],
+)
+def test_settings_of_folders_are_believed_only_where_they_can_be(
+    family: str, part: int, place: str, value: object, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(MaeDeployError, match=message):
+        load_model(changed(family, setting(part, place, value))(tmp_path))
 
 
 def test_the_fixtures_are_whole(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from mae_deploy.cli import main
+from mae_deploy.errors import ConfigError
 from mae_deploy.images.limits import MOST_PIXELS, most_pixels, pixels_at_most
 from mae_deploy.images.read import UnreadableImage, read_image
 from tests.runtime.tiny_bundle import write_bundle
@@ -87,3 +88,17 @@ def test_workers_have_the_limit_too(tmp_path: Path, capsys: pytest.CaptureFixtur
     arguments = ["data", "stats", str(tmp_path / "photos"), "--num-workers", "1", "--json"]
     assert main([*arguments, "--max-pixels", "19999"]) == 0
     assert "--max-pixels 20000 reads it" in capsys.readouterr().out
+
+
+def test_a_file_of_more_bytes_than_so_many_pixels_have_is_not_read(tmp_path: Path) -> None:
+    """Whatever its header says: the array lies in a file without content, which takes no place."""
+    np.lib.format.open_memmap(tmp_path / "a.npy", "w+", np.uint8, (2, 3, 10**9)).flush()
+    with pixels_at_most(20000), pytest.raises(UnreadableImage, match=r"6 GB are more than 160 kB: --max-pixels 75000"):
+        read_image(tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize("value", ["", "x", "1e6", "-5", "\u0663"])
+def test_a_limit_in_the_environment_that_is_none(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MAE_DEPLOY_MAX_PIXELS", value)
+    with pytest.raises(ConfigError, match=f"MAE_DEPLOY_MAX_PIXELS={value} in the environment is no number"):
+        most_pixels()

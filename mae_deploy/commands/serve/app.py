@@ -27,6 +27,7 @@ from mae_deploy.commands.serve.uploads import Item, Refused, RefusedResponse
 from mae_deploy.errors import ConfigError, MaeDeployError
 from mae_deploy.runtime.engines.base import check_outputs
 from mae_deploy.runtime.predict import class_scores, top_k
+from mae_deploy.text import printable, shortened
 
 PAGE = Path(__file__).with_name("page.html")
 
@@ -302,8 +303,7 @@ async def _problem(_: Request, error: Exception) -> Response:
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     kind = RefusedResponse if isinstance(error, Refused) and error.unread else JSONResponse
-    line = " ".join(message.split()).encode(errors="replace").decode()  # names may have halves of characters
-    return kind({"error": line}, status, headers=headers)
+    return kind({"error": printable(shortened(" ".join(message.split())))}, status, headers=headers)
 
 
 def _server(request: Request) -> Server:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from mae_deploy.config import Settings, section, setting
 from mae_deploy.errors import ConfigError, MaeDeployError, errors_of
+from mae_deploy.file_kinds import read_whole
 from mae_deploy.hub import Address, is_address
 from mae_deploy.text import as_seconds, decode_text
 from mae_deploy.training.config import Device
@@ -28,7 +29,7 @@ def read_keys(path: Path | None) -> list[str]:
     if path is None:
         return []
     try:
-        lines = [line.strip() for line in decode_text(path.read_bytes()).splitlines()]
+        lines = [line.strip() for line in decode_text(read_whole(path)).splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--api-keys {path} cannot be read: {getattr(error, 'strerror', error)}") from error
     keys = [line for line in lines if line and not line.startswith("#")]

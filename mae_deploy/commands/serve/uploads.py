@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
-import json
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import Message, Receive, Scope, Send
 
 from mae_deploy.commands.serve.config import RequestLimits
-from mae_deploy.text import as_seconds, as_size
+from mae_deploy.text import as_seconds, as_size, parse_json
 
 _LINGER, _SILENCE = 30.0, 2.0
 """Seconds for which what a client still sends is thrown away after it was refused, in all and without a byte (nginx's
@@ -158,8 +157,8 @@ class Uploads:
 
     def _of_list(self, body: bytes) -> list[Item]:
         try:
-            given = json.loads(body)
-        except (ValueError, RecursionError) as error:
+            given = parse_json(body)
+        except ValueError as error:
             raise Refused(400, f"this is no JSON: {error}") from error
         lists = {name: given.get(name, []) for name in ("images", "paths")} if isinstance(given, dict) else {}
         texts = [text for values in lists.values() for text in (values if isinstance(values, list) else [None])]
@@ -181,7 +180,7 @@ class Uploads:
             path = path.resolve()
             inside = path.is_relative_to(root) and path.is_file()
             large = inside and path.stat().st_size > self._limits.max_bytes
-        except (OSError, ValueError):  # a name that no file can have
+        except (OSError, ValueError, RuntimeError):  # a name that no file can have; a link to itself
             inside = large = False
         if not inside:
             raise Refused(404, f"there is no file {name[:200]} below --images")

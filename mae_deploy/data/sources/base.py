@@ -16,6 +16,7 @@ from mae_deploy.data.decode import Shrink, decode
 from mae_deploy.errors import ConfigError
 from mae_deploy.file_kinds import is_special
 from mae_deploy.images.left_out import LeftOut
+from mae_deploy.images.limits import TooManyPixels, check_bytes
 from mae_deploy.images.read import Array, UnreadableImage
 
 UNLABELLED = -1
@@ -332,6 +333,7 @@ def read_file(path: Path) -> bytes:
     try:
         if is_special(path):
             raise UnreadableImage(f"{path}: it is no file")
+        check_bytes(path.stat().st_size)
         return path.read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"{path}: {error.strerror}") from error
+    except (OSError, TooManyPixels) as error:
+        raise UnreadableImage(f"{path}: {getattr(error, 'strerror', error)}") from error

@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import hashlib
+import os
 import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -136,12 +139,47 @@ def read_settings(path: Path) -> dict[str, Any]:
     """The content of a JSON file, nothing where there is none.
 
     Raises:
-        ConfigError: it is not JSON, or no settings by name.
+        ConfigError: it is not JSON, no settings by name, or what is there is no file.
     """
-    settings = read_json(path) if path.is_file() else {}
+    if not os.path.lexists(path):
+        return {}
+    if not path.is_file():
+        raise ConfigError(f"{path} is no file, or a link to none")
+    settings = read_json(path)
     if not isinstance(settings, dict):
         raise ConfigError(f"{path} holds no settings by name")
     return settings
+
+
+def check_values(settings: Mapping[str, Any], kinds: Mapping[str, Sequence[str]], where: str) -> None:
+    """Whether what stands under known names is of its kind.
+
+    Args:
+        kinds: the names of each of `_KINDS`.
+        where: whose settings, for the message.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    for kind, names in kinds.items():
+        for name in names:
+            if name in settings and not _KINDS[kind](settings[name]):
+                raise ConfigError(f"{where} has {name} {settings[name]!r:.80}, which is no {kind}")
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of JSON is a finite number."""
+    return type(value) in (int, float) and abs(value) <= sys.float_info.max
+
+
+_KINDS: dict[str, Callable[[Any], bool]] = {
+    "count": lambda value: type(value) is int and 1 <= value <= 1_000_000,
+    "positive number": lambda value: is_number(value) and value > 0,
+    "true or false": lambda value: value is None or type(value) is bool,
+    "numbers": lambda value: isinstance(value, list | tuple) and all(map(is_number, value)),
+    "text": lambda value: isinstance(value, str),
+}
+"""What values are, in words."""
 
 
 def count_blocks(tensors: dict[str, Tensor], prefix: str) -> int:

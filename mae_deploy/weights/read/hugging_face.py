@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.weights.read.files import Source, count_blocks, read_settings, tensor_of
+from mae_deploy.weights.read.files import Source, check_values, count_blocks, read_settings, tensor_of
 from mae_deploy.weights.read.fold import add_zero_biases, fold_layer_scale
 from mae_deploy.weights.read.image_processor import FILE, pair, read_image_processor
 
@@ -54,6 +54,20 @@ _NAMES = [
 joined afterwards.
 """
 
+_KINDS = {
+    "text": ("model_type", "hidden_act"),
+    "count": (
+        *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+        *("decoder_hidden_size", "decoder_intermediate_size", "decoder_num_attention_heads"),
+    ),
+    "positive number": ("layer_norm_eps", "rope_theta"),
+    "true or false": (
+        *("qkv_bias", "query_bias", "key_bias", "value_bias", "mlp_bias", "proj_bias"),
+        *("use_gated_mlp", "use_swiglu_ffn", "norm_pix_loss"),
+    ),
+}
+"""What config.json may have under the names that are read."""
+
 _SPARE = re.compile(r"^((vit|dinov2)\.)?pooler\.|^(\w+\.)?embeddings\.(mask_token|position_ids)$")
 """A layer on top of the CLS token that `ViTModel` has, and what only pretraining uses: the tokens do not depend on
 it."""
@@ -75,12 +89,19 @@ def is_hugging_face(source: Source) -> bool:
 
 
 def drop_text_tower(source: Source) -> None:
-    """Of a whole SigLIP model, its vision tower is left."""
+    """Of a whole SigLIP model, its vision tower is left.
+
+    Raises:
+        ConfigError: config.json does not tell of it.
+    """
     if source.settings.get("model_type") == "siglip":
         text = [name for name in source.tensors if _TEXT.match(name)]
         source.tensors = {name: tensor for name, tensor in source.tensors.items() if name not in text}
         source.notes.append(f"SigLIP's vision tower is taken: {len(text)} tensors of its text tower are left out")
-        source.settings = {**source.settings["vision_config"], "model_type": _SIGLIP[0]}
+        vision = source.settings.get("vision_config")
+        if not isinstance(vision, dict):
+            raise ConfigError("config.json of a whole SigLIP has no vision_config, which tells of its vision tower")
+        source.settings = {**vision, "model_type": _SIGLIP[0]}
 
 
 def from_hugging_face(source: Source, *, with_preprocessing: bool = True) -> Source:
@@ -96,6 +117,7 @@ def from_hugging_face(source: Source, *, with_preprocessing: bool = True) -> Sou
     """
     config, decoder = source.settings, any(name.startswith("decoder.") for name in source.tensors)
     refuse_other_types(config)
+    check_values(config, _KINDS, "config.json")
     _refuse_other_models(source, decoder=decoder)
     dropped = [name for name in source.tensors if _SPARE.match(name)]
     kept = {name: tensor.float() for name, tensor in source.tensors.items() if name not in dropped and tensor.numel()}
@@ -125,6 +147,13 @@ def from_hugging_face(source: Source, *, with_preprocessing: bool = True) -> Sou
         source.dropped += [names[name] for name in unread]
         source.tensors = tensors = {name: tensor for name, tensor in tensors.items() if name not in unread}
     D, _, P, _ = tensor_of(source, "patch_embed.proj.weight", 4).shape
+    for name, told, found in (
+        ("hidden_size", config.get("hidden_size", D), D),
+        ("num_hidden_layers", config.get("num_hidden_layers", depth), depth),
+        ("patch_size", pair(config.get("patch_size", P)), (P, P)),
+    ):
+        if told != found:
+            raise ConfigError(f"config.json is of another model: {name} {told}, and the weights have {found}")
     source.name = f"{config.get('model_type', 'vit')}_{D}x{depth}_patch{P}"
     source.beyond_plain = _settings(config, tensors)
     if config.get("model_type") in _SIGLIP:

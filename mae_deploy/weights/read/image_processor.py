@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from mae_deploy.errors import ConfigError
 from mae_deploy.images.geometry import CropMode, Interpolation
 from mae_deploy.images.preprocess import Preprocess
+from mae_deploy.weights.read.files import check_values, is_number
 
 FILE = "preprocessor_config.json"
 
@@ -63,12 +64,16 @@ def read_image_processor(config: dict[str, Any], image_size: tuple[int, int], ch
     name = re.sub(r"(ImageProcessor(Fast|Pil)?|FeatureExtractor)$", "", kind)
     if name not in _PROCESSORS:
         raise ConfigError(f"{FILE} is of a {kind}; those of {', '.join(_PROCESSORS)} are read", hint=_HINT)
+    scaled = ("rescale_factor",) if config.get("do_rescale", True) else ()
+    flags = [key for key in config if key.startswith("do_")]
+    check_values(config, {"true or false": flags, "positive number": scaled}, FILE)
     known = _PROCESSORS[name]
     config = {**known, **(_CLIP if known is _COVER else {}), **config}
     for key, value in config.items():
         if value and ((key.startswith("do_") and key not in _KNOWN) or key in ("rescale_offset", "offset")):
             _refuse(f"has {key}")
-    if (resample := config["resample"]) not in range(len(FILTERS)):
+    resample = config["resample"]
+    if type(resample) is not int or resample not in range(len(FILTERS)):
         _refuse(f"resizes with filter {resample}, which Pillow does not have")
     # (x * rescale_factor - mean) / std, where ours is (x / 255 - mean) / std.
     scale = 255 * config.get("rescale_factor", 1 / 255) if config.get("do_rescale", True) else 255
@@ -94,13 +99,14 @@ def pair(size: Any) -> tuple[int, int]:
     Raises:
         ConfigError: it is none of these.
     """
+    sides = [size, size]
     if isinstance(size, dict) and {"height", "width"} <= set(size):
-        return int(size["height"]), int(size["width"])
-    if isinstance(size, int):
-        return size, size
-    if isinstance(size, list) and len(size) == 2:
-        return int(size[0]), int(size[1])
-    raise ConfigError(f"{size} is not a height and width")
+        sides = [size["height"], size["width"]]
+    elif isinstance(size, list) and len(size) == 2:
+        sides = size
+    if not all(type(side) is int and 1 <= side <= 1_000_000 for side in sides):
+        raise ConfigError(f"{size!s:.80} is not a height and width")
+    return sides[0], sides[1]
 
 
 def _crop(config: dict[str, Any], known: dict[str, Any]) -> tuple[CropMode, float]:
@@ -139,7 +145,8 @@ def _share(crop: tuple[int, int], resized: tuple[int, int]) -> float:
 def _convnext(config: dict[str, Any]) -> tuple[CropMode, float]:
     """Below 384 pixels the middle of a larger image, else the whole squashed."""
     size = config["size"]
-    side = int(size["shortest_edge"] if isinstance(size, dict) else size)
+    check_values(config, {"positive number": ["crop_pct"]}, FILE)
+    side, _ = pair(size.get("shortest_edge") if isinstance(size, dict) else size)
     return ("center", float(config["crop_pct"])) if side < 384 else ("squash", 1.0)
 
 
@@ -148,5 +155,7 @@ def _refuse(why: str) -> NoReturn:
 
 
 def _per_channel(value: Any, channels: int) -> list[float]:
-    values = [float(each) for each in value] if isinstance(value, list) else [float(value)]
+    values = value if isinstance(value, list) else [value]
+    if not all(map(is_number, values)):
+        _refuse(f"has {value!s:.80} for a mean or a deviation")
     return values * channels if len(values) == 1 else values

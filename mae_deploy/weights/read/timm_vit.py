@@ -20,7 +20,7 @@ from mae_deploy.checkpoint import NON_COMMERCIAL, timm_positions
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.images.preprocess import Preprocess, default_preprocess
 from mae_deploy.weights.read.check_names import check_names
-from mae_deploy.weights.read.files import GUESSED, Source, tensor_of
+from mae_deploy.weights.read.files import GUESSED, Source, check_values, count_blocks, tensor_of
 from mae_deploy.weights.read.fold import add_zero_biases, fold_layer_scale
 from mae_deploy.weights.read.rotary_pairs import channel_order, reorder
 from mae_deploy.weights.read.timm_features import foreign_features, pool_of, settings_of
@@ -72,7 +72,9 @@ def from_timm(source: Source, name: str | None) -> Source:
     if isinstance(names := source.settings.get("label_names"), list):
         source.class_names = tuple(map(str, names))
     if not name or "." in name:
-        source.licence = SPDX.get(model.pretrained_cfg.get("license"), model.pretrained_cfg.get("license"))
+        if (licence := model.pretrained_cfg.get("license")) is not None:
+            check_values({"license": licence}, {"text": ["license"]}, "config.json")
+        source.licence = SPDX.get(licence, licence)
     return source
 
 
@@ -140,6 +142,9 @@ def _build_from_config(source: Source) -> Any:
     stated, arguments = config.get("pretrained_cfg", config), config.get("model_args", {})
     if not isinstance(stated, dict) or not isinstance(arguments, dict):
         raise ConfigError(f"config.json beside {source.file} is not as timm writes it")
+    depth = arguments.get("depth")
+    if depth is not None and (type(depth) is not int or depth != count_blocks(source.tensors, "blocks")):
+        raise ConfigError(f"config.json beside {source.file} has depth {depth!r:.80}, which its weights have not")
     known = {field.name for field in dataclasses.fields(models.PretrainedCfg)}
     architecture, _ = models.split_model_name_tag(config["architecture"])
     return _on_meta(
@@ -243,6 +248,7 @@ def _fold_prefix_positions(source: Source, model: Any) -> None:
 def timm_evaluation(pretrained_cfg: dict[str, Any], image_size: tuple[int, int], channels: int) -> Preprocess:
     """timm's evaluation transform in our terms; mean and deviation of RGB are not those of other channels."""
     config = resolve_data_config(pretrained_cfg=pretrained_cfg)
+    check_values(config, {"positive number": ["crop_pct"], "numbers": ["mean", "std"], "text": ["crop_mode"]}, "timm")
     statistics: dict[str, Any] = {
         name: tuple(config[name]) for name in ("mean", "std") if len(config["mean"]) == channels
     }
