@@ -82,12 +82,12 @@ def verify_graph(
     shapes, fixed = {name: array.shape for name, array in given.items()}, inputs[0].batch
     batches = (fixed,) if fixed else (1, len(given[inputs[0].name]))
     encoder = job.loaded.encoder_config
-    check_graph(
+    check = check_graph(
         graph,
-        {batch: {name: (batch, *shape[1:]) for name, shape in shapes.items()} for batch in batches},
+        [{name: (batch, *shape[1:]) for name, shape in shapes.items()} for batch in batches],
         Network(tokens=encoder.num_prefix + encoder.num_tokens, dim=encoder.width, heads=encoder.heads),
     )
-    with open_graph(graph, engine, options, precision=precision) as loaded:
+    with open_graph(graph, engine, options, precision=precision, check=check) as loaded:
         return _verification(job, graph, inputs, given, loaded, TOLERANCES[precision])
 
 

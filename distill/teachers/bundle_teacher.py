@@ -253,7 +253,8 @@ def _device_for(engine: str, device: torch.device) -> str:
 def _open(bundle: Bundle, graph: Path, engine: str, options: EngineOptions) -> Engine:
     """A part of the bundle's graph on an engine; TensorRT builds a plan of it, which is not kept."""
     if engine not in PLANNED:
-        return open_graph(graph, engine, options, precision=bundle.arithmetic)
+        check = bundle.checks[bundle.manifest["graph"]["file"]]
+        return open_graph(graph, engine, options, precision=bundle.arithmetic, check=check)
     from mae_deploy.runtime.tensorrt.build import build_plan
     from mae_deploy.runtime.tensorrt.engine import TensorRtEngine, TensorRtRtxEngine, gpu_index
 

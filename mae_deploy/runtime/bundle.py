@@ -22,6 +22,7 @@ from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.check_manifest import validate_manifest
+from mae_deploy.runtime.graph.check import GraphCheck
 from mae_deploy.runtime.graph.of_bundle import check_graph_of
 from mae_deploy.runtime.manifest import (
     BLOCKS,
@@ -52,7 +53,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self._checked: dict[str, Path] = {}
-        self._followed: set[str] = set()
+        self.checks: dict[str, GraphCheck] = {}
         self._golden: dict[str, Array] | None = None
         self._beside: Path | None = None
 
@@ -81,7 +82,7 @@ class Bundle:
         """Read the manifest again, after an engine was added; every file is checked anew."""
         self.manifest = type(self).load(self.path).manifest
         self._checked.clear()
-        self._followed.clear()
+        self.checks.clear()
         self._golden = None
 
     @property
@@ -234,9 +235,8 @@ class Bundle:
         """
         name = name or self.manifest["graph"]["file"]
         path = self.file(name)
-        if name not in self._followed:
-            check_graph_of(self.manifest, path)
-            self._followed.add(name)
+        if name not in self.checks:
+            self.checks[name] = check_graph_of(self.manifest, path)
         folder = PurePosixPath(name).parent
         files = [path, *(self.file(str(folder / location)) for location in external_data(path))]
         return path if len(files) == 1 or not any(map(_leads_out, files)) else self._gathered(path, files)

@@ -10,6 +10,7 @@ from pathlib import Path
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, MissingDependency
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
+from mae_deploy.runtime.graph.check import GraphCheck
 from mae_deploy.runtime.manifest import PLANNED, plan_engine
 
 DEFAULT = "onnxruntime"
@@ -85,9 +86,17 @@ def fall_back(bundle: Bundle, error: MaeDeployError, engine: str = TENSORRT) -> 
 
 
 def open_graph(
-    path: Path, engine: str = DEFAULT, options: EngineOptions = EngineOptions(), *, precision: str = "fp32"
+    path: Path,
+    engine: str = DEFAULT,
+    options: EngineOptions = EngineOptions(),
+    *,
+    precision: str = "fp32",
+    check: GraphCheck | None = None,
 ) -> Engine:
     """Load a bare ONNX file, which no manifest describes and no hash protects: the user names it and trusts it.
+
+    Args:
+        check: of a graph of others.
 
     Raises:
         ConfigError: no such file, an unknown engine, or options that it cannot take.
@@ -96,7 +105,7 @@ def open_graph(
     """
     if not path.is_file():
         raise ConfigError(f"no ONNX file at {path}")
-    return _class_of(DEFAULT if engine == "auto" else engine)(path, options, precision=precision)
+    return _class_of(DEFAULT if engine == "auto" else engine)(path, options, precision=precision, check=check)
 
 
 def _class_of(engine: str) -> type[Engine]:
@@ -114,7 +123,9 @@ def _class_of(engine: str) -> type[Engine]:
 
 
 def _on_graph(bundle: Bundle, name: str, options: EngineOptions, taps: Sequence[str]) -> Engine:
-    return _class_of(name)(bundle.graph(), options, precision=bundle.arithmetic, taps=taps)
+    graph = bundle.graph()
+    check = bundle.checks[bundle.manifest["graph"]["file"]]
+    return _class_of(name)(graph, options, precision=bundle.arithmetic, taps=taps, check=check)
 
 
 def engine_for(bundle: Bundle, engine: str, options: EngineOptions) -> str:

@@ -26,7 +26,7 @@ from mae_deploy.images.npz_file import read_npz
 from mae_deploy.images.read import UnreadableImage, read_image
 from mae_deploy.recipe import read_recipe
 from mae_deploy.runtime.bundle import Bundle, external_data
-from mae_deploy.runtime.graph.check import follow
+from mae_deploy.runtime.graph.check import GraphCheck
 from mae_deploy.runtime.onnx_file import read_inputs, read_opset
 from mae_deploy.weights.read.files import read_content
 from tests.hostile.pictures import HARMLESS, PICTURES
@@ -48,7 +48,7 @@ def _pickled(legacy: bool) -> bytes:
 def _graph(path: Path) -> None:
     for read in (read_inputs, read_opset, external_data, look_at):
         read(path)
-    follow(path, {"images": (1, 3, 25, 10), "ids_keep": (1, 9)})
+    GraphCheck(path).follow({"images": (1, 3, 25, 10), "ids_keep": (1, 9)})
 
 
 def _manifest(path: Path) -> None:

@@ -114,6 +114,74 @@ def _kept(times: int) -> Edit:
     )
 
 
+def _folded(times: int) -> Edit:
+    """A chain of arrays of 64 MB that follow from constants: one at a time, were they not all kept when loading."""
+    names = ["first", *(f"folded_{index}" for index in range(times - 1)), "hostile"]
+    return _before_the_end(
+        helper.make_node("Tile", ["zero", "times"], ["first"]),
+        *(helper.make_node("Neg", [a], [b]) for a, b in itertools.pairwise(names)),
+        zero=_ZERO,
+        times=_int64(1 << 24),
+    )
+
+
+def _out_of_order(in_branch: bool) -> Edit:
+    """Arrays of 32 MB, each followed by what sums it up, so that in the file's order one is there at a time; but
+    engines go from the results, and the last of these needs all, or a branch does.
+    """
+
+    def edit(model: onnx.ModelProto) -> None:
+        first, second, nodes = [], [], []
+        pixel = [helper.make_node("ReduceMax", [model.graph.input[0].name], ["pixel"], keepdims=1)]
+        for index in range(100):
+            big, sums = f"big_{index}", (f"sum_{index}", f"largest_{index}")
+            nodes.append(helper.make_node("Expand", ["pixel", "sides"], [big]))
+            nodes.append(helper.make_node("ReduceSum", [big], [sums[0]], keepdims=0))
+            if not in_branch:
+                nodes.append(helper.make_node("ReduceMax", [big], [sums[1]], keepdims=0))
+            first.append(sums[0])
+            second.append(big if in_branch else sums[1])
+        chosen = helper.make_node("Max", second, ["value_"])
+        if in_branch:
+            branch = _body(chosen)
+            chosen = helper.make_node("If", ["true"], ["chosen"], then_branch=branch, else_branch=branch)
+        else:
+            chosen.output[0] = "chosen"
+        model.graph.output.append(helper.make_tensor_value_info("chosen", TensorProto.FLOAT, None))
+        _before_the_end(
+            *pixel, *nodes, chosen, _one("Sum", *first), sides=_int64(1, 1, 1 << 12, 1 << 11), true=np.array(True)
+        )(model)
+
+    return edit
+
+
+def _idle_branch(*nodes: onnx.NodeProto) -> Edit:
+    """In a branch that is not taken, and that engines optimise when they load."""
+    plain = _body(helper.make_node("Identity", ["zero"], ["value_"]))
+    return _before_the_end(
+        _one("If", "true", then_branch=plain, else_branch=_body(*nodes)),
+        true=np.array(True),
+        zero=_ZERO,
+        sides=_int64(_LARGE),
+        none=np.int64(0),
+    )
+
+
+def _shape_arithmetic(model: onnx.ModelProto) -> None:
+    """The image's sizes, multiplied with themselves again and again."""
+    images = model.graph.input[0].name
+    names = ["sizes", *(f"sizes_{index}" for index in range(4)), "sides"]
+    _before_the_end(
+        helper.make_node("Shape", [images], ["sizes"]),
+        *(helper.make_node("Mul", [a, a], [b]) for a, b in itertools.pairwise(names)),
+        _one("ConstantOfShape", "sides"),
+    )(model)
+
+
+def _microsoft(operator: str, *inputs: str, **attributes: Any) -> onnx.NodeProto:
+    return _one(operator, *inputs, domain="com.microsoft", **attributes)
+
+
 def _by_the_batch(model: onnx.ModelProto) -> None:
     """An array of as many numbers as the batch to the power of ten."""
     images = model.graph.input[0].name
@@ -256,6 +324,68 @@ GRAPHS: dict[str, Edit] = {
     ),
     "1,000 arrays of 512 MB": _kept(1000),
     "products for hours": _products(3000, 4096),
+    "1,000 constants of 64 MB": _folded(1000),
+    "arrays that wait for the last result": _out_of_order(in_branch=False),
+    "arrays that wait for a branch": _out_of_order(in_branch=True),
+    "TB in a branch that is not taken": _idle_branch(helper.make_node("Tile", ["zero", "sides"], ["value_"])),
+    "a loop in a branch that is not taken": _idle_branch(
+        helper.make_node(
+            "Loop",
+            ["", "true", "zero"],
+            ["value_"],
+            body=_body(
+                helper.make_node("Identity", ["on"], ["on_"]),
+                helper.make_node("Identity", ["value"], ["turned"]),
+                inputs=("turn", "on", "value"),
+                outputs=("on_", "turned"),
+            ),
+        )
+    ),
+    "nodes that need each other": _before_the_end(
+        helper.make_node("Add", ["zero", "b"], ["a"]), helper.make_node("Neg", ["a"], ["b"]), zero=_ZERO
+    ),
+    "sizes by arithmetic of shapes": _shape_arithmetic,
+    "GatherND of 10^12": _before_the_end(
+        helper.make_node("ConstantOfShape", ["sides"], ["places"], value=numpy_helper.from_array(_int64(0))),
+        helper.make_node("ConstantOfShape", ["row"], ["rows"]),
+        _one("GatherND", "rows", "places"),
+        sides=_int64(10**5, 1),
+        row=_int64(1, 10**7),
+    ),
+    "Upsample to TB": _before_the_end(
+        _one("Upsample", "image", "scales"), image=_IMAGE, scales=np.array([1, 1, 1e6, 1e6], np.float32)
+    ),
+    "windows that are written out": _before_the_end(
+        helper.make_node("ConstantOfShape", ["sides"], ["square"]),
+        _one("ConvTranspose", "square", "square"),
+        sides=_int64(1, 1, 300, 300),
+    ),
+    "windows of integers": _before_the_end(
+        helper.make_node(
+            "ConstantOfShape", ["sides"], ["square"], value=numpy_helper.from_array(np.zeros(1, np.uint8))
+        ),
+        _one("ConvInteger", "square", "square", pads=[128] * 4),
+        sides=_int64(1, 1, 256, 256),
+    ),
+    "means of large windows": _before_the_end(
+        helper.make_node("ConstantOfShape", ["sides"], ["square"]),
+        _one("AveragePool", "square", kernel_shape=[511, 511], pads=[255] * 4),
+        sides=_int64(1, 1, 1024, 1024),
+    ),
+    "an integer that overflows": _before_the_end(
+        helper.make_node("Div", ["smallest", "minus_1"], ["whole"]),
+        _one("Cast", "whole", to=TensorProto.FLOAT),
+        smallest=_int64(-(1 << 63)),
+        minus_1=_int64(-1),
+    ),
+    "an outer product of columns": _before_the_end(
+        helper.make_node("ConstantOfShape", ["sides"], ["row"]),
+        _microsoft("FusedMatMul", "row", "row", transA=1),
+        sides=_int64(1, 10**6),
+    ),
+    "a product of 10^12 columns of bits": _before_the_end(
+        _microsoft("MatMulNBits", "zeros", "zeros", "zeros", K=64, N=_LARGE), zeros=np.zeros(64, np.float32)
+    ),
     "size of the batch to the tenth": _by_the_batch,
     "size of the pixels": _by_the_pixels,
     "200,000 nodes": _many_nodes(200_000),

@@ -17,7 +17,7 @@ from mae_deploy.models.mask_config import keep_count
 from mae_deploy.runtime.bundle import Bundle, external_data
 from mae_deploy.runtime.cache import CacheShape, TokenCache, update_cache, update_inputs
 from mae_deploy.runtime.engines.base import Engine
-from mae_deploy.runtime.graph.check import check_graph
+from mae_deploy.runtime.graph.check import GraphCheck, check_graph
 from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, PLANNED, TensorEntry
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.seeding import random_patches
@@ -47,6 +47,8 @@ class Subject:
     """The least and the most visible patches, K; None: the graph takes whole images."""
     size_bytes: int
     """Of the graph and its weights on the disk."""
+    check: GraphCheck | None = None
+    """Of the graph of a file of other origin."""
 
     @property
     def precision(self) -> str | None:
@@ -234,23 +236,18 @@ def file_subject(path: Path, like: Subject) -> Subject:
         raise ConfigError(f"{path}: no input takes images", hint="--against takes graphs of images, float (B, C, H, W)")
     shapes = {name: entry["shape"] for name, entry in found.items()}
     sizes = {IMAGES: [1, *_channels_first(like)], IDS_KEEP: [1, like.num_patches]}
-    check_graph(
-        path,
-        {
-            1: {
-                entry["name"]: [
-                    side if isinstance(side, int) else size
-                    for side, size in zip(entry["shape"], sizes[name], strict=True)
-                ]
-                for name, entry in found.items()
-            }
-        },
-    )
+    smallest = {
+        entry["name"]: [
+            side if isinstance(side, int) else size for side, size in zip(entry["shape"], sizes[name], strict=True)
+        ]
+        for name, entry in found.items()
+    }
     keep = shapes[IDS_KEEP][1] if IDS_KEEP in found else None
     return Subject(
         name=str(path),
         graph=path,
         bundle=None,
+        check=check_graph(path, [smallest]),
         inputs={name: entry["name"] for name, entry in found.items()},
         image_shape=tuple(
             own if isinstance(own, int) else known

@@ -168,7 +168,7 @@ def _open(subject: Subject, engine: str, options: EngineOptions) -> Engine:
     return (
         load_engine(subject.bundle, engine, options)
         if subject.bundle is not None
-        else open_graph(subject.graph, engine, options)
+        else open_graph(subject.graph, engine, options, check=subject.check)
     )
 
 

@@ -26,6 +26,8 @@ from mae_deploy.runtime.profiles import batch_that_fits
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from mae_deploy.runtime.graph.check import GraphCheck
+
 
 Result = TypeVar("Result")
 
@@ -132,6 +134,7 @@ class Engine(Runner):
         precision: str = "fp32",
         taps: Sequence[str] = (),
         profiles: Sequence[Mapping[str, Sequence[int]]] = (),
+        check: GraphCheck | None = None,
     ) -> None:
         """Load an ONNX file, with its external data.
 
@@ -141,6 +144,7 @@ class Engine(Runner):
                 int8-w7 and int8-w7-bf16 have weights of 7 bits, whose products are exact on every CPU.
             taps: names of inner tensors that are returned as further outputs.
             profiles: the ranges of B and K for which the graph was compiled ahead of time; empty: it was not.
+            check: of the graph, which a run with inputs of a size that is new asks before; None: the graph is our own.
 
         Raises:
             ConfigError: a device that this engine has not, or a core that is not there.
@@ -148,9 +152,9 @@ class Engine(Runner):
             MaeDeployError: the engine refuses the graph, or a tap is not a tensor of it.
         """
         self._affinity, self.precision, self.profiles = options.affinity, precision, profiles
-        self.options, self.taps = options, tuple(taps)
+        self.options, self.taps, self._graph_check = options, tuple(taps), check
         self._again: Callable[..., Engine] = partial(
-            type(self), graph.absolute(), options, precision=precision, taps=taps, profiles=profiles
+            type(self), graph.absolute(), options, precision=precision, taps=taps, profiles=profiles, check=check
         )
         self._process = os.getpid()
         self._load(graph, options, precision, self.taps)
@@ -160,10 +164,12 @@ class Engine(Runner):
         """Run the graph once on `inputs`, each `(B, ...)` under its name, and return the named outputs, or all.
 
         Raises:
-            ConfigError: inputs or outputs that the graph does not have.
+            ConfigError: inputs or outputs that the graph does not have; a graph that `check` refuses for these sizes.
             MaeDeployError: the engine refuses the inputs, fails, or is closed.
         """
         names = self._check(inputs, outputs)
+        if self._graph_check is not None:
+            self._graph_check.check({name: array.shape for name, array in inputs.items()})
         with bound_to(self._affinity):
             return self._run(inputs, names)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap, Counter
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,14 @@ from mae_deploy.runtime.graph.shapes import LEFT_OUT
 
 _NUMBERS = 1 << 26
 """That an image may need at once whatever the network: 256 MiB in FP32."""
-_PRODUCTS = 10**11
+_PRODUCTS = 10**10
 """Multiply-adds of an image whatever the network: seconds on a core."""
 _MARGIN = 4
 """Times what a plain network of these sizes needs."""
+_COPIES = 8
+"""Of the weights, as other types and shapes, that an engine may compute when it loads: dequantised, transposed."""
+_OF_SIZES = ("Shape", "Size")
+"""Operators whose results are constants where the sizes are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +33,7 @@ class Limits:
 
     numbers: int = 16 * _NUMBERS
     """That exist at the same time."""
-    products: int = 100 * _PRODUCTS
+    products: int = 1000 * _PRODUCTS
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,60 +53,108 @@ class Network:
         return Limits(max(_NUMBERS, _MARGIN * numbers), max(_PRODUCTS, _MARGIN * work))
 
 
-def check_graph(path: Path, trials: Mapping[int, Mapping[str, Sequence[int]]], network: Network | None = None) -> None:
-    """Refuse what no engine should run: operators that are not known, memory or work beyond every such network's.
+Shapes = Mapping[str, Sequence[int]]
+"""Of inputs, by name; one that is left out has the file's, its open sizes 1."""
 
-    Args:
-        trials: by a number of images, the shapes of inputs by name: each a run that is thought through. An input that
-            is left out has the file's shape, its open sizes 1.
-        network: None: one that nothing is known of.
+
+_Key = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+class GraphCheck:
+    """Refuses what no engine should run, for each of the sizes that it is asked about: operators that are not known,
+    memory or work beyond every such network's.
+    """
+
+    def __init__(self, path: Path, network: Network | None = None) -> None:
+        """Read a graph.
+
+        Args:
+            network: None: one that nothing is known of.
+
+        Raises:
+            ConfigError: as `read_graph`.
+        """
+        self._path, self._graph = path, read_graph(path)
+        self._limits = Limits() if network is None else network.limits(self._graph.num_weights)
+        self._passed: set[_Key] = set()
+
+    def check(self, shapes: Shapes) -> None:
+        """Follow the graph as an engine would run it with these inputs, if that was not done before. Inputs that are
+        not of the graph's own rank and fixed sizes are left to the engine, which refuses them.
+
+        Raises:
+            ConfigError: the graph is refused; the message names the node.
+        """
+        sizes = _key(shapes)
+        if sizes not in self._passed and all(_fits(shape, self._graph.inputs.get(name)) for name, shape in sizes):
+            self.follow(shapes)
+
+    def follow(self, shapes: Shapes) -> Mapping[str, Tensor]:
+        """What is known of every value.
+
+        Raises:
+            ConfigError: as `check`.
+        """
+        inputs = {
+            name: Tensor(tuple(shapes.get(name, [side if isinstance(side, int) else 1 for side in own])))
+            for name, own in self._graph.inputs.items()
+        }
+        batch = max((shape[0] for shape in shapes.values() if len(shape)), default=1)
+        found = _Run(self._path, self._limits, self._graph.num_weights, batch).through(self._graph, inputs)
+        self._passed.add(_key(shapes))
+        return found
+
+
+def _key(shapes: Shapes) -> _Key:
+    return tuple((name, tuple(shape)) for name, shape in shapes.items())
+
+
+def _fits(shape: Sequence[int], own: Sequence[int | str] | None) -> bool:
+    return own is None or (
+        len(shape) == len(own)
+        and all(side == fixed for side, fixed in zip(shape, own, strict=True) if isinstance(fixed, int))
+    )
+
+
+def check_graph(path: Path, trials: Iterable[Shapes], network: Network | None = None) -> GraphCheck:
+    """Refuse a graph with inputs of any of these sizes; returns what checks it for those that it meets later.
 
     Raises:
-        ConfigError: the graph is refused; the message names the node.
+        ConfigError: as `GraphCheck.check`.
     """
-    graph = read_graph(path)
-    limits = Limits() if network is None else network.limits(graph.num_weights)
-    for batch, shapes in trials.items():
-        _Run(path, limits, batch).through(graph, _inputs(graph, shapes))
-
-
-def follow(path: Path, shapes: Mapping[str, Sequence[int]]) -> Mapping[str, Tensor]:
-    """What is known of every value of a graph whose inputs have these shapes.
-
-    Raises:
-        ConfigError: as `check_graph`.
-    """
-    graph = read_graph(path)
-    return _Run(path, Limits(), 1).through(graph, _inputs(graph, shapes))
-
-
-def _inputs(graph: Graph, shapes: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
-    return {
-        name: Tensor(tuple(shapes.get(name, [side if isinstance(side, int) else 1 for side in own])))
-        for name, own in graph.inputs.items()
-    }
+    found = GraphCheck(path, network)
+    for shapes in trials:
+        found.follow(shapes)
+    return found
 
 
 class _Run:
     """Goes through a graph as an engine would, with sizes instead of numbers."""
 
-    def __init__(self, path: Path, limits: Limits, batch: int) -> None:
-        self._path, self._limits, self._batch = path, limits, batch
-        self._products = self._live = 0
+    def __init__(self, path: Path, limits: Limits, num_weights: int, batch: int) -> None:
+        self._path, self._batch = path, batch
+        self._numbers, self._most_products = limits.numbers * batch, limits.products * batch
+        self._most_constants = self._numbers + _COPIES * num_weights
+        self._products = self._live = self._constants = 0
 
-    def through(self, graph: Graph, outer: MutableMapping[str, Tensor]) -> Mapping[str, Tensor]:
+    def through(
+        self, graph: Graph, outer: MutableMapping[str, Tensor], *, idle: bool = False
+    ) -> MutableMapping[str, Tensor]:
         """Every node; returns all that is known at its end.
 
         Args:
             outer: inputs, and in a branch what is known around it.
+            idle: a branch that is not taken: only what engines compute of constants when they load.
         """
-        known: MutableMapping[str, Tensor] = ChainMap({**graph.constants}, outer)
+        known: MutableMapping[str, Tensor] = ChainMap(
+            {name: tensor._replace(constant=True) for name, tensor in graph.constants.items()}, outer
+        )
         made_here: set[str] = set()
-        uses = Counter(name for node in graph.nodes for name in node.inputs)
-        uses.update(graph.outputs)
+        uses = Counter((*graph.reads, *graph.outputs))
+        before = self._live
         for node in graph.nodes:
-            made = self._results(node, known)
-            self._count(node, [known[name] for name in node.inputs if name], made)
+            made = self._results(node, known, idle)
+            self._count(node, [known[name] for name in node.inputs if name in known], made)
             for name, tensor in zip(node.outputs, made, strict=False):
                 if not name:
                     continue
@@ -110,60 +162,76 @@ class _Run:
                     raise self._refusal(node, f"makes '{name[:100]}', which is there already")
                 known[name] = tensor
                 made_here.add(name)
-                self._live += tensor.size if uses[name] else 0
-            for name, times in Counter(node.inputs).items():
+                if tensor.constant:
+                    self._constants += tensor.size
+                elif uses[name]:
+                    self._live += tensor.size
+            for name, times in Counter(node.reads).items():
                 uses[name] -= times
-                if name in made_here and not uses[name]:
+                if name in made_here and not uses[name] and not known[name].constant:
                     self._live -= known[name].size
+        self._live = before
         return known
 
-    def _results(self, node: Node, known: MutableMapping[str, Tensor]) -> list[Tensor]:
-        for name in node.inputs:
-            if name and name not in known:
-                raise self._refusal(node, f"takes '{name[:100]}', which nothing before it makes")
-        given = [known[name] if name else LEFT_OUT for name in node.inputs]
+    def _results(self, node: Node, known: MutableMapping[str, Tensor], idle: bool) -> list[Tensor]:
+        if not (is_known(node) or node.title == "If"):
+            raise ConfigError(
+                f"{self._path}: {node} is of an operator that networks of our kind do not have",
+                hint="give the graph from before an optimiser or quantiser wrote it, or export it again",
+            )
+        given = [known.get(name) if name else LEFT_OUT for name in node.inputs]
+        if idle and not all(tensor is not None and (tensor.constant or tensor is LEFT_OUT) for tensor in given):
+            for graph in node.graphs:
+                self.through(graph, known, idle=True)
+            return []
+        whole = [tensor for tensor in given if tensor is not None]
+        if len(whole) < len(given):
+            missing = next(name for name in node.inputs if name and name not in known)
+            raise self._refusal(node, f"takes '{missing[:100]}', which nothing before it makes")
         if node.title == "If":
-            return self._branches(node, given, known)
-        if any(isinstance(value, Graph) for value in node.attributes.values()):
+            return self._branches(node, whole, known)
+        if node.graphs:
             raise self._refusal(node, "runs a graph of its own again and again")
         try:
-            return results(node, given)
+            made = results(node, whole)
         except KeyError as error:
-            if not is_known(node):
-                raise self._refusal(node, "is of an operator that networks of our kind do not have") from None
             raise self._refusal(node, f"lacks the attribute {error}") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
             raise self._refusal(node, f"cannot be followed: {str(error)[:300]}") from error
+        constant = node.operator in _OF_SIZES or all(tensor.constant or tensor is LEFT_OUT for tensor in whole)
+        return [tensor._replace(constant=constant) for tensor in made]
 
     def _branches(self, node: Node, given: Sequence[Tensor], known: MutableMapping[str, Tensor]) -> list[Tensor]:
-        """Of both branches; of a result whose sizes differ, the larger one."""
+        """Of both branches, where sizes alone do not tell which is taken."""
         found: list[list[Tensor]] = []
         condition = given[0].values if given else None
         for name in ("then_branch", "else_branch"):
             branch = node.attributes.get(name)
             if not isinstance(branch, Graph):
                 raise self._refusal(node, f"has no {name}")
-            if condition is None or bool(np.all(condition)) == (name == "then_branch"):
-                ends = self.through(branch, known)
+            idle = condition is not None and bool(np.all(condition)) != (name == "then_branch")
+            ends = self.through(branch, known, idle=idle)
+            if not idle:
                 found.append([ends[output] for output in branch.outputs if output in ends])
-        if len({len(branch) for branch in found}) > 1:
-            raise self._refusal(node, "has branches of different results")
-        return [max(pair, key=lambda tensor: tensor.size) for pair in zip(*found, strict=True)]
+        if len({tuple(tensor.shape for tensor in branch) for branch in found}) > 1:
+            raise self._refusal(node, "has branches of different sizes, and which is taken shows only when it runs")
+        return [tensor if len(found) == 1 else Tensor(tensor.shape) for tensor in found[0]]
 
     def _count(self, node: Node, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
-        needed = self._live + sum(tensor.size for tensor in made)
-        if needed > self._limits.numbers * self._batch:
-            raise self._refusal(
-                node,
-                f"would need {needed:,} numbers at once for {self._images}, of"
-                f" {self._limits.numbers * self._batch:,} that such a network may",
-            )
+        constants = self._constants + sum(tensor.size for tensor in made if tensor.constant)
+        needed = self._live + sum(tensor.size for tensor in made if not tensor.constant)
+        for count, most in ((needed, self._numbers), (constants, self._most_constants)):
+            if count > most:
+                raise self._refusal(
+                    node,
+                    f"would need {count:,} numbers at once for {self._images}, of {most:,} that such a network may",
+                )
         self._products += products(node, given, made) if made and node.operator != "If" else 0
-        if self._products > self._limits.products * self._batch:
+        if self._products > self._most_products:
             raise self._refusal(
                 node,
                 f"would be reached after {self._products:,} products for {self._images}, of"
-                f" {self._limits.products * self._batch:,} that such a network may take",
+                f" {self._most_products:,} that such a network may take",
             )
 
     @property

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,6 +54,10 @@ class Tensor(NamedTuple):
     shape: tuple[int, ...]
     values: Array | None = None
     """Where it is small, and does not depend on the images."""
+    constant: bool = False
+    """Whether it follows from constants and sizes alone: an engine may compute it when it loads, and keep it."""
+    parts: tuple[Tensor, ...] = ()
+    """Of a sequence."""
 
     @property
     def size(self) -> int:
@@ -74,6 +78,17 @@ class Node:
     attributes: dict[str, Any] = field(default_factory=dict)
     """Numbers, lists of them, text, a `Tensor`, a `Graph`; None: of a kind that no operator we know has."""
 
+    @property
+    def graphs(self) -> list[Graph]:
+        """Those that it runs."""
+        return [value for value in self.attributes.values() if isinstance(value, Graph)]
+
+    @property
+    def reads(self) -> list[str]:
+        """Its inputs, and what its graphs take and give: from around them where it is not made within."""
+        within = [name for graph in self.graphs for name in (*graph.outputs, *graph.reads)]
+        return [name for name in (*self.inputs, *within) if name]
+
     def __str__(self) -> str:
         return f"node '{(self.name or ','.join(self.outputs))[:100]}' ({self.title})"
 
@@ -85,13 +100,15 @@ class Node:
 
 @dataclass(slots=True)
 class Graph:
-    """Nodes in their order, and what they start from."""
+    """Nodes in the order in which ONNX Runtime runs them, and what they start from."""
 
     nodes: list[Node] = field(default_factory=list)
     constants: dict[str, Tensor] = field(default_factory=dict)
     inputs: dict[str, list[int | str]] = field(default_factory=dict)
     """Shapes, with names of open sizes."""
     outputs: list[str] = field(default_factory=list)
+    reads: list[str] = field(default_factory=list)
+    """What its nodes read, once for each that does."""
 
     @property
     def num_weights(self) -> int:
@@ -165,6 +182,8 @@ class _Reader:
                 found.outputs.append(value.message(VALUE_NAME).text())
         for name in found.constants:  # older files list the weights among the inputs
             found.inputs.pop(name, None)
+        found.nodes = _in_order(found.nodes)
+        found.reads = [name for node in found.nodes for name in node.reads]
         return found
 
     def _node(self, message: Message, depth: int) -> Node:
@@ -239,17 +258,44 @@ class _Reader:
     def _values(
         self, parts: list[tuple[int, int | Message]], dtype: str | None, shape: tuple[int, ...]
     ) -> Array | None:
-        if dtype is None or dtype == "<f2":  # FP16 in integers has another form, and no size is in FP16
+        if dtype is None:
             return None
         found: list[Any] = []
         for number, value in parts:
             if isinstance(value, Message) and number in (_RAW, *_PACKED):
                 found += np.frombuffer(value.content(), dtype if number == _RAW else _PACKED[number]).tolist()
+            elif dtype == "<f2":  # the bits of each, as an integer
+                found += np.array(self._integers(value), np.uint16).view(dtype).tolist()
             else:
                 found += self._integers(value)
         if len(found) != math.prod(shape):
             return None  # elsewhere, or an engine refuses it
         return np.array(found, np.dtype(dtype)).reshape(shape)
+
+
+def _in_order(nodes: Sequence[Node]) -> list[Node]:
+    """As ONNX Runtime runs them, wherever they stand in the file: from each node that no other needs, the last one
+    first, depth first to what that needs.
+
+    Raises:
+        ValueError: nodes that need each other.
+    """
+    maker = {name: index for index, node in enumerate(nodes) for name in node.outputs if name}
+    needs = [sorted({maker[name] for name in node.reads if name in maker}) for node in nodes]
+    needed = {index for before in needs for index in before}
+    found: list[Node] = []
+    stack = [(index, False) for index in range(len(nodes)) if index not in needed]
+    seen: set[int] = set()
+    while stack:
+        index, has_all = stack.pop()
+        if has_all:
+            found.append(nodes[index])
+        elif index not in seen:
+            seen.add(index)
+            stack += [(index, True), *((before, False) for before in needs[index])]
+    if len(found) < len(nodes):
+        raise ValueError("its nodes need each other")
+    return found
 
 
 def _signed(value: int) -> int:

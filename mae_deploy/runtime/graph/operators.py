@@ -7,35 +7,29 @@ result is as large as its data say (NonZero, Compress). `If` is: both of its bra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from mae_deploy.runtime.graph import shapes
+from mae_deploy.runtime.graph.fused import FUSED
 from mae_deploy.runtime.graph.nodes import KNOWN_VALUES, Node, Tensor
-from mae_deploy.runtime.graph.shapes import Given, Shape
-from mae_deploy.runtime.graph.values import VALUES
-
-Rule = Callable[[Node, Given], "list[Shape]"]
-"""The shapes of an operator's results; behind them, those of what it needs beside them while it runs."""
-
-MICROSOFT = "com.microsoft"
+from mae_deploy.runtime.graph.shapes import Given, Rule
+from mae_deploy.runtime.graph.values import SEQUENCES, VALUES
 
 _MOST_AXES = 32
 """As many as NumPy's arrays have."""
 
 
 _ELEMENTWISE = (
-    "Abs Add And Atan Ceil Clip Cos Div Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish"
-    " Identity IsInf IsNaN LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mod Mul Neg Not Or PRelu Pow Reciprocal"
-    " Relu Round Selu Sigmoid Sign Sin Softplus Softsign Sqrt Sub Sum Swish Tanh Where Xor"
+    "Abs Acos Acosh Add And Asin Asinh Atan Atanh BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Ceil Celu Clip"
+    " Cos Cosh Elu Equal Erf Exp Floor Gelu Greater GreaterOrEqual HardSigmoid HardSwish Identity IsInf IsNaN"
+    " LeakyRelu Less LessOrEqual Log Max Mean Min Mish Mul Neg Not Or PRelu Pow Reciprocal Relu Round Selu Shrink"
+    " Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Sub Sum Swish Tan Tanh ThresholdedRelu Where Xor"
 )
 _AS_FIRST = (
-    "BatchNormalization Cast CastLike CumSum DequantizeLinear Dropout GroupNormalization Hardmax InstanceNormalization"
-    " LayerNormalization LogSoftmax LpNormalization QuantizeLinear RMSNormalization RandomNormalLike RandomUniformLike"
-    " RotaryEmbedding ScatterElements ScatterND SimplifiedLayerNormalization Softmax Trilu"
-)
-_OF_MICROSOFT = (
-    "BiasGelu BiasSplitGelu DequantizeLinear FastGelu Gelu QuantizeLinear QuickGelu SkipLayerNormalization"
-    " SkipSimplifiedLayerNormalization"
+    "BatchNormalization Cast CastLike CumSum DequantizeLinear Dropout EyeLike GroupNormalization Hardmax"
+    " InstanceNormalization LayerNormalization LogSoftmax LpNormalization MeanVarianceNormalization QuantizeLinear"
+    " RMSNormalization RandomNormalLike RandomUniformLike RotaryEmbedding ScatterElements ScatterND"
+    " SimplifiedLayerNormalization Softmax Trilu"
 )
 _REDUCE = "L1 L2 LogSum LogSumExp Max Mean Min Prod Sum SumSquare"
 
@@ -56,6 +50,7 @@ _RULES: dict[tuple[str, str], Rule] = {
             "Conv": shapes.conv,
             "ConvInteger": shapes.conv,
             "ConvTranspose": shapes.conv_transpose,
+            "Div": shapes.divided,
             "DepthToSpace": shapes.depth_to_space,
             "DynamicQuantizeLinear": shapes.quantized,
             "Einsum": shapes.einsum,
@@ -70,6 +65,7 @@ _RULES: dict[tuple[str, str], Rule] = {
             "MatMul": shapes.matmul,
             "MatMulInteger": shapes.matmul,
             "MaxPool": shapes.pool,
+            "Mod": shapes.divided,
             "OneHot": shapes.one_hot,
             "Pad": shapes.pad,
             "QLinearConv": shapes.conv,
@@ -90,28 +86,30 @@ _RULES: dict[tuple[str, str], Rule] = {
             "Upsample": shapes.resize,
         }.items()
     },
-    **{(MICROSOFT, name): shapes.as_first for name in _OF_MICROSOFT.split()},
-    (MICROSOFT, "FusedMatMul"): shapes.fused_matmul,
+    **FUSED,
 }
 
 
 def is_known(node: Node) -> bool:
     """Whether its operator is among those that are known."""
-    return (node.domain.removeprefix("ai.onnx"), node.operator) in _RULES
+    key = (node.domain.removeprefix("ai.onnx"), node.operator)
+    return key in _RULES or key in SEQUENCES
 
 
 def results(node: Node, given: Given) -> list[Tensor]:
     """What a node makes, and its values where they follow from known ones.
 
     Raises:
-        KeyError: the operator is not among those that are known.
         ValueError: it cannot take this, or how much it makes shows only when it runs.
     """
-    rule = _RULES[(node.domain.removeprefix("ai.onnx"), node.operator)]
-    found = [Tensor(shape) for shape in rule(node, given)]
+    key = (node.domain.removeprefix("ai.onnx"), node.operator)
+    if key in SEQUENCES:
+        return [SEQUENCES[key](node, given)]
+    found = [Tensor(shape) for shape in _RULES[key](node, given)]
     if any(side < 0 for tensor in found for side in tensor.shape) or len(found[0].shape) > _MOST_AXES:
         raise ValueError(f"the shape {found[0].shape[:_MOST_AXES]}")
-    if (compute := VALUES.get(node.operator)) is not None and found[0].size <= KNOWN_VALUES:
+    compute = None if key[0] else VALUES.get(node.operator)
+    if compute is not None and found[0].size <= KNOWN_VALUES:
         values = compute(node, given)
         if values is not None:
             return [Tensor(part.shape, part) for part in (values if isinstance(values, list) else [values])]
@@ -120,19 +118,24 @@ def results(node: Node, given: Given) -> list[Tensor]:
 
 def products(node: Node, given: Given, made: Sequence[Tensor]) -> int:
     """Multiply-adds of a node, and at least one for each number that it reads or makes."""
+    operator = node.operator
     largest = max(tensor.size for tensor in (*given, *made, shapes.LEFT_OUT))
     inner = 1
-    if node.operator.endswith(("MatMul", "MatMulInteger")) and given[0].shape:
-        inner = given[0].shape[-1]
-    elif node.operator == "Gemm":
+    if "Attention" in operator:
+        scores = next(tensor.shape for tensor in reversed(made) if len(tensor.shape) == 4)
+        heads = scores[1] if len(given[0].shape) != 4 else 1
+        widths = -(-(given[0].shape[-1] + made[0].shape[-1]) // max(heads, 1))
+        projected = given[0].size * given[1].shape[-1] if operator != "MultiHeadAttention" and node.domain else 0
+        return max(largest, projected + math.prod(scores) * widths)
+    if "MatMul" in operator:
+        inner = given[0].shape[shapes.summed_axis(node)] if given[0].shape else 1
+    elif "Gemm" in operator:
         inner = given[0].shape[0 if node.attributes.get("transA") else -1]
-    elif "Conv" in node.operator:
-        weight = given[3 if node.operator == "QLinearConv" else 1].shape
-        return max(largest, (given[0] if node.operator == "ConvTranspose" else made[0]).size * math.prod(weight[1:]))
-    elif node.operator == "Einsum":
-        sizes = shapes.letters(node, given)
-        return max(largest, math.prod(sizes.values()))
-    elif node.operator == "Attention":
-        inner = given[0].shape[-1]
-        return max(largest, 2 * made[-1].size * inner)
+    elif "Conv" in operator:
+        weight = given[3 if operator == "QLinearConv" else 1].shape
+        return max(largest, (given[0] if operator == "ConvTranspose" else made[0]).size * math.prod(weight[1:]))
+    elif "kernel_shape" in node.attributes:
+        inner = math.prod(node.attributes["kernel_shape"])
+    elif operator == "Einsum":
+        return max(largest, math.prod(shapes.letters(node, given).values()))
     return max(largest, made[0].size * inner)

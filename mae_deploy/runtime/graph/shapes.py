@@ -6,14 +6,19 @@ All raise ValueError, or what Python raises of wrong shapes, where the operator 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+import numpy as np
 
 from mae_deploy.runtime.graph.nodes import Node, Tensor
 
 Shape = tuple[int, ...]
 Given = Sequence[Tensor]
 """What an operator takes; an input that is left out is `LEFT_OUT`."""
+
+Rule = Callable[[Node, Given], "list[Shape]"]
+"""The shapes of an operator's results; behind them, those of what it needs beside them while it runs."""
 
 LEFT_OUT = Tensor(())
 
@@ -57,6 +62,15 @@ def elementwise(node: Node, given: Given) -> list[Shape]:
     return [broadcast(*(tensor.shape for tensor in given))]
 
 
+def divided(node: Node, given: Given) -> list[Shape]:
+    """The smallest integer by -1 ends a process on x86."""
+    left, right = (tensor.values for tensor in given)
+    by_minus_1 = right is not None and right.dtype.kind == "i" and bool((right == -1).any())
+    if by_minus_1 and (left is None or (left == np.iinfo(left.dtype).min).any()):
+        raise ValueError("its integers may overflow")
+    return elementwise(node, given)
+
+
 def as_first(node: Node, given: Given) -> list[Shape]:
     return [given[0].shape] * len(node.outputs)
 
@@ -76,12 +90,11 @@ def matmul(node: Node, given: Given) -> list[Shape]:
     return [product(given[0].shape, given[3 if node.operator == "QLinearMatMul" else 1].shape)]
 
 
-def fused_matmul(node: Node, given: Given) -> list[Shape]:
-    shapes = [tensor.shape for tensor in given[:2]]
-    for index, name in enumerate(("transA", "transB")):
-        if node.attributes.get(name):
-            shapes[index] = (*shapes[index][:-2], *shapes[index][:-3:-1])
-    return [product(*shapes)]
+def summed_axis(node: Node) -> int:
+    """Of the first factor of a product."""
+    if not node.attributes.get("transA"):
+        return -1
+    return 0 if node.attributes.get("transBatchA") else -2
 
 
 def gemm(node: Node, given: Given) -> list[Shape]:
@@ -109,7 +122,10 @@ def windows(node: Node, size: Shape, kernel: Shape) -> Shape:
 
 def conv(node: Node, given: Given) -> list[Shape]:
     images, weight = given[0].shape, given[3 if node.operator == "QLinearConv" else 1].shape
-    return [(images[0], weight[0], *windows(node, images[2:], weight[2:]))]
+    sides = windows(node, images[2:], weight[2:])
+    # Kernels of integers write out what every window sees; those of floats, a row at a time.
+    seen = [(math.prod(weight[1:]), math.prod(sides))] if node.operator != "Conv" else []
+    return [(images[0], weight[0], *sides), *seen]
 
 
 def conv_transpose(node: Node, given: Given) -> list[Shape]:
@@ -121,7 +137,7 @@ def conv_transpose(node: Node, given: Given) -> list[Shape]:
         strides[i] * (images[2 + i] - 1) + more[i] + dilations[i] * (weight[2 + i] - 1) + 1 - pads[i] - pads[n + i]
         for i in range(n)
     ]
-    return [(images[0], weight[1] * attributes.get("group", 1), *sides)]
+    return [(images[0], weight[1] * attributes.get("group", 1), *sides), (math.prod(weight[1:]), *images[2:])]
 
 
 def pool(node: Node, given: Given) -> list[Shape]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.graph import shapes
-from mae_deploy.runtime.graph.nodes import Node, Tensor
+from mae_deploy.runtime.graph.nodes import KNOWN_VALUES, Node, Tensor
 from mae_deploy.runtime.graph.shapes import Given, Shape
 
 
@@ -47,11 +47,30 @@ def _value_of_fill(node: Node, given: Given) -> Array | None:
 
 
 def _value_of_cast(node: Node, given: Given) -> Array | None:
-    dtype = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 11: np.float64}.get(node.attributes["to"])
+    dtype = {1: np.float32, 6: np.int32, 7: np.int64, 9: np.bool_, 10: np.float16, 11: np.float64}.get(
+        node.attributes["to"]
+    )
     if given[0].values is None or dtype is None:
         return None
     with np.errstate(all="ignore"):
         return given[0].values.astype(dtype)
+
+
+def _value_of_quantized(node: Node, given: Given) -> Array | None:
+    """Of one scale, which is how the ends of a Range are quantised."""
+    values, scale, zero = (tensor.values for tensor in (*given, shapes.LEFT_OUT)[:3])
+    if values is None or scale is None or zero is None or scale.size != 1 or zero.dtype.kind not in "iu":
+        return None
+    ends = np.iinfo(zero.dtype)
+    with np.errstate(all="ignore"):
+        return (np.rint(values / scale).astype(np.float64) + zero).clip(ends.min, ends.max).astype(zero.dtype)
+
+
+def _value_of_dequantized(node: Node, given: Given) -> Array | None:
+    values, scale, zero = (tensor.values for tensor in (*given, shapes.LEFT_OUT)[:3])
+    if values is None or scale is None or zero is None or scale.size != 1:
+        return None
+    return ((values.astype(np.int32) - zero.astype(np.int32)).astype(scale.dtype) * scale).astype(scale.dtype)
 
 
 def _value_of_gather(node: Node, given: Given) -> Array | None:
@@ -92,6 +111,36 @@ def _divided(left: Array, right: Array) -> Array:
     return np.asarray(np.where(right == 0, 0, np.trunc(left / np.where(right == 0, 1, right))).astype(left.dtype))
 
 
+def _parts(node: Node, given: Given) -> Tensor:
+    """A sequence, as large as its parts together."""
+    shape = given[0].shape
+    axis = shapes.place_of(node.attributes.get("axis", 0), len(shape))
+    if len(given) < 2:
+        sides = [1] * shape[axis]
+    elif given[1].shape:
+        sides = shapes.numbers_of(given[1], "parts")
+    else:
+        (each,) = shapes.numbers_of(given[1], "parts")
+        sides = [min(each, shape[axis] - start) for start in range(0, shape[axis], each)]
+    if sum(sides) != shape[axis] or min(sides, default=0) < 0 or len(sides) > KNOWN_VALUES:
+        raise ValueError(f"{shape[axis]} in {len(sides)} parts")
+    found = [(*shape[:axis], side, *shape[axis + 1 :]) for side in sides]
+    if len(given) < 2 and not node.attributes.get("keepdims", 1):
+        found = [(*part[:axis], *part[axis + 1 :]) for part in found]
+    return Tensor(shape, parts=tuple(map(Tensor, found)))
+
+
+def _part(node: Node, given: Given) -> Tensor:
+    (place,) = shapes.numbers_of(given[1], "place")
+    return given[0].parts[place]
+
+
+SEQUENCES: dict[tuple[str, str], Callable[[Node, Given], Tensor]] = {
+    ("", "SequenceAt"): _part,
+    ("", "SplitToSequence"): _parts,
+}
+"""What takes apart, as torch's exporter writes it without its optimiser."""
+
 VALUES: dict[str, Callable[[Node, Given], Array | list[Array] | None]] = {
     **{
         name: _from_values(function)
@@ -125,11 +174,16 @@ VALUES: dict[str, Callable[[Node, Given], Array | list[Array] | None]] = {
         }.items()
     },
     "Cast": _value_of_cast,
+    "CastLike": lambda node, given: (
+        None if given[0].values is None or given[1].values is None else given[0].values.astype(given[1].values.dtype)
+    ),
     "Concat": _value_of_concat,
     "Constant": _value_of_constant,
     "ConstantOfShape": _value_of_fill,
+    "DequantizeLinear": _value_of_dequantized,
     "Flatten": _moved(shapes.flatten),
     "Gather": _value_of_gather,
+    "QuantizeLinear": _value_of_quantized,
     "ReduceMax": _value_of_reduced(np.max),
     "ReduceMin": _value_of_reduced(np.min),
     "ReduceProd": _value_of_reduced(np.prod),
