@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -39,7 +40,7 @@ from mae_deploy.reporting.card import write_card
 from mae_deploy.reporting.command_line import next_command
 from mae_deploy.reporting.licence import say_licence
 from mae_deploy.reporting.preprocess import PREPROCESS_FROM
-from mae_deploy.reporting.tables import Column, Table
+from mae_deploy.reporting.tables import Column, Table, facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions
@@ -53,6 +54,7 @@ from mae_deploy.runtime.manifest import (
     MANIFEST_FILE,
     PLANNED,
     SCHEMA_VERSION,
+    EngineEntry,
     Manifest,
     ModelEntry,
     file_entry,
@@ -61,7 +63,11 @@ from mae_deploy.runtime.manifest import (
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.own_noise import noise_record
 from mae_deploy.runtime.registry import OPENVINO
-from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
+from mae_deploy.serving.write import left_to_serve, refuse_to_serve_over, write_for_servers
+from mae_deploy.weights.load import read_weights
+
+_NO_SERVERS = {"triton": None, "deepstream": None}
+"""Settings of an export that change nothing in its bundle."""
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
 """How much of every block's output goes into the bundle for `verify --layers`."""
@@ -75,6 +81,8 @@ def run_export(config: ExportConfig) -> Result:
             budget.
         MissingDependency: the engine's package or its device is absent.
     """
+    if (left := _left_to_serve(config)) is not None:
+        return left
     refuse_to_overwrite(config.out)
     refuse_to_serve_over(config.out, triton=config.triton, deepstream=config.deepstream)
     if builds := config.is_planned and config.build:
@@ -98,16 +106,39 @@ def run_export(config: ExportConfig) -> Result:
             write_card(made.bundle, config.out.name)
             files = {name: entry["size"] for name, entry in made.bundle.manifest["files"].items()}
     say_licence(made.bundle.licence, "this bundle")
-    served = _serve(config)
+    served = _serve(Bundle.load(config.out), triton=config.triton, deepstream=config.deepstream)
     data = {**_data(made), **rejected, **({"served": served} if served else {}), "files": files}
     return Result(data, _view(data), then=next_command("verify", config.out))
 
 
-def _serve(config: ExportConfig) -> dict[str, str]:
-    """Write the new bundle for the servers that are asked for: its engine, where one was built, else its graph."""
+def _left_to_serve(config: ExportConfig) -> Result | None:
+    """What is left to do of this very call, which was ended when the bundle was there, but not all that serves it."""
+    if (config.triton is None and config.deepstream is None) or not (config.out / MANIFEST_FILE).is_file():
+        return None
     bundle = Bundle.load(config.out)
-    engine = next(iter(bundle.manifest["engines"]), None)
-    written = write_for_servers(bundle, engine, triton=config.triton, deepstream=config.deepstream)
+    made_of = bundle.manifest["provenance"]
+    own = {"export": {**to_dict(config), **_NO_SERVERS}, "checkpoint": read_weights(config.checkpoint).record}
+    before = {name: made_of.get(name) for name in own}
+    if isinstance(before["export"], dict):
+        before["export"] = {**before["export"], **_NO_SERVERS}
+    if json.loads(json.dumps(own, default=str)) != before:
+        return None
+    left = left_to_serve(bundle, _first_engine(bundle), triton=config.triton, deepstream=config.deepstream)
+    if not any(left.values()):
+        return None
+    notice("kept:", f"{config.out}, which the same call has exported before; what serves it is written now")
+    served = _serve(bundle, **left)
+    data = {"out": str(config.out), "served": served}
+    return Result(data, facts_table(str(config.out), served), then=next_command("verify", config.out))
+
+
+def _first_engine(bundle: Bundle) -> EngineEntry | None:
+    return next(iter(bundle.manifest["engines"]), None)
+
+
+def _serve(bundle: Bundle, *, triton: Path | None, deepstream: Path | None) -> dict[str, str]:
+    """Write the new bundle for the servers that are asked for: its engine, where one was built, else its graph."""
+    written = write_for_servers(bundle, _first_engine(bundle), triton=triton, deepstream=deepstream)
     for server, folder in written.items():
         notice(f"{server}:", f"written to {folder}")
     return written

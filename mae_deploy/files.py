@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path, PureWindowsPath
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ _QUERY_LIMITED_INFORMATION = 0x1000
 """The least right to another process on Windows, from its processthreadsapi.h."""
 
 
+waiting: ContextVar[tuple[frozenset[Path], dict[Path, Path]]] = ContextVar("waiting", default=(frozenset(), {}))
+"""Paths that get their names together (in `commands.stream.outputs`), and what of them is written, by where it is."""
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a neighbour of `path` to write (a file or a folder); rename it onto `path` if the block succeeds.
@@ -49,10 +54,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     if is_special(path):
         raise ConfigError(f"{path} is no file", hint="name one that is not there yet")
-    if path.is_symlink() and not path.is_file():
-        path = Path(os.path.realpath(path))
+    paths, later = waiting.get()
+    waits = path in paths
+    path = _followed(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = beside(path, before=f"{_ASIDE}{os.getpid()}-")
+    aside = aside_of(path, os.getpid())
     same = aside.name.removeprefix(f"{_ASIDE}{os.getpid()}-")
     for left in path.parent.glob(f"{_ASIDE}*-{glob.escape(same)}"):
         if not is_running(left.name.removeprefix(_ASIDE).partition("-")[0]):
@@ -61,14 +67,29 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         yield aside
         _flush(aside)
-        os.replace(aside, path)
-        _sync_folder(path.parent)
+        if waits:
+            later[aside] = path
+        else:
+            os.replace(aside, path)
+            _sync_folder(path.parent)
     except OSError as error:
         if error.errno is not None and error.filename is None:  # a full disk: only where opening fails a file is named
             error.filename = os.fspath(path)
         raise
     finally:
-        remove(aside)
+        if aside not in later:
+            remove(aside)
+
+
+def _followed(path: Path) -> Path:
+    """Where a link to a folder, or to nothing, leads."""
+    return Path(os.path.realpath(path)) if path.is_symlink() and not path.is_file() else path
+
+
+def aside_of(path: Path, process: int) -> Path:
+    """Where a process writes what becomes `path`."""
+    path = _followed(path)
+    return beside(path, before=f"{_ASIDE}{process}-")
 
 
 def beside(path: Path, *, before: str = "", after: str = "") -> Path:
@@ -115,12 +136,16 @@ def point_link(link: Path, target_name: str) -> None:
     aside = link.with_name(f"{_ASIDE}{os.getpid()}-{link.name}")
     remove(aside)
     try:
-        aside.symlink_to(target_name)
-    except (OSError, NotImplementedError):  # FAT and some network shares; Windows without the right to make links
-        aside.write_text(target_name, encoding="utf-8")
-    if link.is_dir() and not link.is_symlink():
-        remove(link)
-    os.replace(aside, link)
+        try:
+            aside.symlink_to(target_name)
+        except (OSError, NotImplementedError):  # FAT and some network shares; Windows without the right to make links
+            aside.write_text(target_name, encoding="utf-8")
+            _flush(aside)
+        if link.is_dir() and not link.is_symlink():
+            remove(link)
+        os.replace(aside, link)
+    finally:
+        remove(aside)
     _sync_folder(link.parent)
 
 
@@ -158,6 +183,13 @@ def remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def remove_whole(folder: Path) -> None:
+    """Delete a folder that nobody is to see half of: what a kill or an error leaves of it, `remove_partial` takes."""
+    aside = folder.with_name(f"{_ASIDE}{os.getpid()}-{folder.name}")
+    os.replace(folder, aside)
+    remove(aside)
 
 
 def remove_partial(folder: Path) -> None:

@@ -6,6 +6,7 @@ import errno
 import functools
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +22,7 @@ from mae_deploy.files import (
     refuse_to_overwrite,
     remove,
     remove_partial,
+    remove_whole,
     sha256,
     temporary_folder,
     write_json,
@@ -346,3 +348,26 @@ def test_a_file_system_that_syncs_no_folders(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setattr(os, "fsync", functools.partial(fsync, error=errno.EIO))
     with pytest.raises(OSError, match="Input/output error"):
         write_text(tmp_path / "file", "other")
+
+
+def test_a_link_that_cannot_be_moved_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    point_link(tmp_path / "last", "before")
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        point_link(tmp_path / "last", "after")
+    assert names(tmp_path) == {"last"}
+    assert os.readlink(tmp_path / "last") == "before"
+
+
+def test_nobody_sees_half_of_a_folder_that_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "step-2" / "state").mkdir(parents=True)
+    seen = set[str]()
+    monkeypatch.setattr(shutil, "rmtree", lambda _: seen.update(names(tmp_path)))
+    remove_whole(tmp_path / "step-2")
+    assert seen == {f".partial-{os.getpid()}-step-2"}
+    monkeypatch.undo()
+    remove_partial(tmp_path)
+    assert names(tmp_path) == set()

@@ -4,6 +4,7 @@ that can be, and put into the bundle; torch-free.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from mae_deploy.commands.config import BuildEngineConfig
@@ -23,7 +24,7 @@ from mae_deploy.runtime.tensorrt.engine import gpu_index
 from mae_deploy.runtime.tensorrt.plans import is_verified
 from mae_deploy.runtime.tensorrt.rtx import load_builder
 from mae_deploy.serving.deepstream import check_bundle
-from mae_deploy.serving.write import refuse_to_serve_over, write_for_servers
+from mae_deploy.serving.write import left_to_serve, refuse_to_serve_over, write_for_servers
 from mae_deploy.text import as_size, duration
 
 
@@ -38,6 +39,8 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
         MaeDeployError: TensorRT cannot build it.
     """
     bundle = Bundle.load(config.bundle)
+    if (left := _left_to_serve(config, bundle)) is not None:
+        return left
     refuse_to_serve_over(bundle.path, triton=config.triton, deepstream=config.deepstream)
     if config.deepstream is not None:
         check_bundle(bundle)
@@ -65,7 +68,35 @@ def run_build_engine(config: BuildEngineConfig) -> Result:
         notice("FP16 is kept:", built.rejected)
     if not is_verified(built.entry):
         notice("not verified:", UNVERIFIED)
-    written = write_for_servers(bundle, built.entry, triton=config.triton, deepstream=config.deepstream)
+    return _written(config, bundle, built, triton=config.triton, deepstream=config.deepstream)
+
+
+def _left_to_serve(config: BuildEngineConfig, bundle: Bundle) -> Result | None:
+    """What is left to do of this very call, which was ended when one server had its engine and the other had not."""
+    both = {"triton": config.triton, "deepstream": config.deepstream}
+    for entry in bundle.manifest["engines"] if None not in both.values() else ():
+        left = left_to_serve(bundle, entry, triton=config.triton, deepstream=config.deepstream)
+        missing = [f"--{server}" for server, folder in left.items() if folder is not None]
+        if len(missing) == 1 and _is_asked_for(entry, config):
+            notice("kept:", f"{entry['file']} and what serves it; {missing[0]} is written now")
+            return _written(config, bundle, Built(entry=entry, checks=(), baseline=None, rejected=None), **left)
+    return None
+
+
+def _is_asked_for(entry: EngineEntry, config: BuildEngineConfig) -> bool:
+    """Whether an engine of the bundle may be what these settings build."""
+    options = config.build
+    return config.precision in (None, entry["precision"]) and (
+        (entry["hardware_compatible"], entry["version_compatible"], entry["stripped"])
+        == (options.hardware_compatible, options.version_compatible, options.strip)
+    )
+
+
+def _written(
+    config: BuildEngineConfig, bundle: Bundle, built: Built, *, triton: Path | None, deepstream: Path | None
+) -> Result:
+    """The engine for servers, and what the command says."""
+    written = write_for_servers(bundle, built.entry, triton=triton, deepstream=deepstream)
     for name, folder in written.items():
         notice(f"{name}:", f"written to {folder}")
     return Result(

@@ -13,6 +13,7 @@ from mae_deploy.cli import main
 from mae_deploy.commands import build_engine
 from mae_deploy.commands.config import BuildEngineConfig
 from mae_deploy.serving.deepstream import INFER_FILE
+from mae_deploy.serving.write import write_for_servers
 from tests.runtime.tensorrt.planned_bundle import PLAN, plan_of, planned
 from tests.runtime.tiny_bundle import write_bundle
 
@@ -47,3 +48,24 @@ def test_the_engine_is_written_for_both(tmp_path: Path, monkeypatch: pytest.Monk
     assert result.data["served"] == {"triton": str(tmp_path / "models" / "full"), "deepstream": str(tmp_path / "ds")}
     assert (tmp_path / "models" / "full" / "1" / "model.plan").read_bytes() == PLAN
     assert (tmp_path / "ds" / INFER_FILE).is_file()
+
+
+@pytest.mark.parametrize("missing", ["--triton", "--deepstream"])
+def test_a_call_that_was_ended_between_two_servers_goes_on_there(
+    tmp_path: Path, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = planned(tmp_path / "full", token_mode="full", preprocess={"std": [0.3] * 3})
+    places = {"triton": tmp_path / "models", "deepstream": tmp_path / "ds"}
+    there = {name: None if missing == f"--{name}" else place for name, place in places.items()}
+    write_for_servers(bundle, plan_of(bundle), triton=there["triton"], deepstream=there["deepstream"])
+    monkeypatch.setattr(build_engine, "load_tensorrt", lambda index: pytest.fail("it is built again"))
+    arguments = ["build-engine", str(bundle.path), "--triton", str(places["triton"])]
+    arguments += ["--deepstream", str(places["deepstream"])]
+    assert main([*arguments, "--strip"]) == 2  # another engine than that
+    assert "already exists" in capsys.readouterr().err
+    assert main(arguments) == 0
+    assert f"{missing} is written now" in capsys.readouterr().err
+    assert (tmp_path / "models" / "full" / "1" / "model.plan").read_bytes() == PLAN
+    assert (tmp_path / "ds" / INFER_FILE).is_file()
+    assert main(arguments) == 2
+    assert "already exists" in capsys.readouterr().err

@@ -48,6 +48,33 @@ def test_an_export_writes_its_graph_for_triton(
     assert str(model) in capsys.readouterr().err
 
 
+def test_a_call_that_was_ended_between_bundle_and_server_goes_on_there(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    config = ExportConfig(**settings, triton=tmp_path / "models")
+    with monkeypatch.context() as patch:
+        patch.setattr("mae_deploy.export.run.write_for_servers", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run_export(config)
+    before = (settings["out"] / "manifest.json").read_bytes()
+    other = ExportConfig(**{**settings, "num_samples": 3}, triton=tmp_path / "models")
+    with pytest.raises(ConfigError, match=r"--out .*mine already exists"):
+        run_export(other)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("mae_deploy.export.run.prepare", killed)  # nothing is computed again
+        served = run_export(config).data["served"]
+    assert served == {"triton": str(tmp_path / "models" / "mine")}
+    assert "kept: " in capsys.readouterr().err
+    assert (tmp_path / "models" / "mine" / "1" / "model.onnx").is_file()
+    assert (settings["out"] / "manifest.json").read_bytes() == before
+    with pytest.raises(ConfigError, match=r"--out .*mine already exists"):
+        run_export(config)
+
+
 def test_what_is_there_stops_an_export_before_it_begins(settings: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "models" / "mine").mkdir(parents=True)
     (tmp_path / "models" / "mine" / "config.pbtxt").touch()

@@ -18,6 +18,7 @@ from mae_deploy.commands.stream.camera import SourceFrames
 from mae_deploy.commands.stream.config import StreamCommandConfig
 from mae_deploy.commands.stream.draw import written_video
 from mae_deploy.commands.stream.out import JSONL, written
+from mae_deploy.commands.stream.outputs import appearing_together, finish_appearing
 from mae_deploy.commands.stream.panel import Panels, shown
 from mae_deploy.commands.stream.report import report_page, summary_table
 from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError
@@ -27,6 +28,7 @@ from mae_deploy.progress import notice
 from mae_deploy.reporting.command_line import command_line
 from mae_deploy.reporting.machine import describe_machine
 from mae_deploy.reporting.markdown import write_report
+from mae_deploy.reporting.tables import facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.engines.base import check_outputs
@@ -51,24 +53,31 @@ def run_stream(config: StreamCommandConfig) -> Result:
         SourceLost: a live source broke off and did not come back; others went on to their end.
         Stopped: a signal came; the outputs are complete up to there.
     """
+    outputs = _outputs(config)
+    call = command_line("stream", config)
+    if finish_appearing(outputs, call):
+        notice("kept:", f"{', '.join(map(str, outputs))}, which the same call had written when it was killed")
+        found = {"outputs": [str(path) for path in outputs]}
+        return Result(found, facts_table("", found))
     _check(config)
-    with ExitStack() as stack:
-        backbone = stack.enter_context(
-            Backbone.load(
-                config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
+    with appearing_together(outputs, call):
+        with ExitStack() as stack:
+            backbone = stack.enter_context(
+                Backbone.load(
+                    config.bundle, config.engine, device=config.device, threads=config.threads, affinity=config.affinity
+                )
             )
-        )
-        known = backbone.output_names
-        known += ("feature_map",) if "tokens" in known and "feature_map" not in known else ()
-        names = check_outputs(config.outputs or usual_outputs(backbone.bundle, writing=True), known)
-        videos = [
-            stack.enter_context(open_video(source, read=backbone.read, **_values(config.video)))
-            for source in config.sources
-        ]
-        session = _Session(config, backbone, videos, _follower(backbone, config))
-        signals = stack.enter_context(StopSignals(call=session.stop))
-        failure = session.run(names, signals)
-    result = session.result(signals.received, failure)
+            known = backbone.output_names
+            known += ("feature_map",) if "tokens" in known and "feature_map" not in known else ()
+            names = check_outputs(config.outputs or usual_outputs(backbone.bundle, writing=True), known)
+            videos = [
+                stack.enter_context(open_video(source, read=backbone.read, **_values(config.video)))
+                for source in config.sources
+            ]
+            session = _Session(config, backbone, videos, _follower(backbone, config))
+            signals = stack.enter_context(StopSignals(call=session.stop))
+            failure = session.run(names, signals)
+        result = session.result(signals.received, failure)
     if failure is not None:
         failure.result = result
         raise failure
@@ -221,6 +230,11 @@ def _check(config: StreamCommandConfig) -> None:
         refuse_to_overwrite(path, option="--annotate", file=True)
     if config.report is not None:
         refuse_to_overwrite(config.report, option="--report")
+
+
+def _outputs(config: StreamCommandConfig) -> list[Path]:
+    """Everything that is written, whole or not at all each."""
+    return [path for path in (config.out, config.report, *_annotated_files(config)) if path is not None]
 
 
 def _annotated_files(config: StreamCommandConfig) -> list[Path | None]:

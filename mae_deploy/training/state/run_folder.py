@@ -18,7 +18,16 @@ from mae_deploy import __version__
 from mae_deploy.checkpoint import steps_in
 from mae_deploy.config import differences, from_dict, to_yaml
 from mae_deploy.errors import CheckFailed, ConfigError
-from mae_deploy.files import follow_link, read_json, refuse_to_overwrite, remove, remove_partial, write_json, write_text
+from mae_deploy.files import (
+    follow_link,
+    read_json,
+    refuse_to_overwrite,
+    remove,
+    remove_partial,
+    remove_whole,
+    write_json,
+    write_text,
+)
 from mae_deploy.progress import notice
 from mae_deploy.recipe import ENVIRONMENT, RUN_CONFIG, check_written_by, read_recipe
 from mae_deploy.text import parse_json
@@ -169,7 +178,7 @@ class RunFolder:
         pointed_to = {link.resolve() for link in links if link.exists()}
         for folder in steps[:-keep]:
             if folder.resolve() not in pointed_to and folder.name != f"step-{spare}":
-                remove(folder)
+                remove_whole(folder)
 
 
 def _resumable(checkpoint: Path) -> bool:

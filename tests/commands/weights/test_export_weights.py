@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,13 @@ def test_the_report(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str])
     assert {path.name for path in tmp_path.iterdir()} == {"checkpoint", out.name}
 
 
-def test_the_originals_file(tmp_path: Path) -> None:
+def test_the_originals_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_mae(norm_pix_loss=False)
-    assert export(saved(tmp_path / "checkpoint", model, licence="own"), "original", tmp_path / "mae.pth") == 0
+    checkpoint = saved(tmp_path / "checkpoint", model, licence="own")
+    assert export(checkpoint, "original", tmp_path / "mae.pth") == 0
+    monkeypatch.setattr(os, "getpid", lambda: 7)  # of another process, under another name: the same bytes
+    assert export(checkpoint, "original", tmp_path / "other.pth") == 0
+    assert (tmp_path / "other.pth").read_bytes() == (tmp_path / "mae.pth").read_bytes()
     content = torch.load(tmp_path / "mae.pth", weights_only=True)  # nothing but tensors and plain values
     assert set(content) == {"model", "mae_deploy"}
     assert content["model"].keys() == model.state_dict().keys()
