@@ -367,7 +367,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0 done, 1 failed, 2 usage, 3 something optional is missing, 130
-    Ctrl-C, 143 SIGTERM, or a training run that any signal stopped.
+    Ctrl-C, 129 the end of the terminal, 143 SIGTERM, or a training run that any signal stopped.
     """
     try:
         with interruptible(), reporting_threads():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import sys
@@ -126,7 +127,7 @@ def reason(error: Exception) -> str:
 def explained(error: Exception) -> MaeDeployError | None:
     """What an error of Python or a library says to somebody who meets it; None: nothing is known of it."""
     text = " ".join(str(error).split())
-    if "DataLoader worker" in text:
+    if "DataLoader worker" in text or "process pool was terminated abruptly" in text:
         return MaeDeployError(
             f"a process that decodes images has died: out of memory? ({text})",
             hint="fewer --num-workers (0 decodes in this process), a smaller --batch-size; in a container, more shared"
@@ -152,6 +153,8 @@ def explained(error: Exception) -> MaeDeployError | None:
             for name in (error.filename, error.filename2)
             if name is not None
         ]
+        if not names and error.errno == errno.ENOENT:  # of os.getcwd alone
+            return MaeDeployError("the working folder is not there any more", hint="change to another one")
         return MaeDeployError(": ".join([*names[:1], error.strerror]))
     return None
 

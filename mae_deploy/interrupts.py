@@ -1,12 +1,13 @@
-"""Ctrl-C and SIGTERM end a command with one line, after what it was writing has been removed."""
+"""Ctrl-C, SIGTERM and the end of a terminal end a command with one line, after what it was writing has been removed."""
 
 from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -17,7 +18,7 @@ class Interrupted(BaseException):
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
         self.exit_code = 128 + number
-        """As a shell has it: 130 for Ctrl-C, 143 for SIGTERM."""
+        """As a shell has it: 130 for Ctrl-C, 143 for SIGTERM, 129 where the terminal is gone."""
 
 
 @contextmanager
@@ -37,12 +38,15 @@ def end_at_once() -> Iterator[None]:
 
 def _handled() -> dict[signal.Signals, Any]:
     """The signals that end a command and are as Python has them, and what it does at each."""
-    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    usual: dict[signal.Signals, Any] = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL}
+    if sys.platform != "win32":
+        usual[signal.SIGHUP] = signal.SIG_DFL
     return {number: handler for number, handler in usual.items() if signal.getsignal(number) == handler}
 
 
 def _end(error: Interrupted, more: str = "") -> NoReturn:
-    os.write(2, f"error: {error}{more}\n".encode())
+    with suppress(OSError):  # nobody may read it any more
+        os.write(2, f"error: {error}{more}\n".encode())
     os._exit(error.exit_code)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -46,6 +47,9 @@ def show(result: Any, *, as_json: bool) -> None:
         return
     from rich.console import Console
     from rich.markup import escape
+
+    if os.environ.get("COLUMNS") == "0":  # rich would show nothing at all
+        del os.environ["COLUMNS"]
 
     console = Console(stderr=result.failed)
     if result.view is not None and console.is_terminal:

@@ -24,6 +24,7 @@ from mae_deploy.errors import CheckFailed, ConfigError, MaeDeployError, explaine
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "not enough memory on the GPU: CUDA", "smaller"),
         (MemoryError(), "there is not enough memory in this machine", "smaller --batch-size"),
         (OSError(errno.ENOSPC, "No space left on device", "/runs/a"), "/runs/a: No space left on device", None),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), "the working folder is not there", "another"),
     ],
 )
 def test_what_is_known_of_an_error(error: Exception, message: str, hint: str | None) -> None:

@@ -56,7 +56,7 @@ def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     return process
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_the_first_signal_ends_it_in_order(number: signal.Signals, code: int, tmp_path: Path) -> None:
     process = start(tmp_path)
     process.send_signal(number)

@@ -21,6 +21,14 @@ def test_what_to_do_next_is_for_people(capsys: pytest.CaptureFixture[str]) -> No
     assert said.err == ""
 
 
+def test_a_terminal_of_no_columns_hides_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "0")
+    show(Result({"size": 7}), as_json=False)
+    assert "size  7" in capsys.readouterr().out
+
+
 def test_lines_of_a_table_end_where_their_text_does(capsys: pytest.CaptureFixture[str]) -> None:
     show(Result({}, facts_table("Title", {"short": "a", "name": "much longer"})), as_json=False)
     assert capsys.readouterr().out == "Title\nshort  a\nname   much longer\n"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import signal
@@ -14,6 +15,9 @@ from mae_deploy.progress import notice
 
 _MOST = 16
 """Workers that are started by default, at most."""
+
+_SET_DEATH_SIGNAL = 1
+"""prctl's PR_SET_PDEATHSIG, from linux/prctl.h."""
 
 _MOST_A_CORE = 8
 """Those that are started for a core where more are asked for: starting a thousand takes longer than an epoch."""
@@ -43,9 +47,15 @@ def leave_signals_to_parent(_: int) -> None:
     """A batch system and a terminal signal every process of a run; workers decode until the training process has
     finished its step and goes.
     """
-    for name in ("SIGTERM", "SIGUSR1", "SIGINT"):
+    for name in ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+
+
+def end_with_parent() -> None:
+    """Let this process be killed when the one that has started it dies, however that was; on Linux."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_DEATH_SIGNAL, signal.SIGKILL)
 
 
 def worker_options(num_workers: int) -> dict[str, Any]:

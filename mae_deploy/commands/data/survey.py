@@ -5,20 +5,25 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
-from mae_deploy.data.workers import resolve_workers
+from mae_deploy.data.workers import end_with_parent, leave_signals_to_parent, resolve_workers
 from mae_deploy.images.read import Array, is_image
 
 R = TypeVar("R")
 
 Survey = Callable[[Sequence[int]], Iterator[R]]
 """Runs the work on images by number, and yields the results in that order."""
+
+_CHUNK = 8
+"""Images that a process is given at a time."""
 
 _NEAR_BITS = 3
 """Bits of 64 in which the difference hashes of images that look the same may differ."""
@@ -35,8 +40,23 @@ def surveying(work: Callable[[int], R], num_workers: int) -> Iterator[Survey[R]]
         yield lambda indices: map(work, indices)
         return
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with context.Pool(workers, initializer=_adopt, initargs=(work,)) as pool:
-        yield lambda indices: pool.imap(_call, indices, chunksize=8)
+    # not multiprocessing.Pool, which waits without end for a worker that was killed
+    with ProcessPoolExecutor(workers, context, _adopt, (work,)) as pool:
+        try:
+            yield lambda indices: _in_order(pool, indices, ahead=4 * workers)
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _in_order(pool: ProcessPoolExecutor, indices: Sequence[int], *, ahead: int) -> Iterator[Any]:
+    """The results, of which so many parts are computed before they are asked for."""
+    started: deque[Future[list[Any]]] = deque()
+    for first in range(0, len(indices), _CHUNK):
+        started.append(pool.submit(_call, indices[first : first + _CHUNK]))
+        if len(started) > ahead:
+            yield from started.popleft().result()
+    while started:
+        yield from started.popleft().result()
 
 
 def pixel_hash(image: Image.Image | Array) -> str:
@@ -85,8 +105,10 @@ class Seen:
 def _adopt(work: Callable[[int], Any]) -> None:
     global _work
     _work = work
+    leave_signals_to_parent(0)
+    end_with_parent()
 
 
-def _call(index: int) -> Any:
+def _call(indices: Sequence[int]) -> list[Any]:
     assert _work is not None
-    return _work(index)
+    return [_work(index) for index in indices]

@@ -10,7 +10,7 @@ from typing import Any
 
 from mae_deploy.errors import MaeDeployError
 
-STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT")
+STOPPING = ("SIGTERM", "SIGUSR1", "SIGINT", "SIGHUP")
 """SLURM sends SIGTERM before it takes a node back, and any other signal that a script asks for with `--signal`."""
 
 EXIT_STOPPED = 143
@@ -40,7 +40,7 @@ class StopSignals:
             self._before = {
                 number: signal.signal(number, self._note)
                 for name in STOPPING
-                if (number := getattr(signal, name, None)) is not None
+                if (number := getattr(signal, name, None)) is not None and signal.getsignal(number) != signal.SIG_IGN
             }
         return self
 
