@@ -32,6 +32,26 @@ _TRIM_THRESHOLD, _MMAP_THRESHOLD, _ARENA_MAX = -1, -3, -8
 """mallopt's numbers, from glibc's malloc.h."""
 
 
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def process_start(process: int) -> str | None:
+    """When a process began, which tells it from another one of its number; None where nobody says."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path(f'/proc/{process}/stat').read_text().rpartition(')')[2].split()[19]}"
+    except (OSError, IndexError):
+        return None
+
+
+def process_numbers() -> str | None:
+    """What counts this process: containers of one host may have its name, and count from 1 each; None: not told."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return None
+
+
 # --- cores -----------------------------------------------------------------------------------------------------------
 
 

@@ -146,7 +146,7 @@ class Trial:
         now = self.digest()
         if not self.case.several:
             return now == self.whole or self.case.stops
-        now = {name: content for name, content in now.items() if not name.startswith(".partial-")}
+        now = {name: content for name, content in now.items() if ".partial-" not in name}
         parts = {name.partition("/")[0] for name in now}
         return self.case.stops or now == {k: v for k, v in self.whole.items() if k.partition("/")[0] in parts}
 

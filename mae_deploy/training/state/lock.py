@@ -6,6 +6,7 @@ It needs neither links nor locks of the file system, which network shares and ob
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import threading
@@ -15,6 +16,7 @@ from typing import Any
 
 from mae_deploy.errors import ConfigError
 from mae_deploy.files import is_running, remove
+from mae_deploy.machine import process_numbers, process_start
 from mae_deploy.progress import notice
 
 LOCK = "running.json"
@@ -25,8 +27,21 @@ _BEAT = 20.0
 _SILENT = 300.0
 """Seconds without one after which a process of another host, which cannot be asked for, counts as dead."""
 
+_BEATS = 3
+"""Signs of life that a process of another container on this host is waited for."""
+
 _WRITING = 1.0
 """Seconds in which a lock's content follows its name."""
+
+
+def _own() -> dict[str, Any]:
+    """What a lock says of this process."""
+    return {
+        "host": platform.node(),
+        "process": os.getpid(),
+        "numbers": process_numbers(),
+        "started": process_start(os.getpid()),
+    }
 
 
 class RunLock:
@@ -45,7 +60,7 @@ class RunLock:
         while True:
             try:
                 with self.path.open("x", encoding="utf-8") as file:
-                    file.write(json.dumps({"host": platform.node(), "process": os.getpid()}))
+                    file.write(json.dumps(_own()))
                 break
             except FileExistsError:
                 self._take_over()
@@ -90,15 +105,41 @@ class RunLock:
 
     def _alive(self, holder: dict[str, Any]) -> bool:
         process = holder.get("process")
-        if holder.get("host") == platform.node() or not holder:
-            # Its own number is that of a process before it: containers count theirs from 1.
-            return isinstance(process, int) and process != os.getpid() and is_running(process)
+        here = holder.get("host") == platform.node()
+        if not holder or (here and holder.get("numbers") in (None, process_numbers())):
+            # Its own number is that of a process before it, and another's may have been given anew.
+            return (
+                isinstance(process, int)
+                and process != os.getpid()
+                and is_running(process)
+                and holder.get("started") in (None, process_start(process))
+            )
+        if not here:
+            return self._age() < _SILENT
+        # Another container, which may count its processes from 1 and have the same name: it has stopped, or works.
+        before, age = self._beaten(), self._age()
+        while before is not None and age < _BEATS * _BEAT:
+            time.sleep(_BEAT / 10)
+            if self._beaten() != before:
+                return self._beaten() is not None
+            age = self._age()
+        return False
+
+    def _beaten(self) -> int | None:
+        """When it last gave a sign of life; None: it is gone."""
+        try:
+            return self.path.stat().st_mtime_ns
+        except FileNotFoundError:
+            return None
+
+    def _age(self) -> float:
+        """Seconds since then."""
         clock = self.path.with_name(f".partial-{os.getpid()}-clock")
         try:
             clock.touch()  # the file server's clock, not this machine's
-            return clock.stat().st_mtime - self.path.stat().st_mtime < _SILENT
+            return clock.stat().st_mtime - self.path.stat().st_mtime
         except FileNotFoundError:
-            return False
+            return math.inf
         finally:
             remove(clock)
 

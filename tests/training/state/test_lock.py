@@ -7,12 +7,14 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mae_deploy.errors import ConfigError
+from mae_deploy.machine import process_start
 from mae_deploy.training.state import lock
 from mae_deploy.training.state.lock import LOCK, RunLock
 
@@ -36,7 +38,8 @@ def dead_process() -> int:
 def test_it_names_host_and_process_until_it_is_given_back(tmp_path: Path) -> None:
     held = RunLock(tmp_path)
     held.acquire()
-    assert json.loads((tmp_path / LOCK).read_text()) == {"host": platform.node(), "process": os.getpid()}
+    written = json.loads((tmp_path / LOCK).read_text())
+    assert (written["host"], written["process"]) == (platform.node(), os.getpid())
     held.release()
     assert list(tmp_path.iterdir()) == []
 
@@ -91,3 +94,26 @@ def test_it_shows_signs_of_life(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         held._ended.wait(0.01)
     assert held.path.stat().st_mtime > 0
     held.release()
+
+
+def test_a_number_that_was_given_anew(tmp_path: Path) -> None:
+    holder = {**lock._own(), "process": os.getppid(), "started": process_start(os.getppid())}
+    left_by(tmp_path, holder)
+    with pytest.raises(ConfigError, match="is being written by process"):
+        RunLock(tmp_path).acquire()
+    left_by(tmp_path, {**holder, "started": "another boot, or another time"})
+    RunLock(tmp_path).acquire()
+
+
+@pytest.mark.parametrize("works", [False, True])
+def test_another_container_of_this_host(tmp_path: Path, works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is at work if a sign of life comes; its number says nothing here."""
+    monkeypatch.setattr(lock, "_BEAT", 0.05)
+    path = left_by(tmp_path, {**lock._own(), "numbers": "pid:[1]"}, age=0.02)
+    if works:
+        monkeypatch.setattr(time, "sleep", lambda _: os.utime(path))
+        with pytest.raises(ConfigError, match="is being written by process"):
+            RunLock(tmp_path).acquire()
+    else:
+        RunLock(tmp_path).acquire()
+        assert json.loads(path.read_text())["process"] == os.getpid()
