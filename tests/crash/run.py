@@ -26,6 +26,7 @@ from typing import Any
 import pytest
 
 from mae_deploy.interrupts import interruptible
+from mae_deploy.packages import QUIET
 from tests.crash.cases import CASES, write_inputs
 from tests.crash.disk import Disk
 from tests.crash.faults import FAULTS, ONCE
@@ -47,6 +48,8 @@ class Fault:
 @contextmanager
 def prepared(scratch: Path, names: list[str]) -> Iterator[tuple[Path, Disk]]:
     """The inputs of these cases, and the disk they write to."""
+    for variables in QUIET.values():  # for libraries that are imported by others than our code
+        os.environ |= variables
     with ExitStack() as stack:
         disk = Disk(scratch / "disk")
         stack.callback(disk.close)
