@@ -22,6 +22,7 @@ from tempfile import TemporaryDirectory
 
 import onnx
 
+from mae_deploy.packages import QUIET
 from tests.hostile.bounded import REFUSED, Ended, complaint, run_bounded
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
@@ -317,6 +318,7 @@ def cases(kinds: str = "", only: str = "", commands: str = "") -> Iterator[tuple
 
 def prepare() -> None:
     """Import what commands import, once for all that are forked from here."""
+    os.environ.update(QUIET["onnxruntime"])
     for module in _MODULES:
         importlib.import_module(module)
     gc.collect()
