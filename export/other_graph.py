@@ -8,12 +8,14 @@ from pathlib import Path
 
 import numpy as np
 
+from mae_deploy.config import from_dict
 from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.spec import available_outputs
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
 from mae_deploy.export.proof import GOLDEN as SAMPLES
 from mae_deploy.export.reference import ALL_TOKENS
+from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
@@ -27,14 +29,29 @@ from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
 Arrays = dict[str, Array]
 
+MOST_IMAGES = 1024
+"""That a graph with a fixed batch may take at once."""
+
 
 @dataclass(frozen=True)
 class _Input:
     name: str
     dtype: str
-    batch: int | None
+    shape: tuple[int | None, ...]
     """None: any."""
-    rank: int
+
+    @property
+    def batch(self) -> int | None:
+        return self.shape[0] if self.shape else None
+
+    def takes(self, array: Array) -> bool:
+        """Whether this is of its shape, but for the batch."""
+        return array.ndim == len(self.shape) and all(
+            side in (None, found) for side, found in zip(self.shape[1:], array.shape[1:], strict=True)
+        )
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ({', '.join('?' if side is None else str(side) for side in self.shape)})"
 
 
 def verify_graph(
@@ -62,6 +79,8 @@ def verify_graph(
         MaeDeployError: the engine refuses the graph or the images.
     """
     inputs = _graph_inputs(graph)
+    if (inputs[0].batch or 1) > MOST_IMAGES:
+        raise ConfigError(f"{graph} takes {inputs[0].batch:,} images at once; at most {MOST_IMAGES:,} can be checked")
     if len(inputs) > 2:
         raise ConfigError(
             f"{graph} takes {', '.join(entry.name for entry in inputs)}; a graph of images, or of images and ids_keep,"
@@ -88,7 +107,31 @@ def verify_graph(
         Network(tokens=encoder.num_prefix + encoder.num_tokens, dim=encoder.width, heads=encoder.heads),
     )
     with open_graph(graph, engine, options, precision=precision, check=check) as loaded:
-        return _verification(job, graph, inputs, given, loaded, TOLERANCES[precision])
+        found = _verification(job, graph, inputs, given, loaded, TOLERANCES[precision])
+        if not found.outputs_pass:
+            _say_what_fits(job, graph, inputs[0], given, loaded, TOLERANCES[precision])
+        return found
+
+
+def _say_what_fits(
+    job: ExportJob, graph: Path, images: _Input, given: Arrays, engine: Engine, tolerance: Tolerance
+) -> None:
+    """Where outputs miss because of what was done to the images before, say what would be right."""
+    right, own = job.trials[0][1], given[images.name]
+    last = own.shape[1:] == job.samples.pixels.shape[1:]
+    pixels = (job.samples.pixels if last else job.samples.pixels.transpose(0, 3, 1, 2)).astype(np.float64)
+    largest = from_dict(Preprocess, job.loaded.metadata.preprocess).divisor
+    for what, other in {
+        "images as pixels from 0 to 1, which the graph normalises": pixels / largest,
+        "images as pixels from 0 to 255, which the graph normalises": 255 / largest * pixels,
+        "images with their channels in the other order": own[..., ::-1] if last else own[:, ::-1],
+    }.items():
+        inputs = {**given, images.name: np.ascontiguousarray(other.astype(own.dtype))}
+        found = run_in_chunks(engine, inputs, batch=images.batch)
+        meant = {output: right[_meaning(graph, output, array, right)] for output, array in found.items()}
+        if not any(compare(meant[output], array, output).failures(tolerance) for output, array in found.items()):
+            notice("input:", f"{graph} is right for {what}")
+            return
 
 
 def _graph_inputs(graph: Path) -> list[_Input]:
@@ -99,21 +142,39 @@ def _graph_inputs(graph: Path) -> list[_Input]:
     """
     found = []
     for entry in read_inputs(graph):
-        shape = entry["shape"]
-        batch = shape[0] if shape and isinstance(shape[0], int) else None
-        found.append(_Input(entry["name"], entry["dtype"], batch, len(shape)))
+        shape = tuple(side if isinstance(side, int) else None for side in entry["shape"])
+        found.append(_Input(entry["name"], entry["dtype"], shape))
     if not found:
         raise ConfigError(f"{graph} takes no input")
-    return sorted(found, key=lambda entry: entry.rank != 4)
+    return sorted(found, key=lambda entry: len(entry.shape) != 4)
 
 
 def _given(job: ExportJob, graph: Path, inputs: Sequence[_Input]) -> Arrays:
-    """What the graph is fed with, by its own names."""
+    """What the graph is fed with, by its own names.
+
+    Raises:
+        ConfigError: an input that neither images of this checkpoint nor indices of patches are.
+    """
     samples, dtype = job.trials[0][0], inputs[0].dtype
     if dtype not in ("float32", "float16", "bfloat16", "float64", "uint8"):
         raise ConfigError(f"{graph} takes images of {dtype}", hint="float32 (B, C, H, W), or uint8 (B, H, W, C)")
     images = job.samples.pixels if dtype == "uint8" else samples[IMAGES].astype(dtype)
-    return {inputs[0].name: images, **{entry.name: samples[IDS_KEEP] for entry in inputs[1:]}}
+    own, turned = inputs[0], (0, 2, 3, 1) if dtype != "uint8" else (0, 3, 1, 2)
+    if not own.takes(images) and own.takes(images.transpose(turned)):
+        images = np.ascontiguousarray(images.transpose(turned))
+        notice(f"input '{own.name}':", f"images with channels {'first' if dtype == 'uint8' else 'last'}")
+    given = {own.name: images, **{entry.name: samples[IDS_KEEP] for entry in inputs[1:]}}
+    for entry in inputs:
+        array = given[entry.name]
+        if not entry.takes(array) or (entry is not own and entry.dtype not in ("int64", "int32")):
+            what = "images of this checkpoint" if entry is own else "indices of patches, ids_keep,"
+            raise ConfigError(
+                f"input '{entry.name}' of {graph} takes {entry}; {what} are {array.dtype}"
+                f" ({', '.join(map(str, ('?', *array.shape[1:])))})",
+                hint="export the graph for them, or give the checkpoint that it was made of",
+            )
+        given[entry.name] = array.astype(entry.dtype) if entry is not own else array
+    return given
 
 
 def _verification(
@@ -163,7 +224,13 @@ def _check(check: str, name: str, expected: Array, found: Array, tolerance: Tole
 
 
 def _meaning(graph: Path, output: str, found: Array, expected: Mapping[str, Array]) -> str:
-    """Which of PyTorch's outputs this is: the one of its name, else the nearest of its shape."""
+    """Which of PyTorch's outputs this is: the one of its name, else the nearest of its shape.
+
+    Raises:
+        ConfigError: none.
+    """
+    if found.dtype.kind not in "fiub":
+        raise ConfigError(f"output '{output}' of {graph} holds {found.dtype.name}s, not numbers")
     if output in expected and expected[output].shape == found.shape:
         return output
     fitting = [name for name in expected if expected[name].shape == found.shape]

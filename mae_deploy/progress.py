@@ -48,7 +48,7 @@ def notice(label: str, text: str, *, own: bool = False) -> None:
         own: it is about this process alone; of what all processes of a run say, only the first one's is shown.
     """
     if own or os.environ.get("RANK", "0") == "0":
-        console.print(Text.assemble((label, "yellow"), " ", printable(text)), soft_wrap=True)
+        console.print(Text.assemble((printable(label), "yellow"), " ", printable(text)), soft_wrap=True)
 
 
 def heading(text: str) -> None:

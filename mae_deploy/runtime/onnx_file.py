@@ -242,16 +242,20 @@ def _inputs(model: Message) -> list[TensorEntry]:
 
 def tensor_entry(value: Message) -> TensorEntry:
     """Name, type and shape of an input or output."""
-    tensor = value.message(_VALUE_TYPE).message(_TYPE_TENSOR)
-    number = tensor.integer(_TENSOR_TYPE)
-    shape = [_size(dim) for dim in tensor.message(_TENSOR_SHAPE).messages(_SHAPE_DIM)]
-    return {"name": value.message(VALUE_NAME).text(), "dtype": _DTYPES.get(number, f"type {number}"), "shape": shape}
+    name = value.message(VALUE_NAME).text()
+    types = [tensor for kind in value.messages(_VALUE_TYPE) for tensor in kind.messages(_TYPE_TENSOR)]
+    shapes = types[-1].messages(_TENSOR_SHAPE) if types else []
+    if not shapes:
+        raise ValueError(f"'{name[:100]}' has {'no shape' if types else 'another type than tensors'}")
+    number = types[-1].integer(_TENSOR_TYPE)
+    shape = [_size(dim) for dim in shapes[-1].messages(_SHAPE_DIM)]
+    return {"name": name, "dtype": _DTYPES.get(number, f"type {number}"), "shape": shape}
 
 
 def _size(dim: Message) -> int | str:
-    """A fixed size, or the name of a dynamic one."""
-    names = dim.messages(_DIM_NAME)
-    return dim.integer(_DIM_SIZE) or (names[-1].text() if names else "?")
+    """A fixed size, or the name of a dynamic one, which older exporters write as -1."""
+    names, size = dim.messages(_DIM_NAME), dim.integer(_DIM_SIZE)
+    return size if 0 < size < 1 << 63 else names[-1].text() if names else "?"
 
 
 # --- writing ---------------------------------------------------------------------------------------------------------

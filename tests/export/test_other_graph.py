@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,10 @@ class Others(nn.Module):
         self.model, self.flaw = model, flaw
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        tokens = Encoder.forward(self.model, images.flip(1) if self.flaw == "channels" else images)
+        images = images.flip(1) if self.flaw == "channels" else images
+        images = images.permute(0, 3, 1, 2) if self.flaw == "last" else images
+        images = (images - 0.5) / 0.5 if self.flaw == "normalises" else images
+        tokens = Encoder.forward(self.model, images)
         scores = self.model.head(tokens[:, 0])
         if self.flaw == "tokens":
             tokens = tokens.flip(1)
@@ -41,6 +45,7 @@ class Others(nn.Module):
 def exported(path: Path, flaw: str | None = None, batch: int = 2, config: EncoderConfig = ENCODER) -> Path:
     model = tiny_classifier("cls", config).eval()
     images = torch.zeros(batch, model.config.in_chans, *model.config.image_size)
+    images = images.permute(0, 2, 3, 1) if flaw == "last" else images
     names = {"input_names": ["pixel_values"], "output_names": ["last_hidden_state", "scores"]}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -52,6 +57,11 @@ def exported(path: Path, flaw: str | None = None, batch: int = 2, config: Encode
 def checkpoint(tmp_path: Path) -> Path:
     write_noise(tmp_path / "photos", 4)
     return write_checkpoint(tmp_path / "checkpoint", tiny_classifier("cls"))
+
+
+@pytest.fixture(scope="module")
+def right(tmp_path_factory: pytest.TempPathFactory) -> onnx.ModelProto:
+    return onnx.load(exported(tmp_path_factory.mktemp("right") / "other.onnx"))
 
 
 def verified(checkpoint: Path, graph: Path, capsys: pytest.CaptureFixture[str], *more: str) -> tuple[int, Any, str]:
@@ -99,6 +109,77 @@ def test_what_computes_something_else_is_a_miss(
     assert code == 1
     assert {check["name"] for check in found["outputs"] if not check["passed"]} == missed
     assert "other.onnx is not" in said
+
+
+@pytest.mark.parametrize(
+    ("flaw", "fits"), [("channels", "their channels in the other order"), ("normalises", "pixels from 0 to 1")]
+)
+def test_what_is_done_to_the_images_is_named(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flaw: str, fits: str
+) -> None:
+    metadata = json.loads((checkpoint / "metadata.json").read_text())
+    metadata["preprocess"].update(mean=[0.5] * 3, std=[0.5] * 3)
+    (checkpoint / "metadata.json").write_text(json.dumps(metadata))
+    code, _, said = verified(checkpoint, exported(tmp_path / "other.onnx", flaw), capsys)
+    assert code == 1
+    assert f"other.onnx is right for images {'with' if flaw == 'channels' else 'as'} {fits}" in said
+
+
+def test_channels_may_come_last(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, said = verified(checkpoint, exported(tmp_path / "other.onnx", "last"), capsys)
+    assert code == 0
+    assert "input 'pixel_values': images with channels last" in said
+
+
+def _sequence(graph: onnx.GraphProto) -> None:
+    graph.node.append(onnx.helper.make_node("SplitToSequence", ["scores"], ["parts"], axis=1))
+    graph.output.append(onnx.helper.make_tensor_sequence_value_info("parts", onnx.TensorProto.FLOAT, None))
+
+
+def _text(graph: onnx.GraphProto) -> None:
+    graph.node.append(onnx.helper.make_node("Cast", ["scores"], ["text"], to=onnx.TensorProto.STRING))
+    graph.output.append(onnx.helper.make_tensor_value_info("text", onnx.TensorProto.STRING, None))
+
+
+def _side(axis: int, size: int) -> Callable[[onnx.GraphProto], None]:
+    def edit(graph: onnx.GraphProto) -> None:
+        graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+
+    return edit
+
+
+def _no_shape(graph: onnx.GraphProto) -> None:
+    graph.input[0].type.tensor_type.ClearField("shape")
+
+
+@pytest.mark.parametrize(
+    ("edit", "code", "words"),
+    [
+        (_sequence, 1, "the output 'parts' is no tensor, but a list"),
+        (_text, 2, "output 'text' of"),
+        (_side(0, 1 << 40), 2, "takes 1,099,511,627,776 images at once; at most 1,024 can be checked"),
+        (_side(0, -1), 2, "cannot be followed for 1 image"),  # open, as others write it, and it is not
+        (_side(3, 99), 2, "takes float32 (2, 3, 6, 99); images of this checkpoint are float32 (?, 3, 6, 10)"),
+        (_no_shape, 2, "'pixel_values' has no shape"),
+    ],
+)
+def test_graphs_of_other_kinds_are_named(
+    edit: Callable[[onnx.GraphProto], None],
+    code: int,
+    words: str,
+    checkpoint: Path,
+    right: onnx.ModelProto,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    model = onnx.ModelProto()
+    model.CopyFrom(right)
+    edit(model.graph)
+    onnx.save(model, tmp_path / "other.onnx")
+    found, _, said = verified(checkpoint, tmp_path / "other.onnx", capsys)
+    assert found == code
+    assert words in said.replace("\n", " ")
+    assert "Error:" not in said.replace("error:", "")
 
 
 def test_a_graph_of_ours_by_names_of_ours(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -22,6 +22,9 @@ from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, PLA
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.seeding import random_patches
 
+MOST_IMAGES = 1024
+"""That a file with a fixed batch may take at once."""
+
 Limits = tuple[int, int]
 
 
@@ -235,6 +238,9 @@ def file_subject(path: Path, like: Subject) -> Subject:
     if IMAGES not in found:
         raise ConfigError(f"{path}: no input takes images", hint="--against takes graphs of images, float (B, C, H, W)")
     shapes = {name: entry["shape"] for name, entry in found.items()}
+    fixed = [shape[0] for shape in shapes.values() if isinstance(shape[0], int)]
+    if max(fixed, default=1) > MOST_IMAGES:
+        raise ConfigError(f"{path} takes {max(fixed):,} images at once; at most {MOST_IMAGES:,} are timed")
     sizes = {IMAGES: [1, *_channels_first(like)], IDS_KEEP: [1, like.num_patches]}
     smallest = {
         entry["name"]: [

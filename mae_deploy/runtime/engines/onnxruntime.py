@@ -12,6 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
+
 from mae_deploy.errors import ConfigError, MaeDeployError, MissingDependency, import_whole, reason
 from mae_deploy.images.read import Array
 from mae_deploy.packages import distributions, install_one, remedy
@@ -50,7 +52,11 @@ class OnnxRuntimeEngine(Engine):
             arrays = self._session.run(list(outputs), dict(inputs))
         except Exception as error:  # ONNX Runtime's exceptions have no base class of their own
             raise MaeDeployError(f"ONNX Runtime failed: {_one_line(error)}") from error
-        return dict(zip(outputs, arrays, strict=True))
+        found = dict(zip(outputs, arrays, strict=True))
+        others = [name for name, array in found.items() if not isinstance(array, np.ndarray)]
+        if others:
+            raise MaeDeployError(f"the output '{others[0]}' is no tensor, but a {type(found[others[0]]).__name__}")
+        return found
 
     def _close(self) -> None:
         self._session = None

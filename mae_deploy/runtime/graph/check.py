@@ -197,7 +197,10 @@ class _Run:
         except KeyError as error:
             raise self._refusal(node, f"lacks the attribute {error}") from error
         except (ValueError, IndexError, TypeError, ZeroDivisionError, OverflowError) as error:
-            raise self._refusal(node, f"cannot be followed: {str(error)[:300]}") from error
+            raise ConfigError(
+                f"{self._path}: {node} cannot be followed for {self._images}: {str(error)[:300]}",
+                hint="export it again: with an open batch, or with its fixed one declared",
+            ) from error
         constant = node.operator in _OF_SIZES or all(tensor.constant or tensor is LEFT_OUT for tensor in whole)
         return [tensor._replace(constant=constant) for tensor in made]
 

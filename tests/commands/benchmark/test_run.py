@@ -308,7 +308,7 @@ def test_a_graph_that_refuses_its_inputs_is_left_out(tmp_path: Path, run: Callab
     assert keys(report, "graph", "batch")[2:] == [(str(tmp_path / "a.onnx"), 1)]
     (left_out,) = report["left_out"]
     assert left_out["row"] == f"{tmp_path / 'a.onnx'} on onnxruntime, batch 2"
-    assert left_out["why"].endswith("node 'y' (Reshape) cannot be followed: (2, 3, 6, 14) as (1, 252)")
+    assert left_out["why"].endswith("node 'y' (Reshape) cannot be followed for 2 images: (2, 3, 6, 14) as (1, 252)")
 
 
 # --- engines ---------------------------------------------------------------------------------------------------------
