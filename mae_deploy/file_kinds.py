@@ -117,12 +117,17 @@ def is_special(path: Path) -> bool:
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
-def read_whole(path: Path, most: int = 1 << 28) -> bytes:
+def read_whole(path: Path, most: int = 1 << 28, *, pipes: bool = False) -> bytes:
     """A file's bytes, where there are no more than `most` of them.
 
+    Args:
+        pipes: a pipe is read, too, and waited for.
+
     Raises:
-        OSError: there are, as in a device without an end, or it cannot be read.
+        OSError: there are more, as in a device without an end, or it cannot be read.
     """
+    if not pipes and is_special(path):
+        raise OSError(errno.EINVAL, "it is no file, but a pipe or a device", os.fspath(path))
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
         content = b"" if size > most else file.read(most + 1)

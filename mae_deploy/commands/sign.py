@@ -10,6 +10,7 @@ from typing import Any
 
 from mae_deploy.commands.config import SignConfig
 from mae_deploy.errors import CheckFailed, ConfigError, import_optional, reason
+from mae_deploy.file_kinds import read_whole
 from mae_deploy.files import atomic_path
 from mae_deploy.hub import SIGNATURE
 from mae_deploy.reporting.command_line import next_command
@@ -36,6 +37,7 @@ def run_sign(config: SignConfig) -> Result:
     bundle.check_files()
     password = os.environ.get(PASSWORD)
     try:
+        read_whole(config.key)  # the library would wait for a pipe
         signer = signing.Config().use_elliptic_key_signer(
             private_key=config.key, password=password.encode() if password is not None else None
         )
@@ -70,6 +72,7 @@ def check_signature(folder: Path, key: Path) -> None:
             f"{folder} is not signed: there is no {SIGNATURE}", hint="'mae-deploy sign' signs a bundle that you trust"
         )
     try:
+        read_whole(key)  # the library would wait for a pipe
         verifier = verifying.Config().use_elliptic_key_verifier(public_key=key)
     except Exception as error:  # whatever the library makes of the file
         raise ConfigError(f"--signature {key} is no public key: {reason(error)}", hint=f"make one: {_MAKE}") from error

@@ -10,12 +10,14 @@ from typing import Any
 
 from mae_deploy.data.sources.base import ImageSource
 from mae_deploy.errors import ConfigError
-from mae_deploy.file_kinds import is_special, read_whole
+from mae_deploy.file_kinds import read_whole
 from mae_deploy.progress import notice
 from mae_deploy.text import decode_text, parse_json
 
 _DIGITS = 1000
 """More of them are no number."""
+_LONGEST = 1000
+"""Characters of a class's name in a file."""
 _SHOWN = 3
 """Classes that are listed with the numbers of their logits."""
 
@@ -62,8 +64,6 @@ def read_class_names(file: Path) -> tuple[str, ...]:
         ConfigError: it cannot be read, is neither, leaves a number out, or has a name twice.
     """
     try:
-        if is_special(file):
-            raise ConfigError(f"--class-names {file} is no file, but a pipe or a device")
         text = decode_text(read_whole(file))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read --class-names {file}: {error}") from error
@@ -75,6 +75,8 @@ def read_class_names(file: Path) -> tuple[str, ...]:
             f"--class-names {file} {'has an empty line' if names else 'is empty'}",
             hint="write a name a line, in the order of the logits, or JSON: a list, or id2label",
         )
+    if len(longest := max(names, key=len)) > _LONGEST:
+        raise ConfigError(f"--class-names {file} has a name of {len(longest):,} characters, '{longest[:40]} …'")
     check_distinct(names, f"--class-names {file}")
     return tuple(names)
 

@@ -67,8 +67,15 @@ def unreadable_beside(shard: Path) -> Path:
 
 
 def features_in(folder: Path) -> list[Path]:
-    """The finished shards in order."""
-    return sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
+    """The finished shards in order.
+
+    Raises:
+        ConfigError: one is no file.
+    """
+    shards = sorted(folder.glob(f"{PREFIX}*{SUFFIX}"))
+    if other := next((shard for shard in shards if not shard.is_file()), None):
+        raise ConfigError(f"{other} is no file", hint="embed again")
+    return shards
 
 
 def bundle_hash(bundle: Bundle) -> str:
@@ -107,6 +114,8 @@ def check_begun(folder: Path, identity: dict[str, Any]) -> bool:
             raise ConfigError(f"--out {folder} already exists", hint="choose another --out, or remove it first")
         return False
     begun = read_json(folder / JOB_FILE)
+    if not isinstance(begun, dict):
+        raise ConfigError(f"{folder / JOB_FILE} is no record of a job", hint="choose another --out, or remove it first")
     before, now = begun, json.loads(json.dumps(identity))
     if differing := [key for key in {**before, **now} if before.get(key) != now.get(key)]:
         said = "; ".join(f"{key}: {_short(before.get(key))} -> {_short(now.get(key))}" for key in differing)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, Literal, get_args
 
@@ -63,13 +64,16 @@ def load_npy(source: Path | BinaryIO) -> Array:
     Raises:
         ValueError: it is none, holds objects or several arrays, is cut off, or larger than an image may be.
     """
-    try:  # mapped, a header that promises too much takes no memory
-        values = np.load(source, allow_pickle=False, mmap_mode="r" if isinstance(source, Path) else None)
+    try:
+        with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+            several = file.read(2) == b"PK"
+            file.seek(0)
+        if several:  # NumPy leaves a damaged archive open
+            raise ValueError("it holds several arrays; one image is one array (H, W, C)")
+        # Mapped, a header that promises too much takes no memory.
+        values: Array = np.load(source, allow_pickle=False, mmap_mode="r" if isinstance(source, Path) else None)
     except Exception as error:  # of any kind: what NumPy raises follows from the bytes of the header
         raise ValueError(reason(error)) from error
-    if not isinstance(values, np.ndarray):
-        values.close()
-        raise ValueError("it holds several arrays; one image is one array (H, W, C)")
     check_bytes(values.nbytes)
     return np.array(values) if isinstance(values, np.memmap) else values
 

@@ -55,7 +55,7 @@ def _expanded(name: Path) -> Iterator[Named]:
         yield Named(name)
     elif text.startswith(_LIST):
         try:
-            content = read_whole(Path(text[len(_LIST) :]), 1 << 30)
+            content = read_whole(Path(text[len(_LIST) :]), 1 << 30, pipes=True)
         except OSError as error:
             raise ConfigError(f"cannot read the list {text[len(_LIST) :]}: {error.strerror}") from error
         yield from _listed(content, text[len(_LIST) :])

@@ -14,7 +14,10 @@ from rich.console import Group
 from rich.text import Text
 
 from mae_deploy.results import as_text
-from mae_deploy.text import printable
+from mae_deploy.text import printable, shortened
+
+_LONGEST = 4000
+"""Characters of a value that a table shows: a terminal takes minutes to lay out millions."""
 
 Row = Mapping[str, Any]
 """Figures by their keys."""
@@ -52,7 +55,7 @@ class Column:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return "-"
         if not self.form:
-            return as_text(value)
+            return shortened(as_text(value), _LONGEST)
         return self.form.format(value * self.scale if isinstance(value, float | int) else value)
 
 
@@ -134,8 +137,8 @@ def mean_of(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
 
 def _lines(value: Any) -> str:
     if isinstance(value, Mapping) and value:
-        return "\n".join(f"{name}: {as_text(inner)}" for name, inner in value.items())
-    return as_text(value)
+        return "\n".join(f"{name}: {shortened(as_text(inner), _LONGEST)}" for name, inner in value.items())
+    return shortened(as_text(value), _LONGEST)
 
 
 def _has_titles(columns: Sequence[Column]) -> bool:

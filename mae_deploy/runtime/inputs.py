@@ -188,6 +188,8 @@ def patch_indices(keep: Keep, bundle: Bundle, num_keep: NumKeep | None = None) -
         return keep
     if masks.dtype != np.bool_ or not masks.size:
         return keep
+    if not masks.ndim:
+        raise ConfigError("keep is one boolean, not one for each patch")
     if num_keep is not None:
         raise ConfigError("num_keep does not go with a mask, which says itself how many", hint="leave num_keep out")
     N, P = bundle.num_patches, bundle.model["patch_size"]

@@ -62,6 +62,7 @@ def read_weights(path: Path) -> LoadedWeights:
         checkpoint = open_checkpoint(path)
         tensors = checkpoint.tensors()
         check_numbers(tensors, checkpoint.weights)
+        tensors = {name: tensor.float() for name, tensor in tensors.items()}  # somebody may have halved the file
         return LoadedWeights(checkpoint.metadata, tensors, checkpoint.record())
     imported = import_weights(path, ImportOptions())
     for note in imported.report["notes"]:

@@ -106,3 +106,9 @@ def test_names_in_json_that_mean_nothing(content: str, tmp_path: Path) -> None:
 def test_names_that_have_no_end() -> None:
     with pytest.raises(ConfigError, match="no file, but a pipe or a device"):
         read_class_names(Path("/dev/zero"))
+
+
+def test_a_name_that_is_a_book(tmp_path: Path) -> None:
+    (tmp_path / "names").write_text("x" * 2000 + "\ny\n")
+    with pytest.raises(ConfigError, match="has a name of 2,000 characters"):
+        read_class_names(tmp_path / "names")

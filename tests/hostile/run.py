@@ -26,10 +26,12 @@ from mae_deploy.packages import QUIET
 from tests.hostile.bounded import REFUSED, Ended, complaint, run_bounded
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
+from tests.hostile.doors import FEATURES, KEYS, MASKS, NAMES, TABLES, private_key
 from tests.hostile.folders import FOLDERS
 from tests.hostile.graphs import GRAPHS
 from tests.hostile.pictures import HARMLESS, PICTURES
 from tests.hostile.rare_pictures import RARE_PICTURES
+from tests.hostile.rare_weights import RARE_WEIGHTS
 from tests.hostile.runs import RUNS
 from tests.hostile.texts import NUMBERS, RECIPES
 from tests.hostile.videos import VIDEOS
@@ -47,6 +49,12 @@ OUT = "OUT"
 """Stands for a path in commands that write; nothing half-written may be left there."""
 FILE = "FILE"
 """Stands for what is hostile."""
+_CERTIFICATE = ("verify", "bundles/visible", "--certificate", OUT + ".json", "--samples", "images", "--threads", 1)
+_DISTILL = (
+    *("distill", "images", "--teacher", "checkpoints/mae", "--out", OUT, "--patch-size", 5),
+    *(*_STUDENT, *_TRAINING),
+)
+_REPORT = ("--repeats", 2, "--warmup", 1, "--max-latency", 1000, "--max-drop", 99)
 _EXPORT = ("export", "checkpoints/mae", "--out", OUT, "--threads", 1, "--samples", "images")
 
 CHECKPOINT_COMMANDS: dict[str, Arguments] = {
@@ -63,6 +71,18 @@ CHECKPOINT_COMMANDS: dict[str, Arguments] = {
     "distill": ("distill", "images", "--teacher", FILE, "--out", OUT, "--patch-size", 5, *_STUDENT, *_TRAINING),
     "reconstruct": ("reconstruct", "images", "--checkpoint", FILE, "--out", OUT + ".png", *_CPU),
     "verify": ("verify", FILE, "--graph", "bundles/full/encoder.onnx", "--samples", "images", "--threads", 1),
+    "against": (*_CERTIFICATE, "--against", FILE),
+    "report": ("report", FILE, "--data", "labelled", "--out", OUT, *_REPORT),
+    "distill --init": (*_DISTILL, "--init", FILE),
+    "pretrain --teacher": (
+        *("pretrain", "images", "--recipe", "tiny.yaml", "--target", "features", "--teacher", FILE, "--out", OUT),
+        *_TRAINING,
+    ),
+    "export --pyramid": (*_EXPORT, "--pyramid", FILE),
+    "teacher weights": (
+        *("distill", "images", "--teacher", "timm/vit_tiny_patch16_224", "--teacher-weights", FILE, "--out", OUT),
+        *("--patch-size", 5, *_STUDENT, *_TRAINING),
+    ),
 }
 
 BUNDLE_COMMANDS: dict[str, Arguments] = {
@@ -78,6 +98,12 @@ BUNDLE_COMMANDS: dict[str, Arguments] = {
     "benchmark": ("benchmark", FILE, "--repeats", 2, "--warmup", 1, "--threads", 1, "--no-probe"),
     "build-engine": ("build-engine", FILE),
     "distill": ("distill", "images", "--teacher", FILE, "--out", OUT, "--patch-size", 5, *_STUDENT, *_TRAINING),
+    "against": (*_CERTIFICATE, "--against", FILE),
+    "sign": ("sign", FILE, "--key", "key.pem"),
+    "push": ("push", FILE, "hf://me/hostile"),
+    "search": ("search", "features", "--image", "images/000.png", "--bundle", FILE),
+    "stream": ("stream", "images", FILE, "--out", OUT + ".npz", "--threads", 1),
+    "stream-eval": ("stream-eval", "images", FILE, "--out", OUT, "--threads", 1),
 }
 
 GRAPH_COMMANDS: dict[str, Arguments] = {
@@ -95,6 +121,19 @@ IMAGE_COMMANDS: dict[str, Arguments] = {
     "export": ("export", "checkpoints/mae", "--out", OUT, "--samples", FILE, "--num-samples", 1, "--threads", 1),
     "benchmark": ("benchmark", "bundles/visible", "--images", FILE, "--repeats", 2, "--threads", 1, "--no-probe"),
     "stream": ("stream", FILE, "bundles/visible", "--out", OUT + ".npz", "--threads", 1),
+    "search": ("search", "features", "--image", FILE),
+    "verify": (
+        "verify",
+        "checkpoints/mae",
+        "--graph",
+        "bundles/visible/encoder.onnx",
+        "--samples",
+        FILE,
+        "--threads",
+        1,
+    ),
+    "calibration": (*_EXPORT, "--precision", "int8", "--quantization", "static", "--calib-data", FILE),
+    "report": ("report", "checkpoints/classifier", "--data", "labelled", "--out", OUT, *_REPORT, "--calib-data", FILE),
 }
 
 FOLDER_COMMANDS: dict[str, Arguments] = {name: CHECKPOINT_COMMANDS[name] for name in ("info", "import", "knn")}
@@ -110,6 +149,21 @@ DATA_COMMANDS: dict[str, Arguments] = {
     "knn": ("knn", FILE, "--init", "checkpoints/mae", "--val-share", 0.5, "--k", 2, "--num-workers", 0, *_CPU),
     "predict": ("predict", "bundles/visible", FILE, "--out", OUT + ".npz", "--threads", 1),
     "embed": ("embed", FILE, "bundles/visible", "--out", OUT, "--threads", 1),
+    "linprobe": ("linprobe", FILE, "--init", "checkpoints/mae", "--val-share", 0.5, "--out", OUT, *_TRAINING),
+    "eval": ("eval", "checkpoints/classifier", FILE, "--num-workers", 0, *_CPU),
+    "compare": ("compare", "random", "--data", FILE, "--num-workers", 0, *_CPU),
+    "report": ("report", "checkpoints/classifier", "--data", FILE, "--out", OUT, *_REPORT),
+    "distill": (
+        *("distill", FILE, "--teacher", "checkpoints/mae", "--out", OUT, "--patch-size", 5),
+        *(*_STUDENT, *_TRAINING),
+    ),
+    "distill --unlabelled": (*_DISTILL, "--unlabelled", FILE),
+    "sweep": ("sweep", FILE, "--mask-ratio", 0.5, "--recipe", "tiny.yaml", "--out", OUT, *_CPU),
+    "sweep --labelled": (
+        *("sweep", "images", "--labelled", FILE, "--mask-ratio", 0.5, "--recipe", "tiny.yaml", "--out", OUT),
+        *_CPU,
+    ),
+    "search": ("search", "features", "--outliers", "--data", FILE, "--out", OUT),
     "drop-like": ("data", "pack", "images", OUT, "--drop-like", FILE, "--num-workers", 0),
 }
 
@@ -117,6 +171,37 @@ RECIPE_COMMANDS: dict[str, Arguments] = {
     "pretrain": ("pretrain", "images", "--recipe", FILE, "--out", OUT, "--plan", *_CPU),
     "dump": ("finetune", "labelled", "--recipe", FILE, "--out", OUT, "--dump-config", "-"),
     "sweep": ("sweep", "images", "--mask-ratio", 0.5, "--recipe", FILE, "--out", OUT, *_CPU),
+    "sweep --finetune-recipe": (
+        *("sweep", "images", "--labelled", "labelled", "--mask-ratio", 0.5, "--recipe", "tiny.yaml"),
+        *("--finetune-recipe", FILE, "--out", OUT, *_CPU),
+    ),
+    "compare --finetune-recipe": (
+        *("compare", "checkpoints/mae", "--data", "labelled", "--at-latency", 1000, "--finetune-recipe", FILE),
+        *("--num-workers", 0, *_CPU),
+    ),
+}
+
+KEY_COMMANDS: dict[str, Arguments] = {
+    "sign": ("sign", "bundles/visible", "--key", FILE),
+    "verify": ("verify", "signed", "--signature", FILE, "--threads", 1),
+    "serve": ("serve", "bundles/visible", "--api-keys", FILE, "--host", "192.0.2.1"),
+}
+"""The address is none of any machine's (RFC 5737): `serve` ends with it, once it has read the keys."""
+
+NAMES_COMMANDS: dict[str, Arguments] = {
+    "import": ("import", "checkpoints/classifier", "--class-names", FILE, "--out", OUT)
+}
+
+MASK_COMMANDS: dict[str, Arguments] = {
+    "predict": ("predict", "bundles/visible", "images", "--keep-mask", FILE, "--out", OUT + ".npz", "--threads", 1)
+}
+
+TABLE_COMMANDS: dict[str, Arguments] = {"drop-like": DATA_COMMANDS["drop-like"]}
+
+FEATURES_COMMANDS: dict[str, Arguments] = {
+    "search": ("search", FILE, "--image", "images/000.png"),
+    "outliers": ("search", FILE, "--outliers", "--duplicates", "--k", 2, "--out", OUT),
+    "embed again": ("embed", "images", "bundles/visible", "--out", FILE, "--threads", 1),
 }
 
 RUN_COMMANDS: dict[str, Arguments] = {
@@ -237,7 +322,9 @@ def _number(text: str) -> Write:
 
 
 CORPORA: dict[str, Corpus] = {
-    "checkpoint": Corpus({name: _checkpoint(write) for name, write in WEIGHTS_FILES.items()}, CHECKPOINT_COMMANDS),
+    "checkpoint": Corpus(
+        {name: _checkpoint(write) for name, write in {**WEIGHTS_FILES, **RARE_WEIGHTS}.items()}, CHECKPOINT_COMMANDS
+    ),
     "bundle": Corpus({name: _bundle(write) for name, write in BUNDLES.items()}, BUNDLE_COMMANDS),
     "folder": Corpus(FOLDERS, FOLDER_COMMANDS),
     "graph": Corpus({name: _other_graph(edit) for name, edit in GRAPHS.items()}, GRAPH_COMMANDS),
@@ -246,6 +333,11 @@ CORPORA: dict[str, Corpus] = {
     "recipe": Corpus({name: _recipe(content) for name, content in RECIPES.items()}, RECIPE_COMMANDS),
     "run": Corpus({name: _run(write) for name, write in RUNS.items()}, RUN_COMMANDS),
     "video": Corpus(VIDEOS, VIDEO_COMMANDS),
+    "key": Corpus(KEYS, KEY_COMMANDS),
+    "names": Corpus(NAMES, NAMES_COMMANDS),
+    "mask": Corpus(MASKS, MASK_COMMANDS),
+    "table": Corpus(TABLES, TABLE_COMMANDS),
+    "features": Corpus(FEATURES, FEATURES_COMMANDS),
     "number": Corpus({f"{text[:20]!r}": _number(text) for text in NUMBERS}, NUMBER_COMMANDS),
 }
 
@@ -261,12 +353,12 @@ class Case:
     ended: Ended
 
 
-def run_case(kind: str, name: str, command: str, scratch: Path, work: Path) -> Case:
+def run_case(kind: str, name: str, command: str, scratch: Path, work: Path, inputs: Path = FIXTURES) -> Case:
     """Write the file, run the command, and look at what it said and left.
 
     Args:
         scratch: a folder that is not there yet, and is not there afterwards.
-        work: the fixtures, which are made again where a command changed them.
+        work: a copy of the inputs, which is made again where a command changed them.
     """
     corpus = CORPORA[kind]
     own = scratch / "own"
@@ -288,9 +380,9 @@ def run_case(kind: str, name: str, command: str, scratch: Path, work: Path) -> C
             found = found or f"left {', '.join(left)}"
         return Case(kind, name, command, found, ended)
     finally:
-        if _listing(work) != _listing(FIXTURES):
+        if _listing(work) != _listing(inputs):
             shutil.rmtree(work)
-            shutil.copytree(FIXTURES, work, symlinks=True)
+            shutil.copytree(inputs, work, symlinks=True)
         for module in (own / "modules").read_text().split() if (own / "modules").is_file() else ():
             with suppress(Exception):  # what only parts of a package may import
                 importlib.import_module(module)  # here, for those that are forked after it
@@ -314,6 +406,21 @@ def cases(kinds: str = "", only: str = "", commands: str = "") -> Iterator[tuple
         for command, name in product(corpus.commands, corpus.files):
             if kinds in kind and only in name and (not commands or command in commands.split(",")):
                 yield kind, name, command
+
+
+def write_inputs(folder: Path) -> Path:
+    """The fixtures, a key, a signed bundle, and features of the images."""
+    shutil.copytree(FIXTURES, folder, symlinks=True)
+    shutil.copytree(folder / "bundles/visible", folder / "signed")
+    (folder / "key.pem").write_bytes(private_key())
+    for command in (
+        ("sign", "signed", "--key", "key.pem"),
+        ("embed", "images", "bundles/visible", "--out", "features", "--threads", 1),
+    ):
+        with TemporaryDirectory() as own:
+            ended = run_bounded(command, Path(own), folder)
+            assert ended.code == 0, ended.err
+    return folder
 
 
 def prepare() -> None:
@@ -379,9 +486,12 @@ def main() -> int:
     prepare()
     found: list[Case] = []
     with TemporaryDirectory() as folder:
-        work = Path(shutil.copytree(FIXTURES, Path(folder) / "work", symlinks=True))
+        inputs = write_inputs(Path(folder) / "inputs")
+        os.chdir(inputs)
+        os.environ["HF_ENDPOINT"] = "http://127.0.0.1:9"  # where nobody is
+        work = Path(shutil.copytree(inputs, Path(folder) / "work", symlinks=True))
         for kind, name, command in cases(given.kind, given.only, given.command):
-            case = run_case(kind, name, command, Path(folder) / "case", work)
+            case = run_case(kind, name, command, Path(folder) / "case", work, inputs)
             found.append(case)
             if case.complaint or given.show:
                 print(f"{kind} | {name} | {command} | {case.complaint} | {_words(case.ended)}", flush=True)

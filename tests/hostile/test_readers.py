@@ -26,12 +26,14 @@ from mae_deploy.recipe import read_recipe, settings_of_run
 from mae_deploy.runtime import Bundle
 from mae_deploy.training.state.progress import damage
 from mae_deploy.training.state.run_folder import read_metrics
-from mae_deploy.weights.load import load_model
+from mae_deploy.weights.load import LoadedWeights, load_model, model_of
+from mae_deploy.weights.read.convert import ImportOptions, import_weights
 from tests.hostile.bundles import BUNDLES
 from tests.hostile.data import DATA
 from tests.hostile.folders import FOLDERS, changed, setting
 from tests.hostile.pictures import BROKEN, HARMLESS, PICTURES
 from tests.hostile.rare_pictures import RARE_PICTURES
+from tests.hostile.rare_weights import RARE_WEIGHTS
 from tests.hostile.run import CORPORA, FIXTURES
 from tests.hostile.texts import RECIPES
 from tests.hostile.weights import WEIGHTS_FILES
@@ -77,6 +79,21 @@ def test_weights(name: str, tmp_path: Path) -> None:
         refused = error
     assert not (tmp_path / "CANARY").exists()
     assert refused or name in HARMLESS_WEIGHTS, "it was read"
+
+
+@pytest.mark.parametrize("name", [name for name in RARE_WEIGHTS if "10^5" not in name])
+def test_rare_weights(name: str, tmp_path: Path) -> None:
+    given = write("checkpoint", name, tmp_path)
+    try:
+        if given.is_file():  # what the tensors do not tell
+            imported = import_weights(given, ImportOptions(image_size=(25, 10), num_heads=3))
+            model_of(LoadedWeights(imported.metadata, imported.tensors, {}))
+        else:
+            load_model(given)
+    except MaeDeployError:
+        assert name.startswith(BROKEN), "it is whole"
+    else:
+        assert not name.startswith(BROKEN), "it was read"
 
 
 @pytest.mark.parametrize("name", quick(BUNDLES))

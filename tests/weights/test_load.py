@@ -4,6 +4,7 @@ refused.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -243,3 +244,17 @@ def test_a_timm_models_positions_are_interpolated_as_timm_does(tmp_path: Path, s
     with torch.no_grad():
         # Sums in another order: float32 rounding of logits around 5. Without timm's antialiasing: 0.3.
         torch.testing.assert_close(model_of(loaded)(images), model(images), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_file_of_another_precision_computes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Somebody may have halved a checkpoint's file."""
+    from safetensors.torch import load, save
+
+    from tests.hostile.run import FIXTURES
+
+    shutil.copytree(FIXTURES / "checkpoints/imported", tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint/model.safetensors"
+    file.write_bytes(save({name: tensor.to(dtype) for name, tensor in load(file.read_bytes()).items()}))
+    model, _ = load_model(tmp_path / "checkpoint")
+    assert {tensor.dtype for tensor in model.state_dict().values()} == {torch.float32}

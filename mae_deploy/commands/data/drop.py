@@ -10,7 +10,7 @@ from pathlib import Path
 
 from mae_deploy.data.sources.base import Chosen, ImageSource
 from mae_deploy.errors import ConfigError
-from mae_deploy.file_kinds import is_special, read_whole
+from mae_deploy.file_kinds import read_whole
 from mae_deploy.progress import notice
 from mae_deploy.text import decode_text
 
@@ -44,12 +44,11 @@ def without(splits: Mapping[str, ImageSource], table: Path) -> dict[str, ImageSo
 
 
 def _named(table: Path) -> set[str]:
-    if is_special(table):
-        raise ConfigError(f"--drop-like {table} is no file, but a pipe or a device")
     try:
         text = decode_text(read_whole(table, 1 << 30), errors="surrogateescape")
     except OSError as error:
         raise ConfigError(f"cannot read --drop-like {table}: {error.strerror}") from error
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # by default 128 KiB
     try:
         rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except csv.Error as error:

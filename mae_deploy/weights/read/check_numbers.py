@@ -27,7 +27,7 @@ def check_numbers(tensors: Mapping[str, Tensor], file: Path, names: Mapping[str,
     broken = []
     for name, tensor in tensors.items():
         called = (names or {}).get(name, name)
-        if not tensor.is_floating_point() or tensor.is_sparse or tensor.is_meta:
+        if not tensor.is_floating_point() or tensor.layout != torch.strided or tensor.is_meta:
             raise CheckFailed(
                 f"{file} holds {called} as {tensor.dtype} ({tensor.layout}), not as floating-point numbers"
             )

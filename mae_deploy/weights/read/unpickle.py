@@ -108,6 +108,8 @@ def read_pickle(file: Path) -> Any:
             if found
             else "it is damaged, or holds more than tensors and plain values"
         )
+        if found is None and "Unsupported operand" in str(error):
+            reason += ", or was written with another pickle_protocol than torch.save's own, 2"
         raise CheckFailed(f"refused to unpickle {file}: {reason}", hint=_HINT) from error
     # a damaged file makes torch raise whatever its bytes lead to: struct.error, IndexError, AssertionError, …
     except Exception as error:

@@ -77,7 +77,7 @@ def _stop_while_it_computes(process: subprocess.Popen[str]) -> None:
         ({"requests": {"max_held": 5}}, "--max-held 5 is less than --max-bytes 20000000"),
         ({"requests": {"images": "/nowhere"}}, "--images /nowhere is no folder"),
         ({"requests": {"api_keys": "/nowhere"}}, "--api-keys /nowhere cannot be read: No such file"),
-        ({"requests": {"api_keys": os.devnull}}, f"--api-keys {os.devnull} has no key"),
+        ({"requests": {"api_keys": os.devnull}}, f"--api-keys {os.devnull} cannot be read: it is no file"),
         ({"port": 70000}, "port"),
     ],
 )
