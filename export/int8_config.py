@@ -62,6 +62,11 @@ class Int8Config(Settings, resume="fixed"):
     prefer: Literal["fp16"] | None = None
     """fp16: where eight bits on TensorRT are slower than FP16 or miss the budget, keep FP16 instead of failing."""
 
+    @property
+    def has_weight_bits(self) -> bool:
+        """Whether the quantiser can make weights of 7 bits."""
+        return self.quantizer not in _METHODS
+
     def quantizer_faults(self, policy: str) -> Iterator[ConfigError]:
         """What the quantiser of others has not got."""
         if self.quantizer == "own":
@@ -73,8 +78,8 @@ class Int8Config(Settings, resume="fixed"):
         if self.quantizer in _METHODS:
             known = self.calib_method in _METHODS[self.quantizer]
             given += [] if known else [f"--calib-method {self.calib_method}"]
-            given += ["--weight-bits 7"] if self.weight_bits == 7 else []
             given += ["--quantization dynamic"] if policy == "dynamic" else []
+        given += ["--weight-bits 7"] if self.weight_bits == 7 and not self.has_weight_bits else []
         for flag in given:
             yield ConfigError(
                 f"{flag} with --quantizer {self.quantizer}, which does not have it", hint="leave one of the two out"

@@ -21,14 +21,8 @@ from mae_deploy.export.graph.precision import arithmetic
 from mae_deploy.export.graph.spec import GraphSpec, available_outputs, check_mode, default_outputs, with_last_tokens
 from mae_deploy.export.preprocessing import with_crop_mode, with_one_std
 from mae_deploy.export.reference import Reference
-from mae_deploy.export.samples import (
-    CalibrationImages,
-    Samples,
-    read_samples,
-    stream_patches,
-    token_inputs,
-    update_inputs,
-)
+from mae_deploy.export.samples import CalibrationImages, Samples, read_samples, stream_patches
+from mae_deploy.export.trials import Arrays, Trial, chosen, forms
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.models.config import EncoderConfig
@@ -37,19 +31,14 @@ from mae_deploy.models.quantization.policy import reason_against_int8_attention
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import Engine, Runner
 from mae_deploy.runtime.engines.openvino import import_openvino
-from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, NUM_KEEP, PATCHES, UPDATES
+from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES, PATCHES, UPDATES
 from mae_deploy.runtime.profiles import Profile, Range
 from mae_deploy.serving.deepstream import check_feeding
 from mae_deploy.training.device import resolve_device
 from mae_deploy.weights.load import LoadedWeights, at_image_size, encoder_of, model_of, read_weights
 from mae_deploy.weights.pyramid import Pyramid, load_pyramid, random_pyramid
 
-_EXTREME = 2
-"""Samples that are also run with every other K that a profile names, where K is dynamic."""
-
 _MORE_BATCH = 32
-
-Arrays = dict[str, Array]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,9 +60,8 @@ class ExportJob:
     pyramid: Pyramid | None
     calib_images: CalibrationImages | None
     """For the ranges of INT8 and FP8."""
-    trials: list[tuple[Arrays, Arrays]] = field(default_factory=list)
-    """Inputs and PyTorch's outputs: all samples first, then a few at each other K of the profiles. Images are
-    normalised float32 here."""
+    trials: list[Trial] = field(default_factory=list)
+    """All samples first, then a few in other forms."""
     more_scores: list[Array] = field(default_factory=list)
     """PyTorch's scores of `more_samples`, batch by batch, `(B, classes)`."""
 
@@ -171,12 +159,12 @@ class ExportJob:
         for first in range(0, len(self.more_samples), _MORE_BATCH):
             pixels = self.more_samples.pixels[first : first + _MORE_BATCH]
             images = self.preprocess.normalise(pixels)
-            yield {IMAGES: images, **_chosen(self, images)}, pixels
+            yield {IMAGES: images, **chosen(self.config, self.loaded.encoder_config, images)}, pixels
 
     def graph_inputs(self, pixels: Array) -> Arrays:
         """What the graph takes of images `(B, H, W, C)`, with patches as the samples have them."""
         images = self.preprocess.normalise(pixels)
-        return self.as_graph_takes({IMAGES: images, **_chosen(self, images)}, pixels)
+        return self.as_graph_takes({IMAGES: images, **chosen(self.config, self.loaded.encoder_config, images)}, pixels)
 
     def as_graph_takes(self, inputs: Arrays, pixels: Array | None = None) -> Arrays:
         """The same inputs with the images in the graph's form: float32 or float16 normalised, or uint8 pixels; or of
@@ -246,17 +234,16 @@ def prepare(config: ExportConfig) -> ExportJob:
 
 
 def compute_reference(job: ExportJob) -> None:
-    """Run PyTorch on all samples, and on a few at each other K of the profiles; fills `job.trials`."""
-    images = job.preprocess.normalise(job.samples.pixels)
-    for inputs in [{IMAGES: images, **_chosen(job, images)}, *_extremes(job, images)]:
+    """Run PyTorch on all samples, and on a few in other forms; fills `job.trials`."""
+    for name, pixels, inputs in forms(job.config, job.loaded.encoder_config, job.preprocess, job.samples.pixels):
         outputs = job.reference.outputs(inputs, job.names)
-        broken = [name for name, values in outputs.items() if not np.isfinite(values).all()]
+        broken = [output for output, values in outputs.items() if not np.isfinite(values).all()]
         if broken:
             raise CheckFailed(
-                f"PyTorch itself gives NaN or infinite values: {', '.join(broken)}",
+                f"PyTorch itself gives NaN or infinite values{f' of {name}' if name else ''}: {', '.join(broken)}",
                 hint="the checkpoint cannot be used: its weights or its image statistics are at fault, not the export",
             )
-        job.trials.append((inputs, outputs))
+        job.trials.append(Trial(name, pixels, inputs, outputs))
     for inputs, _ in job.more_batches():
         assert job.class_output is not None
         job.more_scores.append(job.reference.outputs(inputs, (job.class_output,))[job.class_output])
@@ -294,48 +281,6 @@ def keep_of(inputs: Arrays) -> int | None:
     if UPDATES in inputs:
         return int(inputs[UPDATES][0, -1])
     return inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
-
-
-def _stream(job: ExportJob, images: Array, keep: Range) -> Arrays:
-    """A few updates of a stream for each image."""
-    encoder = job.loaded.encoder_config
-    chosen = update_inputs(encoder.num_patches, keep, len(images), job.config.seed)
-    patches = stream_patches(images.transpose(0, 2, 3, 1), chosen[IDS_KEEP], chosen[UPDATES], encoder.patch)
-    return {PATCHES: patches, **chosen}
-
-
-def _chosen(job: ExportJob, images: Array) -> Arrays:
-    count = len(images)
-    if job.config.token_mode == "full":
-        return {}
-    if job.config.token_mode == "cached":
-        return _stream(job, images, job.ranges["K"])
-    return token_inputs(
-        job.config.token_mode, job.loaded.encoder_config.num_tokens, job.ranges["K"], count, job.config.seed
-    )
-
-
-def _extremes(job: ExportJob, images: Array) -> list[Arrays]:
-    """Inputs for the smallest, usual and largest K of every profile, where the graph leaves K open and the samples are
-    not run with it anyway.
-    """
-    if "K" not in job.ranges or job.config.keep is not None:
-        return []
-    few, N = images[:_EXTREME], job.loaded.encoder_config.num_tokens
-    seen = {job.ranges["K"][1]}
-    if job.config.token_mode == "ragged" and job.config.is_planned:  # rows of the samples are as long as the largest K
-        seen = set()
-    found = []
-    for K in sorted({K for profile in job.profiles for K in profile["K"]} - seen):
-        if job.config.token_mode == "cached":
-            found.append({IMAGES: few, **_stream(job, few, (K, K, job.ranges["K"][2]))})
-            continue
-        inputs = {IMAGES: few, **token_inputs("visible", N, (K, K, K), len(few), job.config.seed)}
-        if job.config.token_mode == "ragged":
-            inputs[NUM_KEEP] = np.full(len(few), K, np.int64)
-        assert inputs[IDS_KEEP].shape[1] == K
-        found.append(inputs)
-    return found
 
 
 def _calib_images(

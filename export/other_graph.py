@@ -13,8 +13,9 @@ from mae_deploy.errors import ConfigError
 from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.spec import available_outputs
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
-from mae_deploy.export.proof import GOLDEN as SAMPLES
 from mae_deploy.export.reference import ALL_TOKENS
+from mae_deploy.export.trials import GOLDEN as SAMPLES
+from mae_deploy.export.trials import Trial
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
 from mae_deploy.progress import notice
@@ -24,6 +25,7 @@ from mae_deploy.runtime.manifest import CLASS_OUTPUTS, IDS_KEEP, IMAGES
 from mae_deploy.runtime.onnx_file import read_inputs
 from mae_deploy.runtime.parity.checks import GOLDEN, RUN_AGAIN, Check, Verification
 from mae_deploy.runtime.parity.compare import compare
+from mae_deploy.runtime.parity.trials import tolerance_of_trial
 from mae_deploy.runtime.registry import open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
 
@@ -43,6 +45,11 @@ class _Input:
     @property
     def batch(self) -> int | None:
         return self.shape[0] if self.shape else None
+
+    @property
+    def keep(self) -> int | None:
+        """Where these are indices of patches, how many."""
+        return self.shape[1] if len(self.shape) == 2 else None
 
     def takes(self, array: Array) -> bool:
         """Whether this is of its shape, but for the batch."""
@@ -86,10 +93,11 @@ def verify_graph(
             f"{graph} takes {', '.join(entry.name for entry in inputs)}; a graph of images, or of images and ids_keep,"
             " can be checked"
         )
+    keep = next((f":{entry.keep}" for entry in inputs[1:] if entry.keep), "")
     config = ExportConfig(
         checkpoint=checkpoint,
         out=graph,
-        tokens="full" if len(inputs) == 1 else "visible",
+        tokens="full" if len(inputs) == 1 else f"visible{keep}",
         samples=samples,
         num_samples=SAMPLES,
     )
@@ -97,7 +105,7 @@ def verify_graph(
     known = available_outputs(job.loaded.metadata, config.token_mode)
     job = replace(job, names=(*(name for name in known if not name.startswith("block_")), ALL_TOKENS))
     compute_reference(job)
-    given = _given(job, graph, inputs)
+    given = _given(job.trials[0], graph, inputs)
     shapes, fixed = {name: array.shape for name, array in given.items()}, inputs[0].batch
     batches = (fixed,) if fixed else (1, len(given[inputs[0].name]))
     encoder = job.loaded.encoder_config
@@ -107,7 +115,7 @@ def verify_graph(
         Network(tokens=encoder.num_prefix + encoder.num_tokens, dim=encoder.width, heads=encoder.heads),
     )
     with open_graph(graph, engine, options, precision=precision, check=check) as loaded:
-        found = _verification(job, graph, inputs, given, loaded, TOLERANCES[precision])
+        found = _verification(job, graph, inputs, given, loaded, precision)
         if not found.outputs_pass:
             _say_what_fits(job, graph, inputs[0], given, loaded, TOLERANCES[precision])
         return found
@@ -117,7 +125,7 @@ def _say_what_fits(
     job: ExportJob, graph: Path, images: _Input, given: Arrays, engine: Engine, tolerance: Tolerance
 ) -> None:
     """Where outputs miss because of what was done to the images before, say what would be right."""
-    right, own = job.trials[0][1], given[images.name]
+    right, own = job.trials[0].expected, given[images.name]
     last = own.shape[1:] == job.samples.pixels.shape[1:]
     pixels = (job.samples.pixels if last else job.samples.pixels.transpose(0, 3, 1, 2)).astype(np.float64)
     largest = from_dict(Preprocess, job.loaded.metadata.preprocess).divisor
@@ -149,20 +157,21 @@ def _graph_inputs(graph: Path) -> list[_Input]:
     return sorted(found, key=lambda entry: len(entry.shape) != 4)
 
 
-def _given(job: ExportJob, graph: Path, inputs: Sequence[_Input]) -> Arrays:
+def _given(trial: Trial, graph: Path, inputs: Sequence[_Input]) -> Arrays:
     """What the graph is fed with, by its own names.
 
     Raises:
         ConfigError: an input that neither images of this checkpoint nor indices of patches are.
     """
-    samples, dtype = job.trials[0][0], inputs[0].dtype
+    samples, dtype = trial.inputs, inputs[0].dtype
     if dtype not in ("float32", "float16", "bfloat16", "float64", "uint8"):
         raise ConfigError(f"{graph} takes images of {dtype}", hint="float32 (B, C, H, W), or uint8 (B, H, W, C)")
-    images = job.samples.pixels if dtype == "uint8" else samples[IMAGES].astype(dtype)
+    images = trial.pixels if dtype == "uint8" else samples[IMAGES].astype(dtype)
     own, turned = inputs[0], (0, 2, 3, 1) if dtype != "uint8" else (0, 3, 1, 2)
     if not own.takes(images) and own.takes(images.transpose(turned)):
         images = np.ascontiguousarray(images.transpose(turned))
-        notice(f"input '{own.name}':", f"images with channels {'first' if dtype == 'uint8' else 'last'}")
+        if not trial.name:
+            notice(f"input '{own.name}':", f"images with channels {'first' if dtype == 'uint8' else 'last'}")
     given = {own.name: images, **{entry.name: samples[IDS_KEEP] for entry in inputs[1:]}}
     for entry in inputs:
         array = given[entry.name]
@@ -178,10 +187,10 @@ def _given(job: ExportJob, graph: Path, inputs: Sequence[_Input]) -> Arrays:
 
 
 def _verification(
-    job: ExportJob, graph: Path, inputs: Sequence[_Input], given: Arrays, engine: Engine, tolerance: Tolerance
+    job: ExportJob, graph: Path, inputs: Sequence[_Input], given: Arrays, engine: Engine, precision: str
 ) -> Verification:
-    expected = job.trials[0][1]
-    batch, S = inputs[0].batch, len(given[inputs[0].name])
+    samples, *others = job.trials
+    expected, batch, S, tolerance = samples.expected, inputs[0].batch, len(samples.pixels), TOLERANCES[precision]
 
     def run(order: Array, step: int | None = batch) -> Arrays:
         return run_in_chunks(engine, {name: array[order] for name, array in given.items()}, batch=step)
@@ -197,6 +206,10 @@ def _verification(
         (GOLDEN, right, found, tolerance),
         (RUN_AGAIN, found, run(order), TOLERANCES["fp32"]),
     ]
+    for trial in others:
+        outputs = run_in_chunks(engine, _given(trial, graph, inputs), batch=batch)
+        limits = tolerance_of_trial(trial.name, precision, tolerance)
+        runs.append((trial.name, {output: trial.expected[name] for output, name in names.items()}, outputs, limits))
     if batch is None and S > 1:
         runs.append(("sample alone", right, run(order, 1), tolerance))
     elif S > 1 and batch != 1:
@@ -210,6 +223,7 @@ def _verification(
         device=engine.device,
         num_samples=S,
         tolerance=tolerance,
+        trials=tuple(trial.name for trial in others),
         checks=tuple(
             _check(check, names[output], must_be[output], array, limits)
             for check, must_be, outputs, limits in runs

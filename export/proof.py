@@ -13,21 +13,20 @@ from typing import Any, Literal
 import numpy as np
 
 from mae_deploy.errors import CheckFailed
-from mae_deploy.export.job import Arrays, ExportJob, keep_of
+from mae_deploy.export.job import ExportJob, keep_of
+from mae_deploy.export.trials import GOLDEN, Arrays
 from mae_deploy.files import temporary_folder
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
-from mae_deploy.runtime.layers import first_broken_block
+from mae_deploy.runtime.layers import blocks_of, first_broken_block
 from mae_deploy.runtime.parity.certificate import Classes, Speed, certificate, classes_of
 from mae_deploy.runtime.parity.checks import Verification, first_causes, verify_engine
 from mae_deploy.runtime.parity.compare import Comparison, compare
+from mae_deploy.runtime.parity.trials import tolerance_of_trial
 from mae_deploy.runtime.registry import ALIASES, OPENVINO, load_engine, open_graph
 from mae_deploy.runtime.tolerance import TOLERANCES, Tolerance
-from mae_deploy.runtime.verify import verify_alone
-
-GOLDEN = 8
-"""Samples that go into the bundle; also how many are run at a time."""
+from mae_deploy.runtime.verify import verify_and_trace_alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +42,8 @@ class ParityRecord:
     certificate: dict[str, Any]
     """What the graph is worth on this machine, see `runtime.parity.certificate`."""
     failures: list[str]
+    blocks_db: list[float] | None
+    """The SQNR after each block; None where it cannot be told."""
 
     def figures(self) -> list[dict[str, Any]]:
         """Each output's measures, as plain values."""
@@ -87,7 +88,7 @@ def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance, speed: Sp
         speed: against FP32, where it was measured.
     """
     name, options = judging_engine(job.config.engine), EngineOptions(threads=job.config.threads)
-    alone = verify_alone(bundle, name, options) if name == OPENVINO else None
+    alone, blocks_db = verify_and_trace_alone(bundle, name, options) if name == OPENVINO else (None, None)
     with _judging(job, bundle, name, options) as engine:
         comparisons, failures, classes = compare_samples(job, engine, tolerance)
         verification = verify_engine(bundle, engine) if alone is None else alone
@@ -102,13 +103,10 @@ def check_parity(job: ExportJob, bundle: Bundle, tolerance: Tolerance, speed: Sp
             max_drop=job.config.int8.max_drop,
             max_latency=job.config.int8.max_latency,
         )
-    return ParityRecord(
-        comparisons[: len(job.names)],
-        verification,
-        classes,
-        record,
-        list(dict.fromkeys(failures + verification.failures)),
-    )
+    failures = list(dict.fromkeys(failures + verification.failures))
+    if alone is None and not failures and not job.config.emulates_bf16:
+        blocks_db = blocks_of(bundle, name, options)
+    return ParityRecord(comparisons[: len(job.names)], verification, classes, record, failures, blocks_db)
 
 
 @contextmanager
@@ -129,8 +127,8 @@ def _judging(job: ExportJob, bundle: Bundle, name: str, options: EngineOptions) 
 def compare_samples(
     job: ExportJob, engine: Engine, tolerance: Tolerance, batches: Callable[[int | None], Sequence[int]] | None = None
 ) -> tuple[list[Comparison], list[str], Classes | None]:
-    """Against PyTorch: each output over all samples, over the golden ones alone and at each other K of the profiles,
-    every miss, and the classes.
+    """Against PyTorch: each output over all samples, over the golden ones alone and in each other form, every miss, and
+    the classes. Of forms that have a tolerance of their own, misses alone.
 
     Args:
         batches: for a K (None in a graph of all patches), how many samples at a time to run, each of which is checked;
@@ -140,24 +138,30 @@ def compare_samples(
     failures: list[str] = []
     scores: list[tuple[Array, Array]] = []
 
-    def judge_one(where: str, expected: Arrays, found: Arrays) -> None:
+    def judge_one(where: str, expected: Arrays, found: Arrays, limits: Tolerance = tolerance) -> None:
         for name in job.names:
-            comparisons.append(compare(expected[name], found[name], name))
-            failures.extend(where + failure for failure in comparisons[-1].failures(tolerance))
+            comparison = compare(expected[name], found[name], name)
+            if limits == tolerance:
+                comparisons.append(comparison)
+            failures.extend(where + failure for failure in comparison.failures(limits))
 
-    for trial, (inputs, expected) in enumerate(job.trials):
-        K = keep_of(inputs)
+    for trial in job.trials:
+        K = keep_of(trial.inputs)
         for batch in [job.config.fixed_batch or GOLDEN] if batches is None else batches(K):
-            found = run_in_chunks(job.runner(engine), job.as_graph_takes(inputs), batch=batch, outputs=job.names)
+            given = job.as_graph_takes(trial.inputs, trial.pixels)
+            found = run_in_chunks(job.runner(engine), given, batch=batch, outputs=job.names)
             where = "" if batches is None else f"B={batch}: "
-            if trial > 0:
-                judge_one(f"{where}K={K}: ", expected, found)
+            if trial.name:
+                limits = tolerance_of_trial(trial.name, job.config.precision, tolerance)
+                judge_one(f"{where}{trial.name}: ", trial.expected, found, limits)
                 continue
-            judge_one(where, expected, found)
-            few = ({name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (expected, found))
-            judge_one(f"{where}golden: ", *few)  # centred on a mean of their own
+            judge_one(where, trial.expected, found)
+            expected, few = (
+                {name: array[:GOLDEN] for name, array in outputs.items()} for outputs in (trial.expected, found)
+            )
+            judge_one(f"{where}golden: ", expected, few)  # centred on a mean of their own
             if job.class_output is not None and not scores:
-                scores = [(expected[job.class_output], found[job.class_output]), *_more(job, engine, batch)]
+                scores = [(trial.expected[job.class_output], found[job.class_output]), *_more(job, engine, batch)]
     classes = None
     if scores:
         expected_scores, found_scores = (np.concatenate(part) for part in zip(*scores, strict=True))
@@ -179,17 +183,18 @@ def _more(job: ExportJob, engine: Engine, batch: int) -> Iterator[tuple[Array, A
 
 
 def refuse(job: ExportJob, bundle: Bundle, proof: ParityRecord, table: Path | None = None) -> CheckFailed:
-    """What `export` says when a graph misses its tolerance; of NaN and infinite values the block where they begin, and
-    one line an output: the rest follows from that.
+    """What `export` says when a graph misses its tolerance: of each output the first miss, from which the rest follows;
+    of NaN and infinite values also the block where they begin.
 
     Args:
         table: where the layers of a search in eight bits were left.
     """
     config = job.config
-    failures = ["; ".join(proof.failures)]
+    causes = first_causes(proof.failures, job.names)
+    failures = ["; ".join(causes)]
     overflows = any(comparison.not_finite for comparison in proof.comparisons)
     if overflows:
-        failures = first_causes(proof.failures, job.names)
+        failures = causes
         if not config.emulates_bf16:
             options = EngineOptions(threads=config.threads)
             failures = [*first_broken_block(bundle, judging_engine(config.engine), options), *failures]

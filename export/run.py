@@ -20,17 +20,16 @@ from mae_deploy.export.config import ExportConfig
 from mae_deploy.export.graph.spec import block_tensor
 from mae_deploy.export.job import ExportJob, compute_reference, prepare
 from mae_deploy.export.proof import (
-    GOLDEN,
     ParityRecord,
     check_parity,
     engine_name,
-    judging_engine,
     refuse,
     tolerance_of,
 )
 from mae_deploy.export.quantization.plan import Int8Plan, plan_int8
 from mae_deploy.export.samples import synthetic_frame
 from mae_deploy.export.tensorrt import BASELINE_FILE, SPEED_LEFT, DeviceProof, build_and_gate, require_tensorrt
+from mae_deploy.export.trials import GOLDEN
 from mae_deploy.files import atomic_path, refuse_to_overwrite, remove, temporary_folder, write_json
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.models.config import BEYOND_PLAIN, EncoderConfig
@@ -43,14 +42,14 @@ from mae_deploy.reporting.preprocess import PREPROCESS_FROM
 from mae_deploy.reporting.tables import Column, Table, facts_table
 from mae_deploy.results import Result
 from mae_deploy.runtime.bundle import Bundle
-from mae_deploy.runtime.engines.base import Engine, EngineOptions
-from mae_deploy.runtime.layers import trace_layers
+from mae_deploy.runtime.engines.base import Engine
 from mae_deploy.runtime.manifest import (
     BLOCKS,
     FRAME,
     FRAME_IMAGE,
     GOLDEN_FILE,
     GRAPH_FILE,
+    IMAGES,
     MANIFEST_FILE,
     PLANNED,
     SCHEMA_VERSION,
@@ -62,12 +61,13 @@ from mae_deploy.runtime.manifest import (
 )
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.parity.own_noise import noise_record
-from mae_deploy.runtime.registry import OPENVINO
+from mae_deploy.runtime.parity.trials import EXTREMES, exported_array, trial_arrays
 from mae_deploy.serving.write import left_to_serve, refuse_to_serve_over, write_for_servers
 from mae_deploy.weights.load import read_weights
 
 _NO_SERVERS = {"triton": None, "deepstream": None}
 """Settings of an export that change nothing in its bundle."""
+
 
 _BLOCK_SAMPLES, _BLOCK_TOKENS = 2, 17
 """How much of every block's output goes into the bundle for `verify --layers`."""
@@ -213,8 +213,6 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
     if config.is_planned and plan is not None:
         files += job.in_precision("fp16").graph().save(folder / BASELINE_FILE)
     golden = _golden(job)
-    with (folder / GOLDEN_FILE).open("wb") as file:
-        np.savez_compressed(file, **golden)
     encoder, metadata = loaded.encoder_config, loaded.metadata
     reports = plan.write_table(folder) if plan is not None else []
     told = {PREPROCESS_FROM: job.preprocess_from} if job.preprocess_from is not None else {}
@@ -252,8 +250,12 @@ def _write_bundle(folder: Path, job: ExportJob, plan: Int8Plan | None) -> Bundle
         "quantization": _quantization(config, plan) if plan is not None else None,
         "golden": {"file": GOLDEN_FILE, "source": job.samples.source, "num_samples": len(golden[job.names[0]])},
         "engines": [],
-        "files": {path.name: file_entry(path) for path in [*files, folder / GOLDEN_FILE, *reports]},
+        "files": {path.name: file_entry(path) for path in [*files, *reports]},
     }
+    golden |= exported_array(manifest)
+    with (folder / GOLDEN_FILE).open("wb") as stream:
+        np.savez_compressed(stream, **golden)
+    manifest["files"][GOLDEN_FILE] = file_entry(folder / GOLDEN_FILE)
     write_json(folder / MANIFEST_FILE, manifest)
     return Bundle.load(folder)
 
@@ -277,12 +279,22 @@ def _preprocess(spec: Preprocess) -> dict[str, Any]:
 
 def _golden(job: ExportJob) -> dict[str, Any]:
     """The first samples as the graph takes them, PyTorch's outputs, and a part of what every block gives."""
-    inputs, expected = ({name: array[:GOLDEN] for name, array in arrays.items()} for arrays in job.trials[0])
+    samples, *others = job.trials
+    inputs, expected = (
+        {name: array[:GOLDEN] for name, array in arrays.items()} for arrays in (samples.inputs, samples.expected)
+    )
     blocks = job.reference.blocks(inputs, _BLOCK_SAMPLES, _BLOCK_TOKENS)
     frame = synthetic_frame(job.preprocess)
+    more: dict[str, Any] = {}
+    for trial in others:
+        given = job.as_graph_takes(trial.inputs, trial.pixels)
+        if trial.name != EXTREMES:  # of the golden samples
+            given.pop(IMAGES, None)
+        more |= trial_arrays(trial.name, {**given, **trial.expected})
     return {
-        **job.as_graph_takes(inputs),
+        **job.as_graph_takes(inputs, samples.pixels),
         **expected,
+        **more,
         BLOCKS: blocks,
         FRAME: frame,
         FRAME_IMAGE: job.preprocess([frame])[0],
@@ -298,21 +310,11 @@ def _record(bundle: Bundle, job: ExportJob, proof: ParityRecord) -> None:
     """Put what was checked into the manifest."""
     verification = {key: value for key, value in proof.verification.to_dict().items() if key != "bundle"}
     emulated = {"emulated": "bf16"} if job.config.emulates_bf16 else {}
-    golden_db = {check.comparison.name: check.comparison.sqnr_db for check in proof.verification.outputs}
-    noise = noise_record(golden_db, None if emulated else _blocks_db(bundle, job))
+    noise = noise_record(proof.verification.figures, proof.blocks_db)
     figures = {**verification, **noise, **emulated, "num_samples": len(job.samples.pixels), "outputs": proof.figures()}
     bundle.manifest["certificate"] = proof.certificate
     bundle.manifest["parity"] = {f"onnx-{job.config.precision}": figures}
     write_json(bundle.path / MANIFEST_FILE, bundle.manifest)
-
-
-def _blocks_db(bundle: Bundle, job: ExportJob) -> list[float] | None:
-    """The SQNR after each block on ONNX Runtime; OpenVINO may die of a graph that shows its inner tensors."""
-    engine = judging_engine(job.config.engine)
-    if engine == OPENVINO:
-        return None
-    report = trace_layers(bundle, engine, EngineOptions(threads=job.config.threads), outputs_pass=True)
-    return [layer.comparison.sqnr_db for layer in report.layers]
 
 
 def _record_device(bundle: Bundle, device: DeviceProof) -> None:

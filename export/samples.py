@@ -111,6 +111,23 @@ def update_inputs(num_patches: int, keep: Range, count: int, seed: int) -> dict[
     return {IDS_KEEP: np.stack(rows).astype(np.int64), UPDATES: np.tile(np.array(lengths, np.int64), (count, 1))}
 
 
+def every_patch(num_patches: int, length: int, seed: int) -> Array:
+    """Rows of `length` patches, int64 `(R, length)`, as few as have each of them; of one row each is another."""
+    order = np.random.default_rng(seed).permutation(num_patches)
+    return np.resize(order, (-(-num_patches // length), length)).astype(np.int64)
+
+
+def extreme_pixels(spec: Preprocess) -> Array:
+    """`(3, H, W, C)`: all black, all white, and noise of every value, as a camera gives them that is covered, dazzled
+    or broken.
+    """
+    H, W = spec.image_size
+    noise = np.random.default_rng(0).random((H, W, spec.channels))
+    images = np.stack([np.zeros_like(noise), np.ones_like(noise), noise])
+    pixels: Array = (spec.divisor * images).astype(spec.dtype)
+    return pixels
+
+
 def stream_patches(pixels: Array, ids_keep: Array, updates: Array, patch_size: int) -> Array:
     """The patches of these updates, `(S, M, P * P * C)`, of images `(S, H, W, C)`: the first frame of a stream is the
     image of its neighbour, 1 for 0 and 0 for 1, what follows is its own.

@@ -51,7 +51,8 @@ def run_verify(config: VerifyConfig) -> Result:
         failures = [*begin, *first_causes(failures, bundle.output_names)]
         raise CheckFailed(f"{config.bundle} misses parity: {failures[0]}", details=failures[1:], result=result)
     if failures:
-        raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(failures)}", result=result)
+        causes = first_causes(failures, bundle.output_names)
+        raise CheckFailed(f"{config.bundle} misses parity: {'; '.join(causes)}", result=result)
     if config.certificate is not None:
         result = _certified(config, config.certificate, bundle, options, verification, result)
     return replace(result, then=run_command(bundle, config.bundle))

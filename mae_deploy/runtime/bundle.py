@@ -306,7 +306,7 @@ class Bundle:
                 f" {self.num_patches} patches",
                 hint="export the bundle again",
             )
-        if UPDATES in self.sample_names and not _are_updates(arrays[UPDATES], arrays[IDS_KEEP]):
+        if UPDATES in self.sample_names and not are_updates(arrays[UPDATES], arrays[IDS_KEEP]):
             raise CheckFailed(
                 f"{path}: '{UPDATES}' {arrays[UPDATES][:1].tolist()} does not divide the {arrays[IDS_KEEP].shape[1]}"
                 " patches of each sample",
@@ -370,7 +370,7 @@ def int8_arithmetic(quantization: Mapping[str, Any]) -> str:
     return f"int8{weights}{'-bf16' if quantization.get('rest') == 'bf16' else ''}"
 
 
-def _are_updates(updates: Array, ids_keep: Array) -> bool:
+def are_updates(updates: Array, ids_keep: Array) -> bool:
     """Whether every sample has the same updates, of at least one patch each, and they take all patches."""
     return bool(
         updates.ndim == ids_keep.ndim == 2

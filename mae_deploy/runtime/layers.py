@@ -207,6 +207,16 @@ def trace_layers(
     )
 
 
+def blocks_of(bundle: Bundle, engine: str, options: EngineOptions) -> list[float]:
+    """The SQNR after each block.
+
+    Raises:
+        MaeDeployError: as `trace_layers`.
+    """
+    report = trace_layers(bundle, engine, options, outputs_pass=True)
+    return [layer.comparison.sqnr_db for layer in report.layers]
+
+
 def first_broken_block(bundle: Bundle, engine: str, options: EngineOptions) -> list[str]:
     """A line that names the first block whose output is not finite; none where all are, or where that cannot be
     told.

@@ -12,6 +12,7 @@ from mae_deploy.runtime.alone import Died, run_alone
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.cache import CacheShape, Sequences
 from mae_deploy.runtime.engines.base import EngineOptions
+from mae_deploy.runtime.layers import blocks_of
 from mae_deploy.runtime.parity.checks import Verification, verify_engine
 from mae_deploy.runtime.registry import OPENVINO, TENSORRT_RTX, engine_for, load_engine, open_graph
 
@@ -42,6 +43,28 @@ def verify_alone(bundle: Bundle, engine: str, options: EngineOptions) -> Verific
         MaeDeployError: as `verify_bundle`, and where the process dies.
     """
     return _alone(engine, _verify, bundle, engine, options)
+
+
+def verify_and_trace_alone(
+    bundle: Bundle, engine: str, options: EngineOptions
+) -> tuple[Verification, list[float] | None]:
+    """`verify_alone`, and the SQNR after each block, unless the engine refuses or dies of a graph that shows them.
+
+    Raises:
+        MaeDeployError: as `verify_alone`.
+    """
+    try:
+        return run_alone(_verify_and_trace, bundle, engine, options)
+    except Died:
+        return verify_alone(bundle, engine, options), None
+
+
+def _verify_and_trace(bundle: Bundle, engine: str, options: EngineOptions) -> tuple[Verification, list[float] | None]:
+    verification = _verify(bundle, engine, options)
+    try:
+        return verification, blocks_of(bundle, engine, options)
+    except MaeDeployError:  # the engine refuses it
+        return verification, None
 
 
 def try_alone(

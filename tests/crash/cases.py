@@ -124,7 +124,6 @@ def write_inputs(root: Path, names: list[str], make: Callable[[list[str]], objec
     write_checkpoint(root / "encoder", tiny_encoder())
     needed = set[str]()
     words = [word for name in names for word in CASES[name].arguments(root, root / "out")]
-    words += [root / start.name for name in names if isinstance(start := CASES[name].start, _Copied)]
     for name, arguments in reversed(_MADE.items()):
         recipes = " ".join(Path(word).read_text() for word in words if str(word).endswith(".yaml"))
         if root / name in words or str(root / name) + "\n" in recipes:
@@ -204,14 +203,8 @@ def _converting(library: str, suffix: str = "") -> Case:
     )
 
 
-@dataclass(frozen=True)
-class _Copied:
-    """An input lies at the output, as a copy."""
-
-    name: str
-
-    def __call__(self, root: Path, out: Path) -> object:
-        return shutil.copytree(root / self.name, out)
+def _copied(name: str) -> Callable[[Path, Path], object]:
+    return lambda root, out: shutil.copytree(root / name, out)
 
 
 def _pushed(out: Path, varies: tuple[str, ...]) -> Mapping[str, str]:
@@ -331,7 +324,7 @@ CASES: dict[str, Case] = {
     ),
     "sign": Case(
         arguments=lambda root, out: ["sign", out, "--key", root / "key.pem"],
-        start=_Copied("bundle"),
+        start=_copied("bundle"),
         atomic=False,
         reads=lambda root, out: ["verify", out, "--signature", root / "key.pub"],
     ),
@@ -368,7 +361,7 @@ CASES: dict[str, Case] = {
     ),
     "search, with an index": Case(
         arguments=lambda root, out: ["search", out, "--outliers", "--k", "2", "--method", "approximate"],
-        start=_Copied("features"),
+        start=_copied("features"),
         atomic=False,
     ),
     "predict": _predicting(".npz"),

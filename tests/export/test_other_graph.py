@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from mae_deploy.cli import main
@@ -190,6 +191,26 @@ def test_a_graph_of_ours_by_names_of_ours(checkpoint: Path, tmp_path: Path, caps
     code, found, _ = verified(checkpoint, out / "encoder.onnx", capsys)
     assert (code, [check["name"] for check in found["outputs"]]) == (0, ["logits", "cls", "tokens", "pooled"])
     assert "sample alone" in {check["check"] for check in found["invariances"]}
+    assert [check["check"] for check in found["trials"]][::4] == ["K=1", "K=15", "black, white, noise"]
+
+
+def test_a_graph_of_a_fixed_number_of_patches_is_given_every_patch(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, options = tmp_path / "bundle", ("--samples", str(tmp_path / "photos"), "--outputs", "tokens")
+    assert main(["export", str(checkpoint), "--tokens", "visible:2", *options, "--out", str(out)]) == 0
+    capsys.readouterr()
+    graph = onnx.load(out / "encoder.onnx")
+    (positions,) = (tensor for tensor in graph.graph.initializer if "position" in tensor.name)
+    values = numpy_helper.to_array(positions).copy()
+    values[-1] = values[-2]
+    positions.CopyFrom(numpy_helper.from_array(values, positions.name))
+    onnx.save(graph, out / "stale.onnx")
+    for name, failing in (("encoder.onnx", set()), ("stale.onnx", {"every patch"})):
+        _, found, _ = verified(checkpoint, out / name, capsys)
+        missed = {check["check"] for kind in ("outputs", "trials") for check in found[kind] if not check["passed"]}
+        assert failing <= missed
+        assert bool(failing) == bool(missed)
 
 
 def test_outputs_that_the_checkpoint_has_not_got(

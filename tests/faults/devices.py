@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 from unittest import mock
 
 import numpy as np
 
 from mae_deploy.images.preprocess import Preprocess
 from mae_deploy.images.read import Array
+from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine
-from mae_deploy.runtime.manifest import IDS_KEEP, follows_keep
+from mae_deploy.runtime.manifest import IDS_KEEP, IMAGES, PATCHES, follows_keep
 
 Arrays = dict[str, Array]
 Answer = Callable[[Mapping[str, Array], Arrays, Arrays | None], Arrays]
@@ -57,7 +59,29 @@ def _exchanged(inputs: Mapping[str, Array], outputs: Arrays, _: Arrays | None) -
     return outputs
 
 
+def _one_buffer() -> Answer:
+    """An engine that hands out its own memory, to which the next call writes."""
+    buffers: Arrays = {}
+
+    def answer(inputs: Mapping[str, Array], outputs: Arrays, _: Arrays | None) -> Arrays:
+        for name, array in outputs.items():
+            if name not in buffers or buffers[name].shape != array.shape:
+                buffers[name] = np.empty_like(array)
+            buffers[name][...] = array
+        return {name: buffers[name] for name in outputs}
+
+    return answer
+
+
+def _last_channel(array: Array) -> Array:
+    array = array.copy()
+    array[..., -1] *= 1.05
+    return array
+
+
 ANSWERS: dict[str, Callable[[], Answer]] = {
+    "outputs in a buffer that is used again": _one_buffer,
+    "one channel of the outputs 5 % too large": lambda: lambda inputs, outputs, _: _features(outputs, _last_channel),
     "the batch in another order": lambda: lambda inputs, outputs, _: _features(outputs, lambda array: array[::-1]),
     "one image's NaN": lambda: _one_nan,
     "the outputs of the run before": lambda: _before,
@@ -69,6 +93,46 @@ ANSWERS: dict[str, Callable[[], Answer]] = {
         lambda inputs, outputs, _: _features(outputs, lambda array: np.repeat(array[:1], len(array), axis=0))
     ),
 }
+
+
+def _size(inputs: Mapping[str, Array]) -> int:
+    return len(next(iter(inputs.values())))
+
+
+def _length(inputs: Mapping[str, Array]) -> int | None:
+    return inputs[IDS_KEEP].shape[1] if IDS_KEEP in inputs else None
+
+
+def _sorted(inputs: Mapping[str, Array]) -> bool:
+    ids = inputs.get(IDS_KEEP)
+    return ids is not None and ids.shape[1] > 1 and bool((np.diff(ids[0]) > 0).all())
+
+
+def _dark(inputs: Mapping[str, Array]) -> bool:
+    pixels = inputs[IMAGES] if IMAGES in inputs else inputs[PATCHES]
+    return bool((pixels.reshape(len(pixels), -1).mean(axis=1) < -1.5).any())
+
+
+SOMETIMES: dict[str, tuple[Callable[[Mapping[str, Array]], bool], Callable[[Bundle], bool]]] = {
+    "wrong for three images": (lambda inputs: _size(inputs) == 3, lambda bundle: bundle.fixed_batch is None),
+    "wrong for the largest batch": (
+        lambda inputs: _size(inputs) == 32,
+        lambda bundle: bundle.fixed_batch is None and bundle.token_mode != "cached",
+    ),
+    "wrong for one patch": (lambda inputs: _length(inputs) == 1, lambda bundle: bundle.keep_range[0] == 1),
+    "wrong for sorted patches": (_sorted, lambda bundle: IDS_KEEP in bundle.input_names),
+    "wrong for dark images": (_dark, lambda bundle: True),
+}
+"""For which inputs an engine is wrong, and which bundles can be given such."""
+
+
+def off(outputs: Arrays) -> Arrays:
+    """5 % of an output's deviation added to or taken from each value."""
+    rng = np.random.default_rng(0)
+    return _features(
+        outputs,
+        lambda array: (array + 0.05 * np.float32(array).std() * rng.choice((-1, 1), array.shape)).astype(array.dtype),
+    )
 
 
 def _in_order(inputs: Mapping[str, Array], outputs: Arrays) -> Arrays:
@@ -145,6 +209,20 @@ SPECS: dict[str, dict[str, object]] = {
     "mean 0.5, deviation 0.5": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.5]},
     "another filter": {"interpolation": "bilinear"},
     "another share of the image": {"crop_pct": 0.9},
+    "a hundredth more of the image": {"crop_pct": 0.885},
+    "a mean off by 0.005": {"mean": [0.49, 0.456, 0.406]},
+    "pixels up to 254": {"pixel_max": 254.0},
     "squashed": {"crop_mode": "squash"},
 }
 """What takes the place of fields of the manifest's `preprocess`."""
+
+
+ENTRIES: dict[str, Callable[[Any], Any]] = {
+    "class names shifted": lambda m: m.update(class_names=[*m["class_names"][1:], m["class_names"][0]]),
+    "a tolerance that everything meets": lambda m: m.update(tolerance={"sqnr_db": 0.0}),
+    "another precision": lambda m: m.update(precision="fp16" if m["precision"] == "fp32" else "fp32"),
+    "names of the blocks in another order": lambda m: m["graph"].update(blocks=m["graph"]["blocks"][::-1]),
+    "another number of heads": lambda m: m["model"].update(num_heads=2),
+    "another licence": lambda m: m.update(licence="MIT"),
+}
+"""Edits of the manifest."""

@@ -226,6 +226,21 @@ def _half_of_last(w: Array) -> Array:
     return w
 
 
+def _column(factor: float) -> Callable[[Array], Any]:
+    def apply(w: Array) -> Array:
+        w[..., -1] *= factor
+        return w
+
+    return apply
+
+
+def _transposed_grid(w: Array) -> Array:
+    """The places of a square grid, which stand behind the tokens that have none."""
+    side = math.isqrt(len(w))
+    prefix, places = w[: len(w) - side**2], w[len(w) - side**2 :]
+    return np.concatenate([prefix, places.reshape(side, side, -1).swapaxes(0, 1).reshape(places.shape)])
+
+
 def _bgr(w: Array) -> Array:
     """Rows of the patch embedding for BGR: a patch is `(P, P, C)`."""
     return w.reshape(-1, 3, w.shape[-1])[:, ::-1].reshape(w.shape) if w.shape[0] % 3 == 0 else w[::-1]
@@ -276,14 +291,16 @@ _LINEAR: dict[str, Callable[[Array], Any]] = {
     "weights rounded to BF16": _bits(7),
     "weights rounded to TF32": _bits(10),
     "channels of the weights in another order": lambda w: np.roll(w, 1, axis=-1),
+    "the last row of weights zero": lambda w: np.concatenate([w[:-1], 0 * w[-1:]]),
+    "a column of weights 5 % too large": _column(1.05),
 }
 _BIAS: dict[str, Callable[[Array], Any]] = {
     "bias missing": lambda b: 0 * b,
     "bias in another order": lambda b: np.roll(b, 1),
 }
 _WEIGHTS: dict[str, dict[str, Callable[[Array], Any]]] = {
-    "attn.qkv.weight": _LINEAR,
-    "attn.proj.weight": {**_LINEAR, "weights transposed": lambda w: w.T},
+    "attn.qkv.weight": {**_LINEAR, "values, queries and keys": lambda w: np.roll(w, w.shape[-1] // 3, axis=-1)},
+    "attn.proj.weight": {**_LINEAR, "weights transposed": lambda w: w.T, "LayerScale missing": lambda w: 10 * w},
     "mlp.fc1.weight": _LINEAR,
     "mlp.fc2.weight": _LINEAR,
     "attn.qkv.bias": _BIAS,
@@ -294,7 +311,12 @@ _WEIGHTS: dict[str, dict[str, Callable[[Array], Any]]] = {
     "norm2.bias": _BIAS,
     "norm.weight": {"norm's scale missing": lambda w: w * 0 + 1},
     "norm.bias": _BIAS,
-    "head.weight": {"classes in another order": lambda w: np.roll(w, 1, axis=-1)},
+    "head.weight": {
+        "classes in another order": lambda w: np.roll(w, 1, axis=-1),
+        "two classes exchanged": lambda w: w[:, [1, 0, *range(2, w.shape[-1])]],
+        "one class 3 % too large": _column(1.03),
+        "one feature's weights 5 % too large": lambda w: np.concatenate([1.05 * w[:1], w[1:]]),
+    },
     "head.bias": _BIAS,
     "patch_embed.proj.weight": {"order of the channels": _bgr},
     "position_table": {
@@ -303,10 +325,14 @@ _WEIGHTS: dict[str, dict[str, Callable[[Array], Any]]] = {
         "positions of another grid": lambda w: np.concatenate([w[:1], w[1:][::-1]]),
         "the CLS token's row zero": lambda w: np.concatenate([0 * w[:1], w[1:]]),
         "positions stale, 2 % away": _noise(0.02),
+        "rows and columns of positions exchanged": _transposed_grid,
+        "the last position stale": lambda w: np.concatenate([w[:-1], w[-2:-1]]),
     },
     "rotary_table": {
         "rotary angles of the place beside": lambda w: np.concatenate([w[:1], np.roll(w[1:], 1, axis=0)]),
         "two places' rotary angles exchanged": _row(3, 4),
+        "rows and columns of rotary angles exchanged": _transposed_grid,
+        "rotary angles one step late": lambda w: np.concatenate([w[:1], w[:-1]]),
         "sines of rotary angles missing": _sines(0.0),
         "rotary angles a tenth too small": _angles(0.9),
     },

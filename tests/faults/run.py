@@ -10,7 +10,7 @@ import json
 import shutil
 import sys
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,10 +27,10 @@ from mae_deploy.runtime.cache import runner
 from mae_deploy.runtime.engines.base import Engine, EngineOptions, run_in_chunks
 from mae_deploy.runtime.layers import trace_layers
 from mae_deploy.runtime.manifest import file_entry
-from mae_deploy.runtime.parity.checks import verify_engine
+from mae_deploy.runtime.parity.checks import check_manifest, check_preprocessing, verify_engine
 from mae_deploy.runtime.registry import load_engine
 from tests.faults.corpus import bundles, clean_runs
-from tests.faults.devices import ANSWERS, CROPS, SPECS, answering, other_caches
+from tests.faults.devices import ANSWERS, CROPS, ENTRIES, SOMETIMES, SPECS, answering, off, other_caches
 from tests.faults.edit import Graph
 from tests.faults.graphs import GraphFault, graph_faults
 
@@ -81,19 +81,24 @@ class Judge:
         model = onnx.load(self.path / "encoder.onnx")
         return self._rows(model, graph_faults(model))
 
-    def some(self) -> Iterator[Row]:
-        """Of each kind one; those of a graph in turn in another block."""
+    def kinds(self) -> set[str]:
+        """Of graph faults."""
+        return {fault.kind for fault in graph_faults(onnx.load(self.path / "encoder.onnx"))}
+
+    def some(self, kinds: Collection[str]) -> Iterator[Row]:
+        """Of each of these kinds of a graph's faults one, in turn in another block, and all others."""
         model = onnx.load(self.path / "encoder.onnx")
-        kinds: dict[str, list[GraphFault]] = defaultdict(list)
+        found: dict[str, list[GraphFault]] = defaultdict(list)
         for fault in graph_faults(model):
-            kinds[fault.kind].append(fault)
-        return self._rows(model, [faults[turn % len(faults)] for turn, faults in enumerate(kinds.values())])
+            if fault.kind in kinds:
+                found[fault.kind].append(fault)
+        return self._rows(model, [faults[turn % len(faults)] for turn, faults in enumerate(found.values())])
 
     def _rows(self, model: onnx.ModelProto, faults: Iterable[GraphFault]) -> Iterator[Row]:
         for fault in faults:
             yield self.plant(model, fault)
         yield from self._answers()
-        yield from self._preprocessing()
+        yield from self._prepared()
         yield from self._files()
 
     def plant(self, model: onnx.ModelProto, fault: GraphFault) -> Row:
@@ -129,6 +134,20 @@ class Judge:
                     effect = self._effect(self._run(engine))
                 with answering(engine, make):
                     yield self._row(kind, "engine", None, effect, self._verdict(engine))
+        for kind, (wrong_for, can_be) in SOMETIMES.items():
+            if not can_be(self.bundle):
+                continue
+            with load_engine(self.bundle, self.engine_name, _ONE_THREAD) as engine:
+                right = engine.run
+
+                def run(
+                    inputs: Any, outputs: Any = None, right: Any = right, wrong_for: Any = wrong_for
+                ) -> dict[str, Any]:
+                    found: dict[str, Any] = right(inputs, outputs)
+                    return off(found) if wrong_for(inputs) else found
+
+                with mock.patch.object(engine, "run", run):
+                    yield self._row(kind, "engine", None, -np.inf, self._verdict(engine))
         if self.bundle.token_mode == "cached":
             with load_engine(self.bundle, self.engine_name, _ONE_THREAD) as engine:
                 right = engine.run
@@ -138,15 +157,17 @@ class Judge:
                     effect = self._effect(self._run(engine))
                     yield self._row("the cache of another stream", "engine", None, effect, self._verdict(engine))
 
-    def _preprocessing(self) -> Iterator[Row]:
-        with load_engine(self.bundle, self.engine_name, _ONE_THREAD) as engine:
-            for kind, make in CROPS.items():
-                with mock.patch.object(Preprocess, "crop", make(Preprocess.crop)):
-                    yield self._row(kind, "preprocessing", None, -np.inf, self._verdict(engine))
-            for kind, fields in SPECS.items():
-                bundle = Bundle.load(self.path)
-                bundle.manifest["preprocess"].update(fields)
-                yield self._row(kind, "manifest", None, -np.inf, _first(verify_engine(bundle, engine).checks))
+    def _prepared(self) -> Iterator[Row]:
+        """Images made ready otherwise, and entries of the manifest that are not those of the export."""
+        for kind, make in CROPS.items():
+            with mock.patch.object(Preprocess, "crop", make(Preprocess.crop)):
+                yield self._row(kind, "preprocessing", None, -np.inf, _first(check_preprocessing(self.bundle)))
+        edits = {kind: _updating(fields) for kind, fields in SPECS.items()} | ENTRIES
+        for kind, edit in edits.items():
+            bundle = Bundle.load(self.path)
+            edit(bundle.manifest)
+            found = _first([*check_manifest(bundle), *check_preprocessing(bundle)])
+            yield self._row(kind, "manifest", None, -np.inf, found)
 
     def _files(self) -> Iterator[Row]:
         """A bit that flips on the way to the device."""
@@ -191,6 +212,10 @@ class Judge:
     ) -> Row:
         changed, noise = effect if isinstance(effect, tuple) else (effect, min(self.noise.values()))
         return Row(self.name, kind, place, block, float(changed), float(noise), found, named)
+
+
+def _updating(fields: Mapping[str, object]) -> Callable[[Any], Any]:
+    return lambda manifest: manifest["preprocess"].update(fields)
 
 
 def _first(checks: Any) -> str | None:

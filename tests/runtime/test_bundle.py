@@ -19,7 +19,7 @@ import pytest
 from mae_deploy.errors import CheckFailed, ConfigError
 from mae_deploy.files import sha256
 from mae_deploy.runtime import Backbone, Bundle, bundle
-from mae_deploy.runtime.bundle import _are_updates, external_data, int8_arithmetic
+from mae_deploy.runtime.bundle import are_updates, external_data, int8_arithmetic
 from mae_deploy.runtime.manifest import file_entry
 from mae_deploy.runtime.tolerance import Tolerance
 from mae_deploy.runtime.verify import verify_bundle
@@ -529,8 +529,8 @@ def test_golden_samples_of_a_stream(tmp_path: Path, updates: Any, dtype: Any, sa
     ],
 )
 def test_updates_take_all_patches_of_every_sample_alike(updates: Any, right: bool) -> None:
-    assert _are_updates(np.array(updates), np.zeros((2, 4), np.int64)) is right
-    assert not _are_updates(np.array(updates), np.zeros((2, 4, 1), np.int64))
+    assert are_updates(np.array(updates), np.zeros((2, 4), np.int64)) is right
+    assert not are_updates(np.array(updates), np.zeros((2, 4, 1), np.int64))
 
 
 def test_golden_pickles_are_refused(visible_bundle: Path) -> None:

@@ -36,6 +36,8 @@ class Comparison:
     reason: str | None = None
     """Why the arrays cannot be compared; such a comparison fails any tolerance, and its measures are NaN."""
     num_samples: int = 1
+    num_values: int = 0
+    """Of all samples."""
     cosine: float = math.nan
     """The worst sample's."""
     centred_cosine: float = math.nan
@@ -54,6 +56,8 @@ class Comparison:
     """10 log10(sum of reference² / sum of error²) over all samples; infinite where nothing differs."""
     worst_sqnr_db: float = math.nan
     """The worst sample's."""
+    channel_sqnr_db: float = math.nan
+    """The worst channel's: the signal of all channels on average over the error of the one that is off most."""
     top1_agreement: float | None = None
     """Share of samples with the same largest value; logits and probs only."""
 
@@ -125,6 +129,7 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
     return Comparison(
         name=name,
         num_samples=B,
+        num_values=reference.size,
         cosine=float(cosines.min()),
         centred_cosine=float(_centred_cosines(expected, found, cosines, has_padding=reference.ndim > 2).min()),
         max_abs=max_abs,
@@ -133,8 +138,18 @@ def compare(reference: Array, candidate: Array, name: str) -> Comparison:
         worst_sqnr_db=min(
             _decibels(float(signal), float(noise)) for signal, noise in zip(signal_B, noise_B, strict=True)
         ),
+        channel_sqnr_db=_decibels(float(signal_B.sum()), _worst_channel(error.reshape(reference.shape))),
         top1_agreement=float((expected.argmax(1) == found.argmax(1)).mean()) if name in CLASS_OUTPUTS else None,
     )
+
+
+def _worst_channel(error: Array) -> float:
+    """The sum of error² of the channel that is off most, times the number of channels: of maps `(B, D, H, W)` the
+    second axis, else the last.
+    """
+    channels = np.moveaxis(error, 1 if error.ndim == 4 else -1, 0)
+    channels = channels.reshape(len(channels), -1)
+    return float(np.einsum("cf,cf->c", channels, channels).max() * len(channels))
 
 
 def _centred_logits(probs_BC: Array) -> Array:

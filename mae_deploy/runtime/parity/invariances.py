@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -19,6 +20,9 @@ Arrays = dict[str, Array]
 
 _GARBAGE = (-1, np.iinfo(np.int64).max, np.iinfo(np.int64).min, 1 << 31, -(1 << 31) - 1, 10**6, 0)
 """What a caller may leave behind in the padding of a row."""
+
+_LARGEST = 32
+"""Samples of the largest batch: more take long."""
 
 _LONGER = 3
 """Entries by which the padding of every row grows."""
@@ -55,11 +59,13 @@ def variations(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:
         yield from _other_updates(inputs)
     elif IDS_KEEP in inputs:
         yield from _permuted(inputs)
+        yield from _sorted(inputs)
     if NUM_KEEP in inputs:
         yield from _other_padding(bundle, inputs)
     num_samples = _count(inputs)
     if bundle.fixed_batch is None and num_samples > 1:
         yield Variation(name="sample alone", parts=samples_alone(bundle, inputs))
+        yield from _other_batches(bundle, inputs)
     elif bundle.fixed_batch is not None and bundle.fixed_batch > 1:
         # A sample cannot be run alone here; it gets another place in the batch and other neighbours.
         order = np.arange(1, num_samples + 1) % num_samples
@@ -122,19 +128,48 @@ def _permuted(inputs: Arrays) -> Iterator[Variation]:
         )
 
 
+def _sorted(inputs: Arrays) -> Iterator[Variation]:
+    """Patches in the order of the image, as most callers have them."""
+    ids = inputs[IDS_KEEP]
+    S, K = ids.shape
+    real = np.arange(K) < inputs.get(NUM_KEEP, np.full(S, K))[:, None]
+    order = np.argsort(np.where(real, ids, np.iinfo(np.int64).max), axis=1, kind="stable")
+    if (order != np.arange(K)).any():
+        sorted_ids = np.take_along_axis(ids, order, axis=1)
+        yield Variation(name="sorted ids_keep", parts=({**inputs, IDS_KEEP: sorted_ids},), tokens=order)
+
+
+def _other_batches(bundle: Bundle, inputs: Arrays) -> Iterator[Variation]:
+    """Two samples, three, and what is left; and as many as the graph was checked for, over and over. Streams hold too
+    much for that.
+    """
+    S, largest = _count(inputs), min(bundle.largest_batch, _LARGEST)
+    ends = [0, *(end for end in (2, 5) if end < S), S]
+    if len(ends) > 2:
+        parts = tuple({name: array[first:last] for name, array in inputs.items()} for first, last in pairwise(ends))
+        yield Variation(name="other batches", parts=parts)
+    if largest > S and UPDATES not in inputs:
+        order = np.arange(largest) % S
+        many = {name: array[order] for name, array in inputs.items()}
+        yield Variation(name="largest batch", parts=(many,), samples=order)
+
+
 def _other_updates(inputs: Arrays) -> Iterator[Variation]:
     """A stream's last update with its patches in another order, and once more: nothing changes, so nothing may."""
     ids, patches, updates = inputs[IDS_KEEP], inputs[PATCHES], inputs[UPDATES]
     (S, M), K = ids.shape, int(updates[0, -1])
-    if K > 1:
-        rng = np.random.default_rng(0)
-        tokens = np.stack([_shuffled(K, rng) for _ in range(S)])
+    rng = np.random.default_rng(0)
+    orders = {
+        "permuted ids_keep": np.stack([_shuffled(K, rng) for _ in range(S)]),
+        "sorted ids_keep": np.argsort(ids[:, M - K :], axis=1),
+    }
+    for name, tokens in orders.items() if K > 1 else ():
         order = np.concatenate([np.broadcast_to(np.arange(M - K), (S, M - K)), M - K + tokens], axis=1)
-        shuffled = {
+        arranged = {
             IDS_KEEP: np.take_along_axis(ids, order, axis=1),
             PATCHES: np.take_along_axis(patches, order[..., None], axis=1),
         }
-        yield Variation(name="permuted ids_keep", parts=({**inputs, **shuffled},), tokens=tokens)
+        yield Variation(name=name, parts=({**inputs, **arranged},), tokens=tokens)
     names = (IDS_KEEP, PATCHES)
     again = {name: np.concatenate([inputs[name], inputs[name][:, M - K :]], axis=1) for name in names}
     again[UPDATES] = np.concatenate([updates, updates[:, -1:]], axis=1)

@@ -11,9 +11,14 @@ from typing import Any
 from mae_deploy.machine import cpu_features, cpu_name
 from mae_deploy.runtime.bundle import Bundle
 from mae_deploy.runtime.engines.base import Engine
+from mae_deploy.runtime.parity.compare import Comparison
 
 GOLDEN_DB = "golden_db"
-"""In the manifest's record: the SQNR of each output of the golden samples, by name."""
+"""In the manifest's record: the SQNR of each output, of the golden samples by its name, of other trials behind
+theirs."""
+
+CHANNELS_DB = "channels_db"
+"""The same of the channel that is off most."""
 
 BLOCKS_DB = "blocks_db"
 """The same after each block, in their order; None where nothing differs."""
@@ -21,11 +26,15 @@ BLOCKS_DB = "blocks_db"
 _MACHINE = "machine"
 
 
-def noise_record(outputs: Mapping[str, float], blocks: list[float] | None) -> dict[str, Any]:
+def noise_record(outputs: Mapping[str, Comparison], blocks: list[float] | None) -> dict[str, Any]:
     """What the manifest's `parity` says of this machine, in dB."""
+    figures = {
+        GOLDEN_DB: {name: comparison.sqnr_db for name, comparison in outputs.items()},
+        CHANNELS_DB: {name: comparison.channel_sqnr_db for name, comparison in outputs.items()},
+    }
     record: dict[str, Any] = {
         _MACHINE: _machine(),
-        GOLDEN_DB: {name: db for name, db in outputs.items() if math.isfinite(db)},
+        **{kind: {name: db for name, db in found.items() if math.isfinite(db)} for kind, found in figures.items()},
     }
     if blocks is not None:
         record[BLOCKS_DB] = [db if math.isfinite(db) else None for db in blocks]
@@ -37,7 +46,7 @@ def own_noise(bundle: Bundle, engine: Engine) -> dict[str, Any]:
     if reason_against_own_noise(bundle, engine) is not None:
         return {}
     record = _record(bundle)
-    return {name: record[name] for name in (GOLDEN_DB, BLOCKS_DB) if name in record}
+    return {name: record[name] for name in (GOLDEN_DB, CHANNELS_DB, BLOCKS_DB) if name in record}
 
 
 def reason_against_own_noise(bundle: Bundle, engine: Engine) -> str | None:

@@ -24,8 +24,10 @@ PIXELS = np.arange(S * 2.0).reshape(S, 2)
 LENGTHS = np.array([5, 2, 3])
 
 
-def bundle(*, batch: int | None = None, keep: int | None = None, most: int = N) -> Any:
-    return SimpleNamespace(fixed_batch=batch, fixed_keep=keep, keep_range=(1, most), num_patches=N)
+def bundle(*, batch: int | None = None, keep: int | None = None, most: int = N, largest: int = S) -> Any:
+    return SimpleNamespace(
+        fixed_batch=batch, fixed_keep=keep, keep_range=(1, most), num_patches=N, largest_batch=batch or largest
+    )
 
 
 def forms(inputs: dict[str, Array], **given: Any) -> dict[str, Variation]:
@@ -42,13 +44,17 @@ def ragged() -> dict[str, Array]:
 
 
 def test_which_forms_there_are() -> None:
-    assert list(forms({"images": PIXELS})) == ["sample alone"]
+    assert list(forms({"images": PIXELS})) == ["sample alone", "other batches"]
+    assert list(forms({"images": PIXELS}, largest=4)) == ["sample alone", "other batches", "largest batch"]
+    assert list(forms({"images": PIXELS[:2]}, largest=2)) == ["sample alone"]
     assert list(forms({"images": PIXELS[:1]})) == []
     assert list(forms({"images": PIXELS}, batch=1)) == []
     assert list(forms({"images": PIXELS}, batch=2)) == ["other neighbours"]
-    assert list(forms(visible())) == ["permuted ids_keep", "sample alone"]
-    assert list(forms({**visible(), "ids_keep": IDS[:, :1]})) == ["sample alone"]
-    padded = ["permuted ids_keep", "other padding", "longer padding", "sample alone"]
+    orders, batches = ["permuted ids_keep", "sorted ids_keep"], ["sample alone", "other batches"]
+    assert list(forms(visible())) == [*orders, *batches]
+    assert list(forms({**visible(), "ids_keep": np.sort(IDS, axis=1)})) == ["permuted ids_keep", *batches]
+    assert list(forms({**visible(), "ids_keep": IDS[:, :1]})) == batches
+    padded = [*orders, "other padding", "longer padding", *batches]
     assert list(forms(ragged())) == padded
     assert list(forms(ragged(), keep=K)) == [name for name in padded if name != "longer padding"]
     assert list(forms(ragged(), most=K)) == [name for name in padded if name != "longer padding"]
@@ -68,6 +74,25 @@ def test_permuted_patches_take_their_tokens_along() -> None:
     arranged = permuted.arranged(outputs)
     np.testing.assert_array_equal(arranged["tokens"][1, 0], outputs["tokens"][1, tokens[1, 0]])
     assert arranged["cls"] is PIXELS
+
+
+def test_sorted_patches_take_their_tokens_along() -> None:
+    found = forms(ragged())["sorted ids_keep"]
+    (part,), tokens = found.parts, found.tokens
+    assert tokens is not None
+    for row, ids, length in zip(part["ids_keep"], IDS, LENGTHS, strict=True):
+        assert row[:length].tolist() == sorted(ids[:length])
+        assert set(row[length:].tolist()) <= {-1}
+    np.testing.assert_array_equal(np.take_along_axis(ragged()["ids_keep"], tokens, axis=1), part["ids_keep"])
+
+
+def test_other_batches() -> None:
+    many = {"images": np.arange(8.0)[:, None]}
+    parts = forms(many, largest=8)["other batches"].parts
+    assert [part["images"].ravel().tolist() for part in parts] == [[0, 1], [2, 3, 4], [5, 6, 7]]
+    found = forms(many, largest=99)["largest batch"]
+    assert len(found.parts[0]["images"]) == 32
+    np.testing.assert_array_equal(found.arranged({"cls": many["images"]})["cls"], found.parts[0]["images"])
 
 
 def test_padding_stays_where_it_is_and_holds_what_no_caller_should_leave() -> None:
@@ -126,7 +151,8 @@ def test_a_streams_last_update_in_another_order_and_once_more() -> None:
     patches = np.random.default_rng(2).random((S, K, 4))
     inputs = {"patches": patches, "ids_keep": IDS, "updates": UPDATE_SIZES}
     found = forms(inputs)
-    assert list(found) == ["permuted ids_keep", "repeated update", "sample alone"]
+    assert list(found) == ["permuted ids_keep", "sorted ids_keep", "repeated update", "sample alone", "other batches"]
+    assert all((np.diff(row[2:]) > 0).all() for row in found["sorted ids_keep"].parts[0]["ids_keep"])
     (part,), tokens = found["permuted ids_keep"].parts, found["permuted ids_keep"].tokens
     assert tokens is not None
     assert tokens.shape == (S, 3)
@@ -142,7 +168,7 @@ def test_a_streams_last_update_in_another_order_and_once_more() -> None:
     np.testing.assert_array_equal(again["ids_keep"], IDS[:, [0, 1, 2, 3, 4, 2, 3, 4]])
     np.testing.assert_array_equal(again["patches"], patches[:, [0, 1, 2, 3, 4, 2, 3, 4]])
     single = {**inputs, "updates": np.array([[4, 1]] * S)}
-    assert list(forms(single)) == ["repeated update", "sample alone"]
+    assert list(forms(single, largest=9)) == ["repeated update", "sample alone", "other batches"]
 
 
 @pytest.mark.parametrize("name", ["tokens", "block_3"])

@@ -12,12 +12,14 @@ import pytest
 
 from mae_deploy.machine import cpu_features, cpu_name
 from mae_deploy.runtime import Bundle
+from mae_deploy.runtime.parity.compare import Comparison
 from mae_deploy.runtime.parity.own_noise import noise_record, own_noise, reason_against_own_noise
 from tests.runtime.tiny_bundle import write_bundle
 
 ENGINE: Any = SimpleNamespace(name="openvino", version="2026.4", device="cpu")
 HERE = {"engine": "openvino", "engine_version": "2026.4", "device": "cpu"}
 MACHINE = [cpu_name(), *(cpu_features() or ())]
+CLS = {"cls": Comparison(name="cls", sqnr_db=71.5, channel_sqnr_db=62.0)}
 
 
 def bundle_with(path: Path, figures: dict[str, Any]) -> Bundle:
@@ -26,15 +28,17 @@ def bundle_with(path: Path, figures: dict[str, Any]) -> Bundle:
 
 
 def test_what_is_recorded() -> None:
-    assert noise_record({"cls": 71.5, "logits": math.inf}, None) == {"machine": MACHINE, "golden_db": {"cls": 71.5}}
-    assert noise_record({}, [60.0, math.inf]) == {"machine": MACHINE, "golden_db": {}, "blocks_db": [60.0, None]}
+    exact = Comparison(name="logits", sqnr_db=math.inf, channel_sqnr_db=math.inf)
+    noise = {"machine": MACHINE, "golden_db": {"cls": 71.5}, "channels_db": {"cls": 62.0}}
+    assert noise_record({**CLS, "logits": exact}, None) == noise
+    assert noise_record(CLS, [60.0, math.inf]) == {**noise, "blocks_db": [60.0, None]}
 
 
 @pytest.mark.parametrize("blocks", [None, [60.0, math.inf]])
 def test_it_is_believed_where_it_was_measured(tmp_path: Path, blocks: list[float] | None) -> None:
-    bundle = bundle_with(tmp_path / "b", {**HERE, **noise_record({"cls": 71.5}, blocks)})
+    bundle = bundle_with(tmp_path / "b", {**HERE, **noise_record(CLS, blocks)})
     assert reason_against_own_noise(bundle, ENGINE) is None
-    expected: dict[str, Any] = {"golden_db": {"cls": 71.5}}
+    expected: dict[str, Any] = {"golden_db": {"cls": 71.5}, "channels_db": {"cls": 62.0}}
     assert own_noise(bundle, ENGINE) == (expected if blocks is None else {**expected, "blocks_db": [60.0, None]})
 
 
@@ -51,7 +55,7 @@ def test_it_is_believed_where_it_was_measured(tmp_path: Path, blocks: list[float
     ],
 )
 def test_elsewhere_it_says_nothing(tmp_path: Path, changes: dict[str, Any], reason: str) -> None:
-    figures = {**HERE, **noise_record({"cls": 71.5}, None), **changes}
+    figures = {**HERE, **noise_record(CLS, None), **changes}
     bundle = bundle_with(tmp_path / "b", {name: value for name, value in figures.items() if value is not None})
     assert reason_against_own_noise(bundle, ENGINE) == reason
     assert own_noise(bundle, ENGINE) == {}
