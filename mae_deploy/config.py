@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Literal, TypeVar, Union, get_args, get_origin
 
 from mae_deploy.errors import ConfigError, MaeDeployError, import_optional, raise_all
 from mae_deploy.results import as_text
-from mae_deploy.text import expand_range
+from mae_deploy.text import expand_range, may_name_a_file
 
 C = TypeVar("C")
 
@@ -350,7 +350,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return _coerce_tuple(get_args(kind), value, where)
     elif get_origin(kind) is dict and isinstance(value, dict):
         return value
-    elif kind is Path and isinstance(value, str | Path):
+    elif kind is Path and isinstance(value, str | Path) and may_name_a_file(value):
         return Path(value)
     elif kind is bool and isinstance(value, bool):
         return value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import codecs
 import json
+import os
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -60,6 +61,14 @@ def shortened(text: str, length: int = 900) -> str:
         return text
     head, tail = length * 2 // 3, length // 3
     return f"{text[:head]} [... {len(text) - head - tail:,} characters ...] {text[-tail:]}"
+
+
+def may_name_a_file(path: str | os.PathLike[str]) -> bool:
+    """Whether a path can be that of a file: none has a NUL or half a character, which YAML and JSON can write."""
+    try:
+        return b"\0" not in os.fsencode(path)
+    except UnicodeEncodeError:
+        return False
 
 
 def is_count(text: str) -> bool:

@@ -539,3 +539,9 @@ def test_ranges_of_whole_numbers() -> None:
     for value in ("3-0", "0-9999999", "0-", "1-2-3"):
         with pytest.raises(ConfigError, match=rf"^keep '{value}' is not "):
             from_dict(PredictConfig, {"bundle": "b", "images": ["i"], "keep": value})
+
+
+@pytest.mark.parametrize("path", ["a\0b", "\ud800"])
+def test_paths_that_no_file_can_have(path: str) -> None:
+    with pytest.raises(ConfigError, match="is not a path"):
+        from_dict(Cake, {"recipe": path})
