@@ -35,6 +35,10 @@ _PROGRAM = (
     "it is a program, and is not run; ask whoever made it for a .safetensors file, or for torch.save of its state dict"
 )
 
+_TAR_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, tarfile.XHDTYPE, tarfile.XGLTYPE, b"X")
+"""Members that only say something about the next one."""
+_LONGEST_NAME = 1 << 20
+
 _POINTERS = (
     (b"version https://git-lfs.github.com/spec/", "a Git LFS pointer, not the file itself", "git lfs pull fetches it"),
     (b"version https://hawser.github.com/spec/", "a Git LFS pointer, not the file itself", "git lfs pull fetches it"),
@@ -171,9 +175,35 @@ def _zip(path: Path, size: int) -> FileKind:
     return FileKind(f"a zip archive of {_listed(names)}", _UNPACK)
 
 
+class TarMember(tarfile.TarInfo):
+    """A member of a tar with a size that can be, and a name that fits a megabyte, which `tarfile` reads at once however
+    large it is said to be. With a negative size it would read the same headers for ever.
+    """
+
+    @classmethod
+    def frombuf(cls, buf: Any, encoding: str, errors: str) -> Any:
+        """See `tarfile.TarInfo`.
+
+        Raises:
+            tarfile.ReadError: the header is not one that anybody writes.
+        """
+        found = super().frombuf(buf, encoding, errors)
+        if found.size < 0 or (found.type in _TAR_NAMES and found.size > _LONGEST_NAME):
+            raise tarfile.ReadError(f"a header says {found.size} bytes")
+        return found
+
+    @classmethod
+    def fromtarfile(cls, archive: Any) -> Any:
+        """See `frombuf`; the size may follow from other headers."""
+        found = super().fromtarfile(archive)
+        if found.size < 0:
+            raise tarfile.ReadError(f"a header says {found.size} bytes")
+        return found
+
+
 def _tar(path: Path) -> FileKind:
     try:
-        with tarfile.open(path, "r:") as archive:
+        with tarfile.open(path, "r:", tarinfo=TarMember) as archive:
             names = [entry.name for entry in archive]
     except (OSError, ValueError, RecursionError, tarfile.TarError):
         return FileKind("a damaged tar archive", AGAIN)

@@ -1,4 +1,4 @@
-"""Change bytes of whole files and give them to what reads them: protobuf, manifests, pickles, safetensors, images.
+"""Change bytes of whole files, or what their structure has, and read them: protobuf, manifests, pickles, images.
 
 Whatever ends in an error that is not ours, takes more than a second, or reads what is not there, is printed with the
 seed that makes it again. Run: python -m tests.hostile.fuzz [--seconds 60] [--seed 0] [--target NAME]
@@ -14,12 +14,15 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
 from safetensors.torch import load
 
+from mae_deploy.data.config import Columns
+from mae_deploy.data.sources.open import unlabelled_images
 from mae_deploy.errors import MaeDeployError
 from mae_deploy.file_kinds import look_at
 from mae_deploy.images.npz_file import read_npz
@@ -31,6 +34,7 @@ from mae_deploy.runtime.onnx_file import read_inputs, read_opset
 from mae_deploy.weights.read.files import read_content
 from tests.hostile.pictures import HARMLESS, PICTURES
 from tests.hostile.run import FIXTURES
+from tests.hostile.structured import CHANGES
 
 _SLOW = 5.0
 """Seconds of one small file."""
@@ -56,12 +60,20 @@ def _manifest(path: Path) -> None:
     Bundle.load(path.parent)
 
 
+def _shard(path: Path) -> None:
+    source = unlabelled_images(path, Columns())
+    for index in range(len(source)):
+        with suppress(UnreadableImage, MaeDeployError):
+            read_image(path, content=source.raw(index))
+
+
 TARGETS: dict[str, tuple[str, Callable[[], list[bytes]], Callable[[Path], object]]] = {
     "graph": ("a.onnx", lambda: [(_BUNDLE / "encoder.onnx").read_bytes()], _graph),
     "manifest": ("a.json", lambda: [(_BUNDLE / "manifest.json").read_bytes()], _manifest),
     "golden": ("a.npz", lambda: [(_BUNDLE / "golden.npz").read_bytes()], read_npz),
     "pickle": ("a.pth", lambda: [_pickled(False), _pickled(True)], read_content),
-    "safetensors": ("a.safetensors", lambda: [_CHECKPOINT.read_bytes()[:6000]], read_content),
+    "safetensors": ("a.safetensors", lambda: [_CHECKPOINT.read_bytes()], read_content),
+    "tar": ("a.tar", lambda: [(FIXTURES / "shards/shard-000000.tar").read_bytes()], _shard),
     "recipe": ("a.yaml", lambda: [(FIXTURES / "recipes/pretrain.yaml").read_bytes()], read_recipe),
     "image": ("a", list, lambda path: read_image(path)),
 }
@@ -95,7 +107,8 @@ def one(target: str, seed: int, contents: list[tuple[str, bytes]], folder: Path)
     chance = random.Random(f"{target} {seed}")
     name, content = chance.choice(contents)
     path = folder / name
-    path.write_bytes(changed(content, chance))
+    change = chance.choice((changed, CHANGES.get(target, changed)))
+    path.write_bytes(change(content, chance))
     started = time.process_time()
     try:
         read(path)

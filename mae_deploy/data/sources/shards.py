@@ -26,11 +26,15 @@ from mae_deploy.data.sources.members import (
 )
 from mae_deploy.data.sources.patterns import local_shards, missing_parts
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import TarMember
 from mae_deploy.files import read_json
 from mae_deploy.images.left_out import LeftOut
 from mae_deploy.images.read import Array, UnreadableImage
 from mae_deploy.packages import upgrade
 from mae_deploy.text import decode_text
+
+_LONGEST_LABEL = 1000
+"""Bytes of a member that holds a number."""
 
 INDEX = "index.json"
 """Beside the shards, as `data pack` writes it: what would else be read from every header."""
@@ -147,7 +151,7 @@ def scan(path: Path) -> Shard:
     labels: dict[str, int] = {}
     left_out = LeftOut()
     try:
-        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+        with tarfile.open(path, "r:", tarinfo=TarMember) as tar, path.open("rb") as file:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # else it keeps every header
                 if member.isdir():
@@ -155,7 +159,9 @@ def scan(path: Path) -> Shard:
                 name, kind = kind_of_member(member, left_out)
                 if kind == "label":
                     file.seek(member.offset_data)
-                    labels[label_stem(name)] = read_label(file.read(member.size), f"{path}/{member.name}")
+                    labels[label_stem(name)] = read_label(
+                        file.read(min(member.size, _LONGEST_LABEL)), f"{path}/{member.name}"
+                    )
                 elif kind == "image":
                     if name in images:
                         left_out.add(TWICE, name)

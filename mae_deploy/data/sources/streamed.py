@@ -23,6 +23,7 @@ from mae_deploy.data.sources.members import (
 )
 from mae_deploy.data.sources.shards import read_label
 from mae_deploy.errors import ConfigError
+from mae_deploy.file_kinds import TarMember
 from mae_deploy.images.left_out import LeftOut
 
 _TWICE_USED = "that came before under the same name, in a stream both used"
@@ -65,15 +66,15 @@ def read_shards(urls: Iterator[str], said: Said) -> Iterator[Raw]:
             said.errors.append(f"{url}: {' '.join(str(error).split())}")
 
 
-class _Member(tarfile.TarInfo):
+class _Member(TarMember):
     """A member, or the mark behind the last one."""
 
     @classmethod
-    def fromtarfile(cls, tarfile: Any) -> Any:
+    def fromtarfile(cls, archive: Any) -> Any:
         try:
-            return super().fromtarfile(tarfile)
+            return super().fromtarfile(archive)
         except EOFHeaderError:
-            tarfile.ended = True
+            archive.ended = True
             raise
 
 
