@@ -39,7 +39,7 @@ def run_processes(job: Job, parts: Sequence[int], workers: int, tick: Tick) -> I
         process = context.Process(target=_work, args=(job, theirs), daemon=True)
         process.start()
         theirs.close()
-        ours.send(next(waiting))
+        _give(ours, next(waiting))
         pipes.append(ours)
         started.append(process)
     try:
@@ -51,7 +51,7 @@ def run_processes(job: Job, parts: Sequence[int], workers: int, tick: Tick) -> I
                         tick(images)
                     case Outcome() as outcome:
                         yield outcome
-                        pipe.send(part := next(waiting, None))
+                        _give(pipe, part := next(waiting, None))
                         if part is None:
                             pipes.remove(pipe)
                     case error:
@@ -66,12 +66,25 @@ def run_processes(job: Job, parts: Sequence[int], workers: int, tick: Tick) -> I
 def _received(pipe: Connection) -> int | Outcome | Exception:
     try:
         found: int | Outcome | Exception = pipe.recv()
-    except EOFError:
-        return MaeDeployError(
-            "a process that computes features has died: out of memory?",
-            hint="fewer --engine-workers, a smaller --batch-size; the same call goes on",
-        )
+    except (EOFError, ConnectionError):
+        return _died()
     return found
+
+
+def _give(pipe: Connection, part: int | None) -> None:
+    """Raise MaeDeployError where nobody is there to take it, unless it is that there is nothing more to do."""
+    try:
+        pipe.send(part)
+    except ConnectionError as error:
+        if part is not None:
+            raise _died() from error
+
+
+def _died() -> MaeDeployError:
+    return MaeDeployError(
+        "a process that computes features has died: out of memory?",
+        hint="fewer --engine-workers, a smaller --batch-size; the same call goes on",
+    )
 
 
 def _work(job: Job, pipe: Connection) -> None:

@@ -124,6 +124,7 @@ def write_inputs(root: Path, names: list[str], make: Callable[[list[str]], objec
     write_checkpoint(root / "encoder", tiny_encoder())
     needed = set[str]()
     words = [word for name in names for word in CASES[name].arguments(root, root / "out")]
+    words += [root / start.name for name in names if isinstance(start := CASES[name].start, _Copied)]
     for name, arguments in reversed(_MADE.items()):
         recipes = " ".join(Path(word).read_text() for word in words if str(word).endswith(".yaml"))
         if root / name in words or str(root / name) + "\n" in recipes:
@@ -203,8 +204,14 @@ def _converting(library: str, suffix: str = "") -> Case:
     )
 
 
-def _copied(name: str) -> Callable[[Path, Path], object]:
-    return lambda root, out: shutil.copytree(root / name, out)
+@dataclass(frozen=True)
+class _Copied:
+    """An input lies at the output, as a copy."""
+
+    name: str
+
+    def __call__(self, root: Path, out: Path) -> object:
+        return shutil.copytree(root / self.name, out)
 
 
 def _pushed(out: Path, varies: tuple[str, ...]) -> Mapping[str, str]:
@@ -324,7 +331,7 @@ CASES: dict[str, Case] = {
     ),
     "sign": Case(
         arguments=lambda root, out: ["sign", out, "--key", root / "key.pem"],
-        start=_copied("bundle"),
+        start=_Copied("bundle"),
         atomic=False,
         reads=lambda root, out: ["verify", out, "--signature", root / "key.pub"],
     ),
@@ -361,7 +368,7 @@ CASES: dict[str, Case] = {
     ),
     "search, with an index": Case(
         arguments=lambda root, out: ["search", out, "--outliers", "--k", "2", "--method", "approximate"],
-        start=_copied("features"),
+        start=_Copied("features"),
         atomic=False,
     ),
     "predict": _predicting(".npz"),

@@ -1,5 +1,5 @@
-"""What may happen to a command that writes: it is killed or asked to stop, the disk is full or cannot be written, the
-output is named oddly, another process has the same output.
+"""What may happen to a command that writes: it is killed or asked to stop, the disk is full, fails once or cannot be
+written, the output is named oddly, another process has the same output.
 
 Each takes a trial and random numbers and yields what is wrong, after a word on when it happened. One that had ended
 before anything happened yields nothing at all, and does not count.
@@ -57,16 +57,17 @@ def kill(trial: Trial, moment: random.Random) -> Found:
 
 
 def stop(trial: Trial, moment: random.Random) -> Found:
-    """SIGTERM or SIGINT, once or twice."""
+    """SIGTERM, SIGHUP or, as a terminal does it to all processes of a command, SIGINT; once or twice."""
     trial.lay_out()
-    number, times = moment.choice((signal.SIGTERM, signal.SIGINT)), moment.choice((1, 2))
+    number, times = moment.choice((signal.SIGTERM, signal.SIGHUP, signal.SIGINT)), moment.choice((1, 2))
+    send = os.killpg if number == signal.SIGINT else os.kill
     delay = moment.uniform(0, trial.seconds)
     process = trial.start(trial.arguments())
     time.sleep(0.01)  # until it listens
     process.join(delay)
     for _ in range(times):
         if process.is_alive() and process.pid is not None:
-            os.kill(process.pid, number)
+            send(process.pid, number)
             process.join(moment.uniform(0, 0.02))
     process.join()
     if process.exitcode == 0:
@@ -86,6 +87,19 @@ def fill(trial: Trial, moment: random.Random) -> Found:
     if code == 0:
         return
     yield f"a disk that is full after {size} of {trial.size} bytes"
+    yield from trial.unclear(code, REFUSED)
+    yield from trial.half_written()
+    yield from trial.wrong()
+
+
+def fail(trial: Trial, moment: random.Random) -> Found:
+    """A disk that fails once: when a file is opened, flushed or renamed, or a folder made."""
+    trial.lay_out()
+    change = moment.randint(1, max(1, 2 * trial.changes))
+    code = trial.run(trial.arguments(), fail_at=change)
+    if code == 0:
+        return
+    yield f"an error of the disk at change {change}"
     yield from trial.unclear(code, REFUSED)
     yield from trial.half_written()
     yield from trial.wrong()
@@ -282,6 +296,7 @@ FAULTS: dict[str, Callable[[Trial, random.Random], Found]] = {
     "kill": kill,
     "stop": stop,
     "full": fill,
+    "error": fail,
     "read-only": read_only,
     "two": two,
     "outputs": odd_outputs,

@@ -2,10 +2,10 @@
 
 Run: python -m tests.crash.run [--fault kill] [--times 50] [--only NAME] [--out crash.json]
 
-It is killed at random times and before random changes of files, asked to stop once and twice, the disk is full or
-cannot be written, outputs and inputs have odd names, outputs are somewhere else, two processes have one output. What is
-there afterwards must be whole or refused, a command that ends by itself must say why in a line, the same command must
-then end as it does without, to the byte, and nothing half written may stay.
+It is killed at random times and before random changes of files, asked to stop once and twice, the disk is full, fails
+once or cannot be written, outputs and inputs have odd names, outputs are somewhere else, two processes have one output.
+What is there afterwards must be whole or refused, a command that ends by itself must say why in a line, the same
+command must then end as it does without, to the byte, and nothing half written may stay.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import resource
@@ -22,6 +23,7 @@ from tests.crash.disk import Disk
 from tests.training.tiny_runs import start_process
 
 _CHANGES = ("os.rename", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link")
+_REMOVALS = ("os.remove", "os.rmdir")
 _WAIT = 600
 _INHERITED = ("HF_ENDPOINT", "HF_TOKEN")
 
@@ -154,38 +156,51 @@ class Trial:
 def _child(
     name: str, arguments: list[str], place: Path, log: Path, environment: dict[str, str], given: dict[str, Any]
 ) -> None:
-    """Args: given: `kill_at` a change of a file, `largest` file that may be written, working `folder`."""
+    """Args: given: `kill_at` or `fail_at` a change of a file, `largest` file that may be written, working `folder`."""
+    os.setsid()  # a terminal signals all processes of a command
     file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(file, 1)
     os.dup2(file, 2)
     os.environ |= environment
     tempfile.tempdir = None
     os.chdir(given.get("folder") or place)
-    changes = _count_changes(str(place.parent), given.get("kill_at"))
+    changes = _count_changes(str(place.parent), given.get("kill_at"), given.get("fail_at"))
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores it
     if (largest := given.get("largest")) is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (largest, resource.RLIM_INFINITY))
     log.with_name("begun").touch()
     with CASES[name].within():
         code = command(arguments)
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     log.with_name("changes").write_text(str(changes()))
     sys.stdout.flush()
     sys.exit(code)
 
 
-def _count_changes(folder: str, kill_at: int | None) -> Callable[[], int]:
+def _count_changes(folder: str, kill_at: int | None, fail_at: int | None) -> Callable[[], int]:
     count = 0
+    sync = os.fsync
+
+    def fsync(number: int) -> None:
+        hook("fsync", (os.readlink(f"/proc/self/fd/{number}"),))
+        sync(number)
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
         nonlocal count
-        if event in _CHANGES or (event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wax"):
+        if (
+            event in _CHANGES
+            or (event == "fsync" and fail_at is not None)
+            or (event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wax")
+        ):
             path = os.fsdecode(arguments[0]) if isinstance(arguments[0], str | bytes | os.PathLike) else ""
             if path.startswith(folder) or os.sep not in path:  # a bare name: of a folder that is removed as a whole
                 count += 1
                 if count == kill_at:
                     os.kill(os.getpid(), signal.SIGKILL)
+                if count == fail_at and event not in _REMOVALS:
+                    raise OSError(errno.EIO, os.strerror(errno.EIO), path)
 
+    os.fsync = fsync  # type: ignore[assignment]
     sys.addaudithook(hook)
     return lambda: count
