@@ -356,7 +356,7 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         return value
     elif kind is str and isinstance(value, str | Path):
         return str(value)
-    elif kind in (int, float) and value is not None and not isinstance(value, bool):
+    elif kind in (int, float) and value is not None and not isinstance(value, bool | Path):
         # YAML reads 1e-3 as a string; an int field takes 3.0 but not 3.5.
         try:
             number = float(value)

@@ -193,7 +193,7 @@ class TarMember(tarfile.TarInfo):
         return found
 
     @classmethod
-    def fromtarfile(cls, archive: Any) -> Any:
+    def fromtarfile(cls, archive: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
         """See `frombuf`; the size may follow from other headers."""
         found = super().fromtarfile(archive)
         if found.size < 0:

@@ -146,7 +146,7 @@ def _sharded(index: Any) -> Write:
         made = changed("hf")(folder)
         tensors = _tensors(hugging_face=True)
         names = sorted(tensors)
-        places: dict[str, str] = {}
+        places, file = dict[str, str](), ""
         for shard, part in enumerate((names[::2], names[1::2]), 1):
             file = f"model-0000{shard}-of-00002.safetensors"
             save_file({name: tensors[name] for name in part}, made / file)

@@ -27,7 +27,8 @@ def change_json(content: bytes, chance: random.Random) -> bytes:
     """A value at any path of another type or size, left out, or under another name."""
     found: Any = {"": json.loads(content)}
     for _ in range(chance.choice((1, 1, 1, 3))):
-        place, key = found, ""
+        place: Any = found
+        key: Any = ""
         while isinstance(place[key], (dict, list)) and place[key] and (key == "" or chance.random() > 0.15):
             place = place[key]
             key = chance.choice(list(place) if isinstance(place, dict) else range(len(place)))

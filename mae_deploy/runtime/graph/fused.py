@@ -87,7 +87,8 @@ def attention(node: Node, given: Given) -> list[Shape]:
 
 def multi_head_attention(node: Node, given: Given) -> list[Shape]:
     """Of queries (B, T, D), keys and values, in one tensor or in three."""
-    queries, keys, values = (given[index].shape if len(given) > index else () for index in range(3))
+    found: list[Shape] = [tensor.shape for tensor in given[:3]]
+    queries, keys, values = found + [()] * (3 - len(found))
     H = node.attributes["num_heads"]
     if any(tensor is not shapes.LEFT_OUT for tensor in given[6:]) or len(node.outputs) > 1:
         raise ValueError("keys and values of earlier tokens")

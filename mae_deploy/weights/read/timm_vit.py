@@ -74,7 +74,7 @@ def from_timm(source: Source, name: str | None) -> Source:
     if not name or "." in name:
         if (licence := model.pretrained_cfg.get("license")) is not None:
             check_values({"license": licence}, {"text": ["license"]}, "config.json")
-        source.licence = SPDX.get(licence, licence)
+        source.licence = None if licence is None else SPDX.get(licence, licence)
     return source
 
 
