@@ -123,7 +123,8 @@ def one(target: str, seed: int, contents: list[tuple[str, bytes]], folder: Path)
     return f"{seconds:.1f} s" if seconds > _SLOW else None
 
 
-def _contents(target: str, folder: Path) -> list[tuple[str, bytes]]:
+def contents_of(target: str, folder: Path) -> list[tuple[str, bytes]]:
+    """The names and contents of whole files."""
     name, make, _ = TARGETS[target]
     if target != "image":
         return [(name, content) for content in make()]
@@ -141,7 +142,7 @@ def main() -> int:
     found = 0
     for target in given.target or TARGETS:
         with TemporaryDirectory() as folder:
-            contents = _contents(target, Path(folder))
+            contents = contents_of(target, Path(folder))
             started, seed, wrong = time.monotonic(), given.seed, Counter[str]()
             while time.monotonic() - started < given.seconds:
                 if (what := one(target, seed, contents, Path(folder))) is not None:
