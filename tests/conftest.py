@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from mae_deploy.pretrain.run import run_pretrain
 from tests.data.image_folders import write_classes, write_noise
 from tests.training.tiny_runs import pretraining
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # where the tests run under nohup, commands would go on ignoring it
 
 
 @pytest.fixture(autouse=True, scope="session")

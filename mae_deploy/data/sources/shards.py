@@ -111,7 +111,10 @@ class ShardSource(Encoded):
         )
         self._offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self._sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
-        numbers = np.array([label for shard in shards for label in shard.labels], np.int64)
+        try:
+            numbers = np.array([label for shard in shards for label in shard.labels], np.int64)
+        except OverflowError as error:
+            raise ConfigError(f"{paths[0].parent}: a label has more digits than the number of a class") from error
         self.class_names: tuple[str, ...] | None = None
         if labelled:
             numbers, self.class_names = _classes(name, self._paths[0].parent, numbers, self._names, class_names)
