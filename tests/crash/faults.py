@@ -84,12 +84,7 @@ def fill(trial: Trial, moment: random.Random) -> Found:
     size = moment.randint(1, max(2, trial.size * 5 // 4 // 4096)) * 4096
     with trial.disk.full_after(size) as largest:
         code = trial.run(trial.arguments(), largest=largest)
-    if code == 0:
-        return
-    yield f"a disk that is full after {size} of {trial.size} bytes"
-    yield from trial.unclear(code, REFUSED)
-    yield from trial.half_written()
-    yield from trial.wrong()
+    yield from _after(trial, code, f"a disk that is full after {size} of {trial.size} bytes")
 
 
 def fail(trial: Trial, moment: random.Random) -> Found:
@@ -97,9 +92,14 @@ def fail(trial: Trial, moment: random.Random) -> Found:
     trial.lay_out()
     change = moment.randint(1, max(1, 2 * trial.changes))
     code = trial.run(trial.arguments(), fail_at=change)
+    yield from _after(trial, code, f"an error of the disk at change {change}")
+
+
+def _after(trial: Trial, code: int | None, when: str) -> Found:
+    """What is wrong where a command could not write; nothing happened to one that did its work."""
     if code == 0:
         return
-    yield f"an error of the disk at change {change}"
+    yield when
     yield from trial.unclear(code, REFUSED)
     yield from trial.half_written()
     yield from trial.wrong()

@@ -111,10 +111,7 @@ class ShardSource(Encoded):
         )
         self._offsets = np.array([offset for shard in shards for offset in shard.offsets], np.int64)
         self._sizes = np.array([size for shard in shards for size in shard.sizes], np.int64)
-        try:
-            numbers = np.array([label for shard in shards for label in shard.labels], np.int64)
-        except OverflowError as error:
-            raise ConfigError(f"{paths[0].parent}: a label has more digits than the number of a class") from error
+        numbers = np.array([label for shard in shards for label in shard.labels], np.int64)
         self.class_names: tuple[str, ...] | None = None
         if labelled:
             numbers, self.class_names = _classes(name, self._paths[0].parent, numbers, self._names, class_names)
@@ -196,11 +193,11 @@ def read_label(content: bytes, where: str) -> int:
     """The number in a `.cls` member.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is none, or one of more than 64 bits.
     """
     try:
-        return int(decode_text(content))
-    except ValueError as error:
+        return int(np.int64(int(decode_text(content))))
+    except (ValueError, OverflowError) as error:
         raise ConfigError(f"{where} holds {content[:20]!r}, not the number of a class") from error
 
 
