@@ -19,10 +19,7 @@ except ImportError:
     sys.exit("error: Atheris is not installed\nhint: pip install atheris==3.0.0, on Linux with Python 3.11 to 3.13")
 
 with atheris.instrument_imports(include=["mae_deploy"]):
-    from tests.hostile.fuzz import TARGETS, contents_of
-
-from mae_deploy.errors import MaeDeployError
-from mae_deploy.images.read import UnreadableImage
+    from tests.hostile.fuzz import TARGETS, contents_of, refusals
 
 
 def main() -> None:
@@ -31,7 +28,6 @@ def main() -> None:
         sys.exit(f"error: which of {', '.join(TARGETS)}?")
     target = sys.argv[1]
     name, _, read = TARGETS[target]
-    known = (MaeDeployError, UnreadableImage, *((ValueError,) if target == "golden" else ()))
     with TemporaryDirectory() as folder:
         corpus, path = Path(folder) / "corpus", Path(folder) / name
         corpus.mkdir()
@@ -40,7 +36,7 @@ def main() -> None:
 
         def read_one(content: bytes) -> None:
             path.write_bytes(content)
-            with suppress(*known):
+            with suppress(*refusals(target)):
                 read(path)
 
         atheris.Setup([sys.argv[0], "-max_len=100000", *sys.argv[2:], str(corpus)], read_one)
