@@ -8,7 +8,7 @@ heads, d = D / H, P patch side.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,6 +93,10 @@ class TokenCache:
             np.zeros((batch, N), bool),
         )
 
+    def token_output(self, outputs: Collection[str]) -> str | None:
+        """The output whose rows `tokens` holds: a mean-pooled classifier has no norm after its last block."""
+        return next((name for name in ("tokens", f"block_{self.shape.depth - 1}") if name in outputs), None)
+
     def __len__(self) -> int:
         """Number of streams, B."""
         return len(self.tokens)
@@ -143,7 +147,7 @@ def update_cache(
     """
     own = [name for name in engine.output_names if name != NEW_ROWS]
     wanted = check_outputs(outputs, own)
-    last = [name for name in ("tokens", f"block_{cache.shape.depth - 1}") if name in own][:1]
+    last = [name for name in [cache.token_output(own)] if name is not None]
     inputs = update_inputs(cache, patches, ids_keep, engine.input_names)
     # In chunks: an engine of TensorRT takes the batches that it was built for.
     found = run_in_chunks(engine, inputs, batch=None, outputs=tuple(dict.fromkeys([*wanted, *last, NEW_ROWS])))

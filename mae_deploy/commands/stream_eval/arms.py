@@ -15,11 +15,11 @@ import numpy as np
 from mae_deploy.images.read import Array
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.flops import flops_per_image
-from mae_deploy.runtime.manifest import pools_mean
 from mae_deploy.runtime.selection import Motion
 from mae_deploy.runtime.selection.base import Scene
 from mae_deploy.runtime.selection.difference import grey
 from mae_deploy.runtime.streams.stream import Stream
+from mae_deploy.runtime.streams.whole import whole_features
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,12 +110,8 @@ class ChangedPatches(Arm):
         if not self._context:
             cache.computed[:] = False
         patches = backbone.preprocess.crop_patches(image, ids, self._patch_size)
-        self._features = dict(backbone.update(cache, patches[None], ids))
-        if "tokens" in self._features:
-            tokens = cache.tokens.copy()
-            self._features["tokens"] = tokens
-            if "pooled" in self._features and pools_mean(backbone.bundle.manifest):
-                self._features["pooled"] = tokens.mean(axis=1)
+        outputs = backbone.update(cache, patches[None], ids)
+        self._features = whole_features(outputs, ids, self._features, cache, backbone.bundle.manifest)
         whole = len(ids) == backbone.num_patches
         return Answer(self._features, update_cost(backbone, len(ids), context=self._context), whole=whole)
 

@@ -13,13 +13,14 @@ from mae_deploy.images.read import Array
 from mae_deploy.images.regions import patches_of
 from mae_deploy.runtime.cache import TokenCache
 from mae_deploy.runtime.flops import flops_per_image
-from mae_deploy.runtime.manifest import num_prefix, pools_mean
+from mae_deploy.runtime.manifest import num_prefix
 from mae_deploy.runtime.streams.camera import Camera, Choice
 from mae_deploy.runtime.streams.config import StreamConfig
 from mae_deploy.runtime.streams.crossover import measured_bypass, step
 from mae_deploy.runtime.streams.error import temporal_snr
 from mae_deploy.runtime.streams.model import StreamModel
 from mae_deploy.runtime.streams.shift import Shift, energy
+from mae_deploy.runtime.streams.whole import whole_features
 
 _ALIKE = 1.25
 """Cameras are one batch where none of them takes more than so many times the patches that it needs."""
@@ -227,8 +228,7 @@ class StreamPool:
             camera.learn(choice, cache.tokens[at, choice.ids] - before[at])
             if shifts and camera.age is not None:
                 shifts[at].apply(choice.ids, camera.age)
-            own = {name: array[at : at + 1] for name, array in outputs.items()}
-            self._last[index] = self._whole_features(own, cache.tokens[at : at + 1])
+            self._keep(index, {name: array[at : at + 1] for name, array in outputs.items()}, choice.ids)
             camera.settle(choice)
 
     def _cache_of(self, first: int, last: int) -> TokenCache:
@@ -241,16 +241,10 @@ class StreamPool:
         """`(K, P, P, C)`, to the pixel what the model is to see."""
         return self._backbone.preprocess.crop_patches(choice.frame, ids, self._patch_size)
 
-    def _whole_features(self, outputs: dict[str, Array], tokens: Array) -> dict[str, Array]:
-        """The outputs with all patches' tokens, and their mean where that is what `pooled` is. What attention pools, or
-        is normalised, is as the graph gives it, before the shift.
-        """
-        found = dict(outputs)
-        if "tokens" in found:
-            found["tokens"] = tokens.astype(found["tokens"].dtype)
-            if "pooled" in found and pools_mean(self._backbone.bundle.manifest):
-                found["pooled"] = tokens.mean(axis=1).astype(found["pooled"].dtype)
-        return found
+    def _keep(self, index: int, outputs: Mapping[str, Array], ids: Array) -> None:
+        """A camera's features, of the whole frame."""
+        cache, manifest = self._caches[index], self._backbone.bundle.manifest
+        self._last[index] = whole_features(outputs, ids, self._last[index], cache, manifest)
 
     def _result(self, index: int, choice: Choice | None) -> Seen:
         camera = self._cameras[index]
@@ -300,7 +294,7 @@ class StreamPool:
         outputs = self._backbone.update(cache, self._pixels_of(choice, whole)[None], whole)
         snr = temporal_snr(cache.tokens[0], ours, mean)
         camera.audited(energy(cache.tokens[0] - ours))
-        self._last[index] = self._whole_features(outputs, cache.tokens)
+        self._keep(index, outputs, whole)
         camera.settle_again(choice)
         if snr >= self.config.min_snr:
             camera.relax()

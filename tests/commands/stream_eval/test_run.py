@@ -19,7 +19,7 @@ from mae_deploy.images.read import Array
 from mae_deploy.runtime.backbone import Backbone
 from mae_deploy.runtime.video import Frame
 from tests.export.tiny_exports import write_checkpoint
-from tests.models.tiny_models import ENCODER, tiny_encoder
+from tests.models.tiny_models import ENCODER, tiny_classifier, tiny_encoder
 
 av = pytest.importorskip("av")
 
@@ -74,6 +74,16 @@ def backbone(root: Path) -> Iterator[Backbone]:
 
 def evaluate(root: Path, *options: str) -> int:
     return main(["stream-eval", str(root / "square.mp4"), str(root / "cached"), *options])
+
+
+def test_a_classifier_that_pools_by_a_mean(root: Path, tmp_path: Path) -> None:
+    """Its graph gives the new rows of the last block, beside logits of the whole frame."""
+    checkpoint = write_checkpoint(tmp_path / "classifier", tiny_classifier("avg"))
+    assert main(["export", str(checkpoint), "--out", str(tmp_path / "cached"), "--tokens", "cached"]) == 0
+    words = ("--out", tmp_path / "done", "--conditions", "clean", "--max-frames", 16)
+    assert main(["stream-eval", *map(str, (root / "square.mp4", tmp_path / "cached", *words))]) == 0
+    (part,) = json.loads((tmp_path / "done" / "stream-eval.json").read_text())["results"]
+    assert all({"logits_snr", "block_1_snr"} <= row.keys() for row in part["rows"][1:])  # beside whole frames
 
 
 def rows(report: dict[str, Any], condition: str) -> dict[str, dict[str, Any]]:
